@@ -1,0 +1,8 @@
+"""Data: datasets by name, uint8 in the dataset, [-1, 1] in the model."""
+
+from __future__ import annotations
+
+from robustdiff.data.dataset import ArrayDataset, ImageDataset, to_uint8, to_unit
+from robustdiff.data.registry import DATASETS, load_dataset
+
+__all__ = ["DATASETS", "ArrayDataset", "ImageDataset", "load_dataset", "to_uint8", "to_unit"]

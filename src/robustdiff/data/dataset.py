@@ -1,0 +1,142 @@
+r"""Images as data (integers) and as a random variable (real numbers).
+
+A dataset holds pixels k ∈ {0, …, 255}; the model sees
+
+    x = k / 127.5 − 1 ∈ [−1, 1]        and back       k = clip(round(127.5 (x + 1)), 0, 255)
+
+The second is the exact inverse of the first on all 256 values. Pixels stay uint8 until the batch is on the
+model's device: a quarter of the memory and of the traffic between processes.
+
+A batch is one call: torch's DataLoader fetches through `__getitems__` when a dataset has it, so a batch is
+one indexing operation and not B of them followed by a stack.
+"""
+
+from __future__ import annotations
+
+import operator
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from robustdiff.errors import InputError
+
+__all__ = ["ArrayDataset", "ImageDataset", "to_uint8", "to_unit"]
+
+
+def to_unit(x: Tensor) -> Tensor:
+    """Map pixels to the model's range.
+
+    Args:
+        x: uint8, any shape, 0 to 255.
+
+    Returns:
+        float32 of the same shape, x/127.5 − 1, in [−1, 1].
+    """
+    return x.to(torch.float32) / 127.5 - 1.0
+
+
+def to_uint8(x: Tensor) -> Tensor:
+    """Map the model's range to pixels: the inverse of `to_unit`, rounding to the nearest and clipping.
+
+    Args:
+        x: Floating point, any shape, nominally in [−1, 1].
+
+    Returns:
+        uint8 of the same shape, 0 to 255.
+    """
+    return ((x.to(torch.float32) + 1.0) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+class ImageDataset(Dataset[tuple[Tensor, Any]]):
+    """Images of one shape, with class labels or without.
+
+    Use it with `DataLoader(dataset, batch_sampler=…, collate_fn=lambda batch: batch)`: the fetch is a whole
+    batch already, there is nothing to collate.
+
+    Attributes:
+        name: The name it was loaded by.
+        shape: (C, H, W) of every image.
+        num_classes: Labels are in 0 … num_classes − 1; None when there are no labels.
+    """
+
+    def __init__(self, name: str, shape: tuple[int, int, int], num_classes: int | None) -> None:
+        self.name = name
+        self.shape = shape
+        self.num_classes = num_classes
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor | None]:
+        """Fetch a batch.
+
+        Args:
+            indices: B indices, each in 0 … len − 1.
+
+        Returns:
+            Images uint8 (B, C, H, W), and labels int64 (B,), or None when there are none.
+        """
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor | None]:
+        """Fetch one image uint8 (C, H, W) and its label, int64 (), or None."""
+        index = operator.index(index)
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"index {index} is out of range for {self.name}, which has {len(self)} images")
+        images, labels = self.__getitems__([index % len(self)])
+        return images[0], None if labels is None else labels[0]
+
+    def __repr__(self) -> str:
+        classes = "" if self.num_classes is None else f", num_classes={self.num_classes}"
+        return f"{type(self).__name__}({self.name!r}, n={len(self)}, shape={self.shape}{classes})"
+
+
+class ArrayDataset(ImageDataset):
+    """Images held in memory.
+
+    Args:
+        name: What to call it in messages.
+        images: uint8 (N, H, W, C), C = 1 or 3, N ≥ 1.
+        labels: Integers (N,), each ≥ 0, or None.
+        num_classes: Number of classes; by default the largest label + 1.
+
+    Raises:
+        InputError: Wrong dtype or shape.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        images: NDArray[np.uint8],
+        labels: NDArray[Any] | None = None,
+        num_classes: int | None = None,
+    ) -> None:
+        if images.dtype != np.uint8:
+            raise InputError(f"{name}: images are {images.dtype}, not uint8; store pixels as integers 0 to 255")
+        if images.ndim != 4 or images.shape[3] not in (1, 3) or 0 in images.shape:
+            raise InputError(f"{name}: images have shape {images.shape}; make it (N, H, W, C), N ≥ 1 and C = 1 or 3")
+        if labels is not None:
+            if labels.shape != images.shape[:1] or labels.dtype.kind not in "iu" or labels.min() < 0:
+                raise InputError(
+                    f"{name}: labels are {labels.dtype} of shape {labels.shape}; "
+                    f"make them {len(images)} non-negative integers, one per image"
+                )
+            num_classes = int(labels.max()) + 1 if num_classes is None else num_classes
+        height, width, channels = images.shape[1:]
+        super().__init__(name, (channels, height, width), num_classes)
+        # Writable, because torch warns of tensors on memory that is not.
+        self._images = torch.from_numpy(np.require(images.transpose(0, 3, 1, 2), requirements=["C", "W"]))
+        self._labels = None if labels is None else torch.from_numpy(labels.astype(np.int64))
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor | None]:
+        index = torch.as_tensor(indices, dtype=torch.int64)
+        return self._images[index], None if self._labels is None else self._labels[index]

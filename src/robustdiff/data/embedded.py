@@ -1,0 +1,50 @@
+"""Datasets that need no download: shipped in this package or in scikit-learn.
+
+`fashion-16` is Fashion-MNIST (Xiao, Rasul and Vollgraf, arXiv 1708.07747) averaged over 2 × 2 blocks: 28 × 28
+padded with zeros to 32 × 32, then y_ij = round(¼ Σ x over the block). `scripts/make_fashion16.py` makes it.
+
+`digits` is scikit-learn's copy of the UCI optical digits (Alpaydin and Kaynak, 1998), 8 × 8, 17 grey levels.
+"""
+
+from __future__ import annotations
+
+import os
+from importlib.resources import as_file, files
+
+import numpy as np
+
+from robustdiff.data.dataset import ArrayDataset
+from robustdiff.data.pixels import fit_array
+from robustdiff.errors import InputError
+
+__all__ = ["digits", "fashion_16"]
+
+
+def _no_root(name: str, root: str | os.PathLike[str] | None) -> None:
+    if root is not None:
+        raise InputError(f"{name} comes with the package and takes no root; leave root out")
+
+
+def fashion_16(root: str | os.PathLike[str] | None, size: int | None, channels: int | None, split: str) -> ArrayDataset:
+    """Fashion-MNIST at 16 × 16 grey: 60,000 training and 10,000 test images, 10 classes."""
+    _no_root("fashion-16", root)
+    if split not in ("train", "test"):
+        raise InputError(f"fashion-16 has no split {split!r}; use one of: train, test")
+    with (
+        as_file(files("robustdiff.data") / "fashion16.npz") as path,
+        np.load(path, allow_pickle=False) as arrays,
+    ):
+        images, labels = arrays[f"{split}_images"], arrays[f"{split}_labels"]
+    return ArrayDataset("fashion-16", fit_array(images[..., None], size, channels), labels)
+
+
+def digits(root: str | os.PathLike[str] | None, size: int | None, channels: int | None, split: str) -> ArrayDataset:
+    """scikit-learn's 1,797 digits, 8 × 8 grey, 10 classes; the values 0 … 16 become 0 … 255."""
+    from sklearn.datasets import load_digits
+
+    _no_root("digits", root)
+    if split != "train":
+        raise InputError(f"digits has no split {split!r}; it has one: train")
+    bunch = load_digits()
+    images = np.rint(bunch.images * (255 / 16)).astype(np.uint8)
+    return ArrayDataset("digits", fit_array(images[..., None], size, channels), bunch.target)

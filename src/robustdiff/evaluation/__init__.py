@@ -1,0 +1,1 @@
+"""Evaluation: how good the samples are, and how sure we are of it."""

@@ -1,0 +1,313 @@
+r"""Features: the space in which sets of images are compared.
+
+An extractor is a fixed map φ: {0, …, 255}^{C×H×W} → R^D, the activations of a classifier one layer before its
+logits. Every distance in `fidelity` is a distance between the laws of φ(generated) and φ(real), so a number
+means something only together with its φ: each extractor has a fingerprint, the hash of its weights, and the
+cache of reference statistics is keyed by it.
+
+- `digits`, `fashion-16`, `fashion-mnist`: small convolutional classifiers that ship with this package
+  (`scripts/train_extractors.py` trains them), for images for which Inception, trained on 299 × 299
+  photographs, was not made.
+- `inception`: the network of the FID that papers report (Heusel et al., "GANs Trained by a Two Time-Scale
+  Update Rule Converge to a Local Nash Equilibrium", NeurIPS 2017, arXiv 1706.08500), as torch-fidelity
+  (Obukhov et al., 2020) ports it from TensorFlow, resizing and padding included.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.util
+import io
+import json
+import os
+import sys
+import types
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from importlib.resources import as_file, files
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from robustdiff.data.dataset import to_unit
+from robustdiff.errors import InputError
+from robustdiff.files import atomic_write
+
+__all__ = [
+    "EXTRACTORS",
+    "Classifier",
+    "ClassifierExtractor",
+    "FeatureExtractor",
+    "InceptionExtractor",
+    "load_extractor",
+]
+
+INCEPTION_URL = (
+    "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
+)
+SHIPPED = ("digits", "fashion-16", "fashion-mnist")
+EXTRACTORS = (*SHIPPED, "inception")
+
+
+class FeatureExtractor(nn.Module):
+    """φ: a batch of images to a batch of feature vectors.
+
+    Attributes:
+        name: Its name, for messages and results.
+        dim: D, the number of features.
+        fingerprint: sha256 of the weights, 64 hexadecimal digits. Two extractors with one fingerprint are one
+            map.
+    """
+
+    name: str
+    dim: int
+    fingerprint: str
+
+    @abstractmethod
+    def forward(self, images: Tensor) -> Tensor:
+        """Extract.
+
+        Args:
+            images: uint8 (B, C, H, W), on any device.
+
+        Returns:
+            float32 (B, D), on the extractor's device, without a graph.
+
+        Raises:
+            InputError: The images are not uint8, or have a size or channels this extractor was not made for.
+        """
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.name!r}, dim={self.dim}, fingerprint={self.fingerprint[:12]!r})"
+
+
+def _fingerprint(weights: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for key in sorted(weights):
+        value = weights[key].detach().cpu().contiguous()
+        digest.update(f"{key} {value.dtype} {tuple(value.shape)}\n".encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _batch(name: str, images: Tensor) -> None:
+    if images.dtype != torch.uint8 or images.ndim != 4:
+        raise InputError(
+            f"extractor {name}: got {images.dtype} of shape {tuple(images.shape)}; give uint8 (B, C, H, W)"
+        )
+
+
+class Classifier(nn.Module):
+    """A convolutional classifier: [3×3 convolution, SiLU, 2×2 maximum]* → linear, SiLU (the features) →
+    linear.
+
+    No batch normalisation, so a feature depends on its own image only. SiLU and not ReLU, because a unit that
+    is never active makes a zero row in the covariance that FID takes the root of.
+
+    Args:
+        channels: C of the images, 1 or 3.
+        size: H = W of the images; at least 2^len(widths).
+        widths: Channels after each stage.
+        dim: D, the number of features.
+        num_classes: Number of logits.
+    """
+
+    def __init__(self, channels: int, size: int, widths: Sequence[int], dim: int, num_classes: int) -> None:
+        super().__init__()
+        self.architecture = {
+            "channels": channels,
+            "size": size,
+            "widths": list(widths),
+            "dim": dim,
+            "num_classes": num_classes,
+        }
+        stages: list[nn.Module] = []
+        for width_in, width in zip([channels, *widths], widths, strict=False):
+            stages += [nn.Conv2d(width_in, width, 3, padding=1), nn.SiLU(), nn.MaxPool2d(2)]
+        self.stages = nn.Sequential(*stages)
+        side = size >> len(widths)
+        self.embed = nn.Linear(widths[-1] * side * side, dim)
+        self.head = nn.Linear(dim, num_classes)
+        for layer in [*self.stages, self.embed]:
+            if isinstance(layer, nn.Conv2d | nn.Linear):  # He's scale: without normalisation torch's fades out
+                nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+                nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
+
+    def features(self, x: Tensor) -> Tensor:
+        """Features (B, D) of images float32 (B, C, H, W) in [−1, 1]."""
+        return nn.functional.silu(self.embed(self.stages(x).flatten(1)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits (B, num_classes) of images float32 (B, C, H, W) in [−1, 1]."""
+        logits: Tensor = self.head(self.features(x))
+        return logits
+
+    def save(self, path: str | os.PathLike[str], **metadata: str) -> None:
+        """Write the weights as safetensors; the architecture is JSON in its metadata, under `classifier`.
+
+        Args:
+            path: The file.
+            metadata: What else to record, e.g. `test_accuracy="0.91"`.
+        """
+        # One key, because safetensors writes several in an order of its own, another one each time.
+        record = json.dumps({"architecture": self.architecture, **metadata})
+        weights = {key: value.detach().cpu().contiguous() for key, value in self.state_dict().items()}
+        with atomic_write(path) as file:
+            file.write(safetensors.torch.save(weights, {"classifier": record}))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Classifier:
+        """Read what `save` wrote.
+
+        Raises:
+            InputError: No such file, or not such a file.
+        """
+        if not Path(path).is_file():
+            raise InputError(f"{path}: no such file; give the weights that scripts/train_extractors.py wrote")
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, not a dict
+            classifier = cls(**json.loads(metadata["classifier"])["architecture"])
+            classifier.load_state_dict(weights)
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
+            message = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise InputError(
+                f"{path}: not weights of a classifier ({message}); give a file that Classifier.save wrote"
+            ) from error
+        return classifier
+
+
+class ClassifierExtractor(FeatureExtractor):
+    """The features of a `Classifier`.
+
+    Args:
+        name: Its name.
+        classifier: The trained network.
+    """
+
+    def __init__(self, name: str, classifier: Classifier) -> None:
+        super().__init__()
+        self.name = name
+        self.classifier = classifier.requires_grad_(False).eval()
+        self.dim = classifier.embed.out_features
+        self.fingerprint = _fingerprint(classifier.state_dict())
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Tensor:
+        _batch(self.name, images)
+        channels, size = self.classifier.architecture["channels"], self.classifier.architecture["size"]
+        if tuple(images.shape[1:]) != (channels, size, size):
+            raise InputError(
+                f"extractor {self.name}: made for images {channels}×{size}×{size}, got "
+                f"{'×'.join(map(str, images.shape[1:]))}; choose the extractor that belongs to the data"
+            )
+        return self.classifier.features(to_unit(images.to(self.classifier.embed.weight.device)))
+
+
+def _torch_fidelity_inception() -> Any:
+    """torch-fidelity's class, also where torchvision is missing or does not fit torch.
+
+    torch_fidelity/__init__.py imports all that the package has, and some of it needs torchvision; its
+    Inception needs torch alone. If the package does not import, import that one module under a bare package
+    object, which is taken out again, so that a later `import torch_fidelity` does as it would have done.
+    """
+    module = "torch_fidelity.feature_extractor_inceptionv3"
+    spec = importlib.util.find_spec("torch_fidelity")
+    if spec is None or spec.submodule_search_locations is None:
+        raise InputError("extractor inception needs torch-fidelity; run: pip install --no-deps torch-fidelity")
+    try:
+        return importlib.import_module(module).FeatureExtractorInceptionV3
+    except (ImportError, RuntimeError, AttributeError):  # torchvision is missing, or built for another torch
+        before = set(sys.modules)
+    package = types.ModuleType("torch_fidelity")
+    package.__path__ = list(spec.submodule_search_locations)
+    sys.modules["torch_fidelity"] = package
+    try:
+        return importlib.import_module(module).FeatureExtractorInceptionV3
+    except (ImportError, AttributeError) as error:
+        raise InputError(
+            f"extractor inception: torch-fidelity does not import here ({error}); try another version of it"
+        ) from error
+    finally:
+        for key in [key for key in sys.modules if key.startswith("torch_fidelity") and key not in before]:
+            del sys.modules[key]
+
+
+class InceptionExtractor(FeatureExtractor):
+    """The 2048 pooled features of the Inception-v3 that FID is defined by.
+
+    Args:
+        weights: torch-fidelity's weight file, `weights-inception-2015-12-05-6726825d.pth`.
+
+    Raises:
+        InputError: torch-fidelity is not installed, or the file is missing or not those weights.
+    """
+
+    def __init__(self, weights: str | os.PathLike[str]) -> None:
+        super().__init__()
+        self.name = "inception"
+        self.dim = 2048
+        network = _torch_fidelity_inception()
+        path = Path(weights)
+        if not path.is_file():
+            raise InputError(f"{path}: no such file; download it from {INCEPTION_URL}")
+        try:
+            # torch-fidelity unpickles the file it is given without restriction. Read it here, tensors only,
+            # and hand over a copy of what was read.
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            buffer = io.BytesIO()
+            torch.save(state, buffer)
+            buffer.seek(0)
+            self.network = network("inception", ["2048"], feature_extractor_weights_path=buffer)
+        except Exception as error:  # torch.load alone raises six unrelated types for a file that is not its own
+            message = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise InputError(f"{path}: not Inception weights ({message}); download {INCEPTION_URL}") from error
+        self.fingerprint = _fingerprint(self.network.state_dict())
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Tensor:
+        _batch(self.name, images)
+        if images.shape[1] not in (1, 3):
+            raise InputError(f"extractor inception: got {images.shape[1]} channels; give grey or RGB images")
+        images = images.to(self.network.fc.weight.device).expand(-1, 3, -1, -1)
+        features: Tensor = self.network(images)[0]
+        return features
+
+
+def load_extractor(
+    name: str, *, weights: str | os.PathLike[str] | None = None, device: str | torch.device = "cpu"
+) -> FeatureExtractor:
+    """Load a feature extractor by its name.
+
+    Args:
+        name: One of `EXTRACTORS`, or the path of a `.safetensors` file that `Classifier.save` wrote.
+        weights: The weight file of `inception`; the others take none.
+        device: Where to put it.
+
+    Returns:
+        The extractor, in evaluation mode, its parameters frozen.
+
+    Raises:
+        InputError: An unknown name, or missing or malformed weights.
+    """
+    extractor: FeatureExtractor
+    if name == "inception":
+        if weights is None:
+            raise InputError(f"extractor inception needs weights=FILE; download it from {INCEPTION_URL}")
+        extractor = InceptionExtractor(weights)
+    elif weights is not None:
+        raise InputError(f"extractor {name} takes no weights; to load your own file give its path as the name")
+    elif name in SHIPPED:
+        with as_file(files("robustdiff.evaluation") / "weights" / f"{name}.safetensors") as path:
+            extractor = ClassifierExtractor(name, Classifier.load(path))
+    elif name.endswith(".safetensors"):
+        extractor = ClassifierExtractor(name, Classifier.load(name))
+    else:
+        raise InputError(f"unknown extractor {name!r}; use one of: {', '.join(EXTRACTORS)}, or a .safetensors file")
+    return extractor.to(device).eval()

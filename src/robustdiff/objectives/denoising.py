@@ -1,0 +1,187 @@
+r"""The denoising loss of diffusion models and flow matching, at a perturbed point.
+
+A draw fixes (x_0, t, ε), and so x_t, once for a batch; every pass over the batch evaluates the loss at another δ:
+
+    mse(δ) = mean over elements of ( target(x_0, t, ε + δ/σ_t) − model(x_t + δ, t) )²,
+
+which is the ordinary loss at the noise ε + δ/σ_t (Wang et al., 2025, equation 16; :mod:`robustdiff.process`).
+
+With a learned variance the model has 2C output channels, the second half v ∈ [−1, 1] of which place the log-variance
+of p(x_{t−1} | x_t) between log β̃_t and log β_t. It is trained by the variational bound, with the mean frozen,
+
+    vb(δ) = KL( q(x_{t−1} | x_t + δ, x_0) ‖ p(x_{t−1} | x_t + δ) )   in bits per dimension,
+
+at t = 0 the negative log-likelihood of x_0 on 256 grey values; loss = mse + scale · vb (Nichol & Dhariwal, 2021,
+equations 15 and 16).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from robustdiff.process import PREDICTIONS, DiffusionProcess, Prediction, per_sample
+
+__all__ = ["VARIANCES", "DenoisingObjective", "Draw", "Variance", "predict"]
+
+Variance = Literal["fixed", "learned_range"]
+VARIANCES: tuple[str, ...] = get_args(Variance)
+
+
+@dataclass
+class Draw:
+    """What one batch is trained on, the same in all its passes.
+
+    Attributes:
+        x0: Clean samples, with shape (B, *).
+        t: Time indices, with shape (B,).
+        noise: The noise ε, with shape (B, *).
+        x_t: α_t x_0 + σ_t ε, with shape (B, *).
+        condition: What else the model is called with, such as ``class_labels``.
+    """
+
+    x0: Tensor
+    t: Tensor
+    noise: Tensor
+    x_t: Tensor
+    condition: dict[str, Any] = field(default_factory=dict)
+
+
+def predict(model: Callable[..., Any], x: Tensor, t: Tensor, condition: dict[str, Any]) -> Tensor:
+    """Call a model as diffusers calls it, ``model(x, t, **condition).sample``, or one that returns a tensor."""
+    output = model(x, t, **condition)
+    return output if isinstance(output, Tensor) else output.sample
+
+
+class DenoisingObjective:
+    """The (hybrid) denoising loss, as a callable.
+
+    Arguments:
+        process: The forward process.
+        prediction: What the model predicts: "epsilon", "sample" (x_0), "v_prediction" or "flow".
+        variance: "fixed", or "learned_range" for models with 2C output channels (ADM's hybrid loss).
+        vb_scale: The factor of the variational bound in the loss, with a learned variance; 1 by default, T/1000 for
+            guided-diffusion's ``rescale_learned_sigmas``.
+
+    Raises:
+        ValueError: If a name is unknown, or a learned variance is asked of a process that does not preserve variance.
+    """
+
+    def __init__(
+        self,
+        process: DiffusionProcess,
+        prediction: Prediction = "epsilon",
+        variance: Variance = "fixed",
+        vb_scale: float | None = None,
+    ) -> None:
+        if prediction not in PREDICTIONS:
+            raise ValueError(f"unknown prediction {prediction!r}: use one of {', '.join(PREDICTIONS)}")
+        if variance not in VARIANCES:
+            raise ValueError(f"unknown variance {variance!r}: use one of {', '.join(VARIANCES)}")
+        if variance == "learned_range" and not process.variance_preserving:
+            raise ValueError("a learned variance needs a variance-preserving process")
+        if vb_scale is not None and variance == "fixed":
+            raise ValueError("vb_scale has a meaning only with variance='learned_range'")
+        self.process = process
+        self.prediction: Prediction = prediction
+        self.variance: Variance = variance
+        self.vb_scale = 1.0 if vb_scale is None else vb_scale
+
+    def draw_times(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+        """n time indices, uniform in [0, T), with shape (n,), on the generator's device."""
+        device = generator.device if generator is not None else None
+        return torch.randint(len(self.process), (n,), generator=generator, device=device)
+
+    def draw(
+        self,
+        x0: Tensor,
+        t: Tensor | None = None,
+        noise: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        **condition: Any,
+    ) -> Draw:
+        """Fix t and ε for a batch.
+
+        Arguments:
+            x0: Clean samples in [−1, 1], with shape (B, *).
+            t: Time indices, with shape (B,); uniform by default.
+            noise: The noise ε, with shape (B, *); standard normal by default.
+            generator: Where t and ε come from.
+            condition: What else the model is called with, such as ``class_labels``.
+        """
+        if t is None:
+            t = self.draw_times(len(x0), generator).to(x0.device)
+        if noise is None:
+            device = generator.device if generator is not None else x0.device
+            noise = torch.randn(x0.shape, generator=generator, device=device, dtype=x0.dtype).to(x0.device)
+        return Draw(x0, t, noise, self.process.diffuse(x0, t, noise), condition)
+
+    def __call__(self, model: Callable[..., Any], draw: Draw, delta: Tensor | None = None) -> dict[str, Tensor]:
+        """The losses at x_t + δ.
+
+        Arguments:
+            model: Called as diffusers calls it; it is given ``process.times[t]``.
+            draw: The batch.
+            delta: The perturbation δ of x_t, with shape (B, *); none is 0.
+
+        Returns:
+            Losses with shape (B,): "loss", "mse", and "vb" (bits per dimension, before scaling) with a learned
+            variance.
+
+        Raises:
+            ValueError: If the model's output does not have the channels that the objective needs.
+        """
+        x, noise = draw.x_t, draw.noise
+        if delta is not None:
+            x, noise = x + delta, self.process.absorb(noise, draw.t, delta)
+        output = predict(model, x, self.process.times.to(draw.t.device)[draw.t], draw.condition)
+        channels = draw.x0.shape[1] * (2 if self.variance == "learned_range" else 1)
+        if output.shape[1] != channels:
+            raise ValueError(
+                f"the model gives {output.shape[1]} channels where variance={self.variance!r} needs {channels}"
+            )
+        output = output.to(draw.x0.dtype)
+        prediction = output[:, : draw.x0.shape[1]]
+        target = self.process.target(self.prediction, draw.x0, draw.t, noise)
+        losses = {"mse": (target - prediction).square().flatten(1).mean(1)}
+        if self.variance == "fixed":
+            return {"loss": losses["mse"], **losses}
+        losses["vb"] = self._variational_bound(draw.x0, x, draw.t, prediction.detach(), output[:, draw.x0.shape[1] :])
+        return {"loss": losses["mse"] + self.vb_scale * losses["vb"], **losses}
+
+    def _variational_bound(self, x0: Tensor, x_t: Tensor, t: Tensor, prediction: Tensor, v: Tensor) -> Tensor:
+        """One term of the variational bound, in bits per dimension, with shape (B,)."""
+        low, high = (per_sample(end, t, x_t) for end in self.process.log_variance_range)
+        fraction = (v + 1) / 2
+        log_variance = fraction * high + (1 - fraction) * low
+        x0_hat, _ = self.process.split(self.prediction, x_t, t, prediction)
+        mean = self.process.posterior_mean(x0_hat, x_t, t)
+        true_mean = self.process.posterior_mean(x0, x_t, t)
+        divergence = 0.5 * (
+            log_variance - low + (low - log_variance).exp() + (true_mean - mean).square() * (-log_variance).exp() - 1
+        )
+        nll = -_log_likelihood_of_pixels(x0, mean, log_variance)
+        first = (t == 0).reshape(-1, *(1,) * (x0.ndim - 1))
+        return torch.where(first, nll, divergence).flatten(1).mean(1) / math.log(2)
+
+
+def _log_likelihood_of_pixels(x0: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
+    """log P of the 256 grey values in [−1, 1] under a Gaussian, elementwise (Ho et al., 2020, section 3.3).
+
+    The bin of a value reaches half a step, 1/255, to each side; the first and last are open. Φ is the tanh
+    approximation that ADM uses, so that bits per dimension can be compared.
+    """
+
+    def cdf(z: Tensor) -> Tensor:
+        return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)))
+
+    centered, inverse_std = x0 - mean, (-0.5 * log_variance).exp()
+    below = cdf(inverse_std * (centered - 1 / 255))
+    above = cdf(inverse_std * (centered + 1 / 255))
+    probability = torch.where(x0 < -0.999, above, torch.where(x0 > 0.999, 1 - below, above - below))
+    return probability.clamp_min(1e-12).log()

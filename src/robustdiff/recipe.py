@@ -1,0 +1,269 @@
+"""The validated configuration of a run.
+
+A recipe is a YAML file whose fields are those of :class:`Recipe`. A section may be given by its name alone
+(``data: digits`` for ``data: {name: digits}``); on the command line ``--set adversary.step_size=0.5`` overrides one
+field. A recipe shipped with the package is named without its path.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from robustdiff.errors import InputError
+from robustdiff.process import Prediction
+
+__all__ = ["Recipe", "load_recipe", "shipped_recipes"]
+
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+
+
+class Section(BaseModel):
+    """A part of a recipe: unknown fields are errors, and nothing changes after validation."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Named(Section):
+    """A section that may be given by its name alone."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_name(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
+
+
+class DataConfig(Named):
+    """What to train on."""
+
+    name: str = Field("fashion-16", description="a dataset by name, or hf:NAME")
+    root: str | None = Field(None, description="the folder or file of the data, where the dataset needs one")
+    size: int | None = Field(None, ge=1, description="resize to this many pixels a side")
+    channels: Literal[1, 3] | None = Field(None, description="convert to grey (1) or colour (3)")
+    split: str = Field("train", description="which part of the dataset")
+    flip: bool = Field(False, description="mirror every other image at random")
+    workers: int = Field(0, ge=0, description="processes that load images ahead")
+
+
+class ModelConfig(Named):
+    """What to train: a new network, or one that is fine-tuned."""
+
+    name: Literal["unet", "pretrained"] = "unet"
+    path: str | None = Field(
+        None, description="pretrained: a run, a pipeline folder, or a model shipped with the package"
+    )
+    channels: tuple[int, ...] = Field((64, 128, 128), description="unet: the width of each level")
+    layers: int = Field(2, ge=1, description="unet: residual blocks in a level")
+    attention: tuple[bool, ...] | None = Field(None, description="unet: which levels have attention; none by default")
+    head_width: int = Field(32, ge=1, description="unet: channels of an attention head")
+    groups: int = Field(32, ge=1, description="unet: groups of a group norm; every width must be a multiple")
+    dropout: Fraction = Field(0.0, description="unet: dropout in the residual blocks")
+    class_cond: bool = Field(False, description="unet: condition on the labels of the data")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ModelConfig:
+        if self.name == "pretrained" and self.path is None:
+            raise ValueError("a pretrained model needs model.path: a run, a pipeline folder, or a shipped model's name")
+        if self.name != "pretrained" and self.path is not None:
+            raise ValueError("model.path is for model.name=pretrained")
+        if self.attention is not None and len(self.attention) != len(self.channels):
+            raise ValueError(f"model.attention needs one value for each of the {len(self.channels)} levels")
+        for width in self.channels:
+            if width % self.groups:
+                raise ValueError(f"model.channels {width} is not a multiple of model.groups {self.groups}")
+        return self
+
+
+class ProcessConfig(Named):
+    """The forward process."""
+
+    name: Literal["cosine", "linear", "flow", "pretrained"] = Field(
+        "cosine", description="pretrained: the one that the checkpoint was trained with"
+    )
+    T: int = Field(1000, ge=1, description="the number of times")
+
+
+class ObjectiveConfig(Named):
+    """The loss."""
+
+    name: Literal["denoising"] = "denoising"
+    prediction: Prediction = "epsilon"
+    variance: Literal["fixed", "learned_range"] = "fixed"
+    vb_scale: float | None = Field(None, gt=0, description="factor of the variational bound; learned_range only")
+
+
+class RadiusConfig(Section):
+    """The radius of the ball: exactly one way of giving it."""
+
+    value: float | None = Field(None, ge=0, description="a number, in units of the norm")
+    eta: float | None = Field(None, ge=0, description="η·‖(1, …, 1)‖; in ℓ2 η√d")
+    sampler_steps: int | None = Field(
+        None, ge=1, description="with eta: no more than a sampler of so many steps covers in one"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_number(cls, value: Any) -> Any:
+        return {"value": value} if isinstance(value, int | float) and not isinstance(value, bool) else value
+
+    @model_validator(mode="after")
+    def _one_way(self) -> RadiusConfig:
+        if (self.value is None) == (self.eta is None):
+            raise ValueError("a radius is given by a number or by eta")
+        if self.sampler_steps is not None and self.eta is None:
+            raise ValueError("radius.sampler_steps needs radius.eta, the most per dimension")
+        return self
+
+
+class AdversaryConfig(Named):
+    """What perturbs the noisy points."""
+
+    name: Literal["none", "free", "pgd", "random"] = "none"
+    steps: int = Field(3, ge=1, description="K")
+    step_size: float = Field(0.1, gt=0, description="α, in units of the norm")
+    norm: Literal["l2", "linf", "l1"] = "l2"
+    radius: RadiusConfig | None = Field(None, description="none: no projection")
+    ramp: int = Field(0, ge=0, description="updates over which the radius grows from 0")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> AdversaryConfig:
+        if self.ramp and self.radius is None:
+            raise ValueError("adversary.ramp needs adversary.radius: there is nothing else to ramp")
+        return self
+
+
+class SamplerConfig(Named):
+    """How the run's samples are made."""
+
+    name: str = "ddim"
+    steps: int = Field(50, ge=1, description="network evaluations for one image")
+
+
+class Recipe(Section):
+    """One training run."""
+
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    process: ProcessConfig | None = Field(
+        None, description="cosine; for a pretrained model the one it was trained with"
+    )
+    objective: ObjectiveConfig | None = Field(None, description="ε-prediction; for a pretrained model what it predicts")
+    adversary: AdversaryConfig = AdversaryConfig()
+    sampler: SamplerConfig = SamplerConfig()
+    output: str = Field("runs/run", description="the run's folder")
+    steps: int = Field(1000, ge=1, description="optimiser updates")
+    batch_size: int = Field(128, ge=1, description="images of one update, over all processes and microbatches")
+    accumulate: int = Field(1, ge=1, description="microbatches of one update")
+    lr: float = Field(1e-4, gt=0, description="AdamW's learning rate")
+    lr_schedule: Literal["constant", "cosine"] = Field("constant", description="after the warm-up; cosine ends at 0")
+    warmup: int = Field(0, ge=0, description="updates over which the learning rate grows from 0")
+    weight_decay: float = Field(0.0, ge=0)
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    clip: float | None = Field(None, gt=0, description="the largest norm of the gradient; none: not clipped")
+    ema: Fraction = Field(0.9999, description="decay of the moving average; 0: none")
+    precision: Literal["no", "bf16", "fp16"] = Field("no", description="mixed precision")
+    compile: bool = Field(False, description="torch.compile the network")
+    channels_last: bool | None = Field(None, description="memory layout; by default on CUDA only, where it helps")
+    seed: int = Field(0, ge=0)
+    threads: int | None = Field(None, ge=1, description="CPU threads of torch")
+    checkpoint_every: int = Field(1000, ge=1, description="updates between checkpoints")
+    keep: int = Field(2, ge=1, description="checkpoints to keep")
+    log_every: int = Field(10, ge=1, description="updates between lines of metrics.jsonl")
+    trackers: tuple[Literal["tensorboard", "wandb"], ...] = Field((), description="also log there, through accelerate")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Recipe:
+        if self.batch_size % self.accumulate:
+            raise ValueError(f"batch_size {self.batch_size} is not a multiple of accumulate {self.accumulate}")
+        return self
+
+    def to_yaml(self) -> str:
+        """The whole recipe, defaults included."""
+        text: str = yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        return text
+
+
+def shipped_recipes() -> list[str]:
+    """The names of the recipes that come with the package."""
+    return sorted(
+        p.name.removesuffix(".yaml") for p in (files("robustdiff") / "recipes").iterdir() if p.name.endswith(".yaml")
+    )
+
+
+def _explain(error: ValidationError, source: str) -> InputError:
+    """The first thing that is wrong, in one line."""
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        section: Any = Recipe
+        for part in first["loc"][:-1]:
+            annotation = section.model_fields[str(part)].annotation
+            section = next(a for a in (annotation, *getattr(annotation, "__args__", ())) if hasattr(a, "model_fields"))
+        return InputError(f"{source}: unknown field {where}; known here: {', '.join(section.model_fields)}")
+    message = first["msg"].removeprefix("Value error, ")
+    message = message[:1].lower() + message[1:]
+    return InputError(f"{source}: {where}: {message}" if where else f"{source}: {message}")
+
+
+def _override(values: dict[str, Any], assignment: str) -> None:
+    """Apply one ``key.key=value``, the value read as YAML."""
+    key, separator, text = assignment.partition("=")
+    if not separator or not key:
+        raise InputError(f"--set {assignment}: write it as key=value, as in --set adversary.step_size=0.5")
+    try:
+        value = yaml.safe_load(text)
+        if isinstance(value, str):
+            value = float(value)  # YAML 1.1 reads 1e-4 as a string
+    except yaml.YAMLError:
+        raise InputError(f"--set {assignment}: {text!r} is not YAML") from None
+    except ValueError:
+        pass
+    *sections, last = key.split(".")
+    for section in sections:
+        inner = values.get(section)
+        # A section given by its name alone becomes one with fields.
+        inner = {"name": inner} if isinstance(inner, str) else dict(inner) if isinstance(inner, dict) else {}
+        values[section] = inner
+        values = inner
+    if isinstance(value, str) and isinstance(values.get(last), dict):
+        values[last] = {**values[last], "name": value}
+    else:
+        values[last] = value
+
+
+def load_recipe(source: str, overrides: Sequence[str] = ()) -> Recipe:
+    """Read and validate a recipe.
+
+    Arguments:
+        source: A YAML file, or the name of a shipped recipe.
+        overrides: Assignments ``key.key=value``, in the order in which they apply.
+
+    Raises:
+        InputError: If there is no such recipe, or a field is unknown or out of its range.
+    """
+    path = Path(source)
+    if path.suffix in (".yaml", ".yml"):
+        if not path.is_file():
+            raise InputError(f"no recipe file {source}; shipped recipes: {', '.join(shipped_recipes())}")
+        text = path.read_text(encoding="utf-8")
+    elif source in shipped_recipes():
+        text = (files("robustdiff") / "recipes" / f"{source}.yaml").read_text(encoding="utf-8")
+    else:
+        raise InputError(f"unknown recipe {source!r}: give a .yaml file, or one of {', '.join(shipped_recipes())}")
+    try:
+        values = yaml.safe_load(text) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{source}: not YAML: {str(error).splitlines()[0]}") from None
+    if not isinstance(values, dict):
+        raise InputError(f"{source}: a recipe is a mapping of fields, such as 'data: digits'")
+    for assignment in overrides:
+        _override(values, assignment)
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        raise _explain(error, source) from None

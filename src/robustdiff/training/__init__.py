@@ -1,0 +1,1 @@
+"""Training: one loop on accelerate for pretraining and fine-tuning."""

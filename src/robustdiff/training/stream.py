@@ -1,0 +1,79 @@
+r"""What is random about a batch, as a function of (seed, batch number) alone.
+
+Batch b of a run holds the rows b·B … (b+1)·B − 1 of an endless list of indices, in which every epoch is a new
+permutation of the data; its times, noise and flips come from a generator that is seeded anew for each batch. So
+
+- a resumed run needs to know its batch number and nothing else;
+- two runs that differ in their adversary see the same images, times and noise: common random numbers;
+- the randomness of the whole batch is drawn in every process, which keeps its own rows: the number of processes and
+  of microbatches does not change what is trained on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+__all__ = ["BatchIndices", "batch_generator"]
+
+_ORDER, _NOISE = range(2)
+
+
+def batch_generator(seed: int, batch: int, device: torch.device | str) -> torch.Generator:
+    """The generator of the times, noise and flips of one batch."""
+    state = np.random.SeedSequence([seed, _NOISE, batch]).generate_state(1, np.uint64)[0]
+    return torch.Generator(device).manual_seed(int(state >> np.uint64(1)))
+
+
+class BatchIndices:
+    """The indices of successive microbatches, as torch's DataLoader takes them (``batch_sampler``).
+
+    Arguments:
+        length: The number N of images.
+        batch_size: The images B of one batch, over all processes and microbatches.
+        seed: The run's seed.
+        start: The number of the first batch.
+        rank: This process, of ``processes``.
+        processes: The number P of processes.
+        accumulate: The microbatches M of one batch. Microbatch m of process r holds the rows from (m·P + r)·B/(M·P).
+    """
+
+    def __init__(
+        self,
+        length: int,
+        batch_size: int,
+        seed: int,
+        start: int = 0,
+        rank: int = 0,
+        processes: int = 1,
+        accumulate: int = 1,
+    ) -> None:
+        self.length, self.batch_size, self.seed, self.start = length, batch_size, seed, start
+        self.rank, self.processes, self.accumulate = rank, processes, accumulate
+
+    def rows(self, microbatch: int) -> slice:
+        """Which rows of a batch belong to this process's microbatch."""
+        n = self.batch_size // (self.processes * self.accumulate)
+        first = (microbatch * self.processes + self.rank) * n
+        return slice(first, first + n)
+
+    def _epoch(self, epoch: int) -> NDArray[np.int64]:
+        return np.random.default_rng([self.seed, _ORDER, epoch]).permutation(self.length)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        known: tuple[int, NDArray[np.int64]] = (-1, np.empty(0, np.int64))
+        batch = self.start
+        while True:
+            batch_rows = np.arange(batch * self.batch_size, (batch + 1) * self.batch_size)
+            indices = np.empty(self.batch_size, np.int64)
+            for epoch in np.unique(batch_rows // self.length):
+                if known[0] != epoch:
+                    known = (int(epoch), self._epoch(int(epoch)))
+                inside = batch_rows // self.length == epoch
+                indices[inside] = known[1][batch_rows[inside] % self.length]
+            for microbatch in range(self.accumulate):
+                yield indices[self.rows(microbatch)].tolist()
+            batch += 1

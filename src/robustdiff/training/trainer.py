@@ -1,0 +1,486 @@
+r"""The training loop: adversarial or plain, from scratch or from a checkpoint.
+
+One batch is drawn once, and trained on in each of the adversary's passes, with an optimiser step after every pass
+(Wang et al., 2025, Algorithm 1); one batch of M microbatches goes through the passes in lockstep, so that every
+microbatch keeps its own δ and the optimiser steps when all of them have been through:
+
+    for each pass k:   for each microbatch m:   ∇_θ L(x_m + δ_m^k) accumulates, ∇_δ L moves δ_m^k → δ_m^{k+1}
+                       θ ← AdamW(θ);  θ̄ ← μ θ̄ + (1 − μ) θ
+
+Checkpoints are taken between batches, where there is no δ to remember.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import shutil
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any, TextIO
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import ProjectConfiguration, set_seed
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from robustdiff.data import ImageDataset, load_dataset, to_unit
+from robustdiff.errors import InputError, RunError
+from robustdiff.files import atomic_folder, atomic_write
+from robustdiff.models.build import Built, build_model, save_pipeline
+from robustdiff.objectives.denoising import DenoisingObjective, Draw
+from robustdiff.perturbation import (
+    Adversary,
+    Constant,
+    FreeAdversary,
+    NoAdversary,
+    PerDimension,
+    PGDAdversary,
+    RadiusSchedule,
+    Ramp,
+    RandomAdversary,
+    SamplerDistance,
+)
+from robustdiff.process import DiffusionProcess
+from robustdiff.recipe import AdversaryConfig, Recipe, load_recipe
+from robustdiff.training.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
+from robustdiff.training.ema import EMA
+from robustdiff.training.stream import BatchIndices, batch_generator
+
+__all__ = ["Status", "Trainer", "build_adversary", "train"]
+
+logger = logging.getLogger(__name__)
+
+# What may differ between a run and its continuation without changing what has been trained.
+_FREE_TO_CHANGE = {"output", "threads", "checkpoint_every", "keep", "log_every", "trackers", "sampler"}
+
+
+def build_adversary(config: AdversaryConfig, process: DiffusionProcess) -> Adversary:
+    """The adversary of a recipe."""
+    if config.name == "none":
+        return NoAdversary()
+    radius: RadiusSchedule | None = None
+    if config.radius is not None:
+        if config.radius.value is not None:
+            radius = Constant(config.radius.value)
+        elif config.radius.eta is not None and config.radius.sampler_steps is not None:
+            radius = SamplerDistance(process, config.radius.eta, config.radius.sampler_steps)
+        elif config.radius.eta is not None:
+            radius = PerDimension(config.radius.eta)
+        if radius is not None and config.ramp:
+            radius = Ramp(radius, config.ramp)
+    kinds: dict[str, type[Adversary]] = {
+        "free": FreeAdversary,
+        "pgd": PGDAdversary,
+        "random": RandomAdversary,
+    }
+    return kinds[config.name](config.steps, config.step_size, radius, config.norm)
+
+
+@dataclass(frozen=True)
+class Status:
+    """What is known after an update; averages are over the updates since the last line of metrics.
+
+    Attributes:
+        step: Optimiser updates made.
+        steps: Optimiser updates in all.
+        loss: The mean loss over all passes.
+        delta_norm: The mean ‖δ‖ in the last pass over a batch, in the adversary's norm.
+        images_per_second: Images that went through forward and backward, over all processes.
+    """
+
+    step: int
+    steps: int
+    loss: float
+    delta_norm: float
+    images_per_second: float
+
+
+class Trainer:
+    """Everything that one run consists of. :meth:`updates` is the loop.
+
+    Arguments:
+        recipe: The configuration.
+        built: The network, its process and objective, when they exist already; built from the recipe otherwise.
+
+    Raises:
+        InputError: If the recipe, the data and the checkpoint do not fit.
+    """
+
+    def __init__(self, recipe: Recipe, accelerator: Accelerator, dataset: ImageDataset, built: Built) -> None:
+        self.recipe = recipe
+        self.accelerator = accelerator
+        self.dataset = dataset
+        self.built = built
+        objective = built.objective
+        self.objective = DenoisingObjective(
+            built.process, objective.prediction, objective.variance, vb_scale=objective.vb_scale
+        )
+        self.adversary = build_adversary(recipe.adversary, built.process)
+        self.step = 0
+        self.batch = 0
+
+        parts = accelerator.num_processes * recipe.accumulate
+        if recipe.batch_size % parts:
+            raise InputError(
+                f"batch_size {recipe.batch_size} is not a multiple of {accelerator.num_processes} processes × "
+                f"accumulate {recipe.accumulate}"
+            )
+        unet = built.unet.train()
+        cuda = accelerator.device.type == "cuda"
+        if cuda if recipe.channels_last is None else recipe.channels_last:
+            unet = unet.to(memory_format=torch.channels_last)
+        model = torch.compile(unet) if recipe.compile else unet
+        # A fused AdamW is one kernel instead of one for each tensor and operation.
+        optimizer = torch.optim.AdamW(
+            unet.parameters(), lr=recipe.lr, betas=recipe.betas, weight_decay=recipe.weight_decay, fused=True
+        )
+        self.model, self.optimizer = accelerator.prepare(model, optimizer)
+        self.ema = EMA(list(self.model.parameters()), recipe.ema) if recipe.ema else None
+
+    # -- the loop --------------------------------------------------------------------------------------------
+
+    def learning_rate(self) -> float:
+        """The rate of the next update: linear warm-up, then constant or half a cosine."""
+        recipe = self.recipe
+        rate = recipe.lr * min(1.0, (self.step + 1) / recipe.warmup if recipe.warmup else 1.0)
+        if recipe.lr_schedule == "cosine":
+            rate *= 0.5 * (1 + math.cos(math.pi * self.step / recipe.steps))
+        return rate
+
+    def batches(self) -> Iterator[list[Draw]]:
+        """The microbatches of one batch after the other, from the run's position on."""
+        recipe, accelerator = self.recipe, self.accelerator
+        indices = BatchIndices(
+            len(self.dataset),
+            recipe.batch_size,
+            recipe.seed,
+            self.batch,
+            accelerator.process_index,
+            accelerator.num_processes,
+            recipe.accumulate,
+        )
+        loader: Iterator[tuple[Tensor, Tensor | None]] = iter(
+            DataLoader(
+                self.dataset,
+                batch_sampler=indices,  # type: ignore[arg-type]  # an endless one has no length
+                collate_fn=lambda batch: batch,
+                num_workers=recipe.data.workers,
+                pin_memory=accelerator.device.type == "cuda",
+            )
+        )
+        class_cond = self.built.unet.config.num_class_embeds is not None
+        while True:
+            generator = batch_generator(recipe.seed, self.batch, accelerator.device)
+            t = self.objective.draw_times(recipe.batch_size, generator)
+            noise = torch.randn(
+                (recipe.batch_size, *self.dataset.shape), generator=generator, device=accelerator.device
+            )
+            flip = torch.rand(recipe.batch_size, generator=generator, device=accelerator.device) < 0.5
+            draws = []
+            for m in range(recipe.accumulate):
+                images, labels = next(loader)
+                rows = indices.rows(m)
+                x0 = to_unit(images.to(accelerator.device, non_blocking=True))
+                if recipe.data.flip:
+                    x0 = torch.where(flip[rows, None, None, None], x0.flip(-1), x0)
+                condition = {}
+                if class_cond and labels is not None:
+                    condition["class_labels"] = labels.to(accelerator.device)
+                draws.append(self.objective.draw(x0, t=t[rows], noise=noise[rows], **condition))
+            yield draws
+
+    def _loss_of_delta(self, draw: Draw) -> Callable[[Tensor], Tensor]:
+        """δ ↦ losses (B,), for adversaries that ascend on their own."""
+
+        def losses(delta: Tensor) -> Tensor:
+            # No gradients of parameters are made here, so there is none to wait for from other processes.
+            with self.accelerator.no_sync(self.model):
+                loss = self.objective(self.model, draw, delta)["loss"]
+            scaler = self.accelerator.scaler
+            return loss if scaler is None else scaler.scale(loss)  # fp16 would underflow
+
+        return losses
+
+    def updates(self) -> Iterator[tuple[dict[str, Tensor], Tensor, bool]]:
+        """Train until ``recipe.steps`` updates are made.
+
+        Yields:
+            After each optimiser update: the mean of each loss of this process, the mean ‖δ‖, and whether the batch
+            is done with, so that a checkpoint may be taken. Tensors, so that looking at them is the caller's choice.
+        """
+        accelerator, recipe = self.accelerator, self.recipe
+        for draws in self.batches():
+            perturbations = [
+                self.adversary(draw.x_t, draw.t, loss=self._loss_of_delta(draw), training_step=self.step)
+                for draw in draws
+            ]
+            for k, deltas in enumerate(zip(*perturbations, strict=True)):
+                totals: dict[str, Tensor] = {}
+                for m, (draw, delta) in enumerate(zip(draws, deltas, strict=True)):
+                    last = m + 1 == len(draws)
+                    sync: AbstractContextManager[Any] = nullcontext() if last else accelerator.no_sync(self.model)
+                    with sync:
+                        losses = self.objective(self.model, draw, delta)
+                        accelerator.backward(losses["loss"].mean() / len(draws))
+                    for name, value in losses.items():
+                        totals[name] = totals.get(name, 0) + value.detach().mean() / len(draws)
+                if recipe.clip is not None:
+                    accelerator.clip_grad_norm_(self.model.parameters(), recipe.clip)
+                for group in self.optimizer.param_groups:
+                    group["lr"] = self.learning_rate()
+                self.optimizer.step()
+                self.optimizer.zero_grad(set_to_none=True)
+                if self.ema is not None:
+                    self.ema.update()
+                self.step += 1
+                size = torch.cat([self.adversary.norm(d.detach()) for d in deltas]).mean()
+                done = k + 1 == self.adversary.passes
+                self.batch += done
+                yield totals, size, done
+                if self.step >= recipe.steps:
+                    return
+
+    # -- in and out ------------------------------------------------------------------------------------------
+
+    def save(self, folder: Path) -> None:
+        """Write a checkpoint into the run's ``checkpoints``. Called by every process, between batches."""
+        state = {"step": self.step, "batch": self.batch}
+        save_checkpoint(folder, self.step, self.accelerator, self.ema, state, self.recipe.keep)
+
+    def load(self, checkpoint: Path) -> None:
+        """Continue from a checkpoint."""
+        state = load_checkpoint(checkpoint, self.accelerator, self.ema)
+        self.step, self.batch = state["step"], state["batch"]
+
+    def export(self, folder: Path) -> None:
+        """Write the network, by its moving average if there is one, as a diffusers pipeline folder."""
+        with self.ema.applied() if self.ema is not None else nullcontext():
+            state = self.accelerator.get_state_dict(self.model)
+        if self.accelerator.is_main_process:
+            unet = type(self.built.unet).from_config(self.built.unet.config)
+            unet.load_state_dict({name.removeprefix("_orig_mod."): value for name, value in state.items()})
+            with atomic_folder(folder) as temporary:
+                save_pipeline(temporary, unet, self.built.scheduler)
+        self.accelerator.wait_for_everyone()
+
+
+class _Interrupt:
+    """Turns the first SIGTERM or Ctrl-C into a flag that the loop looks at; a second one acts as usual."""
+
+    def __init__(self) -> None:
+        self.received: str | None = None
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> _Interrupt:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._previous[number] = signal.signal(number, self._receive)
+        return self
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        self.received = signal.Signals(number).name
+        self.__exit__()
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+
+class _Metrics:
+    """``metrics.jsonl``, one line in ``log_every`` updates, and accelerate's trackers."""
+
+    def __init__(self, trainer: Trainer, path: Path) -> None:
+        self.trainer = trainer
+        self.path = path
+        self.file: TextIO | None = None
+        if trainer.accelerator.is_main_process:
+            self._drop_after(trainer.step)
+            self.file = path.open("a", encoding="utf-8")
+        self._restart()
+
+    def _drop_after(self, step: int) -> None:
+        """Lines that a killed run wrote after its last checkpoint will be written again."""
+        if not self.path.exists():
+            return
+        kept = []
+        for line in self.path.read_text(encoding="utf-8").splitlines():
+            try:
+                if json.loads(line)["step"] <= step:
+                    kept.append(line)
+            except ValueError:  # torn by a kill
+                continue
+        with atomic_write(self.path) as file:
+            file.write("".join(line + "\n" for line in kept).encode())
+
+    def _restart(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self.sizes: Tensor | float = 0.0
+        self.updates = self.batches = 0
+        self.since = time.perf_counter()
+
+    def add(self, losses: dict[str, Tensor], size: Tensor, done: bool) -> None:
+        for name, value in losses.items():
+            self.sums[name] = self.sums.get(name, 0) + value
+        self.updates += 1
+        if done:  # the last pass is the farthest
+            self.sizes = self.sizes + size
+            self.batches += 1
+
+    def flush(self) -> Status:
+        """Write a line. Raises RunError if the loss is not finite."""
+        trainer, recipe = self.trainer, self.trainer.recipe
+        names = sorted(self.sums)
+        means = trainer.accelerator.reduce(torch.stack([self.sums[n] for n in names]) / self.updates, reduction="mean")
+        line: dict[str, float] = {"step": trainer.step, **dict(zip(names, means.tolist(), strict=True))}
+        line["delta_norm"] = float(self.sizes) / max(1, self.batches)
+        line["lr"] = self.trainer.optimizer.param_groups[0]["lr"]
+        line["epoch"] = trainer.batch * recipe.batch_size / len(trainer.dataset)
+        line["skipped"] = trainer.adversary.skipped
+        line["images_per_second"] = self.updates * recipe.batch_size / (time.perf_counter() - self.since)
+        if not math.isfinite(line["loss"]):
+            raise RunError(
+                f"the loss is {line['loss']} at update {trainer.step}: lower lr or adversary.step_size, or set clip=1; "
+                "checkpoints from before are kept"
+            )
+        if self.file is not None:
+            self.file.write(json.dumps(line) + "\n")
+            self.file.flush()
+        trainer.accelerator.log({k: v for k, v in line.items() if k != "step"}, step=trainer.step)
+        self._restart()
+        return Status(trainer.step, recipe.steps, line["loss"], line["delta_norm"], line["images_per_second"])
+
+
+def _prepare_folder(recipe: Recipe, folder: Path, resume: bool) -> None:
+    """Make the run's folder, or see that what is there is the same run."""
+    if (folder / "recipe.yaml").exists():
+        if not resume:
+            raise InputError(f"{folder} already holds a run: go on with --resume, or choose another --set output=…")
+        before = load_recipe(str(folder / "recipe.yaml"))
+        free = _FREE_TO_CHANGE | ({"steps"} if recipe.lr_schedule == "constant" else set())
+        for name in Recipe.model_fields:
+            if name not in free and getattr(before, name) != getattr(recipe, name):
+                raise InputError(
+                    f"{folder} was trained with another {name}: resume with the recipe it was started with, "
+                    "or choose another --set output=…"
+                )
+    (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+    for leftover in (folder / "checkpoints").glob(".*.tmp"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    with atomic_write(folder / "recipe.yaml") as file:
+        file.write(recipe.to_yaml().encode())
+
+
+def train(
+    recipe: Recipe,
+    *,
+    resume: bool = False,
+    cpu: bool = False,
+    on_status: Callable[[Status], None] | None = None,
+) -> dict[str, Any] | None:
+    """Train a recipe to its end, or until SIGTERM or Ctrl-C.
+
+    Arguments:
+        recipe: The configuration.
+        resume: Go on from the newest whole checkpoint of ``recipe.output``, or start if there is none.
+        cpu: Use the CPU even where there is a GPU.
+        on_status: Called with the state of things, once in ``log_every`` updates.
+
+    Returns:
+        What ``result.json`` holds; None when a signal stopped the run, which was saved and can be resumed.
+
+    Raises:
+        InputError: If the recipe, the data, the checkpoint and the folder do not fit together.
+        RunError: If the loss is not finite.
+        OSError: If the disk is full.
+    """
+    folder = Path(recipe.output)
+    if recipe.threads is not None:
+        torch.set_num_threads(recipe.threads)
+    dataset = load_dataset(
+        recipe.data.name,
+        root=recipe.data.root,
+        size=recipe.data.size,
+        channels=recipe.data.channels,
+        split=recipe.data.split,
+    )
+    accelerator = Accelerator(
+        cpu=cpu,
+        mixed_precision=recipe.precision,
+        log_with=list(recipe.trackers) or None,
+        project_config=ProjectConfiguration(project_dir=str(folder), logging_dir=str(folder)),
+    )
+    set_seed(recipe.seed)  # before the network is made: all processes start from the same
+    trainer = Trainer(recipe, accelerator, dataset, build_model(recipe, dataset))
+    if accelerator.is_main_process:
+        _prepare_folder(recipe, folder, resume)
+    accelerator.wait_for_everyone()
+    finished = folder / "result.json"
+    if finished.exists():
+        result: dict[str, Any] = json.loads(finished.read_text())
+        if result["steps"] >= recipe.steps:
+            logger.info("%s is finished", folder)
+            return result
+    set_seed(recipe.seed, device_specific=True)  # dropout and random directions differ between processes
+    if (checkpoint := newest_checkpoint(folder / "checkpoints")) is not None:
+        trainer.load(checkpoint)
+    if recipe.trackers:
+        accelerator.init_trackers("robustdiff", config={"recipe": recipe.to_yaml()})
+    metrics = _Metrics(trainer, folder / "metrics.jsonl")
+    saved = trainer.step
+    status: Status | None = None
+    with _Interrupt() as interrupt:
+        for losses, size, done in trainer.updates():
+            metrics.add(losses, size, done)
+            stop = interrupt.received is not None and done
+            if accelerator.num_processes > 1 and done:  # a signal may reach one process before another
+                flag = torch.tensor(float(stop), device=accelerator.device)
+                stop = bool(accelerator.reduce(flag, reduction="sum"))
+            due = done and trainer.step - saved >= recipe.checkpoint_every
+            last = trainer.step >= recipe.steps
+            # Between batches, so that every line covers whole batches; before a checkpoint, so that none has a NaN.
+            if (done and metrics.updates >= recipe.log_every) or due or stop or last:
+                status = metrics.flush()
+                if on_status is not None:
+                    on_status(status)
+            if due or ((stop or last) and done):
+                trainer.save(folder / "checkpoints")
+                saved = trainer.step
+            if stop and not last:
+                logger.warning("%s: saved at update %d; go on with --resume", interrupt.received, trainer.step)
+                return None
+        trainer.export(folder / "model")
+        result = {
+            "steps": trainer.step,
+            "batches": trainer.batch,
+            "batch_size": recipe.batch_size,
+            "backward_passes": _backward_passes(trainer),
+            "loss": status.loss if status is not None else None,
+            "delta_norm": status.delta_norm if status is not None else None,
+            "skipped": trainer.adversary.skipped,
+            "parameters": sum(p.numel() for p in trainer.built.unet.parameters()),
+            "data": dataset.name,
+            "images": len(dataset),
+            "processes": accelerator.num_processes,
+            "device": accelerator.device.type,
+            "torch": torch.__version__,
+        }
+        if accelerator.is_main_process:
+            with atomic_write(finished) as file:
+                file.write(json.dumps(result, indent=1).encode())
+        accelerator.wait_for_everyone()
+    if recipe.trackers:
+        accelerator.end_training()
+    return result
+
+
+def _backward_passes(trainer: Trainer) -> int:
+    """Backward passes over a batch, counting those that only move δ."""
+    extra = trainer.adversary.steps if isinstance(trainer.adversary, PGDAdversary) else 0
+    return trainer.step * (1 + extra)

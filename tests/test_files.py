@@ -1,0 +1,43 @@
+"""Files that are either whole or absent."""
+
+import os
+
+import pytest
+
+from robustdiff.files import atomic_write
+
+
+def test_write_and_replace(tmp_path):
+    path = tmp_path / "a.bin"
+    for content in (b"one", b"two"):
+        with atomic_write(path) as file:
+            file.write(content)
+            assert not path.exists() or path.read_bytes() == b"one"
+        assert path.read_bytes() == content
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_a_failure_leaves_what_was_there(tmp_path, error):
+    path = tmp_path / "a.bin"
+    path.write_bytes(b"one")
+    with pytest.raises(error), atomic_write(path) as file:
+        file.write(b"tw")
+        raise error
+    assert path.read_bytes() == b"one"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_permissions_follow_the_umask(tmp_path):
+    old = os.umask(0o022)
+    try:
+        with atomic_write(str(tmp_path / "a.bin")) as file:
+            file.write(b"x")
+    finally:
+        os.umask(old)
+    assert (tmp_path / "a.bin").stat().st_mode & 0o777 == 0o644
+
+
+def test_a_missing_folder(tmp_path):
+    with pytest.raises(OSError), atomic_write(tmp_path / "nowhere/a.bin"):
+        pass
