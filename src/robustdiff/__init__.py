@@ -1,0 +1,47 @@
+"""Adversarial training of diffusion and consistency models, so that they stay good at few sampling steps.
+
+Wang et al., "Improved Diffusion-based Generative Model with Better Adversarial Robustness", ICLR 2025, arXiv 2502.17099.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from robustdiff.models.adm import load_adm, save_adm
+    from robustdiff.objectives.denoising import DenoisingObjective
+    from robustdiff.perturbation import FreeAdversary, PGDAdversary, RandomAdversary
+    from robustdiff.process import DiffusionProcess
+    from robustdiff.samplers import sample
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "DenoisingObjective",
+    "DiffusionProcess",
+    "FreeAdversary",
+    "PGDAdversary",
+    "RandomAdversary",
+    "load_adm",
+    "sample",
+    "save_adm",
+]
+
+_HOME = {
+    "DenoisingObjective": "robustdiff.objectives.denoising",
+    "DiffusionProcess": "robustdiff.process",
+    "FreeAdversary": "robustdiff.perturbation",
+    "PGDAdversary": "robustdiff.perturbation",
+    "RandomAdversary": "robustdiff.perturbation",
+    "load_adm": "robustdiff.models.adm",
+    "sample": "robustdiff.samplers",
+    "save_adm": "robustdiff.models.adm",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # Loaded when first used: diffusers takes seconds to import, and a plain training loop may not need it.
+    if name in _HOME:
+        return getattr(import_module(_HOME[name]), name)
+    raise AttributeError(f"module 'robustdiff' has no attribute {name!r}")

@@ -644,7 +644,7 @@ class Fidelity:
         fid = frechet_distance(self.moments.mean, self.moments.cov, self.reference.mean, self.reference.cov)
         spread = bootstrap_frechet(self.moments, self.reference, replicates, seed)
         generated = self._reservoir.features
-        real = self.reference.features[: self._reservoir.limit]
+        real = self.reference.features[: len(generated)]  # as many of each: precision and recall depend on it
         kid, kid_se = kernel_distance(generated, real)
         precision, recall = precision_recall(generated, real)
         return {

@@ -1,0 +1,147 @@
+r"""The grid: checkpoint × sampler × number of function evaluations (NFE).
+
+Every cell is made from the same random numbers: image i of each has the same x_T and step noise
+(:mod:`robustdiff.samplers.generate`). A cell has a bootstrap interval, and each pair of checkpoints has, at equal sampler
+and NFE, an interval of its difference, from replicates that resample the same images of both. Common random numbers make
+that interval narrower than the two intervals suggest.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import Tensor
+
+from robustdiff.evaluation.features import FeatureExtractor
+from robustdiff.evaluation.fidelity import Fidelity, Reference, bootstrap_frechet, interval
+from robustdiff.samplers.generate import Generator
+
+__all__ = ["Cell", "Difference", "Grid", "evaluate_grid"]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One checkpoint under one sampler.
+
+    Attributes:
+        checkpoint: Its name.
+        sampler: The sampler.
+        steps: Network evaluations for one image.
+        n: Images.
+        fid: Fréchet distance, with its 95 % interval ``fid_ci``.
+        kid: Kernel distance, with its standard error ``kid_se``.
+        precision: In [0, 1].
+        recall: In [0, 1].
+        seconds: What it took to make and measure the images.
+    """
+
+    checkpoint: str
+    sampler: str
+    steps: int
+    n: int
+    fid: float
+    fid_ci: tuple[float, float]
+    kid: float
+    kid_se: float
+    precision: float
+    recall: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Difference:
+    """FID of one checkpoint minus that of another, at equal sampler, steps and random numbers.
+
+    Attributes:
+        checkpoint: The one.
+        baseline: The other.
+        sampler: The sampler.
+        steps: Network evaluations for one image.
+        fid: The difference, with its 95 % interval ``fid_ci``.
+        relative: The difference over the other's FID.
+    """
+
+    checkpoint: str
+    baseline: str
+    sampler: str
+    steps: int
+    fid: float
+    fid_ci: tuple[float, float]
+    relative: float
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The cells, the differences of all pairs, and the first images of each cell, uint8 (k, C, H, W)."""
+
+    cells: list[Cell]
+    differences: list[Difference]
+    samples: dict[tuple[str, str, int], Tensor]
+
+
+def evaluate_grid(
+    generators: dict[str, Generator],
+    samplers: Sequence[str],
+    steps: Sequence[int],
+    num: int,
+    extractor: FeatureExtractor,
+    reference: Reference,
+    accelerator: Accelerator,
+    keep: int = 16,
+    on_images: Callable[[int, str], None] = lambda nfe, cell: None,
+) -> Grid:
+    """Evaluate every checkpoint under every sampler and number of steps.
+
+    Arguments:
+        generators: By the checkpoint's name; their sampler and steps are replaced, the rest is used as it is.
+        samplers: Names of samplers.
+        steps: Numbers of network evaluations.
+        num: Images of a cell.
+        extractor: The features.
+        reference: The real images under the same features.
+        accelerator: Each of its processes makes its share of the images of each cell.
+        keep: How many images of each cell to return.
+        on_images: Called after each batch with the network evaluations that it took, over all processes, and the name of
+            the cell.
+
+    Raises:
+        InputError: If a sampler or a number of steps does not suit a checkpoint, or images do not suit the features.
+    """
+    for generator, sampler in itertools.product(generators.values(), samplers):
+        replace(generator, sampler=sampler)  # its checks, before anything takes time
+    cells, differences, samples = [], [], {}
+    for sampler, count in itertools.product(samplers, steps):
+        measured: dict[str, tuple[Cell, Any]] = {}
+        for name, generator in generators.items():
+            start = time.perf_counter()
+            cell_generator = replace(generator, sampler=sampler, steps=count)
+            fidelity = Fidelity(extractor, reference)
+            first: list[Tensor] = []
+            rank, processes = accelerator.process_index, accelerator.num_processes
+            for batch, images in cell_generator.images(range(num * rank // processes, num * (rank + 1) // processes)):
+                fidelity.update(images, batch.start)
+                first += list(images[: max(0, keep - batch.start)])
+                on_images(len(batch) * count * processes, f"{name} · {sampler} {count}")
+            if processes > 1:
+                states = gather_object([fidelity.state()])
+                fidelity = Fidelity(extractor, reference)
+                for state in states:
+                    fidelity.merge_state(state)
+            result = fidelity.result()
+            replicates = bootstrap_frechet(fidelity.moments, reference)
+            cell = Cell(name, sampler, count, seconds=time.perf_counter() - start, **result)
+            cells.append(cell)
+            samples[name, sampler, count] = torch.stack(first) if first else torch.empty(0)
+            for other, (other_cell, other_replicates) in measured.items():
+                gain = cell.fid - other_cell.fid
+                ends = interval(gain, replicates - other_replicates)
+                differences.append(Difference(name, other, sampler, count, gain, ends, gain / other_cell.fid))
+            measured[name] = (cell, replicates)
+    return Grid(cells, differences, samples)
