@@ -1,6 +1,7 @@
 """Adversarial training of diffusion and consistency models, so that they stay good at few sampling steps.
 
-Wang et al., "Improved Diffusion-based Generative Model with Better Adversarial Robustness", ICLR 2025, arXiv 2502.17099.
+Wang et al., "Improved Diffusion-based Generative Model with Better Adversarial Robustness", ICLR 2025,
+arXiv 2502.17099.
 """
 
 from __future__ import annotations

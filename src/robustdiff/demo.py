@@ -1,8 +1,8 @@
 """The demonstration: three fine-tunings of one checkpoint on real images, and the evidence.
 
 The shipped base checkpoint is fine-tuned on fashion-16 plainly, with a random perturbation of adversarial training's
-size, and with free adversarial training. Each makes the same number of optimiser updates, one backward pass each, at the
-same batch size, learning rate and moving average; all read the same sequence of batches with the same times and noise.
+size, and with free adversarial training. Each makes the same number of optimiser updates, one backward pass each, at
+the same batch size, learning rate and moving average; all read the same sequence of batches with the same times and noise.
 Plain fine-tuning makes one update on each batch, the other two K, and so they see the first K-th of the sequence.
 Then FID over samplers and steps, from the same noise.
 """
@@ -23,13 +23,12 @@ from robustdiff.evaluation.features import load_extractor
 from robustdiff.evaluation.fidelity import reference_statistics
 from robustdiff.evaluation.grid import Grid, evaluate_grid
 from robustdiff.files import atomic_write
-from robustdiff.models.build import load_pipeline, objective_of, process_of
 from robustdiff.recipe import Recipe, load_recipe
 from robustdiff.report.figures import fid_against_steps, sample_grid, save_figure
 from robustdiff.samplers.generate import Generator
 from robustdiff.training.trainer import Status, train
 
-__all__ = ["DemoSize", "FULL", "QUICK", "run_demo"]
+__all__ = ["FULL", "QUICK", "DemoSize", "run_demo"]
 
 
 METHODS = {"plain": "none", "random": "random", "free AT": "free"}
@@ -96,14 +95,7 @@ def run_demo(
         if result is None:
             return None
         training[method] = {"recipe": recipe.model_dump(mode="json"), **result}
-        unet, scheduler = load_pipeline(recipe.output)
-        generators[method] = Generator(
-            unet,
-            process_of(scheduler),
-            objective_of(scheduler, unet).prediction,
-            seed=seed,
-            precision=recipe.precision,
-        )
+        generators[method] = Generator.load(recipe.output, seed=seed, precision=recipe.precision)
     accelerator = Accelerator()
     extractor = load_extractor("fashion-16")
     on_part("statistics of the real images", 1)

@@ -36,12 +36,12 @@ from torch import Tensor
 from robustdiff.process import DiffusionProcess
 
 __all__ = [
+    "L1",
+    "L2",
     "NORMS",
     "Adversary",
     "Constant",
     "FreeAdversary",
-    "L1",
-    "L2",
     "Linf",
     "NoAdversary",
     "Norm",

@@ -1,9 +1,9 @@
 r"""The grid: checkpoint × sampler × number of function evaluations (NFE).
 
 Every cell is made from the same random numbers: image i of each has the same x_T and step noise
-(:mod:`robustdiff.samplers.generate`). A cell has a bootstrap interval, and each pair of checkpoints has, at equal sampler
-and NFE, an interval of its difference, from replicates that resample the same images of both. Common random numbers make
-that interval narrower than the two intervals suggest.
+(:mod:`robustdiff.samplers.generate`). A cell has a bootstrap interval, and each pair of checkpoints has, at equal
+sampler and NFE, an interval of its difference, from replicates that resample the same images of both. Common random
+numbers make that interval narrower than the two intervals suggest.
 """
 
 from __future__ import annotations
@@ -108,8 +108,8 @@ def evaluate_grid(
         reference: The real images under the same features.
         accelerator: Each of its processes makes its share of the images of each cell.
         keep: How many images of each cell to return.
-        on_images: Called after each batch with the network evaluations that it took, over all processes, and the name of
-            the cell.
+        on_images: Called after each batch with the network evaluations that it took, over all processes, and the name
+            of the cell.
 
     Raises:
         InputError: If a sampler or a number of steps does not suit a checkpoint, or images do not suit the features.

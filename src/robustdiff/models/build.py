@@ -12,9 +12,10 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from diffusers import DDPMPipeline, DDPMScheduler, FlowMatchEulerDiscreteScheduler, UNet2DModel
+from diffusers import DDPMPipeline, DDPMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers.models.unets.unet_2d import UNet2DModel
+from diffusers.utils.logging import disable_progress_bar
 from safetensors import SafetensorError
-from torch import nn
 
 from robustdiff.data import ImageDataset
 from robustdiff.errors import InputError
@@ -62,6 +63,8 @@ def build_unet(
     if config.class_cond and num_classes is None:
         raise InputError("model.class_cond needs labels, and this data has none: set model.class_cond=false")
     attention = config.attention or (False,) * levels
+    # Wider than the level, a head would leave no heads at all. The middle always has attention.
+    widths = [config.channels[-1], *(w for w, a in zip(config.channels, attention, strict=True) if a)]
     return UNet2DModel(
         sample_size=height,
         in_channels=channels,
@@ -70,7 +73,7 @@ def build_unet(
         block_out_channels=config.channels,
         down_block_types=tuple("AttnDownBlock2D" if a else "DownBlock2D" for a in attention),
         up_block_types=tuple("AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attention)),
-        attention_head_dim=config.head_width,
+        attention_head_dim=min(config.head_width, *widths),
         norm_num_groups=config.groups,
         dropout=config.dropout,
         num_class_embeds=num_classes if config.class_cond else None,
@@ -105,7 +108,7 @@ def process_of(scheduler: Any) -> DiffusionProcess:
         raise InputError(str(error)) from None
 
 
-def objective_of(scheduler: Any, unet: nn.Module) -> ObjectiveConfig:
+def objective_of(scheduler: Any, unet: UNet2DModel) -> ObjectiveConfig:
     """What the network of a pipeline predicts, read from the scheduler and the number of its output channels."""
     if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
         return ObjectiveConfig(prediction="flow")
@@ -142,6 +145,7 @@ def load_pipeline(path: str | Path) -> tuple[UNet2DModel, Any]:
             raise InputError(
                 f"{folder} holds {kind or 'no unet'}, not a UNet2DModel: only pixel-space UNets are supported"
             )
+        disable_progress_bar()  # loading a small network needs none, and it would stand in the middle of ours
         pipeline = DDPMPipeline.from_pretrained(folder, use_safetensors=True, local_files_only=True)
     except InputError:
         raise

@@ -73,7 +73,11 @@ def tile(images: Tensor, columns: int, scale: int = 1) -> NDArray[np.uint8]:
 
 
 def sample_grid(
-    samples: dict[tuple[str, str, int], Tensor], checkpoints: Sequence[str], sampler: str, steps: Sequence[int], title: str
+    samples: dict[tuple[str, str, int], Tensor],
+    checkpoints: Sequence[str],
+    sampler: str,
+    steps: Sequence[int],
+    title: str,
 ) -> Figure:
     """Checkpoints side by side, numbers of steps below each other; column j is the same x_T everywhere."""
     figure = Figure(figsize=(2.8 * len(checkpoints) + 0.6, 0.95 * len(steps) + 0.6), layout="constrained")

@@ -19,7 +19,7 @@ def grid_table(grid: Grid, baseline: str) -> Table:
     checkpoints = list(dict.fromkeys(cell.checkpoint for cell in grid.cells))
     cells = {(c.checkpoint, c.sampler, c.steps): c for c in grid.cells}
     differences = {(d.checkpoint, d.baseline, d.sampler, d.steps): d for d in grid.differences}
-    table = Table(title=f"FID of {grid.cells[0].n} images a cell, with 95 % bootstrap intervals", title_style="bold")
+    table = Table()
     table.add_column("sampler")
     table.add_column("steps", justify="right")
     for checkpoint in checkpoints:
@@ -41,5 +41,6 @@ def grid_table(grid: Grid, baseline: str) -> Table:
                 style = "green" if high < 0 else "red" if low > 0 else "dim"
                 row.append(f"[{style}]{difference.relative:+.1%} ({low:+.2f} … {high:+.2f})[/]")
         table.add_row(*row)
-    table.caption = "negative: better than the baseline; green and red: the interval of the difference excludes 0"
+    if len(checkpoints) > 1:
+        table.caption = "negative: better than the baseline; green and red: the interval of the difference excludes 0"
     return table

@@ -1,4 +1,4 @@
-r"""DDIM (Song et al., ICLR 2021), deterministic: x_s = √ᾱ_s x̂_0 + √(1 − ᾱ_s) ε̂, over guided-diffusion's "ddimS" times."""
+r"""DDIM (Song et al., ICLR 2021), x_s = √ᾱ_s x̂_0 + √(1 − ᾱ_s) ε̂, over guided-diffusion's "ddimS" times."""
 
 from __future__ import annotations
 

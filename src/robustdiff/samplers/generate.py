@@ -27,6 +27,7 @@ from torch import Tensor
 from robustdiff.data import to_uint8
 from robustdiff.errors import InputError
 from robustdiff.files import atomic_write
+from robustdiff.models.build import load_pipeline, objective_of, process_of
 from robustdiff.process import DiffusionProcess, Prediction
 from robustdiff.samplers.sample import check_sampler, sample
 
@@ -90,6 +91,21 @@ class Generator:
     precision: str = "no"
     label: int | None = None
     options: dict[str, Any] | None = None
+
+    @classmethod
+    def load(cls, path: str | Path, device: torch.device | str = "cpu", **settings: Any) -> Generator:
+        """Of a run, a pipeline folder, or a model shipped with the package.
+
+        Arguments:
+            path: Where the network is.
+            device: Where it goes.
+            settings: The other fields.
+
+        Raises:
+            InputError: If there is no model, or it cannot be read, or a setting does not suit it.
+        """
+        unet, scheduler = load_pipeline(path)
+        return cls(unet.to(device), process_of(scheduler), objective_of(scheduler, unet).prediction, **settings)
 
     def __post_init__(self) -> None:
         check_sampler(self.sampler, self.process)

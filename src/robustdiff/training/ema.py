@@ -39,12 +39,13 @@ class EMA:
     def applied(self) -> Iterator[None]:
         """Inside the block the parameters hold the average."""
         with torch.no_grad():
-            kept = [p.detach().clone() for p in self.parameters]
-            torch._foreach_copy_(self.parameters, self.average)
+            values: list[Tensor] = [p.detach() for p in self.parameters]
+            kept = [value.clone() for value in values]
+            torch._foreach_copy_(values, self.average)
             try:
                 yield
             finally:
-                torch._foreach_copy_(self.parameters, kept)
+                torch._foreach_copy_(values, kept)
 
     def state_dict(self) -> dict[str, Tensor]:
         """The averages by their number."""

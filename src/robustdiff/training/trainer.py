@@ -170,7 +170,7 @@ class Trainer:
         loader: Iterator[tuple[Tensor, Tensor | None]] = iter(
             DataLoader(
                 self.dataset,
-                batch_sampler=indices,  # type: ignore[arg-type]  # an endless one has no length
+                batch_sampler=indices,
                 collate_fn=lambda batch: batch,
                 num_workers=recipe.data.workers,
                 pin_memory=accelerator.device.type == "cuda",
@@ -191,7 +191,7 @@ class Trainer:
                 x0 = to_unit(images.to(accelerator.device, non_blocking=True))
                 if recipe.data.flip:
                     x0 = torch.where(flip[rows, None, None, None], x0.flip(-1), x0)
-                condition = {}
+                condition: dict[str, Any] = {}
                 if class_cond and labels is not None:
                     condition["class_labels"] = labels.to(accelerator.device)
                 draws.append(self.objective.draw(x0, t=t[rows], noise=noise[rows], **condition))

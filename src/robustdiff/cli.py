@@ -1,0 +1,325 @@
+"""The command line: parse, call, print.
+
+Exit code 0 is success; 2 bad input, with one line on stderr that names the thing and the remedy; 1 a failed run.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import logging
+import sys
+from dataclasses import asdict
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import click
+import typer
+from rich.console import Console
+
+from robustdiff.errors import InputError, RunError
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="robustdiff",
+    help="Adversarial training of diffusion models, so that they stay good at 5 to 20 sampling steps.",
+    epilog="Start with: robustdiff demo",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+out = Console(highlight=False)
+err = Console(stderr=True, highlight=False)
+
+Set = Annotated[
+    list[str], typer.Option("--set", metavar="KEY=VALUE", help="Override a field: --set adversary.step_size=0.5")
+]
+Cpu = Annotated[bool, typer.Option("--cpu", help="Use the CPU even where there is a GPU.")]
+Seed = Annotated[int, typer.Option(min=0, help="Image i depends on the seed and i alone.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Images at a time.")]
+
+
+class Precision(StrEnum):
+    """Mixed precision of the network while sampling."""
+
+    no = "no"
+    bf16 = "bf16"
+    fp16 = "fp16"
+
+
+PrecisionOption = Annotated[Precision, typer.Option(help="Mixed precision of the network.")]
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+) -> None:
+    if version:
+        from robustdiff import __version__
+
+        out.print(__version__)
+        raise typer.Exit
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option(help="Where runs, figures and result.json go.")] = Path("robustdiff-demo"),
+    full: Annotated[bool, typer.Option("--full", help="More updates and images: an hour instead of minutes.")] = False,
+    seed: Annotated[int, typer.Option(min=0, help="Of the batches, the noise and the samples.")] = 0,
+) -> None:
+    """Fine-tune a checkpoint plainly, randomly perturbed, and adversarially; then compare them.
+
+    Sixty thousand real images of 16×16 pixels and a small pretrained network come with the package. It takes minutes on
+    two CPU cores. Interrupted, the same command goes on where it was.
+    """
+    from robustdiff.demo import FULL, QUICK, run_demo
+    from robustdiff.report.progress import Bar
+    from robustdiff.report.tables import grid_table
+
+    output.mkdir(parents=True, exist_ok=True)
+    with Bar(err, "loading", 1) as bar:
+        result = run_demo(
+            output,
+            FULL if full else QUICK,
+            seed,
+            on_part=bar.describe,
+            on_progress=lambda done, note: bar.update(done, note),
+        )
+    if result is None:
+        err.print(f"stopped; robustdiff demo --output {output} goes on from here")
+        return
+    grid, _ = result
+    out.print(f"FID of {grid.cells[0].n} images a cell, with 95 % bootstrap intervals:")
+    out.print(grid_table(grid, "plain"))
+    out.print(f"figures and result.json are in {output}")
+
+
+@app.command()
+def train(
+    recipe: Annotated[str, typer.Argument(help="A YAML file, or the name of a recipe that comes with the package.")],
+    overrides: Set = [],  # noqa: B006  (typer reads it and does not change it)
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint; start if none.")] = False,
+    cpu: Cpu = False,
+) -> None:
+    """Train a recipe: pretraining or fine-tuning, plain or adversarial.
+
+    On several GPUs or machines: accelerate launch -m robustdiff train RECIPE. Ctrl-C saves first.
+    """
+    from accelerate import PartialState
+
+    from robustdiff.recipe import load_recipe
+    from robustdiff.report.progress import Bar
+    from robustdiff.training.trainer import Status
+    from robustdiff.training.trainer import train as run
+
+    settings = load_recipe(recipe, overrides)
+    quiet = not PartialState(cpu=cpu).is_main_process
+    with Bar(err, settings.output, settings.steps, quiet=quiet) as bar:
+
+        def on_status(status: Status) -> None:
+            note = f"loss {status.loss:.4f}  |δ| {status.delta_norm:.3g}  {status.images_per_second:.0f} images/s"
+            bar.update(status.step, note)
+
+        result = run(settings, resume=resume, cpu=cpu, on_status=on_status)
+    if quiet:
+        return
+    if result is None:
+        err.print(f"stopped and saved; --resume goes on from {settings.output}")
+    else:
+        out.print(f"{settings.output}: {result['steps']} updates, loss {result['loss']:.4f}; the model is in model/")
+
+
+@app.command()
+def sample(
+    run: Annotated[str, typer.Argument(help="A run, a diffusers pipeline folder, or a shipped model.")],
+    output: Annotated[Path, typer.Option(help="A file.npz, or a folder for PNGs.")] = Path("samples.npz"),
+    num: Annotated[int, typer.Option(min=1, help="How many images.")] = 64,
+    sampler: Annotated[str, typer.Option(help="ddim, iddpm, dpm++ or euler.")] = "ddim",
+    steps: Annotated[int, typer.Option(help="Network evaluations for one image.")] = 20,
+    seed: Seed = 0,
+    batch_size: BatchSize = 250,
+    precision: PrecisionOption = Precision.no,
+    label: Annotated[
+        int | None, typer.Option("--class", help="The class of all images; all in turn by default.")
+    ] = None,
+    eps_scale: Annotated[float, typer.Option(help="Epsilon scaling: what the predicted noise is divided by.")] = 1.0,
+    cpu: Cpu = False,
+) -> None:
+    """Sample images into an .npz (arr_0: uint8 NHWC, what ADM's evaluator reads) or into PNGs.
+
+    Interrupted, the same command goes on. On several GPUs: accelerate launch -m robustdiff sample RUN.
+    """
+    from accelerate import Accelerator
+
+    from robustdiff.report.progress import Bar
+    from robustdiff.samplers.generate import Generator, write_npz, write_pngs
+
+    accelerator = Accelerator(cpu=cpu)
+    generator = Generator.load(
+        run,
+        accelerator.device,
+        sampler=sampler,
+        steps=steps,
+        seed=seed,
+        batch_size=batch_size,
+        precision=precision.value,
+        label=label,
+        options={"eps_scale": eps_scale},
+    )
+    if output.suffix and output.suffix != ".npz":
+        raise InputError(f"{output}: give a file that ends in .npz, or a folder")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    quiet = not accelerator.is_main_process
+    with Bar(err, f"{sampler}, {steps} steps", num, quiet=quiet) as bar:
+        if output.suffix == ".npz":
+            weights = hashlib.sha256()
+            for value in generator.unet.state_dict().values():
+                weights.update(value.cpu().numpy().tobytes())
+            write_npz(generator, num, output, accelerator, weights.hexdigest(), bar.advance)
+        else:
+            write_pngs(generator, num, output, accelerator, bar.advance)
+    if not quiet:
+        out.print(f"{num} images in {output}")
+
+
+@app.command()
+def evaluate(
+    runs: Annotated[list[str], typer.Argument(help="Runs, pipeline folders or shipped models.")],
+    sampler: Annotated[str, typer.Option(help="Samplers, with commas.")] = "ddim",
+    steps: Annotated[str, typer.Option(help="Numbers of network evaluations, with commas.")] = "5,10,20,50",
+    num: Annotated[int, typer.Option(min=4, help="Images of each cell.")] = 5000,
+    data: Annotated[str | None, typer.Option(help="The real images, by name; those of the run by default.")] = None,
+    root: Annotated[str | None, typer.Option(help="The folder or file of the real images.")] = None,
+    features: Annotated[
+        str | None, typer.Option(help="digits, fashion-16, fashion-mnist, inception, or a .safetensors file.")
+    ] = None,
+    weights: Annotated[Path | None, typer.Option(help="Inception's weights file.")] = None,
+    output: Annotated[Path | None, typer.Option(help="A folder for result.json and figures.")] = None,
+    seed: Seed = 0,
+    batch_size: BatchSize = 250,
+    precision: PrecisionOption = Precision.no,
+    cpu: Cpu = False,
+) -> None:
+    """FID, KID, precision and recall over checkpoint × sampler × steps, on common random numbers.
+
+    On several GPUs: accelerate launch -m robustdiff evaluate RUN.
+    """
+    from accelerate import Accelerator
+
+    from robustdiff.data import load_dataset
+    from robustdiff.evaluation.features import EXTRACTORS, load_extractor
+    from robustdiff.evaluation.fidelity import reference_statistics
+    from robustdiff.evaluation.grid import evaluate_grid
+    from robustdiff.files import atomic_write
+    from robustdiff.models.build import check_fit
+    from robustdiff.recipe import load_recipe
+    from robustdiff.report.figures import fid_against_steps, sample_grid, save_figure
+    from robustdiff.report.progress import Bar
+    from robustdiff.report.tables import grid_table
+    from robustdiff.samplers.generate import Generator
+
+    samplers, counts = sampler.split(","), _counts(steps)
+    accelerator = Accelerator(cpu=cpu)
+    names = _names(runs)
+    generators = {
+        name: Generator.load(
+            run, accelerator.device, sampler=samplers[0], seed=seed, batch_size=batch_size, precision=precision.value
+        )
+        for name, run in zip(names, runs, strict=True)
+    }
+    where: dict[str, Any] = {"root": root}
+    recipe = Path(runs[0]) / "recipe.yaml"
+    if data is None and recipe.exists():
+        config = load_recipe(str(recipe)).data
+        data, where = config.name, {"root": config.root, "size": config.size, "channels": config.channels}
+        where["split"] = config.split
+    dataset = load_dataset(data or "fashion-16", **where)
+    for run, generator in zip(runs, generators.values(), strict=True):
+        check_fit(generator.unet, dataset.shape, run)
+    if features is None and dataset.name not in EXTRACTORS:
+        raise InputError(
+            f"no features are known for {dataset.name}: give --features inception --weights FILE, or others"
+        )
+    extractor = load_extractor(features or dataset.name, weights=weights, device=accelerator.device)
+    quiet = not accelerator.is_main_process
+    with Bar(err, "statistics of the real images", 1, quiet=quiet) as bar:
+        if not quiet:
+            reference = reference_statistics(dataset, extractor)
+        accelerator.wait_for_everyone()
+        if quiet:
+            reference = reference_statistics(dataset, extractor)  # from the cache
+        bar.describe("network evaluations", len(runs) * len(samplers) * sum(counts) * num)
+        grid = evaluate_grid(
+            generators, samplers, counts, num, extractor, reference, accelerator, on_images=bar.advance
+        )
+    if quiet:
+        return
+    out.print(f"FID to {dataset.name} on the features {extractor.name}, {num} images a cell, 95 % bootstrap intervals:")
+    out.print(grid_table(grid, names[0]))
+    if output is not None:
+        output.mkdir(parents=True, exist_ok=True)
+        record = {
+            "data": dataset.name,
+            "features": extractor.name,
+            "seed": seed,
+            "cells": [asdict(cell) for cell in grid.cells],
+            "differences": [asdict(difference) for difference in grid.differences],
+        }
+        title = f"{dataset.name}, {num} images a cell, seed {seed}"
+        save_figure(fid_against_steps(grid.cells, title), output / "fid.png")
+        for s in samplers:
+            figure = sample_grid(grid.samples, names, s, counts, f"{s}: the same noise in every column")
+            save_figure(figure, output / f"samples-{s.replace('+', 'p')}.png")
+        with atomic_write(output / "result.json") as file:
+            file.write(json.dumps(record, indent=1).encode())
+        out.print(f"figures and result.json are in {output}")
+
+
+def _counts(steps: str) -> list[int]:
+    try:
+        return [int(part) for part in steps.split(",")]
+    except ValueError:
+        raise InputError(f"--steps {steps}: give whole numbers with commas, such as 5,10,20,50") from None
+
+
+def _names(runs: list[str]) -> list[str]:
+    """The last part of each path, or the whole path where that is not unique."""
+    short = [Path(run).name for run in runs]
+    names = [s if short.count(s) == 1 else run for s, run in zip(short, runs, strict=True)]
+    if len(set(names)) < len(names):
+        raise InputError("the same run is given twice")
+    return names
+
+
+def main() -> None:
+    """Run the command line and exit."""
+    logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
+    try:
+        code = app(standalone_mode=False)
+    except InputError as error:
+        sys.exit(_fail(str(error), 2))
+    except click.ClickException as error:
+        sys.exit(_fail(error.format_message(), 2))
+    except (click.Abort, KeyboardInterrupt):
+        sys.exit(_fail("interrupted", 130))
+    except RunError as error:
+        sys.exit(_fail(str(error), 1))
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            sys.exit(_fail(f"the disk is full ({error.filename or error}): free some space; --resume goes on", 1))
+        if isinstance(
+            error, FileNotFoundError | PermissionError | IsADirectoryError | NotADirectoryError | FileExistsError
+        ):
+            sys.exit(_fail(f"{error.filename}: {error.strerror}: give another path", 2))
+        raise
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _fail(message: str, code: int) -> int:
+    """One line on stderr."""
+    print("robustdiff: " + " ".join(message.split()), file=sys.stderr)
+    return code
