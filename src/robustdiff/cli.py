@@ -15,7 +15,6 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
-import click
 import typer
 from rich.console import Console
 
@@ -32,6 +31,9 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
+# click's; newer typers hold a copy of click, and export only this one's descendant.
+_UsageError: Any = typer.BadParameter.__base__
+
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
 
@@ -46,7 +48,7 @@ BatchSize = Annotated[int, typer.Option(min=1, help="Images at a time.")]
 class Precision(StrEnum):
     """Mixed precision of the network while sampling."""
 
-    no = "no"
+    fp32 = "fp32"
     bf16 = "bf16"
     fp16 = "fp16"
 
@@ -142,7 +144,7 @@ def sample(
     steps: Annotated[int, typer.Option(help="Network evaluations for one image.")] = 20,
     seed: Seed = 0,
     batch_size: BatchSize = 250,
-    precision: PrecisionOption = Precision.no,
+    precision: PrecisionOption = Precision.fp32,
     label: Annotated[
         int | None, typer.Option("--class", help="The class of all images; all in turn by default.")
     ] = None,
@@ -201,7 +203,7 @@ def evaluate(
     output: Annotated[Path | None, typer.Option(help="A folder for result.json and figures.")] = None,
     seed: Seed = 0,
     batch_size: BatchSize = 250,
-    precision: PrecisionOption = Precision.no,
+    precision: PrecisionOption = Precision.fp32,
     cpu: Cpu = False,
 ) -> None:
     """FID, KID, precision and recall over checkpoint × sampler × steps, on common random numbers.
@@ -299,12 +301,12 @@ def main() -> None:
     """Run the command line and exit."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
     try:
-        code = app(standalone_mode=False)
+        code = app(prog_name="robustdiff", standalone_mode=False)
     except InputError as error:
         sys.exit(_fail(str(error), 2))
-    except click.ClickException as error:
-        sys.exit(_fail(error.format_message(), 2))
-    except (click.Abort, KeyboardInterrupt):
+    except _UsageError as error:
+        sys.exit(_fail(f"{error.format_message()} (robustdiff --help)", 2))
+    except (typer.Abort, KeyboardInterrupt):
         sys.exit(_fail("interrupted", 130))
     except RunError as error:
         sys.exit(_fail(str(error), 1))

@@ -2,7 +2,7 @@
 
 The shipped base checkpoint is fine-tuned on fashion-16 plainly, with a random perturbation of adversarial training's
 size, and with free adversarial training. Each makes the same number of optimiser updates, one backward pass each, at
-the same batch size, learning rate and moving average; all read the same sequence of batches with the same times and noise.
+the same batch size, learning rate and moving average; all read the same sequence of batches, times and noise.
 Plain fine-tuning makes one update on each batch, the other two K, and so they see the first K-th of the sequence.
 Then FID over samplers and steps, from the same noise.
 """

@@ -15,6 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+from safetensors import SafetensorError
+
 __all__ = ["atomic_folder", "atomic_write"]
 
 
@@ -78,6 +80,9 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
             os.rename(target, previous)
         os.rename(temporary, target)
         shutil.rmtree(previous, ignore_errors=True)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
+        # A write that failed is an error of their own kind to safetensors and to torch's zip writer.
+        if isinstance(error, SafetensorError) or "inline_container" in str(error):
+            raise OSError(f"{target} cannot be written, is the disk full? ({error})") from error
         raise

@@ -166,7 +166,7 @@ class Recipe(Section):
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
     clip: float | None = Field(None, gt=0, description="the largest norm of the gradient; none: not clipped")
     ema: Fraction = Field(0.9999, description="decay of the moving average; 0: none")
-    precision: Literal["no", "bf16", "fp16"] = Field("no", description="mixed precision")
+    precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="of the network; mixed with float32")
     compile: bool = Field(False, description="torch.compile the network")
     channels_last: bool | None = Field(None, description="memory layout; by default on CUDA only, where it helps")
     seed: int = Field(0, ge=0)

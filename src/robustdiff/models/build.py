@@ -7,6 +7,8 @@ Everything that this project trains is a diffusers pipeline folder: ``unet/`` an
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -14,7 +16,7 @@ from typing import Any
 
 from diffusers import DDPMPipeline, DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from diffusers.models.unets.unet_2d import UNet2DModel
-from diffusers.utils.logging import disable_progress_bar
+from diffusers.utils import logging as diffusers_logging
 from safetensors import SafetensorError
 
 from robustdiff.data import ImageDataset
@@ -131,6 +133,19 @@ def _pipeline_folder(path: str | Path) -> Path:
     raise InputError(f"no model at {path}: give a run, a folder with model_index.json, or a shipped model ({shipped})")
 
 
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """diffusers logs errors that it also raises, and shows a bar of its own."""
+    verbosity = diffusers_logging.get_verbosity()
+    diffusers_logging.set_verbosity(diffusers_logging.CRITICAL)
+    diffusers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        diffusers_logging.set_verbosity(verbosity)
+        diffusers_logging.enable_progress_bar()
+
+
 def load_pipeline(path: str | Path) -> tuple[UNet2DModel, Any]:
     """The network and the scheduler of a run, of a pipeline folder, or of a model shipped with the package.
 
@@ -145,8 +160,8 @@ def load_pipeline(path: str | Path) -> tuple[UNet2DModel, Any]:
             raise InputError(
                 f"{folder} holds {kind or 'no unet'}, not a UNet2DModel: only pixel-space UNets are supported"
             )
-        disable_progress_bar()  # loading a small network needs none, and it would stand in the middle of ours
-        pipeline = DDPMPipeline.from_pretrained(folder, use_safetensors=True, local_files_only=True)
+        with _quietly():
+            pipeline = DDPMPipeline.from_pretrained(folder, use_safetensors=True, local_files_only=True)
     except InputError:
         raise
     except (OSError, ValueError, RuntimeError, AttributeError, KeyError, SafetensorError) as error:

@@ -1,8 +1,8 @@
 r"""DPM-Solver++ (2M) (Lu et al., 2022, arXiv 2211.01095), as its authors run it on a discrete process.
 
 Times with logSNR λ = log(α/σ) below −5.1 are cut off, which leaves N of T. Index i is then t = (i + 1)/N in continuous
-time, log α is linear between the indices, σ = √(1 − α²). The steps are uniform in λ between t = 0.992 and t = 1/N, and
-the last is of first order when there are fewer than ten. The network is called at the time T·(t − 1/N), which, as in the
+time, log α is linear between the indices, σ = √(1 − α²). The steps are uniform in λ between t = 0.992 and t = 1/N; the
+last is of first order when there are fewer than ten. The network is called at the time T·(t − 1/N), which, as in the
 original, differs from the index N·t − 1 by up to T − N where something was cut off. x̂_0 is not clipped.
 """
 

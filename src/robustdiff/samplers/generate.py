@@ -30,6 +30,7 @@ from robustdiff.files import atomic_write
 from robustdiff.models.build import load_pipeline, objective_of, process_of
 from robustdiff.process import DiffusionProcess, Prediction
 from robustdiff.samplers.sample import check_sampler, sample
+from robustdiff.samplers.spacing import check_steps
 
 __all__ = ["Generator", "ImageNoise", "write_npz", "write_pngs"]
 
@@ -72,7 +73,7 @@ class Generator:
         steps: Network evaluations for one image.
         seed: The seed of the set of images.
         batch_size: Images at a time.
-        precision: "no", or "bf16" or "fp16" for autocast.
+        precision: "fp32", or "bf16" or "fp16" for autocast.
         label: The class of all images, for class-conditional networks; image i has the class i modulo their number by
             default.
         options: What else the sampler takes, such as ``eps_scale``.
@@ -88,7 +89,7 @@ class Generator:
     steps: int = 50
     seed: int = 0
     batch_size: int = 250
-    precision: str = "no"
+    precision: str = "fp32"
     label: int | None = None
     options: dict[str, Any] | None = None
 
@@ -109,6 +110,7 @@ class Generator:
 
     def __post_init__(self) -> None:
         check_sampler(self.sampler, self.process)
+        check_steps(self.steps, len(self.process))
         classes = self.classes
         if self.label is not None and not (classes is not None and 0 <= self.label < classes):
             known = "this model has no classes" if classes is None else f"its classes are 0 to {classes - 1}"

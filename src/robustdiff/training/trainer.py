@@ -27,6 +27,7 @@ from typing import Any, TextIO
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import ProjectConfiguration, set_seed
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -174,6 +175,8 @@ class Trainer:
                 collate_fn=lambda batch: batch,
                 num_workers=recipe.data.workers,
                 pin_memory=accelerator.device.type == "cuda",
+                # Of its own: it would take a number from the global one, which a resumed run has just restored.
+                generator=torch.Generator(),
             )
         )
         class_cond = self.built.unet.config.num_class_embeds is not None
@@ -217,6 +220,8 @@ class Trainer:
             is done with, so that a checkpoint may be taken. Tensors, so that looking at them is the caller's choice.
         """
         accelerator, recipe = self.accelerator, self.recipe
+        if self.step >= recipe.steps:  # killed after the last checkpoint, before the export
+            return
         for draws in self.batches():
             perturbations = [
                 self.adversary(draw.x_t, draw.t, loss=self._loss_of_delta(draw), training_step=self.step)
@@ -251,7 +256,16 @@ class Trainer:
     # -- in and out ------------------------------------------------------------------------------------------
 
     def save(self, folder: Path) -> None:
-        """Write a checkpoint into the run's ``checkpoints``. Called by every process, between batches."""
+        """Write a checkpoint into the run's ``checkpoints``. Called by every process, between batches.
+
+        Raises:
+            RunError: If a parameter is not finite: the last update broke it, and the next loss would show it.
+        """
+        if not all(bool(parameter.isfinite().all()) for parameter in self.model.parameters()):
+            raise RunError(
+                f"a parameter is not finite after update {self.step}: lower lr or adversary.step_size, or set clip=1; "
+                "checkpoints from before are kept"
+            )
         state = {"step": self.step, "batch": self.batch}
         save_checkpoint(folder, self.step, self.accelerator, self.ema, state, self.recipe.keep)
 
@@ -262,11 +276,12 @@ class Trainer:
 
     def export(self, folder: Path) -> None:
         """Write the network, by its moving average if there is one, as a diffusers pipeline folder."""
+        unet = type(self.built.unet).from_config(self.built.unet.config)
         with self.ema.applied() if self.ema is not None else nullcontext():
             state = self.accelerator.get_state_dict(self.model)
+            if self.accelerator.is_main_process:  # inside: the state holds the parameters themselves, not copies
+                unet.load_state_dict({name.removeprefix("_orig_mod."): value for name, value in state.items()})
         if self.accelerator.is_main_process:
-            unet = type(self.built.unet).from_config(self.built.unet.config)
-            unet.load_state_dict({name.removeprefix("_orig_mod."): value for name, value in state.items()})
             with atomic_folder(folder) as temporary:
                 save_pipeline(temporary, unet, self.built.scheduler)
         self.accelerator.wait_for_everyone()
@@ -299,6 +314,7 @@ class _Metrics:
     def __init__(self, trainer: Trainer, path: Path) -> None:
         self.trainer = trainer
         self.path = path
+        self.line: dict[str, float] = {}
         self.file: TextIO | None = None
         if trainer.accelerator.is_main_process:
             self._drop_after(trainer.step)
@@ -312,10 +328,12 @@ class _Metrics:
         kept = []
         for line in self.path.read_text(encoding="utf-8").splitlines():
             try:
-                if json.loads(line)["step"] <= step:
-                    kept.append(line)
+                values = json.loads(line)
             except ValueError:  # torn by a kill
                 continue
+            if values["step"] <= step:
+                kept.append(line)
+                self.line = values
         with atomic_write(self.path) as file:
             file.write("".join(line + "\n" for line in kept).encode())
 
@@ -352,6 +370,7 @@ class _Metrics:
         if self.file is not None:
             self.file.write(json.dumps(line) + "\n")
             self.file.flush()
+        self.line = line
         trainer.accelerator.log({k: v for k, v in line.items() if k != "step"}, step=trainer.step)
         self._restart()
         return Status(trainer.step, recipe.steps, line["loss"], line["delta_norm"], line["images_per_second"])
@@ -371,8 +390,11 @@ def _prepare_folder(recipe: Recipe, folder: Path, resume: bool) -> None:
                     "or choose another --set output=…"
                 )
     (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-    for leftover in (folder / "checkpoints").glob(".*.tmp"):
-        shutil.rmtree(leftover, ignore_errors=True)
+    for leftover in [*folder.glob(".*.tmp"), *(folder / "checkpoints").glob(".*.tmp")]:
+        if leftover.is_dir():
+            shutil.rmtree(leftover, ignore_errors=True)
+        else:
+            leftover.unlink(missing_ok=True)
     with atomic_write(folder / "recipe.yaml") as file:
         file.write(recipe.to_yaml().encode())
 
@@ -410,9 +432,10 @@ def train(
         channels=recipe.data.channels,
         split=recipe.data.split,
     )
+    AcceleratorState._reset_state()  # another run in this process may have had another precision
     accelerator = Accelerator(
         cpu=cpu,
-        mixed_precision=recipe.precision,
+        mixed_precision="no" if recipe.precision == "fp32" else recipe.precision,
         log_with=list(recipe.trackers) or None,
         project_config=ProjectConfiguration(project_dir=str(folder), logging_dir=str(folder)),
     )
@@ -434,7 +457,6 @@ def train(
         accelerator.init_trackers("robustdiff", config={"recipe": recipe.to_yaml()})
     metrics = _Metrics(trainer, folder / "metrics.jsonl")
     saved = trainer.step
-    status: Status | None = None
     with _Interrupt() as interrupt:
         for losses, size, done in trainer.updates():
             metrics.add(losses, size, done)
@@ -461,8 +483,8 @@ def train(
             "batches": trainer.batch,
             "batch_size": recipe.batch_size,
             "backward_passes": _backward_passes(trainer),
-            "loss": status.loss if status is not None else None,
-            "delta_norm": status.delta_norm if status is not None else None,
+            "loss": metrics.line.get("loss"),
+            "delta_norm": metrics.line.get("delta_norm"),
             "skipped": trainer.adversary.skipped,
             "parameters": sum(p.numel() for p in trainer.built.unet.parameters()),
             "data": dataset.name,

@@ -1,0 +1,79 @@
+"""Figures and tables show the numbers that they are given."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from rich.console import Console
+
+from robustdiff.evaluation.grid import Cell, Difference, Grid
+from robustdiff.report.figures import fid_against_steps, sample_grid, save_figure, tile
+from robustdiff.report.progress import Bar
+from robustdiff.report.tables import grid_table
+
+
+def cell(checkpoint: str, sampler: str, steps: int, fid: float) -> Cell:
+    return Cell(checkpoint, sampler, steps, 100, fid, (fid - 1, fid + 1), 0.1, 0.01, 0.5, 0.4, 1.0)
+
+
+CELLS = [cell(c, s, k, f + k) for c, f in (("plain", 20.0), ("AT", 10.0)) for s in ("ddim", "iddpm") for k in (5, 10)]
+
+
+def test_lines_have_the_fids_and_the_panels_the_samplers():
+    figure = fid_against_steps(CELLS, "title")
+    assert [axes.get_title() for axes in figure.axes] == ["ddim", "iddpm"]
+    for axes in figure.axes:
+        plain, at = axes.get_lines()
+        assert plain.get_xdata().tolist() == [5, 10]
+        assert plain.get_ydata().tolist() == [25.0, 30.0]
+        assert at.get_ydata().tolist() == [15.0, 20.0]
+    assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()] == ["plain", "AT"]
+
+
+def test_tiles_are_the_images_in_order():
+    images = torch.arange(5, dtype=torch.uint8).reshape(5, 1, 1, 1).expand(5, 1, 2, 2) * 10
+    tiled = tile(images, columns=3)
+    assert tiled.shape == (2 * 4, 3 * 4, 1)
+    centres = tiled[1::4, 1::4, 0]
+    assert centres.tolist() == [[0, 10, 20], [30, 40, 255]]
+
+
+def test_a_saved_figure_is_a_picture(tmp_path):
+    samples = {(c, "ddim", 5): torch.zeros(16, 3, 8, 8, dtype=torch.uint8) for c in ("a", "b")}
+    save_figure(sample_grid(samples, ["a", "b"], "ddim", [5], "title"), tmp_path / "f.png")
+    with Image.open(tmp_path / "f.png") as image:
+        assert min(image.size) > 100
+        assert np.asarray(image.convert("L")).min() == 0
+    assert [p.name for p in tmp_path.iterdir()] == ["f.png"]
+
+
+@pytest.mark.parametrize(("low", "high", "style"), [(-8, -2, "32"), (2, 8, "31"), (-8, 2, "2")])
+def test_the_table_shows_the_difference_and_whether_it_is_sure(low, high, style):
+    difference = Difference("AT", "plain", "ddim", 5, (low + high) / 2, (low, high), (low + high) / 50)
+    grid = Grid([CELLS[0], CELLS[4]], [difference], {})
+    console = Console(width=120, force_terminal=True, color_system="standard", record=True)
+    with console.capture() as capture:
+        console.print(grid_table(grid, "plain"))
+    text = capture.get()
+    assert "25.00 ± 1.00" in text
+    assert "15.00 ± 1.00" in text
+    assert f"\x1b[{style}m{(low + high) / 50:+.1%} ({low:+.2f} … {high:+.2f})" in text
+
+
+def test_a_bar_without_a_terminal_prints_lines(monkeypatch):
+    from robustdiff.report import progress
+
+    monkeypatch.setattr(progress, "_LINE_EVERY", -1.0)
+    console = Console(force_terminal=False, width=80, record=True)
+    with console.capture() as capture, Bar(console, "work", 10) as bar:
+        bar.update(4, "note")
+        bar.advance(2)
+        bar.describe("more", 5)
+        bar.update(1)
+    text = capture.get()
+    assert "work: 4 of 10" in text
+    assert "note" in text
+    assert "work: 6 of 10" in text
+    assert "more: 1 of 5" in text

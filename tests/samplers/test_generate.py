@@ -1,0 +1,142 @@
+"""Streaming generation: an image depends on its seed and number alone, and interrupted work goes on."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from PIL import Image
+
+from robustdiff.errors import InputError
+from robustdiff.samplers.generate import Generator, ImageNoise, write_npz, write_pngs
+
+
+@pytest.fixture
+def generator(digits_run) -> Generator:
+    return Generator.load(digits_run, sampler="iddpm", steps=3, seed=5, batch_size=4)
+
+
+@pytest.fixture(scope="module")
+def accelerator() -> Accelerator:
+    return Accelerator(cpu=True)
+
+
+def images_of(generator: Generator, indices: range) -> torch.Tensor:
+    return torch.cat([images for _, images in generator.images(indices)])
+
+
+def test_an_image_is_the_same_alone_and_among_others(generator):
+    together = images_of(generator, range(10)).int()
+    alone = images_of(generator, range(7, 8)).int()
+    other_batches = images_of(replace(generator, batch_size=3), range(10)).int()
+    assert (together[7] - alone[0]).abs().max() <= 1  # a batch of another size may round otherwise
+    assert (together - other_batches).abs().max() <= 1
+
+
+def test_seeds_and_numbers_give_different_noise():
+    device = torch.device("cpu")
+    a, b = ImageNoise(0, range(3), (1, 4, 4), device), ImageNoise(1, range(3), (1, 4, 4), device)
+    first, second = a.draw(), a.draw()
+    assert len(torch.unique(torch.cat([first, second, b.draw()]).flatten(1), dim=0)) == 9
+
+
+def test_noise_is_standard_normal():
+    noise = ImageNoise(0, range(64), (1, 16, 16), torch.device("cpu")).draw().double()
+    assert abs(noise.mean()) < 4 / noise.numel() ** 0.5
+    assert abs(noise.var() - 1) < 4 * (2 / noise.numel()) ** 0.5
+
+
+def test_samplers_start_from_the_same_noise(generator, monkeypatch):
+    starts = []
+    from robustdiff.samplers import generate
+
+    def record(model, process, sampler, steps, **arguments):
+        starts.append(arguments["latents"])
+        return arguments["latents"]
+
+    monkeypatch.setattr(generate, "sample", record)
+    for sampler, steps in (("ddim", 2), ("iddpm", 3), ("dpm++", 5)):
+        images_of(replace(generator, sampler=sampler, steps=steps), range(4))
+    assert torch.equal(starts[0], starts[1])
+    assert torch.equal(starts[0], starts[2])
+
+
+class Stop(Exception):
+    """An interruption."""
+
+
+def test_an_interrupted_npz_goes_on_and_ends_the_same(generator, accelerator, tmp_path):
+    write_npz(generator, 11, tmp_path / "whole.npz", accelerator, "weights")
+    made: list[int] = []
+
+    def stop_at_second_batch(n: int) -> None:
+        made.append(n)
+        if sum(made) >= 8:
+            raise Stop
+
+    with pytest.raises(Stop):
+        write_npz(generator, 11, tmp_path / "parts.npz", accelerator, "weights", stop_at_second_batch)
+    assert not (tmp_path / "parts.npz").exists()
+    resumed: list[int] = []
+    write_npz(generator, 11, tmp_path / "parts.npz", accelerator, "weights", resumed.append)
+    assert resumed[0] > 0, "what was there is counted, not made again"
+    assert sum(resumed) == 11
+    whole, parts = (np.load(tmp_path / f"{name}.npz", allow_pickle=False)["arr_0"] for name in ("whole", "parts"))
+    assert np.array_equal(whole, parts)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["parts.npz", "whole.npz"]
+
+
+def test_parts_of_another_network_are_not_used(generator, accelerator, tmp_path):
+    def stop(n: int) -> None:
+        if n:
+            raise Stop
+
+    with pytest.raises(Stop):
+        write_npz(generator, 8, tmp_path / "a.npz", accelerator, "one", stop)
+    counts: list[int] = []
+    write_npz(generator, 8, tmp_path / "a.npz", accelerator, "another", counts.append)
+    assert counts[0] == 0
+
+
+def test_pngs_hold_the_images_and_missing_ones_are_made_again(generator, accelerator, tmp_path):
+    write_pngs(generator, 6, tmp_path, accelerator)
+    files = sorted(tmp_path.glob("*.png"))
+    pixels = np.stack([np.asarray(Image.open(f)) for f in files])
+    assert np.array_equal(pixels, images_of(generator, range(6)).squeeze(1).numpy())
+    files[3].unlink()
+    write_pngs(generator, 6, tmp_path, accelerator)
+    assert np.array_equal(np.asarray(Image.open(files[3])), pixels[3])
+
+
+def test_classes_take_turns_and_are_written(accelerator, tmp_path):
+    from diffusers import UNet2DModel
+
+    from robustdiff.process import DiffusionProcess
+
+    unet = UNet2DModel(
+        sample_size=8,
+        in_channels=1,
+        out_channels=1,
+        layers_per_block=1,
+        block_out_channels=(8,),
+        down_block_types=("DownBlock2D",),
+        up_block_types=("UpBlock2D",),
+        norm_num_groups=4,
+        num_class_embeds=3,
+    )
+    generator = Generator(unet, DiffusionProcess.cosine(10), "epsilon", steps=1, batch_size=4)
+    write_npz(generator, 7, tmp_path / "c.npz", accelerator, "")
+    assert np.load(tmp_path / "c.npz", allow_pickle=False)["arr_1"].tolist() == [0, 1, 2, 0, 1, 2, 0]
+    assert replace(generator, label=2).labels(range(3)).tolist() == [2, 2, 2]
+    with pytest.raises(InputError, match="class 3"):
+        replace(generator, label=3)
+
+
+def test_autocast_is_close_to_full_precision(generator):
+    full = images_of(generator, range(4)).int()
+    half = images_of(replace(generator, precision="bf16"), range(4)).int()
+    assert not torch.equal(full, half)
+    assert (full - half).abs().float().mean() < 10

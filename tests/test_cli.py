@@ -1,0 +1,283 @@
+"""The command line as a user meets it: the main path of every command, and one clear line for bad input."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+
+def assert_bad_input(outcome, *words: str) -> None:
+    """Exit code 2, and one line on stderr that holds the words."""
+    assert outcome.code == 2, outcome
+    lines = [line for line in outcome.err.splitlines() if line.strip()]
+    assert len(lines) == 1, outcome.err
+    for word in words:
+        assert word in lines[0]
+
+
+def test_help_names_every_command(robustdiff):
+    outcome = robustdiff("--help")
+    assert outcome.code == 0
+    for command in ("demo", "train", "sample", "evaluate", "convert"):
+        assert command in outcome.out
+
+
+@pytest.mark.parametrize("command", ["demo", "train", "sample", "evaluate", "convert"])
+def test_each_command_has_help_for_each_option(robustdiff, command):
+    outcome = robustdiff(command, "--help")
+    assert outcome.code == 0
+    assert "Options" in outcome.out
+
+
+def test_version(robustdiff):
+    assert robustdiff("--version").out.strip().count(".") == 2
+
+
+def test_train_writes_a_run_and_resume_finds_it_finished(robustdiff, tiny, tmp_path):
+    run = tmp_path / "run"
+    outcome = robustdiff("train", "digits", *tiny, "--set", f"output={run}")
+    assert outcome.code == 0, outcome.err
+    assert {p.name for p in run.iterdir()} == {"recipe.yaml", "metrics.jsonl", "checkpoints", "model", "result.json"}
+    recipe = yaml.safe_load((run / "recipe.yaml").read_text())
+    assert recipe["adversary"]["name"] == "free"
+    assert recipe["model"]["channels"] == [8, 16]
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["step"] == 6
+    assert all(line["delta_norm"] > 0 for line in lines)
+    assert json.loads((run / "result.json").read_text())["steps"] == 6
+    before = (run / "model" / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()
+    assert robustdiff("train", "digits", *tiny, "--set", f"output={run}", "--resume").code == 0
+    assert (run / "model" / "unet" / "diffusion_pytorch_model.safetensors").read_bytes() == before
+
+
+def test_a_second_run_does_not_overwrite_the_first(robustdiff, tiny, digits_run):
+    assert_bad_input(robustdiff("train", "digits", *tiny, "--set", f"output={digits_run}"), "already", "--resume")
+
+
+def test_fine_tuning_from_a_run(robustdiff, tiny, digits_run, tmp_path):
+    arguments = ["--set", "model.name=pretrained", "--set", f"model.path={digits_run}", "--set", "adversary=none"]
+    recipe = tmp_path / "tune.yaml"
+    recipe.write_text("data: digits\nsteps: 2\nbatch_size: 8\nema: 0.9\n")
+    outcome = robustdiff("train", recipe, *arguments, "--set", f"output={tmp_path / 'tuned'}")
+    assert outcome.code == 0, outcome.err
+    old = load_file(digits_run / "model" / "unet" / "diffusion_pytorch_model.safetensors")
+    new = load_file(tmp_path / "tuned" / "model" / "unet" / "diffusion_pytorch_model.safetensors")
+    assert old.keys() == new.keys()
+    assert any(not np.array_equal(old[k], new[k]) for k in old)
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "iddpm", "dpm++"])
+def test_sample_writes_what_the_adm_evaluator_reads(robustdiff, digits_run, tmp_path, sampler):
+    path = tmp_path / "samples.npz"
+    outcome = robustdiff("sample", digits_run, "--output", path, "--num", 5, "--steps", 3, "--sampler", sampler)
+    assert outcome.code == 0, outcome.err
+    with np.load(path, allow_pickle=False) as arrays:
+        assert arrays.files == ["arr_0"]
+        assert arrays["arr_0"].shape == (5, 8, 8, 1)
+        assert arrays["arr_0"].dtype == np.uint8
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_sample_writes_pngs(robustdiff, digits_run, tmp_path):
+    assert robustdiff("sample", digits_run, "--output", tmp_path / "png", "--num", 3, "--steps", 2).code == 0
+    files = sorted((tmp_path / "png").iterdir())
+    assert [f.name for f in files] == ["000000.png", "000001.png", "000002.png"]
+    assert Image.open(files[0]).size == (8, 8)
+
+
+def test_evaluate_writes_table_figures_and_json(robustdiff, digits_run, tmp_path):
+    outcome = robustdiff(
+        "evaluate", digits_run, "--num", 40, "--steps", "2,3", "--sampler", "ddim,iddpm", "--output", tmp_path / "e"
+    )
+    assert outcome.code == 0, outcome.err
+    record = json.loads((tmp_path / "e" / "result.json").read_text())
+    assert [(c["sampler"], c["steps"]) for c in record["cells"]] == [
+        ("ddim", 2), ("ddim", 3), ("iddpm", 2), ("iddpm", 3),
+    ]  # fmt: skip
+    for cell in record["cells"]:
+        assert f"{cell['fid']:.2f}" in outcome.out
+        assert cell["fid_ci"][0] < cell["fid"] < cell["fid_ci"][1]
+    assert {p.name for p in (tmp_path / "e").iterdir()} == {
+        "fid.png", "result.json", "samples-ddim.png", "samples-iddpm.png",
+    }  # fmt: skip
+
+
+def test_two_processes_evaluate_to_the_same_fid(digits_run, tmp_path):
+    arguments = ["evaluate", str(digits_run), "--num", "50", "--steps", "3", "--sampler", "iddpm", "--cpu"]
+    arguments += ["--batch-size", "5"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    launch += ["--main_process_port", "0", "-m", "robustdiff"]
+    for command, name in ((launch, "two"), ([sys.executable, "-m", "robustdiff"], "one")):
+        done = subprocess.run(
+            [*command, *arguments, "--output", str(tmp_path / name)], env=environment, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+    one, two = (json.loads((tmp_path / name / "result.json").read_text())["cells"][0] for name in ("one", "two"))
+    for metric in ("fid", "kid", "precision", "recall"):
+        assert one[metric] == pytest.approx(two[metric], rel=1e-9)
+
+
+def test_two_processes_sample_the_same_images(digits_run, tmp_path):
+    arguments = ["sample", str(digits_run), "--num", "11", "--steps", "2", "--batch-size", "3", "--cpu"]
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    launch += ["--main_process_port", "0", "-m", "robustdiff"]
+    images = []
+    for command, name in ((launch, "two.npz"), ([sys.executable, "-m", "robustdiff"], "one.npz")):
+        output = tmp_path / name
+        done = subprocess.run([*command, *arguments, "--output", str(output)], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        images.append(np.load(output, allow_pickle=False)["arr_0"].astype(int))
+    assert np.abs(images[0] - images[1]).max() <= 1  # a batch of another size may round otherwise
+
+
+# -- bad input -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["train", "no-such-recipe"], ["no-such-recipe", "digits"]),
+        (["train", "missing.yaml"], ["missing.yaml"]),
+        (["train", "digits", "--set", "learning_rate=1"], ["learning_rate", "lr"]),
+        (["train", "digits", "--set", "adversary.alpha=1"], ["adversary.alpha", "step_size"]),
+        (["train", "digits", "--set", "steps=0"], ["steps"]),
+        (["train", "digits", "--set", "lr"], ["key=value"]),
+        (["train", "digits", "--set", "data=cifar"], ["cifar", "fashion-16"]),
+        (["train", "digits", "--set", "data=imagefolder", "--set", "data.root=/no/such"], ["/no/such"]),
+        (["train", "digits", "--set", "model.channels=[8,16,32,64,64]"], ["8×8", "model.channels"]),
+        (["train", "digits", "--set", "batch_size=7", "--set", "accumulate=2"], ["batch_size", "accumulate"]),
+        (["train", "digits", "--set", "process=flow"], ["flow"]),
+        (["train", "fashion-16-at", "--set", "data=digits"], ["16×16", "data.size=16"]),
+        (["train", "fashion-16-at", "--set", "data.channels=3"], ["channels", "data.channels=1"]),
+        (["sample", "no-such-run"], ["no-such-run", "fashion-16"]),
+        (["evaluate", "no-such-run"], ["no-such-run"]),
+        (["sample"], ["argument", "run"]),
+        (["nonsense"], ["nonsense"]),
+    ],
+)
+def test_bad_arguments_are_one_line(robustdiff, tmp_path, monkeypatch, arguments, words):
+    monkeypatch.chdir(tmp_path)
+    assert_bad_input(robustdiff(*arguments), *words)
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--sampler", "plms"], ["plms", "ddim"]),
+        (["--sampler", "euler"], ["euler", "ddim"]),
+        (["--steps", "0"], ["steps"]),
+        (["--steps", "2000"], ["2000", "1000"]),
+        (["--num", "0"], ["--num"]),
+        (["--class", "3"], ["class 3"]),
+        (["--output", "x.jpg"], ["x.jpg", ".npz"]),
+    ],
+)
+def test_bad_sampling_is_one_line_and_leaves_nothing(robustdiff, digits_run, tmp_path, monkeypatch, arguments, words):
+    monkeypatch.chdir(tmp_path)
+    assert_bad_input(robustdiff("sample", digits_run, *arguments), *words)
+    assert not [p for p in tmp_path.rglob("*") if p.is_file()]
+
+
+def test_a_run_of_other_images_cannot_be_evaluated(robustdiff, digits_run):
+    assert_bad_input(robustdiff("evaluate", digits_run, "--data", "fashion-16"), "8×8", "16×16")
+
+
+def test_data_without_features_says_what_to_give(robustdiff, digits_run, tmp_path):
+    np.savez(tmp_path / "a.npz", images=np.zeros((8, 8, 8, 1), np.uint8))
+    outcome = robustdiff("evaluate", digits_run, "--data", "npz", "--root", tmp_path / "a.npz")
+    assert_bad_input(outcome, "--features")
+
+
+def test_corrupt_weights_are_named(robustdiff, digits_run, tmp_path):
+    import shutil
+
+    model = tmp_path / "model"
+    shutil.copytree(digits_run / "model", model)
+    weights = model / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    assert_bad_input(robustdiff("sample", model), str(model))
+
+
+def test_weights_of_another_architecture_are_named(robustdiff, digits_run, tmp_path):
+    import shutil
+
+    model = tmp_path / "model"
+    shutil.copytree(digits_run / "model", model)
+    weights = model / "unet" / "diffusion_pytorch_model.safetensors"
+    state = load_file(weights)
+    state["conv_in.weight"] = state["conv_in.weight"][:4].contiguous()
+    save_file(state, weights, {"format": "pt"})
+    assert_bad_input(robustdiff("sample", model), str(model))
+
+
+def test_a_pickle_in_place_of_weights_is_not_run(robustdiff, digits_run, tmp_path):
+    import shutil
+
+    class Evil:
+        def __reduce__(self):
+            return os.system, (f"touch {tmp_path / 'ran'}",)
+
+    model = tmp_path / "model"
+    shutil.copytree(digits_run / "model", model)
+    (model / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    (model / "unet" / "diffusion_pytorch_model.bin").write_bytes(pickle.dumps(Evil()))
+    assert_bad_input(robustdiff("sample", model), str(model))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_an_unsafe_recipe_is_not_run(robustdiff, tmp_path):
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(f"data: !!python/object/apply:os.system ['touch {tmp_path / 'ran'}']\n")
+    assert_bad_input(robustdiff("train", recipe), "r.yaml")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_loss_that_is_not_finite_fails_with_1(robustdiff, tiny, tmp_path):
+    outcome = robustdiff("train", "digits", *tiny, "--set", f"output={tmp_path / 'r'}", "--set", "lr=1e20")
+    assert outcome.code == 1
+    assert "loss" in outcome.err
+    assert "lr" in outcome.err
+    assert "Traceback" not in outcome.err
+    assert not (tmp_path / "r" / "model").exists()
+
+
+def test_a_full_disk_fails_with_1(robustdiff, digits_run, tmp_path, monkeypatch):
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "x")
+
+    monkeypatch.setattr(os, "fsync", full)
+    outcome = robustdiff("sample", digits_run, "--output", tmp_path / "s.npz", "--num", 4, "--steps", 2)
+    assert outcome.code == 1
+    assert "disk is full" in outcome.err
+    assert not (tmp_path / "s.npz").exists()
+
+
+def test_a_traceback_is_never_shown_for_bad_input(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "robustdiff", "train", "nothing"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+
+
+def test_the_shipped_model_samples(robustdiff, tmp_path):
+    outcome = robustdiff("sample", "fashion-16", "--output", tmp_path / "s.npz", "--num", 4, "--steps", 2)
+    assert outcome.code == 0, outcome.err
+    assert np.load(tmp_path / "s.npz", allow_pickle=False)["arr_0"].shape == (4, 16, 16, 1)
+
+
+def test_paths_of_runs_are_told_apart(tmp_path: Path, robustdiff, digits_run):
+    assert_bad_input(robustdiff("evaluate", digits_run, digits_run), "twice")

@@ -1,0 +1,69 @@
+"""The README is true: its commands run, its numbers are those of the committed results."""
+
+from __future__ import annotations
+
+import json
+import re
+import runpy
+import shlex
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+SMALL = {
+    "train": ["--set", "steps=2", "--set", "batch_size=4", "--set", "checkpoint_every=1", "--set", "precision=fp32"],
+    "sample": ["--num", "3", "--steps", "2"],
+    "evaluate": ["--num", "30", "--steps", "2"],
+    "demo": [],
+}
+"""What makes a documented command take a moment; a later option overrides an earlier one."""
+
+
+def commands(path: Path) -> list[list[str]]:
+    """The robustdiff commands of a document's bash blocks, in order."""
+    blocks = re.findall(r"```bash\n(.*?)```", path.read_text(encoding="utf-8"), re.DOTALL)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    split = [shlex.split(line, comments=True) for line in lines]
+    return [words[words.index("robustdiff") + 1 :] for words in split if "robustdiff" in words]
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_every_command_runs(path, robustdiff, tmp_path, monkeypatch):
+    from robustdiff import demo
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(demo, "QUICK", demo.DemoSize(updates=3, images=20))
+    monkeypatch.setattr(demo, "STEPS", (1, 2))
+    for command in commands(path):
+        outcome = robustdiff(*command, *SMALL[command[0]])
+        assert outcome.code == 0, (command, outcome.err)
+
+
+def test_make_targets_exist():
+    makefile = (ROOT / "Makefile").read_text()
+    for target in re.findall(r"^make (\w+)", (ROOT / "README.md").read_text(), re.MULTILINE):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE)
+
+
+def test_the_demo_section_is_made_from_the_committed_results():
+    script = runpy.run_path(str(ROOT / "scripts" / "update_readme.py"))
+    record = json.loads((ROOT / "docs" / "demo" / "result.json").read_text())
+    assert script["demo_section"](record) in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_links_lead_somewhere():
+    for path in DOCUMENTS:
+        for link in re.findall(r"\]\(([^)#]+)\)", path.read_text(encoding="utf-8")):
+            if not link.startswith("http"):
+                assert (path.parent / link).exists(), f"{path.name}: {link}"
+
+
+def test_the_recipe_in_the_readme_is_valid(tmp_path):
+    from robustdiff.recipe import load_recipe
+
+    (text,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    (tmp_path / "mine.yaml").write_text(text)
+    assert load_recipe(str(tmp_path / "mine.yaml")).adversary.name == "free"

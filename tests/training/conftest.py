@@ -1,0 +1,70 @@
+"""A run of a second: a tiny UNet on 8×8 digits."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState, PartialState
+from safetensors.torch import load_file
+
+from robustdiff.recipe import Recipe
+
+TINY = {
+    "data": "digits",
+    "model": {"channels": [8, 16], "groups": 4, "layers": 1},
+    "steps": 6,
+    "batch_size": 8,
+    "lr": 1e-3,
+    "ema": 0.9,
+    "threads": 1,
+    "log_every": 1,
+    "checkpoint_every": 1000,
+}
+
+
+@pytest.fixture(autouse=True)
+def one_thread_and_no_state_of_accelerate():
+    """Accelerate keeps the first precision it was given for the whole process; a run is bit for bit on one thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    PartialState._reset_state()
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    """tiny(name, field=…): the recipe of a run in its own folder; fields as in YAML, {"section": {…}} merged."""
+
+    def recipe(output="run", **fields):
+        values = {**TINY, "output": str(tmp_path / output)}
+        for name, value in fields.items():
+            if isinstance(value, dict) and isinstance(values.get(name), dict):
+                value = {**values[name], **value}
+            values[name] = value
+        return Recipe.model_validate(values)
+
+    return recipe
+
+
+@pytest.fixture
+def outcome():
+    """outcome(recipe): all that a finished run has learned, by name, to compare runs by."""
+
+    def read(recipe):
+        folder = Path(recipe.output)
+        checkpoint = max((folder / "checkpoints").glob("step-*"))
+        tensors = {
+            f"model/{name}": value
+            for name, value in load_file(folder / "model/unet/diffusion_pytorch_model.safetensors").items()
+        }
+        tensors |= {f"now/{name}": value for name, value in load_file(checkpoint / "model.safetensors").items()}
+        if (checkpoint / "ema_0.safetensors").exists():
+            tensors |= {f"ema/{name}": value for name, value in load_file(checkpoint / "ema_0.safetensors").items()}
+        moments = torch.load(checkpoint / "optimizer.bin", weights_only=True)["state"]
+        tensors |= {f"optimizer/{i}/{name}": value for i, state in moments.items() for name, value in state.items()}
+        # Copies: safetensors maps the files, which a test may change.
+        return {name: value.clone() for name, value in tensors.items()}
+
+    return read

@@ -1,0 +1,447 @@
+"""The loop: resuming, microbatches, processes, adversaries, failures, and what a run leaves behind."""
+
+import json
+import math
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from diffusers import DDPMPipeline, FlowMatchEulerDiscreteScheduler
+from safetensors.torch import load_file
+
+from robustdiff.data import load_dataset
+from robustdiff.errors import InputError, RunError
+from robustdiff.models.build import build_model, load_pipeline
+from robustdiff.training.trainer import Trainer, train
+
+
+def lines(recipe):
+    return [json.loads(line) for line in (Path(recipe.output) / "metrics.jsonl").read_text().splitlines()]
+
+
+def learned(recipe):
+    """Metrics without what differs from run to run."""
+    return [{k: v for k, v in line.items() if k != "images_per_second"} for line in lines(recipe)]
+
+
+def trainer_of(recipe):
+    dataset = load_dataset("digits")
+    torch.manual_seed(recipe.seed)
+    return Trainer(
+        recipe, Accelerator(cpu=True, mixed_precision=recipe.precision), dataset, build_model(recipe, dataset)
+    )
+
+
+def assert_close(first, second, tolerance=1e-5):
+    """Equal up to rounding, except for the biases of the attention's keys.
+
+    The softmax does not see those: their gradients are rounding errors, which AdamW scales up to steps like others.
+    """
+    assert first.keys() == second.keys()
+    compared = [name for name in first if name.startswith("model/") and not name.endswith("to_k.bias")]
+    assert len(compared) > 50
+    for name in compared:
+        torch.testing.assert_close(first[name], second[name], rtol=0, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
+
+
+class Crash(Exception):
+    """As a kill: the run ends where it is."""
+
+
+def crash_at(step):
+    def on_status(status):
+        if status.step >= step:
+            raise Crash
+
+    return on_status
+
+
+# -- resuming -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"adversary": "none"},
+        {"adversary": {"name": "free", "radius": {"eta": 0.1, "sampler_steps": 20}, "ramp": 8}},
+        {"adversary": "pgd"},
+        {"adversary": "random"},
+        {"adversary": "free", "model": {"dropout": 0.3}, "accumulate": 2},
+        {"adversary": "random", "model": {"dropout": 0.3}, "data": {"name": "digits", "flip": True, "workers": 1}},
+        {"adversary": "free", "precision": "bf16", "clip": 0.5, "lr_schedule": "cosine", "warmup": 4},
+        {"adversary": "pgd", "precision": "bf16", "accumulate": 2, "ema": 0},
+    ],
+    ids=lambda fields: "-".join(str(v if isinstance(v, str) else k) for k, v in fields.items()),
+)
+def test_resuming_is_bit_for_bit_the_run_in_one_go(tiny, outcome, fields):
+    # 4 is not a multiple of the three passes, and the last batch ends after one of them.
+    fields = {"steps": 10, "checkpoint_every": 4, **fields}
+    whole, cut = tiny("whole", **fields), tiny("cut", **fields)
+    train(whole, cpu=True)
+    with pytest.raises(Crash):
+        train(cut, cpu=True, on_status=crash_at(7))
+    assert list((Path(cut.output) / "checkpoints").iterdir())
+    train(cut, cpu=True, resume=True)
+    first, second = outcome(whole), outcome(cut)
+    assert first.keys() == second.keys()
+    assert not [name for name in first if not torch.equal(first[name], second[name])]
+    assert learned(whole) == learned(cut)
+
+
+def test_more_steps_extend_a_finished_run(tiny, outcome):
+    short, whole = tiny("cut", steps=7, adversary="free", checkpoint_every=3), tiny("whole", steps=12, adversary="free")
+    train(short, cpu=True)
+    longer = short.model_copy(update={"steps": 12})
+    assert train(longer, cpu=True, resume=True)["steps"] == 12
+    train(whole, cpu=True)
+    first, second = outcome(whole), outcome(longer)
+    assert not [name for name in first if not torch.equal(first[name], second[name])]
+
+
+def test_a_finished_run_is_left_as_it_is(tiny):
+    recipe = tiny(steps=2)
+    result = train(recipe, cpu=True)
+    model = Path(recipe.output) / "model/unet/diffusion_pytorch_model.safetensors"
+    written = model.stat().st_mtime_ns
+    assert train(recipe, cpu=True, resume=True) == result
+    assert model.stat().st_mtime_ns == written
+
+
+def test_an_existing_run_is_not_overwritten(tiny):
+    recipe = tiny(steps=2)
+    train(recipe, cpu=True)
+    before = learned(recipe)
+    with pytest.raises(InputError, match="already holds a run: go on with --resume"):
+        train(recipe, cpu=True)
+    assert learned(recipe) == before
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("lr", 2e-3), ("batch_size", 16), ("adversary", "free"), ("seed", 1), ("precision", "bf16")]
+)
+def test_resuming_with_another_recipe_names_the_field(tiny, name, value):
+    train(tiny(steps=1), cpu=True)
+    with pytest.raises(InputError, match=f"trained with another {name}"):
+        # As another process would: accelerate keeps the precision of the first run.
+        trainless(tiny(steps=1, **{name: value}))
+
+
+def trainless(recipe):
+    from robustdiff.training.trainer import _prepare_folder
+
+    _prepare_folder(recipe, Path(recipe.output), resume=True)
+
+
+def test_what_changes_nothing_may_change_on_resuming(tiny):
+    train(tiny(steps=2), cpu=True)
+    changed = tiny(steps=4, checkpoint_every=1, keep=1, log_every=2, sampler="es", threads=1)
+    assert train(changed, cpu=True, resume=True)["steps"] == 4
+
+
+def test_a_cosine_schedule_cannot_be_extended(tiny):
+    train(tiny(steps=2, lr_schedule="cosine"), cpu=True)
+    with pytest.raises(InputError, match="another steps"):
+        train(tiny(steps=4, lr_schedule="cosine"), cpu=True, resume=True)
+
+
+# -- microbatches and processes -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("adversary", ["none", "free", "pgd"])
+def test_microbatches_train_to_the_same_parameters(tiny, outcome, adversary):
+    fields = {"adversary": {"name": adversary, "step_size": 0.5}, "clip": 1.0}
+    one, two = tiny("one", **fields), tiny("two", accumulate=2, **fields)
+    train(one, cpu=True)
+    train(two, cpu=True)
+    assert_close(outcome(one), outcome(two))
+    for first, second in zip(lines(one), lines(two), strict=True):
+        assert first["loss"] == pytest.approx(second["loss"], rel=1e-4)
+        assert first["delta_norm"] == pytest.approx(second["delta_norm"], rel=1e-4)
+
+
+def test_two_processes_train_to_the_same_parameters_as_one(tiny, outcome, tmp_path):
+    one, two = (tiny(name, adversary="free", batch_size=16, checkpoint_every=3) for name in ("one", "two"))
+    (tmp_path / "two.yaml").write_text(two.to_yaml())
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--num_machines", "1"]
+    launch += ["--cpu", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", port]
+    launch += [
+        "--num_cpu_threads_per_process",
+        "1",
+        str(Path(__file__).with_name("run.py")),
+        str(tmp_path / "two.yaml"),
+    ]
+    done = subprocess.run(
+        launch, capture_output=True, text=True, timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads((Path(two.output) / "result.json").read_text())["processes"] == 2
+    train(one, cpu=True)
+    assert_close(outcome(one), outcome(two))
+    for first, second in zip(lines(one), lines(two), strict=True):
+        assert first["loss"] == pytest.approx(second["loss"], rel=1e-4)
+
+
+def test_a_batch_that_cannot_be_shared_out(tiny):
+    class Three:
+        num_processes = 3
+
+    recipe = tiny(batch_size=8)
+    dataset = load_dataset("digits")
+    with pytest.raises(InputError, match="not a multiple of 3 processes × accumulate 1"):
+        Trainer(recipe, Three(), dataset, build_model(recipe, dataset))
+
+
+# -- adversaries in the loop ----------------------------------------------------------------------------------
+
+
+class Counter:
+    """What goes through the network and the optimiser of a trainer."""
+
+    def __init__(self, trainer):
+        self.inputs, self.times, self.backwards, self.updates = [], [], 0, 0
+        self.parameters_have_gradients = []
+        unet = trainer.built.unet
+        unet.register_forward_pre_hook(self.forward)
+        unet.conv_out.register_full_backward_hook(self.backward)
+        self.weight = unet.conv_in.weight
+        trainer.optimizer.optimizer.register_step_post_hook(self.update)
+
+    def forward(self, unet, arguments):
+        self.inputs.append(arguments[0].detach().clone())
+        self.times.append(arguments[1].clone())
+        self.parameters_have_gradients.append(self.weight.grad is not None)
+
+    def backward(self, *_):
+        self.backwards += 1
+
+    def update(self, *_):
+        self.updates += 1
+
+
+def run_batches(recipe, n):
+    """Train on n batches, and what was counted in each of them."""
+    trainer = trainer_of(recipe)
+    counter = Counter(trainer)
+    done = 0
+    for *_, last in trainer.updates():
+        done += last
+        if done == n:
+            return trainer, counter
+    raise AssertionError("too few updates")
+
+
+@pytest.mark.parametrize(
+    ("adversary", "forwards", "backwards", "updates"),
+    [("none", 1, 1, 1), ("free", 3, 3, 3), ("pgd", 4, 4, 1), ("random", 3, 3, 3)],
+)
+def test_what_one_batch_costs(tiny, adversary, forwards, backwards, updates):
+    trainer, counter = run_batches(tiny(steps=100, adversary={"name": adversary, "steps": 3}), 4)
+    assert len(counter.inputs) == 4 * forwards
+    assert counter.backwards == 4 * backwards
+    assert counter.updates == trainer.step == 4 * updates
+    assert trainer.batch == 4
+    # Not even PGD's own passes leave gradients on the parameters.
+    assert not any(counter.parameters_have_gradients)
+
+
+def test_all_adversaries_see_the_same_images_times_and_noise(tiny):
+    first_of_batch = {}
+    for adversary, forwards in {"none": 1, "free": 3, "pgd": 4, "random": 3}.items():
+        _, counter = run_batches(tiny(steps=100, adversary=adversary, model={"dropout": 0.1}), 3)
+        first_of_batch[adversary] = (counter.inputs[::forwards], counter.times[::forwards])
+    x_t, t = first_of_batch.pop("none")
+    assert not torch.equal(x_t[0], x_t[1])
+    for others, other_times in first_of_batch.values():
+        assert all(torch.equal(a, b) for a, b in zip(x_t, others, strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(t, other_times, strict=True))
+
+
+def test_free_passes_move_the_same_batch_by_the_step_size(tiny):
+    _, counter = run_batches(tiny(steps=100, adversary={"name": "free", "step_size": 0.5}), 1)
+    x_t, first, second = counter.inputs
+    torch.testing.assert_close((first - x_t).flatten(1).norm(dim=1), torch.full((8,), 0.5), rtol=1e-4, atol=0)
+    assert (second - x_t).flatten(1).norm(dim=1).max() <= 1 + 1e-4
+    assert (second - first).flatten(1).norm(dim=1).min() > 0.4
+
+
+# -- failures -------------------------------------------------------------------------------------------------
+
+
+def everything_saved(recipe):
+    for path in Path(recipe.output).rglob("*.safetensors"):
+        yield from load_file(path).values()
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_and_is_not_saved(tiny):
+    recipe = tiny(lr=1e30, steps=20, checkpoint_every=1)
+    with pytest.raises(RunError, match=r"the loss is (nan|inf) at update \d+: lower lr"):
+        train(recipe, cpu=True)
+    assert all(value.isfinite().all() for value in everything_saved(recipe))
+    assert not (Path(recipe.output) / "model").exists()
+
+
+def test_a_parameter_that_the_last_update_broke_is_not_saved(tiny):
+    recipe = tiny(lr=1e39, steps=1)  # the loss of the only update is finite still
+    with pytest.raises(RunError, match="a parameter is not finite after update 1"):
+        train(recipe, cpu=True)
+    assert not list((Path(recipe.output) / "checkpoints").iterdir())
+    assert not (Path(recipe.output) / "model").exists()
+
+
+# -- what a run leaves behind ---------------------------------------------------------------------------------
+
+
+def test_metrics_and_result(tiny):
+    recipe = tiny(steps=12, adversary={"name": "free", "step_size": 0.5}, log_every=6, warmup=4)
+    statuses = []
+    result = train(recipe, cpu=True, on_status=statuses.append)
+    written = lines(recipe)
+    assert [line["step"] for line in written] == [status.step for status in statuses] == [6, 12]
+    for line, status in zip(written, statuses, strict=True):
+        assert line["loss"] == line["mse"] == status.loss > 0
+        assert 0.5 < line["delta_norm"] <= 1 + 1e-4
+        assert line["lr"] == recipe.lr
+        assert line["epoch"] == pytest.approx(line["step"] / 3 * 8 / 1797)
+        assert line["skipped"] == 0
+        assert line["images_per_second"] > 0
+    assert result == json.loads((Path(recipe.output) / "result.json").read_text())
+    assert result["steps"] == 12 and result["batches"] == 4 and result["backward_passes"] == 12
+    assert result["images"] == 1797 and result["data"] == "digits"
+    assert result["loss"] == written[-1]["loss"]
+
+
+def test_backward_passes_of_pgd_are_counted_whole(tiny):
+    assert train(tiny(steps=2, adversary={"name": "pgd", "steps": 2}), cpu=True)["backward_passes"] == 6
+
+
+def test_tensorboard_gets_the_metrics(tiny):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    recipe = tiny(steps=3, trackers=["tensorboard"])
+    train(recipe, cpu=True)
+    (events,) = [
+        path.parent for path in Path(recipe.output).rglob("events.out.tfevents*") if path.parent.name == "robustdiff"
+    ]
+    scalars = EventAccumulator(str(events)).Reload().Scalars("loss")
+    assert [s.step for s in scalars] == [1, 2, 3]
+    assert [s.value for s in scalars] == pytest.approx([line["loss"] for line in lines(recipe)])
+
+
+def test_the_export_is_the_moving_average_as_a_diffusers_pipeline(tiny):
+    recipe = tiny(steps=5, ema=0.5)
+    train(recipe, cpu=True)
+    unet, _ = load_pipeline(recipe.output)
+    averages = load_file(Path(recipe.output) / "checkpoints/step-00000005/ema_0.safetensors")
+    now = load_file(Path(recipe.output) / "checkpoints/step-00000005/model.safetensors")
+    for i, (name, parameter) in enumerate(unet.named_parameters()):
+        assert torch.equal(parameter, averages[f"{i:05d}"]), name
+    assert not torch.equal(unet.conv_in.weight, now["conv_in.weight"])
+
+    pipeline = DDPMPipeline.from_pretrained(Path(recipe.output) / "model", local_files_only=True)
+    pipeline.set_progress_bar_config(disable=True)
+    images = pipeline(batch_size=2, num_inference_steps=3, output_type="np").images
+    assert images.shape == (2, 8, 8, 1) and math.isfinite(images.sum())
+
+
+def test_a_run_without_average_exports_its_parameters(tiny):
+    recipe = tiny(steps=3, ema=0)
+    train(recipe, cpu=True)
+    now = load_file(Path(recipe.output) / "checkpoints/step-00000003/model.safetensors")
+    exported = load_file(Path(recipe.output) / "model/unet/diffusion_pytorch_model.safetensors")
+    assert all(torch.equal(value, exported[name]) for name, value in now.items())
+
+
+def test_a_run_is_fine_tuned_from_a_run(tiny):
+    base = tiny("base", steps=3)
+    train(base, cpu=True)
+    tuned = tiny(
+        "tuned",
+        model={"name": "pretrained", "path": base.output, "channels": [32], "groups": 32},
+        steps=1,
+        lr=1e-12,
+        ema=0,
+    )
+    train(tuned, cpu=True)
+    torch.testing.assert_close(load_pipeline(tuned.output)[0].state_dict(), load_pipeline(base.output)[0].state_dict())
+
+
+# -- what can be trained --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"process": "flow", "objective": {"prediction": "flow"}},
+        {"objective": {"prediction": "v_prediction"}},
+        {"objective": {"prediction": "sample"}, "process": {"name": "linear", "T": 100}},
+        {"objective": {"variance": "learned_range", "vb_scale": 0.01}},
+        {"model": {"class_cond": True}, "data": {"name": "digits", "flip": True}},
+    ],
+    ids=["flow", "v", "sample", "learned variance", "classes and flips"],
+)
+def test_the_loss_falls_and_the_pipeline_knows_what_it_predicts(tiny, fields):
+    recipe = tiny(steps=60, batch_size=32, lr=3e-3, adversary="free", log_every=12, **fields)
+    train(recipe, cpu=True)
+    losses = [line["mse"] for line in lines(recipe)]
+    assert losses[-1] < 0.8 * losses[0]
+    unet, scheduler = load_pipeline(recipe.output)
+    objective = recipe.objective
+    if objective is not None and objective.prediction == "flow":
+        assert isinstance(scheduler, FlowMatchEulerDiscreteScheduler)
+    elif objective is not None:
+        assert scheduler.config.prediction_type == objective.prediction
+        assert unet.config.out_channels == (2 if objective.variance == "learned_range" else 1)
+    assert unet.config.num_class_embeds == (10 if recipe.model.class_cond else None)
+
+
+def test_flips_mirror_about_half_of_the_images(tiny):
+    plain, flipped = (trainer_of(tiny(batch_size=64, data={"name": "digits", "flip": flip})) for flip in (False, True))
+    (x,), (y,) = next(plain.batches()), next(flipped.batches())
+    same = (x.x0 == y.x0).flatten(1).all(1)
+    mirrored = (x.x0.flip(-1) == y.x0).flatten(1).all(1)
+    assert (same | mirrored).all()
+    assert 16 < mirrored.sum() < 48
+    assert torch.equal(x.noise, y.noise) and torch.equal(x.t, y.t)
+
+
+@pytest.mark.skipif(
+    not any(map(shutil.which, filter(None, [os.environ.get("CXX"), "c++", "g++", "clang++"]))), reason="no C++ compiler"
+)
+def test_compiled_training_is_the_same_training_and_can_be_resumed(tiny, outcome):
+    fields = {"model": {"channels": [4], "groups": 4}, "adversary": "free", "steps": 6, "checkpoint_every": 3}
+    plain, compiled = tiny("plain", **fields), tiny("compiled", compile=True, **fields)
+    train(plain, cpu=True)
+    with pytest.raises(Crash):
+        train(compiled, cpu=True, on_status=crash_at(6))
+    train(compiled, cpu=True, resume=True)
+    first, second = outcome(plain), outcome(compiled)
+    for name in (name for name in first if name.startswith("model/") and not name.endswith("to_k.bias")):
+        torch.testing.assert_close(first[name], second[name], rtol=0, atol=1e-4)
+
+
+# -- the learning rate ----------------------------------------------------------------------------------------
+
+
+def test_the_learning_rate_warms_up_linearly_and_stays(tiny):
+    trainer = trainer_of(tiny(lr=1e-3, warmup=4, steps=10))
+    rates = []
+    for trainer.step in range(6):
+        rates.append(trainer.learning_rate())
+    assert rates == pytest.approx([0.25e-3, 0.5e-3, 0.75e-3, 1e-3, 1e-3, 1e-3])
+
+
+def test_the_learning_rate_falls_along_half_a_cosine_to_zero(tiny):
+    recipe = tiny(lr=1e-3, warmup=2, lr_schedule="cosine", steps=8)
+    train(recipe, cpu=True)
+    expected = [1e-3 * min(1, (k + 1) / 2) * (1 + math.cos(math.pi * k / 8)) / 2 for k in range(8)]
+    assert [line["lr"] for line in lines(recipe)] == pytest.approx(expected)
+    assert expected[-1] < 0.04e-3
