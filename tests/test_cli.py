@@ -106,7 +106,7 @@ def test_evaluate_writes_table_figures_and_json(robustdiff, digits_run, tmp_path
         ("ddim", 2), ("ddim", 3), ("iddpm", 2), ("iddpm", 3),
     ]  # fmt: skip
     for cell in record["cells"]:
-        assert f"{cell['fid']:.2f}" in outcome.out
+        assert f"{cell['fid']:.2f} ±" in outcome.out
         assert cell["fid_ci"][0] < cell["fid"] < cell["fid_ci"][1]
     assert {p.name for p in (tmp_path / "e").iterdir()} == {
         "fid.png", "result.json", "samples-ddim.png", "samples-iddpm.png",

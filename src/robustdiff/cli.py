@@ -143,7 +143,7 @@ def sample(
     sampler: Annotated[str, typer.Option(help="ddim, iddpm, dpm++ or euler.")] = "ddim",
     steps: Annotated[int, typer.Option(help="Network evaluations for one image.")] = 20,
     seed: Seed = 0,
-    batch_size: BatchSize = 250,
+    batch_size: BatchSize = 128,
     precision: PrecisionOption = Precision.fp32,
     label: Annotated[
         int | None, typer.Option("--class", help="The class of all images; all in turn by default.")
@@ -202,7 +202,7 @@ def evaluate(
     weights: Annotated[Path | None, typer.Option(help="Inception's weights file.")] = None,
     output: Annotated[Path | None, typer.Option(help="A folder for result.json and figures.")] = None,
     seed: Seed = 0,
-    batch_size: BatchSize = 250,
+    batch_size: BatchSize = 128,
     precision: PrecisionOption = Precision.fp32,
     cpu: Cpu = False,
 ) -> None:

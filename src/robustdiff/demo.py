@@ -34,6 +34,7 @@ __all__ = ["FULL", "QUICK", "DemoSize", "run_demo"]
 METHODS = {"plain": "none", "random": "random", "free AT": "free"}
 SAMPLERS = ("ddim", "iddpm", "dpm++")
 STEPS = (5, 10, 20, 50)
+BATCH = 64  # images at a time: more do not fit into the cache of a core
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ def run_demo(
         if result is None:
             return None
         training[method] = {"recipe": recipe.model_dump(mode="json"), **result}
-        generators[method] = Generator.load(recipe.output, seed=seed, precision=recipe.precision)
+        generators[method] = Generator.load(recipe.output, seed=seed, precision=recipe.precision, batch_size=BATCH)
     accelerator = Accelerator()
     extractor = load_extractor("fashion-16")
     on_part("statistics of the real images", 1)

@@ -251,6 +251,10 @@ class Adversary(ABC):
         step_size: The length α > 0 of one step, in units of the norm.
         radius: None for no projection, a number in units of the norm, or a :class:`RadiusSchedule`.
         norm: The norm, by name: "l2", "linf" or "l1".
+        grad_floor: A gradient whose ℓ2 norm is below it makes a step that is shorter in proportion, α·‖∇‖₂/grad_floor.
+            0 for full steps always. (The authors' code in float32 has 2²⁰·10⁻⁸ for the gradient of the mean loss: it
+            undoes a loss scale that was not applied before it bounds the norm below by 10⁻⁸. In fp16 it has none to
+            speak of.)
 
     A sample whose gradient is zero or not finite (as when fp16 overflows) keeps its δ, and is counted in ``skipped``.
 
@@ -264,6 +268,7 @@ class Adversary(ABC):
         step_size: float = 0.1,
         radius: float | RadiusSchedule | None = None,
         norm: str = "l2",
+        grad_floor: float = 0.0,
     ) -> None:
         if steps < 1:
             raise ValueError(f"steps must be at least 1; got {steps}")
@@ -275,6 +280,9 @@ class Adversary(ABC):
             if not radius >= 0:
                 raise ValueError(f"radius must be at least 0; got {radius}")
             radius = Constant(float(radius))
+        if not (grad_floor >= 0 and math.isfinite(grad_floor)):
+            raise ValueError(f"grad_floor must be at least 0 and finite; got {grad_floor}")
+        self.grad_floor = grad_floor
         self.steps = steps
         self.step_size = step_size
         self.radius = radius
@@ -321,7 +329,10 @@ class Adversary(ABC):
         usable = flat.isfinite().all(1) & (flat != 0).any(1)
         # A harmless stand-in where the gradient is unusable: the result there is thrown away.
         safe = torch.where(_per_sample(usable, grad), grad, torch.ones_like(grad))
-        moved = self._project(delta + self.step_size * self.norm.ascent(safe), x_t, t, training_step)
+        step = self.step_size * self.norm.ascent(safe)
+        if self.grad_floor > 0:
+            step = step * _per_sample((safe.flatten(1).norm(dim=1) / self.grad_floor).clamp_max(1), step)
+        moved = self._project(delta + step, x_t, t, training_step)
         self._skipped = self._skipped + (~usable).sum()  # stays on the device: reading it here would stall a GPU
         return torch.where(_per_sample(usable, delta), moved, delta)
 

@@ -95,6 +95,8 @@ class ObjectiveConfig(Named):
     prediction: Prediction = "epsilon"
     variance: Literal["fixed", "learned_range"] = "fixed"
     vb_scale: float | None = Field(None, gt=0, description="factor of the variational bound; learned_range only")
+    timesteps: Literal["uniform", "loss-second-moment"] = Field("uniform", description="how times are drawn")
+    input_perturbation: float = Field(0.0, ge=0, description="γ of input perturbation; 0: none")
 
 
 class RadiusConfig(Section):
@@ -152,7 +154,9 @@ class Recipe(Section):
     process: ProcessConfig | None = Field(
         None, description="cosine; for a pretrained model the one it was trained with"
     )
-    objective: ObjectiveConfig | None = Field(None, description="ε-prediction; for a pretrained model what it predicts")
+    objective: ObjectiveConfig | None = Field(
+        None, description="ε-prediction, uniform times; for a pretrained model what it predicts"
+    )
     adversary: AdversaryConfig = AdversaryConfig()
     sampler: SamplerConfig = SamplerConfig()
     output: str = Field("runs/run", description="the run's folder")
@@ -184,7 +188,11 @@ class Recipe(Section):
 
     def to_yaml(self) -> str:
         """The whole recipe, defaults included."""
-        text: str = yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        values = self.model_dump(mode="json")
+        if self.objective is not None and self.model.name == "pretrained":
+            # What is not given here is the checkpoint's, not the default.
+            values["objective"] = self.objective.model_dump(mode="json", exclude_unset=True)
+        text: str = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
         return text
 
 

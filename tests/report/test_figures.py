@@ -57,9 +57,9 @@ def test_the_table_shows_the_difference_and_whether_it_is_sure(low, high, style)
     with console.capture() as capture:
         console.print(grid_table(grid, "plain"))
     text = capture.get()
-    assert "25.00 ± 1.00" in text
-    assert "15.00 ± 1.00" in text
-    assert f"\x1b[{style}m{(low + high) / 50:+.1%} ({low:+.2f} … {high:+.2f})" in text
+    assert "25.00 ±1" in text
+    assert "15.00 ±1" in text
+    assert f"\x1b[{style}m{(low + high) / 50:+.0%} ({low * 4:+.0f}…{high * 4:+.0f})" in text
 
 
 def test_a_bar_without_a_terminal_prints_lines(monkeypatch):

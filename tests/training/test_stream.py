@@ -15,7 +15,7 @@ def batches(n, **arguments):
 
 
 def test_every_epoch_is_another_permutation_of_the_data():
-    flat = sum(batches(10, length=15, batch_size=3, seed=0), [])
+    flat = [index for batch in batches(10, length=15, batch_size=3, seed=0) for index in batch]
     first, second = flat[:15], flat[15:]
     assert sorted(first) == sorted(second) == list(range(15))
     assert first != second

@@ -3,15 +3,15 @@
 import json
 import math
 import os
-import shutil
-import socket
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from diffusers import DDPMPipeline, FlowMatchEulerDiscreteScheduler
 from safetensors.torch import load_file
 
@@ -33,9 +33,7 @@ def learned(recipe):
 def trainer_of(recipe):
     dataset = load_dataset("digits")
     torch.manual_seed(recipe.seed)
-    return Trainer(
-        recipe, Accelerator(cpu=True, mixed_precision=recipe.precision), dataset, build_model(recipe, dataset)
-    )
+    return Trainer(recipe, Accelerator(cpu=True), dataset, build_model(recipe, dataset))
 
 
 def assert_close(first, second, tolerance=1e-5):
@@ -43,7 +41,6 @@ def assert_close(first, second, tolerance=1e-5):
 
     The softmax does not see those: their gradients are rounding errors, which AdamW scales up to steps like others.
     """
-    assert first.keys() == second.keys()
     compared = [name for name in first if name.startswith("model/") and not name.endswith("to_k.bias")]
     assert len(compared) > 50
     for name in compared:
@@ -76,6 +73,11 @@ def crash_at(step):
         {"adversary": "random", "model": {"dropout": 0.3}, "data": {"name": "digits", "flip": True, "workers": 1}},
         {"adversary": "free", "precision": "bf16", "clip": 0.5, "lr_schedule": "cosine", "warmup": 4},
         {"adversary": "pgd", "precision": "bf16", "accumulate": 2, "ema": 0},
+        {
+            "adversary": "free",
+            "objective": {"timesteps": "loss-second-moment", "input_perturbation": 0.1},
+            "process": {"name": "cosine", "T": 2},
+        },
     ],
     ids=lambda fields: "-".join(str(v if isinstance(v, str) else k) for k, v in fields.items()),
 )
@@ -127,15 +129,9 @@ def test_an_existing_run_is_not_overwritten(tiny):
 )
 def test_resuming_with_another_recipe_names_the_field(tiny, name, value):
     train(tiny(steps=1), cpu=True)
+    AcceleratorState._reset_state(reset_partial_state=True)  # as in another process
     with pytest.raises(InputError, match=f"trained with another {name}"):
-        # As another process would: accelerate keeps the precision of the first run.
-        trainless(tiny(steps=1, **{name: value}))
-
-
-def trainless(recipe):
-    from robustdiff.training.trainer import _prepare_folder
-
-    _prepare_folder(recipe, Path(recipe.output), resume=True)
+        train(tiny(steps=1, **{name: value}), cpu=True, resume=True)
 
 
 def test_what_changes_nothing_may_change_on_resuming(tiny):
@@ -168,17 +164,9 @@ def test_microbatches_train_to_the_same_parameters(tiny, outcome, adversary):
 def test_two_processes_train_to_the_same_parameters_as_one(tiny, outcome, tmp_path):
     one, two = (tiny(name, adversary="free", batch_size=16, checkpoint_every=3) for name in ("one", "two"))
     (tmp_path / "two.yaml").write_text(two.to_yaml())
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--num_machines", "1"]
-    launch += ["--cpu", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", port]
-    launch += [
-        "--num_cpu_threads_per_process",
-        "1",
-        str(Path(__file__).with_name("run.py")),
-        str(tmp_path / "two.yaml"),
-    ]
+    # torchrun, and not accelerate launch, which starts one process only where there is neither a GPU nor MPI.
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    launch += [str(Path(__file__).with_name("run.py")), str(tmp_path / "two.yaml")]
     done = subprocess.run(
         launch, capture_output=True, text=True, timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )
@@ -314,8 +302,8 @@ def test_metrics_and_result(tiny):
         assert line["skipped"] == 0
         assert line["images_per_second"] > 0
     assert result == json.loads((Path(recipe.output) / "result.json").read_text())
-    assert result["steps"] == 12 and result["batches"] == 4 and result["backward_passes"] == 12
-    assert result["images"] == 1797 and result["data"] == "digits"
+    expected = {"steps": 12, "batches": 4, "backward_passes": 12, "images": 1797, "data": "digits"}
+    assert {name: result[name] for name in expected} == expected
     assert result["loss"] == written[-1]["loss"]
 
 
@@ -349,7 +337,8 @@ def test_the_export_is_the_moving_average_as_a_diffusers_pipeline(tiny):
     pipeline = DDPMPipeline.from_pretrained(Path(recipe.output) / "model", local_files_only=True)
     pipeline.set_progress_bar_config(disable=True)
     images = pipeline(batch_size=2, num_inference_steps=3, output_type="np").images
-    assert images.shape == (2, 8, 8, 1) and math.isfinite(images.sum())
+    assert images.shape == (2, 8, 8, 1)
+    assert math.isfinite(images.sum())
 
 
 def test_a_run_without_average_exports_its_parameters(tiny):
@@ -410,22 +399,20 @@ def test_flips_mirror_about_half_of_the_images(tiny):
     mirrored = (x.x0.flip(-1) == y.x0).flatten(1).all(1)
     assert (same | mirrored).all()
     assert 16 < mirrored.sum() < 48
-    assert torch.equal(x.noise, y.noise) and torch.equal(x.t, y.t)
+    assert torch.equal(x.noise, y.noise)
+    assert torch.equal(x.t, y.t)
 
 
-@pytest.mark.skipif(
-    not any(map(shutil.which, filter(None, [os.environ.get("CXX"), "c++", "g++", "clang++"]))), reason="no C++ compiler"
-)
-def test_compiled_training_is_the_same_training_and_can_be_resumed(tiny, outcome):
-    fields = {"model": {"channels": [4], "groups": 4}, "adversary": "free", "steps": 6, "checkpoint_every": 3}
+def test_compiled_training_is_the_same_training_and_can_be_resumed(tiny, outcome, monkeypatch):
+    # All of torch.compile but the generation of C++, which takes half a minute here.
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    fields = {"adversary": "free", "steps": 6, "checkpoint_every": 3}
     plain, compiled = tiny("plain", **fields), tiny("compiled", compile=True, **fields)
     train(plain, cpu=True)
     with pytest.raises(Crash):
         train(compiled, cpu=True, on_status=crash_at(6))
     train(compiled, cpu=True, resume=True)
-    first, second = outcome(plain), outcome(compiled)
-    for name in (name for name in first if name.startswith("model/") and not name.endswith("to_k.bias")):
-        torch.testing.assert_close(first[name], second[name], rtol=0, atol=1e-4)
+    assert_close(outcome(plain), outcome(compiled))
 
 
 # -- the learning rate ----------------------------------------------------------------------------------------

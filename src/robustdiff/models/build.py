@@ -29,6 +29,7 @@ __all__ = [
     "PRETRAINED",
     "Built",
     "build_model",
+    "build_process",
     "build_unet",
     "check_fit",
     "load_pipeline",
@@ -82,7 +83,7 @@ def build_unet(
     )
 
 
-def _build_process(config: ProcessConfig, objective: ObjectiveConfig) -> tuple[DiffusionProcess, Any]:
+def build_process(config: ProcessConfig, objective: ObjectiveConfig) -> tuple[DiffusionProcess, Any]:
     """A process by name, and the diffusers scheduler that goes into the pipeline folder with it."""
     if (config.name == "flow") != (objective.prediction == "flow"):
         raise InputError("process=flow and objective.prediction=flow go together: set both, or neither")
@@ -156,7 +157,7 @@ def load_pipeline(path: str | Path) -> tuple[UNet2DModel, Any]:
     try:
         index = json.loads((folder / "model_index.json").read_text())
         kind = index.get("unet", [None, None])[1]
-        if kind != "UNet2DModel":
+        if kind not in ("UNet2DModel", "AdmUNet2DModel"):
             raise InputError(
                 f"{folder} holds {kind or 'no unet'}, not a UNet2DModel: only pixel-space UNets are supported"
             )
@@ -201,16 +202,18 @@ def build_model(recipe: Recipe, dataset: ImageDataset) -> Built:
         if recipe.process is not None and recipe.process.name == "pretrained":
             raise InputError("process=pretrained needs model.name=pretrained: choose cosine, linear or flow")
         objective = recipe.objective or ObjectiveConfig()
-        process, scheduler = _build_process(recipe.process or ProcessConfig(), objective)
+        process, scheduler = build_process(recipe.process or ProcessConfig(), objective)
         unet = build_unet(recipe.model, dataset.shape, dataset.num_classes, objective.variance)
         return Built(unet, process, scheduler, objective)
     assert recipe.model.path is not None  # the recipe's own validation
     unet, scheduler = load_pipeline(recipe.model.path)
-    objective = recipe.objective or objective_of(scheduler, unet)
+    objective = objective_of(scheduler, unet)
+    if (given := recipe.objective) is not None:
+        objective = objective.model_copy(update={name: getattr(given, name) for name in given.model_fields_set})
     if recipe.process is None or recipe.process.name == "pretrained":
         process = process_of(scheduler)
     else:
-        process, scheduler = _build_process(recipe.process, objective)
+        process, scheduler = build_process(recipe.process, objective)
     check_fit(unet, dataset.shape, str(recipe.model.path))
     if unet.config.num_class_embeds is not None and dataset.num_classes is None:
         raise InputError(f"the model {recipe.model.path} needs class labels, and this data has none")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from rich import box
 from rich.table import Table
 
 from robustdiff.evaluation.grid import Grid
@@ -19,28 +20,25 @@ def grid_table(grid: Grid, baseline: str) -> Table:
     checkpoints = list(dict.fromkeys(cell.checkpoint for cell in grid.cells))
     cells = {(c.checkpoint, c.sampler, c.steps): c for c in grid.cells}
     differences = {(d.checkpoint, d.baseline, d.sampler, d.steps): d for d in grid.differences}
-    table = Table()
-    table.add_column("sampler")
-    table.add_column("steps", justify="right")
+    # Narrow enough for a terminal of 80 columns with three checkpoints.
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), collapse_padding=True, caption_justify="left")
+    table.add_column("", no_wrap=True)
     for checkpoint in checkpoints:
-        table.add_column(checkpoint, justify="right")
+        table.add_column(checkpoint, justify="right", no_wrap=True)
         if checkpoint != baseline:
-            table.add_column(f"− {baseline}", justify="right")
-    previous = ""
-    for sampler, steps in dict.fromkeys((c.sampler, c.steps) for c in grid.cells):
-        if previous and sampler != previous:
-            table.add_section()
-        row = [sampler if sampler != previous else "", str(steps)]
-        previous = sampler
+            table.add_column(f"to {baseline}", justify="right", no_wrap=True)
+    rows = list(dict.fromkeys((c.sampler, c.steps) for c in grid.cells))
+    for i, (sampler, steps) in enumerate(rows):
+        row = [f"{sampler} {steps}"]
         for checkpoint in checkpoints:
             cell = cells[checkpoint, sampler, steps]
-            row.append(f"{cell.fid:.2f} ± {(cell.fid_ci[1] - cell.fid_ci[0]) / 2:.2f}")
+            row.append(f"{cell.fid:.2f} ±{(cell.fid_ci[1] - cell.fid_ci[0]) / 2:.2g}")
             if checkpoint != baseline:
                 difference = differences[checkpoint, baseline, sampler, steps]
-                low, high = difference.fid_ci
+                low, high = (100 * end / cells[baseline, sampler, steps].fid for end in difference.fid_ci)
                 style = "green" if high < 0 else "red" if low > 0 else "dim"
-                row.append(f"[{style}]{difference.relative:+.1%} ({low:+.2f} … {high:+.2f})[/]")
-        table.add_row(*row)
+                row.append(f"[{style}]{difference.relative:+.0%} ({low:+.0f}…{high:+.0f})[/]")
+        table.add_row(*row, end_section=i + 1 < len(rows) and rows[i + 1][0] != sampler)
     if len(checkpoints) > 1:
-        table.caption = "negative: better than the baseline; green and red: the interval of the difference excludes 0"
+        table.caption = "green and red: the interval of the difference excludes 0"
     return table

@@ -1,7 +1,11 @@
 r"""A network as a sampler sees it: x_t and a time in, (x̂_0, ε̂) out.
 
-Whatever the network predicts is turned into ε̂, divided by the epsilon scale (Ning et al., ICLR 2024), and x̂_0 follows
-from x_t = α_t x̂_0 + σ_t ε̂. Clipping holds x̂_0 in [−1, 1]; ε̂ is then what x_t and the clipped x̂_0 imply.
+Whatever the network predicts is turned into ε̂, divided by the epsilon scale λ, and x̂_0 follows from
+x_t = α_t x̂_0 + σ_t ε̂. Clipping holds x̂_0 in [−1, 1]; ε̂ is then what x_t and the clipped x̂_0 imply.
+
+Epsilon scaling (Ning et al., "Elucidating the Exposure Bias in Diffusion Models", ICLR 2024, arXiv 2308.15321): at
+inference ε̂ is longer than it was in training, and dividing it by λ > 1 brings x_t back to where the network was trained.
+λ is constant, or λ(i) = k·i + b at the i-th of the sampler's times, counted from the least noisy, 0, as in their code.
 """
 
 from __future__ import annotations
@@ -41,26 +45,28 @@ class Denoiser:
     Arguments:
         model: Called as diffusers calls it.
         prediction: What it predicts.
-        eps_scale: What ε̂ is divided by.
+        eps_scale: λ, or (k, b) for λ(i) = k·i + b.
         clip: Whether x̂_0 is clipped to [−1, 1].
         condition: What else the model is called with.
     """
 
     model: Callable[..., Any]
     prediction: Prediction = "epsilon"
-    eps_scale: float = 1.0
+    eps_scale: float | tuple[float, float] = 1.0
     clip: bool = True
     condition: dict[str, Any] = field(default_factory=dict)
 
-    def __call__(self, x_t: Tensor, index: int, process: DiffusionProcess) -> Denoised:
-        """Evaluate the network at time ``process.times[index]``."""
+    def __call__(self, x_t: Tensor, index: int | Tensor, process: DiffusionProcess) -> Denoised:
+        """Evaluate the network at time ``process.times[index]``; indices with shape (B,) are one for each sample."""
         channels = x_t.shape[1]
-        t = torch.full((len(x_t),), index, device=x_t.device)
+        t = index if isinstance(index, Tensor) else torch.full((len(x_t),), index, device=x_t.device)
         output = predict(self.model, x_t, process.times.to(x_t.device)[t], self.condition).to(x_t.dtype)
         variance = output[:, channels:] if output.shape[1] == 2 * channels else None
         x0, noise = process.split(self.prediction, x_t, t, output[:, :channels])
-        if self.eps_scale != 1.0:
-            noise = noise / self.eps_scale
+        k, b = self.eps_scale if isinstance(self.eps_scale, tuple) else (0.0, self.eps_scale)
+        if (k, b) != (0.0, 1.0):
+            scale = (k * t + b).to(noise)
+            noise = noise / scale.reshape(-1, *(1,) * (noise.ndim - 1))
             x0, _ = process.split("epsilon", x_t, t, noise)
         if self.clip:
             x0 = x0.clamp(-1, 1)

@@ -88,7 +88,7 @@ class Generator:
     sampler: str = "ddim"
     steps: int = 50
     seed: int = 0
-    batch_size: int = 250
+    batch_size: int = 128
     precision: str = "fp32"
     label: int | None = None
     options: dict[str, Any] | None = None

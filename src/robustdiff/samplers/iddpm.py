@@ -4,6 +4,8 @@ r"""Ancestral sampling of DDPM and IDDPM (Ho et al., 2020; Nichol & Dhariwal, 20
 
 with v = β̃ of the respaced process, or, where the network has learned it, between β̃ and β. (diffusers' DDPMScheduler is
 the same but takes no noise from outside; the tests hold the two together.)
+
+The sampler ``es`` is this one with ε̂ scaled (Ning et al., ICLR 2024; :mod:`robustdiff.samplers.denoiser`).
 """
 
 from __future__ import annotations
@@ -20,11 +22,13 @@ from robustdiff.samplers.spacing import evenly_spaced
 __all__ = ["iddpm"]
 
 
-def iddpm(denoiser: Denoiser, process: DiffusionProcess, steps: int, x: Tensor, noises: Iterator[Tensor]) -> Tensor:
+def iddpm(
+    denoiser: Denoiser, process: DiffusionProcess, steps: int | str, x: Tensor, noises: Iterator[Tensor]
+) -> Tensor:
     """Sample from x_T (B, C, H, W) to x_0 in S steps, with one of ``noises`` (B, C, H, W) in each but the last."""
     respaced = process.respace(evenly_spaced(steps, len(process)))
     low, high = respaced.log_variance_range
-    for index in reversed(range(steps)):
+    for index in reversed(range(len(respaced))):
         t = torch.full((len(x),), index, device=x.device)
         denoised = denoiser(x, index, respaced)
         x = respaced.posterior_mean(denoised.x0, x, t)

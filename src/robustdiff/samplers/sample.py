@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -15,12 +16,24 @@ from robustdiff.samplers.denoiser import Denoiser
 from robustdiff.samplers.dpmpp import dpmpp
 from robustdiff.samplers.euler import euler
 from robustdiff.samplers.iddpm import iddpm
+from robustdiff.samplers.spacing import check_steps
+from robustdiff.samplers.time_shift import time_shift
 
 __all__ = ["SAMPLERS", "Sampler", "sample"]
 
-Sampler = Callable[[Denoiser, DiffusionProcess, int, Tensor, Iterator[Tensor]], Tensor]
+Sampler = Callable[..., Tensor]
+"""(denoiser, process, steps, x_T, noises, **options of its own) ↦ x_0."""
 
-SAMPLERS: dict[str, Sampler] = {"ddim": ddim, "iddpm": iddpm, "dpm++": dpmpp, "euler": euler}
+SAMPLERS: dict[str, Sampler] = {
+    "ddim": ddim,
+    "iddpm": iddpm,
+    "es": iddpm,
+    "time-shift": time_shift,
+    "dpm++": dpmpp,
+    "euler": euler,
+}
+_RESPACED = ("ddim", "iddpm", "es", "time-shift")
+_ES_SCALE = 1.017
 
 
 def check_sampler(sampler: str, process: DiffusionProcess) -> None:
@@ -32,7 +45,7 @@ def check_sampler(sampler: str, process: DiffusionProcess) -> None:
     if sampler not in SAMPLERS:
         raise InputError(f"unknown sampler {sampler!r}: use one of {', '.join(SAMPLERS)}")
     if (sampler == "euler") == process.variance_preserving:
-        suited = "ddim, iddpm or dpm++" if sampler == "euler" else "euler"
+        suited = "ddim, iddpm, es, time-shift or dpm++" if sampler == "euler" else "euler"
         raise InputError(f"the sampler {sampler} does not suit this process: use {suited}")
 
 
@@ -41,42 +54,66 @@ def sample(
     model: Callable[..., Any],
     process: DiffusionProcess,
     sampler: str = "iddpm",
-    steps: int = 10,
+    steps: int | str = 10,
     shape: tuple[int, ...] | None = None,
     latents: Tensor | None = None,
     step_noise: Iterable[Tensor] | None = None,
     generator: torch.Generator | None = None,
-    eps_scale: float = 1.0,
+    eps_scale: float | tuple[float, float] | None = None,
     clip: bool = True,
     class_labels: Tensor | None = None,
     prediction: Prediction = "epsilon",
+    *,
+    window: int | None = None,
+    cutoff: int | None = None,
 ) -> Tensor:
     """Sample images.
 
     Arguments:
         model: Called as diffusers calls it, ``model(x, t, class_labels=…).sample``, or returning a tensor. Put it into
-            eval mode before. 2C output channels mean a learned variance, which iddpm uses.
+            eval mode before. 2C output channels mean a learned variance, which iddpm and es use.
         process: The process that it was trained on.
         sampler: One of :data:`SAMPLERS`.
-        steps: Network evaluations, in [1, T].
+        steps: Network evaluations, in [1, T]; for ddim, iddpm, es and time-shift also one of guided-diffusion's
+            strings: "10", "10,20,30" (sections) or "ddim25".
         shape: (n, C, H, W), where ``latents`` are not given.
         latents: x_T, with shape (n, C, H, W); standard normal by default.
         step_noise: The noise of each step: (steps, n, C, H, W), or any iterable of (n, C, H, W), from the noisiest step
             on. Common random numbers: the same latents and step noise make samples of two models comparable one to one.
         generator: Where what is not given comes from.
-        eps_scale: What ε̂ is divided by.
+        eps_scale: What ε̂ is divided by: a number, for es also (k, b), which is k·i + b at the i-th of the sampler's
+            times, the least noisy being 0. For es 1.017 by default, what Ning et al. (2024) take on CIFAR-10 at 100
+            steps (fewer steps want more); 1 for the others.
         clip: Whether x̂_0 is clipped to [−1, 1] in each step; dpm++ never does.
         class_labels: Labels, with shape (n,).
         prediction: What the model predicts.
+        window: time-shift: the width of the window around a time, in training times; 30 by default.
+        cutoff: time-shift: the training time from which on down nothing is shifted; 300 by default.
 
     Returns:
         Images, nominally in [−1, 1], with shape (n, C, H, W), on the device of the latents.
 
     Raises:
-        InputError: If the sampler is unknown or does not suit the process, or steps are out of range.
+        InputError: If the sampler is unknown or does not suit the process, or has no such option, or an option or steps
+            are out of range.
         ValueError: If neither or both of shape and latents are given, or the step noise has another shape.
     """
     check_sampler(sampler, process)
+    if isinstance(steps, str) and sampler not in _RESPACED:
+        raise InputError(f"{sampler} takes a number of steps, not {steps!r}: those are for {', '.join(_RESPACED)}")
+    evaluations = check_steps(steps, len(process))
+    options = {name: value for name, value in (("window", window), ("cutoff", cutoff)) if value is not None}
+    if options and sampler != "time-shift":
+        raise InputError(f"{' and '.join(options)} is for time-shift, not for {sampler}")
+    scale = eps_scale if eps_scale is not None else _ES_SCALE if sampler == "es" else 1.0
+    if isinstance(scale, tuple):
+        if sampler != "es":
+            raise InputError(f"a linear eps_scale is for es, not for {sampler}")
+        scales = [scale[1], scale[0] * (evaluations - 1) + scale[1]]
+    else:
+        scales = [scale]
+    if not all(value > 0 and math.isfinite(value) for value in scales):
+        raise InputError(f"eps_scale must be positive at all times; got {scale}")
     if latents is None:
         if shape is None:
             raise ValueError("give shape=(n, C, H, W), or latents")
@@ -100,5 +137,5 @@ def sample(
         raise ValueError(f"step_noise ended early: {sampler} in {steps} steps needs one for each step but the last")
 
     condition = {} if class_labels is None else {"class_labels": class_labels}
-    denoiser = Denoiser(model, prediction, eps_scale, clip, condition)
-    return SAMPLERS[sampler](denoiser, process, steps, latents, noises())
+    denoiser = Denoiser(model, prediction, scale, clip, condition)
+    return SAMPLERS[sampler](denoiser, process, steps, latents, noises(), **options)

@@ -37,6 +37,7 @@ from robustdiff.errors import InputError, RunError
 from robustdiff.files import atomic_folder, atomic_write
 from robustdiff.models.build import Built, build_model, save_pipeline
 from robustdiff.objectives.denoising import DenoisingObjective, Draw
+from robustdiff.objectives.timesteps import TIMESTEPS, LossSecondMoment
 from robustdiff.perturbation import (
     Adversary,
     Constant,
@@ -122,8 +123,15 @@ class Trainer:
         self.built = built
         objective = built.objective
         self.objective = DenoisingObjective(
-            built.process, objective.prediction, objective.variance, vb_scale=objective.vb_scale
+            built.process,
+            objective.prediction,
+            objective.variance,
+            vb_scale=objective.vb_scale,
+            timesteps=TIMESTEPS[objective.timesteps](len(built.process)),
+            input_perturbation=objective.input_perturbation,
         )
+        if isinstance(self.objective.timesteps, LossSecondMoment):
+            accelerator.register_for_checkpointing(self.objective.timesteps)
         self.adversary = build_adversary(recipe.adversary, built.process)
         self.step = 0
         self.batch = 0
@@ -182,11 +190,14 @@ class Trainer:
         class_cond = self.built.unet.config.num_class_embeds is not None
         while True:
             generator = batch_generator(recipe.seed, self.batch, accelerator.device)
-            t = self.objective.draw_times(recipe.batch_size, generator)
+            t, weight = self.objective.timesteps.draw(recipe.batch_size, generator)
             noise = torch.randn(
                 (recipe.batch_size, *self.dataset.shape), generator=generator, device=accelerator.device
             )
             flip = torch.rand(recipe.batch_size, generator=generator, device=accelerator.device) < 0.5
+            input_noise = None
+            if self.objective.input_perturbation:  # last, so that everything else is as without
+                input_noise = torch.randn(noise.shape, generator=generator, device=accelerator.device)
             draws = []
             for m in range(recipe.accumulate):
                 images, labels = next(loader)
@@ -197,8 +208,30 @@ class Trainer:
                 condition: dict[str, Any] = {}
                 if class_cond and labels is not None:
                     condition["class_labels"] = labels.to(accelerator.device)
-                draws.append(self.objective.draw(x0, t=t[rows], noise=noise[rows], **condition))
+                draws.append(
+                    self.objective.draw(
+                        x0,
+                        t=t[rows],
+                        noise=noise[rows],
+                        weight=None if weight is None else weight[rows],
+                        input_noise=None if input_noise is None else input_noise[rows],
+                        **condition,
+                    )
+                )
             yield draws
+
+    def _remember(self, draws: list[Draw], losses: list[Tensor]) -> None:
+        """Give the losses of a batch, over all processes and in its order, to the sampler of times.
+
+        Only those of the first pass: the others are at points that were moved to where the loss is larger, and at the
+        same few times again, which would fill a time's history with one image.
+        """
+        if not isinstance(self.objective.timesteps, LossSecondMoment):
+            return
+        for draw, loss in zip(draws, losses, strict=True):
+            plain = loss if draw.weight is None else loss / draw.weight
+            t, plain = self.accelerator.gather((draw.t, plain))  # rank after rank, which is the batch's order
+            self.objective.timesteps.update(t, plain)
 
     def _loss_of_delta(self, draw: Draw) -> Callable[[Tensor], Tensor]:
         """δ ↦ losses (B,), for adversaries that ascend on their own."""
@@ -229,14 +262,18 @@ class Trainer:
             ]
             for k, deltas in enumerate(zip(*perturbations, strict=True)):
                 totals: dict[str, Tensor] = {}
+                drawn: list[Tensor] = []
                 for m, (draw, delta) in enumerate(zip(draws, deltas, strict=True)):
                     last = m + 1 == len(draws)
                     sync: AbstractContextManager[Any] = nullcontext() if last else accelerator.no_sync(self.model)
                     with sync:
                         losses = self.objective(self.model, draw, delta)
                         accelerator.backward(losses["loss"].mean() / len(draws))
+                    drawn.append(losses["loss"].detach())
                     for name, value in losses.items():
                         totals[name] = totals.get(name, 0) + value.detach().mean() / len(draws)
+                if k == 0:
+                    self._remember(draws, drawn)
                 if recipe.clip is not None:
                     accelerator.clip_grad_norm_(self.model.parameters(), recipe.clip)
                 for group in self.optimizer.param_groups:
