@@ -140,15 +140,17 @@ def sample(
     run: Annotated[str, typer.Argument(help="A run, a diffusers pipeline folder, or a shipped model.")],
     output: Annotated[Path, typer.Option(help="A file.npz, or a folder for PNGs.")] = Path("samples.npz"),
     num: Annotated[int, typer.Option(min=1, help="How many images.")] = 64,
-    sampler: Annotated[str, typer.Option(help="ddim, iddpm, dpm++ or euler.")] = "ddim",
-    steps: Annotated[int, typer.Option(help="Network evaluations for one image.")] = 20,
+    sampler: Annotated[str, typer.Option(help="ddim, iddpm, dpm++, es, time-shift; euler for flows.")] = "ddim",
+    steps: Annotated[str, typer.Option(help='Network evaluations for one image; or "10,20,30", "ddim25".')] = "20",
     seed: Seed = 0,
     batch_size: BatchSize = 128,
     precision: PrecisionOption = Precision.fp32,
     label: Annotated[
         int | None, typer.Option("--class", help="The class of all images; all in turn by default.")
     ] = None,
-    eps_scale: Annotated[float, typer.Option(help="Epsilon scaling: what the predicted noise is divided by.")] = 1.0,
+    eps_scale: Annotated[
+        float | None, typer.Option(help="What the predicted noise is divided by; 1, and 1.017 for es, by default.")
+    ] = None,
     cpu: Cpu = False,
 ) -> None:
     """Sample images into an .npz (arr_0: uint8 NHWC, what ADM's evaluator reads) or into PNGs.
@@ -165,12 +167,12 @@ def sample(
         run,
         accelerator.device,
         sampler=sampler,
-        steps=steps,
+        steps=int(steps) if steps.lstrip("-").isdigit() else steps,
         seed=seed,
         batch_size=batch_size,
         precision=precision.value,
         label=label,
-        options={"eps_scale": eps_scale},
+        options={} if eps_scale is None else {"eps_scale": eps_scale},
     )
     if output.suffix and output.suffix != ".npz":
         raise InputError(f"{output}: give a file that ends in .npz, or a folder")

@@ -294,6 +294,10 @@ class Adversary(ABC):
         """How many single ascents were left out so far: the gradient of that sample was zero or not finite."""
         return int(self._skipped)
 
+    @skipped.setter
+    def skipped(self, count: int) -> None:
+        self._skipped = count
+
     @property
     def passes(self) -> int:
         """How many perturbations are yielded for one batch: the optimiser updates that it is trained on."""

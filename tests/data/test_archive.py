@@ -62,7 +62,8 @@ def test_bad_files(tmp_path, make, message, size):
     make(path)
     with pytest.raises(InputError, match=message) as caught:
         load_dataset("npz", root=path, size=size)
-    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_lone_array(tmp_path):

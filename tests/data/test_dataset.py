@@ -19,7 +19,8 @@ def test_to_uint8_inverts_to_unit_on_every_value():
     pixels = torch.arange(256, dtype=torch.uint8)
     unit = to_unit(pixels)
     assert unit.dtype == torch.float32
-    assert unit.min() == -1 and unit.max() == 1
+    assert unit.min() == -1
+    assert unit.max() == 1
     assert torch.equal(to_uint8(unit), pixels)
 
 
@@ -45,11 +46,14 @@ def test_shapes_and_classes(dataset):
 
 def test_batch_and_single_agree(dataset):
     images, labels = dataset.__getitems__([3, 0, 3])
-    assert images.shape == (3, 3, 2, 3) and images.dtype == torch.uint8
-    assert labels.tolist() == [0, 0, 0] and labels.dtype == torch.int64
+    assert images.shape == (3, 3, 2, 3)
+    assert images.dtype == torch.uint8
+    assert labels.tolist() == [0, 0, 0]
+    assert labels.dtype == torch.int64
     for position, index in enumerate([3, 0, 3]):
         image, label = dataset[index]
-        assert torch.equal(image, images[position]) and label == labels[position]
+        assert torch.equal(image, images[position])
+        assert label == labels[position]
     assert images[0, 1, 0, 2] == 3 * 18 + 2 * 3 + 1  # channel 1 of pixel (0, 2) of image 3
 
 

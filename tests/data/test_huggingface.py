@@ -29,9 +29,11 @@ def test_saved_to_disk_with_class_labels(tmp_path):
     dataset = load_dataset(f"hf:{tmp_path / 'set'}")
     assert (len(dataset), dataset.shape, dataset.num_classes) == (3, (1, 6, 6), 3)
     images, labels = dataset.__getitems__([2, 0])
-    assert images[:, 0, 0, 0].tolist() == [30, 10] and labels.tolist() == [1, 1]
+    assert images[:, 0, 0, 0].tolist() == [30, 10]
+    assert labels.tolist() == [1, 1]
     dataset = load_dataset(f"hf:{tmp_path / 'set'}", size=4, channels=3)
-    assert dataset[1][0].shape == (3, 4, 4) and dataset[1][1] == 0
+    assert dataset[1][0].shape == (3, 4, 4)
+    assert dataset[1][1] == 0
 
 
 def test_integer_labels_and_splits(tmp_path):
@@ -57,7 +59,8 @@ def test_a_folder_that_datasets_reads(tmp_path, monkeypatch):
 def test_without_labels(tmp_path):
     table({"picture": datasets.Image()}).save_to_disk(tmp_path / "set")
     dataset = load_dataset(f"hf:{tmp_path / 'set'}")
-    assert dataset.num_classes is None and dataset.__getitems__([0])[1] is None
+    assert dataset.num_classes is None
+    assert dataset.__getitems__([0])[1] is None
 
 
 def test_sizes_that_differ(tmp_path):

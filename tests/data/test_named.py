@@ -89,7 +89,8 @@ def test_digits_are_those_of_scikit_learn():
     images, labels = dataset.__getitems__(range(1797))
     bunch = load_digits()
     assert np.allclose(images[:, 0].numpy() / 255 * 16, bunch.images, atol=0.5 / 255 * 16)
-    assert images.min() == 0 and images.max() == 255
+    assert images.min() == 0
+    assert images.max() == 255
     assert np.array_equal(labels.numpy(), bunch.target)
 
 
@@ -141,7 +142,8 @@ def test_bad_idx(tmp_path, data, message):
     (tmp_path / "x").write_bytes(data)
     with pytest.raises(InputError, match=message) as caught:
         read_idx(tmp_path / "x")
-    assert str(tmp_path / "x") in str(caught.value) and "\n" not in str(caught.value)
+    assert str(tmp_path / "x") in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 def test_missing_idx(tmp_path, idx_folder):

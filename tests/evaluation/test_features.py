@@ -32,9 +32,13 @@ def test_shipped(name):
     extractor = load_extractor(name)
     images = random_images(extractor, 5)
     found = extractor(images)
-    assert found.shape == (5, extractor.dim) and found.dtype == torch.float32 and not found.requires_grad
-    assert extractor.name == name and len(extractor.fingerprint) == 64
-    assert not extractor.training and not any(p.requires_grad for p in extractor.parameters())
+    assert found.shape == (5, extractor.dim)
+    assert found.dtype == torch.float32
+    assert not found.requires_grad
+    assert extractor.name == name
+    assert len(extractor.fingerprint) == 64
+    assert not extractor.training
+    assert not any(p.requires_grad for p in extractor.parameters())
     assert torch.allclose(found[2:3], extractor(images[2:3]), atol=1e-5)  # the rest of the batch does not matter
     assert name in repr(extractor)
 
@@ -157,7 +161,8 @@ def test_inception_is_that_of_torch_fidelity(inception):
     generator = torch.Generator().manual_seed(0)
     colour = torch.randint(0, 256, (1, 3, 32, 32), dtype=torch.uint8, generator=generator)
     found = extractor(colour)
-    assert found.shape == (1, 2048) and found.dtype == torch.float32
+    assert found.shape == (1, 2048)
+    assert found.dtype == torch.float32
     assert torch.equal(found, net(colour)[0])
     grey = colour[:, :1, :9]
     assert torch.equal(extractor(grey), net(grey.repeat(1, 3, 1, 1))[0])

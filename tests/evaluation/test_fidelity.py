@@ -198,13 +198,15 @@ def test_a_replicate_is_the_fid_of_the_repeated_blocks():
 def test_empty_blocks_do_not_matter():
     x, y = moments_of(gaussian(1, 20, 3), 50), moments_of(gaussian(2, 90, 3))
     found = bootstrap_frechet(x, y, 100)
-    assert found.shape == (100,) and np.isfinite(found).all()
+    assert found.shape == (100,)
+    assert np.isfinite(found).all()
 
 
 def test_interval_is_centred_at_the_estimate():
     replicates = np.random.default_rng(0).normal(7, 2, 20_000)
     low, high = interval(3.0, replicates, 0.9)
-    assert low == pytest.approx(3 - 1.645 * 2, abs=0.1) and high == pytest.approx(3 + 1.645 * 2, abs=0.1)
+    assert low == pytest.approx(3 - 1.645 * 2, abs=0.1)
+    assert high == pytest.approx(3 + 1.645 * 2, abs=0.1)
 
 
 def test_intervals_cover():
@@ -338,14 +340,16 @@ def test_precision_recall_equals_brute_force(n, m, k, chunk):
     x, y = points[:n], points[n:] + 0.5
     found = precision_recall(x, y, k, chunk)
     assert found == pytest.approx(brute_force(x, y, k))
-    assert 0 < found[0] < 1 and 0 < found[1] < 1
+    assert 0 < found[0] < 1
+    assert 0 < found[1] < 1
 
 
 def test_precision_and_recall_of_a_collapsed_and_of_a_foreign_set():
     real = gaussian(0, 300, 4)
     collapsed = real[:1] + 1e-3 * np.random.default_rng(0).normal(size=(300, 4))
     precision, recall = precision_recall(collapsed, real)
-    assert precision == 1 and recall < 0.05
+    assert precision == 1
+    assert recall < 0.05
     assert precision_recall(real + 1e3, real) == (0, 0)
     assert precision_recall(real, real) == (1, 1)
 
@@ -405,7 +409,8 @@ def test_reference_is_cached_by_content(small, tmp_path):
     assert extractor.calls == 1
     again = reference_statistics(ArrayDataset("another name", images.copy()), extractor, tmp_path)
     assert extractor.calls == 1
-    assert np.array_equal(first.cov, again.cov) and np.array_equal(first.features, again.features)
+    assert np.array_equal(first.cov, again.cov)
+    assert np.array_equal(first.features, again.features)
     changed = images.copy()
     changed[-1, -1, -1] ^= 1
     reference_statistics(ArrayDataset("a", changed), extractor, tmp_path)
@@ -493,7 +498,8 @@ def test_result(extractor, reference, noisy):
     replicates = bootstrap_frechet(fidelity.moments, reference)
     assert result["fid_ci"] == interval(result["fid"], replicates)
     assert result["n"] == 600
-    assert 0 <= result["precision"] <= 1 and 0 <= result["recall"] <= 1
+    assert 0 <= result["precision"] <= 1
+    assert 0 <= result["recall"] <= 1
     assert result == fidelity.result()
 
 

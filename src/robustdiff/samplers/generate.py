@@ -70,7 +70,7 @@ class Generator:
         process: Its process.
         prediction: What it predicts.
         sampler: The sampler's name.
-        steps: Network evaluations for one image.
+        steps: Network evaluations for one image, or a respacing string.
         seed: The seed of the set of images.
         batch_size: Images at a time.
         precision: "fp32", or "bf16" or "fp16" for autocast.
@@ -86,7 +86,7 @@ class Generator:
     process: DiffusionProcess
     prediction: Prediction
     sampler: str = "ddim"
-    steps: int = 50
+    steps: int | str = 50
     seed: int = 0
     batch_size: int = 128
     precision: str = "fp32"
@@ -187,7 +187,7 @@ def write_npz(
         on_images: Called with the number of images made since the last call, over all processes.
     """
     channels, height, width = generator.shape
-    settings = [identity, num, accelerator.num_processes, generator.sampler, generator.steps, generator.seed]
+    settings: list[Any] = [identity, num, accelerator.num_processes, generator.sampler, generator.steps, generator.seed]
     settings += [generator.batch_size, generator.precision, generator.label, generator.options]
     key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:12]
     parts = path.with_name(f".{path.name}.{key}.parts")

@@ -130,8 +130,6 @@ class Trainer:
             timesteps=TIMESTEPS[objective.timesteps](len(built.process)),
             input_perturbation=objective.input_perturbation,
         )
-        if isinstance(self.objective.timesteps, LossSecondMoment):
-            accelerator.register_for_checkpointing(self.objective.timesteps)
         self.adversary = build_adversary(recipe.adversary, built.process)
         self.step = 0
         self.batch = 0
@@ -303,13 +301,25 @@ class Trainer:
                 f"a parameter is not finite after update {self.step}: lower lr or adversary.step_size, or set clip=1; "
                 "checkpoints from before are kept"
             )
-        state = {"step": self.step, "batch": self.batch}
+        state: dict[str, Any] = {"step": self.step, "batch": self.batch, "skipped": self.adversary.skipped}
+        if isinstance(self.objective.timesteps, LossSecondMoment):
+            # As JSON: accelerate would load an object of ours by unpickling it.
+            state["timesteps"] = {name: v.tolist() for name, v in self.objective.timesteps.state_dict().items()}
         save_checkpoint(folder, self.step, self.accelerator, self.ema, state, self.recipe.keep)
 
     def load(self, checkpoint: Path) -> None:
         """Continue from a checkpoint."""
         state = load_checkpoint(checkpoint, self.accelerator, self.ema)
         self.step, self.batch = state["step"], state["batch"]
+        self.adversary.skipped = state["skipped"]
+        if isinstance(self.objective.timesteps, LossSecondMoment):
+            history = state["timesteps"]
+            self.objective.timesteps.load_state_dict(
+                {
+                    "losses": torch.tensor(history["losses"], dtype=torch.float64),
+                    "counts": torch.tensor(history["counts"]),
+                }
+            )
 
     def export(self, folder: Path) -> None:
         """Write the network, by its moving average if there is one, as a diffusers pipeline folder."""
