@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 ONE = [sys.executable, "-m", "robustdiff"]
 # accelerate's own launcher starts a single process when it is told --cpu.
-TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "robustdiff"]
+TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "--", "robustdiff"]
 
 
 def assert_bad_input(outcome, *words: str) -> None:
