@@ -1,0 +1,189 @@
+"""The denoising loss: at (ε, δ) it is the ordinary loss at ε + δ/σ_t; the bound against torch.distributions."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.distributions import Normal, kl_divergence
+
+from robustdiff.objectives.denoising import DenoisingObjective
+from robustdiff.process import PREDICTIONS, DiffusionProcess
+
+COSINE = DiffusionProcess.cosine(1000)
+
+
+class Network(nn.Module):
+    """Small, smooth, and dependent on everything that it is called with."""
+
+    def __init__(self, outputs: int = 2) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.convolution = nn.Conv2d(2, outputs, 3, padding=1).double()
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor, class_labels: torch.Tensor | None = None) -> SimpleNamespace:
+        shift = 0 if class_labels is None else class_labels.double()[:, None, None, None]
+        return SimpleNamespace(sample=torch.tanh(self.convolution(x) + t.double()[:, None, None, None] / 1000 + shift))
+
+
+def tensors(n: int = 4) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    x0, noise, delta = (torch.randn(n, 2, 5, 5, generator=generator, dtype=torch.float64) for _ in range(3))
+    return [x0.clamp(-1, 1), noise, 0.3 * delta]
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_the_loss_at_delta_is_the_plain_loss_at_the_absorbed_noise(prediction):
+    process = DiffusionProcess.flow(1000) if prediction == "flow" else COSINE
+    objective, model, (x0, noise, delta) = DenoisingObjective(process, prediction), Network(), tensors()
+    t = torch.tensor([1, 100, 500, 990])
+    absorbed = noise + delta / process.sigmas[t][:, None, None, None]
+    perturbed = objective(model, objective.draw(x0, t=t, noise=noise), delta)["loss"]
+    plain = objective(model, objective.draw(x0, t=t, noise=absorbed))["loss"]
+    torch.testing.assert_close(perturbed, plain, rtol=1e-6, atol=1e-6)
+    assert not torch.allclose(perturbed, objective(model, objective.draw(x0, t=t, noise=noise))["loss"])
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_the_loss_is_the_mean_square_to_the_target_written_out(prediction):
+    objective, model, (x0, noise, _) = DenoisingObjective(COSINE, prediction), Network(), tensors()
+    t = torch.tensor([1, 100, 500, 990])
+    alpha, sigma = COSINE.alphas[t][:, None, None, None], COSINE.sigmas[t][:, None, None, None]
+    target = {"epsilon": noise, "sample": x0, "v_prediction": alpha * noise - sigma * x0, "flow": noise - x0}[
+        prediction
+    ]
+    expected = (model(alpha * x0 + sigma * noise, t).sample - target).square().mean((1, 2, 3))
+    torch.testing.assert_close(objective(model, objective.draw(x0, t=t, noise=noise))["mse"], expected)
+
+
+def test_delta_moves_the_input_and_not_the_target():
+    """The gradient against finite differences of the loss with the target held where it was."""
+    objective, model, (x0, noise, delta) = DenoisingObjective(COSINE), Network(), tensors(1)
+    t = torch.tensor([300])
+    draw = objective.draw(x0, t=t, noise=noise)
+    variable = delta.clone().requires_grad_()
+    (grad,) = torch.autograd.grad(objective(model, draw, variable)["loss"].sum(), variable)
+    target = COSINE.absorb(noise, t, delta)
+
+    def held(moved: torch.Tensor) -> float:
+        return float((model(draw.x_t + moved, t).sample - target).square().mean())
+
+    for index in ((0, 0, 0, 0), (0, 1, 2, 3), (0, 0, 4, 4)):
+        step = torch.zeros_like(delta)
+        step[index] = 1e-5
+        assert grad[index].item() == pytest.approx((held(delta + step) - held(delta - step)) / 2e-5, rel=1e-5)
+
+
+def test_the_bound_is_a_divergence_of_gaussians_in_bits():
+    objective = DenoisingObjective(COSINE, variance="learned_range", vb_scale=0.5)
+    model, (x0, noise, delta) = Network(4), tensors()
+    t = torch.tensor([1, 100, 500, 990])
+    draw = objective.draw(x0, t=t, noise=noise)
+    losses = objective(model, draw, delta)
+    x = draw.x_t + delta
+    epsilon, v = model(x, t).sample.chunk(2, 1)
+    a = COSINE.alphas_cumprod
+    before, beta = (table[t][:, None, None, None] for table in (torch.cat([a.new_ones(1), a[:-1]]), COSINE.betas))
+    a = a[t][:, None, None, None]
+
+    def mean(image: torch.Tensor) -> torch.Tensor:
+        return (before.sqrt() * beta * image + (1 - beta).sqrt() * (1 - before) * x) / (1 - a)
+
+    true_variance = beta * (1 - before) / (1 - a)
+    log_variance = (v + 1) / 2 * beta.log() + (1 - v) / 2 * true_variance.log()
+    image = (x - (1 - a).sqrt() * epsilon) / a.sqrt()
+    divergence = kl_divergence(
+        Normal(mean(x0), true_variance.sqrt()), Normal(mean(image), (0.5 * log_variance).exp())
+    )  # fmt: skip
+    torch.testing.assert_close(losses["vb"], divergence.mean((1, 2, 3)) / math.log(2))
+    torch.testing.assert_close(losses["loss"], losses["mse"] + 0.5 * losses["vb"])
+
+
+def test_at_time_zero_the_bound_is_the_likelihood_of_the_grey_values():
+    objective, model, (x0, noise, _) = DenoisingObjective(COSINE, variance="learned_range"), Network(4), tensors()
+    x0 = ((x0 + 1) * 127.5).round() / 127.5 - 1
+    x0[0, 0, 0, 0], x0[0, 0, 0, 1] = -1, 1
+    t = torch.zeros(4, dtype=torch.long)
+    draw = objective.draw(x0, t=t, noise=noise)
+    epsilon, v = (part.detach().numpy() for part in model(draw.x_t, t).sample.chunk(2, 1))
+    sigma, alpha = float(COSINE.sigmas[0]), float(COSINE.alphas[0])
+    mean = (draw.x_t.numpy() - sigma * epsilon) / alpha  # at t = 0 the mean of the posterior is x̂_0
+    low, high = float(COSINE.posterior_variance[1].log()), float(COSINE.betas[0].log())
+    std = np.exp(0.5 * ((v + 1) / 2 * high + (1 - v) / 2 * low))
+
+    def cdf(z: np.ndarray) -> np.ndarray:
+        return 0.5 * (1 + np.tanh(np.sqrt(2 / np.pi) * (z + 0.044715 * z**3)))
+
+    pixels = x0.numpy()
+    above = np.where(pixels > 0.999, 1.0, cdf((pixels + 1 / 255 - mean) / std))
+    below = np.where(pixels < -0.999, 0.0, cdf((pixels - 1 / 255 - mean) / std))
+    expected = -np.log2(np.maximum(above - below, 1e-12)).mean((1, 2, 3))
+    np.testing.assert_allclose(objective(model, draw)["vb"].detach().numpy(), expected, rtol=1e-8)
+
+
+def test_the_bound_does_not_train_the_mean():
+    objective, model, (x0, noise, _) = DenoisingObjective(COSINE, variance="learned_range"), Network(4), tensors()
+    objective(model, objective.draw(x0, t=torch.tensor([0, 5, 50, 500]), noise=noise))["vb"].sum().backward()
+    grad = model.convolution.weight.grad
+    assert grad is not None
+    assert not grad[:2].any()
+    assert grad[2:].any()
+
+
+def test_input_perturbation_moves_the_point_and_not_the_target():
+    objective = DenoisingObjective(COSINE, input_perturbation=0.5)
+    x0, noise, xi = tensors()
+    t = torch.tensor([1, 100, 500, 990])
+    draw = objective.draw(x0, t=t, noise=noise, input_noise=xi)
+    torch.testing.assert_close(draw.x_t, COSINE.diffuse(x0, t, noise + 0.5 * xi))
+    expected = (Network()(draw.x_t, t).sample - noise).square().mean((1, 2, 3))
+    torch.testing.assert_close(objective(Network(), draw)["loss"], expected)
+
+
+def test_weights_multiply_the_loss_alone():
+    objective, (x0, noise, _) = DenoisingObjective(COSINE), tensors()
+    weight = torch.tensor([1.0, 2.0, 3.0, 4.0]).double()
+    losses = objective(Network(), objective.draw(x0, t=torch.tensor([1, 2, 3, 4]), noise=noise, weight=weight))
+    torch.testing.assert_close(losses["loss"], weight * losses["mse"])
+
+
+def test_conditions_and_times_reach_the_model():
+    calls = []
+
+    def model(x: torch.Tensor, t: torch.Tensor, **condition: torch.Tensor) -> torch.Tensor:
+        calls.append((t, condition))
+        return x
+
+    process, labels = DiffusionProcess.flow(10), torch.tensor([3, 1, 4, 1])
+    objective = DenoisingObjective(process, "flow")
+    objective(model, objective.draw(tensors()[0], t=torch.tensor([0, 4, 8, 9]), class_labels=labels))
+    assert calls[0][0].tolist() == [100, 500, 900, 1000]
+    assert calls[0][1]["class_labels"] is labels
+
+
+def test_a_draw_is_reproducible_and_covers_the_times():
+    objective, x0 = DenoisingObjective(DiffusionProcess.cosine(5)), torch.zeros(500, 1, 1, 1)
+    draws = [objective.draw(x0, generator=torch.Generator().manual_seed(3)) for _ in range(2)]
+    assert torch.equal(draws[0].x_t, draws[1].x_t)
+    assert sorted(set(draws[0].t.tolist())) == [0, 1, 2, 3, 4]
+
+
+def test_mistakes_are_named():
+    x0, noise, _ = tensors()
+    learned = DenoisingObjective(COSINE, variance="learned_range")
+    with pytest.raises(ValueError, match="2 channels where"):
+        learned(Network(2), learned.draw(x0, noise=noise))
+    for arguments, word in (
+        ({"prediction": "score"}, "score"),
+        ({"variance": "big"}, "big"),
+        ({"vb_scale": 1.0}, "vb_scale"),
+        ({"input_perturbation": -1.0}, "input_perturbation"),
+    ):
+        with pytest.raises(ValueError, match=word):
+            DenoisingObjective(COSINE, **arguments)
+    with pytest.raises(ValueError, match="variance-preserving"):
+        DenoisingObjective(DiffusionProcess.flow(10), "flow", variance="learned_range")

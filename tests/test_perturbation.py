@@ -1,0 +1,313 @@
+"""Perturbations: ascent and projection against brute force, radii against their formulas, adversaries by counting."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.optimize import minimize
+from torch import nn
+
+from robustdiff.perturbation import (
+    NORMS,
+    Constant,
+    FreeAdversary,
+    NoAdversary,
+    PerDimension,
+    PGDAdversary,
+    Ramp,
+    RandomAdversary,
+    SamplerDistance,
+)
+from robustdiff.process import DiffusionProcess
+
+ALL_NORMS = sorted(NORMS)
+SEEDS = st.integers(0, 2**31 - 1)
+DUAL = {"l1": math.inf, "l2": 2.0, "linf": 1.0}
+ORDER = {"l1": 1.0, "l2": 2.0, "linf": math.inf}
+
+
+def gaussian(seed: int, *shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def in_ball(points: np.ndarray, order: float, radius: float) -> np.ndarray:
+    """Points moved into the ball along their ray."""
+    size = np.linalg.norm(points, ord=order, axis=1, keepdims=True)
+    return points * np.minimum(1, radius / size)
+
+
+@pytest.mark.parametrize("norm", ALL_NORMS)
+@settings(max_examples=25, deadline=None)
+@given(seed=SEEDS, d=st.integers(1, 12))
+def test_ascent_reaches_the_dual_norm_and_nothing_in_the_ball_reaches_more(norm, seed, d):
+    grad = gaussian(seed, 3, d)
+    direction = NORMS[norm].ascent(grad)
+    for g, step in zip(grad.numpy(), direction.numpy(), strict=True):
+        assert np.linalg.norm(step, ord=ORDER[norm]) == pytest.approx(1)
+        assert g @ step == pytest.approx(np.linalg.norm(g, ord=DUAL[norm]))
+        others = in_ball(np.random.default_rng(seed).normal(size=(500, d)) * 3, ORDER[norm], 1.0)
+        assert (others @ g).max() <= g @ step + 1e-12
+
+
+@pytest.mark.parametrize("norm", ALL_NORMS)
+@settings(max_examples=15, deadline=None)
+@given(seed=SEEDS, d=st.integers(1, 4), radius=st.floats(0.1, 2))
+def test_projection_is_the_nearest_point_by_constrained_optimisation(norm, seed, d, radius):
+    z = 2 * gaussian(seed, d).numpy()
+
+    # Positive and negative parts make ‖·‖₁ and ‖·‖_∞ smooth: z = p − n, p, n ≥ 0.
+    def size(x: np.ndarray) -> float:
+        p, n = x[:d], x[d:]
+        if norm == "l1":
+            return radius - (p + n).sum()
+        return radius**2 - ((p - n) ** 2).sum()
+
+    bound = radius if norm == "linf" else None
+    constraints = [] if norm == "linf" else [{"type": "ineq", "fun": size}]
+    start = np.full(2 * d, radius / (4 * d))
+    found = minimize(
+        lambda x: ((x[:d] - x[d:] - z) ** 2).sum(), start, bounds=[(0, bound)] * 2 * d, constraints=constraints,
+        options={"maxiter": 500, "ftol": 1e-14}, method="SLSQP",
+    )  # fmt: skip
+    brute = found.x[:d] - found.x[d:]
+    mine = NORMS[norm].project(torch.from_numpy(z)[None], torch.tensor([radius], dtype=torch.float64))[0].numpy()
+    assert np.linalg.norm(mine, ord=ORDER[norm]) <= radius * (1 + 1e-9)
+    assert ((mine - z) ** 2).sum() <= ((brute - z) ** 2).sum() + 1e-6
+    np.testing.assert_allclose(mine, brute, atol=2e-3)
+
+
+@pytest.mark.parametrize("norm", ALL_NORMS)
+@settings(max_examples=25, deadline=None)
+@given(seed=SEEDS, d=st.integers(1, 40))
+def test_projection_is_per_sample_idempotent_and_keeps_what_is_inside(norm, seed, d):
+    z, radius = 2 * gaussian(seed, 4, 1, d, 1), torch.tensor([0.3, 1.0, 5.0, 1e6], dtype=torch.float64)
+    projected = NORMS[norm].project(z, radius)
+    assert (NORMS[norm](projected) <= radius * (1 + 1e-12)).all()
+    torch.testing.assert_close(NORMS[norm].project(projected, radius), projected)
+    assert torch.equal(projected[3], z[3]), "bit for bit"
+    for i in range(4):
+        torch.testing.assert_close(NORMS[norm].project(z[i : i + 1], radius[i : i + 1])[0], projected[i])
+
+
+def ascents(adversary: FreeAdversary, x: torch.Tensor, gradients: list[torch.Tensor]) -> list[torch.Tensor]:
+    """The perturbations that given gradients lead to."""
+    deltas = []
+    for delta, gradient in zip(adversary(x), [*gradients, torch.ones_like(x)], strict=True):
+        deltas.append(delta.detach().clone())
+        delta.grad = gradient
+    return deltas
+
+
+@pytest.mark.parametrize("norm", ALL_NORMS)
+@pytest.mark.parametrize("bad", [0.0, math.nan, math.inf])
+def test_a_useless_gradient_leaves_its_sample_and_is_counted(norm, bad):
+    adversary = FreeAdversary(steps=3, step_size=0.5, norm=norm)
+    good = gaussian(0, 2, 3, 4)
+    broken = good.clone()
+    broken[1] = 0.0
+    broken[1, 0, 0] = bad
+    deltas = ascents(adversary, torch.zeros(2, 3, 4, dtype=torch.float64), [good, broken])
+    assert torch.equal(deltas[2][1], deltas[1][1])
+    assert not torch.equal(deltas[2][0], deltas[1][0])
+    assert deltas[2].isfinite().all()
+    assert adversary.skipped == 1
+
+
+@pytest.mark.parametrize("norm", ALL_NORMS)
+def test_a_tiny_gradient_makes_a_full_step(norm):
+    gradient = (gaussian(0, 2, 8) * 1e-30).float()
+    deltas = ascents(FreeAdversary(steps=2, step_size=0.5, norm=norm), torch.zeros(2, 8), [gradient])
+    torch.testing.assert_close(NORMS[norm](deltas[1]), torch.full((2,), 0.5))
+
+
+def test_a_gradient_below_the_floor_makes_a_step_in_proportion():
+    gradient = torch.stack([torch.full((4,), 0.25), torch.full((4,), 5.0)])
+    deltas = ascents(FreeAdversary(steps=2, step_size=0.2, grad_floor=1.0), torch.zeros(2, 4), [gradient])
+    torch.testing.assert_close(NORMS["l2"](deltas[1]), torch.tensor([0.1, 0.2]))
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=SEEDS, norm=st.sampled_from(ALL_NORMS), radius=st.floats(0, 2), steps=st.integers(1, 5))
+def test_delta_starts_at_zero_and_never_leaves_the_ball(seed, norm, radius, steps):
+    adversary = FreeAdversary(steps, step_size=0.7, radius=radius, norm=norm)
+    x = gaussian(seed, 3, 2, 5)
+    deltas = ascents(adversary, x, [gaussian(seed + k, 3, 2, 5) for k in range(steps - 1)])
+    assert len(deltas) == steps == adversary.passes
+    assert not deltas[0].any()
+    for delta in deltas:
+        assert delta.shape == x.shape
+        assert (NORMS[norm](delta) <= radius + 1e-12).all()
+
+
+# -- radii ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("norm", "expected"), [("l2", 0.1 * math.sqrt(48)), ("linf", 0.1), ("l1", 4.8)])
+def test_a_radius_per_dimension_is_eta_times_the_size_of_ones(norm, expected):
+    x = torch.zeros(2, 3, 4, 4, dtype=torch.float64)
+    assert PerDimension(0.1)(x, None, None, NORMS[norm]).tolist() == pytest.approx([expected] * 2)
+
+
+@pytest.mark.parametrize("norm", ALL_NORMS)
+def test_the_radius_by_sampler_distance_is_its_formula(norm):
+    process = DiffusionProcess.cosine(1000)
+    alphas_cumprod = np.cumprod(1 - process.betas.numpy())
+    t = torch.tensor([0, 3, 19, 20, 500, 999])
+    expected = []
+    for time in t.tolist():
+        before = alphas_cumprod[time - 20] if time >= 20 else 1.0
+        ones = {"l2": math.sqrt(12), "linf": 1.0, "l1": 12.0}[norm]
+        expected.append(min(math.sqrt(2 - 2 * math.sqrt(alphas_cumprod[time] / before)), 0.3) * ones)
+    radius = SamplerDistance(process, eta=0.3, steps=50)(torch.zeros(6, 3, 4).double(), t, None, NORMS[norm])
+    assert radius.tolist() == pytest.approx(expected, rel=1e-6)
+    assert min(expected) < max(expected), "the cap is not all there is"
+
+
+def test_sampler_distance_is_how_far_the_sampler_goes():
+    """Simulated: x_s and x_t of one trajectory of the forward process, with data of unit variance."""
+    process, time = DiffusionProcess.cosine(1000), 300
+    ratio = (process.alphas_cumprod[time] / process.alphas_cumprod[time - 20]).item()
+    x_s = gaussian(1, 200_000)
+    x_t = math.sqrt(ratio) * x_s + math.sqrt(1 - ratio) * gaussian(2, 200_000)
+    simulated = (x_t - x_s).square().mean().sqrt().item()
+    assert SamplerDistance(process, eta=9.0).distances()[time].item() == pytest.approx(simulated, rel=0.01)
+
+
+@pytest.mark.parametrize("inner", [Constant(2.0), PerDimension(0.5)])
+def test_a_ramp_multiplies_any_radius(inner):
+    x = torch.zeros(1, 16)
+    full = inner(x, None, None, NORMS["l2"]).item()
+    ramp = Ramp(inner, steps=4)
+    sizes = [ramp(x, None, step, NORMS["l2"]).item() / full for step in (0, 1, 3, 4, 100)]
+    assert sizes == pytest.approx([0.25, 0.5, 1, 1, 1])
+
+
+def test_radii_say_what_they_need():
+    x = torch.zeros(1, 4)
+    with pytest.raises(ValueError, match="needs t"):
+        SamplerDistance(DiffusionProcess.cosine(100), 0.1)(x, None, None, NORMS["l2"])
+    with pytest.raises(ValueError, match="training_step"):
+        Ramp(Constant(1.0), 5)(x, None, None, NORMS["l2"])
+    with pytest.raises(ValueError, match="steps"):
+        SamplerDistance(DiffusionProcess.cosine(10), 0.1, steps=11)
+
+
+# -- adversaries ---------------------------------------------------------------------------------------------------
+
+
+class Counting(nn.Module):
+    """A network that counts its forwards, and the backwards that reach its output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 6)
+        self.forwards = self.backwards = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.forwards += 1
+        output = self.layer(x).tanh()
+        output.register_hook(self._count)
+        return output
+
+    def _count(self, grad: torch.Tensor) -> None:
+        self.backwards += 1
+
+
+@pytest.mark.parametrize("steps", [1, 3, 5])
+def test_free_makes_k_forwards_and_k_backwards_and_no_more(steps):
+    model, x = Counting(), torch.randn(4, 6)
+    optimizer = torch.optim.AdamW(model.parameters())
+    for delta in FreeAdversary(steps)(x):
+        model(x + delta).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert (model.forwards, model.backwards) == (steps, steps)
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_pgd_makes_no_gradient_of_a_parameter_and_one_update(steps):
+    model, x = Counting(), torch.randn(4, 6)
+    adversary = PGDAdversary(steps, step_size=0.1)
+    assert adversary.passes == 1
+    seen = 0
+    for delta in adversary(x, loss=lambda delta: model(x + delta).square().mean(1)):
+        assert all(p.grad is None for p in model.parameters())
+        assert (model.forwards, model.backwards) == (steps, steps)
+        model(x + delta).square().mean().backward()
+        seen += 1
+    assert seen == 1
+    assert (model.forwards, model.backwards) == (steps + 1, steps + 1)
+    assert all(p.grad is not None for p in model.parameters())
+
+
+@pytest.mark.parametrize("norm", ALL_NORMS)
+def test_pgd_finds_the_worst_point_of_a_linear_loss(norm):
+    weight, x = gaussian(3, 10), gaussian(4, 2, 10)
+    (delta,) = PGDAdversary(40, 0.05, radius=1.0, norm=norm)(x, loss=lambda delta: (x + delta) @ weight)
+    worst = np.linalg.norm(weight.numpy(), ord=DUAL[norm])
+    assert ((delta @ weight) / worst).tolist() == pytest.approx([1, 1], rel=1e-6)
+
+
+def test_free_raises_the_loss_on_a_frozen_model():
+    target, x, losses = gaussian(0, 4, 8), gaussian(1, 4, 8), []
+    for delta in FreeAdversary(steps=4, step_size=0.5)(x):
+        loss = (x + delta - target).square().sum(1)
+        loss.mean().backward()
+        losses.append(loss.detach())
+    assert all((later > earlier).all() for earlier, later in zip(losses, losses[1:], strict=False))
+
+
+def test_free_without_backward_says_so():
+    with pytest.raises(RuntimeError, match="backward"):
+        list(FreeAdversary(steps=2)(torch.zeros(1, 2)))
+
+
+def test_pgd_without_a_loss_says_so():
+    with pytest.raises(ValueError, match="loss"):
+        list(PGDAdversary()(torch.zeros(1, 2)))
+
+
+@pytest.mark.parametrize("norm", ALL_NORMS)
+def test_random_has_the_sizes_of_free_and_one_direction(norm):
+    generator = torch.Generator().manual_seed(0)
+    deltas = list(RandomAdversary(4, 0.5, radius=1.2, norm=norm, generator=generator)(torch.zeros(5, 20)))
+    for k, delta in enumerate(deltas):
+        torch.testing.assert_close(NORMS[norm](delta), torch.full((5,), min(0.5 * k, 1.2)))
+    assert torch.nn.functional.cosine_similarity(deltas[1], deltas[2]).tolist() == pytest.approx([1] * 5)
+    again = list(RandomAdversary(4, 0.5, 1.2, norm, generator.manual_seed(0))(torch.zeros(5, 20)))
+    assert all(torch.equal(a, b) for a, b in zip(deltas, again, strict=True))
+
+
+def test_random_directions_are_uniform():
+    generator = torch.Generator().manual_seed(1)
+    delta = list(RandomAdversary(2, 1.0, generator=generator)(torch.zeros(40_000, 5)))[1].double()
+    assert delta.mean(0).abs().max() < 0.02
+    torch.testing.assert_close(torch.cov(delta.T), torch.eye(5).double() / 5, atol=0.01, rtol=0)
+
+
+def test_none_is_one_pass_at_zero():
+    (delta,) = NoAdversary()(torch.ones(2, 3))
+    assert not delta.any()
+    assert NoAdversary().passes == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        ({"steps": 0}, "steps"),
+        ({"step_size": 0.0}, "step_size"),
+        ({"step_size": math.inf}, "step_size"),
+        ({"norm": "l3"}, "l3"),
+        ({"radius": -1.0}, "radius"),
+        ({"radius": math.nan}, "radius"),
+        ({"grad_floor": -1.0}, "grad_floor"),
+    ],
+)
+def test_arguments_out_of_range_are_named(arguments, word):
+    with pytest.raises(ValueError, match=word):
+        FreeAdversary(**arguments)
