@@ -16,7 +16,6 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-
 ONE = [sys.executable, "-m", "robustdiff"]
 # accelerate's own launcher starts a single process when it is told --cpu.
 TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "--", "robustdiff"]

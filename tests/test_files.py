@@ -3,8 +3,9 @@
 import os
 
 import pytest
+from safetensors import SafetensorError
 
-from robustdiff.files import atomic_write
+from robustdiff.files import atomic_folder, atomic_write
 
 
 def test_write_and_replace(tmp_path):
@@ -21,9 +22,14 @@ def test_write_and_replace(tmp_path):
 def test_a_failure_leaves_what_was_there(tmp_path, error):
     path = tmp_path / "a.bin"
     path.write_bytes(b"one")
-    with pytest.raises(error), atomic_write(path) as file:
-        file.write(b"tw")
-        raise error
+
+    def fail() -> None:
+        with atomic_write(path) as file:
+            file.write(b"tw")
+            raise error
+
+    with pytest.raises(error):
+        fail()
     assert path.read_bytes() == b"one"
     assert list(tmp_path.iterdir()) == [path]
 
@@ -39,5 +45,35 @@ def test_permissions_follow_the_umask(tmp_path):
 
 
 def test_a_missing_folder(tmp_path):
-    with pytest.raises(OSError), atomic_write(tmp_path / "nowhere/a.bin"):
+    with pytest.raises(FileNotFoundError), atomic_write(tmp_path / "nowhere/a.bin"):
         pass
+
+
+def fill(path, error=None):
+    with atomic_folder(path) as folder:
+        (folder / "sub").mkdir()
+        (folder / "sub" / "a").write_text("new")
+        if error is not None:
+            raise error
+
+
+def test_a_folder_appears_whole_and_replaces(tmp_path):
+    path = tmp_path / "folder"
+    path.mkdir()
+    (path / "old").write_text("old")
+    fill(path)
+    assert [p.name for p in path.rglob("*")] == ["sub", "a"]
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    ("error", "raised"), [(KeyboardInterrupt(), KeyboardInterrupt), (SafetensorError("no space"), OSError)]
+)
+def test_a_folder_that_failed_leaves_the_old_one(tmp_path, error, raised):
+    path = tmp_path / "folder"
+    path.mkdir()
+    (path / "old").write_text("old")
+    with pytest.raises(raised):
+        fill(path, error)
+    assert [p.name for p in path.rglob("*")] == ["old"]
+    assert list(tmp_path.iterdir()) == [path]

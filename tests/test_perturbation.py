@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -259,7 +260,7 @@ def test_free_raises_the_loss_on_a_frozen_model():
         loss = (x + delta - target).square().sum(1)
         loss.mean().backward()
         losses.append(loss.detach())
-    assert all((later > earlier).all() for earlier, later in zip(losses, losses[1:], strict=False))
+    assert all((later > earlier).all() for earlier, later in itertools.pairwise(losses))
 
 
 def test_free_without_backward_says_so():

@@ -80,7 +80,7 @@ def demo(
     """
     from robustdiff.demo import FULL, QUICK, run_demo
     from robustdiff.report.progress import Bar
-    from robustdiff.report.tables import grid_table
+    from robustdiff.report.tables import grid_table, print_whole
 
     output.mkdir(parents=True, exist_ok=True)
     with Bar(err, "loading", 1) as bar:
@@ -96,7 +96,7 @@ def demo(
         return
     grid, _ = result
     out.print(f"FID of {grid.cells[0].n} images a cell, with 95 % bootstrap intervals:")
-    out.print(grid_table(grid, "plain"))
+    print_whole(out, grid_table(grid, "plain"))
     out.print(f"figures and result.json are in {output}")
 
 
@@ -223,7 +223,7 @@ def evaluate(
     from robustdiff.recipe import load_recipe
     from robustdiff.report.figures import fid_against_steps, sample_grid, save_figure
     from robustdiff.report.progress import Bar
-    from robustdiff.report.tables import grid_table
+    from robustdiff.report.tables import grid_table, print_whole
     from robustdiff.samplers.generate import Generator
 
     samplers, counts = sampler.split(","), _counts(steps)
@@ -263,7 +263,7 @@ def evaluate(
     if quiet:
         return
     out.print(f"FID to {dataset.name} on the features {extractor.name}, {num} images a cell, 95 % bootstrap intervals:")
-    out.print(grid_table(grid, names[0]))
+    print_whole(out, grid_table(grid, names[0]))
     if output is not None:
         output.mkdir(parents=True, exist_ok=True)
         record = {

@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 from rich import box
+from rich.console import Console
 from rich.table import Table
 
 from robustdiff.evaluation.grid import Grid
 
-__all__ = ["grid_table"]
+__all__ = ["grid_table", "print_whole"]
+
+
+def print_whole(console: Console, table: Table) -> None:
+    """Print a table at its full width, however narrow the terminal: what is cut off cannot be read elsewhere."""
+    width = console.width
+    console.width = max(width, console.measure(table, options=console.options.update(max_width=1000)).maximum)
+    console.print(table)
+    console.width = width
 
 
 def grid_table(grid: Grid, baseline: str) -> Table:

@@ -4,7 +4,7 @@ Whatever the network predicts is turned into ε̂, divided by the epsilon scale 
 x_t = α_t x̂_0 + σ_t ε̂. Clipping holds x̂_0 in [−1, 1]; ε̂ is then what x_t and the clipped x̂_0 imply.
 
 Epsilon scaling (Ning et al., "Elucidating the Exposure Bias in Diffusion Models", ICLR 2024, arXiv 2308.15321): at
-inference ε̂ is longer than it was in training, and dividing it by λ > 1 brings x_t back to where the network was trained.
+inference ε̂ is longer than it was in training, and dividing it by λ > 1 brings x_t back to where it was trained.
 λ is constant, or λ(i) = k·i + b at the i-th of the sampler's times, counted from the least noisy, 0, as in their code.
 """
 

@@ -7,8 +7,8 @@ step departs, at the time in a window around s whose noise variance is nearest t
     t_s = argmin over τ in [s − w/2, s + w/2] of | var(x_s) − σ_τ² |,      var(x) = Σ_i (x_i − x̄)²/(d − 1),
 
 for every sample on its own; the step goes to the time after s as if nothing had been shifted. var(x_s) estimates the
-variance of the noise (their Theorem 3.1) as long as the data's own share α² var(x_0) of it is small, so times s ≤ t_c, the
-cut-off, are not shifted; nor is the first, where x is the prior's own noise.
+variance of the noise (their Theorem 3.1) as long as the data's own share α² var(x_0) of it is small, so times s ≤ t_c,
+the cut-off, are not shifted; nor is the first, where x is the prior's own noise.
 """
 
 from __future__ import annotations

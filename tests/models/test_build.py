@@ -1,0 +1,120 @@
+"""Networks by name and pipeline folders: what goes in comes out, what does not fit is named."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from diffusers import DDPMPipeline
+
+from robustdiff.data import load_dataset
+from robustdiff.errors import InputError
+from robustdiff.models.build import build_model, build_unet, load_pipeline, objective_of, process_of, save_pipeline
+from robustdiff.recipe import ModelConfig, Recipe, load_recipe
+
+SMALL = {"name": "unet", "channels": [8, 16], "groups": 4, "layers": 1}
+
+
+def recipe(**fields) -> Recipe:
+    return Recipe.model_validate({"data": "digits", "model": SMALL, **fields})
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return load_dataset("digits")
+
+
+@pytest.mark.parametrize("variance", ["fixed", "learned_range"])
+def test_a_unet_takes_the_images_and_gives_what_is_predicted(variance):
+    unet = build_unet(ModelConfig(**SMALL, attention=(False, True), class_cond=True), (3, 8, 8), 10, variance)
+    out = unet(torch.zeros(2, 3, 8, 8), torch.tensor([0, 5]), class_labels=torch.tensor([1, 2])).sample
+    assert out.shape == (2, 3 if variance == "fixed" else 6, 8, 8)
+
+
+@pytest.mark.parametrize(("shape", "word"), [((1, 9, 9), "data.size"), ((1, 8, 16), "8×16")])
+def test_images_that_a_unet_cannot_halve_are_named(shape, word):
+    with pytest.raises(InputError, match=word):
+        build_unet(ModelConfig(**SMALL), shape, None)
+
+
+def test_labels_that_are_missing_are_named():
+    with pytest.raises(InputError, match="class_cond"):
+        build_unet(ModelConfig(**SMALL, class_cond=True), (1, 8, 8), None)
+
+
+@pytest.mark.parametrize(
+    ("process", "objective"),
+    [
+        ("cosine", {"prediction": "epsilon"}),
+        ("linear", {"prediction": "v_prediction"}),
+        ("cosine", {"prediction": "sample"}),
+        ("flow", {"prediction": "flow"}),
+        ("cosine", {"variance": "learned_range"}),
+    ],
+)
+def test_a_folder_remembers_process_and_objective(tmp_path, digits, process, objective):
+    built = build_model(recipe(process=process, objective=objective), digits)
+    save_pipeline(tmp_path, built.unet, built.scheduler)
+    unet, scheduler = load_pipeline(tmp_path)
+    for name, value in built.unet.state_dict().items():
+        assert torch.equal(unet.state_dict()[name], value)
+    torch.testing.assert_close(process_of(scheduler).alphas, built.process.alphas, rtol=1e-3, atol=1e-6)
+    read = objective_of(scheduler, unet)
+    assert (read.prediction, read.variance) == (built.objective.prediction, built.objective.variance)
+    assert DDPMPipeline.from_pretrained(tmp_path)(num_inference_steps=1, output_type="np").images.shape == (1, 8, 8, 1)
+    fields = {"model": {"name": "pretrained", "path": str(tmp_path)}}
+    tuned = build_model(recipe(**fields), digits)
+    assert tuned.objective.prediction == built.objective.prediction
+    torch.testing.assert_close(tuned.process.sigmas, built.process.sigmas, rtol=1e-3, atol=1e-6)
+
+
+def test_the_shipped_checkpoint_is_small_and_loads():
+    unet, scheduler = load_pipeline("fashion-16")
+    assert sum(p.numel() for p in unet.parameters()) <= 2_000_000
+    assert objective_of(scheduler, unet).prediction == "epsilon"
+    assert len(process_of(scheduler)) == 1000
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"process": "flow"}, ["flow", "prediction"]),
+        ({"objective": {"prediction": "flow"}}, ["flow"]),
+        ({"process": "pretrained"}, ["process=pretrained"]),
+        ({"model": {"name": "pretrained", "path": "fashion-16"}}, ["16×16", "data.size=16"]),
+        ({"model": {"name": "pretrained", "path": "/no/such"}}, ["/no/such", "fashion-16"]),
+    ],
+)
+def test_what_does_not_fit_is_named(digits, fields, words):
+    with pytest.raises(InputError) as error:
+        build_model(recipe(**fields), digits)
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_channels_that_do_not_fit_are_named():
+    with pytest.raises(InputError, match=r"data\.channels=1"):
+        build_model(load_recipe("fashion-16-at"), load_dataset("fashion-16", channels=3))
+
+
+def test_an_unfinished_run_is_told_from_nothing(tmp_path):
+    (tmp_path / "recipe.yaml").write_text("")
+    with pytest.raises(InputError, match="--resume"):
+        load_pipeline(tmp_path)
+
+
+@pytest.mark.parametrize("damage", ["index", "config", "class"])
+def test_a_damaged_folder_is_named(tmp_path, digits, damage):
+    built = build_model(recipe(), digits)
+    save_pipeline(tmp_path, built.unet, built.scheduler)
+    if damage == "index":
+        (tmp_path / "model_index.json").write_text("{")
+    elif damage == "config":
+        (tmp_path / "unet" / "config.json").write_text("{")
+    else:
+        index = json.loads((tmp_path / "model_index.json").read_text())
+        index["unet"] = ["diffusers", "UNet2DConditionModel"]
+        (tmp_path / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(InputError, match=tmp_path.name):
+        load_pipeline(tmp_path)
