@@ -394,6 +394,7 @@ class _Metrics:
         for name, value in losses.items():
             self.sums[name] = self.sums.get(name, 0) + value
         self.updates += 1
+        self.size = size
         if done:  # the last pass is the farthest
             self.sizes = self.sizes + size
             self.batches += 1
@@ -404,7 +405,7 @@ class _Metrics:
         names = sorted(self.sums)
         means = trainer.accelerator.reduce(torch.stack([self.sums[n] for n in names]) / self.updates, reduction="mean")
         line: dict[str, float] = {"step": trainer.step, **dict(zip(names, means.tolist(), strict=True))}
-        line["delta_norm"] = float(self.sizes) / max(1, self.batches)
+        line["delta_norm"] = float(self.sizes) / self.batches if self.batches else float(self.size)
         line["lr"] = self.trainer.optimizer.param_groups[0]["lr"]
         line["epoch"] = trainer.batch * recipe.batch_size / len(trainer.dataset)
         line["skipped"] = trainer.adversary.skipped
