@@ -18,6 +18,7 @@ SMALL = {
     "sample": ["--num", "3", "--steps", "2"],
     "evaluate": ["--num", "30", "--steps", "2"],
     "demo": [],
+    "convert": [],
 }
 """What makes a documented command take a moment; a later option overrides an earlier one."""
 
@@ -33,10 +34,15 @@ def commands(path: Path) -> list[list[str]]:
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
 def test_every_command_runs(path, robustdiff, tmp_path, monkeypatch):
     from robustdiff import demo
+    from robustdiff.models import convert
+    from robustdiff.models.adm import PRESETS, AdmFlags, build_adm, save_adm
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(demo, "QUICK", demo.DemoSize(updates=3, images=20))
     monkeypatch.setattr(demo, "STEPS", (1, 2))
+    flags = AdmFlags(image_size=8, num_channels=32, num_res_blocks=1, channel_mult="1", attention_resolutions="8")
+    monkeypatch.setattr(convert, "PRESETS", dict.fromkeys(PRESETS, flags))
+    save_adm(build_adm(flags), tmp_path / "64x64_diffusion.pt")
     for command in commands(path):
         outcome = robustdiff(*command, *SMALL[command[0]])
         assert outcome.code == 0, (command, outcome.err)

@@ -1,0 +1,61 @@
+"""Importance sampling of times: the weighted loss is unbiased, and the history is what it should be."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from robustdiff.objectives.timesteps import LossSecondMoment, Uniform
+
+
+def filled(T: int = 6, history: int = 3) -> tuple[LossSecondMoment, np.ndarray]:
+    """A sampler that has seen ``history`` losses at every time, and those losses."""
+    sampler = LossSecondMoment(T, history=history)
+    losses = np.random.default_rng(0).uniform(0.1, 2, (T, history)) * np.arange(1, T + 1)[:, None]
+    for column in losses.T:
+        sampler.update(torch.arange(T), torch.from_numpy(column))
+    return sampler, losses
+
+
+def test_probabilities_are_the_root_of_the_second_moment():
+    sampler, losses = filled()
+    moments = np.sqrt((losses**2).mean(1))
+    expected = 0.999 * moments / moments.sum() + 0.001 / 6
+    np.testing.assert_allclose(sampler.probabilities, expected, rtol=1e-12)
+
+
+def test_times_are_drawn_with_their_probabilities_and_weighted_back():
+    sampler, _ = filled()
+    t, weight = sampler.draw(200_000, torch.Generator().manual_seed(0))
+    assert weight is not None
+    counts = np.bincount(t, minlength=6) / len(t)
+    np.testing.assert_allclose(counts, sampler.probabilities, atol=0.005)
+    loss_at = torch.tensor([3.0, 1.0, 4.0, 1.0, 5.0, 9.0])
+    assert (weight * loss_at[t]).mean().item() == pytest.approx(loss_at.mean().item(), rel=0.01)
+
+
+def test_until_every_time_has_its_losses_draws_are_uniform():
+    sampler = LossSecondMoment(5, history=2)
+    for _ in range(2):
+        sampler.update(torch.arange(4), torch.ones(4))
+    t, weight = sampler.draw(50, torch.Generator().manual_seed(1))
+    expected, _ = Uniform(5).draw(50, torch.Generator().manual_seed(1))
+    assert weight is None
+    assert torch.equal(t, expected)
+
+
+def test_the_oldest_loss_is_forgotten_and_what_is_not_finite_left_out():
+    sampler = LossSecondMoment(1, history=2)
+    for loss in (5.0, 1.0, float("nan"), float("inf"), 3.0):
+        sampler.update(torch.tensor([0]), torch.tensor([loss]))
+    assert sorted(sampler.state_dict()["losses"][0].tolist()) == [1.0, 3.0]
+
+
+def test_a_state_continues_where_it_was():
+    sampler, _ = filled()
+    other = LossSecondMoment(6, history=3)
+    other.load_state_dict(sampler.state_dict())
+    for s in (sampler, other):
+        s.update(torch.tensor([2]), torch.tensor([7.0]))
+    assert torch.equal(sampler.probabilities, other.probabilities)

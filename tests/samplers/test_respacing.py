@@ -1,0 +1,54 @@
+"""Respacing strings mean the times that guided-diffusion's functions give."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from robustdiff.errors import InputError
+from robustdiff.samplers.spacing import check_steps, evenly_spaced, respaced, strided
+
+
+@pytest.mark.parametrize(
+    ("spacing", "expected"),
+    [
+        ("5", [0, 250, 500, 749, 999]),
+        ("ddim5", [0, 200, 400, 600, 800]),
+        # Thirds of 0 … 299: 2, 3 and 5 times, each section from its first to its last.
+        ("2,3,5", [0, 99, 100, 150, 199, 200, 225, 250, 274, 299]),
+        # 10 = 4 + 3 + 3: the first sections are longer.
+        ("1,1,1", [0, 4, 7]),
+    ],
+)
+def test_known_values(spacing, expected):
+    T = {"2,3,5": 300, "1,1,1": 10}.get(spacing, 1000)
+    assert respaced(spacing, T).tolist() == expected
+
+
+def test_a_number_is_its_string_for_iddpm_and_a_stride_for_ddim():
+    assert torch.equal(evenly_spaced(10, 1000), respaced("10", 1000))
+    assert torch.equal(strided(25, 1000), respaced("ddim25", 1000))
+    assert strided(8, 1000).tolist() == [0, 125, 250, 375, 500, 625, 750, 875]
+
+
+def test_a_single_step_is_at_the_noisiest_time():
+    assert evenly_spaced(1, 1000).tolist() == [999]
+
+
+@given(T=st.integers(1, 300), fraction=st.floats(0, 1))
+def test_times_are_ascending_and_as_many_as_asked(T, fraction):
+    steps = max(1, int(fraction * T))
+    for spacing in (evenly_spaced, strided):
+        times = spacing(steps, T).tolist()
+        assert times == sorted(set(times))
+        assert len(times) == steps == check_steps(steps, T)
+        assert 0 <= times[0]
+        assert times[-1] < T
+
+
+@pytest.mark.parametrize("spacing", ["", "ddim", "ddim7", "ten", "0", "5,-1", "ddim5,5", "2000", "600,600"])
+def test_what_cannot_be_spaced_is_named(spacing):
+    with pytest.raises(InputError, match="steps"):
+        respaced(spacing, 1000)
