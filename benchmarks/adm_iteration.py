@@ -1,8 +1,8 @@
 """What an adversarial iteration of an ADM network costs, over a bare forward and backward of the same network.
 
-One iteration is a batch of 32 through K = 3 passes of free adversarial training with the hybrid loss, AdamW and the moving
-average, in float32; a pass is compared with one forward and backward at a fixed point. Both are timed in turns in one
-process; the ratio of images per second is taken within a round.
+One iteration is a batch of 32 through K = 3 passes of free adversarial training with the hybrid loss, AdamW and the
+moving average, in float32; a pass is compared with one forward and backward at a fixed point. Both are timed in turns
+in one process; the ratio of images per second is taken within a round.
 
     python benchmarks/adm_iteration.py --out benchmarks/results/adm_iteration.json
 """

@@ -77,3 +77,32 @@ def test_a_folder_that_failed_leaves_the_old_one(tmp_path, error, raised):
         fill(path, error)
     assert [p.name for p in path.rglob("*")] == ["old"]
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_failed_where_nothing_was_leaves_nothing(tmp_path):
+    with pytest.raises(RuntimeError):
+        fill(tmp_path / "folder", RuntimeError())
+    with pytest.raises(RuntimeError), atomic_write(tmp_path / "a.bin"):
+        raise RuntimeError
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("failing", [1, 2])
+def test_a_folder_that_cannot_be_renamed_leaves_the_old_one(tmp_path, monkeypatch, failing):
+    """The old folder steps aside by the first rename; when the second fails it has to come back."""
+    path = tmp_path / "folder"
+    path.mkdir()
+    (path / "old").write_text("old")
+    rename, calls = os.rename, []
+
+    def fails(source, target):
+        calls.append(source)
+        if len(calls) == failing:
+            raise OSError("no")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", fails)
+    with pytest.raises(OSError, match="no"):
+        fill(path)
+    assert [p.name for p in path.rglob("*")] == ["old"]
+    assert list(tmp_path.iterdir()) == [path]

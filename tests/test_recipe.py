@@ -5,6 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from robustdiff.errors import InputError
 from robustdiff.recipe import Recipe, load_recipe, shipped_recipes
@@ -26,7 +29,36 @@ def test_every_shipped_recipe_loads_and_is_its_own_yaml(name, tmp_path):
     recipe = load_recipe(name)
     path = tmp_path / "again.yaml"
     path.write_text(recipe.to_yaml())
-    assert load_recipe(str(path)).model_dump(exclude={"objective"}) == recipe.model_dump(exclude={"objective"})
+    again = load_recipe(str(path))
+    assert again.model_dump() == recipe.model_dump()
+    assert again.to_yaml() == recipe.to_yaml()
+
+
+def test_what_is_left_to_the_checkpoint_stays_so_in_yaml(tmp_path):
+    path = tmp_path / "r.yaml"
+    path.write_text("model: {name: pretrained, path: fashion-16}\nobjective: {input_perturbation: 0.1}\n")
+    recipe = load_recipe(str(path))
+    path.write_text(recipe.to_yaml())
+    assert load_recipe(str(path)).objective.model_fields_set == {"input_perturbation"}
+    assert load_recipe(str(path)) == recipe
+
+
+def test_an_empty_recipe_is_all_defaults(tmp_path):
+    (tmp_path / "r.yaml").write_text("")
+    recipe = load_recipe(str(tmp_path / "r.yaml"))
+    assert (recipe.data.name, recipe.model.name, recipe.adversary.name) == ("fashion-16", "unet", "none")
+    assert (recipe.sampler.name, recipe.sampler.steps) == ("ddim", 50)
+    assert (recipe.steps, recipe.batch_size, recipe.lr, recipe.seed) == (1000, 128, 1e-4, 0)
+    assert recipe.process is None, "cosine, or the checkpoint's"
+    assert recipe.objective is None, "ε-prediction, or the checkpoint's"
+
+
+def test_numbers_without_a_point_are_numbers(tmp_path):
+    """YAML 1.1 takes 1e-4 for a string."""
+    (tmp_path / "r.yaml").write_text("lr: 1e-4\nadversary: {name: free, radius: {eta: 1e-1}}\n")
+    recipe = load_recipe(str(tmp_path / "r.yaml"), ["adversary.step_size=5e-1", "steps=1e3"])
+    assert (recipe.lr, recipe.adversary.step_size, recipe.steps) == (1e-4, 0.5, 1000)
+    assert recipe.adversary.radius.eta == 0.1
 
 
 def test_the_shipped_recipes_are_there():
@@ -89,6 +121,16 @@ def test_the_forms_of_a_radius(radius, expected):
         ("model: pretrained\n", ["model.path"]),
         ("model: {name: unet, path: x}\n", ["model.path"]),
         ("model: {channels: [10], groups: 4}\n", ["model.channels", "groups"]),
+        ("model: {channels: []}\n", ["model.channels"]),
+        ("model: {channels: [-32]}\n", ["model.channels"]),
+        ("lr: .inf\n", ["lr", "finite"]),
+        ("lr: .nan\n", ["lr"]),
+        ("adversary: {step_size: .inf}\n", ["adversary.step_size", "finite"]),
+        ("adversary: {radius: .nan}\n", ["adversary.radius"]),
+        ("adversary: 3\n", ["adversary"]),
+        ("data: [digits]\n", ["data"]),
+        ("data: {1: 2}\n", ["data.1"]),
+        ('"two\\nlines": 1\n', ["two lines"]),
         ("model: {channels: [8, 8], groups: 4, attention: [true]}\n", ["model.attention"]),
         ("- a\n- b\n", ["mapping"]),
         ("data: [\n", ["not YAML"]),
@@ -101,7 +143,57 @@ def test_a_mistake_is_named(tmp_path, text, words):
         assert word in message
 
 
-@pytest.mark.parametrize("assignment", ["steps", "=3", "data=["])
+def test_no_code_in_a_recipe_runs(tmp_path):
+    bait = tmp_path / "ran"
+    code = f'!!python/object/apply:os.system ["touch {bait}"]'
+    assert "os.system" in mistake(tmp_path, f"data: {code}\n")
+    assert "os.system" in mistake(tmp_path, "data: digits\n", f"data={code}")
+    assert not bait.exists()
+    yaml.unsafe_load(code)
+    assert bait.exists(), "it would have"
+
+
+def test_a_file_that_is_no_text_is_named(tmp_path):
+    (tmp_path / "r.yaml").write_bytes(b"\xff\xfe\x00data")
+    with pytest.raises(InputError, match=r"r\.yaml: not YAML"):
+        load_recipe(str(tmp_path / "r.yaml"))
+
+
+SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5)
+VALUES = st.recursive(
+    SCALARS,
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["name", "steps", "radius", "eta", "value", "path"]) | SCALARS, inner)
+    ),
+    max_leaves=5,
+)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(field=st.sampled_from([*Recipe.model_fields, "other"]), value=VALUES)
+def test_any_value_is_valid_or_named_in_one_line(tmp_path, field, value):
+    path = tmp_path / "r.yaml"
+    path.write_text(yaml.safe_dump({field: value}, allow_unicode=True), encoding="utf-8")
+    try:
+        recipe = load_recipe(str(path))
+    except InputError as error:
+        assert field in str(error)  # noqa: PT017 (that it is raised is not what is shown)
+        assert len(str(error).splitlines()) == 1
+    else:
+        path.write_text(recipe.to_yaml(), encoding="utf-8")
+        assert load_recipe(str(path)) == recipe
+
+
+@pytest.mark.parametrize(
+    ("assignment", "word"),
+    [("adversary.alpha=1", "adversary.alpha"), ("alpha=1", "alpha"), ("lr.x=1", "lr"), ("steps=1.5", "steps")],
+)
+def test_an_override_that_does_not_fit_is_named(tmp_path, assignment, word):
+    assert word in mistake(tmp_path, "data: digits\n", assignment)
+
+
+@pytest.mark.parametrize("assignment", ["steps", "=3", "data=[", ".lr=1", "adversary..steps=1"])
 def test_an_assignment_that_is_none_is_named(tmp_path, assignment):
     assert assignment in mistake(tmp_path, "data: digits\n", assignment)
 

@@ -76,9 +76,14 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
         # rename(2) replaces no folder that has something in it: the old one steps aside first.
         previous = target.with_name(f".{target.name}.old.tmp")
         shutil.rmtree(previous, ignore_errors=True)
-        if target.exists():
-            os.rename(target, previous)
-        os.rename(temporary, target)
+        try:
+            if target.exists():
+                os.rename(target, previous)
+            os.rename(temporary, target)
+        except BaseException:
+            if previous.exists() and not target.exists():
+                os.rename(previous, target)
+            raise
         shutil.rmtree(previous, ignore_errors=True)
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)

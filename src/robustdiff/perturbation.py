@@ -167,6 +167,10 @@ class Constant(RadiusSchedule):
 
     radius: float
 
+    def __post_init__(self) -> None:
+        if not self.radius >= 0:
+            raise ValueError(f"radius must be at least 0; got {self.radius}")
+
     def __call__(self, x_t: Tensor, t: Tensor | None, training_step: int | None, norm: Norm) -> Tensor:
         return x_t.new_full((len(x_t),), self.radius)
 
@@ -180,6 +184,10 @@ class PerDimension(RadiusSchedule):
     """
 
     eta: float
+
+    def __post_init__(self) -> None:
+        if not self.eta >= 0:
+            raise ValueError(f"eta must be at least 0; got {self.eta}")
 
     def __call__(self, x_t: Tensor, t: Tensor | None, training_step: int | None, norm: Norm) -> Tensor:
         return x_t.new_full((len(x_t),), self.eta * norm.of_ones(x_t[0].numel()))
@@ -214,6 +222,8 @@ class SamplerDistance(RadiusSchedule):
     def __post_init__(self) -> None:
         if not 1 <= self.steps <= len(self.process):
             raise ValueError(f"steps must be between 1 and {len(self.process)}; got {self.steps}")
+        if not self.eta >= 0:
+            raise ValueError(f"eta must be at least 0; got {self.eta}")
 
     def __call__(self, x_t: Tensor, t: Tensor | None, training_step: int | None, norm: Norm) -> Tensor:
         if t is None:
@@ -233,6 +243,10 @@ class Ramp(RadiusSchedule):
 
     radius: RadiusSchedule
     steps: int
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise ValueError(f"steps must be at least 1; got {self.steps}")
 
     def __call__(self, x_t: Tensor, t: Tensor | None, training_step: int | None, norm: Norm) -> Tensor:
         if training_step is None:
@@ -277,8 +291,6 @@ class Adversary(ABC):
         if norm not in NORMS:
             raise ValueError(f"unknown norm {norm!r}: use one of {', '.join(NORMS)}")
         if isinstance(radius, int | float):
-            if not radius >= 0:
-                raise ValueError(f"radius must be at least 0; got {radius}")
             radius = Constant(float(radius))
         if not (grad_floor >= 0 and math.isfinite(grad_floor)):
             raise ValueError(f"grad_floor must be at least 0 and finite; got {grad_floor}")

@@ -24,9 +24,9 @@ Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Section(BaseModel):
-    """A part of a recipe: unknown fields are errors, and nothing changes after validation."""
+    """A part of a recipe: unknown fields and infinite numbers are errors, and nothing changes after validation."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Named(Section):
@@ -57,7 +57,9 @@ class ModelConfig(Named):
     path: str | None = Field(
         None, description="pretrained: a run, a pipeline folder, or a model shipped with the package"
     )
-    channels: tuple[int, ...] = Field((64, 128, 128), description="unet: the width of each level")
+    channels: tuple[Annotated[int, Field(ge=1)], ...] = Field(
+        (64, 128, 128), min_length=1, description="unet: the width of each level"
+    )
     layers: int = Field(2, ge=1, description="unet: residual blocks in a level")
     attention: tuple[bool, ...] | None = Field(None, description="unet: which levels have attention; none by default")
     head_width: int = Field(32, ge=1, description="unet: channels of an attention head")
@@ -206,7 +208,7 @@ def shipped_recipes() -> list[str]:
 def _explain(error: ValidationError, source: str) -> InputError:
     """The first thing that is wrong, in one line."""
     first = error.errors()[0]
-    where = ".".join(str(part) for part in first["loc"])
+    where = " ".join(".".join(str(part) for part in first["loc"]).split())  # a key may hold a line break
     if first["type"] == "extra_forbidden":
         section: Any = Recipe
         for part in first["loc"][:-1]:
@@ -221,7 +223,7 @@ def _explain(error: ValidationError, source: str) -> InputError:
 def _override(values: dict[str, Any], assignment: str) -> None:
     """Apply one ``key.key=value``, the value read as YAML."""
     key, separator, text = assignment.partition("=")
-    if not separator or not key:
+    if not separator or not all(key.split(".")):
         raise InputError(f"--set {assignment}: write it as key=value, as in --set adversary.step_size=0.5")
     try:
         value = yaml.safe_load(text)
@@ -258,13 +260,13 @@ def load_recipe(source: str, overrides: Sequence[str] = ()) -> Recipe:
     if path.suffix in (".yaml", ".yml"):
         if not path.is_file():
             raise InputError(f"no recipe file {source}; shipped recipes: {', '.join(shipped_recipes())}")
-        text = path.read_text(encoding="utf-8")
+        raw = path.read_bytes()
     elif source in shipped_recipes():
-        text = (files("robustdiff") / "recipes" / f"{source}.yaml").read_text(encoding="utf-8")
+        raw = (files("robustdiff") / "recipes" / f"{source}.yaml").read_bytes()
     else:
         raise InputError(f"unknown recipe {source!r}: give a .yaml file, or one of {', '.join(shipped_recipes())}")
     try:
-        values = yaml.safe_load(text) or {}
+        values = yaml.safe_load(raw.decode("utf-8")) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"{source}: not YAML: {str(error).splitlines()[0]}") from None
     if not isinstance(values, dict):

@@ -64,7 +64,8 @@ def test_every_pass_and_the_end_agree(golden: Path, tmp_path: Path, run: str) ->
 
     def compare(name: str) -> None:
         save_adm(unet, tmp_path / "after.pt")
-        mine = summary(torch.load(tmp_path / "after.pt", weights_only=True))
+        state = torch.load(tmp_path / "after.pt", weights_only=True)
+        mine, sizes = summary(state), {name: value.numel() for name, value in state.items()}
         with np.load(golden / f"{run}_{name}_after.npz") as file:
             assert set(file.files) == set(mine)
             theirs = {parameter: file[parameter] for parameter in file.files}
@@ -73,6 +74,8 @@ def test_every_pass_and_the_end_agree(golden: Path, tmp_path: Path, run: str) ->
         assert error <= 1e-5 * norm
         for parameter, value in theirs.items():
             entries = np.linalg.norm(mine[parameter][2:] - value[2:])
+            # |Σ(a − b)| ≤ √n ‖a − b‖: what the tolerance leaves to the sum, which sees the entries after the 24th.
+            assert abs(mine[parameter][1] - value[1]) <= 1e-5 * value[0] * np.sqrt(sizes[parameter]), parameter
             if parameter in UNDETERMINED:
                 assert entries <= 2 * settings["adamw"]["lr"] * step * np.sqrt(len(value) - 2), parameter
             else:
@@ -82,3 +85,25 @@ def test_every_pass_and_the_end_agree(golden: Path, tmp_path: Path, run: str) ->
     compare("params")
     with ema.applied():
         compare("ema")
+
+
+def test_the_undetermined_biases_are_those_without_effect(golden: Path, tmp_path: Path) -> None:
+    """Moved at random, one parameter at a time, in float64: all other biases change the output."""
+    flags = json.loads((golden / "config.json").read_text())["models"]["cifar_like"]
+    state = torch.load(golden / "adm_cifar_like.pt", weights_only=True)
+    with np.load(golden / "adm_cifar_like_forward.npz") as file:
+        x, t = torch.from_numpy(file["x"])[:1].double(), torch.from_numpy(file["t"])[:1]
+
+    def output(weights: dict[str, torch.Tensor]) -> torch.Tensor:
+        torch.save(weights, tmp_path / "moved.pt")
+        with torch.no_grad():
+            return load_adm(tmp_path / "moved.pt", **flags).double()(x, t).sample
+
+    before, generator = output(state), torch.Generator().manual_seed(0)
+    without_effect = set()
+    for name, value in state.items():
+        if name.endswith(".bias"):
+            moved = {**state, name: value + 0.1 * torch.randn(value.shape, generator=generator)}
+            if (output(moved) - before).abs().max() <= 1e-12 * before.abs().max():
+                without_effect.add(name)
+    assert without_effect == UNDETERMINED

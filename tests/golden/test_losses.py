@@ -14,7 +14,8 @@ from robustdiff import DenoisingObjective, DiffusionProcess, load_adm
 
 
 @pytest.mark.parametrize(
-    ("schedule", "scale", "point"), itertools.product(["cosine", "linear"], ["rescaled", "plain"], ["clean", "delta"])
+    ("schedule", "scale", "point"),
+    list(itertools.product(["cosine", "linear"], ["rescaled", "plain"], ["clean", "delta"])),
 )
 def test_losses_of_each_sample(golden: Path, schedule: str, scale: str, point: str) -> None:
     flags = json.loads((golden / "config.json").read_text())["models"]["cifar_like"]

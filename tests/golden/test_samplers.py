@@ -23,6 +23,11 @@ def steps_of(case: str) -> int:
     return int(found.group(1))
 
 
+def test_no_golden_sample_is_left_out(golden: Path) -> None:
+    with np.load(golden / "samplers.npz") as file:
+        assert {name.rpartition("_")[0] for name in file.files} == set(CASES)
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_samples(golden: Path, case: str) -> None:
     flags = json.loads((golden / "config.json").read_text())["models"]["cifar_like"]

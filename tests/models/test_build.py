@@ -104,17 +104,29 @@ def test_an_unfinished_run_is_told_from_nothing(tmp_path):
         load_pipeline(tmp_path)
 
 
-@pytest.mark.parametrize("damage", ["index", "config", "class"])
+@pytest.mark.parametrize("damage", ["index", "null", "config", "class", "truncated", "missing", "width"])
 def test_a_damaged_folder_is_named(tmp_path, digits, damage):
     built = build_model(recipe(), digits)
     save_pipeline(tmp_path, built.unet, built.scheduler)
     if damage == "index":
         (tmp_path / "model_index.json").write_text("{")
+    elif damage == "null":
+        (tmp_path / "model_index.json").write_text('{"unet": null}')
     elif damage == "config":
         (tmp_path / "unet" / "config.json").write_text("{")
+    elif damage in ("truncated", "missing"):
+        weights = tmp_path / "unet" / "diffusion_pytorch_model.safetensors"
+        if damage == "missing":
+            weights.unlink()
+        else:
+            weights.write_bytes(weights.read_bytes()[:1000])
+    elif damage == "width":
+        config = json.loads((tmp_path / "unet" / "config.json").read_text())
+        (tmp_path / "unet" / "config.json").write_text(json.dumps({**config, "block_out_channels": [8, 32]}))
     else:
         index = json.loads((tmp_path / "model_index.json").read_text())
         index["unet"] = ["diffusers", "UNet2DConditionModel"]
         (tmp_path / "model_index.json").write_text(json.dumps(index))
-    with pytest.raises(InputError, match=tmp_path.name):
+    with pytest.raises(InputError, match=tmp_path.name) as error:
         load_pipeline(tmp_path)
+    assert "\n" not in str(error.value)

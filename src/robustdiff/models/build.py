@@ -165,7 +165,7 @@ def load_pipeline(path: str | Path) -> tuple[UNet2DModel, Any]:
             pipeline = DDPMPipeline.from_pretrained(folder, use_safetensors=True, local_files_only=True)
     except InputError:
         raise
-    except (OSError, ValueError, RuntimeError, AttributeError, KeyError, SafetensorError) as error:
+    except (OSError, ValueError, RuntimeError, AttributeError, LookupError, TypeError, SafetensorError) as error:
         raise InputError(f"the model in {folder} cannot be read: {str(error).splitlines()[0]}") from None
     return pipeline.unet, pipeline.scheduler
 
