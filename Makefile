@@ -18,7 +18,7 @@ demo: setup
 	$(BIN)/robustdiff demo
 
 test: setup
-	$(BIN)/python -m pytest -n 2 --cov --cov-report=term-missing:skip-covered
+	$(BIN)/python -m pytest -n 2 --cov --cov-report=term-missing:skip-covered --cov-fail-under=90
 
 lint: setup
 	$(BIN)/ruff check .

@@ -45,7 +45,7 @@ class DemoSize:
     images: int
 
 
-QUICK = DemoSize(updates=240, images=600)
+QUICK = DemoSize(updates=240, images=500)
 FULL = DemoSize(updates=1200, images=5000)
 
 
