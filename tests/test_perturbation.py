@@ -126,6 +126,26 @@ def test_a_tiny_gradient_makes_a_full_step(norm):
     torch.testing.assert_close(NORMS[norm](deltas[1]), torch.full((2,), 0.5))
 
 
+@pytest.mark.parametrize("norm", ALL_NORMS)
+def test_a_huge_gradient_makes_a_full_step(norm):
+    """The squares of 1e30 are infinite in float32."""
+    gradient = (gaussian(0, 2, 8) * 1e30).float()
+    deltas = ascents(FreeAdversary(steps=2, step_size=0.5, norm=norm), torch.zeros(2, 8), [gradient])
+    torch.testing.assert_close(NORMS[norm](deltas[1]), torch.full((2,), 0.5))
+
+
+@pytest.mark.parametrize("norm", ALL_NORMS)
+def test_a_batch_moves_as_its_samples_would_alone(norm):
+    def settings(rows: slice) -> list[torch.Tensor]:
+        adversary = FreeAdversary(steps=4, step_size=0.4, radius=0.9, norm=norm)
+        return ascents(adversary, torch.zeros(3, 2, 5)[rows].double(), [gaussian(k, 3, 2, 5)[rows] for k in range(3)])
+
+    together = settings(slice(None))
+    for i in range(3):
+        for whole, alone in zip(together, settings(slice(i, i + 1)), strict=True):
+            torch.testing.assert_close(whole[i : i + 1], alone)
+
+
 def test_a_gradient_below_the_floor_makes_a_step_in_proportion():
     gradient = torch.stack([torch.full((4,), 0.25), torch.full((4,), 5.0)])
     deltas = ascents(FreeAdversary(steps=2, step_size=0.2, grad_floor=1.0), torch.zeros(2, 4), [gradient])
@@ -145,7 +165,27 @@ def test_delta_starts_at_zero_and_never_leaves_the_ball(seed, norm, radius, step
         assert (NORMS[norm](delta) <= radius + 1e-12).all()
 
 
+@pytest.mark.parametrize("norm", ALL_NORMS)
+def test_the_ball_holds_in_float32_for_a_whole_image(norm):
+    """3·32·32 roundings, and a radius per sample by its time."""
+    process, t = DiffusionProcess.cosine(1000), torch.tensor([0, 300, 999])
+    radius = SamplerDistance(process, eta=0.1)
+    x = torch.zeros(3, 3, 32, 32)
+    bound = radius(x, t, None, NORMS[norm])
+    adversary = FreeAdversary(steps=4, step_size=2.0 * float(bound.max()), radius=radius, norm=norm)
+    for k, delta in enumerate(adversary(x, t)):
+        assert (NORMS[norm](delta.detach()) <= bound * (1 + 1e-5)).all()
+        if k:
+            torch.testing.assert_close(NORMS[norm](delta.detach()), bound, rtol=1e-4, atol=0)
+        delta.grad = gaussian(k, 3, 3, 32, 32).float()
+
+
 # -- radii ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("norm", ALL_NORMS)
+def test_a_constant_radius_is_the_same_for_all(norm):
+    assert Constant(2.5)(torch.zeros(3, 7), torch.tensor([1, 2, 3]), 4, NORMS[norm]).tolist() == [2.5] * 3
 
 
 @pytest.mark.parametrize(("norm", "expected"), [("l2", 0.1 * math.sqrt(48)), ("linf", 0.1), ("l1", 4.8)])
@@ -198,6 +238,16 @@ def test_radii_say_what_they_need():
         SamplerDistance(DiffusionProcess.cosine(10), 0.1, steps=11)
 
 
+@pytest.mark.parametrize("bad", [-0.1, math.nan])
+def test_radii_out_of_range_are_refused(bad):
+    """A negative radius would turn δ around."""
+    for schedule in (Constant, PerDimension, lambda eta: SamplerDistance(DiffusionProcess.cosine(100), eta)):
+        with pytest.raises(ValueError, match="at least 0"):
+            schedule(bad)
+    with pytest.raises(ValueError, match="at least 1"):
+        Ramp(Constant(1.0), 0)
+
+
 # -- adversaries ---------------------------------------------------------------------------------------------------
 
 
@@ -244,6 +294,15 @@ def test_pgd_makes_no_gradient_of_a_parameter_and_one_update(steps):
     assert seen == 1
     assert (model.forwards, model.backwards) == (steps + 1, steps + 1)
     assert all(p.grad is not None for p in model.parameters())
+
+
+def test_pgd_keeps_the_gradients_that_were_there():
+    """As between the microbatches of one update."""
+    model, x = Counting(), torch.randn(4, 6)
+    model(x).sum().backward()
+    before = [p.grad.clone() for p in model.parameters()]
+    list(PGDAdversary(3)(x, loss=lambda delta: model(x + delta).square().mean(1)))
+    assert all(torch.equal(p.grad, kept) for p, kept in zip(model.parameters(), before, strict=True))
 
 
 @pytest.mark.parametrize("norm", ALL_NORMS)

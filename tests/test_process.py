@@ -77,6 +77,12 @@ def test_any_scheduler_with_alphas_cumprod_is_a_process():
         DiffusionProcess.from_scheduler(FlowMatchEulerDiscreteScheduler())
 
 
+@pytest.mark.parametrize("T", [100, 250, 4000])
+def test_linear_betas_are_scaled_to_the_number_of_times(T):
+    expected = np.linspace(0.1 / T, 20 / T, T)
+    np.testing.assert_allclose(DiffusionProcess.linear(T).betas, expected, rtol=1e-8)
+
+
 def test_flow_is_a_straight_line():
     process = DiffusionProcess.flow(4)
     assert process.alphas.tolist() == [0.75, 0.5, 0.25, 0.0]

@@ -70,12 +70,39 @@ def test_delta_moves_the_input_and_not_the_target():
     target = COSINE.absorb(noise, t, delta)
 
     def held(moved: torch.Tensor) -> float:
-        return float((model(draw.x_t + moved, t).sample - target).square().mean())
+        return float((model(draw.x_t + moved, t).sample.detach() - target).square().mean())
 
     for index in ((0, 0, 0, 0), (0, 1, 2, 3), (0, 0, 4, 4)):
         step = torch.zeros_like(delta)
         step[index] = 1e-5
         assert grad[index].item() == pytest.approx((held(delta + step) - held(delta - step)) / 2e-5, rel=1e-5)
+
+
+def test_delta_moves_the_learned_variance_through_the_network_alone():
+    """The gradient of the bound against finite differences with both posteriors held at x_t + δ."""
+    objective, model, (x0, noise, delta) = DenoisingObjective(COSINE, variance="learned_range"), Network(4), tensors(1)
+    t = torch.tensor([300])
+    draw = objective.draw(x0, t=t, noise=noise)
+    variable = delta.clone().requires_grad_()
+    (grad,) = torch.autograd.grad(objective(model, draw, variable)["vb"].sum(), variable)
+    x = draw.x_t + delta
+    true_variance, beta = COSINE.posterior_variance[t], COSINE.betas[t]
+    image, _ = COSINE.split("epsilon", x, t, model(x, t).sample[:, :2].detach())
+    means = COSINE.posterior_mean(x0, x, t), COSINE.posterior_mean(image, x, t)
+
+    def held(moved: torch.Tensor) -> float:
+        v = model(draw.x_t + moved, t).sample[:, 2:].detach()
+        log_variance = (v + 1) / 2 * beta.log() + (1 - v) / 2 * true_variance.log()
+        divergence = kl_divergence(
+            Normal(means[0], true_variance.sqrt()), Normal(means[1], (0.5 * log_variance).exp())
+        )  # fmt: skip
+        return float(divergence.mean()) / math.log(2)
+
+    for index in ((0, 0, 0, 0), (0, 1, 2, 3), (0, 0, 4, 4)):
+        step = torch.zeros_like(delta)
+        step[index] = 1e-5
+        expected = (held(delta + step) - held(delta - step)) / 2e-5
+        assert grad[index].item() == pytest.approx(expected, rel=1e-4, abs=1e-9)
 
 
 def test_the_bound_is_a_divergence_of_gaussians_in_bits():

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
 from robustdiff.errors import InputError
@@ -104,6 +105,52 @@ def test_ddim_is_diffusers_ddim_where_the_times_are_the_same(steps):
         x = scheduler.step(model(x, t.expand(3)), t, x).prev_sample
     mine = sample(model, COSINE, "ddim", steps, latents=latents, clip=False)
     torch.testing.assert_close(mine, x, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("steps", [1, 4, 10])
+def test_euler_is_the_ode_by_hand_and_diffusers_flow_matching(steps):
+    """x ← x + (s − t) v from t = 1 down to 0; diffusers' scheduler is given the same times."""
+    flow = DiffusionProcess.flow(100)
+    model, latents = optimal(flow, "flow"), noise_for(3, 1)[0].double()
+    x = latents
+    times = [1 - i / steps for i in range(steps + 1)]
+    for t, s in itertools.pairwise(times):
+        x = x + (s - t) * model(x, torch.full((3,), 1000 * t))
+    scheduler = FlowMatchEulerDiscreteScheduler(100)
+    scheduler.set_timesteps(sigmas=times[:-1])
+    y = latents
+    for t, time in zip(times, scheduler.timesteps, strict=False):
+        y = scheduler.step(model(y, torch.full((3,), 1000 * t)), time, y).prev_sample
+    mine = sample(model, flow, "euler", steps, latents=latents, prediction="flow", clip=False)
+    torch.testing.assert_close(mine, x, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(mine, y.to(mine), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "sample", "v_prediction"])
+def test_parameterisations_of_one_flow_give_the_same_images(prediction):
+    flow, latents = DiffusionProcess.flow(100), noise_for(3, 1)[0].double()
+    x = sample(optimal(flow, "flow"), flow, "euler", 10, latents=latents, prediction="flow", clip=False)
+    if prediction == "epsilon":  # α = 0 at the first time: no x̂_0 follows from ε̂ there
+        flow = DiffusionProcess(flow.alphas.clamp_min(1e-6), flow.sigmas, flow.times)
+    model = optimal(flow, prediction)
+    other = sample(model, flow, "euler", 10, latents=latents, prediction=prediction, clip=False)
+    torch.testing.assert_close(other, x, rtol=2e-3, atol=2e-3)
+
+
+def test_euler_has_common_random_numbers_too():
+    flow, latents = DiffusionProcess.flow(100), noise_for(6, 1)[0]
+    model = optimal(flow, "flow")
+    x = sample(model, flow, "euler", 7, latents=latents, prediction="flow")
+    assert torch.equal(x, sample(model, flow, "euler", 7, latents=latents, prediction="flow"))
+    part = sample(model, flow, "euler", 7, latents=latents[2:4], prediction="flow")
+    torch.testing.assert_close(part, x[2:4], rtol=1e-5, atol=1e-5)
+
+
+def test_spacings_are_guided_diffusions():
+    assert evenly_spaced(10, 1000).tolist() == [0, 111, 222, 333, 444, 555, 666, 777, 888, 999]
+    assert evenly_spaced("10", 1000).tolist() == evenly_spaced(10, 1000).tolist()
+    assert strided(25, 1000).tolist() == list(range(0, 1000, 40))
+    assert strided("ddim25", 1000).tolist() == list(range(0, 1000, 40))
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "iddpm", "dpm++", "es", "time-shift"])
