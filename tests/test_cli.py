@@ -93,6 +93,20 @@ def test_sample_writes_what_the_adm_evaluator_reads(robustdiff, digits_run, tmp_
     assert list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--sampler", "es", "--eps-scale", "0.01,1.01"],
+        ["--sampler", "es"],
+        ["--sampler", "time-shift", "--window", 20, "--cutoff", 100],
+        ["--sampler", "iddpm", "--steps", "1,2,1"],
+    ],
+)
+def test_samplers_take_their_options(robustdiff, digits_run, tmp_path, options):
+    outcome = robustdiff("sample", digits_run, "--output", tmp_path / "s.npz", "--num", 2, "--steps", 4, *options)
+    assert outcome.code == 0, outcome.err
+
+
 def test_sample_writes_pngs(robustdiff, digits_run, tmp_path):
     assert robustdiff("sample", digits_run, "--output", tmp_path / "png", "--num", 3, "--steps", 2).code == 0
     files = sorted((tmp_path / "png").iterdir())
@@ -183,6 +197,9 @@ def test_bad_arguments_are_one_line(robustdiff, tmp_path, monkeypatch, arguments
         (["--num", "0"], ["--num"]),
         (["--class", "3"], ["class 3"]),
         (["--output", "x.jpg"], ["x.jpg", ".npz"]),
+        (["--eps-scale", "1,2,3"], ["--eps-scale", "k,b"]),
+        (["--eps-scale", "0"], ["eps_scale"]),
+        (["--window", "5"], ["window", "time-shift"]),
     ],
 )
 def test_bad_sampling_is_one_line_and_leaves_nothing(robustdiff, digits_run, tmp_path, monkeypatch, arguments, words):

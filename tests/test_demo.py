@@ -25,7 +25,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, d
         yield folder, result[1], parts
 
 
-SMALL = demo.DemoSize(updates=6, images=20, ema=0.9)
+SMALL = demo.DemoSize(updates=6, images=20)
 
 
 def test_it_fine_tunes_three_ways_and_compares(finished):

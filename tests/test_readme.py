@@ -38,7 +38,7 @@ def test_every_command_runs(path, robustdiff, tmp_path, monkeypatch):
     from robustdiff.models.adm import PRESETS, AdmFlags, build_adm, save_adm
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(demo, "QUICK", demo.DemoSize(updates=3, images=20, ema=0.9))
+    monkeypatch.setattr(demo, "QUICK", demo.DemoSize(updates=3, images=20))
     monkeypatch.setattr(demo, "STEPS", (1, 2))
     flags = AdmFlags(image_size=8, num_channels=32, num_res_blocks=1, channel_mult="1", attention_resolutions="8")
     monkeypatch.setattr(convert, "PRESETS", dict.fromkeys(PRESETS, flags))

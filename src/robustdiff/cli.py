@@ -149,8 +149,11 @@ def sample(
         int | None, typer.Option("--class", help="The class of all images; all in turn by default.")
     ] = None,
     eps_scale: Annotated[
-        float | None, typer.Option(help="What the predicted noise is divided by; 1, and 1.017 for es, by default.")
+        str | None,
+        typer.Option(help="What the predicted noise is divided by, 1.017 for es by default; for es also k,b."),
     ] = None,
+    window: Annotated[int | None, typer.Option(help="time-shift: the window's width, in training times.")] = None,
+    cutoff: Annotated[int | None, typer.Option(help="time-shift: the time down from which nothing is shifted.")] = None,
     cpu: Cpu = False,
 ) -> None:
     """Sample images into an .npz (arr_0: uint8 NHWC, what ADM's evaluator reads) or into PNGs.
@@ -172,7 +175,11 @@ def sample(
         batch_size=batch_size,
         precision=precision.value,
         label=label,
-        options={} if eps_scale is None else {"eps_scale": eps_scale},
+        options={
+            name: value
+            for name, value in (("eps_scale", _scale(eps_scale)), ("window", window), ("cutoff", cutoff))
+            if value is not None
+        },
     )
     if output.suffix and output.suffix != ".npz":
         raise InputError(f"{output}: give a file that ends in .npz, or a folder")
@@ -305,6 +312,21 @@ def convert(
     else:
         run(source, output, *read_flags(preset, text))
     out.print(f"{source} → {output}")
+
+
+def _scale(text: str | None) -> float | tuple[float, float] | None:
+    """A constant epsilon scale, or the (k, b) of a linear one."""
+    if text is None:
+        return None
+    try:
+        values = [float(part) for part in text.split(",")]
+    except ValueError:
+        values = []
+    if len(values) == 1:
+        return values[0]
+    if len(values) == 2:
+        return values[0], values[1]
+    raise InputError(f"--eps-scale {text}: give a number, or k,b for k·i + b")
 
 
 def _counts(steps: str) -> list[int]:

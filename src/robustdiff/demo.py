@@ -39,21 +39,14 @@ BATCH = 64  # images at a time: more do not fit into the cache of a core
 
 @dataclass(frozen=True)
 class DemoSize:
-    """How much the demonstration does.
-
-    Arguments:
-        updates: Of each fine-tuning.
-        images: Of each cell.
-        ema: The decay of the moving average: one that forgets the start within the updates.
-    """
+    """How much the demonstration does. Arguments: updates: of each fine-tuning; images: of each cell."""
 
     updates: int
     images: int
-    ema: float
 
 
-QUICK = DemoSize(updates=240, images=500, ema=0.98)
-FULL = DemoSize(updates=1200, images=5000, ema=0.995)
+QUICK = DemoSize(updates=300, images=500)
+FULL = DemoSize(updates=1200, images=5000)
 
 
 def _recipe(method: str, output: Path, size: DemoSize, seed: int) -> Recipe:
@@ -63,7 +56,6 @@ def _recipe(method: str, output: Path, size: DemoSize, seed: int) -> Recipe:
         [
             f"adversary.name={METHODS[method]}",
             f"steps={size.updates}",
-            f"ema={size.ema}",
             f"seed={seed}",
             f"output={folder}",
         ],
