@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.optimize import minimize
+from scipy.optimize import linprog, minimize
 from torch import nn
 
 from robustdiff.perturbation import (
@@ -56,6 +56,23 @@ def test_ascent_reaches_the_dual_norm_and_nothing_in_the_ball_reaches_more(norm,
 
 
 @pytest.mark.parametrize("norm", ALL_NORMS)
+@settings(max_examples=10, deadline=None)
+@given(seed=SEEDS, d=st.integers(1, 4))
+def test_ascent_is_what_a_solver_finds(norm, seed, d):
+    """Linear programmes in d = p − n for ℓ1 and ℓ∞; a constrained minimisation for ℓ2."""
+    g = gaussian(seed, d).numpy()
+    if norm == "l2":
+        constraint = {"type": "ineq", "fun": lambda x: 1 - x @ x}
+        found = minimize(lambda x: -g @ x, np.full(d, 0.1), constraints=constraint, method="SLSQP").x
+    else:
+        sums = np.ones((1, 2 * d)) if norm == "l1" else np.hstack([np.eye(d), np.eye(d)])
+        parts = linprog(np.concatenate([-g, g]), A_ub=sums, b_ub=np.ones(len(sums)), bounds=(0, None)).x
+        found = parts[:d] - parts[d:]
+    direction = NORMS[norm].ascent(torch.from_numpy(g)[None])[0].numpy()
+    assert g @ direction == pytest.approx(g @ found, rel=1e-5)
+
+
+@pytest.mark.parametrize("norm", ALL_NORMS)
 @settings(max_examples=15, deadline=None)
 @given(seed=SEEDS, d=st.integers(1, 4), radius=st.floats(0.1, 2))
 def test_projection_is_the_nearest_point_by_constrained_optimisation(norm, seed, d, radius):
@@ -84,6 +101,22 @@ def test_projection_is_the_nearest_point_by_constrained_optimisation(norm, seed,
 
 @pytest.mark.parametrize("norm", ALL_NORMS)
 @settings(max_examples=25, deadline=None)
+@given(seed=SEEDS, d=st.integers(1, 40), radius=st.floats(0.1, 5))
+def test_no_point_of_the_ball_is_nearer_than_the_projection(norm, seed, d, radius):
+    """And the angle at the projection is obtuse: ⟨z − Π(z), y − Π(z)⟩ ≤ 0, which characterises it on a convex set."""
+    z = 2 * gaussian(seed, d)
+    mine = NORMS[norm].project(z[None], torch.tensor([radius], dtype=torch.float64))[0].numpy()
+    rng = np.random.default_rng(seed)
+    points = np.concatenate([rng.normal(size=(200, d)), rng.laplace(size=(200, d)) ** 3, np.eye(d), -np.eye(d)])
+    points = np.concatenate([in_ball(9 * points, ORDER[norm], radius), mine + rng.normal(size=(200, d)) / 50])
+    points = in_ball(points, ORDER[norm], radius)
+    away = z.numpy() - mine
+    assert (np.linalg.norm(points - z.numpy(), axis=1) >= np.linalg.norm(away) - 1e-9).all()
+    assert ((points - mine) @ away <= 1e-9).all()
+
+
+@pytest.mark.parametrize("norm", ALL_NORMS)
+@settings(max_examples=25, deadline=None)
 @given(seed=SEEDS, d=st.integers(1, 40))
 def test_projection_is_per_sample_idempotent_and_keeps_what_is_inside(norm, seed, d):
     z, radius = 2 * gaussian(seed, 4, 1, d, 1), torch.tensor([0.3, 1.0, 5.0, 1e6], dtype=torch.float64)
@@ -105,7 +138,7 @@ def ascents(adversary: FreeAdversary, x: torch.Tensor, gradients: list[torch.Ten
 
 
 @pytest.mark.parametrize("norm", ALL_NORMS)
-@pytest.mark.parametrize("bad", [0.0, math.nan, math.inf])
+@pytest.mark.parametrize("bad", [0.0, math.nan, math.inf, -math.inf])
 def test_a_useless_gradient_leaves_its_sample_and_is_counted(norm, bad):
     adversary = FreeAdversary(steps=3, step_size=0.5, norm=norm)
     good = gaussian(0, 2, 3, 4)
@@ -117,6 +150,8 @@ def test_a_useless_gradient_leaves_its_sample_and_is_counted(norm, bad):
     assert not torch.equal(deltas[2][0], deltas[1][0])
     assert deltas[2].isfinite().all()
     assert adversary.skipped == 1
+    ascents(adversary, torch.zeros(2, 3, 4, dtype=torch.float64), [torch.zeros_like(good), broken])
+    assert adversary.skipped == 1 + 2 + 1, "over all batches"
 
 
 @pytest.mark.parametrize("norm", ALL_NORMS)
@@ -152,6 +187,19 @@ def test_a_gradient_below_the_floor_makes_a_step_in_proportion():
     torch.testing.assert_close(NORMS["l2"](deltas[1]), torch.tensor([0.1, 0.2]))
 
 
+@pytest.mark.parametrize("norm", ALL_NORMS)
+@settings(max_examples=15, deadline=None)
+@given(seed=SEEDS, floor=st.floats(0.01, 100))
+def test_a_floor_changes_the_length_and_not_the_direction(norm, seed, floor):
+    gradient = gaussian(seed, 3, 6)
+    full, short = (
+        ascents(FreeAdversary(2, 0.2, norm=norm, grad_floor=f), torch.zeros_like(gradient), [gradient])[1]
+        for f in (0.0, floor)
+    )
+    ratio = np.minimum(np.sqrt((gradient.numpy() ** 2).sum(1)) / floor, 1)
+    np.testing.assert_allclose(short, full.numpy() * ratio[:, None], rtol=1e-12, atol=0)
+
+
 @settings(max_examples=40, deadline=None)
 @given(seed=SEEDS, norm=st.sampled_from(ALL_NORMS), radius=st.floats(0, 2), steps=st.integers(1, 5))
 def test_delta_starts_at_zero_and_never_leaves_the_ball(seed, norm, radius, steps):
@@ -163,6 +211,15 @@ def test_delta_starts_at_zero_and_never_leaves_the_ball(seed, norm, radius, step
     for delta in deltas:
         assert delta.shape == x.shape
         assert (NORMS[norm](delta) <= radius + 1e-12).all()
+
+
+@pytest.mark.parametrize("norm", ALL_NORMS)
+def test_a_radius_of_zero_keeps_delta_at_zero(norm):
+    x = gaussian(0, 2, 6)
+    free = ascents(FreeAdversary(3, 0.5, radius=0.0, norm=norm), x, [gaussian(1, 2, 6), gaussian(2, 2, 6)])
+    pgd = list(PGDAdversary(3, 0.5, radius=0.0, norm=norm)(x, loss=lambda delta: (x + delta).square().sum(1)))
+    for delta in (*free, *pgd, *RandomAdversary(3, 0.5, radius=0.0, norm=norm)(x)):
+        assert not delta.any()
 
 
 @pytest.mark.parametrize("norm", ALL_NORMS)
@@ -313,6 +370,26 @@ def test_pgd_finds_the_worst_point_of_a_linear_loss(norm):
     assert ((delta @ weight) / worst).tolist() == pytest.approx([1, 1], rel=1e-6)
 
 
+@pytest.mark.parametrize("norm", ALL_NORMS)
+@pytest.mark.parametrize("steps", [1, 2, 5])
+def test_pgd_climbs_a_convex_loss(norm, steps):
+    """Along ⟨∇L, d⟩ = ‖∇L‖_* a convex loss rises by at least that much times the step; also where autograd is off."""
+    target, x, seen = gaussian(0, 4, 8), gaussian(1, 4, 8), []
+
+    def loss(delta: torch.Tensor) -> torch.Tensor:
+        values = (x + delta - target).square().sum(1)
+        seen.append((values.detach(), 2 * (x + delta - target).detach()))
+        return values
+
+    with torch.no_grad():
+        (delta,) = PGDAdversary(steps, step_size=0.5, norm=norm)(x, loss=loss)
+    assert len(seen) == steps
+    loss(delta.detach())
+    for (before, gradient), (after, _) in itertools.pairwise(seen):
+        slope = np.linalg.norm(gradient.numpy(), ord=DUAL[norm], axis=1)
+        assert (after.numpy() >= before.numpy() + 0.5 * slope - 1e-9).all()
+
+
 def test_free_raises_the_loss_on_a_frozen_model():
     target, x, losses = gaussian(0, 4, 8), gaussian(1, 4, 8), []
     for delta in FreeAdversary(steps=4, step_size=0.5)(x):
@@ -343,11 +420,12 @@ def test_random_has_the_sizes_of_free_and_one_direction(norm):
     assert all(torch.equal(a, b) for a, b in zip(deltas, again, strict=True))
 
 
-def test_random_directions_are_uniform():
+@pytest.mark.parametrize(("norm", "variance"), [("l2", 1 / 5), ("linf", 1.0), ("l1", 1 / 5)])
+def test_random_directions_are_uniform(norm, variance):
     generator = torch.Generator().manual_seed(1)
-    delta = list(RandomAdversary(2, 1.0, generator=generator)(torch.zeros(40_000, 5)))[1].double()
+    delta = list(RandomAdversary(2, 1.0, norm=norm, generator=generator)(torch.zeros(40_000, 5)))[1].double()
     assert delta.mean(0).abs().max() < 0.02
-    torch.testing.assert_close(torch.cov(delta.T), torch.eye(5).double() / 5, atol=0.01, rtol=0)
+    torch.testing.assert_close(torch.cov(delta.T), variance * torch.eye(5).double(), atol=0.02, rtol=0)
 
 
 def test_none_is_one_pass_at_zero():

@@ -45,12 +45,21 @@ def test_delta_is_detached():
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_a_target_is_split_back_into_image_and_noise(name, prediction):
     process = PROCESSES[name]
-    t = torch.tensor([0, len(process) // 2, len(process) - 2])
+    t = torch.tensor([0, len(process) // 2, int((process.alphas > 0).nonzero().max())])
     x0, noise = gaussian(0, 3, 5), gaussian(1, 3, 5)
     x_t = process.diffuse(x0, t, noise)
     split = process.split(prediction, x_t, t, process.target(prediction, x0, t, noise))
-    torch.testing.assert_close(split[0], x0, rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(split[1], noise, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(split[0], x0, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(split[1], noise, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("prediction", ["sample", "v_prediction", "flow"])
+def test_a_target_is_split_even_where_no_signal_is_left(prediction):
+    process, t = PROCESSES["flow"], torch.tensor([99, 99])
+    assert process.alphas[99] == 0
+    x0, noise = gaussian(0, 2, 5), gaussian(1, 2, 5)
+    split = process.split(prediction, process.diffuse(x0, t, noise), t, process.target(prediction, x0, t, noise))
+    torch.testing.assert_close(split, (x0, noise), rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize(
@@ -114,6 +123,34 @@ def test_the_posterior_is_gaussian_conditioning():
     assert process.log_variance_range[0][0] == process.log_variance_range[0][1]
 
 
+def test_the_posterior_is_bayes_rule_on_a_grid():
+    """q(x_{t−1} | x_t, x_0) ∝ q(x_t | x_{t−1}) q(x_{t−1} | x_0), both densities written out and summed."""
+    betas = np.linspace(0.05, 0.6, 8)
+    process = DiffusionProcess.from_betas(torch.from_numpy(betas))
+    grid, x0, x_t = np.linspace(-12, 12, 20_001), 0.7, -0.4
+    for time in range(1, 8):
+        share = np.prod(1 - betas[:time])
+        log_density = -((grid - math.sqrt(share) * x0) ** 2) / (2 * (1 - share))
+        log_density -= (x_t - math.sqrt(1 - betas[time]) * grid) ** 2 / (2 * betas[time])
+        density = np.exp(log_density - log_density.max())
+        density /= density.sum()
+        mean = (density * grid).sum()
+        x = [torch.tensor([[value]], dtype=torch.float64) for value in (x0, x_t)]
+        assert process.posterior_mean(*x, torch.tensor([time])).item() == pytest.approx(mean, abs=1e-9)
+        variance = (density * (grid - mean) ** 2).sum()
+        assert process.posterior_variance[time].item() == pytest.approx(variance, rel=1e-9)
+
+
+def test_at_time_zero_the_posterior_is_the_image():
+    x0, x_t = gaussian(0, 1, 4), gaussian(1, 1, 4)
+    torch.testing.assert_close(PROCESSES["cosine"].posterior_mean(x0, x_t, torch.tensor([0])), x0)
+
+
+def test_a_process_of_one_time_has_one_variance():
+    low, high = DiffusionProcess.from_betas(torch.tensor([0.3])).log_variance_range
+    assert low.item() == high.item() == pytest.approx(math.log(0.3))
+
+
 @settings(max_examples=25, deadline=None)
 @given(indices=st.lists(st.integers(0, 999), min_size=1, max_size=20, unique=True).map(sorted))
 def test_a_respaced_process_has_the_same_levels(indices):
@@ -122,9 +159,15 @@ def test_a_respaced_process_has_the_same_levels(indices):
     assert process.times.tolist() == indices
 
 
+def test_respacing_twice_keeps_what_the_network_is_told():
+    process = PROCESSES["flow"].respace(torch.arange(9, 100, 10)).respace(torch.tensor([0, 4, 9]))
+    assert process.times.tolist() == pytest.approx([100, 500, 1000])
+    assert process.sigmas.tolist() == pytest.approx([0.1, 0.5, 1])
+
+
 @pytest.mark.parametrize(
     ("alphas", "sigmas"),
-    [([], []), ([1.0], [0.5, 0.5]), ([[1.0]], [[0.5]]), ([math.nan], [1.0]), ([1.0], [0.0]), ([-1.0], [1.0])],
+    [([], []), ([1.0], [0.5, 0.5]), ([[1.0]], [[0.5]]), ([math.nan], [1.0]), ([1.0], [0.0]), ([-1.0], [1.0]), ([1.0], [math.inf])],
 )
 def test_bad_tables_are_refused(alphas, sigmas):
     with pytest.raises(ValueError, match="alpha"):

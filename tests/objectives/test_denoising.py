@@ -60,14 +60,22 @@ def test_the_loss_is_the_mean_square_to_the_target_written_out(prediction):
     torch.testing.assert_close(objective(model, objective.draw(x0, t=t, noise=noise))["mse"], expected)
 
 
-def test_delta_moves_the_input_and_not_the_target():
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_delta_moves_the_input_and_not_the_target(prediction):
     """The gradient against finite differences of the loss with the target held where it was."""
-    objective, model, (x0, noise, delta) = DenoisingObjective(COSINE), Network(), tensors(1)
+    objective, model, (x0, noise, delta) = DenoisingObjective(COSINE, prediction), Network(), tensors(1)
     t = torch.tensor([300])
+    alpha, sigma = float(COSINE.alphas[300]), float(COSINE.sigmas[300])
     draw = objective.draw(x0, t=t, noise=noise)
     variable = delta.clone().requires_grad_()
     (grad,) = torch.autograd.grad(objective(model, draw, variable)["loss"].sum(), variable)
-    target = COSINE.absorb(noise, t, delta)
+    moved_noise = noise + delta / sigma
+    target = {
+        "epsilon": moved_noise,
+        "sample": x0,
+        "v_prediction": alpha * moved_noise - sigma * x0,
+        "flow": moved_noise - x0,
+    }[prediction]
 
     def held(moved: torch.Tensor) -> float:
         return float((model(draw.x_t + moved, t).sample.detach() - target).square().mean())
@@ -130,6 +138,26 @@ def test_the_bound_is_a_divergence_of_gaussians_in_bits():
     torch.testing.assert_close(losses["loss"], losses["mse"] + 0.5 * losses["vb"])
 
 
+def test_the_bound_does_not_depend_on_what_the_network_predicts():
+    """Four networks that mean the same image and the same variance have one bound, at t = 0 as well."""
+    x0, noise, delta = tensors()
+    t = torch.tensor([0, 100, 500, 990])
+    alpha, sigma = (table[t][:, None, None, None] for table in (COSINE.alphas, COSINE.sigmas))
+    image, v = x0 + 0.01 * noise, torch.tanh(delta)
+    x = alpha * x0 + sigma * noise + delta
+    epsilon = (x - alpha * image) / sigma
+    outputs = {"epsilon": epsilon, "sample": image, "v_prediction": alpha * epsilon - sigma * image}
+    outputs["flow"] = epsilon - image
+    bounds = []
+    for prediction, output in outputs.items():
+        objective = DenoisingObjective(COSINE, prediction, variance="learned_range")
+        draw = objective.draw(x0, t=t, noise=noise)
+        bounds.append(objective(lambda x, t, o=output: torch.cat([o, v], 1), draw, delta)["vb"])
+    assert (bounds[0] > 0).all()
+    for bound in bounds[1:]:
+        torch.testing.assert_close(bound, bounds[0], rtol=1e-6, atol=1e-9)
+
+
 def test_at_time_zero_the_bound_is_the_likelihood_of_the_grey_values():
     objective, model, (x0, noise, _) = DenoisingObjective(COSINE, variance="learned_range"), Network(4), tensors()
     x0 = ((x0 + 1) * 127.5).round() / 127.5 - 1
@@ -171,11 +199,38 @@ def test_input_perturbation_moves_the_point_and_not_the_target():
     torch.testing.assert_close(objective(Network(), draw)["loss"], expected)
 
 
+def test_with_input_perturbation_the_target_absorbs_delta_alone():
+    objective, (x0, noise, xi) = DenoisingObjective(COSINE, input_perturbation=0.5), tensors()
+    t, delta = torch.tensor([1, 100, 500, 990]), 0.1 * noise.flip(0)
+    draw = objective.draw(x0, t=t, noise=noise, input_noise=xi)
+    target = noise + delta / COSINE.sigmas[t][:, None, None, None]
+    expected = (Network()(draw.x_t + delta, t).sample - target).square().mean((1, 2, 3))
+    torch.testing.assert_close(objective(Network(), draw, delta)["mse"], expected)
+
+
 def test_weights_multiply_the_loss_alone():
     objective, (x0, noise, _) = DenoisingObjective(COSINE), tensors()
     weight = torch.tensor([1.0, 2.0, 3.0, 4.0]).double()
     losses = objective(Network(), objective.draw(x0, t=torch.tensor([1, 2, 3, 4]), noise=noise, weight=weight))
     torch.testing.assert_close(losses["loss"], weight * losses["mse"])
+
+
+def test_weights_multiply_both_terms_of_the_hybrid_loss_and_neither_as_reported():
+    objective = DenoisingObjective(COSINE, variance="learned_range", vb_scale=0.25)
+    (x0, noise, delta), weight = tensors(), torch.tensor([1.0, 2.0, 3.0, 4.0]).double()
+    t = torch.tensor([0, 2, 300, 900])
+    plain = objective(Network(4), objective.draw(x0, t=t, noise=noise), delta)
+    weighted = objective(Network(4), objective.draw(x0, t=t, noise=noise, weight=weight), delta)
+    for name in ("mse", "vb"):
+        assert torch.equal(plain[name], weighted[name])
+    torch.testing.assert_close(weighted["loss"], weight * (plain["mse"] + 0.25 * plain["vb"]))
+
+
+def test_a_model_may_return_a_tensor_or_an_object_with_a_sample():
+    objective, network, (x0, noise, delta) = DenoisingObjective(COSINE), Network(), tensors()
+    draw = objective.draw(x0, t=torch.tensor([1, 2, 3, 4]), noise=noise, class_labels=torch.tensor([0, 1, 2, 3]))
+    as_tensor = objective(lambda x, t, **condition: network(x, t, **condition).sample, draw, delta)["loss"]
+    assert torch.equal(as_tensor, objective(network, draw, delta)["loss"])
 
 
 def test_conditions_and_times_reach_the_model():
