@@ -167,7 +167,15 @@ def test_respacing_twice_keeps_what_the_network_is_told():
 
 @pytest.mark.parametrize(
     ("alphas", "sigmas"),
-    [([], []), ([1.0], [0.5, 0.5]), ([[1.0]], [[0.5]]), ([math.nan], [1.0]), ([1.0], [0.0]), ([-1.0], [1.0]), ([1.0], [math.inf])],
+    [
+        ([], []),
+        ([1.0], [0.5, 0.5]),
+        ([[1.0]], [[0.5]]),
+        ([math.nan], [1.0]),
+        ([1.0], [0.0]),
+        ([-1.0], [1.0]),
+        ([1.0], [math.inf]),
+    ],
 )
 def test_bad_tables_are_refused(alphas, sigmas):
     with pytest.raises(ValueError, match="alpha"):

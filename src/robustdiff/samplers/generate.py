@@ -201,9 +201,13 @@ def write_npz(
     with part.open("r+b" if part.exists() else "xb") as file:
         file.truncate(done * size)
         file.seek(done * size)
-        for batch, images in generator.images(range(share.start + done, share.stop)):
-            file.write(images.permute(0, 2, 3, 1).contiguous().numpy().tobytes())
-            on_images(len(batch) * accelerator.num_processes)
+        try:
+            for batch, images in generator.images(range(share.start + done, share.stop)):
+                file.write(images.permute(0, 2, 3, 1).contiguous().numpy().tobytes())
+                on_images(len(batch) * accelerator.num_processes)
+        except InputError:  # an option that the sampler does not take: there is nothing to go on with
+            shutil.rmtree(parts, ignore_errors=True)
+            raise
         file.flush()
         os.fsync(file.fileno())
     accelerator.wait_for_everyone()
