@@ -314,6 +314,53 @@ def convert(
     out.print(f"{source} → {output}")
 
 
+@app.command()
+def study(
+    file: Annotated[Path, typer.Argument(help="A study file: methods, seeds, samplers and steps.")],
+    output: Annotated[Path | None, typer.Option(help="Where runs and cells are; studies/NAME by default.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what is left, and how long it takes.")] = False,
+) -> None:
+    """Train and measure a matrix of methods × seeds × samplers × steps.
+
+    Each result is a file; only what is missing is computed. Start the same command several times, and the processes
+    share the work.
+    """
+    from robustdiff.report.progress import Bar
+    from robustdiff.report.tables import print_whole, remaining_table
+    from robustdiff.study import load_study, remaining, run_study
+
+    settings = load_study(file)
+    folder = output or Path("studies") / file.stem
+    if dry_run:
+        print_whole(out, remaining_table(remaining(settings, folder)))
+        return
+    with Bar(err, settings.title, 1) as bar:
+        finished = run_study(settings, folder, on_part=bar.describe, on_progress=bar.update)
+    if finished:
+        out.print(f"every cell is in {folder / 'cells'}")
+    else:
+        err.print(f"stopped; robustdiff study {file} --output {folder} goes on from here")
+
+
+@app.command()
+def reproduce(
+    cell: Annotated[Path, typer.Argument(help="The file of a cell.")],
+    output: Annotated[Path, typer.Option(help="Where the run goes.")] = Path("reproduced"),
+) -> None:
+    """Make one cell of a study again, from the settings in its file alone, and compare."""
+    from robustdiff.report.progress import Bar
+    from robustdiff.report.tables import print_whole, reproduced_table
+    from robustdiff.study import reproduce as run
+
+    with Bar(err, cell.stem, 1) as bar:
+        result = run(cell, output, on_part=bar.describe, on_progress=bar.update)
+    if result is None:
+        err.print(f"stopped; robustdiff reproduce {cell} --output {output} goes on from here")
+        return
+    before, after = result
+    print_whole(out, reproduced_table(before, after))
+
+
 def _scale(text: str | None) -> float | tuple[float, float] | None:
     """A constant epsilon scale, or the (k, b) of a linear one."""
     if text is None:

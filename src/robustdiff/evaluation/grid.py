@@ -12,18 +12,19 @@ import itertools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from numpy.typing import NDArray
 from torch import Tensor
 
 from robustdiff.evaluation.features import FeatureExtractor
 from robustdiff.evaluation.fidelity import Fidelity, Reference, bootstrap_frechet, interval
 from robustdiff.samplers.generate import Generator
 
-__all__ = ["Cell", "Difference", "Grid", "evaluate_grid"]
+__all__ = ["Cell", "Difference", "Grid", "difference", "evaluate_cell", "evaluate_grid"]
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,64 @@ class Grid:
     samples: dict[tuple[str, str, int], Tensor]
 
 
+def evaluate_cell(
+    name: str,
+    generator: Generator,
+    num: int,
+    extractor: FeatureExtractor,
+    reference: Reference,
+    accelerator: Accelerator,
+    keep: int = 16,
+    on_images: Callable[[int], None] = lambda n: None,
+) -> tuple[Cell, NDArray[np.float64], Tensor]:
+    """Make the images of one cell and measure them.
+
+    Arguments:
+        name: The checkpoint's name.
+        generator: How the images are made; ``steps`` is a number.
+        num: Images.
+        extractor: The features.
+        reference: The real images under the same features.
+        accelerator: Each of its processes makes its share of the images.
+        keep: How many images to return.
+        on_images: Called after each batch with the number of images made since the last call, over all processes.
+
+    Returns:
+        The cell; its bootstrap replicates of FID, which belong one to one to those of any other cell with as many
+        images; the first images, uint8 (k, C, H, W).
+
+    Raises:
+        InputError: If images do not suit the features.
+    """
+    start = time.perf_counter()
+    fidelity = Fidelity(extractor, reference)
+    first: list[Tensor] = []
+    rank, processes = accelerator.process_index, accelerator.num_processes
+    for batch, images in generator.images(range(num * rank // processes, num * (rank + 1) // processes)):
+        fidelity.update(images, batch.start)
+        first += list(images[: max(0, keep - batch.start)])
+        on_images(len(batch) * processes)
+    if processes > 1:
+        states = gather_object([fidelity.state()])
+        fidelity = Fidelity(extractor, reference)
+        for state in states:
+            fidelity.merge_state(state)
+    result = fidelity.result()
+    replicates = bootstrap_frechet(fidelity.moments, reference)
+    seconds = time.perf_counter() - start
+    cell = Cell(name, generator.sampler, int(generator.steps), seconds=seconds, **result)
+    return cell, replicates, torch.stack(first) if first else torch.empty(0)
+
+
+def difference(
+    cell: Cell, replicates: NDArray[np.float64], other: Cell, other_replicates: NDArray[np.float64]
+) -> Difference:
+    """FID of a cell minus that of another, with the interval that common random numbers allow."""
+    gain = cell.fid - other.fid
+    ends = interval(gain, replicates - other_replicates)
+    return Difference(cell.checkpoint, other.checkpoint, cell.sampler, cell.steps, gain, ends, gain / other.fid)
+
+
 def evaluate_grid(
     generators: dict[str, Generator],
     samplers: Sequence[str],
@@ -118,30 +177,24 @@ def evaluate_grid(
         replace(generator, sampler=sampler)  # its checks, before anything takes time
     cells, differences, samples = [], [], {}
     for sampler, count in itertools.product(samplers, steps):
-        measured: dict[str, tuple[Cell, Any]] = {}
+        measured: dict[str, tuple[Cell, NDArray[np.float64]]] = {}
         for name, generator in generators.items():
-            start = time.perf_counter()
-            cell_generator = replace(generator, sampler=sampler, steps=count)
-            fidelity = Fidelity(extractor, reference)
-            first: list[Tensor] = []
-            rank, processes = accelerator.process_index, accelerator.num_processes
-            for batch, images in cell_generator.images(range(num * rank // processes, num * (rank + 1) // processes)):
-                fidelity.update(images, batch.start)
-                first += list(images[: max(0, keep - batch.start)])
-                on_images(len(batch) * count * processes, f"{name} · {sampler} {count}")
-            if processes > 1:
-                states = gather_object([fidelity.state()])
-                fidelity = Fidelity(extractor, reference)
-                for state in states:
-                    fidelity.merge_state(state)
-            result = fidelity.result()
-            replicates = bootstrap_frechet(fidelity.moments, reference)
-            cell = Cell(name, sampler, count, seconds=time.perf_counter() - start, **result)
+
+            def report(n: int, label: str = f"{name} · {sampler} {count}", count: int = count) -> None:
+                on_images(n * count, label)
+
+            cell, replicates, samples[name, sampler, count] = evaluate_cell(
+                name,
+                replace(generator, sampler=sampler, steps=count),
+                num,
+                extractor,
+                reference,
+                accelerator,
+                keep,
+                report,
+            )
             cells.append(cell)
-            samples[name, sampler, count] = torch.stack(first) if first else torch.empty(0)
-            for other, (other_cell, other_replicates) in measured.items():
-                gain = cell.fid - other_cell.fid
-                ends = interval(gain, replicates - other_replicates)
-                differences.append(Difference(name, other, sampler, count, gain, ends, gain / other_cell.fid))
+            for other, other_replicates in measured.values():
+                differences.append(difference(cell, replicates, other, other_replicates))
             measured[name] = (cell, replicates)
     return Grid(cells, differences, samples)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from robustdiff.evaluation.grid import Grid
+from robustdiff.study import MEASURES, Remaining
 
-__all__ = ["grid_table", "print_whole"]
+__all__ = ["grid_table", "print_whole", "remaining_table", "reproduced_table"]
 
 
 def print_whole(console: Console, table: Table) -> None:
@@ -50,4 +54,29 @@ def grid_table(grid: Grid, baseline: str) -> Table:
         table.add_row(*row, end_section=i + 1 < len(rows) and rows[i + 1][0] != sampler)
     if len(checkpoints) > 1:
         table.caption = "green and red: the interval of the difference excludes 0"
+    return table
+
+
+def remaining_table(parts: Sequence[Remaining]) -> Table:
+    """What is left of a study, method by method, and the hours that one process takes for it."""
+    table = Table(box=box.SIMPLE_HEAD, show_footer=True)
+    runs, cells, seconds = (sum(values) for values in zip(*((p.runs, p.cells, p.seconds) for p in parts), strict=True))
+    table.add_column("method", "in all", no_wrap=True)
+    table.add_column("runs to train", str(runs), justify="right")
+    table.add_column("cells to measure", str(cells), justify="right")
+    table.add_column("hours of one process", f"{seconds / 3600:.2f}", justify="right")
+    for part in parts:
+        table.add_row(part.method, str(part.runs), str(part.cells), f"{part.seconds / 3600:.2f}")
+    return table
+
+
+def reproduced_table(before: dict[str, Any], after: dict[str, Any]) -> Table:
+    """A cell as it was and as it was made again."""
+    table = Table(box=box.SIMPLE_HEAD, caption_justify="left")
+    for heading in ("", "in the file", "made again", ""):
+        table.add_column(heading, no_wrap=True)
+    same = [before[name] == after[name] for name in MEASURES]
+    for name, equal in zip(MEASURES, same, strict=True):
+        table.add_row(name, str(before[name]), str(after[name]), "same" if equal else "[red]differs[/]")
+    table.caption = "the same to the last digit" if all(same) else "not the same"
     return table

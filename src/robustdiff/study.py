@@ -1,0 +1,490 @@
+r"""A study: fine-tunings × seeds × samplers × steps from one base, each result a file.
+
+A study file names a recipe, what each method changes in it, and how the results are measured. Its work falls into
+
+    runs/M-sS/                    one training for each method M and seed S
+    cells/M-sS-SAMPLER-N.json     FID, KID, precision and recall of that run under one sampler at N steps
+
+and a piece of work is done when its file exists. Files are written atomically, trainings resume, and so an interrupted
+study goes on where it was. A piece that is being worked on is held by a lock of the operating system (flock), which
+goes away with the process that holds it: any number of processes share a study, and none waits for a dead one.
+
+All cells start from the same noise (:mod:`robustdiff.samplers.generate`), all runs of one seed read the same batches,
+times and noise (:mod:`robustdiff.training.stream`). A cell keeps its bootstrap replicates of FID, so that the interval
+of any difference can be had later from two files, and the whole recipe, so that it can be made again from its file
+alone: :func:`reproduce`.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from PIL import Image
+from pydantic import Field, ValidationError, model_validator
+
+from robustdiff.data import load_dataset
+from robustdiff.errors import InputError
+from robustdiff.evaluation.features import load_extractor
+from robustdiff.evaluation.fidelity import reference_statistics
+from robustdiff.evaluation.grid import evaluate_cell
+from robustdiff.files import atomic_write
+from robustdiff.models.build import build_model
+from robustdiff.recipe import DataConfig, Recipe, Section, load_recipe
+from robustdiff.report.figures import tile
+from robustdiff.samplers.generate import Generator
+from robustdiff.training.trainer import Status, train
+
+__all__ = [
+    "MEASURES",
+    "Cell",
+    "Measurement",
+    "Method",
+    "Remaining",
+    "Run",
+    "Study",
+    "load_study",
+    "plan",
+    "remaining",
+    "reproduce",
+    "run_study",
+]
+
+MEASURES = ("fid", "kid", "precision", "recall")
+PICTURED = 8  # images of a cell in its picture
+
+
+class Method(Section):
+    """One way of training: what it changes in the study's recipe."""
+
+    set: dict[str, Any] = Field({}, description="fields by their dotted names, such as adversary.step_size: 0.5")
+    seeds: tuple[int, ...] = Field((0,), min_length=1)
+    steps: tuple[int, ...] | None = Field(None, description="numbers of evaluations; those of the study by default")
+
+
+class Measurement(Section):
+    """How a run is measured."""
+
+    samplers: tuple[str, ...] = Field(("iddpm", "ddim", "es", "dpm++"), min_length=1)
+    steps: tuple[int, ...] = Field((5, 8, 10, 20, 50), min_length=1)
+    num: int = Field(5000, ge=4, description="images of a cell")
+    seed: int = Field(0, ge=0, description="of the images' noise")
+    batch_size: int = Field(64, ge=1)
+    features: str = "fashion-16"
+    weights: str | None = Field(None, description="Inception's weights file")
+    data: DataConfig | None = Field(None, description="the real images; those of the recipe by default")
+
+
+class Study(Section):
+    """A study file."""
+
+    title: str
+    recipe: str = Field(description="a recipe that comes with the package, or a file")
+    set: dict[str, Any] = Field({}, description="what all methods change in the recipe")
+    baseline: str = Field(description="the method that the others are compared with")
+    methods: dict[str, Method] = Field(min_length=1)
+    measure: Measurement = Measurement()
+    cut: str = Field("", description="what was left out, and why")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Study:
+        if self.baseline not in self.methods:
+            raise ValueError(f"baseline {self.baseline!r} is not one of the methods {', '.join(self.methods)}")
+        return self
+
+
+def load_study(path: Path) -> Study:
+    """Read and validate a study file, and the recipe of each of its runs.
+
+    Raises:
+        InputError: If there is no such file, or a field is unknown or out of its range.
+    """
+    if not path.is_file():
+        raise InputError(f"no study file {path}: give a YAML file, as in benchmarks/studies")
+    try:
+        study = Study.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not YAML: {str(error).splitlines()[0]}") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise InputError(f"{path}: {where or 'the file'}: {first['msg'].removeprefix('Value error, ')}") from None
+    for run in plan(study, Path()):
+        run.recipe  # noqa: B018  (it is validated on the way)
+    return study
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training of a study. Attributes: study; folder: the study's; method; seed."""
+
+    study: Study
+    folder: Path
+    method: str
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.method}-s{self.seed}"
+
+    @property
+    def output(self) -> Path:
+        return self.folder / "runs" / self.name
+
+    @property
+    def recipe(self) -> Recipe:
+        """Raises InputError if a field is unknown or out of its range."""
+        changes = {**self.study.set, **self.study.methods[self.method].set, "seed": self.seed}
+        assignments = [f"{key}={json.dumps(value)}" for key, value in changes.items()]
+        return load_recipe(self.study.recipe, [*assignments, f"output={json.dumps(str(self.output))}"])
+
+    @property
+    def done(self) -> bool:
+        return (self.output / "result.json").is_file()
+
+    @property
+    def cells(self) -> list[Cell]:
+        measure = self.study.measure
+        steps = self.study.methods[self.method].steps or measure.steps
+        return [Cell(self, sampler, count) for count in sorted(steps) for sampler in measure.samplers]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One cell of a study. Attributes: run; sampler; steps: network evaluations for one image."""
+
+    run: Run
+    sampler: str
+    steps: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.run.name}-{self.sampler}-{self.steps}"
+
+    @property
+    def path(self) -> Path:
+        return self.run.folder / "cells" / f"{self.name}.json"
+
+    @property
+    def done(self) -> bool:
+        return self.path.is_file()
+
+
+def plan(study: Study, folder: Path) -> list[Run]:
+    """The runs of a study in the order in which they are worked on: the first seed of every method, then the second."""
+    seeds = max(len(method.seeds) for method in study.methods.values())
+    return [
+        Run(study, folder, name, method.seeds[i])
+        for i in range(seeds)
+        for name, method in study.methods.items()
+        if i < len(method.seeds)
+    ]
+
+
+@contextmanager
+def _held(path: Path) -> Iterator[bool]:
+    """Whether this process, and no other, works on something while the block lasts."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        yield True
+
+
+def _fingerprint(generator: Generator) -> str:
+    """sha256 of the network's parameters, in their order."""
+    digest = hashlib.sha256()
+    for value in generator.unet.state_dict().values():
+        digest.update(value.cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+class _Evaluator:
+    """What the cells of one process share: the features, and the real images under them."""
+
+    def __init__(self, measure: Measurement, data: DataConfig) -> None:
+        AcceleratorState._reset_state()
+        self.accelerator = Accelerator()
+        data = measure.data or data
+        self.extractor = load_extractor(
+            measure.features,
+            weights=None if measure.weights is None else Path(measure.weights),
+            device=self.accelerator.device,
+        )
+        dataset = load_dataset(data.name, root=data.root, size=data.size, channels=data.channels, split=data.split)
+        self.reference = reference_statistics(dataset, self.extractor)
+
+    def __call__(
+        self, recipe: Recipe, result: dict[str, Any], measure: Measurement, sampler: str, steps: int, **report: Any
+    ) -> tuple[dict[str, Any], torch.Tensor]:
+        """Measure a finished run under one sampler: the record that a cell's file holds, and the first images."""
+        generator = Generator.load(
+            recipe.output,
+            self.accelerator.device,
+            sampler=sampler,
+            steps=steps,
+            seed=measure.seed,
+            batch_size=measure.batch_size,
+            precision=recipe.precision,
+        )
+        cell, replicates, images = evaluate_cell(
+            Path(recipe.output).name, generator, measure.num, self.extractor, self.reference, self.accelerator, **report
+        )
+        record = {
+            "sampler": sampler,
+            "steps": steps,
+            "n": cell.n,
+            "fid": cell.fid,
+            "fid_ci": list(cell.fid_ci),
+            "kid": cell.kid,
+            "kid_se": cell.kid_se,
+            "precision": cell.precision,
+            "recall": cell.recall,
+            "replicates": [float(f"{value:.5g}") for value in replicates],
+            "seconds": round(cell.seconds, 1),
+            "training": result,
+            "recipe": {**recipe.model_dump(mode="json"), "output": ""},
+            "measure": measure.model_dump(mode="json", exclude={"samplers", "steps"}),
+            "weights": _fingerprint(generator),
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+            "device": self.accelerator.device.type,
+        }
+        return record, images
+
+
+def _train(recipe: Recipe, on_part: Callable[[str, float], None], on_progress: Callable[[float, str], None]) -> bool:
+    """Train or go on with a run. False when a signal stopped it."""
+    on_part(f"training {Path(recipe.output).name}", recipe.steps)
+
+    def on_status(status: Status) -> None:
+        on_progress(status.step, f"loss {status.loss:.4f}  {status.images_per_second:.0f} images/s")
+
+    return train(recipe, resume=True, on_status=on_status) is not None
+
+
+def run_study(
+    study: Study,
+    folder: Path,
+    *,
+    on_part: Callable[[str, float], None] = lambda description, total: None,
+    on_progress: Callable[[float, str], None] = lambda done, note: None,
+    wait: float = 5.0,
+) -> bool:
+    """Work on a study until nothing of it is missing.
+
+    Arguments:
+        study: The study.
+        folder: Where its runs and cells are.
+        on_part: Called when a piece of work begins, with what it is and its size.
+        on_progress: Called with how much of the piece is done, and a note.
+        wait: Seconds between looks at what other processes hold, when there is nothing else to do.
+
+    Returns:
+        False when a signal stopped it.
+
+    Raises:
+        InputError: If a run cannot be built from its recipe.
+    """
+    runs = plan(study, folder)
+    (folder / "cells").mkdir(parents=True, exist_ok=True)
+    evaluators: dict[str, _Evaluator] = {}
+    while True:
+        missing = worked = False
+        for run in runs:
+            if all(cell.done for cell in run.cells):
+                continue
+            missing = True
+            if not run.done:
+                with _held(folder / "locks" / run.name) as mine:
+                    if not mine:
+                        continue
+                    worked = True
+                    if not _train(run.recipe, on_part, on_progress):
+                        return False
+            recipe = run.recipe
+            if recipe.threads is not None:
+                torch.set_num_threads(recipe.threads)
+            for cell in run.cells:
+                with _held(folder / "locks" / cell.name) as mine:
+                    if cell.done or not mine:
+                        continue
+                    worked = True
+                    key = recipe.data.model_dump_json()
+                    if key not in evaluators:
+                        evaluators[key] = _Evaluator(study.measure, recipe.data)
+                    on_part(cell.name, study.measure.num)
+                    _measure(cell, evaluators[key], on_progress)
+        if not missing:
+            return True
+        if not worked:
+            time.sleep(wait)
+
+
+def _measure(cell: Cell, evaluator: _Evaluator, on_progress: Callable[[float, str], None]) -> None:
+    """Make one cell's file, and for the first seed of a method a picture of the first images."""
+    done = 0
+
+    def on_images(n: int) -> None:
+        nonlocal done
+        done += n
+        on_progress(done, "images")
+
+    run = cell.run
+    result = json.loads((run.output / "result.json").read_text(encoding="utf-8"))
+    record, images = evaluator(
+        run.recipe, result, run.study.measure, cell.sampler, cell.steps, keep=PICTURED, on_images=on_images
+    )
+    if run.seed == run.study.methods[run.method].seeds[0]:
+        with atomic_write(cell.path.with_suffix(".png")) as file:
+            Image.fromarray(tile(images, PICTURED).squeeze()).save(file, format="png")
+    with atomic_write(cell.path) as file:
+        file.write(json.dumps({"method": run.method, "seed": run.seed, **record}, indent=1).encode())
+
+
+def reproduce(
+    path: Path,
+    folder: Path,
+    *,
+    on_part: Callable[[str, float], None] = lambda description, total: None,
+    on_progress: Callable[[float, str], None] = lambda done, note: None,
+) -> tuple[dict[str, Any], dict[str, Any]] | None:
+    """Make a cell again from its file alone: train its recipe and measure the result.
+
+    Arguments:
+        path: The cell's file.
+        folder: Where the run goes; one that is there already is gone on with.
+        on_part: As in :func:`run_study`.
+        on_progress: As in :func:`run_study`.
+
+    Returns:
+        The record of the file and the new one: on the same machine and one thread the same to the last digit, but for
+        the seconds. None when a signal stopped the training.
+
+    Raises:
+        InputError: If the file is not a cell.
+    """
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))
+        name = f"{before['method']}-s{before['seed']}"
+        recipe = Recipe.model_validate({**before["recipe"], "output": str(folder / name)})
+        measure = Measurement.model_validate(before["measure"])
+        sampler, steps, threads = before["sampler"], before["steps"], before["threads"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path} is not a cell of a study: {str(error).splitlines()[0]}") from None
+    torch.set_num_threads(threads)
+    if not _train(recipe, on_part, on_progress):
+        return None
+    result = json.loads((folder / name / "result.json").read_text(encoding="utf-8"))
+    on_part(path.stem, measure.num)
+    done = 0
+
+    def on_images(n: int) -> None:
+        nonlocal done
+        done += n
+        on_progress(done, "images")
+
+    record, _ = _Evaluator(measure, recipe.data)(recipe, result, measure, sampler, steps, on_images=on_images)
+    return before, {"method": before["method"], "seed": before["seed"], **record}
+
+
+@dataclass(frozen=True)
+class Remaining:
+    """What is left of one method. Attributes: method; runs: to train; cells: to measure; seconds: of one process."""
+
+    method: str
+    runs: int
+    cells: int
+    seconds: float
+
+
+def _image_passes(recipe: Recipe) -> float:
+    """Images that go through forward and backward in a training."""
+    extra = recipe.adversary.steps if recipe.adversary.name == "pgd" else 0
+    return recipe.steps * recipe.batch_size * (1.0 + extra)
+
+
+def remaining(study: Study, folder: Path) -> list[Remaining]:
+    """What is left of a study, and how long one process takes for it.
+
+    The speed is that of the runs and cells that are finished; where there are none, a few updates and images are made
+    to measure it.
+    """
+    runs = plan(study, folder)
+    trained = [(run, _training_seconds(run)) for run in runs if run.done]
+    measured = [json.loads(cell.path.read_text(encoding="utf-8")) for run in runs for cell in run.cells if cell.done]
+    if trained:
+        training = sum(seconds for _, seconds in trained) / sum(_image_passes(run.recipe) for run, _ in trained)
+    else:
+        training = _time_training(runs[0])
+    if measured:
+        sampling = sum(c["seconds"] for c in measured) / sum(c["n"] * c["steps"] for c in measured)
+    else:
+        sampling = _time_sampling(runs[0])
+    left = []
+    for method in study.methods:
+        own = [run for run in runs if run.method == method]
+        cells = [cell for run in own for cell in run.cells if not cell.done]
+        untrained = [run for run in own if not run.done and any(not cell.done for cell in run.cells)]
+        seconds = training * sum(_image_passes(run.recipe) for run in untrained)
+        seconds += sampling * study.measure.num * sum(cell.steps for cell in cells)
+        left.append(Remaining(method, len(untrained), len(cells), seconds))
+    return left
+
+
+def _training_seconds(run: Run) -> float:
+    """How long a finished run took, by its metrics."""
+    lines = [json.loads(line) for line in (run.output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    steps = [0, *(line["step"] for line in lines)]
+    batch = run.recipe.batch_size
+    return sum(
+        (step - before) * batch / line["images_per_second"]
+        for before, step, line in zip(steps, steps[1:], lines, strict=False)
+    )
+
+
+def _time_training(run: Run) -> float:
+    """Seconds for one image in one pass, measured."""
+    with tempfile.TemporaryDirectory() as scratch:
+        recipe = run.recipe.model_copy(update={"output": str(Path(scratch) / "run"), "steps": 4, "log_every": 1})
+        speeds: list[float] = []
+        train(recipe, on_status=lambda status: speeds.append(status.images_per_second))
+    return 1 / max(speeds)  # the first updates also set things up
+
+
+def _time_sampling(run: Run) -> float:
+    """Seconds for one evaluation of the network for one image, measured on the network as it begins."""
+    recipe, measure = run.recipe, run.study.measure
+    data = recipe.data
+    dataset = load_dataset(data.name, root=data.root, size=data.size, channels=data.channels, split=data.split)
+    built = build_model(recipe, dataset)
+    generator = Generator(
+        built.unet,
+        built.process,
+        built.objective.prediction,
+        sampler=measure.samplers[0],
+        steps=2,
+        batch_size=measure.batch_size,
+        precision=recipe.precision,
+    )
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        next(generator.images(range(measure.batch_size)))
+        seconds.append(time.perf_counter() - start)
+    return min(seconds) / (2 * measure.batch_size)
