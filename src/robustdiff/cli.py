@@ -319,6 +319,9 @@ def study(
     file: Annotated[Path, typer.Argument(help="A study file: methods, seeds, samplers and steps.")],
     output: Annotated[Path | None, typer.Option(help="Where runs and cells are; studies/NAME by default.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what is left, and how long it takes.")] = False,
+    report: Annotated[
+        Path | None, typer.Option(help="Compute nothing: write what is there as this page (.md), with its figures.")
+    ] = None,
 ) -> None:
     """Train and measure a matrix of methods × seeds × samplers × steps.
 
@@ -326,6 +329,7 @@ def study(
     share the work.
     """
     from robustdiff.report.progress import Bar
+    from robustdiff.report.study import write_page
     from robustdiff.report.tables import print_whole, remaining_table
     from robustdiff.study import load_study, remaining, run_study
 
@@ -333,6 +337,10 @@ def study(
     folder = output or Path("studies") / file.stem
     if dry_run:
         print_whole(out, remaining_table(remaining(settings, folder)))
+        return
+    if report is not None:
+        write_page(settings, folder, report)
+        out.print(f"{report} and its figures in {report.with_suffix('')}")
         return
     with Bar(err, settings.title, 1) as bar:
         finished = run_study(settings, folder, on_part=bar.describe, on_progress=bar.update)

@@ -3,6 +3,7 @@ r"""A study: fine-tunings × seeds × samplers × steps from one base, each resu
 A study file names a recipe, what each method changes in it, and how the results are measured. Its work falls into
 
     runs/M-sS/                    one training for each method M and seed S
+    trainings/M-sS.json           its loss over the updates, and how long it took
     cells/M-sS-SAMPLER-N.json     FID, KID, precision and recall of that run under one sampler at N steps
 
 and a piece of work is done when its file exists. Files are written atomically, trainings resume, and so an interrupted
@@ -151,8 +152,12 @@ class Run:
         return load_recipe(self.study.recipe, [*assignments, f"output={json.dumps(str(self.output))}"])
 
     @property
+    def path(self) -> Path:
+        return self.folder / "trainings" / f"{self.name}.json"
+
+    @property
     def done(self) -> bool:
-        return (self.output / "result.json").is_file()
+        return self.path.is_file() and (self.output / "model" / "model_index.json").is_file()
 
     @property
     def cells(self) -> list[Cell]:
@@ -278,6 +283,26 @@ def _train(recipe: Recipe, on_part: Callable[[str, float], None], on_progress: C
     return train(recipe, resume=True, on_status=on_status) is not None
 
 
+def _record_training(run: Run) -> None:
+    """Keep of a finished run what outlives its folder: the loss, at most 100 times, and how long it took."""
+    lines = [json.loads(line) for line in (run.output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    seconds, before = 0.0, 0
+    for line in lines:
+        seconds += (line["step"] - before) * run.recipe.batch_size / line["images_per_second"]
+        before = line["step"]
+    thinned = lines[:: -(-len(lines) // 100)]
+    record = {
+        "method": run.method,
+        "seed": run.seed,
+        "seconds": round(seconds, 1),
+        "step": [line["step"] for line in thinned],
+        "loss": [round(line["loss"], 5) for line in thinned],
+    }
+    run.path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(run.path) as file:
+        file.write(json.dumps(record).encode())
+
+
 def run_study(
     study: Study,
     folder: Path,
@@ -317,6 +342,7 @@ def run_study(
                     worked = True
                     if not _train(run.recipe, on_part, on_progress):
                         return False
+                    _record_training(run)
             recipe = run.recipe
             if recipe.threads is not None:
                 torch.set_num_threads(recipe.threads)
@@ -426,7 +452,7 @@ def remaining(study: Study, folder: Path) -> list[Remaining]:
     to measure it.
     """
     runs = plan(study, folder)
-    trained = [(run, _training_seconds(run)) for run in runs if run.done]
+    trained = [(run, json.loads(run.path.read_text(encoding="utf-8"))["seconds"]) for run in runs if run.path.is_file()]
     measured = [json.loads(cell.path.read_text(encoding="utf-8")) for run in runs for cell in run.cells if cell.done]
     if trained:
         training = sum(seconds for _, seconds in trained) / sum(_image_passes(run.recipe) for run, _ in trained)
@@ -445,17 +471,6 @@ def remaining(study: Study, folder: Path) -> list[Remaining]:
         seconds += sampling * study.measure.num * sum(cell.steps for cell in cells)
         left.append(Remaining(method, len(untrained), len(cells), seconds))
     return left
-
-
-def _training_seconds(run: Run) -> float:
-    """How long a finished run took, by its metrics."""
-    lines = [json.loads(line) for line in (run.output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    steps = [0, *(line["step"] for line in lines)]
-    batch = run.recipe.batch_size
-    return sum(
-        (step - before) * batch / line["images_per_second"]
-        for before, step, line in zip(steps, steps[1:], lines, strict=False)
-    )
 
 
 def _time_training(run: Run) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib
@@ -15,7 +16,7 @@ from torch import Tensor
 from robustdiff.evaluation.grid import Cell
 from robustdiff.files import atomic_write
 
-__all__ = ["fid_against_steps", "sample_grid", "save_figure", "tile"]
+__all__ = ["Line", "fid_against_steps", "fid_panels", "loss_curves", "sample_grid", "save_figure", "tile"]
 
 _COLOURS = matplotlib.colormaps["tab10"].colors  # type: ignore[attr-defined]
 _MARKERS = "osD^vP*X"
@@ -28,37 +29,77 @@ def save_figure(figure: Figure, path: Path) -> None:
         figure.savefig(file, format="png", dpi=150, bbox_inches="tight")
 
 
-def fid_against_steps(cells: Sequence[Cell], title: str) -> Figure:
-    """One panel for each sampler, one line for each checkpoint, with intervals; both axes logarithmic."""
-    samplers = list(dict.fromkeys(cell.sampler for cell in cells))
-    checkpoints = list(dict.fromkeys(cell.checkpoint for cell in cells))
-    steps = sorted({cell.steps for cell in cells})
-    figure = Figure(figsize=(1 + 3.2 * len(samplers), 3.6), layout="constrained")
-    panels = figure.subplots(1, len(samplers), sharey=True, squeeze=False)[0]
-    for panel, sampler in zip(panels, samplers, strict=True):
-        for i, checkpoint in enumerate(checkpoints):
-            line = sorted(
-                (c for c in cells if c.sampler == sampler and c.checkpoint == checkpoint), key=lambda c: c.steps
-            )
-            fid = np.array([c.fid for c in line])
-            ends = np.array([c.fid_ci for c in line]).T
-            x = [c.steps for c in line]
+@dataclass(frozen=True)
+class Line:
+    """A line with a band around it. Attributes: x; y; low, high: the band's edges; each of one length."""
+
+    x: Sequence[float]
+    y: Sequence[float]
+    low: Sequence[float]
+    high: Sequence[float]
+
+
+def fid_panels(panels: dict[str, dict[str, Line]], title: str) -> Figure:
+    """FID against steps: panels by title, lines by label, one colour for a label; both axes logarithmic."""
+    labels = list(dict.fromkeys(label for lines in panels.values() for label in lines))
+    steps = sorted({x for lines in panels.values() for line in lines.values() for x in line.x})
+    figure = Figure(figsize=(1 + 3.2 * len(panels), 3.6), layout="constrained")
+    axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    for panel, (heading, lines) in zip(axes, panels.items(), strict=True):
+        for label, line in lines.items():
+            i = labels.index(label)
             colour = _COLOURS[i % len(_COLOURS)]
             marker = _MARKERS[i % len(_MARKERS)]
-            panel.plot(x, fid, marker=marker, color=colour, label=checkpoint, markersize=5, linewidth=1.5)
-            panel.fill_between(x, *np.maximum(ends, 1e-3), color=colour, alpha=0.15, linewidth=0)
-        panel.set_title(sampler)
+            panel.plot(line.x, line.y, marker=marker, color=colour, label=label, markersize=5, linewidth=1.5)
+            edges = np.maximum([line.low, line.high], 1e-3)
+            panel.fill_between(line.x, *edges, color=colour, alpha=0.15, linewidth=0)
+        panel.set_title(heading)
         panel.set_xscale("log")
         panel.set_yscale("log")
-        panel.set_xticks(steps, [str(s) for s in steps])
+        panel.set_xticks(steps, [f"{s:g}" for s in steps])
         panel.minorticks_off()
         panel.set_xlabel("steps (network evaluations)")
         panel.grid(alpha=0.3)
-    panels[0].set_ylabel("FID (lower is better)")
-    low, high = panels[0].get_ylim()
+    axes[0].set_ylabel("FID (lower is better)")
+    low, high = axes[0].get_ylim()
     ticks = [m * 10.0**e for e in range(-3, 5) for m in (1, 2, 5) if low <= m * 10.0**e <= high]
-    panels[0].set_yticks(ticks, [f"{tick:g}" for tick in ticks])
-    panels[0].legend(frameon=False)
+    axes[0].set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes[0].legend(frameon=False, fontsize="small" if len(labels) > 4 else None)
+    figure.suptitle(title, fontsize=10)
+    return figure
+
+
+def fid_against_steps(cells: Sequence[Cell], title: str) -> Figure:
+    """One panel for each sampler, one line for each checkpoint, with intervals."""
+    panels: dict[str, dict[str, Line]] = {}
+    for sampler in dict.fromkeys(cell.sampler for cell in cells):
+        lines = panels[sampler] = {}
+        for checkpoint in dict.fromkeys(cell.checkpoint for cell in cells):
+            own = sorted(
+                (c for c in cells if c.sampler == sampler and c.checkpoint == checkpoint), key=lambda c: c.steps
+            )
+            lines[checkpoint] = Line(
+                [c.steps for c in own],
+                [c.fid for c in own],
+                [c.fid_ci[0] for c in own],
+                [c.fid_ci[1] for c in own],
+            )
+    return fid_panels(panels, title)
+
+
+def loss_curves(curves: dict[str, tuple[Sequence[float], Sequence[float]]], title: str) -> Figure:
+    """The training loss of each run, (steps, losses) by its label, smoothed over ten values."""
+    figure = Figure(figsize=(6.4, 3.6), layout="constrained")
+    panel = figure.subplots()
+    for i, (label, (steps, losses)) in enumerate(curves.items()):
+        width = min(10, len(losses))
+        smooth = np.convolve(losses, np.full(width, 1 / width), "valid")
+        style = {"color": _COLOURS[i % len(_COLOURS)], "linestyle": "-" if i < len(_COLOURS) else "--"}
+        panel.plot(steps[width - 1 :], smooth, label=label, linewidth=1.2, **style)
+    panel.set_xlabel("optimiser updates")
+    panel.set_ylabel("loss, at δ where there is one")
+    panel.grid(alpha=0.3)
+    panel.legend(frameon=False, fontsize="x-small", ncols=2)
     figure.suptitle(title, fontsize=10)
     return figure
 
