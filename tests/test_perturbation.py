@@ -18,6 +18,7 @@ from robustdiff.perturbation import (
     Constant,
     FreeAdversary,
     NoAdversary,
+    NoiseLevel,
     PerDimension,
     PGDAdversary,
     Ramp,
@@ -276,6 +277,17 @@ def test_sampler_distance_is_how_far_the_sampler_goes():
     assert SamplerDistance(process, eta=9.0).distances()[time].item() == pytest.approx(simulated, rel=0.01)
 
 
+@pytest.mark.parametrize(("norm", "ones"), [("l2", math.sqrt(12)), ("linf", 1.0), ("l1", 12.0)])
+@pytest.mark.parametrize("process", [DiffusionProcess.cosine(1000), DiffusionProcess.flow(1000)])
+def test_the_radius_by_noise_moves_the_noise_by_eta(process, norm, ones):
+    x, t = torch.zeros(3, 3, 4).double(), torch.tensor([0, 400, 999])
+    radius = NoiseLevel(process, eta=0.2)(x, t, None, NORMS[norm])
+    assert radius.tolist() == pytest.approx([0.2 * ones * float(process.sigmas[i]) for i in t])
+    delta = NORMS[norm].project(gaussian(0, 3, 3, 4) * 99, radius)
+    moved = process.absorb(torch.zeros_like(x), t, delta)
+    assert NORMS[norm](moved).tolist() == pytest.approx([0.2 * ones] * 3, rel=1e-6)
+
+
 @pytest.mark.parametrize("inner", [Constant(2.0), PerDimension(0.5)])
 def test_a_ramp_multiplies_any_radius(inner):
     x = torch.zeros(1, 16)
@@ -289,6 +301,8 @@ def test_radii_say_what_they_need():
     x = torch.zeros(1, 4)
     with pytest.raises(ValueError, match="needs t"):
         SamplerDistance(DiffusionProcess.cosine(100), 0.1)(x, None, None, NORMS["l2"])
+    with pytest.raises(ValueError, match="needs t"):
+        NoiseLevel(DiffusionProcess.cosine(100), 0.1)(x, None, None, NORMS["l2"])
     with pytest.raises(ValueError, match="training_step"):
         Ramp(Constant(1.0), 5)(x, None, None, NORMS["l2"])
     with pytest.raises(ValueError, match="steps"):
@@ -298,7 +312,9 @@ def test_radii_say_what_they_need():
 @pytest.mark.parametrize("bad", [-0.1, math.nan])
 def test_radii_out_of_range_are_refused(bad):
     """A negative radius would turn δ around."""
-    for schedule in (Constant, PerDimension, lambda eta: SamplerDistance(DiffusionProcess.cosine(100), eta)):
+    process = DiffusionProcess.cosine(100)
+    by_time = [lambda eta: SamplerDistance(process, eta), lambda eta: NoiseLevel(process, eta)]
+    for schedule in (Constant, PerDimension, *by_time):
         with pytest.raises(ValueError, match="at least 0"):
             schedule(bad)
     with pytest.raises(ValueError, match="at least 1"):

@@ -92,9 +92,10 @@ def test_an_override_reaches_into_a_section_given_by_its_name(tmp_path):
 @pytest.mark.parametrize(
     ("radius", "expected"),
     [
-        ("2.5", {"value": 2.5, "eta": None, "sampler_steps": None}),
-        ("{eta: 0.1}", {"value": None, "eta": 0.1, "sampler_steps": None}),
-        ("{eta: 0.1, sampler_steps: 50}", {"value": None, "eta": 0.1, "sampler_steps": 50}),
+        ("2.5", {"value": 2.5, "eta": None, "sampler_steps": None, "by_noise": False}),
+        ("{eta: 0.1}", {"value": None, "eta": 0.1, "sampler_steps": None, "by_noise": False}),
+        ("{eta: 0.1, sampler_steps: 50}", {"value": None, "eta": 0.1, "sampler_steps": 50, "by_noise": False}),
+        ("{eta: 0.1, by_noise: true}", {"value": None, "eta": 0.1, "sampler_steps": None, "by_noise": True}),
     ],
 )
 def test_the_forms_of_a_radius(radius, expected):
@@ -118,6 +119,7 @@ def test_the_forms_of_a_radius(radius, expected):
         ("adversary: {name: free, ramp: 10}\n", ["ramp", "radius"]),
         ("adversary: {name: free, radius: {value: 1, eta: 0.1}}\n", ["radius"]),
         ("adversary: {name: free, radius: {sampler_steps: 50}}\n", ["radius"]),
+        ("adversary: {name: free, radius: {value: 1.0, by_noise: true}}\n", ["by_noise"]),
         ("model: pretrained\n", ["model.path"]),
         ("model: {name: unet, path: x}\n", ["model.path"]),
         ("model: {channels: [10], groups: 4}\n", ["model.channels", "groups"]),

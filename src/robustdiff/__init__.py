@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from robustdiff.models.adm import load_adm, save_adm
+    from robustdiff.objectives.consistency import ConsistencyObjective
     from robustdiff.objectives.denoising import DenoisingObjective
     from robustdiff.perturbation import FreeAdversary, PGDAdversary, RandomAdversary
     from robustdiff.process import DiffusionProcess
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "ConsistencyObjective",
     "DenoisingObjective",
     "DiffusionProcess",
     "FreeAdversary",
@@ -30,6 +32,7 @@ __all__ = [
 ]
 
 _HOME = {
+    "ConsistencyObjective": "robustdiff.objectives.consistency",
     "DenoisingObjective": "robustdiff.objectives.denoising",
     "DiffusionProcess": "robustdiff.process",
     "FreeAdversary": "robustdiff.perturbation",

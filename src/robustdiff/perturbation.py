@@ -44,6 +44,7 @@ __all__ = [
     "FreeAdversary",
     "Linf",
     "NoAdversary",
+    "NoiseLevel",
     "Norm",
     "PGDAdversary",
     "PerDimension",
@@ -191,6 +192,31 @@ class PerDimension(RadiusSchedule):
 
     def __call__(self, x_t: Tensor, t: Tensor | None, training_step: int | None, norm: Norm) -> Tensor:
         return x_t.new_full((len(x_t),), self.eta * norm.of_ones(x_t[0].numel()))
+
+
+@dataclass(frozen=True)
+class NoiseLevel(RadiusSchedule):
+    """η·σ_t·‖(1, …, 1)‖: the noise ε + δ/σ_t moves by at most η per dimension, at every timestep alike.
+
+    Where the radius does not shrink with σ_t, the least noisy points are moved by many times their noise.
+
+    Arguments:
+        process: The process.
+        eta: η ≥ 0, in units of the noise.
+    """
+
+    process: DiffusionProcess
+    eta: float
+
+    def __post_init__(self) -> None:
+        if not self.eta >= 0:
+            raise ValueError(f"eta must be at least 0; got {self.eta}")
+
+    def __call__(self, x_t: Tensor, t: Tensor | None, training_step: int | None, norm: Norm) -> Tensor:
+        if t is None:
+            raise ValueError("a radius by timestep needs t: call adversary(x_t, t)")
+        sigmas = self.process.sigmas.to(x_t.dtype).to(x_t.device)
+        return self.eta * norm.of_ones(x_t[0].numel()) * sigmas[t]
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 
 from robustdiff.errors import InputError
 from robustdiff.process import Prediction
@@ -90,8 +90,8 @@ class ProcessConfig(Named):
     T: int = Field(1000, ge=1, description="the number of times")
 
 
-class ObjectiveConfig(Named):
-    """The loss."""
+class DenoisingConfig(Named):
+    """The denoising loss of a diffusion model or of flow matching."""
 
     name: Literal["denoising"] = "denoising"
     prediction: Prediction = "epsilon"
@@ -99,6 +99,88 @@ class ObjectiveConfig(Named):
     vb_scale: float | None = Field(None, gt=0, description="factor of the variational bound; learned_range only")
     timesteps: Literal["uniform", "loss-second-moment"] = Field("uniform", description="how times are drawn")
     input_perturbation: float = Field(0.0, ge=0, description="γ of input perturbation; 0: none")
+
+
+class OverLevels(Named):
+    """A loss over noise levels σ; its network predicts x_0 by way of its preconditioning."""
+
+    sigma_min: float = Field(0.002, gt=0, description="the smallest level")
+    sigma_max: float = Field(80.0, gt=0, description="the largest level")
+    rho: float = Field(7.0, gt=0, description="the levels are uniform in σ^{1/ρ}")
+    sigma_data: float = Field(0.5, gt=0, description="the standard deviation of the data")
+
+    @property
+    def prediction(self) -> Prediction:
+        """What the preconditioned network gives."""
+        return "sample"
+
+    @model_validator(mode="after")
+    def _ascending(self) -> OverLevels:
+        if not self.sigma_min < self.sigma_max:
+            raise ValueError(f"sigma_min {self.sigma_min} is not below sigma_max {self.sigma_max}")
+        return self
+
+
+class EdmConfig(OverLevels):
+    """The denoising loss of Karras et al."""
+
+    name: Literal["edm"]
+    levels: int = Field(1000, ge=2, description="the number of levels")
+    mean: float = Field(-1.2, description="P_mean of ln σ")
+    std: float = Field(1.2, gt=0, description="P_std of ln σ")
+
+
+class ConsistencyConfig(OverLevels):
+    """Consistency distillation, or training without a teacher."""
+
+    name: Literal["consistency"]
+    teacher: str | None = Field(
+        None, description="a run, a pipeline folder, or a shipped model, of diffusion or edm; none: no teacher"
+    )
+    solver: Literal["heun", "euler"] = Field("heun", description="of the teacher's ODE")
+    perturb: Literal["solver", "student"] = Field("solver", description="what the adversary moves")
+    metric: Literal["l1", "l2", "pseudo-huber", "lpips"] = Field("pseudo-huber", description="the distance")
+    weighting: Literal["uniform", "inverse-gap"] = Field("uniform", description="inverse-gap: 1/(σ_{n+1} − σ_n)")
+    times: Literal["uniform", "log-normal"] = Field("uniform", description="how pairs of levels are drawn")
+    mean: float = Field(-1.1, description="log-normal: P_mean")
+    std: float = Field(2.0, gt=0, description="log-normal: P_std")
+    schedule: Literal["fixed", "growing", "doubling"] = Field("fixed", description="of the number of levels")
+    scales: int = Field(18, ge=2, description="fixed: the number N of levels; otherwise s_1, the last N − 1")
+    start_scales: int | None = Field(None, ge=2, description="growing, doubling: s_0")
+    decay: Fraction = Field(0.95, description="μ of the target network, growing: μ_0; 0: the student itself")
+
+    @model_validator(mode="after")
+    def _scheduled(self) -> ConsistencyConfig:
+        if (self.schedule == "fixed") != (self.start_scales is None):
+            raise ValueError("start_scales goes with schedule growing or doubling: give both, or neither")
+        if self.start_scales is not None and self.start_scales > self.scales:
+            raise ValueError(f"start_scales {self.start_scales} is more than scales {self.scales}")
+        return self
+
+
+def _objective_name(value: Any) -> Any:
+    """The name that tells the objectives apart; a section without one is the denoising loss."""
+    if isinstance(value, dict):
+        return value.get("name", "denoising")
+    return value if isinstance(value, str) else getattr(value, "name", None)
+
+
+ObjectiveConfig = DenoisingConfig | EdmConfig | ConsistencyConfig
+OBJECTIVES: dict[str, type[ObjectiveConfig]] = {
+    "denoising": DenoisingConfig,
+    "edm": EdmConfig,
+    "consistency": ConsistencyConfig,
+}
+_Objective = Annotated[
+    Annotated[DenoisingConfig, Tag("denoising")]
+    | Annotated[EdmConfig, Tag("edm")]
+    | Annotated[ConsistencyConfig, Tag("consistency")],
+    Discriminator(
+        _objective_name,
+        custom_error_type="unknown_objective",
+        custom_error_message=f"unknown objective: use one of {', '.join(OBJECTIVES)}",
+    ),
+]
 
 
 class RadiusConfig(Section):
@@ -109,6 +191,7 @@ class RadiusConfig(Section):
     sampler_steps: int | None = Field(
         None, ge=1, description="with eta: no more than a sampler of so many steps covers in one"
     )
+    by_noise: bool = Field(False, description="with eta: η·σ_t·‖(1, …, 1)‖, in proportion to the noise")
 
     @model_validator(mode="before")
     @classmethod
@@ -121,6 +204,8 @@ class RadiusConfig(Section):
             raise ValueError("a radius is given by a number or by eta")
         if self.sampler_steps is not None and self.eta is None:
             raise ValueError("radius.sampler_steps needs radius.eta, the most per dimension")
+        if self.by_noise and (self.eta is None or self.sampler_steps is not None):
+            raise ValueError("radius.by_noise needs radius.eta, and does not go with radius.sampler_steps")
         return self
 
 
@@ -156,7 +241,7 @@ class Recipe(Section):
     process: ProcessConfig | None = Field(
         None, description="cosine; for a pretrained model the one it was trained with"
     )
-    objective: ObjectiveConfig | None = Field(
+    objective: _Objective | None = Field(
         None, description="ε-prediction, uniform times; for a pretrained model what it predicts"
     )
     adversary: AdversaryConfig = AdversaryConfig()
@@ -191,7 +276,7 @@ class Recipe(Section):
     def to_yaml(self) -> str:
         """The whole recipe, defaults included."""
         values = self.model_dump(mode="json")
-        if self.objective is not None and self.model.name == "pretrained":
+        if isinstance(self.objective, DenoisingConfig) and self.model.name == "pretrained":
             # What is not given here is the checkpoint's, not the default.
             values["objective"] = self.objective.model_dump(mode="json", exclude_unset=True)
         text: str = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
@@ -208,12 +293,15 @@ def shipped_recipes() -> list[str]:
 def _explain(error: ValidationError, source: str) -> InputError:
     """The first thing that is wrong, in one line."""
     first = error.errors()[0]
-    where = " ".join(".".join(str(part) for part in first["loc"]).split())  # a key may hold a line break
+    loc = [str(part) for part in first["loc"]]
+    # The name of the kind of objective, which pydantic counts as a level and no recipe spells.
+    kind = OBJECTIVES[loc.pop(1)] if loc[:1] == ["objective"] and len(loc) > 1 else None
+    where = " ".join(".".join(loc).split())  # a key may hold a line break
     if first["type"] == "extra_forbidden":
         section: Any = Recipe
-        for part in first["loc"][:-1]:
-            annotation = section.model_fields[str(part)].annotation
-            section = next(a for a in (annotation, *getattr(annotation, "__args__", ())) if hasattr(a, "model_fields"))
+        for part in loc[:-1]:
+            annotation = section.model_fields[part].annotation
+            section = kind or next(a for a in (annotation, *get_args(annotation)) if hasattr(a, "model_fields"))
         return InputError(f"{source}: unknown field {where}; known here: {', '.join(section.model_fields)}")
     message = first["msg"].removeprefix("Value error, ")
     message = message[:1].lower() + message[1:]

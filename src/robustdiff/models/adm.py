@@ -262,6 +262,7 @@ PRESETS: Mapping[str, AdmFlags] = {
     "imagenet256-adm-uncond": _GUIDED,
     "imagenet512-adm": replace(_GUIDED, image_size=512, class_cond=True),
     "lsun256-adm": replace(_GUIDED, dropout=0.1),
+    "imagenet64-edm": _CONSISTENCY,
     "imagenet64-cm": _CONSISTENCY,
     "lsun256-cm": replace(
         _GUIDED, use_new_attention_order=True, use_scale_shift_norm=False, learn_sigma=False, dropout=0.0
@@ -270,7 +271,7 @@ PRESETS: Mapping[str, AdmFlags] = {
 """The published networks by name.
 
 `cifar10-adm` is the network of the CIFAR-10 checkpoints of ADM-IP (Ning et al. 2023), the other `*-adm` are
-guided-diffusion's releases, and `*-cm` are the EDM and consistency models of Song et al. 2023. These ignore
+guided-diffusion's releases, and `*-edm` and `*-cm` are the EDM and consistency models of Song et al. 2023. These ignore
 use_new_attention_order: their flash attention splits q, k and v first, which is the new order.
 """
 

@@ -1,29 +1,64 @@
 """Networks by name, and pipeline folders in and out.
 
 Everything that this project trains is a diffusers pipeline folder: ``unet/`` and ``scheduler/``, with
-``model_index.json`` beside them, which ``DDPMPipeline.from_pretrained`` reads.
+``model_index.json`` beside them, which ``DDPMPipeline.from_pretrained`` reads, or for a consistency model
+``ConsistencyModelPipeline.from_pretrained``. The scheduler says what the network is:
+
+    DDPMScheduler and its kin            a diffusion model, of the scheduler's prediction_type
+    FlowMatchEulerDiscreteScheduler      flow matching
+    EDMEulerScheduler                    a denoiser in Karras et al.'s preconditioning
+    CMStochasticIterativeScheduler       a consistency model
+
+A denoiser is called at the time 250 ln σ, as those of Song et al. are, from which consistency models start;
+EDMEulerScheduler itself has ln σ/4. It is in the folder for its levels and for what its kind says, and
+sampling is for this package: no diffusers scheduler has both this time and this preconditioning.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from diffusers import DDPMPipeline, DDPMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import (
+    CMStochasticIterativeScheduler,
+    ConsistencyModelPipeline,
+    DDPMPipeline,
+    DDPMScheduler,
+    EDMEulerScheduler,
+    FlowMatchEulerDiscreteScheduler,
+)
 from diffusers.models.unets.unet_2d import UNet2DModel
 from diffusers.utils import logging as diffusers_logging
 from safetensors import SafetensorError
+from torch import Tensor
 
 from robustdiff.data import ImageDataset
 from robustdiff.errors import InputError
+from robustdiff.objectives.consistency import DoublingScales, FixedScales, GrowingScales, ScaleSchedule
 from robustdiff.objectives.denoising import Variance
+from robustdiff.objectives.preconditioning import (
+    Denoise,
+    DiffusionDenoiser,
+    OverTimes,
+    Preconditioned,
+    karras_process,
+    karras_sigmas,
+)
 from robustdiff.process import DiffusionProcess
-from robustdiff.recipe import ModelConfig, ObjectiveConfig, ProcessConfig, Recipe
+from robustdiff.recipe import (
+    ConsistencyConfig,
+    DenoisingConfig,
+    EdmConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    ProcessConfig,
+    Recipe,
+)
 
 __all__ = [
     "PRETRAINED",
@@ -32,10 +67,13 @@ __all__ = [
     "build_process",
     "build_unet",
     "check_fit",
+    "denoiser_of",
     "load_pipeline",
+    "model_of",
     "objective_of",
     "process_of",
     "save_pipeline",
+    "scale_schedule",
 ]
 
 PRETRAINED = files("robustdiff.models") / "pretrained"
@@ -83,7 +121,7 @@ def build_unet(
     )
 
 
-def build_process(config: ProcessConfig, objective: ObjectiveConfig) -> tuple[DiffusionProcess, Any]:
+def build_process(config: ProcessConfig, objective: DenoisingConfig) -> tuple[DiffusionProcess, Any]:
     """A process by name, and the diffusers scheduler that goes into the pipeline folder with it."""
     if (config.name == "flow") != (objective.prediction == "flow"):
         raise InputError("process=flow and objective.prediction=flow go together: set both, or neither")
@@ -101,10 +139,42 @@ def build_process(config: ProcessConfig, objective: ObjectiveConfig) -> tuple[Di
     return process, scheduler
 
 
+def scale_schedule(config: ConsistencyConfig, steps: int) -> ScaleSchedule:
+    """The schedule of the numbers of levels over so many optimiser updates."""
+    if config.start_scales is None:
+        return FixedScales(config.scales, config.decay)
+    kind = GrowingScales if config.schedule == "growing" else DoublingScales
+    return kind(config.start_scales, config.scales, config.decay, steps)
+
+
+def _build_levels(objective: EdmConfig | ConsistencyConfig, steps: int) -> tuple[DiffusionProcess, Any]:
+    """The process over noise levels when training ends, and its diffusers scheduler."""
+    levels = objective.levels if isinstance(objective, EdmConfig) else scale_schedule(objective, steps)(steps)[0]
+    kind = EDMEulerScheduler if isinstance(objective, EdmConfig) else CMStochasticIterativeScheduler
+    scheduler = kind(
+        num_train_timesteps=levels,
+        sigma_min=objective.sigma_min,
+        sigma_max=objective.sigma_max,
+        sigma_data=objective.sigma_data,
+        rho=objective.rho,
+    )
+    return karras_process(_sigmas_of(scheduler)), scheduler
+
+
+def _sigmas_of(scheduler: Any) -> Tensor:
+    config = scheduler.config
+    return karras_sigmas(config.num_train_timesteps, config.sigma_min, config.sigma_max, config.rho)
+
+
 def process_of(scheduler: Any) -> DiffusionProcess:
-    """The process that a pipeline's scheduler was made for."""
-    if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
-        return DiffusionProcess.flow(scheduler.config.num_train_timesteps)
+    """The process that a pipeline's scheduler was made for; of a denoiser the one that :func:`model_of` is over."""
+    match scheduler:
+        case FlowMatchEulerDiscreteScheduler():
+            return DiffusionProcess.flow(scheduler.config.num_train_timesteps)
+        case CMStochasticIterativeScheduler():
+            return karras_process(_sigmas_of(scheduler))
+        case EDMEulerScheduler():
+            return OverTimes.process(_sigmas_of(scheduler))
     try:
         return DiffusionProcess.from_scheduler(scheduler)
     except ValueError as error:
@@ -113,13 +183,53 @@ def process_of(scheduler: Any) -> DiffusionProcess:
 
 def objective_of(scheduler: Any, unet: UNet2DModel) -> ObjectiveConfig:
     """What the network of a pipeline predicts, read from the scheduler and the number of its output channels."""
-    if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
-        return ObjectiveConfig(prediction="flow")
+    config = scheduler.config
+    match scheduler:
+        case FlowMatchEulerDiscreteScheduler():
+            return DenoisingConfig(prediction="flow")
+        case CMStochasticIterativeScheduler() | EDMEulerScheduler():
+            levels = {name: getattr(config, name) for name in ("sigma_min", "sigma_max", "rho", "sigma_data")}
+            if isinstance(scheduler, EDMEulerScheduler):
+                return EdmConfig(name="edm", levels=config.num_train_timesteps, **levels)
+            return ConsistencyConfig(name="consistency", scales=config.num_train_timesteps, **levels)
     learned = unet.config.out_channels == 2 * unet.config.in_channels
-    return ObjectiveConfig(
-        prediction=getattr(scheduler.config, "prediction_type", "epsilon"),
+    return DenoisingConfig(
+        prediction=getattr(config, "prediction_type", "epsilon"),
         variance="learned_range" if learned else "fixed",
     )
+
+
+def model_of(scheduler: Any, unet: Callable[..., Any]) -> Callable[..., Any]:
+    """A pipeline's network as samplers call it: over the times of :func:`process_of`, predicting what
+    :func:`objective_of` says."""
+    config = scheduler.config
+    match scheduler:
+        case CMStochasticIterativeScheduler():
+            return Preconditioned(unet, config.sigma_data, config.sigma_min)
+        case EDMEulerScheduler():
+            return OverTimes(Preconditioned(unet, config.sigma_data), _sigmas_of(scheduler))
+    return unet
+
+
+def denoiser_of(scheduler: Any, unet: UNet2DModel, network: Callable[..., Any] | None = None) -> Denoise:
+    """A pipeline's network as a denoiser D(x, σ), such as a teacher.
+
+    Arguments:
+        scheduler: The pipeline's scheduler.
+        unet: The pipeline's network.
+        network: What to call in its place, where it is wrapped.
+
+    Raises:
+        InputError: If it is a consistency model or of flow matching.
+    """
+    network = unet if network is None else network
+    if isinstance(scheduler, EDMEulerScheduler):
+        return Preconditioned(network, scheduler.config.sigma_data)
+    objective = objective_of(scheduler, unet)
+    if not isinstance(objective, DenoisingConfig) or objective.prediction == "flow":
+        kind = "a flow-matching model" if isinstance(objective, DenoisingConfig) else "a consistency model"
+        raise InputError(f"{kind} cannot be a teacher: give a diffusion model, or one trained with objective=edm")
+    return DiffusionDenoiser(network, process_of(scheduler), objective.prediction)
 
 
 def _pipeline_folder(path: str | Path) -> Path:
@@ -172,7 +282,8 @@ def load_pipeline(path: str | Path) -> tuple[UNet2DModel, Any]:
 
 def save_pipeline(folder: Path, unet: UNet2DModel, scheduler: Any) -> None:
     """Write a pipeline folder; the caller sees to it that it appears whole."""
-    DDPMPipeline(unet, scheduler).save_pretrained(folder, safe_serialization=True)
+    kind = ConsistencyModelPipeline if isinstance(scheduler, CMStochasticIterativeScheduler) else DDPMPipeline
+    kind(unet, scheduler).save_pretrained(folder, safe_serialization=True)
 
 
 @dataclass
@@ -198,26 +309,49 @@ def build_model(recipe: Recipe, dataset: ImageDataset) -> Built:
     Raises:
         InputError: If the checkpoint is missing or of another kind, or the data does not fit the network.
     """
+    given = recipe.process
     if recipe.model.name == "unet":
-        if recipe.process is not None and recipe.process.name == "pretrained":
+        if given is not None and given.name == "pretrained":
             raise InputError("process=pretrained needs model.name=pretrained: choose cosine, linear or flow")
-        objective = recipe.objective or ObjectiveConfig()
-        process, scheduler = build_process(recipe.process or ProcessConfig(), objective)
-        unet = build_unet(recipe.model, dataset.shape, dataset.num_classes, objective.variance)
+        objective: ObjectiveConfig = recipe.objective or DenoisingConfig()
+        variance = objective.variance if isinstance(objective, DenoisingConfig) else "fixed"
+        process, scheduler = _build_process_of(objective, given, recipe.steps)
+        unet = build_unet(recipe.model, dataset.shape, dataset.num_classes, variance)
         return Built(unet, process, scheduler, objective)
     assert recipe.model.path is not None  # the recipe's own validation
     unet, scheduler = load_pipeline(recipe.model.path)
-    objective = objective_of(scheduler, unet)
-    if (given := recipe.objective) is not None:
-        objective = objective.model_copy(update={name: getattr(given, name) for name in given.model_fields_set})
-    if recipe.process is None or recipe.process.name == "pretrained":
+    if given is not None and given.name == "pretrained":
+        given = None
+    own = objective_of(scheduler, unet)
+    objective = recipe.objective or own
+    if recipe.objective is None and isinstance(own, ConsistencyConfig):
+        raise InputError(f"the model {recipe.model.path} is a consistency model: give the recipe its objective")
+    diffusion = isinstance(own, DenoisingConfig) and isinstance(objective, DenoisingConfig)
+    if diffusion:
+        objective = own.model_copy(update={name: getattr(objective, name) for name in objective.model_fields_set})
+    if diffusion and given is None:
         process = process_of(scheduler)
     else:
-        process, scheduler = build_process(recipe.process, objective)
+        process, scheduler = _build_process_of(objective, given, recipe.steps)
     check_fit(unet, dataset.shape, str(recipe.model.path))
     if unet.config.num_class_embeds is not None and dataset.num_classes is None:
         raise InputError(f"the model {recipe.model.path} needs class labels, and this data has none")
+    if not isinstance(objective, DenoisingConfig) and unet.config.out_channels != unet.config.in_channels:
+        raise InputError(
+            f"the model {recipe.model.path} has a learned variance, which objective={objective.name} has no use for"
+        )
     return Built(unet, process, scheduler, objective)
+
+
+def _build_process_of(
+    objective: ObjectiveConfig, config: ProcessConfig | None, steps: int
+) -> tuple[DiffusionProcess, Any]:
+    """The process that an objective is over, where it is not the checkpoint's, and its diffusers scheduler."""
+    if isinstance(objective, DenoisingConfig):
+        return build_process(config or ProcessConfig(), objective)
+    if config is not None:
+        raise InputError(f"objective={objective.name} has levels of its own: leave process out")
+    return _build_levels(objective, steps)
 
 
 def check_fit(unet: UNet2DModel, shape: tuple[int, int, int], path: str) -> None:

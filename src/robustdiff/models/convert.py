@@ -9,22 +9,23 @@ from __future__ import annotations
 import re
 from dataclasses import asdict
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from diffusers import CMStochasticIterativeScheduler, ConsistencyModelPipeline, DDPMPipeline, DDPMScheduler
+from diffusers import CMStochasticIterativeScheduler, DDPMScheduler, EDMEulerScheduler
 
 from robustdiff.errors import InputError
 from robustdiff.files import atomic_folder
 from robustdiff.models.adm import PRESETS, AdmFlags, load_adm, parse_flags, save_adm
-from robustdiff.models.build import load_pipeline
+from robustdiff.models.build import load_pipeline, save_pipeline
 
 __all__ = ["Schedule", "convert", "read_flags"]
 
-Schedule = Literal["linear", "cosine", "consistency"]
+Schedule = Literal["linear", "cosine", "edm", "consistency"]
 
 _SCHEDULES: dict[str, Schedule] = {
     "cifar10-adm": "cosine",
     "imagenet64-adm": "cosine",
+    "imagenet64-edm": "edm",
     "imagenet64-cm": "consistency",
     "lsun256-cm": "consistency",
 }
@@ -49,7 +50,7 @@ def read_flags(preset: str | None, text: str) -> tuple[AdmFlags, Schedule]:
         return PRESETS[preset], _SCHEDULES.get(preset, "linear")
     flags = parse_flags(text)
     if "--training_mode" in text or "--weight_schedule" in text:
-        return flags, "consistency"
+        return flags, "edm" if re.search(r"--training_mode[ =]edm\b", text) else "consistency"
     given = re.search(r"--noise_schedule[ =](\w+)", text)
     if given is not None and given[1] not in ("linear", "cosine"):
         raise InputError(f"unknown --noise_schedule {given[1]}: use linear or cosine")
@@ -63,7 +64,8 @@ def convert(source: Path, output: Path, flags: AdmFlags | None = None, schedule:
         source: A checkpoint of guided-diffusion or of OpenAI's consistency models, or a folder (a run, a pipeline).
         output: The folder, or the ``.pt``.
         flags: The flags that the checkpoint was trained with; a folder needs none.
-        schedule: The process of the checkpoint; "consistency" makes a ``ConsistencyModelPipeline``.
+        schedule: The process of the checkpoint; "consistency" makes a ``ConsistencyModelPipeline``, "edm" a denoiser
+            over noise levels, a teacher of those.
 
     Raises:
         InputError: If the source is missing or unreadable, the flags are missing or do not fit, or the output exists.
@@ -80,14 +82,14 @@ def convert(source: Path, output: Path, flags: AdmFlags | None = None, schedule:
     if flags is None:
         raise InputError(f"{source} needs the flags it was trained with: --preset, or guided-diffusion's own")
     unet = load_adm(source, **asdict(flags))
-    if schedule == "consistency":
-        pipeline = ConsistencyModelPipeline(unet, CMStochasticIterativeScheduler())
+    scheduler: Any
+    if schedule in ("edm", "consistency"):
+        scheduler = EDMEulerScheduler() if schedule == "edm" else CMStochasticIterativeScheduler()
     else:
         scheduler = DDPMScheduler(
             1000,
             beta_schedule={"linear": "linear", "cosine": "squaredcos_cap_v2"}[schedule],
             variance_type="learned_range" if flags.learn_sigma else "fixed_large",
         )
-        pipeline = DDPMPipeline(unet, scheduler)
     with atomic_folder(output) as folder:
-        pipeline.save_pretrained(folder, safe_serialization=True)
+        save_pipeline(folder, unet, scheduler)

@@ -28,13 +28,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from robustdiff.objectives.timesteps import TimestepSampler, Uniform
+from robustdiff.objectives.objective import Draw, Objective, predict
+from robustdiff.objectives.timesteps import LossSecondMoment, TimestepSampler, Uniform
 from robustdiff.process import PREDICTIONS, DiffusionProcess, Prediction, per_sample
 
 __all__ = ["VARIANCES", "DenoisingObjective", "Draw", "Variance", "predict"]
@@ -43,34 +43,7 @@ Variance = Literal["fixed", "learned_range"]
 VARIANCES: tuple[str, ...] = get_args(Variance)
 
 
-@dataclass
-class Draw:
-    """What one batch is trained on, the same in all its passes.
-
-    Attributes:
-        x0: Clean samples, with shape (B, *).
-        t: Time indices, with shape (B,).
-        noise: The noise ε, with shape (B, *).
-        x_t: α_t x_0 + σ_t ε, with shape (B, *); with input perturbation α_t x_0 + σ_t (ε + γξ).
-        weight: What multiplies the loss of each sample, with shape (B,); none is 1.
-        condition: What else the model is called with, such as ``class_labels``.
-    """
-
-    x0: Tensor
-    t: Tensor
-    noise: Tensor
-    x_t: Tensor
-    weight: Tensor | None = None
-    condition: dict[str, Any] = field(default_factory=dict)
-
-
-def predict(model: Callable[..., Any], x: Tensor, t: Tensor, condition: dict[str, Any]) -> Tensor:
-    """Call a model as diffusers calls it, ``model(x, t, **condition).sample``, or one that returns a tensor."""
-    output = model(x, t, **condition)
-    return output if isinstance(output, Tensor) else output.sample
-
-
-class DenoisingObjective:
+class DenoisingObjective(Objective):
     """The (hybrid) denoising loss, as a callable.
 
     Arguments:
@@ -147,6 +120,23 @@ class DenoisingObjective:
         if self.input_perturbation:
             at = noise + self.input_perturbation * (gaussian() if input_noise is None else input_noise)
         return Draw(x0, t, noise, self.process.diffuse(x0, t, at), weight, condition)
+
+    def more_noise(self, shape: tuple[int, ...], generator: torch.Generator) -> dict[str, Tensor]:
+        """The ξ of input perturbation, if there is any."""
+        if not self.input_perturbation:
+            return {}
+        return {"input_noise": torch.randn(shape, generator=generator, device=generator.device)}
+
+    def state(self) -> dict[str, Any]:
+        """The losses that the sampler of times remembers."""
+        if not isinstance(self.timesteps, LossSecondMoment):
+            return {}
+        return {name: value.tolist() for name, value in self.timesteps.state_dict().items()}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        if isinstance(self.timesteps, LossSecondMoment):
+            losses = torch.tensor(state["losses"], dtype=torch.float64)
+            self.timesteps.load_state_dict({"losses": losses, "counts": torch.tensor(state["counts"])})
 
     def __call__(self, model: Callable[..., Any], draw: Draw, delta: Tensor | None = None) -> dict[str, Tensor]:
         """The losses at x_t + δ.

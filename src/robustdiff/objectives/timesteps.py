@@ -10,6 +10,9 @@ the last ten losses at every t, and mixed with a little of the uniform distribut
     p_t = (1 − u) · √(mean of the last 10 L_t²) / Σ_s(same) + u/T,        u = 0.001,
 
 from when every t has its ten losses; until then p is uniform. ADM's networks were trained so.
+
+Models over noise levels σ (Karras et al., 2022; consistency models) have instead a distribution of their own, which is
+a part of the loss and not weighted away: ln σ ~ N(P_mean, P_std²), on the levels of a table.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-__all__ = ["TIMESTEPS", "LossSecondMoment", "TimestepSampler", "Uniform"]
+__all__ = ["TIMESTEPS", "LogNormal", "LossSecondMoment", "TimestepSampler", "Uniform"]
 
 
 class TimestepSampler(ABC):
@@ -48,6 +51,36 @@ class Uniform(TimestepSampler):
     def draw(self, n: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor | None]:
         device = generator.device if generator is not None else None
         return torch.randint(self.T, (n,), generator=generator, device=device), None
+
+
+class LogNormal(TimestepSampler):
+    r"""Bins between noise levels, by their share of a log-normal distribution (Song & Dhariwal, 2024, section 3.5):
+
+        p_n ∝ Φ((ln σ_{n+1} − P_mean)/P_std) − Φ((ln σ_n − P_mean)/P_std).
+
+    Arguments:
+        edges: σ_0 < … < σ_T, with shape (T + 1,); the first may be 0 and the last infinite.
+        mean: P_mean.
+        std: P_std > 0.
+    """
+
+    def __init__(self, edges: Tensor, mean: float, std: float) -> None:
+        super().__init__(len(edges) - 1)
+        z = (edges.to("cpu", torch.float64).log() - mean) / std
+        # Differences of the upper tail where it is the smaller one, for the precision of both tails.
+        shares = torch.where(
+            z[:-1] > 0,
+            torch.special.ndtr(-z[:-1]) - torch.special.ndtr(-z[1:]),
+            torch.special.ndtr(z[1:]) - torch.special.ndtr(z[:-1]),
+        )
+        self.probabilities = shares / shares.sum()
+        """p, with shape (T,), float64."""
+
+    def draw(self, n: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor | None]:
+        device = generator.device if generator is not None else None
+        position = torch.rand(n, generator=generator, device=device).to("cpu", torch.float64)
+        t = torch.searchsorted(self.probabilities.cumsum(0), position, right=True).clamp_max(self.T - 1)
+        return t.to(device), None
 
 
 class LossSecondMoment(TimestepSampler):

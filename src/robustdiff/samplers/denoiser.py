@@ -20,7 +20,7 @@ from torch import Tensor
 from robustdiff.objectives.denoising import predict
 from robustdiff.process import DiffusionProcess, Prediction
 
-__all__ = ["Denoised", "Denoiser"]
+__all__ = ["Denoised", "Denoiser", "Evaluation"]
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,27 @@ class Denoised:
 
 
 @dataclass(frozen=True)
+class Evaluation:
+    """One call of a network by a sampler, for who looks on.
+
+    Attributes:
+        denoiser: What was called; it may be called again at other points of the same times.
+        x_t: The sampler's state, with shape (B, C, H, W).
+        index: The times in the process, with shape (B,).
+        process: The process that α_t, σ_t and the network's times come from.
+        predicted: What the network says, before scaling and clipping.
+        used: What the sampler goes on with.
+    """
+
+    denoiser: Denoiser
+    x_t: Tensor
+    index: Tensor
+    process: DiffusionProcess
+    predicted: Denoised
+    used: Denoised
+
+
+@dataclass(frozen=True)
 class Denoiser:
     """A network with its process and parameterisation.
 
@@ -48,6 +69,7 @@ class Denoiser:
         eps_scale: λ, or (k, b) for λ(i) = k·i + b.
         clip: Whether x̂_0 is clipped to [−1, 1].
         condition: What else the model is called with.
+        on_evaluation: Called after each evaluation.
     """
 
     model: Callable[..., Any]
@@ -55,6 +77,7 @@ class Denoiser:
     eps_scale: float | tuple[float, float] = 1.0
     clip: bool = True
     condition: dict[str, Any] = field(default_factory=dict)
+    on_evaluation: Callable[[Evaluation], None] | None = None
 
     def __call__(self, x_t: Tensor, index: int | Tensor, process: DiffusionProcess) -> Denoised:
         """Evaluate the network at time ``process.times[index]``; indices with shape (B,) are one for each sample."""
@@ -63,6 +86,7 @@ class Denoiser:
         output = predict(self.model, x_t, process.times.to(x_t.device)[t], self.condition).to(x_t.dtype)
         variance = output[:, channels:] if output.shape[1] == 2 * channels else None
         x0, noise = process.split(self.prediction, x_t, t, output[:, :channels])
+        predicted = Denoised(x0, noise, variance)
         k, b = self.eps_scale if isinstance(self.eps_scale, tuple) else (0.0, self.eps_scale)
         if (k, b) != (0.0, 1.0):
             scale = (k * t + b).to(noise)
@@ -71,4 +95,7 @@ class Denoiser:
         if self.clip:
             x0 = x0.clamp(-1, 1)
             _, noise = process.split("sample", x_t, t, x0)
-        return Denoised(x0, noise, variance)
+        used = Denoised(x0, noise, variance)
+        if self.on_evaluation is not None:
+            self.on_evaluation(Evaluation(self, x_t, t, process, predicted, used))
+        return used

@@ -27,10 +27,9 @@ from torch import Tensor
 from robustdiff.data import to_uint8
 from robustdiff.errors import InputError
 from robustdiff.files import atomic_write
-from robustdiff.models.build import load_pipeline, objective_of, process_of
+from robustdiff.models.build import load_pipeline, model_of, objective_of, process_of
 from robustdiff.process import DiffusionProcess, Prediction
-from robustdiff.samplers.sample import check_sampler, sample
-from robustdiff.samplers.spacing import check_steps
+from robustdiff.samplers.sample import check_sampler, sample, suited
 
 __all__ = ["Generator", "ImageNoise", "write_npz", "write_pngs"]
 
@@ -77,6 +76,7 @@ class Generator:
         label: The class of all images, for class-conditional networks; image i has the class i modulo their number by
             default.
         options: What else the sampler takes, such as ``eps_scale``.
+        model: How samplers call the network (:func:`robustdiff.models.build.model_of`); the network itself by default.
 
     Raises:
         InputError: If the sampler is unknown or does not suit the process, or the label does not exist.
@@ -92,6 +92,26 @@ class Generator:
     precision: str = "fp32"
     label: int | None = None
     options: dict[str, Any] | None = None
+    model: Callable[..., Any] | None = None
+
+    @classmethod
+    def of(cls, unet: UNet2DModel, scheduler: Any, **settings: Any) -> Generator:
+        """Of a network and the scheduler that says what it is, as a pipeline folder has them.
+
+        Arguments:
+            unet: The network.
+            scheduler: The scheduler.
+            settings: The other fields. By default, or where they are None, the sampler is ddim, euler for flow matching
+                and multistep for a consistency model, and the steps are 20, with multistep 2.
+
+        Raises:
+            InputError: If a setting does not suit the network.
+        """
+        process = process_of(scheduler)
+        sampler = settings.pop("sampler", None) or suited(process)[0]
+        settings["steps"] = settings.get("steps") or (2 if sampler == "multistep" else 20)
+        prediction = objective_of(scheduler, unet).prediction
+        return cls(unet, process, prediction, sampler, model=model_of(scheduler, unet), **settings)
 
     @classmethod
     def load(cls, path: str | Path, device: torch.device | str = "cpu", **settings: Any) -> Generator:
@@ -106,11 +126,10 @@ class Generator:
             InputError: If there is no model, or it cannot be read, or a setting does not suit it.
         """
         unet, scheduler = load_pipeline(path)
-        return cls(unet.to(device), process_of(scheduler), objective_of(scheduler, unet).prediction, **settings)
+        return cls.of(unet.to(device), scheduler, **settings)
 
     def __post_init__(self) -> None:
-        check_sampler(self.sampler, self.process)
-        check_steps(self.steps, len(self.process))
+        check_sampler(self.sampler, self.steps, self.process)
         classes = self.classes
         if self.label is not None and not (classes is not None and 0 <= self.label < classes):
             known = "this model has no classes" if classes is None else f"its classes are 0 to {classes - 1}"
@@ -146,7 +165,7 @@ class Generator:
             labels = self.labels(batch)
             with torch.autocast(device.type, dtype, enabled=dtype is not None):
                 x = sample(
-                    self.unet,
+                    self.unet if self.model is None else self.model,
                     self.process,
                     self.sampler,
                     self.steps,

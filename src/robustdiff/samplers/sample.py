@@ -12,14 +12,15 @@ from torch import Tensor
 from robustdiff.errors import InputError
 from robustdiff.process import DiffusionProcess, Prediction
 from robustdiff.samplers.ddim import ddim
-from robustdiff.samplers.denoiser import Denoiser
+from robustdiff.samplers.denoiser import Denoiser, Evaluation
 from robustdiff.samplers.dpmpp import dpmpp
 from robustdiff.samplers.euler import euler
 from robustdiff.samplers.iddpm import iddpm
+from robustdiff.samplers.multistep import multistep, scale_numbers
 from robustdiff.samplers.spacing import check_steps
 from robustdiff.samplers.time_shift import time_shift
 
-__all__ = ["SAMPLERS", "Sampler", "sample"]
+__all__ = ["SAMPLERS", "Sampler", "check_sampler", "sample", "suited"]
 
 Sampler = Callable[..., Tensor]
 """(denoiser, process, steps, x_T, noises, **options of its own) ↦ x_0."""
@@ -31,22 +32,35 @@ SAMPLERS: dict[str, Sampler] = {
     "time-shift": time_shift,
     "dpm++": dpmpp,
     "euler": euler,
+    "multistep": multistep,
 }
 _RESPACED = ("ddim", "iddpm", "es", "time-shift")
 _ES_SCALE = 1.017
 
 
-def check_sampler(sampler: str, process: DiffusionProcess) -> None:
-    """Whether a sampler exists and suits a process.
+def suited(process: DiffusionProcess) -> tuple[str, ...]:
+    """The samplers that suit a process: a diffusion model's, flow matching's, or a consistency model's (α = 1)."""
+    if process.variance_preserving:
+        return tuple(name for name in SAMPLERS if name not in ("euler", "multistep"))
+    return ("multistep",) if bool((process.alphas == 1).all()) else ("euler",)
+
+
+def check_sampler(sampler: str, steps: int | str, process: DiffusionProcess) -> int:
+    """The number of network evaluations for one image.
 
     Raises:
-        InputError: If it does not.
+        InputError: If the sampler does not exist, or does not suit the process, or cannot have these steps.
     """
     if sampler not in SAMPLERS:
         raise InputError(f"unknown sampler {sampler!r}: use one of {', '.join(SAMPLERS)}")
-    if (sampler == "euler") == process.variance_preserving:
-        suited = "ddim, iddpm, es, time-shift or dpm++" if sampler == "euler" else "euler"
-        raise InputError(f"the sampler {sampler} does not suit this process: use {suited}")
+    if sampler not in (names := suited(process)):
+        kind = {"multistep": "consistency model", "euler": "flow-matching model"}.get(names[0], "diffusion model")
+        raise InputError(f"the sampler {sampler} does not suit this {kind}: use {' or '.join(names)}")
+    if sampler == "multistep":
+        return len(scale_numbers(steps, len(process)))
+    if isinstance(steps, str) and sampler not in _RESPACED:
+        raise InputError(f"{sampler} takes a number of steps, not {steps!r}: those are for {', '.join(_RESPACED)}")
+    return check_steps(steps, len(process))
 
 
 @torch.inference_mode()
@@ -63,6 +77,7 @@ def sample(
     clip: bool = True,
     class_labels: Tensor | None = None,
     prediction: Prediction = "epsilon",
+    on_evaluation: Callable[[Evaluation], None] | None = None,
     *,
     window: int | None = None,
     cutoff: int | None = None,
@@ -71,11 +86,12 @@ def sample(
 
     Arguments:
         model: Called as diffusers calls it, ``model(x, t, class_labels=…).sample``, or returning a tensor. Put it into
-            eval mode before. 2C output channels mean a learned variance, which iddpm and es use.
+            eval mode before. 2C output channels mean a learned variance, which iddpm and es use. For multistep a
+            consistency function, ``Preconditioned(network, sigma_min=…)``, with ``prediction="sample"``.
         process: The process that it was trained on.
         sampler: One of :data:`SAMPLERS`.
         steps: Network evaluations, in [1, T]; for ddim, iddpm, es and time-shift also one of guided-diffusion's
-            strings: "10", "10,20,30" (sections) or "ddim25".
+            strings: "10", "10,20,30" (sections) or "ddim25"; for multistep, in [1, N − 1], or scales as "0,22,39".
         shape: (n, C, H, W), where ``latents`` are not given.
         latents: x_T, with shape (n, C, H, W); standard normal by default.
         step_noise: The noise of each step: (steps, n, C, H, W), or any iterable of (n, C, H, W), from the noisiest step
@@ -87,6 +103,7 @@ def sample(
         clip: Whether x̂_0 is clipped to [−1, 1] in each step; dpm++ never does.
         class_labels: Labels, with shape (n,).
         prediction: What the model predicts.
+        on_evaluation: Called after each evaluation of the network with the sampler's state and what was made of it.
         window: time-shift: the width of the window around a time, in training times; 30 by default.
         cutoff: time-shift: the training time from which on down nothing is shifted; 300 by default.
 
@@ -98,13 +115,12 @@ def sample(
             are out of range.
         ValueError: If neither or both of shape and latents are given, or the step noise has another shape.
     """
-    check_sampler(sampler, process)
-    if isinstance(steps, str) and sampler not in _RESPACED:
-        raise InputError(f"{sampler} takes a number of steps, not {steps!r}: those are for {', '.join(_RESPACED)}")
-    evaluations = check_steps(steps, len(process))
+    evaluations = check_sampler(sampler, steps, process)
     options = {name: value for name, value in (("window", window), ("cutoff", cutoff)) if value is not None}
     if options and sampler != "time-shift":
         raise InputError(f"{' and '.join(options)} is for time-shift, not for {sampler}")
+    if eps_scale is not None and sampler == "multistep":
+        raise InputError("eps_scale is for diffusion models: the sampler multistep has no predicted noise to scale")
     scale = eps_scale if eps_scale is not None else _ES_SCALE if sampler == "es" else 1.0
     if isinstance(scale, tuple):
         if sampler != "es":
@@ -137,5 +153,5 @@ def sample(
         raise ValueError(f"step_noise ended early: {sampler} in {steps} steps needs one for each step but the last")
 
     condition = {} if class_labels is None else {"class_labels": class_labels}
-    denoiser = Denoiser(model, prediction, scale, clip, condition)
+    denoiser = Denoiser(model, prediction, scale, clip, condition, on_evaluation)
     return SAMPLERS[sampler](denoiser, process, steps, latents, noises(), **options)

@@ -12,6 +12,7 @@ Checkpoints are taken between batches, where there is no δ to remember.
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import math
@@ -28,21 +29,34 @@ from typing import Any, TextIO
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import ProjectConfiguration, set_seed
+from accelerate.utils import DistributedType, ProjectConfiguration, set_seed
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from robustdiff.data import ImageDataset, load_dataset, to_unit
 from robustdiff.errors import InputError, RunError
 from robustdiff.files import atomic_folder, atomic_write
-from robustdiff.models.build import Built, build_model, save_pipeline
-from robustdiff.objectives.denoising import DenoisingObjective, Draw
+from robustdiff.models.build import (
+    Built,
+    build_model,
+    check_fit,
+    denoiser_of,
+    load_pipeline,
+    save_pipeline,
+    scale_schedule,
+)
+from robustdiff.objectives.consistency import ConsistencyObjective
+from robustdiff.objectives.denoising import DenoisingObjective
+from robustdiff.objectives.edm import EDMObjective
+from robustdiff.objectives.objective import Draw, Objective
+from robustdiff.objectives.preconditioning import Denoise
 from robustdiff.objectives.timesteps import TIMESTEPS, LossSecondMoment
 from robustdiff.perturbation import (
     Adversary,
     Constant,
     FreeAdversary,
     NoAdversary,
+    NoiseLevel,
     PerDimension,
     PGDAdversary,
     RadiusSchedule,
@@ -51,12 +65,12 @@ from robustdiff.perturbation import (
     SamplerDistance,
 )
 from robustdiff.process import DiffusionProcess
-from robustdiff.recipe import AdversaryConfig, Recipe, load_recipe
+from robustdiff.recipe import AdversaryConfig, ConsistencyConfig, DenoisingConfig, Recipe, load_recipe
 from robustdiff.training.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
 from robustdiff.training.ema import EMA
 from robustdiff.training.stream import BatchIndices, batch_generator
 
-__all__ = ["Status", "Trainer", "build_adversary", "train"]
+__all__ = ["Status", "Trainer", "build_adversary", "build_objective", "train"]
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +79,11 @@ _FREE_TO_CHANGE = {"output", "threads", "checkpoint_every", "keep", "log_every",
 
 
 def build_adversary(config: AdversaryConfig, process: DiffusionProcess) -> Adversary:
-    """The adversary of a recipe."""
+    """The adversary of a recipe.
+
+    Raises:
+        InputError: If the radius is a sampler's distance and the process does not preserve variance.
+    """
     if config.name == "none":
         return NoAdversary()
     radius: RadiusSchedule | None = None
@@ -73,7 +91,11 @@ def build_adversary(config: AdversaryConfig, process: DiffusionProcess) -> Adver
         if config.radius.value is not None:
             radius = Constant(config.radius.value)
         elif config.radius.eta is not None and config.radius.sampler_steps is not None:
+            if not process.variance_preserving:
+                raise InputError("radius.sampler_steps is for variance-preserving processes: give radius.eta alone")
             radius = SamplerDistance(process, config.radius.eta, config.radius.sampler_steps)
+        elif config.radius.eta is not None and config.radius.by_noise:
+            radius = NoiseLevel(process, config.radius.eta)
         elif config.radius.eta is not None:
             radius = PerDimension(config.radius.eta)
         if radius is not None and config.ramp:
@@ -84,6 +106,64 @@ def build_adversary(config: AdversaryConfig, process: DiffusionProcess) -> Adver
         "random": RandomAdversary,
     }
     return kinds[config.name](config.steps, config.step_size, radius, config.norm)
+
+
+def _build_teacher(path: str, built: Built, dataset: ImageDataset, accelerator: Accelerator) -> Denoise:
+    """The denoiser that a consistency model is distilled from, in the precision of the student."""
+    unet, scheduler = load_pipeline(path)
+    check_fit(unet, dataset.shape, path)
+    if unet.config.num_class_embeds != built.unet.config.num_class_embeds:
+        raise InputError(f"the teacher {path} and the student must have the same classes, or both none")
+    unet = unet.to(accelerator.device).eval().requires_grad_(False)
+
+    def network(x: Tensor, t: Tensor, **condition: Any) -> Tensor:
+        with accelerator.autocast():
+            output: Tensor = unet(x, t, **condition).sample
+        return output
+
+    return denoiser_of(scheduler, unet, network)
+
+
+def build_objective(
+    recipe: Recipe, built: Built, dataset: ImageDataset, accelerator: Accelerator, target: torch.nn.Module | None
+) -> Objective:
+    """The loss of a recipe.
+
+    Arguments:
+        recipe: The configuration.
+        built: The network and what it predicts.
+        dataset: What is trained on.
+        accelerator: Where a teacher goes, and its precision.
+        target: The target network of a consistency model.
+
+    Raises:
+        InputError: If there is no such teacher, or it does not fit.
+    """
+    config = built.objective
+    if isinstance(config, DenoisingConfig):
+        return DenoisingObjective(
+            built.process,
+            config.prediction,
+            config.variance,
+            vb_scale=config.vb_scale,
+            timesteps=TIMESTEPS[config.timesteps](len(built.process)),
+            input_perturbation=config.input_perturbation,
+        )
+    levels: dict[str, float] = {n: getattr(config, n) for n in ("sigma_min", "sigma_max", "rho", "sigma_data")}
+    if not isinstance(config, ConsistencyConfig):
+        return EDMObjective(config.levels, mean=config.mean, std=config.std, **levels)
+    assert target is not None
+    return ConsistencyObjective(
+        target,
+        None if config.teacher is None else _build_teacher(config.teacher, built, dataset, accelerator),
+        scale_schedule(config, recipe.steps),
+        solver=config.solver,
+        metric=config.metric,
+        perturb=config.perturb,
+        weighting=config.weighting,
+        times=(config.mean, config.std) if config.times == "log-normal" else None,
+        **levels,
+    )
 
 
 @dataclass(frozen=True)
@@ -121,15 +201,6 @@ class Trainer:
         self.accelerator = accelerator
         self.dataset = dataset
         self.built = built
-        objective = built.objective
-        self.objective = DenoisingObjective(
-            built.process,
-            objective.prediction,
-            objective.variance,
-            vb_scale=objective.vb_scale,
-            timesteps=TIMESTEPS[objective.timesteps](len(built.process)),
-            input_perturbation=objective.input_perturbation,
-        )
         self.adversary = build_adversary(recipe.adversary, built.process)
         self.step = 0
         self.batch = 0
@@ -144,12 +215,19 @@ class Trainer:
         cuda = accelerator.device.type == "cuda"
         if cuda if recipe.channels_last is None else recipe.channels_last:
             unet = unet.to(memory_format=torch.channels_last)
-        model = torch.compile(unet) if recipe.compile else unet
+        frozen = copy.deepcopy(unet).requires_grad_(False) if isinstance(built.objective, ConsistencyConfig) else None
+        model, target = (torch.compile(m) if recipe.compile and m is not None else m for m in (unet, frozen))
         # A fused AdamW is one kernel instead of one for each tensor and operation.
         optimizer = torch.optim.AdamW(
             unet.parameters(), lr=recipe.lr, betas=recipe.betas, weight_decay=recipe.weight_decay, fused=True
         )
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
+        if target is not None:
+            # Prepared as well, so that it has the student's precision, is in every checkpoint, and is sharded as the
+            # student under FSDP. DDP, which only adds up gradients, takes no module without any.
+            sharded = accelerator.distributed_type == DistributedType.FSDP
+            target = accelerator.prepare_model(target, evaluation_mode=not sharded)
+        self.objective = build_objective(recipe, built, dataset, accelerator, target)
         self.ema = EMA(list(self.model.parameters()), recipe.ema) if recipe.ema else None
 
     # -- the loop --------------------------------------------------------------------------------------------
@@ -193,9 +271,7 @@ class Trainer:
                 (recipe.batch_size, *self.dataset.shape), generator=generator, device=accelerator.device
             )
             flip = torch.rand(recipe.batch_size, generator=generator, device=accelerator.device) < 0.5
-            input_noise = None
-            if self.objective.input_perturbation:  # last, so that everything else is as without
-                input_noise = torch.randn(noise.shape, generator=generator, device=accelerator.device)
+            more = self.objective.more_noise(tuple(noise.shape), generator)  # last: the rest is as without
             draws = []
             for m in range(recipe.accumulate):
                 images, labels = next(loader)
@@ -212,7 +288,7 @@ class Trainer:
                         t=t[rows],
                         noise=noise[rows],
                         weight=None if weight is None else weight[rows],
-                        input_noise=None if input_noise is None else input_noise[rows],
+                        **{name: value[rows] for name, value in more.items()},
                         **condition,
                     )
                 )
@@ -278,6 +354,7 @@ class Trainer:
                     group["lr"] = self.learning_rate()
                 self.optimizer.step()
                 self.optimizer.zero_grad(set_to_none=True)
+                self.objective.after_update(self.model)
                 if self.ema is not None:
                     self.ema.update()
                 self.step += 1
@@ -302,9 +379,7 @@ class Trainer:
                 "checkpoints from before are kept"
             )
         state: dict[str, Any] = {"step": self.step, "batch": self.batch, "skipped": self.adversary.skipped}
-        if isinstance(self.objective.timesteps, LossSecondMoment):
-            # As JSON: accelerate would load an object of ours by unpickling it.
-            state["timesteps"] = {name: v.tolist() for name, v in self.objective.timesteps.state_dict().items()}
+        state["objective"] = self.objective.state()  # as JSON: accelerate would load an object of ours by unpickling it
         save_checkpoint(folder, self.step, self.accelerator, self.ema, state, self.recipe.keep)
 
     def load(self, checkpoint: Path) -> None:
@@ -312,14 +387,7 @@ class Trainer:
         state = load_checkpoint(checkpoint, self.accelerator, self.ema)
         self.step, self.batch = state["step"], state["batch"]
         self.adversary.skipped = state["skipped"]
-        if isinstance(self.objective.timesteps, LossSecondMoment):
-            history = state["timesteps"]
-            self.objective.timesteps.load_state_dict(
-                {
-                    "losses": torch.tensor(history["losses"], dtype=torch.float64),
-                    "counts": torch.tensor(history["counts"]),
-                }
-            )
+        self.objective.load_state(state.get("objective", {}))
 
     def export(self, folder: Path) -> None:
         """Write the network, by its moving average if there is one, as a diffusers pipeline folder."""

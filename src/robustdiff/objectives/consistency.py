@@ -1,0 +1,415 @@
+r"""Consistency distillation and training (Song et al., 2023, arXiv 2303.01469), at a perturbed point.
+
+A consistency function f (:class:`~robustdiff.objectives.preconditioning.Preconditioned`) maps every point of a
+trajectory of the probability-flow ODE to its end. With levels σ_0 < … < σ_{N−1} (:func:`karras_sigmas`; Song et al.
+count them from 1), a draw fixes, once for a batch,
+
+    n < N − 1,      x_{n+1} = x_0 + σ_{n+1} ε,      Φ̂ = the solver's step from x_{n+1} at σ_{n+1} to σ_n,
+
+and every pass over the batch evaluates at another δ, with θ⁻ the target network's parameters,
+
+    perturb = "solver"      L(δ) = w_n d( f_θ(x_{n+1}, σ_{n+1}), f_θ⁻(Φ̂ + δ, σ_n) ),
+    perturb = "student"     L(δ) = w_n d( f_θ(x_{n+1} + δ, σ_{n+1}), f_θ⁻(Φ̂, σ_n) ).
+
+The solver errs, and its error is the mismatch between training and sampling that a consistency model has (Wang et al.,
+2025, arXiv 2502.17099): "solver" trains on the worst of the points that Φ̂ may stand for. The gradient reaches δ through
+the target network, whose parameters are frozen but whose input is not, and θ through the student, in one backward.
+"student" spares the backward through the target network. Φ̂ depends neither on δ nor on θ.
+
+Distillation (Song et al., algorithm 2) integrates dx/dσ = (x − D(x, σ))/σ with a teacher D, by Euler's or Heun's step.
+Training without a teacher (algorithm 3) has Euler's with x_0 for D: Φ̂ = x_0 + σ_n ε, the same ε.
+
+After every optimiser update θ⁻ ← μ θ⁻ + (1 − μ) θ. N and μ may change with the updates k of K that were made:
+
+    fixed        N, μ
+    growing      N(k) = ⌈√(k/K ((s_1 + 1)² − s_0²) + s_0²) − 1⌉ + 1,   μ(k) = exp(s_0 ln μ_0 / N(k))      (appendix C)
+    doubling     N(k) = min(s_0 2^⌊k/K'⌋, s_1) + 1,   K' = ⌊K/(log_2⌊s_1/s_0⌋ + 1)⌋,   μ as given
+
+The last is of Song & Dhariwal (2024, arXiv 2310.14189), as are μ = 0 (θ⁻ = θ, no gradient), the pseudo-Huber distance
+√(‖a − b‖² + c²) − c with c = 0.00054 √d, weights w_n = 1/(σ_{n+1} − σ_n), and n by a log-normal share instead of
+uniformly (:class:`~robustdiff.objectives.timesteps.LogNormal`).
+
+As in the original, the target network drops out the same activations as the student: it is called from the same state
+of the random number generator.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import interpolate
+
+from robustdiff.errors import InputError
+from robustdiff.objectives.objective import Draw, Objective
+from robustdiff.objectives.preconditioning import Denoise, Preconditioned, karras_process, karras_sigmas
+from robustdiff.objectives.timesteps import LogNormal, Uniform
+
+__all__ = [
+    "METRICS",
+    "PERTURBED",
+    "SOLVERS",
+    "WEIGHTINGS",
+    "ConsistencyDraw",
+    "ConsistencyObjective",
+    "DoublingScales",
+    "FixedScales",
+    "GrowingScales",
+    "Metric",
+    "Perturbed",
+    "ScaleSchedule",
+    "Solver",
+    "Weighting",
+    "euler_step",
+    "heun_step",
+]
+
+Solver = Literal["heun", "euler"]
+Metric = Literal["l1", "l2", "pseudo-huber", "lpips"]
+Perturbed = Literal["solver", "student"]
+Weighting = Literal["uniform", "inverse-gap"]
+PERTURBED: tuple[str, ...] = get_args(Perturbed)
+WEIGHTINGS: tuple[str, ...] = get_args(Weighting)
+
+
+# -- solvers -------------------------------------------------------------------------------------------------
+
+
+def _per_sample(values: Tensor, like: Tensor) -> Tensor:
+    return values.reshape(-1, *(1,) * (like.ndim - 1))
+
+
+def euler_step(denoise: Denoise, x: Tensor, sigma: Tensor, lower: Tensor) -> Tensor:
+    """One step of dx/dσ = (x − D(x, σ))/σ, with one call of D.
+
+    Arguments:
+        denoise: D.
+        x: Points, with shape (B, *).
+        sigma: Their levels, with shape (B,).
+        lower: The levels to go to, with shape (B,).
+    """
+    slope = (x - denoise(x, sigma)) / _per_sample(sigma, x)
+    return x + _per_sample(lower - sigma, x) * slope
+
+
+def heun_step(denoise: Denoise, x: Tensor, sigma: Tensor, lower: Tensor) -> Tensor:
+    """The same with the mean of the slopes at both ends, in two calls of D; ``lower`` must be positive."""
+    slope = (x - denoise(x, sigma)) / _per_sample(sigma, x)
+    gap = _per_sample(lower - sigma, x)
+    end = x + gap * slope
+    slope_at_end = (end - denoise(end, lower)) / _per_sample(lower, x)
+    return x + gap / 2 * (slope + slope_at_end)
+
+
+SOLVERS: dict[str, Callable[[Denoise, Tensor, Tensor, Tensor], Tensor]] = {"heun": heun_step, "euler": euler_step}
+
+
+# -- distances -----------------------------------------------------------------------------------------------
+
+
+def _l1(a: Tensor, b: Tensor) -> Tensor:
+    return (a - b).abs().flatten(1).mean(1)
+
+
+def _l2(a: Tensor, b: Tensor) -> Tensor:
+    return (a - b).square().flatten(1).mean(1)
+
+
+def _pseudo_huber(a: Tensor, b: Tensor) -> Tensor:
+    square = (a - b).square().flatten(1).sum(1)
+    c = 0.00054 * math.sqrt(a[0].numel())
+    # √(s + c²) − c without its cancellation where s is small.
+    return square / ((square + c**2).sqrt() + c)
+
+
+class _LPIPS:
+    """The perceptual distance of Zhang et al. (2018), from the package lpips, at 224×224 as in Song et al."""
+
+    def __init__(self) -> None:
+        try:
+            package: Any = import_module("lpips")
+        except ImportError:
+            raise InputError(
+                "the metric lpips needs the package lpips: pip install lpips, or choose l1, l2 or pseudo-huber"
+            ) from None
+        self.network = package.LPIPS(net="vgg", verbose=False).eval().requires_grad_(False)
+
+    def __call__(self, a: Tensor, b: Tensor) -> Tensor:
+        self.network.to(a.device)
+        a, b = (interpolate(x.expand(-1, 3, -1, -1), size=224, mode="bilinear") for x in (a, b))
+        return self.network(a, b).flatten()
+
+
+METRICS: dict[str, Callable[[], Callable[[Tensor, Tensor], Tensor]]] = {
+    "l1": lambda: _l1,
+    "l2": lambda: _l2,
+    "pseudo-huber": lambda: _pseudo_huber,
+    "lpips": _LPIPS,
+}
+"""What makes d: (B, *), (B, *) ↦ (B,). l1 and l2 are means over the elements of |a − b| and (a − b)²."""
+
+
+# -- how many scales -----------------------------------------------------------------------------------------
+
+
+class ScaleSchedule(ABC):
+    """The number N of levels and the decay μ of the target network, by the updates made."""
+
+    @abstractmethod
+    def __call__(self, updates: int) -> tuple[int, float]:
+        """(N, μ) when so many optimiser updates have been made."""
+
+
+@dataclass(frozen=True)
+class FixedScales(ScaleSchedule):
+    """The same throughout. Arguments: scales: N ≥ 2. decay: μ in [0, 1)."""
+
+    scales: int
+    decay: float
+
+    def __call__(self, updates: int) -> tuple[int, float]:
+        return self.scales, self.decay
+
+
+@dataclass(frozen=True)
+class GrowingScales(ScaleSchedule):
+    """Song et al. (2023), appendix C, as printed; their code has N(k) − 1 in the place of N(k) in μ(k).
+
+    Arguments:
+        start: s_0 ≥ 2, the first N.
+        end: s_1; the last N is s_1 + 1.
+        decay: μ_0 in [0, 1); 0 is 0 throughout.
+        total: K.
+    """
+
+    start: int
+    end: int
+    decay: float
+    total: int
+
+    def __call__(self, updates: int) -> tuple[int, float]:
+        progress = min(updates, self.total) / self.total
+        square = progress * ((self.end + 1) ** 2 - self.start**2) + self.start**2
+        scales = math.ceil(math.sqrt(square) - 1) + 1
+        return scales, math.exp(self.start * math.log(self.decay) / scales) if self.decay else 0.0
+
+
+@dataclass(frozen=True)
+class DoublingScales(ScaleSchedule):
+    """Song & Dhariwal (2024), section 3.4.
+
+    Arguments:
+        start: s_0 ≥ 1; the first N is s_0 + 1.
+        end: s_1 ≥ s_0; the last N is s_1 + 1.
+        decay: μ in [0, 1).
+        total: K.
+    """
+
+    start: int
+    end: int
+    decay: float
+    total: int
+
+    def __call__(self, updates: int) -> tuple[int, float]:
+        length = max(int(self.total / (math.log2(self.end // self.start) + 1)), 1)
+        return min(self.start * 2 ** (min(updates, self.total) // length), self.end) + 1, self.decay
+
+
+# -- the loss ------------------------------------------------------------------------------------------------
+
+
+@dataclass(kw_only=True)
+class ConsistencyDraw(Draw):
+    """What one batch is trained on. ``x_t`` is what δ moves, and ``t`` the index of its level.
+
+    Attributes:
+        x_next: x_{n+1}, with shape (B, *).
+        solved: Φ̂, with shape (B, *).
+        upper: σ_{n+1}, with shape (B,).
+        lower: σ_n, with shape (B,).
+    """
+
+    x_next: Tensor
+    solved: Tensor
+    upper: Tensor
+    lower: Tensor
+
+
+class ConsistencyObjective(Objective):
+    """The consistency loss, as a callable. Student and target are F: called with (c_in x, 250 ln σ).
+
+    Arguments:
+        target: The target network, a copy of the student at the start; its parameters are frozen.
+        teacher: D, such as a ``Preconditioned`` or a ``DiffusionDenoiser``; none is training without a teacher.
+        scales: N, or a schedule of (N, μ).
+        decay: μ in [0, 1), where ``scales`` is a number.
+        solver: "heun" or "euler", of the teacher's ODE.
+        metric: d: "l1", "l2", "pseudo-huber" or "lpips".
+        perturb: What δ moves: "solver" or "student".
+        weighting: w_n: "uniform", or "inverse-gap", 1/(σ_{n+1} − σ_n).
+        times: (P_mean, P_std) of n by log-normal shares; (−1.1, 2.0) in Song & Dhariwal (2024). None: uniform.
+        sigma_min: σ_0.
+        sigma_max: σ_{N−1}.
+        rho: ρ of the levels.
+        sigma_data: σ_d > 0, the standard deviation of the data.
+
+    Raises:
+        ValueError: If a name is unknown or a number out of its range.
+        InputError: If the metric needs a package that is not there.
+    """
+
+    def __init__(
+        self,
+        target: nn.Module,
+        teacher: Denoise | None = None,
+        scales: int | ScaleSchedule = 18,
+        decay: float = 0.95,
+        solver: Solver = "heun",
+        metric: Metric = "l2",
+        perturb: Perturbed = "solver",
+        weighting: Weighting = "uniform",
+        times: tuple[float, float] | None = None,
+        sigma_min: float = 0.002,
+        sigma_max: float = 80.0,
+        rho: float = 7.0,
+        sigma_data: float = 0.5,
+    ) -> None:
+        known: dict[str, tuple[str, list[str]]] = {
+            "solver": (solver, list(SOLVERS)),
+            "metric": (metric, list(METRICS)),
+            "perturb": (perturb, list(PERTURBED)),
+            "weighting": (weighting, list(WEIGHTINGS)),
+        }
+        for name, (value, values) in known.items():
+            if value not in values:
+                raise ValueError(f"unknown {name} {value!r}: use one of {', '.join(values)}")
+        if not 0 <= decay < 1:
+            raise ValueError(f"decay must be in [0, 1); got {decay}")
+        self.target = target.requires_grad_(False)
+        self.teacher = teacher
+        self.schedule = scales if isinstance(scales, ScaleSchedule) else FixedScales(scales, decay)
+        self.solver = SOLVERS[solver]
+        self.distance = METRICS[metric]()
+        self.perturb = perturb
+        self.weighting = weighting
+        self.times = times
+        self.sigma_min, self.sigma_max, self.rho, self.sigma_data = sigma_min, sigma_max, rho, sigma_data
+        self.updates = 0
+        self._set_scales()
+
+    def _set_scales(self) -> None:
+        """Make the tables for the number of levels that the schedule now has."""
+        N, _ = self.schedule(self.updates)
+        self.process = karras_process(karras_sigmas(N, self.sigma_min, self.sigma_max, self.rho))
+        self.timesteps = Uniform(N - 1) if self.times is None else LogNormal(self.process.sigmas, *self.times)
+
+    @torch.no_grad()
+    def draw(
+        self,
+        x0: Tensor,
+        t: Tensor | None = None,
+        noise: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        weight: Tensor | None = None,
+        **condition: Any,
+    ) -> ConsistencyDraw:
+        """Fix n, ε, x_{n+1} and Φ̂ for a batch. The teacher is called here, and only here.
+
+        Arguments:
+            x0: Clean samples in [−1, 1], with shape (B, *).
+            t: The indices n in [0, N − 1), ascending in σ, with shape (B,); from ``timesteps`` by default.
+            noise: The noise ε, with shape (B, *); standard normal by default.
+            generator: Where what is not given comes from.
+            weight: What multiplies the loss of each sample beside w_n, with shape (B,); none is 1.
+            condition: What else student, target and teacher are called with, such as ``class_labels``.
+        """
+        if t is None:
+            t, weight = self.timesteps.draw(len(x0), generator)
+            t = t.to(x0.device)
+        if noise is None:
+            device = generator.device if generator is not None else x0.device
+            noise = torch.randn(x0.shape, generator=generator, device=device, dtype=x0.dtype).to(x0.device)
+        sigmas = self.process.sigmas.to(x0.dtype).to(x0.device)
+        upper, lower = sigmas[t + 1], sigmas[t]
+        x_next = x0 + _per_sample(upper, x0) * noise
+        if self.teacher is None:
+            solved = x0 + _per_sample(lower, x0) * noise
+        else:
+            teacher = self.teacher
+            solved = self.solver(lambda x, sigma: teacher(x, sigma, **condition), x_next, upper, lower)
+        if self.weighting == "inverse-gap":
+            gap = 1 / (upper - lower)
+            weight = gap if weight is None else weight * gap
+        moved, at = (solved, t) if self.perturb == "solver" else (x_next, t + 1)
+        return ConsistencyDraw(
+            x0=x0,
+            t=at,
+            noise=noise,
+            x_t=moved,
+            weight=weight,
+            condition=condition,
+            x_next=x_next,
+            solved=solved,
+            upper=upper,
+            lower=lower,
+        )
+
+    def __call__(self, model: Callable[..., Any], draw: Draw, delta: Tensor | None = None) -> dict[str, Tensor]:
+        """The losses with δ added to ``draw.x_t``.
+
+        Arguments:
+            model: The student, called as diffusers calls it.
+            draw: The batch.
+            delta: The perturbation δ, with shape (B, *); none is 0.
+
+        Returns:
+            Losses with shape (B,): "loss" (weighted) and "distance".
+        """
+        assert isinstance(draw, ConsistencyDraw)
+        x_next, solved = draw.x_next, draw.solved
+        through_target = False
+        if delta is not None and self.perturb == "solver":
+            solved = solved + delta
+            through_target = delta.requires_grad and torch.is_grad_enabled()
+        elif delta is not None:
+            x_next = x_next + delta
+        student = Preconditioned(model, self.sigma_data, self.sigma_min)
+        target = Preconditioned(self.target, self.sigma_data, self.sigma_min)
+        device = draw.x0.device
+        # Leaves the generators as they were before, so that the target's dropout is the student's.
+        fork = torch.random.fork_rng
+        with fork([]) if device.type == "cpu" else fork([device], device_type=device.type):
+            end = student(x_next, draw.upper, **draw.condition)
+        with torch.set_grad_enabled(through_target):
+            goal = target(solved, draw.lower, **draw.condition)
+        distance = self.distance(end, goal)
+        return {"loss": distance if draw.weight is None else draw.weight * distance, "distance": distance}
+
+    @torch.no_grad()
+    def after_update(self, model: nn.Module) -> None:
+        """θ⁻ ← μ θ⁻ + (1 − μ) θ, and the number of levels of the next update. Call it after every optimiser step.
+
+        Arguments:
+            model: The student; its parameters are those of the target, in the same order.
+        """
+        _, decay = self.schedule(self.updates)
+        torch._foreach_lerp_(
+            [p.data for p in self.target.parameters()], [p.data for p in model.parameters()], 1 - decay
+        )
+        self.updates += 1
+        if self.schedule(self.updates)[0] != len(self.process):
+            self._set_scales()
+
+    def state(self) -> dict[str, Any]:
+        """The updates made. The target's parameters are the caller's to keep."""
+        return {"updates": self.updates}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.updates = state["updates"]
+        self._set_scales()

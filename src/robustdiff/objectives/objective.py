@@ -1,0 +1,77 @@
+"""What an objective is: a loss that is drawn once for a batch and evaluated in every pass over it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from robustdiff.objectives.timesteps import TimestepSampler
+from robustdiff.process import DiffusionProcess
+
+__all__ = ["Draw", "Objective", "predict"]
+
+
+@dataclass
+class Draw:
+    """What one batch is trained on, the same in all its passes.
+
+    Attributes:
+        x0: Clean samples, with shape (B, *).
+        t: Time indices, with shape (B,).
+        noise: The noise ε, with shape (B, *).
+        x_t: The noisy points that δ moves, with shape (B, *).
+        weight: What multiplies the loss of each sample, with shape (B,); none is 1.
+        condition: What else the model is called with, such as ``class_labels``.
+    """
+
+    x0: Tensor
+    t: Tensor
+    noise: Tensor
+    x_t: Tensor
+    weight: Tensor | None = None
+    condition: dict[str, Any] = field(default_factory=dict)
+
+
+def predict(model: Callable[..., Any], x: Tensor, t: Tensor, condition: dict[str, Any]) -> Tensor:
+    """Call a model as diffusers calls it, ``model(x, t, **condition).sample``, or one that returns a tensor."""
+    output = model(x, t, **condition)
+    return output if isinstance(output, Tensor) else output.sample
+
+
+class Objective(ABC):
+    """A training loss.
+
+    Attributes:
+        process: The process whose times ``Draw.t`` are.
+        timesteps: How they are drawn.
+    """
+
+    process: DiffusionProcess
+    timesteps: TimestepSampler
+
+    @abstractmethod
+    def draw(self, x0: Tensor, t: Tensor | None = None, noise: Tensor | None = None, **more: Any) -> Draw:
+        """Fix everything about a batch x_0 (B, *) that depends neither on δ nor on the parameters."""
+
+    @abstractmethod
+    def __call__(self, model: Callable[..., Any], draw: Draw, delta: Tensor | None = None) -> dict[str, Tensor]:
+        """The losses (B,) at x_t + δ by name, "loss" among them."""
+
+    def more_noise(self, shape: tuple[int, ...], generator: torch.Generator) -> dict[str, Tensor]:
+        """What is random about a batch beside t and ε: arguments of :meth:`draw`, each with a row for each sample."""
+        return {}
+
+    def after_update(self, model: torch.nn.Module) -> None:  # noqa: B027  (most objectives have nothing to do)
+        """Called with the model after every optimiser update."""
+
+    def state(self) -> dict[str, Any]:
+        """What a resumed run has to know, as JSON."""
+        return {}
+
+    def load_state(self, state: dict[str, Any]) -> None:  # noqa: B027
+        """Take what :meth:`state` gave."""

@@ -1,0 +1,181 @@
+r"""Networks over noise levels σ, and the ways between them and networks over discrete times.
+
+The process of Karras et al. (2022, arXiv 2206.00364) has α = 1, x = x_0 + σ ε, at levels σ_min … σ_max that are
+uniform in σ^{1/ρ} (their equation 5). A network F becomes a denoiser D, or a consistency function f, by
+
+    f(x, σ) = c_skip(σ) x + c_out(σ) F(c_in(σ) x, 250 ln σ),
+
+    c_skip = σ_d²/((σ − σ_0)² + σ_d²),   c_out = (σ − σ_0) σ_d/√(σ² + σ_d²),   c_in = 1/√(σ² + σ_d²),
+
+with σ_0 = 0 for D (their table 1), and σ_0 = σ_min for f, which is then the identity at σ_min, the boundary condition
+of a consistency model (Song et al., 2023, arXiv 2303.01469, appendix C). 250 ln σ, a thousand times Karras et al.'s
+ln σ/4, is what the networks of Song et al. are given, and diffusers' ``CMStochasticIterativeScheduler`` gives.
+
+A denoiser D(x, σ) ↦ x̂_0 is the common language. Dividing x by √(1 + σ²) makes the process variance-preserving, with
+α = 1/√(1 + σ²) and the same signal-to-noise ratio. So a network over discrete times is a denoiser
+(:class:`DiffusionDenoiser`), and a denoiser is a network over discrete times (:class:`OverTimes`), to which the
+samplers of diffusion models apply.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from robustdiff.objectives.objective import predict
+from robustdiff.process import DiffusionProcess, Prediction
+
+__all__ = [
+    "Denoise",
+    "DiffusionDenoiser",
+    "OverTimes",
+    "Preconditioned",
+    "karras_process",
+    "karras_sigmas",
+]
+
+Denoise = Callable[..., Tensor]
+"""(x (B, *), σ (B,), **condition) ↦ x̂_0 (B, *)."""
+
+
+def _per_sample(values: Tensor, like: Tensor) -> Tensor:
+    return values.reshape(-1, *(1,) * (like.ndim - 1))
+
+
+def karras_sigmas(N: int, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0) -> Tensor:
+    """N levels from σ_min up to σ_max, uniform in σ^{1/ρ}, with shape (N,), float64.
+
+    Raises:
+        ValueError: If not N ≥ 2, 0 < σ_min < σ_max and ρ > 0.
+    """
+    if not (N >= 2 and 0 < sigma_min < sigma_max and rho > 0):
+        raise ValueError(
+            f"levels need N ≥ 2, 0 < sigma_min < sigma_max and rho > 0; got {N}, {sigma_min}, {sigma_max}, {rho}"
+        )
+    ends = torch.tensor([sigma_min, sigma_max], dtype=torch.float64)
+    low, high = ends ** (1 / rho)
+    sigmas = (low + torch.linspace(0, 1, N, dtype=torch.float64) * (high - low)) ** rho
+    sigmas[0], sigmas[-1] = ends  # exactly: the boundary condition is at σ_min
+    return sigmas
+
+
+def karras_process(sigmas: Tensor) -> DiffusionProcess:
+    """The process x = x_0 + σ ε at some levels (T,), whose network is given σ itself."""
+    return DiffusionProcess(torch.ones_like(sigmas), sigmas, times=sigmas)
+
+
+class Preconditioned:
+    """A network F as a denoiser or, with σ_min, as a consistency function.
+
+    Arguments:
+        network: F, called as diffusers calls it.
+        sigma_data: σ_d > 0, the standard deviation of the data.
+        sigma_min: σ_0 ≥ 0, the level at which the result is x itself.
+    """
+
+    def __init__(self, network: Callable[..., Any], sigma_data: float = 0.5, sigma_min: float = 0.0) -> None:
+        self.network = network
+        self.sigma_data = sigma_data
+        self.sigma_min = sigma_min
+
+    def __call__(self, x: Tensor, sigma: Tensor, **condition: Any) -> Tensor:
+        """f(x, σ), with shape (B, *).
+
+        Arguments:
+            x: Noisy points, with shape (B, *).
+            sigma: Their levels, with shape (B,).
+            condition: What else the network is called with.
+        """
+        time = (250 * sigma.log()).to(x.dtype)
+        s = _per_sample(sigma, x)
+        size = (s**2 + self.sigma_data**2).sqrt()
+        c_skip = self.sigma_data**2 / ((s - self.sigma_min) ** 2 + self.sigma_data**2)
+        c_out = (s - self.sigma_min) * self.sigma_data / size
+        output = predict(self.network, (1 / size).to(x.dtype) * x, time, condition)
+        # A network that also has a variance says it in further channels.
+        output = output[:, : x.shape[1]].to(x.dtype)
+        return c_skip.to(x.dtype) * x + c_out.to(x.dtype) * output
+
+
+class DiffusionDenoiser:
+    """A network over the discrete times of a variance-preserving process as a denoiser.
+
+    The time of a level σ is where the table's σ_t/α_t equals it, between two times by interpolation in ln(σ_t/α_t); the
+    network is called there. Levels outside the table are those of its ends: there D(x, σ) is asked at the end's time,
+    of the point x/√(1 + σ²), whose signal is weaker (σ larger) or stronger than the network was trained for.
+
+    Arguments:
+        network: The network, called as diffusers calls it.
+        process: Its process.
+        prediction: What it predicts; "epsilon", "sample" or "v_prediction".
+
+    Raises:
+        ValueError: If the process does not preserve variance.
+    """
+
+    def __init__(
+        self, network: Callable[..., Any], process: DiffusionProcess, prediction: Prediction = "epsilon"
+    ) -> None:
+        if not process.variance_preserving:
+            raise ValueError("a denoiser over noise levels can be made of a variance-preserving diffusion model only")
+        self.network = network
+        self.process = process
+        self.prediction: Prediction = prediction
+        self._log_sigmas = (process.sigmas / process.alphas.clamp_min(1e-12)).log()
+        self._times = process.times.to(torch.float64)
+
+    @property
+    def sigma_max(self) -> float:
+        """The largest level of the table."""
+        return float(self._log_sigmas[-1].exp())
+
+    def times(self, sigma: Tensor) -> Tensor:
+        """The (fractional) times of levels (B,), with shape (B,), float64."""
+        log_sigma = sigma.to("cpu", torch.float64).log().clamp(self._log_sigmas[0], self._log_sigmas[-1])
+        above = torch.searchsorted(self._log_sigmas, log_sigma).clamp(1, len(self._log_sigmas) - 1)
+        low, high = self._log_sigmas[above - 1], self._log_sigmas[above]
+        return torch.lerp(self._times[above - 1], self._times[above], (log_sigma - low) / (high - low))
+
+    def __call__(self, x: Tensor, sigma: Tensor, **condition: Any) -> Tensor:
+        """D(x, σ), with shape (B, *)."""
+        time = self.times(sigma).to(x.dtype).to(x.device)
+        exact = sigma.to("cpu", torch.float64)
+        # The levels of σ itself, not of the table: split() then takes ε̂ from x as it is.
+        levels = DiffusionProcess((1 + exact**2) ** -0.5, exact * (1 + exact**2) ** -0.5)
+        own = torch.arange(len(sigma), device=x.device)
+        x_t = levels.levels(own, x)[0] * x
+        output = predict(self.network, x_t, time, condition)[:, : x.shape[1]].to(x.dtype)
+        return levels.split(self.prediction, x_t, own, output)[0]
+
+
+class OverTimes:
+    """A denoiser as a network that predicts x_0 over the times of :meth:`process`, which preserves variance.
+
+    Between two times ln σ is linear.
+
+    Arguments:
+        denoise: D.
+        sigmas: The levels of the times, ascending, with shape (T,).
+    """
+
+    def __init__(self, denoise: Denoise, sigmas: Tensor) -> None:
+        self.denoise = denoise
+        self._log_sigmas = sigmas.to("cpu", torch.float64).log()
+
+    @staticmethod
+    def process(sigmas: Tensor) -> DiffusionProcess:
+        """The variance-preserving process of some levels (T,): α = 1/√(1 + σ²) and σα."""
+        scale = (1 + sigmas.to(torch.float64) ** 2).sqrt()
+        return DiffusionProcess(1 / scale, sigmas / scale)
+
+    def __call__(self, x_t: Tensor, t: Tensor, **condition: Any) -> Tensor:
+        """x̂_0 at x_t = x/√(1 + σ²), with shape (B, *); times in [0, T − 1] with shape (B,)."""
+        position = t.to("cpu", torch.float64).clamp(0, len(self._log_sigmas) - 1)
+        below = position.floor().long().clamp_max(len(self._log_sigmas) - 2)
+        log_sigma = torch.lerp(self._log_sigmas[below], self._log_sigmas[below + 1], position - below)
+        sigma = log_sigma.exp().expand(len(x_t))
+        scale = _per_sample((1 + sigma**2).sqrt().to(x_t.dtype).to(x_t.device), x_t)
+        return self.denoise(scale * x_t, sigma.to(x_t.dtype).to(x_t.device), **condition)
