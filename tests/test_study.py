@@ -24,7 +24,7 @@ TINY = {
         "plain": {"set": {"adversary": "none"}, "seeds": [0, 1]},
         "free": {"set": {"adversary.step_size": 0.5}},
     },
-    "measure": {"samplers": ["ddim", "iddpm"], "steps": [2, 1], "num": 40, "batch_size": 20},
+    "measure": {"samplers": ["ddim", "iddpm"], "steps": [2, 1], "num": 40, "batch_size": 20, "mismatch": 40},
 }
 
 
@@ -136,8 +136,7 @@ def test_dry_run_says_what_is_left(finished, study_file, tmp_path, robustdiff):
     assert all((part.runs, part.cells, part.seconds) == (0, 0, 0) for part in remaining(study, folder))
     plain, free = remaining(load_study(study_file), tmp_path / "new")
     assert (plain.runs, plain.cells, free.runs, free.cells) == (2, 8, 1, 4)
-    assert plain.seconds == pytest.approx(2 * free.seconds)
-    assert free.seconds > 0
+    assert 0 < free.seconds < plain.seconds < 2 * free.seconds, "the mismatch is of the first seed alone"
     outcome = robustdiff("study", str(study_file), "--output", str(folder), "--dry-run")
     assert outcome.code == 0
     assert "in all" in outcome.out

@@ -13,12 +13,15 @@ import sys
 from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
 from robustdiff.errors import InputError, RunError
+
+if TYPE_CHECKING:
+    from robustdiff.data import ImageDataset
 
 __all__ = ["app", "main"]
 
@@ -140,8 +143,14 @@ def sample(
     run: Annotated[str, typer.Argument(help="A run, a diffusers pipeline folder, or a shipped model.")],
     output: Annotated[Path, typer.Option(help="A file.npz, or a folder for PNGs.")] = Path("samples.npz"),
     num: Annotated[int, typer.Option(min=1, help="How many images.")] = 64,
-    sampler: Annotated[str, typer.Option(help="ddim, iddpm, dpm++, es, time-shift; euler for flows.")] = "ddim",
-    steps: Annotated[str, typer.Option(help='Network evaluations for one image; or "10,20,30", "ddim25".')] = "20",
+    sampler: Annotated[
+        str | None,
+        typer.Option(help="ddim, iddpm, dpm++, es, time-shift; euler for flows; multistep for consistency models."),
+    ] = None,
+    steps: Annotated[
+        str | None,
+        typer.Option(help='Network evaluations for one image; or "10,20,30", "ddim25"; multistep: scales "0,22,39".'),
+    ] = None,
     seed: Seed = 0,
     batch_size: BatchSize = 128,
     precision: PrecisionOption = Precision.fp32,
@@ -170,7 +179,7 @@ def sample(
         run,
         accelerator.device,
         sampler=sampler,
-        steps=int(steps) if steps.lstrip("-").isdigit() else steps,
+        steps=int(steps) if steps is not None and steps.lstrip("-").isdigit() else steps,
         seed=seed,
         batch_size=batch_size,
         precision=precision.value,
@@ -185,7 +194,7 @@ def sample(
         raise InputError(f"{output}: give a file that ends in .npz, or a folder")
     output.parent.mkdir(parents=True, exist_ok=True)
     quiet = not accelerator.is_main_process
-    with Bar(err, f"{sampler}, {steps} steps", num, quiet=quiet) as bar:
+    with Bar(err, f"{generator.sampler}, {generator.steps} steps", num, quiet=quiet) as bar:
         if output.suffix == ".npz":
             weights = hashlib.sha256()
             for value in generator.unet.state_dict().values():
@@ -200,8 +209,13 @@ def sample(
 @app.command()
 def evaluate(
     runs: Annotated[list[str], typer.Argument(help="Runs, pipeline folders or shipped models.")],
-    sampler: Annotated[str, typer.Option(help="Samplers, with commas.")] = "ddim",
-    steps: Annotated[str, typer.Option(help="Numbers of network evaluations, with commas.")] = "5,10,20,50",
+    sampler: Annotated[
+        str | None, typer.Option(help="Samplers, with commas; by default ddim, multistep for consistency models.")
+    ] = None,
+    steps: Annotated[
+        str | None,
+        typer.Option(help="Numbers of network evaluations, with commas: 5,10,20,50; 1,2,4,8 for consistency models."),
+    ] = None,
     num: Annotated[int, typer.Option(min=4, help="Images of each cell.")] = 5000,
     data: Annotated[str | None, typer.Option(help="The real images, by name; those of the run by default.")] = None,
     root: Annotated[str | None, typer.Option(help="The folder or file of the real images.")] = None,
@@ -221,19 +235,17 @@ def evaluate(
     """
     from accelerate import Accelerator
 
-    from robustdiff.data import load_dataset
     from robustdiff.evaluation.features import EXTRACTORS, load_extractor
     from robustdiff.evaluation.fidelity import reference_statistics
     from robustdiff.evaluation.grid import evaluate_grid
     from robustdiff.files import atomic_write
     from robustdiff.models.build import check_fit
-    from robustdiff.recipe import load_recipe
     from robustdiff.report.figures import fid_against_steps, sample_grid, save_figure
     from robustdiff.report.progress import Bar
     from robustdiff.report.tables import grid_table, print_whole
     from robustdiff.samplers.generate import Generator
 
-    samplers, counts = sampler.split(","), _counts(steps)
+    samplers = [None] if sampler is None else sampler.split(",")
     accelerator = Accelerator(cpu=cpu)
     names = _names(runs)
     generators = {
@@ -242,13 +254,10 @@ def evaluate(
         )
         for name, run in zip(names, runs, strict=True)
     }
-    where: dict[str, Any] = {"root": root}
-    recipe = Path(runs[0]) / "recipe.yaml"
-    if data is None and recipe.exists():
-        config = load_recipe(str(recipe)).data
-        data, where = config.name, {"root": config.root, "size": config.size, "channels": config.channels}
-        where["split"] = config.split
-    dataset = load_dataset(data or "fashion-16", **where)
+    default = generators[names[0]].sampler
+    samplers = [name or default for name in samplers]
+    counts = _counts(steps or ("1,2,4,8" if default == "multistep" else "5,10,20,50"))
+    dataset = _real_images(runs[0], data, root)
     for run, generator in zip(runs, generators.values(), strict=True):
         check_fit(generator.unet, dataset.shape, run)
     if features is None and dataset.name not in EXTRACTORS:
@@ -288,6 +297,89 @@ def evaluate(
         with atomic_write(output / "result.json") as file:
             file.write(json.dumps(record, indent=1).encode())
         out.print(f"figures and result.json are in {output}")
+
+
+@app.command()
+def mismatch(
+    runs: Annotated[list[str], typer.Argument(help="Runs, pipeline folders or shipped models.")],
+    sampler: Annotated[
+        str | None, typer.Option(help="Samplers, with commas; by default ddim, multistep for consistency models.")
+    ] = None,
+    steps: Annotated[str, typer.Option(help="Numbers of network evaluations, with commas.")] = "10",
+    num: Annotated[
+        int | None, typer.Option(min=1, help="Images; by default 2000, or half of the real ones if they are fewer.")
+    ] = None,
+    radii: Annotated[str, typer.Option(help="ℓ2 radii of the robust loss, with commas.")] = "0.1,0.3,1.0",
+    probes: Annotated[int, typer.Option(min=0, help="Images of the robust loss; 0 leaves it out.")] = 32,
+    data: Annotated[str | None, typer.Option(help="The real images, by name; those of the run by default.")] = None,
+    root: Annotated[str | None, typer.Option(help="The folder or file of the real images.")] = None,
+    output: Annotated[Path, typer.Option(help="A folder for mismatch.json and figures.")] = Path("mismatch"),
+    seed: Seed = 0,
+    batch_size: BatchSize = 128,
+    precision: PrecisionOption = Precision.fp32,
+    cpu: Cpu = False,
+) -> None:
+    """How far the points that a sampler makes are from those that the network was trained on, step by step.
+
+    Spread (exposure bias), sliced Wasserstein, energy and Fréchet distance and KL divergence along the sampler's path,
+    with intervals and floors; robust loss and Lipschitz constant at true points. All on common random numbers.
+    """
+    from accelerate import Accelerator
+
+    from robustdiff.files import atomic_write
+    from robustdiff.mismatch.measure import measure_mismatch
+    from robustdiff.report.figures import save_figure
+    from robustdiff.report.mismatch import mismatch_figure, mismatch_table, robustness_figure, robustness_table
+    from robustdiff.report.progress import Bar
+    from robustdiff.report.tables import print_whole
+    from robustdiff.samplers.generate import Generator
+
+    counts = _counts(steps)
+    try:
+        sizes = [float(part) for part in radii.split(",")]
+    except ValueError:
+        raise InputError(f"--radii {radii}: give numbers with commas, such as 0.1,0.3,1.0") from None
+    device = Accelerator(cpu=cpu).device
+    names = _names(runs)
+    samplers = None if sampler is None else sampler.split(",")
+    generators = {
+        name: Generator.load(
+            run,
+            device,
+            sampler=samplers[0] if samplers else None,
+            steps=counts[0],
+            batch_size=batch_size,
+            precision=precision.value,
+        )
+        for name, run in zip(names, runs, strict=True)
+    }
+    dataset = _real_images(runs[0], data, root)
+    num = min(2000, len(dataset) // 2) if num is None else num
+    with Bar(err, "mismatch", 1) as bar:
+        result = measure_mismatch(
+            generators,
+            dataset,
+            samplers or [generators[names[0]].sampler],
+            counts,
+            num,
+            radii=sizes,
+            probes=min(probes, num),
+            seed=seed,
+            on_part=bar.describe,
+            on_progress=bar.advance,
+        )
+    out.print(f"p(x_t) of {num} images against q(x_t) of {dataset.name}, with 95 % intervals:")
+    print_whole(out, mismatch_table(result))
+    output.mkdir(parents=True, exist_ok=True)
+    title = f"{dataset.name}, {num} images, seed {seed}"
+    save_figure(mismatch_figure(result, title), output / "mismatch.png")
+    if result.robustness:
+        out.print(f"robust loss and Lipschitz constant of the predicted noise at {probes} true points:")
+        print_whole(out, robustness_table(result))
+        save_figure(robustness_figure(result, f"{dataset.name}, {probes} images, seed {seed}"), output / "robust.png")
+    with atomic_write(output / "mismatch.json") as file:
+        file.write(json.dumps(asdict(result), indent=1).encode())
+    out.print(f"figures and mismatch.json are in {output}")
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
@@ -382,6 +474,20 @@ def _scale(text: str | None) -> float | tuple[float, float] | None:
     if len(values) == 2:
         return values[0], values[1]
     raise InputError(f"--eps-scale {text}: give a number, or k,b for k·i + b")
+
+
+def _real_images(run: str, data: str | None, root: str | None) -> ImageDataset:
+    """The dataset of a name, or else that of a run's recipe, or else fashion-16."""
+    from robustdiff.data import load_dataset
+    from robustdiff.recipe import load_recipe
+
+    recipe = Path(run) / "recipe.yaml"
+    if data is None and recipe.exists():
+        config = load_recipe(str(recipe)).data
+        return load_dataset(
+            config.name, root=config.root, size=config.size, channels=config.channels, split=config.split
+        )
+    return load_dataset(data or "fashion-16", root=root)
 
 
 def _counts(steps: str) -> list[int]:

@@ -5,6 +5,7 @@ A study file names a recipe, what each method changes in it, and how the results
     runs/M-sS/                    one training for each method M and seed S
     trainings/M-sS.json           its loss over the updates, and how long it took
     cells/M-sS-SAMPLER-N.json     FID, KID, precision and recall of that run under one sampler at N steps
+    mismatch/M-sS.json            where asked for: how far its samplers' states are from q(x_t)
 
 and a piece of work is done when its file exists. Files are written atomically, trainings resume, and so an interrupted
 study goes on where it was. A piece that is being worked on is held by a lock of the operating system (flock), which
@@ -21,11 +22,12 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import re
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +44,7 @@ from robustdiff.evaluation.features import load_extractor
 from robustdiff.evaluation.fidelity import reference_statistics
 from robustdiff.evaluation.grid import evaluate_cell
 from robustdiff.files import atomic_write
+from robustdiff.mismatch.measure import measure_mismatch
 from robustdiff.models.build import build_model
 from robustdiff.recipe import DataConfig, Recipe, Section, load_recipe
 from robustdiff.report.figures import tile
@@ -83,6 +86,7 @@ class Measurement(Section):
     num: int = Field(5000, ge=4, description="images of a cell")
     seed: int = Field(0, ge=0, description="of the images' noise")
     batch_size: int = Field(64, ge=1)
+    mismatch: int = Field(0, ge=0, description="images of the mismatch, measured for the first seed; 0: not measured")
     features: str = "fashion-16"
     weights: str | None = Field(None, description="Inception's weights file")
     data: DataConfig | None = Field(None, description="the real images; those of the recipe by default")
@@ -101,6 +105,9 @@ class Study(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Study:
+        for name in self.methods:
+            if not re.fullmatch(r"[\w.+-]+", name):
+                raise ValueError(f"the method {name!r} names files: use letters, digits and . + - _ only")
         if self.baseline not in self.methods:
             raise ValueError(f"baseline {self.baseline!r} is not one of the methods {', '.join(self.methods)}")
         return self
@@ -160,10 +167,26 @@ class Run:
         return self.path.is_file() and (self.output / "model" / "model_index.json").is_file()
 
     @property
+    def mismatch_path(self) -> Path | None:
+        """The file of the mismatch, where it is asked for."""
+        first = self.seed == self.study.methods[self.method].seeds[0]
+        return self.folder / "mismatch" / f"{self.name}.json" if self.study.measure.mismatch and first else None
+
+    @property
+    def missing(self) -> list[Path]:
+        """The files that are not there yet, but for the training's own."""
+        paths = [cell.path for cell in self.cells]
+        if self.mismatch_path is not None:
+            paths.append(self.mismatch_path)
+        return [path for path in paths if not path.is_file()]
+
+    @property
+    def steps(self) -> tuple[int, ...]:
+        return tuple(sorted(self.study.methods[self.method].steps or self.study.measure.steps))
+
+    @property
     def cells(self) -> list[Cell]:
-        measure = self.study.measure
-        steps = self.study.methods[self.method].steps or measure.steps
-        return [Cell(self, sampler, count) for count in sorted(steps) for sampler in measure.samplers]
+        return [Cell(self, sampler, count) for count in self.steps for sampler in self.study.measure.samplers]
 
 
 @dataclass(frozen=True)
@@ -263,7 +286,7 @@ class _Evaluator:
             "replicates": [float(f"{value:.5g}") for value in replicates],
             "seconds": round(cell.seconds, 1),
             "training": result,
-            "recipe": {**recipe.model_dump(mode="json"), "output": ""},
+            "recipe": {**yaml.safe_load(recipe.to_yaml()), "output": ""},
             "measure": measure.model_dump(mode="json", exclude={"samplers", "steps"}),
             "weights": _fingerprint(generator),
             "threads": torch.get_num_threads(),
@@ -332,7 +355,7 @@ def run_study(
     while True:
         missing = worked = False
         for run in runs:
-            if all(cell.done for cell in run.cells):
+            if not run.missing:
                 continue
             missing = True
             if not run.done:
@@ -356,6 +379,12 @@ def run_study(
                         evaluators[key] = _Evaluator(study.measure, recipe.data)
                     on_part(cell.name, study.measure.num)
                     _measure(cell, evaluators[key], on_progress)
+            path = run.mismatch_path
+            if path is not None:
+                with _held(folder / "locks" / f"mismatch {run.name}") as mine:
+                    if mine and not path.is_file():
+                        worked = True
+                        _measure_mismatch(run, path, on_part, on_progress)
         if not missing:
             return True
         if not worked:
@@ -381,6 +410,58 @@ def _measure(cell: Cell, evaluator: _Evaluator, on_progress: Callable[[float, st
             Image.fromarray(tile(images, PICTURED).squeeze()).save(file, format="png")
     with atomic_write(cell.path) as file:
         file.write(json.dumps({"method": run.method, "seed": run.seed, **record}, indent=1).encode())
+
+
+def _measure_mismatch(
+    run: Run, path: Path, on_part: Callable[[str, float], None], on_progress: Callable[[float, str], None]
+) -> None:
+    """Measure how far a run's samplers' states are from q(x_t): the mean over steps of each measure."""
+    recipe, measure = run.recipe, run.study.measure
+    data = recipe.data
+    dataset = load_dataset(data.name, root=data.root, size=data.size, channels=data.channels, split=data.split)
+    generator = Generator.load(
+        recipe.output,
+        "cuda" if torch.cuda.is_available() else "cpu",
+        sampler=measure.samplers[0],
+        steps=run.steps[0],
+        batch_size=measure.batch_size,
+        precision=recipe.precision,
+    )
+    done = 0
+
+    def on_more(amount: int) -> None:
+        nonlocal done
+        done += amount
+        on_progress(done, "images")
+
+    mismatch = measure_mismatch(
+        {run.name: generator},
+        dataset,
+        measure.samplers,
+        run.steps,
+        measure.mismatch,
+        probes=0,
+        seed=measure.seed,
+        on_part=on_part,
+        on_progress=on_more,
+    )
+    record = {
+        "method": run.method,
+        "seed": run.seed,
+        "n": measure.mismatch,
+        "paths": [
+            {
+                "sampler": p.sampler,
+                "steps": p.steps,
+                "mean": {name: asdict(e) for name, e in p.mean.items()},
+                "last": {name: asdict(e) for name, e in p.last.items()},
+            }
+            for p in mismatch.paths
+        ],
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(path) as file:
+        file.write(json.dumps(record, indent=1).encode())
 
 
 def reproduce(
@@ -466,9 +547,13 @@ def remaining(study: Study, folder: Path) -> list[Remaining]:
     for method in study.methods:
         own = [run for run in runs if run.method == method]
         cells = [cell for run in own for cell in run.cells if not cell.done]
-        untrained = [run for run in own if not run.done and any(not cell.done for cell in run.cells)]
+        untrained = [run for run in own if not run.done and run.missing]
         seconds = training * sum(_image_passes(run.recipe) for run in untrained)
         seconds += sampling * study.measure.num * sum(cell.steps for cell in cells)
+        unseen = [run for run in own if run.mismatch_path is not None and not run.mismatch_path.is_file()]
+        # The network is called twice for an image and step.
+        per_step = 2 * study.measure.mismatch * len(study.measure.samplers)
+        seconds += sampling * per_step * sum(sum(run.steps) for run in unseen)
         left.append(Remaining(method, len(untrained), len(cells), seconds))
     return left
 
@@ -488,10 +573,9 @@ def _time_sampling(run: Run) -> float:
     data = recipe.data
     dataset = load_dataset(data.name, root=data.root, size=data.size, channels=data.channels, split=data.split)
     built = build_model(recipe, dataset)
-    generator = Generator(
+    generator = Generator.of(
         built.unet,
-        built.process,
-        built.objective.prediction,
+        built.scheduler,
         sampler=measure.samplers[0],
         steps=2,
         batch_size=measure.batch_size,

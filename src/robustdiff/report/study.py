@@ -22,10 +22,12 @@ import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image
+from scipy.stats import spearmanr
 
 from robustdiff.errors import InputError
 from robustdiff.evaluation.fidelity import interval
 from robustdiff.files import atomic_write
+from robustdiff.mismatch.measure import MEASURES
 from robustdiff.report.figures import Line, fid_panels, loss_curves, save_figure
 from robustdiff.study import Study, plan
 
@@ -81,6 +83,12 @@ class Results:
         if not self.cells:
             raise InputError(f"no cells in {folder / 'cells'}: run the study first")
         present = {method for method, *_ in self.cells}
+        self.mismatch: dict[tuple[str, int, str, int], Record] = {}
+        for run in plan(study, folder):
+            path = run.mismatch_path
+            if path is not None and path.is_file():
+                for found in json.loads(path.read_text(encoding="utf-8"))["paths"]:
+                    self.mismatch[run.method, run.seed, found["sampler"], found["steps"]] = found
         self.methods = [method for method in study.methods if method in present]
         self.samplers = [s for s in study.measure.samplers if any(key[2] == s for key in self.cells)]
         self.steps = sorted({key[3] for key in self.cells})
@@ -165,6 +173,60 @@ def _other_measures(results: Results, steps: int) -> str:
             row.append(f"{np.mean(kid):.3f} / {np.mean(precision):.3f} / {np.mean(recall):.3f}" if kid else "–")
         rows.append(row)
     return _table([f"{steps} steps: KID / precision / recall", *results.samplers], rows)
+
+
+def _mismatch(results: Results) -> list[str]:
+    """FID beside each measure of the mismatch, and how their ranks agree."""
+    keys = [key for key in results.mismatch if key in results.cells]
+    if len({method for method, *_ in keys}) < 2:
+        return []
+    names = list(MEASURES)
+    base = results.study.baseline
+    rows, changes, counts = [], [], {name: [0, 0] for name in names}
+    fids = [results.cells[key]["fid"] for key in keys]
+    correlations = []
+    for name in names:
+        values = [abs(results.mismatch[key]["mean"][name]["value"]) for key in keys]
+        correlations.append(f"{spearmanr(fids, values).statistic:+.2f}")
+        signed = [
+            (
+                results.cells[key]["fid"] / results.cells[pair]["fid"],
+                abs(results.mismatch[key]["mean"][name]["value"]) / abs(results.mismatch[pair]["mean"][name]["value"]),
+            )
+            for key in keys
+            if key[0] != base and (pair := (base, *key[1:])) in keys
+        ]
+        changes.append(f"{spearmanr(*zip(*signed, strict=True)).statistic:+.2f}")
+        counts[name] = [sum((fid < 1) == (other < 1) for fid, other in signed), len(signed)]
+    agreement = [f"{same} of {total}" for same, total in counts.values()]
+    summary = _table(
+        ["", *names],
+        [
+            ["ranks of FID and measure, over all cells", *correlations],
+            [f"ranks of their ratios to {base}", *changes],
+            [f"cells where both move the same way from {base}", *agreement],
+        ],
+    )
+    for key in keys:
+        method, _, sampler, steps = key
+        record = results.mismatch[key]["mean"]
+        rows.append(
+            [f"{sampler} {steps}, {method}", f"{results.cells[key]['fid']:.2f}"]
+            + [f"{record[name]['value']:.3g}" for name in names]
+        )
+    meanings = "; ".join(f"`{name}`: {meaning}" for name, meaning in MEASURES.items())
+    return [
+        "## The mismatch beside FID",
+        f"How far the states of each sampler are from q(x_t), averaged over its steps, with "
+        f"{results.study.measure.mismatch:,} images on common random numbers; first seed. {meanings}.",
+        f"Spearman's rank correlation with FID, of absolute values over {len(keys)} cells of method × sampler × steps. "
+        "The first line is mostly that fewer steps are worse in both; the other two ask whether a method that changes "
+        "FID changes the mismatch with it:",
+        summary,
+        "<details><summary>All cells</summary>",
+        _table(["", "FID", *names], rows),
+        "</details>",
+    ]
 
 
 def _cost(results: Results) -> str:
@@ -344,6 +406,7 @@ def write_page(study: Study, folder: Path, page: Path) -> str:
         *(_changes(results, [sampler], f"{sampler}, steps") for sampler in results.samplers),
         "## KID, precision, recall",
         _other_measures(results, middle),
+        *_mismatch(results),
         "## Cost",
         _cost(results),
     ]

@@ -1,0 +1,209 @@
+r"""Distances between samples of two laws, each with an interval.
+
+Let x_1 … x_n be drawn from p and y_1 … y_n from q, in d dimensions.
+
+**Sliced Wasserstein** (Bonneel et al., J. Math. Imaging and Vision 51, 2015). Along a direction θ the optimal coupling
+of two samples joins the i-th smallest to the i-th smallest, hence
+
+    SW₂² = mean over θ of mean over i of ( (θ·x)_(i) − (θ·y)_(i) )²,       θ uniform on the unit sphere.
+
+Since E(θ·v)² = ‖v‖²/d, SW₂ is a displacement per dimension in the units of x: SW₂ ≤ W₂/√d, and a ball of the radius
+η√d around the points of q cannot hold p unless SW₂ ≤ η.
+
+**Energy distance** (Székely & Rizzo, J. Statistical Planning and Inference 143, 2013), in units of x:
+
+    E = 2 E‖x − y‖ − E‖x − x'‖ − E‖y − y'‖,
+
+zero only if p = q; estimated without bias (the pairs x, x' exclude i = j), so it may come out below zero.
+
+**Kullback–Leibler divergence** by nearest neighbours (Wang, Kulkarni & Verdú, IEEE Trans. Information Theory 55, 2009;
+Pérez-Cruz, ISIT 2008), in nats. With ρ_i the distance of y_i to its k-th neighbour among the other y, and ν_i to its
+k-th neighbour among the x,
+
+    KL(q‖p) ≈ d/n Σ_i log(ν_i/ρ_i) + log(n/(n − 1)).
+
+It tends to the truth as n grows, but slowly, and ever more slowly with d: it takes the two densities as constant over
+balls whose radius is n^(−1/d) of the spread. This bias is not in the interval, and not of one sign. Where p is narrower
+than q, neighbours of a point in the tails of q are found on the near side only, and the estimate is too low. For
+Gaussians, k = 2, n = 2000 and p narrower by a fifth in each of 4 dimensions it is 0.04 on average instead of 0.23, in 8
+dimensions −0.14 instead of 0.46. In 4 dimensions a p wider by a fifth gives 0.16 instead of 0.12, and a shift of 0.7
+standard deviations 0.24 instead of 0.25. Beyond some four dimensions it is a score, not an estimate: reduce the
+dimension first. More neighbours vary less and are more biased. KL is unchanged by invertible maps and the estimate is
+not: bring the coordinates of q to unit variance first.
+
+**Intervals.** The images fall into K blocks. A replicate is the statistic of the images of K/2 blocks drawn without
+replacement, the same for x and y. For a mean the spread of such half-samples is exactly that of the mean of all (the
+delete-half jackknife; Shao & Wu, Annals of Statistics 17, 1989), and no image is in a half-sample twice, where the ties
+of a bootstrap would set nearest-neighbour distances to zero. The interval is value ± t_{K−1}·(standard deviation of the
+replicates). It says how the value would vary with other images, at this n: a bias that depends on n (of SW₂, Fréchet
+and KL) is in the value and not in the interval. What the statistic is between two samples of q itself, of the same n,
+is its floor.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import stats
+from scipy.spatial import KDTree
+from scipy.spatial.distance import cdist
+
+from robustdiff.errors import InputError
+from robustdiff.evaluation.fidelity import frechet_distance
+
+__all__ = [
+    "BLOCKS",
+    "Estimate",
+    "block_of",
+    "energy_distance",
+    "estimate",
+    "frechet",
+    "half_samples",
+    "kl_divergence",
+    "random_directions",
+    "sliced_wasserstein",
+]
+
+Array = NDArray[np.float64]
+Subsets = NDArray[np.bool_]
+
+BLOCKS = 20
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A statistic with its 95 % interval.
+
+    Attributes:
+        value: The statistic of all images.
+        low: The interval's lower end.
+        high: Its upper end.
+        floor: The same statistic between two samples of q of the same size; None where it is zero in expectation.
+    """
+
+    value: float
+    low: float
+    high: float
+    floor: float | None = None
+
+
+def half_samples(replicates: int = 40, seed: int = 0) -> Subsets:
+    """All blocks, then half of them at random, again and again: (1 + replicates, K)."""
+    generator = np.random.default_rng(seed)
+    halves = [generator.permutation(BLOCKS) < BLOCKS // 2 for _ in range(replicates)]
+    return np.stack([np.ones(BLOCKS, np.bool_), *halves])
+
+
+def block_of(indices: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The block of each image, by its number: what is drawn at random has no order that a block could follow."""
+    return indices % BLOCKS
+
+
+def estimate(values: NDArray[Any], floor: float | None = None) -> Estimate:
+    """An interval from the statistic of all images, values[0], and of half-samples, values[1:]."""
+    value = float(values[0])
+    half = float(stats.t.ppf(0.975, BLOCKS - 1) * np.std(values[1:], ddof=1))
+    return Estimate(value, value - half, value + half, floor)
+
+
+def _given(x: NDArray[Any], y: NDArray[Any], subsets: Subsets | None) -> tuple[Array, Array, Subsets]:
+    """The samples in double precision, and one subset that is all of them by default."""
+    x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
+    if x.shape != y.shape or x.ndim != 2 or len(x) < 4:
+        raise InputError(f"samples of shapes {x.shape} and {y.shape}: give as many of each, 4 or more, as (n, d)")
+    return x, y, np.ones((1, len(x)), np.bool_) if subsets is None else subsets
+
+
+def random_directions(d: int, number: int = 128, seed: int = 0) -> Array:
+    """Directions that are uniform on the unit sphere, (number, d)."""
+    gaussian = np.random.default_rng(seed).standard_normal((number, d))
+    return np.asarray(gaussian / np.linalg.norm(gaussian, axis=1, keepdims=True))
+
+
+def sliced_wasserstein(x: NDArray[Any], y: NDArray[Any], directions: Array, subsets: Subsets | None = None) -> Array:
+    """SW₂ along given directions, in units of x per dimension. Biased upwards, by the distance of two samples of q.
+
+    Arguments:
+        x: Samples of p, with shape (n, d).
+        y: Samples of q, with shape (n, d).
+        directions: Unit vectors, with shape (L, d).
+        subsets: Which images count in each of S evaluations, with shape (S, n); all by default.
+
+    Returns:
+        (S,).
+
+    Raises:
+        InputError: If the samples differ in shape, or are fewer than 4.
+    """
+    x, y, subsets = _given(x, y, subsets)
+    sides = []
+    for points in (x, y):
+        along = directions @ points.T
+        order = along.argsort(axis=1)
+        sides.append((np.take_along_axis(along, order, axis=1), order))
+    result = np.empty(len(subsets))
+    for i, subset in enumerate(subsets):
+        # What is sorted stays sorted when some of it is left out.
+        a, b = (along[subset[order]].reshape(len(directions), -1) for along, order in sides)
+        result[i] = np.sqrt(((a - b) ** 2).mean())
+    return result
+
+
+def energy_distance(x: NDArray[Any], y: NDArray[Any], subsets: Subsets | None = None) -> Array:
+    """The energy distance, in units of x, without bias: between samples of one law it is zero in expectation.
+
+    Arguments and errors are those of :func:`sliced_wasserstein`. Memory: n² numbers at a time.
+    """
+    x, y, subsets = _given(x, y, subsets)
+    chosen = subsets.astype(np.float64)
+    m = chosen.sum(1)
+
+    def total(a: Array, b: Array) -> Array:
+        return np.asarray(((chosen @ cdist(a, b)) * chosen).sum(1))
+
+    return np.asarray(2 * total(x, y) / m**2 - (total(x, x) + total(y, y)) / (m * (m - 1)))
+
+
+def frechet(x: NDArray[Any], y: NDArray[Any], subsets: Subsets | None = None) -> Array:
+    """The squared Fréchet distance of the Gaussians with the samples' moments, in squared units of x.
+
+    It sees means and covariances alone, and is biased upwards by some d²/n of the variance of a dimension.
+    Arguments and errors are those of :func:`sliced_wasserstein`.
+    """
+    x, y, subsets = _given(x, y, subsets)
+    result = np.empty(len(subsets))
+    for i, subset in enumerate(subsets):
+        a, b = x[subset], y[subset]
+        covariances = [np.atleast_2d(np.cov(points, rowvar=False)) for points in (a, b)]
+        result[i] = frechet_distance(a.mean(0), covariances[0], b.mean(0), covariances[1])
+    return result
+
+
+def kl_divergence(x: NDArray[Any], y: NDArray[Any], k: int = 2, subsets: Subsets | None = None) -> Array:
+    """KL(q‖p) by k nearest neighbours, in nats: of the law of y from that of x, the sampler's. See above on its bias.
+
+    Arguments and errors are those of :func:`sliced_wasserstein`, and
+
+    Arguments:
+        k: Which neighbour, ≥ 1: more of them vary less and are more biased.
+
+    Raises:
+        InputError: Also if the subsets have k points or fewer, or points of y coincide.
+    """
+    x, y, subsets = _given(x, y, subsets)
+    d = x.shape[1]
+    result = np.empty(len(subsets))
+    for i, subset in enumerate(subsets):
+        a, b = x[subset], y[subset]
+        n = len(b)
+        if n <= k:
+            raise InputError(f"{n} points have no neighbour number {k}: give more samples, or a smaller k")
+        rho = KDTree(b).query(b, [k + 1])[0][:, 0]  # the nearest of all is the point itself
+        nu = KDTree(a).query(b, [k])[0][:, 0]
+        if not rho.all() or not nu.all():
+            raise InputError(f"more than {k} points coincide: nearest neighbours need samples of a density")
+        result[i] = d * np.log(nu / rho).mean() + np.log(n / (n - 1))
+    return result

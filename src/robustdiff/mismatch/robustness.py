@@ -1,0 +1,243 @@
+r"""How a network bears points that are a little off: the robust loss, and the Lipschitz constant of ε̂.
+
+A perturbation of x_t = α_t x_0 + σ_t ε changes the noise (:mod:`robustdiff.process`): the training loss at x_t + δ is
+
+    L(δ) = mean over elements of ( target(x_0, t, ε + δ/σ_t) − model(x_t + δ, t) )²,
+
+and the **robust loss** of radius r is sup over ‖δ‖ ≤ r of L(δ), per sample, averaged over samples: what adversarial
+training minimises (Wang et al., 2025, arXiv 2502.17099, Theorem 1). Here δ is moved in the target as well, since the
+supremum is that of L as a function; training holds it fixed there, as the point at which it trains. The ascent is that
+of :class:`robustdiff.perturbation.PGDAdversary`, from the worst point of the next smaller radius and from random points
+of the ball; the worst of all points that it visits counts. So it is a lower bound of the supremum, never below the
+clean loss, never falling with the radius, and in the units of the training loss.
+
+The **local Lipschitz constant** is the largest singular value of J = ∂ε̂(x, t)/∂x at x_t, by power iteration on JᵀJ,
+
+    v ← JᵀJ v / ‖JᵀJ v‖,        ‖J v‖ → s_max from below.
+
+It is without unit, ε̂ per x. An error e of x_t becomes an error of ε̂ of up to s_max·‖e‖. The exact ε̂ of data of unit
+variance has σ_t; where the data is concentrated it comes near to 1/σ_t.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from robustdiff.objectives.denoising import predict
+from robustdiff.perturbation import PGDAdversary
+from robustdiff.process import DiffusionProcess, Prediction
+
+__all__ = ["Robustness", "lipschitz", "measure_robustness", "robust_loss"]
+
+
+@dataclass(frozen=True)
+class Robustness:
+    """One checkpoint at one time, over some samples of q(x_t).
+
+    Attributes:
+        checkpoint: Its name.
+        index: The time's index in the process.
+        sigma: σ_t.
+        n: Samples.
+        loss: The clean loss, with its standard error ``loss_se``.
+        radii: The radii, ascending, in units of the norm of x_t.
+        robust: The robust loss of each, with standard errors ``robust_se``.
+        lipschitz: The mean over samples of the local Lipschitz constant, with its standard error ``lipschitz_se``.
+        lipschitz_max: The largest of all samples.
+    """
+
+    checkpoint: str
+    index: int
+    sigma: float
+    n: int
+    loss: float
+    loss_se: float
+    radii: list[float]
+    robust: list[float]
+    robust_se: list[float]
+    lipschitz: float
+    lipschitz_se: float
+    lipschitz_max: float
+
+
+class _WorstPoint(PGDAdversary):
+    """The ascent, from any point, with the worst of the points on its way."""
+
+    def ascend(self, loss: Callable[[Tensor], Tensor], x_t: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
+        """From ``start`` (B, *), the worst δ (B, *) of each sample and its loss (B,)."""
+        delta, worst, highest = start, start, torch.full((len(x_t),), -torch.inf, device=x_t.device)
+        for step in range(self.steps + 1):
+            delta = delta.detach().requires_grad_()
+            with torch.enable_grad():
+                losses = loss(delta)
+                (grad,) = torch.autograd.grad(losses.sum(), delta)
+            higher = losses.detach() > highest
+            highest = torch.where(higher, losses.detach(), highest)
+            worst = torch.where(higher.reshape(-1, *(1,) * (x_t.ndim - 1)), delta.detach(), worst)
+            if step < self.steps:
+                delta = self._ascend(delta.detach(), grad, x_t, None, None)
+        return worst, highest
+
+    def inside(self, x_t: Tensor, radius: float, generator: torch.Generator) -> Tensor:
+        """A point of the ball for each sample: r·u^(1/d) in a random direction, which is uniform for ℓ2."""
+        gaussian = torch.randn(x_t.shape, generator=generator).to(x_t)
+        u = torch.rand(len(x_t), generator=generator).to(x_t)
+        size = radius * u ** (1 / x_t[0].numel()) / self.norm(gaussian)
+        return gaussian * size.reshape(-1, *(1,) * (x_t.ndim - 1))
+
+
+def robust_loss(
+    loss: Callable[[Tensor], Tensor],
+    x_t: Tensor,
+    radii: Sequence[float],
+    norm: str = "l2",
+    ascents: int = 10,
+    restarts: int = 1,
+    seed: int = 0,
+) -> Tensor:
+    """The largest loss found in the ball of each radius.
+
+    Arguments:
+        loss: δ (B, *) ↦ losses (B,), differentiable, each of its own sample's δ alone.
+        x_t: The points, with shape (B, *).
+        radii: r > 0, ascending, in units of the norm.
+        norm: "l2", "linf" or "l1".
+        ascents: Gradient steps of each start, of length r/2.
+        restarts: Random starts, besides the worst point of the next smaller ball (at first, δ = 0).
+        seed: Of the random starts.
+
+    Returns:
+        (radii, B).
+    """
+    generator = torch.Generator().manual_seed(seed)
+    worst, result = torch.zeros_like(x_t), []
+    for r in radii:
+        adversary = _WorstPoint(ascents, r / 2, r, norm)
+        starts = [worst, *(adversary.inside(x_t, r, generator) for _ in range(restarts))]
+        points, losses = zip(*(adversary.ascend(loss, x_t, start) for start in starts), strict=True)
+        highest, which = torch.stack(losses).max(0)
+        worst = torch.stack(points)[which, torch.arange(len(x_t), device=x_t.device)]
+        result.append(highest)
+    return torch.stack(result)
+
+
+def lipschitz(function: Callable[[Tensor], Tensor], x: Tensor, iterations: int = 20, seed: int = 0) -> Tensor:
+    """The largest singular value of each sample's Jacobian, by power iteration: from below.
+
+    Arguments:
+        function: (B, *) ↦ (B, *), each sample's value of its own input alone.
+        x: Where, with shape (B, *).
+        iterations: Products with JᵀJ. After m of them an error of the order (s_2/s_1)^4m of the value is left.
+        seed: Of the first vector.
+
+    Returns:
+        (B,).
+    """
+    v = torch.randn(x.shape, generator=torch.Generator().manual_seed(seed)).to(x)
+    pushed, shape = v, (-1, *(1,) * (x.ndim - 1))
+    # Only this backend of attention has second derivatives.
+    with sdpa_kernel(SDPBackend.MATH), torch.enable_grad():
+        point = x.detach().requires_grad_()
+        value = function(point)
+        # u ↦ Jᵀu is linear, so its own derivative along v, at any u, is Jv: both products come from one graph.
+        u = torch.zeros_like(value, requires_grad=True)
+        (pulled,) = torch.autograd.grad(value, point, u, create_graph=True)
+        for _ in range(iterations):
+            v = v / v.flatten(1).norm(dim=1).clamp_min(torch.finfo(v.dtype).tiny).reshape(shape)
+            (pushed,) = torch.autograd.grad(pulled, u, v, retain_graph=True)
+            (v,) = torch.autograd.grad(value, point, pushed, retain_graph=True)
+    return pushed.flatten(1).norm(dim=1)
+
+
+def measure_robustness(
+    checkpoint: str,
+    model: Callable[..., Any],
+    process: DiffusionProcess,
+    prediction: Prediction,
+    x0: Tensor,
+    noise: Tensor,
+    indices: Iterable[int],
+    radii: Sequence[float],
+    *,
+    condition: dict[str, Any] | None = None,
+    norm: str = "l2",
+    ascents: int = 10,
+    restarts: int = 1,
+    iterations: int = 20,
+    seed: int = 0,
+    on_time: Callable[[], None] = lambda: None,
+) -> list[Robustness]:
+    """The robust loss and the local Lipschitz constant at some times.
+
+    Arguments:
+        checkpoint: The name to give it.
+        model: Called as diffusers calls it, in eval mode. Its parameters get no gradients.
+        process: Its process.
+        prediction: What it predicts.
+        x0: Real images in [−1, 1], with shape (B, C, H, W).
+        noise: ε, with shape (B, C, H, W).
+        indices: Times in [0, T).
+        radii: In units of the norm of x_t, > 0.
+        condition: What else the model is called with.
+        norm: "l2", "linf" or "l1".
+        ascents: Gradient steps of each start.
+        restarts: Random starts.
+        iterations: Of the power iteration.
+        seed: Of the random starts and vectors.
+        on_time: Called after each of the times.
+    """
+    channels, condition, radii = x0.shape[1], condition or {}, sorted(radii)
+    result = []
+    for index in indices:
+        t = torch.full((len(x0),), index, device=x0.device)
+        times = process.times.to(x0.device)[t]
+        x_t = process.diffuse(x0, t, noise)
+        sigma = process.levels(t, x0)[1]
+
+        def output(x: Tensor, times: Tensor = times) -> Tensor:
+            return predict(model, x, times, condition)[:, :channels].to(x0.dtype)
+
+        def loss(delta: Tensor, t: Tensor = t, x_t: Tensor = x_t, sigma: Tensor = sigma) -> Tensor:
+            target = process.target(prediction, x0, t, noise + delta / sigma)
+            return (target - output(x_t + delta)).square().flatten(1).mean(1)
+
+        def predicted_noise(x: Tensor, t: Tensor = t) -> Tensor:
+            return process.split(prediction, x, t, output(x))[1]
+
+        with torch.no_grad():
+            clean = loss(torch.zeros_like(x_t))
+        losses = robust_loss(loss, x_t, radii, norm, ascents, restarts, seed) if radii else clean.new_empty((0, len(t)))
+        constants = lipschitz(predicted_noise, x_t, iterations, seed)
+        (mean, se), (constant, constant_se) = _mean(clean), _mean(constants)
+        robust = [_mean(one) for one in losses]
+        result.append(
+            Robustness(
+                checkpoint,
+                index,
+                float(process.sigmas[index]),
+                len(x0),
+                mean,
+                se,
+                list(radii),
+                [value for value, _ in robust],
+                [error for _, error in robust],
+                constant,
+                constant_se,
+                float(constants.max()),
+            )
+        )
+        on_time()
+    return result
+
+
+def _mean(values: Tensor) -> tuple[float, float]:
+    """The mean over samples, and its standard error."""
+    numbers = values.double().cpu().numpy()
+    return float(numbers.mean()), float(numbers.std(ddof=1) / np.sqrt(len(numbers)))

@@ -1,0 +1,159 @@
+"""The mismatch as tables and figures: along the sampler's path, and the robustness at true points."""
+
+from __future__ import annotations
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from rich import box
+from rich.table import Table
+
+from robustdiff.mismatch.measure import MEASURES, Mismatch
+
+__all__ = ["mismatch_figure", "mismatch_table", "robustness_figure", "robustness_table"]
+
+_COLOURS = matplotlib.colormaps["tab10"].colors  # type: ignore[attr-defined]
+_MARKERS = "osD^vP*X"
+_SIGNED = ("x0_std", "noise")
+_LABELS = {
+    "delta": r"$\delta_t$",
+    "x0_std": r"std $\hat{x}_0$, difference",
+    "noise": r"$\Vert\hat{\epsilon}\Vert$, relative excess",
+    "sliced": "sliced $W_2$\nper dimension",
+    "energy": "energy distance",
+    "frechet": "Fréchet², PCA",
+    "kl": "KL(q‖p), k-NN\nPCA [nats]",
+}
+
+
+def _checkpoints(mismatch: Mismatch) -> list[str]:
+    return list(dict.fromkeys(path.checkpoint for path in mismatch.paths))
+
+
+def mismatch_table(mismatch: Mismatch) -> Table:
+    """Sampler, steps and measure down, checkpoints across: the mean over steps ± half of its interval, and the floor.
+
+    Where a checkpoint differs from the first beyond the interval of the difference it is green (lower) or red (higher);
+    the two signed measures are not judged.
+    """
+    checkpoints = _checkpoints(mismatch)
+    paths = {(p.checkpoint, p.sampler, p.steps): p for p in mismatch.paths}
+    differences = {(d.checkpoint, d.baseline, d.sampler, d.steps, d.measure): d for d in mismatch.differences}
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), collapse_padding=True, caption_justify="left")
+    table.add_column("mean over steps", no_wrap=True)
+    table.add_column("floor", justify="right", no_wrap=True)
+    for checkpoint in checkpoints:
+        table.add_column(checkpoint, justify="right", no_wrap=True)
+    for sampler, steps in dict.fromkeys((p.sampler, p.steps) for p in mismatch.paths):
+        table.add_row(f"[bold]{sampler} {steps}[/]")
+        for i, (measure, meaning) in enumerate(MEASURES.items()):
+            floor = paths[checkpoints[0], sampler, steps].mean[measure].floor
+            row = [f" {meaning}", "0" if floor is None else f"{floor:.2g}"]
+            for checkpoint in checkpoints:
+                cell = paths[checkpoint, sampler, steps].mean[measure]
+                text = f"{cell.value:.3g} ±{(cell.high - cell.low) / 2:.2g}"
+                difference = differences.get((checkpoint, checkpoints[0], sampler, steps, measure))
+                if difference is not None and measure not in _SIGNED:
+                    style = "green" if difference.high < 0 else "red" if difference.low > 0 else "dim"
+                    text = f"[{style}]{text}[/]"
+                row.append(text)
+            table.add_row(*row, end_section=i + 1 == len(MEASURES))
+    if len(checkpoints) > 1:
+        table.caption = f"green and red: lower and higher than {checkpoints[0]} beyond the interval of the difference"
+    return table
+
+
+def robustness_table(mismatch: Mismatch) -> Table:
+    """Times and checkpoints down: the clean loss, the robust loss by radius, and the Lipschitz constant of ε̂."""
+    radii = mismatch.robustness[0].radii
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), collapse_padding=True)
+    for name in ("t", "σ_t"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("", no_wrap=True)
+    for name in ("loss", *(f"‖δ‖ ≤ {r:g}" for r in radii), "Lipschitz", "largest"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for index in dict.fromkeys(r.index for r in mismatch.robustness):
+        rows = [r for r in mismatch.robustness if r.index == index]
+        for i, r in enumerate(rows):
+            losses = zip([r.loss, *r.robust], [r.loss_se, *r.robust_se], strict=True)
+            table.add_row(
+                *((str(index), f"{r.sigma:.2f}") if i == 0 else ("", "")),
+                r.checkpoint,
+                *(f"{loss:.3g} ±{1.96 * se:.1g}" for loss, se in losses),
+                f"{r.lipschitz:.3g} ±{1.96 * r.lipschitz_se:.1g}",
+                f"{r.lipschitz_max:.3g}",
+                end_section=i + 1 == len(rows),
+            )
+    return table
+
+
+def mismatch_figure(mismatch: Mismatch, title: str) -> Figure:
+    """A row for each measure, a column for each sampler and number of steps, a line for each checkpoint, by time.
+
+    Bands are 95 % intervals; the dashed line is the floor, two samples of q against each other.
+    """
+    checkpoints = _checkpoints(mismatch)
+    columns = list(dict.fromkeys((p.sampler, p.steps) for p in mismatch.paths))
+    figure = Figure(figsize=(1.2 + 3.4 * len(columns), 0.9 + 1.7 * len(MEASURES)), layout="constrained")
+    panels = figure.subplots(len(MEASURES), len(columns), sharex="col", sharey="row", squeeze=False)
+    for j, (sampler, steps) in enumerate(columns):
+        for i, measure in enumerate(MEASURES):
+            panel: Axes = panels[i, j]
+            for k, checkpoint in enumerate(checkpoints):
+                (path,) = (
+                    p.path for p in mismatch.paths if (p.checkpoint, p.sampler, p.steps) == (checkpoint, sampler, steps)
+                )
+                times = [step.time for step in path]
+                estimates = [step.estimates[measure] for step in path]
+                style = {"color": _COLOURS[k % len(_COLOURS)], "marker": _MARKERS[k % len(_MARKERS)]}
+                panel.plot(times, [e.value for e in estimates], label=checkpoint, markersize=4, linewidth=1.4, **style)
+                low, high = (np.array([getattr(e, end) for e in estimates]) for end in ("low", "high"))
+                panel.fill_between(times, low, high, color=style["color"], alpha=0.15, linewidth=0)
+                if k == 0:
+                    floor = [e.floor or 0.0 for e in estimates]
+                    panel.plot(times, floor, color="0.4", linestyle="--", linewidth=1, label="floor")
+            panel.grid(alpha=0.3)
+            panel.margins(x=0.04)
+        panels[0, j].set_title(f"{sampler}, {steps} steps", fontsize=10)
+        panels[-1, j].set_xlabel("time t: sampling goes to the right")
+        panels[0, j].invert_xaxis()
+    for i, measure in enumerate(MEASURES):
+        panels[i, 0].set_ylabel(_LABELS[measure], fontsize=9)
+    panels[0, 0].legend(frameon=False, fontsize=8)
+    figure.suptitle(title, fontsize=10)
+    return figure
+
+
+def robustness_figure(mismatch: Mismatch, title: str) -> Figure:
+    """The clean loss, the robust loss of each radius, and the Lipschitz constant, against time."""
+    checkpoints = list(dict.fromkeys(r.checkpoint for r in mismatch.robustness))
+    radii = mismatch.robustness[0].radii
+    figure = Figure(figsize=(1 + 2.9 * (2 + len(radii)), 3.2), layout="constrained")
+    panels = figure.subplots(1, 2 + len(radii), squeeze=False)[0]
+    for panel in panels[1 : 1 + len(radii)]:
+        panel.sharey(panels[0])
+        panel.tick_params(labelleft=False)
+    for k, checkpoint in enumerate(checkpoints):
+        line = [r for r in mismatch.robustness if r.checkpoint == checkpoint]
+        times = [r.index for r in line]
+        style = {"color": _COLOURS[k % len(_COLOURS)], "marker": _MARKERS[k % len(_MARKERS)]}
+        curves = [([r.loss for r in line], [r.loss_se for r in line])]
+        curves += [([r.robust[i] for r in line], [r.robust_se[i] for r in line]) for i in range(len(radii))]
+        curves.append(([r.lipschitz for r in line], [r.lipschitz_se for r in line]))
+        for panel, (values, errors) in zip(panels, curves, strict=True):
+            bars = 1.96 * np.array(errors)
+            panel.errorbar(times, values, bars, label=checkpoint, markersize=4, linewidth=1.4, capsize=2, **style)
+        largest = [r.lipschitz_max for r in line]
+        panels[-1].plot(times, largest, color=style["color"], linestyle=":", label="largest" if k == 0 else None)
+    titles = ["loss at x_t", *(f"robust loss, ‖δ‖ ≤ {r:g}" for r in radii), "Lipschitz constant of ε̂"]
+    for panel, text in zip(panels, titles, strict=True):
+        panel.set_title(text, fontsize=10)
+        panel.set_yscale("log")
+        panel.set_xlabel("time t: sampling goes to the right")
+        panel.invert_xaxis()
+        panel.grid(alpha=0.3)
+    panels[0].legend(frameon=False, fontsize=8)
+    panels[-1].legend(frameon=False, fontsize=8)
+    figure.suptitle(title, fontsize=10)
+    return figure
