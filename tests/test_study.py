@@ -24,6 +24,7 @@ TINY = {
         "plain": {"set": {"adversary": "none"}, "seeds": [0, 1]},
         "free": {"set": {"adversary.step_size": 0.5}},
     },
+    "references": {"base": {"path": "fashion-16", "samplers": ["ddim"], "steps": [3], "precision": "bf16"}},
     "measure": {"samplers": ["ddim", "iddpm"], "steps": [2, 1], "num": 40, "batch_size": 20, "mismatch": 40},
 }
 
@@ -114,6 +115,14 @@ def test_what_another_process_holds_is_left_to_it(finished):
     assert parts == [other.name, held.name]
 
 
+def test_a_reference_is_measured_as_it_is(finished, tmp_path):
+    _, folder = finished
+    before, after = reproduce(folder / "cells" / "base-ddim-3.json", tmp_path / "again")
+    assert (before["reference"]["path"], before["steps"]) == ("fashion-16", 3)
+    assert {**before, "seconds": 0} == {**after, "seconds": 0}
+    assert not (tmp_path / "again").exists()
+
+
 def test_a_cell_is_made_again_from_its_file_alone(finished, tmp_path, robustdiff):
     _, folder = finished
     path = folder / "cells" / "free-s0-iddpm-2.json"
@@ -134,8 +143,8 @@ def test_a_cell_is_made_again_from_its_file_alone(finished, tmp_path, robustdiff
 def test_dry_run_says_what_is_left(finished, study_file, tmp_path, robustdiff):
     study, folder = finished
     assert all((part.runs, part.cells, part.seconds) == (0, 0, 0) for part in remaining(study, folder))
-    plain, free = remaining(load_study(study_file), tmp_path / "new")
-    assert (plain.runs, plain.cells, free.runs, free.cells) == (2, 8, 1, 4)
+    plain, free, base = remaining(load_study(study_file), tmp_path / "new")
+    assert (plain.runs, plain.cells, free.runs, free.cells, base.runs, base.cells) == (2, 8, 1, 4, 0, 1)
     assert 0 < free.seconds < plain.seconds < 2 * free.seconds, "the mismatch is of the first seed alone"
     outcome = robustdiff("study", str(study_file), "--output", str(folder), "--dry-run")
     assert outcome.code == 0
@@ -197,7 +206,7 @@ def test_the_page_is_made_of_the_cells(finished, tmp_path):
         assert (tmp_path / "page" / f"{name}.png").stat().st_size > 1000
     fids = [json.loads((folder / "cells" / f"plain-s{seed}-ddim-2.json").read_text())["fid"] for seed in (0, 1)]
     assert f"{np.mean(fids):.2f} ± {np.std(fids, ddof=1):.2f}" in text
-    assert "12 of 12 planned cells" in text
+    assert "13 of 13 planned cells" in text
 
 
 def test_a_change_is_the_mean_of_paired_relative_differences(study_file, tmp_path):

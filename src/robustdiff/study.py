@@ -5,6 +5,7 @@ A study file names a recipe, what each method changes in it, and how the results
     runs/M-sS/                    one training for each method M and seed S
     trainings/M-sS.json           its loss over the updates, and how long it took
     cells/M-sS-SAMPLER-N.json     FID, KID, precision and recall of that run under one sampler at N steps
+    cells/R-SAMPLER-N.json        the same of a reference R, a network as it is, such as the base or a teacher
     mismatch/M-sS.json            where asked for: how far its samplers' states are from q(x_t)
 
 and a piece of work is done when its file exists. Files are written atomically, trainings resume, and so an interrupted
@@ -29,7 +30,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import yaml
@@ -56,11 +57,13 @@ __all__ = [
     "Cell",
     "Measurement",
     "Method",
+    "Reference",
     "Remaining",
     "Run",
     "Study",
     "load_study",
     "plan",
+    "reference_cells",
     "remaining",
     "reproduce",
     "run_study",
@@ -76,6 +79,15 @@ class Method(Section):
     set: dict[str, Any] = Field({}, description="fields by their dotted names, such as adversary.step_size: 0.5")
     seeds: tuple[int, ...] = Field((0,), min_length=1)
     steps: tuple[int, ...] | None = Field(None, description="numbers of evaluations; those of the study by default")
+
+
+class Reference(Section):
+    """A network that is measured as it is, beside the methods."""
+
+    path: str = Field(description="a run, a pipeline folder, or a model shipped with the package")
+    samplers: tuple[str, ...] = Field(min_length=1)
+    steps: tuple[int, ...] = Field(min_length=1)
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
 
 
 class Measurement(Section):
@@ -100,14 +112,15 @@ class Study(Section):
     set: dict[str, Any] = Field({}, description="what all methods change in the recipe")
     baseline: str = Field(description="the method that the others are compared with")
     methods: dict[str, Method] = Field(min_length=1)
+    references: dict[str, Reference] = Field({})
     measure: Measurement = Measurement()
     cut: str = Field("", description="what was left out, and why")
 
     @model_validator(mode="after")
     def _consistent(self) -> Study:
-        for name in self.methods:
+        for name in (*self.methods, *self.references):
             if not re.fullmatch(r"[\w.+-]+", name):
-                raise ValueError(f"the method {name!r} names files: use letters, digits and . + - _ only")
+                raise ValueError(f"the name {name!r} is that of files: use letters, digits and . + - _ only")
         if self.baseline not in self.methods:
             raise ValueError(f"baseline {self.baseline!r} is not one of the methods {', '.join(self.methods)}")
         return self
@@ -186,24 +199,33 @@ class Run:
 
     @property
     def cells(self) -> list[Cell]:
-        return [Cell(self, sampler, count) for count in self.steps for sampler in self.study.measure.samplers]
+        samplers = self.study.measure.samplers
+        return [Cell(self.folder, self.name, sampler, count) for count in self.steps for sampler in samplers]
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One cell of a study. Attributes: run; sampler; steps: network evaluations for one image."""
+    """One cell of a study.
 
-    run: Run
+    Attributes:
+        folder: The study's.
+        network: The name of the run or reference.
+        sampler: The sampler.
+        steps: Network evaluations for one image.
+    """
+
+    folder: Path
+    network: str
     sampler: str
     steps: int
 
     @property
     def name(self) -> str:
-        return f"{self.run.name}-{self.sampler}-{self.steps}"
+        return f"{self.network}-{self.sampler}-{self.steps}"
 
     @property
     def path(self) -> Path:
-        return self.run.folder / "cells" / f"{self.name}.json"
+        return self.folder / "cells" / f"{self.name}.json"
 
     @property
     def done(self) -> bool:
@@ -218,6 +240,16 @@ def plan(study: Study, folder: Path) -> list[Run]:
         for i in range(seeds)
         for name, method in study.methods.items()
         if i < len(method.seeds)
+    ]
+
+
+def reference_cells(study: Study, folder: Path) -> list[Cell]:
+    """The cells of a study's references."""
+    return [
+        Cell(folder, name, sampler, count)
+        for name, reference in study.references.items()
+        for count in sorted(reference.steps)
+        for sampler in reference.samplers
     ]
 
 
@@ -258,20 +290,40 @@ class _Evaluator:
         self.reference = reference_statistics(dataset, self.extractor)
 
     def __call__(
-        self, recipe: Recipe, result: dict[str, Any], measure: Measurement, sampler: str, steps: int, **report: Any
+        self,
+        network: str,
+        measure: Measurement,
+        sampler: str,
+        steps: int,
+        precision: str,
+        on_progress: Callable[[float, str], None],
     ) -> tuple[dict[str, Any], torch.Tensor]:
-        """Measure a finished run under one sampler: the record that a cell's file holds, and the first images."""
+        """Measure a network under one sampler: what a cell's file holds of it, and the first images."""
         generator = Generator.load(
-            recipe.output,
+            network,
             self.accelerator.device,
             sampler=sampler,
             steps=steps,
             seed=measure.seed,
             batch_size=measure.batch_size,
-            precision=recipe.precision,
+            precision=precision,
         )
+        done = 0
+
+        def on_images(n: int) -> None:
+            nonlocal done
+            done += n
+            on_progress(done, "images")
+
         cell, replicates, images = evaluate_cell(
-            Path(recipe.output).name, generator, measure.num, self.extractor, self.reference, self.accelerator, **report
+            network,
+            generator,
+            measure.num,
+            self.extractor,
+            self.reference,
+            self.accelerator,
+            keep=PICTURED,
+            on_images=on_images,
         )
         record = {
             "sampler": sampler,
@@ -285,9 +337,7 @@ class _Evaluator:
             "recall": cell.recall,
             "replicates": [float(f"{value:.5g}") for value in replicates],
             "seconds": round(cell.seconds, 1),
-            "training": result,
-            "recipe": {**yaml.safe_load(recipe.to_yaml()), "output": ""},
-            "measure": measure.model_dump(mode="json", exclude={"samplers", "steps"}),
+            "measure": measure.model_dump(mode="json", exclude={"samplers", "steps", "mismatch"}),
             "weights": _fingerprint(generator),
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
@@ -352,8 +402,24 @@ def run_study(
     runs = plan(study, folder)
     (folder / "cells").mkdir(parents=True, exist_ok=True)
     evaluators: dict[str, _Evaluator] = {}
+
+    def evaluator(data: DataConfig) -> _Evaluator:
+        key = data.model_dump_json()
+        if key not in evaluators:
+            evaluators[key] = _Evaluator(study.measure, data)
+        return evaluators[key]
+
     while True:
         missing = worked = False
+        for cell in reference_cells(study, folder):
+            missing |= not cell.done
+            with _held(folder / "locks" / cell.name) as mine:
+                if cell.done or not mine:
+                    continue
+                worked = True
+                on_part(cell.name, study.measure.num)
+                _set_threads(runs[0].recipe)
+                _measure_reference(study, cell, evaluator(runs[0].recipe.data), on_progress)
         for run in runs:
             if not run.missing:
                 continue
@@ -366,19 +432,14 @@ def run_study(
                     if not _train(run.recipe, on_part, on_progress):
                         return False
                     _record_training(run)
-            recipe = run.recipe
-            if recipe.threads is not None:
-                torch.set_num_threads(recipe.threads)
+            _set_threads(run.recipe)
             for cell in run.cells:
                 with _held(folder / "locks" / cell.name) as mine:
                     if cell.done or not mine:
                         continue
                     worked = True
-                    key = recipe.data.model_dump_json()
-                    if key not in evaluators:
-                        evaluators[key] = _Evaluator(study.measure, recipe.data)
                     on_part(cell.name, study.measure.num)
-                    _measure(cell, evaluators[key], on_progress)
+                    _measure(run, cell, evaluator(run.recipe.data), on_progress)
             path = run.mismatch_path
             if path is not None:
                 with _held(folder / "locks" / f"mismatch {run.name}") as mine:
@@ -391,25 +452,52 @@ def run_study(
             time.sleep(wait)
 
 
-def _measure(cell: Cell, evaluator: _Evaluator, on_progress: Callable[[float, str], None]) -> None:
+def _set_threads(recipe: Recipe) -> None:
+    """Measure on as many threads as are trained on."""
+    if recipe.threads is not None:
+        torch.set_num_threads(recipe.threads)
+
+
+def _settings(recipe: Recipe, result: dict[str, Any]) -> dict[str, Any]:
+    """What a cell's file says of how its network was made."""
+    return {"training": result, "recipe": {**yaml.safe_load(recipe.to_yaml()), "output": ""}}
+
+
+def _measure(run: Run, cell: Cell, evaluator: _Evaluator, on_progress: Callable[[float, str], None]) -> None:
     """Make one cell's file, and for the first seed of a method a picture of the first images."""
-    done = 0
-
-    def on_images(n: int) -> None:
-        nonlocal done
-        done += n
-        on_progress(done, "images")
-
-    run = cell.run
-    result = json.loads((run.output / "result.json").read_text(encoding="utf-8"))
+    recipe = run.recipe
     record, images = evaluator(
-        run.recipe, result, run.study.measure, cell.sampler, cell.steps, keep=PICTURED, on_images=on_images
+        recipe.output, run.study.measure, cell.sampler, cell.steps, recipe.precision, on_progress
     )
     if run.seed == run.study.methods[run.method].seeds[0]:
-        with atomic_write(cell.path.with_suffix(".png")) as file:
-            Image.fromarray(tile(images, PICTURED).squeeze()).save(file, format="png")
+        _write_picture(cell, images)
+    result = json.loads((run.output / "result.json").read_text(encoding="utf-8"))
+    _write_cell(cell, {"method": run.method, "seed": run.seed, **record, **_settings(recipe, result)})
+
+
+def _measure_reference(
+    study: Study, cell: Cell, evaluator: _Evaluator, on_progress: Callable[[float, str], None]
+) -> None:
+    """Make one cell's file of a network as it is."""
+    reference = study.references[cell.network]
+    record, images = evaluator(
+        reference.path, study.measure, cell.sampler, cell.steps, reference.precision, on_progress
+    )
+    _write_picture(cell, images)
+    data = plan(study, cell.folder)[0].recipe.data
+    settings = {"name": cell.network, "path": reference.path, "data": data.model_dump(mode="json")}
+    # Within a section of its own, since a cell's precision is that of precision and recall.
+    _write_cell(cell, {"reference": {**settings, "precision": reference.precision}, **record})
+
+
+def _write_picture(cell: Cell, images: torch.Tensor) -> None:
+    with atomic_write(cell.path.with_suffix(".png")) as file:
+        Image.fromarray(tile(images, PICTURED).squeeze()).save(file, format="png")
+
+
+def _write_cell(cell: Cell, record: dict[str, Any]) -> None:
     with atomic_write(cell.path) as file:
-        file.write(json.dumps({"method": run.method, "seed": run.seed, **record}, indent=1).encode())
+        file.write(json.dumps(record, indent=1).encode())
 
 
 def _measure_mismatch(
@@ -488,31 +576,39 @@ def reproduce(
     """
     try:
         before = json.loads(path.read_text(encoding="utf-8"))
-        name = f"{before['method']}-s{before['seed']}"
-        recipe = Recipe.model_validate({**before["recipe"], "output": str(folder / name)})
         measure = Measurement.model_validate(before["measure"])
-        sampler, steps, threads = before["sampler"], before["steps"], before["threads"]
+        sampler, steps = before["sampler"], before["steps"]
+        if "reference" in before:
+            reference = before["reference"]
+            name, recipe = reference["path"], None
+            data, precision = DataConfig.model_validate(reference["data"]), reference["precision"]
+        else:
+            name = str(folder / f"{before['method']}-s{before['seed']}")
+            recipe = Recipe.model_validate({**before["recipe"], "output": name})
+            data, precision = recipe.data, recipe.precision
+        torch.set_num_threads(before["threads"])
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path} is not a cell of a study: {str(error).splitlines()[0]}") from None
-    torch.set_num_threads(threads)
-    if not _train(recipe, on_part, on_progress):
-        return None
-    result = json.loads((folder / name / "result.json").read_text(encoding="utf-8"))
+    after = {}
+    if recipe is not None:
+        if not _train(recipe, on_part, on_progress):
+            return None
+        after = _settings(recipe, json.loads((Path(name) / "result.json").read_text(encoding="utf-8")))
     on_part(path.stem, measure.num)
-    done = 0
-
-    def on_images(n: int) -> None:
-        nonlocal done
-        done += n
-        on_progress(done, "images")
-
-    record, _ = _Evaluator(measure, recipe.data)(recipe, result, measure, sampler, steps, on_images=on_images)
-    return before, {"method": before["method"], "seed": before["seed"], **record}
+    record, _ = _Evaluator(measure, data)(name, measure, sampler, steps, precision, on_progress)
+    return before, {**before, **record, **after}
 
 
 @dataclass(frozen=True)
 class Remaining:
-    """What is left of one method. Attributes: method; runs: to train; cells: to measure; seconds: of one process."""
+    """What is left of one method or reference.
+
+    Attributes:
+        method: Its name.
+        runs: What is to be trained.
+        cells: What is to be measured.
+        seconds: How long one process takes.
+    """
 
     method: str
     runs: int
@@ -555,6 +651,10 @@ def remaining(study: Study, folder: Path) -> list[Remaining]:
         per_step = 2 * study.measure.mismatch * len(study.measure.samplers)
         seconds += sampling * per_step * sum(sum(run.steps) for run in unseen)
         left.append(Remaining(method, len(untrained), len(cells), seconds))
+    for name in study.references:
+        cells = [cell for cell in reference_cells(study, folder) if cell.network == name and not cell.done]
+        seconds = sampling * study.measure.num * sum(cell.steps for cell in cells)
+        left.append(Remaining(name, 0, len(cells), seconds))
     return left
 
 

@@ -29,7 +29,7 @@ from robustdiff.evaluation.fidelity import interval
 from robustdiff.files import atomic_write
 from robustdiff.mismatch.measure import MEASURES
 from robustdiff.report.figures import Line, fid_panels, loss_curves, save_figure
-from robustdiff.study import Study, plan
+from robustdiff.study import Study, plan, reference_cells
 
 __all__ = ["Results", "write_page"]
 
@@ -83,6 +83,14 @@ class Results:
         if not self.cells:
             raise InputError(f"no cells in {folder / 'cells'}: run the study first")
         present = {method for method, *_ in self.cells}
+        self.references: dict[tuple[str, str, int], Record] = {}
+        for cell in reference_cells(study, folder):
+            self.planned += 1
+            if cell.done:
+                record = json.loads(cell.path.read_text(encoding="utf-8"))
+                self.references[cell.network, cell.sampler, cell.steps] = record
+            else:
+                self.missing[cell.network] = self.missing.get(cell.network, 0) + 1
         self.mismatch: dict[tuple[str, int, str, int], Record] = {}
         for run in plan(study, folder):
             path = run.mismatch_path
@@ -148,6 +156,17 @@ def _fid_tables(results: Results) -> str:
         ]
         parts.append(_table([f"{sampler}, steps", *map(str, results.steps)], rows))
     return "\n\n".join(parts)
+
+
+def _references(results: Results) -> list[str]:
+    """The networks that are there to compare with."""
+    rows = [
+        [name, f"{sampler} {steps}", f"{r['fid']:.2f} ({r['fid_ci'][0]:.2f} … {r['fid_ci'][1]:.2f})"]
+        + [f"{r[measure]:.3f}" for measure in ("kid", "precision", "recall")]
+        for (name, sampler, steps), r in results.references.items()
+    ]
+    heading = ["as they are", "sampler, steps", "FID (95 % interval)", "KID", "precision", "recall"]
+    return [_table(heading, rows)] if rows else []
 
 
 def _changes(results: Results, samplers: Sequence[str], heading: str) -> str:
@@ -383,7 +402,7 @@ def write_page(study: Study, folder: Path, page: Path) -> str:
         f"moving average {recipe['ema']:g}, {recipe['precision']}, unless a method says otherwise. "
         f"{measure['num']:,} images a cell from common noise, features `{measure['features']}`, "
         f"{record['threads']} thread of a {record['device']}, torch {record['torch']}. "
-        f"{len(results.cells)} of {results.planned} planned cells are there. "
+        f"{len(results.cells) + len(results.references)} of {results.planned} planned cells are there. "
         "This page is made by `robustdiff study` from the files of the cells.",
         "## What the numbers say",
         f"Against {study.baseline}, counted as lower or higher where the 95 % interval over images excludes 0 and all "
@@ -400,6 +419,7 @@ def write_page(study: Study, folder: Path, page: Path) -> str:
     parts += [
         "## FID",
         "Mean over seeds ± their standard deviation where there are several.",
+        *_references(results),
         _fid_tables(results),
         figure("fid", _fid_figure(results), "FID against steps"),
         "## By sampler",
