@@ -17,6 +17,7 @@ SMALL = {
     "train": ["--set", "steps=2", "--set", "batch_size=4", "--set", "checkpoint_every=1", "--set", "precision=fp32"],
     "sample": ["--num", "3", "--steps", "2"],
     "evaluate": ["--num", "30", "--steps", "2"],
+    "mismatch": ["--num", "40", "--steps", "2", "--sampler", "ddim", "--probes", "2", "--radii", "0.5"],
     "demo": [],
     "convert": [],
 }

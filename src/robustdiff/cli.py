@@ -10,7 +10,7 @@ import hashlib
 import json
 import logging
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -22,6 +22,7 @@ from robustdiff.errors import InputError, RunError
 
 if TYPE_CHECKING:
     from robustdiff.data import ImageDataset
+    from robustdiff.evaluation.features import FeatureExtractor
 
 __all__ = ["app", "main"]
 
@@ -235,7 +236,6 @@ def evaluate(
     """
     from accelerate import Accelerator
 
-    from robustdiff.evaluation.features import EXTRACTORS, load_extractor
     from robustdiff.evaluation.fidelity import reference_statistics
     from robustdiff.evaluation.grid import evaluate_grid
     from robustdiff.files import atomic_write
@@ -245,26 +245,26 @@ def evaluate(
     from robustdiff.report.tables import grid_table, print_whole
     from robustdiff.samplers.generate import Generator
 
-    samplers = [None] if sampler is None else sampler.split(",")
     accelerator = Accelerator(cpu=cpu)
     names = _names(runs)
     generators = {
         name: Generator.load(
-            run, accelerator.device, sampler=samplers[0], seed=seed, batch_size=batch_size, precision=precision.value
+            run,
+            accelerator.device,
+            sampler=None if sampler is None else sampler.split(",")[0],
+            seed=seed,
+            batch_size=batch_size,
+            precision=precision.value,
         )
         for name, run in zip(names, runs, strict=True)
     }
     default = generators[names[0]].sampler
-    samplers = [name or default for name in samplers]
+    samplers = [default] if sampler is None else sampler.split(",")
     counts = _counts(steps or ("1,2,4,8" if default == "multistep" else "5,10,20,50"))
     dataset = _real_images(runs[0], data, root)
     for run, generator in zip(runs, generators.values(), strict=True):
         check_fit(generator.unet, dataset.shape, run)
-    if features is None and dataset.name not in EXTRACTORS:
-        raise InputError(
-            f"no features are known for {dataset.name}: give --features inception --weights FILE, or others"
-        )
-    extractor = load_extractor(features or dataset.name, weights=weights, device=accelerator.device)
+    extractor = _extractor(features, weights, dataset, accelerator.device)
     quiet = not accelerator.is_main_process
     with Bar(err, "statistics of the real images", 1, quiet=quiet) as bar:
         if not quiet:
@@ -297,6 +297,146 @@ def evaluate(
         with atomic_write(output / "result.json") as file:
             file.write(json.dumps(record, indent=1).encode())
         out.print(f"figures and result.json are in {output}")
+
+
+@app.command()
+def search_times(
+    run: Annotated[str, typer.Argument(help="A consistency model: a run or a pipeline folder.")],
+    steps: Annotated[int, typer.Option(min=1, help="Network evaluations for one image.")] = 4,
+    num: Annotated[int, typer.Option(min=4, help="Images for each candidate.")] = 2000,
+    data: Annotated[str | None, typer.Option(help="The real images, by name; those of the run by default.")] = None,
+    root: Annotated[str | None, typer.Option(help="The folder or file of the real images.")] = None,
+    features: Annotated[
+        str | None, typer.Option(help="digits, fashion-16, fashion-mnist, inception, or a .safetensors file.")
+    ] = None,
+    weights: Annotated[Path | None, typer.Option(help="Inception's weights file.")] = None,
+    output: Annotated[Path | None, typer.Option(help="A .json for what was found and all that was tried.")] = None,
+    seed: Seed = 0,
+    batch_size: BatchSize = 128,
+    precision: PrecisionOption = Precision.fp32,
+    cpu: Cpu = False,
+) -> None:
+    """Find the scales at which a consistency model is sampled best in so many steps: greedily, by FID.
+
+    The scales that are found are what robustdiff sample RUN --steps takes. Choose another --seed to judge them.
+    """
+    from accelerate import Accelerator
+
+    from robustdiff.evaluation.fidelity import Fidelity, frechet_distance, reference_statistics
+    from robustdiff.files import atomic_write
+    from robustdiff.models.build import check_fit
+    from robustdiff.report.progress import Bar
+    from robustdiff.samplers.generate import Generator
+    from robustdiff.samplers.time_search import search_times as search
+
+    device = Accelerator(cpu=cpu).device
+    generator = Generator.load(
+        run, device, sampler="multistep", seed=seed, batch_size=batch_size, precision=precision.value
+    )
+    dataset = _real_images(run, data, root)
+    check_fit(generator.unet, dataset.shape, run)
+    extractor = _extractor(features, weights, dataset, device)
+    with Bar(err, "statistics of the real images", 1) as bar:
+        reference = reference_statistics(dataset, extractor)
+
+        def fid(numbers: tuple[int, ...]) -> float:
+            candidate = ",".join(map(str, numbers))
+            bar.describe(f"scales {candidate}", num)
+            fidelity = Fidelity(extractor, reference)
+            for batch, images in replace(generator, steps=candidate).images(range(num)):
+                fidelity.update(images, batch.start)
+                bar.advance(len(batch))
+            moments = fidelity.moments
+            return frechet_distance(moments.mean, moments.cov, reference.mean, reference.cov)
+
+        found = search(fid, steps, len(generator.process))
+    best = ",".join(map(str, found.numbers))
+    out.print(f"--steps {best}  FID {found.value:.2f} of {num} images, {len(found.evaluated)} candidates tried")
+    if output is not None:
+        tried = [{"steps": ",".join(map(str, n)), "fid": value} for n, value in found.evaluated.items()]
+        record = {"steps": best, "fid": found.value, "num": num, "seed": seed, "evaluated": tried}
+        with atomic_write(output) as file:
+            file.write(json.dumps(record, indent=1).encode())
+
+
+@app.command()
+def solver_error(
+    teacher: Annotated[
+        str, typer.Argument(help="A diffusion model or a denoiser: a run, a folder or a shipped model.")
+    ],
+    scales: Annotated[str, typer.Option(help="Numbers N of levels, with commas.")] = "18,40,80,160",
+    solver: Annotated[str, typer.Option(help="heun, euler, or both with a comma.")] = "heun,euler",
+    num: Annotated[int, typer.Option(min=2, help="Images.")] = 256,
+    points: Annotated[int, typer.Option(min=2, help="Pairs of levels of each N, evenly spaced.")] = 16,
+    substeps: Annotated[int, typer.Option(min=2, help="Heun steps of the reference between two levels.")] = 32,
+    data: Annotated[str | None, typer.Option(help="The real images, by name; those of the run by default.")] = None,
+    root: Annotated[str | None, typer.Option(help="The folder or file of the real images.")] = None,
+    output: Annotated[Path, typer.Option(help="A folder for result.json and the figure.")] = Path("solver-error"),
+    seed: Annotated[int, typer.Option(min=0, help="Of the noise.")] = 0,
+    batch_size: BatchSize = 128,
+    cpu: Cpu = False,
+) -> None:
+    """Measure how far one solver step of distillation is from the teacher's trajectory, level by level."""
+    from accelerate import Accelerator
+
+    from robustdiff.data import to_unit
+    from robustdiff.files import atomic_write
+    from robustdiff.mismatch.solver_error import fitted_order, measure_solver_error
+    from robustdiff.models.build import check_fit, denoiser_of, load_pipeline
+    from robustdiff.objectives.consistency import SOLVERS
+    from robustdiff.report.figures import save_figure
+    from robustdiff.report.progress import Bar
+    from robustdiff.report.solver_error import solver_error_figure, solver_error_table
+    from robustdiff.report.tables import print_whole
+
+    solvers = solver.split(",")
+    if unknown := [name for name in solvers if name not in SOLVERS]:
+        raise InputError(f"unknown solver {unknown[0]!r}: use {' or '.join(SOLVERS)}")
+    counts = _counts(scales, "--scales", "18,40,80,160")
+    if min(counts) < 2:
+        raise InputError(f"--scales {scales}: two levels are the fewest that have a step between them")
+    device = Accelerator(cpu=cpu).device
+    unet, scheduler = load_pipeline(teacher)
+    denoise = denoiser_of(scheduler, unet.to(device).eval())
+    dataset = _real_images(teacher, data, root)
+    check_fit(unet, dataset.shape, teacher)
+    if num > len(dataset):
+        raise InputError(f"--num {num}: {dataset.name} has {len(dataset)} images")
+    batch, labels = dataset.__getitems__(list(range(num)))
+    images = to_unit(batch).to(device)
+    if unet.config.num_class_embeds is None:
+        labels = None
+    pairs = sum(min(points, N - 1) for N in counts)
+    with Bar(err, f"{2 * (substeps + 1)} evaluations for each of the images", pairs * num) as bar:
+        errors = measure_solver_error(
+            denoise,
+            images,
+            counts,
+            solvers,
+            labels=None if labels is None else labels.to(device),
+            points=points,
+            substeps=substeps,
+            seed=seed,
+            batch_size=batch_size,
+            on_images=bar.advance,
+        )
+    print_whole(out, solver_error_table(errors))
+    output.mkdir(parents=True, exist_ok=True)
+    record = {
+        "teacher": teacher,
+        "data": dataset.name,
+        "num": num,
+        "dimensions": images[0].numel(),
+        "substeps": substeps,
+        "seed": seed,
+        "orders": {name: fitted_order([e for e in errors if e.solver == name]) for name in solvers},
+        "errors": [asdict(error) for error in errors],
+    }
+    title = f"One step of the solver on {Path(teacher).name}, {num} images of {dataset.name}"
+    save_figure(solver_error_figure(errors, title), output / "solver-error.png")
+    with atomic_write(output / "result.json") as file:
+        file.write(json.dumps(record, indent=1).encode())
+    out.print(f"the figure and result.json are in {output}")
 
 
 @app.command()
@@ -490,11 +630,22 @@ def _real_images(run: str, data: str | None, root: str | None) -> ImageDataset:
     return load_dataset(data or "fashion-16", root=root)
 
 
-def _counts(steps: str) -> list[int]:
+def _extractor(features: str | None, weights: Path | None, dataset: ImageDataset, device: Any) -> FeatureExtractor:
+    """The features of a name, or else those of the dataset."""
+    from robustdiff.evaluation.features import EXTRACTORS, load_extractor
+
+    if features is None and dataset.name not in EXTRACTORS:
+        raise InputError(
+            f"no features are known for {dataset.name}: give --features inception --weights FILE, or others"
+        )
+    return load_extractor(features or dataset.name, weights=weights, device=device)
+
+
+def _counts(text: str, option: str = "--steps", example: str = "5,10,20,50") -> list[int]:
     try:
-        return [int(part) for part in steps.split(",")]
+        return [int(part) for part in text.split(",")]
     except ValueError:
-        raise InputError(f"--steps {steps}: give whole numbers with commas, such as 5,10,20,50") from None
+        raise InputError(f"{option} {text}: give whole numbers with commas, such as {example}") from None
 
 
 def _names(runs: list[str]) -> list[str]:

@@ -271,6 +271,11 @@ class Recipe(Section):
     def _consistent(self) -> Recipe:
         if self.batch_size % self.accumulate:
             raise ValueError(f"batch_size {self.batch_size} is not a multiple of accumulate {self.accumulate}")
+        radius, objective = self.adversary.radius, self.objective
+        if radius is not None and radius.by_noise and getattr(objective, "schedule", "fixed") != "fixed":
+            raise ValueError(
+                "radius.by_noise needs levels that stay: set objective.schedule=fixed, or radius.eta alone"
+            )
         return self
 
     def to_yaml(self) -> str:

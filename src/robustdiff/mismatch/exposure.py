@@ -18,9 +18,10 @@ independent, and
 
     var(x̂_t − α_t x_0) = var(x̂_t) + α_t² var(x_0)      where training has      σ_t² = var(x_t) − α_t² var(x_0):
 
-δ_t' holds 2 α_t² var(x_0) that no error of the network has put there; it is large also for a perfect sampler, and grows
-as t falls. δ_t is without it, zero exactly when the spreads agree. Both are measured; they rank samplers on the same
-data alike, since they differ by a term of the data.
+δ_t' holds 2 α_t² var(x_0) that no error of the network has put there. It is large also for a perfect sampler and grows
+as t falls; and while the left side is above σ_t, a path that is too narrow rates better than one that is right. δ_t is
+without that term: zero exactly when the spreads agree. Both are measured: judge by δ_t, and compare with published
+numbers by δ_t'.
 
 Only sums are kept, by block of images (:mod:`robustdiff.mismatch.distances`): memory does not grow with their number.
 """

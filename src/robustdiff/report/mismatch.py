@@ -110,7 +110,7 @@ def mismatch_figure(mismatch: Mismatch, title: str) -> Figure:
                 panel.plot(times, [e.value for e in estimates], label=checkpoint, markersize=4, linewidth=1.4, **style)
                 low, high = (np.array([getattr(e, end) for e in estimates]) for end in ("low", "high"))
                 panel.fill_between(times, low, high, color=style["color"], alpha=0.15, linewidth=0)
-                if k == 0:
+                if checkpoint == checkpoints[-1]:
                     floor = [e.floor or 0.0 for e in estimates]
                     panel.plot(times, floor, color="0.4", linestyle="--", linewidth=1, label="floor")
             panel.grid(alpha=0.3)

@@ -35,9 +35,10 @@ def scale_numbers(steps: int | str, N: int) -> list[int]:
     except ValueError:
         numbers = []
     last = N - 1
-    if not numbers or numbers != sorted(set(numbers)) or not 0 <= numbers[0] <= numbers[-1] <= last or numbers == [last]:
+    ascending = bool(numbers) and numbers == sorted(set(numbers)) and 0 <= numbers[0] < last >= numbers[-1]
+    if not ascending:
         raise InputError(
-            f'steps {steps!r}: write a number, or ascending scales from 0 (the noisiest) to {last}, such as "0,{N // 2}"'
+            f"steps {steps!r}: write a number, or ascending scales from 0 (the noisiest) to {last}, as 0,{N // 2}"
         )
     return numbers[:-1] if numbers[-1] == last else numbers
 

@@ -1,0 +1,67 @@
+"""`robustdiff mismatch`: its tables, figures and JSON agree, and bad input is one clear line."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+
+from robustdiff.mismatch.measure import MEASURES
+
+
+def test_the_command_prints_tables_and_writes_figures_and_json(robustdiff, digits_run, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(digits_run / "model", other)
+    arguments = ["--sampler", "ddim,iddpm", "--steps", "2", "--num", 40, "--probes", 2, "--radii", "0.5"]
+    outcome = robustdiff("mismatch", digits_run, other, *arguments, "--cpu", "--output", tmp_path / "m")
+    assert outcome.code == 0, outcome.err
+    assert {p.name for p in (tmp_path / "m").iterdir()} == {"mismatch.json", "mismatch.png", "robust.png"}
+    record = json.loads((tmp_path / "m" / "mismatch.json").read_text())
+    assert record["data"] == "digits"
+    assert [(p["checkpoint"], p["sampler"], p["steps"]) for p in record["paths"]] == [
+        (c, s, 2) for s in ("ddim", "iddpm") for c in ("digits", "other")
+    ]
+    for path in record["paths"]:
+        assert len(path["path"]) == path["steps"]
+        assert f"{path['mean']['energy']['value']:.3g} ±" in outcome.out
+    for meaning in MEASURES.values():
+        assert meaning in outcome.out
+    assert all(d["value"] == 0 for d in record["differences"])
+    assert len(record["robustness"]) == 10
+    for r in record["robustness"]:
+        assert r["radii"] == [0.5]
+        assert r["loss"] < r["robust"][0]
+        assert f"{r['robust'][0]:.3g} ±" in outcome.out
+
+
+def test_without_probes_there_is_no_robust_loss(robustdiff, digits_run, tmp_path):
+    outcome = robustdiff(
+        "mismatch", digits_run, "--steps", 2, "--num", 40, "--probes", 0, "--precision", "bf16", "--output", tmp_path
+    )
+    assert outcome.code == 0, outcome.err
+    assert {p.name for p in tmp_path.iterdir()} == {"mismatch.json", "mismatch.png"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--num", 5000], ["5000", "digits", "898"]),
+        (["--radii", "a"], ["--radii", "0.1"]),
+        (["--radii", "0"], ["radii"]),
+        (["--steps", "x"], ["--steps"]),
+        (["--sampler", "plms"], ["plms", "ddim"]),
+        (["--sampler", "ddim,euler"], ["euler"]),
+        (["--data", "fashion-16"], ["8×8", "16×16"]),
+        (["--data", "nothing"], ["nothing", "digits"]),
+        (["--num", 60, "--probes", 1], ["probes"]),
+    ],
+)
+def test_bad_arguments_are_one_line_and_leave_nothing(robustdiff, digits_run, tmp_path, monkeypatch, arguments, words):
+    monkeypatch.chdir(tmp_path)
+    outcome = robustdiff("mismatch", digits_run, *arguments)
+    assert outcome.code == 2, outcome
+    (line,) = [line for line in outcome.err.splitlines() if line.strip()]
+    for word in words:
+        assert word in line
+    assert not list(tmp_path.iterdir())
