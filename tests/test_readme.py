@@ -19,9 +19,21 @@ SMALL = {
     "evaluate": ["--num", "30", "--steps", "2"],
     "mismatch": ["--num", "40", "--steps", "2", "--sampler", "ddim", "--probes", "2", "--radii", "0.5"],
     "demo": [],
+    "study": [],
+    "reproduce": [],
     "convert": [],
 }
 """What makes a documented command take a moment; a later option overrides an earlier one."""
+
+STUDY = """
+title: a study of no use
+recipe: fashion-16-at
+set: {steps: 2, batch_size: 4, threads: 1}
+baseline: plain
+methods: {plain: {set: {adversary: none}}, free: {}}
+measure: {samplers: [ddim], steps: [1, 10], num: 40}
+"""
+"""What stands in for the documented study."""
 
 
 def commands(path: Path) -> list[list[str]]:
@@ -44,6 +56,8 @@ def test_every_command_runs(path, robustdiff, tmp_path, monkeypatch):
     flags = AdmFlags(image_size=8, num_channels=32, num_res_blocks=1, channel_mult="1", attention_resolutions="8")
     monkeypatch.setattr(convert, "PRESETS", dict.fromkeys(PRESETS, flags))
     save_adm(build_adm(flags), tmp_path / "64x64_diffusion.pt")
+    (tmp_path / "benchmarks" / "studies").mkdir(parents=True)
+    (tmp_path / "benchmarks" / "studies" / "fashion-16.yaml").write_text(STUDY)
     for command in commands(path):
         outcome = robustdiff(*command, *SMALL[command[0]])
         assert outcome.code == 0, (command, outcome.err)
