@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -249,3 +250,17 @@ def test_unreadable_yaml_is_named(tmp_path):
     (tmp_path / "bad.yaml").write_text("a: [")
     with pytest.raises(InputError, match="not YAML"):
         load_study(tmp_path / "bad.yaml")
+
+
+STUDIES = sorted((Path(__file__).resolve().parent.parent / "benchmarks" / "studies").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+def test_the_studies_of_this_project_are_valid_and_fair(path):
+    """Methods of one study differ in what they say they differ in: not in batches, moving average or precision."""
+    study = load_study(path)
+    runs = plan(study, Path("study"))
+    assert len({run.name for run in runs}) == len(runs)
+    for name in ("batch_size", "ema", "precision", "data", "threads"):
+        assert len({str(getattr(run.recipe, name)) for run in runs}) == 1, name
+    assert runs[0].recipe.threads == 1
