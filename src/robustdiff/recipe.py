@@ -128,6 +128,10 @@ class EdmConfig(OverLevels):
     levels: int = Field(1000, ge=2, description="the number of levels")
     mean: float = Field(-1.2, description="P_mean of ln σ")
     std: float = Field(1.2, gt=0, description="P_std of ln σ")
+    teacher: str | None = Field(
+        None, description="a run, a pipeline folder, or a shipped model, whose denoiser is learned; none: from the data"
+    )
+    teacher_below: float = Field(5.0, gt=0, description="the levels at which it is; above, from the data")
 
 
 class ConsistencyConfig(OverLevels):

@@ -6,6 +6,10 @@ with ln σ ~ N(P_mean, P_std²). D is a network in their preconditioning (:mod:`
 and λ makes the loss that of the network itself: mean (F − target)² with a target of unit variance. δ changes the noise,
 σ ε' = σ ε + δ, and so not the target x_0 (Wang et al., 2025, equation 16, with α = 1).
 
+With a teacher D̂, a diffusion model whose denoiser is to be had in this preconditioning, the target at levels below a
+bound is D̂(x_0 + σ ε, σ) ≈ E[x_0 | x_0 + σ ε] in the place of x_0: the same minimiser, without the variance of x_0 given
+x_t in the gradient. Above the bound it is x_0, since a network that predicts ε has its error times σ in D̂.
+
 σ is one of T levels (:func:`karras_sigmas`), drawn by the log-normal share of what is nearest to it in ln σ. That keeps
 the time of a draw an index, as it is for every other process; a thousand levels lie about 0.01 apart in ln σ.
 """
@@ -13,6 +17,7 @@ the time of a draw an index, as it is for every other process; a thousand levels
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,7 +25,7 @@ from torch import Tensor
 
 from robustdiff.objectives.denoising import DenoisingObjective
 from robustdiff.objectives.objective import Draw
-from robustdiff.objectives.preconditioning import Preconditioned, karras_process, karras_sigmas
+from robustdiff.objectives.preconditioning import Denoise, Preconditioned, karras_process, karras_sigmas
 from robustdiff.objectives.timesteps import LogNormal
 from robustdiff.process import per_sample
 
@@ -38,6 +43,8 @@ class EDMObjective(DenoisingObjective):
         sigma_data: σ_d > 0, the standard deviation of the data.
         mean: P_mean.
         std: P_std > 0.
+        teacher: D̂, such as a ``DiffusionDenoiser``; none is training on the data alone.
+        teacher_below: The bound of the levels at which the teacher gives the target.
 
     Raises:
         ValueError: If the levels are not ascending and positive.
@@ -52,12 +59,36 @@ class EDMObjective(DenoisingObjective):
         sigma_data: float = 0.5,
         mean: float = -1.2,
         std: float = 1.2,
+        teacher: Denoise | None = None,
+        teacher_below: float = 5.0,
     ) -> None:
         sigmas = karras_sigmas(levels, sigma_min, sigma_max, rho)
         middles = (sigmas[:-1] * sigmas[1:]).sqrt()
         edges = torch.cat([middles.new_zeros(1), middles, middles.new_full((1,), torch.inf)])
         super().__init__(karras_process(sigmas), prediction="sample", timesteps=LogNormal(edges, mean, std))
         self.sigma_data = sigma_data
+        self.teacher = teacher
+        self.teacher_below = teacher_below
+
+    @torch.no_grad()
+    def draw(
+        self,
+        x0: Tensor,
+        t: Tensor | None = None,
+        noise: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        weight: Tensor | None = None,
+        input_noise: Tensor | None = None,
+        **condition: Any,
+    ) -> Draw:
+        """Fix t and ε for a batch, as in :class:`DenoisingObjective`. The teacher is called here, and only here."""
+        draw = super().draw(x0, t, noise, generator, weight, input_noise, **condition)
+        if self.teacher is None:
+            return draw
+        sigma = self.process.sigmas.to(x0.dtype).to(x0.device)[draw.t]
+        taught = self.teacher(draw.x_t, sigma, **draw.condition)
+        below = (sigma < self.teacher_below).reshape(-1, *(1,) * (x0.ndim - 1))
+        return replace(draw, x0=torch.where(below, taught, draw.x0))
 
     def __call__(self, model: Callable[..., Any], draw: Draw, delta: Tensor | None = None) -> dict[str, Tensor]:
         """The losses at x_t + δ: "loss" is λ(σ) · "mse", each with shape (B,)."""

@@ -150,12 +150,20 @@ def build_objective(
             input_perturbation=config.input_perturbation,
         )
     levels: dict[str, float] = {n: getattr(config, n) for n in ("sigma_min", "sigma_max", "rho", "sigma_data")}
+    teacher = None if config.teacher is None else _build_teacher(config.teacher, built, dataset, accelerator)
     if not isinstance(config, ConsistencyConfig):
-        return EDMObjective(config.levels, mean=config.mean, std=config.std, **levels)
+        return EDMObjective(
+            config.levels,
+            mean=config.mean,
+            std=config.std,
+            teacher=teacher,
+            teacher_below=config.teacher_below,
+            **levels,
+        )
     assert target is not None
     return ConsistencyObjective(
         target,
-        None if config.teacher is None else _build_teacher(config.teacher, built, dataset, accelerator),
+        teacher,
         scale_schedule(config, recipe.steps),
         solver=config.solver,
         metric=config.metric,

@@ -1,0 +1,369 @@
+"""The consistency loss: what depends on what, the solvers' orders, the schedules as printed, the target network."""
+
+from __future__ import annotations
+
+import copy
+import math
+import sys
+from itertools import pairwise
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from robustdiff import ConsistencyObjective, FreeAdversary, PGDAdversary, RandomAdversary
+from robustdiff.errors import InputError
+from robustdiff.objectives.consistency import (
+    METRICS,
+    SOLVERS,
+    DoublingScales,
+    FixedScales,
+    GrowingScales,
+)
+from robustdiff.objectives.preconditioning import karras_sigmas
+from robustdiff.objectives.timesteps import LogNormal
+
+STD = 0.6
+
+
+class Network(nn.Module):
+    """Small, smooth, and dependent on everything that it is called with; counts its calls."""
+
+    def __init__(self, seed: int = 0, dropout: float = 0.0) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.convolution = nn.Conv2d(2, 2, 3, padding=1).double()
+        self.dropout = nn.Dropout(dropout)
+        self.calls = 0
+
+    def forward(self, x, t, class_labels=None):
+        self.calls += 1
+        shift = 0 if class_labels is None else class_labels.double()[:, None, None, None]
+        return self.dropout(torch.tanh(self.convolution(x) + t.double()[:, None, None, None] / 1000 + shift))
+
+
+class Teacher:
+    """D of N(0, STD² I); counts its calls."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self, x, sigma, **condition):
+        self.calls += 1
+        s = sigma.reshape(-1, *(1,) * (x.ndim - 1))
+        return STD**2 / (STD**2 + s**2) * x
+
+
+def tensors(n=4):
+    generator = torch.Generator().manual_seed(1)
+    x0, noise, delta = (torch.randn(n, 2, 5, 5, generator=generator, dtype=torch.float64) for _ in range(3))
+    return [x0.clamp(-1, 1), noise, 0.3 * delta]
+
+
+def boundary(network, x, sigma, **condition):
+    """f written out."""
+    s = sigma[:, None, None, None]
+    size = (s**2 + 0.25).sqrt()
+    out = network(x / size, 250 * sigma.log(), **condition)
+    return 0.25 / ((s - 0.002) ** 2 + 0.25) * x + (s - 0.002) * 0.5 / size * out
+
+
+N_INDEX = torch.tensor([0, 4, 9, 16])
+
+
+# -- the loss -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("perturb", ["solver", "student"])
+@pytest.mark.parametrize("kind", ["heun", "euler", "training"])
+def test_the_loss_written_out(kind, perturb):
+    student, target = Network(0), Network(1)
+    solver = "heun" if kind == "training" else kind
+    teacher = None if kind == "training" else Teacher()
+    objective = ConsistencyObjective(target, teacher, 18, metric="l2", perturb=perturb, solver=solver)
+    x0, noise, delta = tensors()
+    labels = torch.tensor([0, 1, 2, 3])
+    losses = objective(student, objective.draw(x0, t=N_INDEX, noise=noise, class_labels=labels), delta)
+    sigmas = karras_sigmas(18)
+    upper, lower = sigmas[N_INDEX + 1], sigmas[N_INDEX]
+    u, w = upper[:, None, None, None], lower[:, None, None, None]
+    x = x0 + u * noise
+    slope = noise if teacher is None else x / u * (1 - STD**2 / (STD**2 + u**2))
+    solved = x + (w - u) * slope
+    if kind == "heun":
+        second = solved / w * (1 - STD**2 / (STD**2 + w**2))
+        solved = x + (w - u) * (slope + second) / 2
+    if perturb == "solver":
+        solved = solved + delta
+    else:
+        x = x + delta
+    end = boundary(student, x, upper, class_labels=labels)
+    goal = boundary(target, solved, lower, class_labels=labels)
+    torch.testing.assert_close(losses["loss"], (end - goal).square().mean((1, 2, 3)))
+    assert torch.equal(losses["loss"], losses["distance"])
+
+
+@pytest.mark.parametrize(("solver", "evaluations"), [("heun", 2), ("euler", 1)])
+def test_the_teacher_is_called_in_the_draw_only(solver, evaluations):
+    teacher, student, target = Teacher(), Network(0), Network(1)
+    objective = ConsistencyObjective(target, teacher, solver=solver)
+    x0, *_ = tensors()
+    draw = objective.draw(x0)
+    assert teacher.calls == evaluations
+    for delta in FreeAdversary(steps=4, step_size=0.1)(draw.x_t, draw.t):
+        objective(student, draw, delta)["loss"].mean().backward()
+    assert teacher.calls == evaluations
+    assert student.calls == target.calls == 4
+
+
+@pytest.mark.parametrize("perturb", ["solver", "student"])
+def test_one_backward_fills_the_gradients_of_the_student_and_of_delta(perturb):
+    student, target = Network(0), Network(1)
+    objective = ConsistencyObjective(target, Teacher(), perturb=perturb)
+    x0, noise, delta = tensors()
+    draw = objective.draw(x0, t=N_INDEX, noise=noise)
+    delta.requires_grad_()
+    objective(student, draw, delta)["loss"].sum().backward()
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in student.parameters())
+    assert all(p.grad is None for p in target.parameters())
+    assert delta.grad is not None
+    for index in [(0, 0, 0, 0), (1, 1, 2, 3), (3, 0, 4, 4)]:
+        step = torch.zeros_like(delta)
+        step[index] = 1e-6
+        with torch.no_grad():
+            up, down = (objective(student, draw, delta + sign * step)["loss"].sum() for sign in (1, -1))
+        assert delta.grad[index].item() == pytest.approx(((up - down) / 2e-6).item(), rel=1e-4, abs=1e-9)
+
+
+def test_without_a_gradient_to_delta_the_target_is_not_recorded():
+    student, target = Network(0), Network(1)
+    recorded = []
+    target.register_forward_hook(lambda module, inputs, output: recorded.append(output.requires_grad))
+    objective = ConsistencyObjective(target, Teacher())
+    x0, noise, delta = tensors()
+    draw = objective.draw(x0, t=N_INDEX, noise=noise)
+    objective(student, draw)
+    objective(student, draw, delta)
+    objective(student, draw, delta.requires_grad_())
+    assert recorded == [False, False, True]
+
+
+@pytest.mark.parametrize("perturb", ["solver", "student"])
+@pytest.mark.parametrize("kind", [FreeAdversary, PGDAdversary])
+def test_adversaries_ascend_on_it(kind, perturb):
+    student, target = Network(0), Network(1)
+    objective = ConsistencyObjective(target, Teacher(), perturb=perturb)
+    x0, noise, _ = tensors()
+    draw = objective.draw(x0, t=torch.tensor([2, 4, 9, 12]), noise=noise)
+    plain = objective(student, draw)["loss"]
+    adversary = kind(steps=3, step_size=0.05, radius=0.1)
+    for delta in adversary(draw.x_t, draw.t, loss=lambda d: objective(student, draw, d)["loss"]):
+        loss = objective(student, draw, delta)["loss"]
+        if delta.requires_grad:
+            loss.sum().backward()
+    assert (loss > plain).all()
+    assert (delta.detach().flatten(1).norm(dim=1) <= 0.1 + 1e-9).all()
+    *_, random = RandomAdversary(steps=3, step_size=0.05, radius=0.1)(draw.x_t, draw.t)
+    assert (loss > objective(student, draw, random)["loss"]).all()
+
+
+def test_the_perturbed_point_and_the_index_of_its_level():
+    x0, noise, _ = tensors()
+    sigmas = karras_sigmas(18)
+    for perturb, index in (("solver", N_INDEX), ("student", N_INDEX + 1)):
+        draw = ConsistencyObjective(Network(1), perturb=perturb).draw(x0, t=N_INDEX, noise=noise)
+        assert torch.equal(draw.t, index)
+        torch.testing.assert_close(draw.x_t, x0 + sigmas[index][:, None, None, None] * noise)
+
+
+def test_the_target_drops_out_what_the_student_does():
+    student = Network(0, dropout=0.5).train()
+    target = copy.deepcopy(student)
+    outputs = []
+    for network in (student, target):
+        network.register_forward_hook(lambda module, inputs, output: outputs.append(output == 0))
+    objective = ConsistencyObjective(target, Teacher())
+    x0, noise, _ = tensors()
+    draw = objective.draw(x0, t=N_INDEX, noise=noise)
+    torch.manual_seed(5)
+    objective(student, draw)
+    objective(student, draw)
+    assert 0.3 < outputs[0].double().mean() < 0.7
+    assert torch.equal(outputs[0], outputs[1])
+    assert torch.equal(outputs[2], outputs[3])
+    assert not torch.equal(outputs[0], outputs[2]), "the next pass has a dropout of its own"
+
+
+def test_weights():
+    x0, noise, _ = tensors()
+    sigmas = karras_sigmas(18)
+    given = torch.tensor([1.0, 2.0, 3.0, 4.0], dtype=torch.float64)
+    objective = ConsistencyObjective(Network(1), weighting="inverse-gap")
+    losses = objective(Network(0), objective.draw(x0, t=N_INDEX, noise=noise, weight=given))
+    expected = given * losses["distance"] / (sigmas[N_INDEX + 1] - sigmas[N_INDEX])
+    torch.testing.assert_close(losses["loss"], expected)
+
+
+def test_pairs_of_levels_are_drawn_uniformly_or_by_their_log_normal_share():
+    generator = torch.Generator().manual_seed(0)
+    x0 = torch.zeros(8000, 1)
+    t = ConsistencyObjective(Network(1), scales=5).draw(x0, generator=generator).t
+    assert torch.bincount(t).tolist() == pytest.approx([2000] * 4, abs=4 * 2000**0.5)
+    objective = ConsistencyObjective(Network(1), scales=5, times=(-1.1, 2.0))
+    assert isinstance(objective.timesteps, LogNormal)
+    t = objective.draw(x0, generator=generator).t
+    logs = karras_sigmas(5).log()
+    z = torch.distributions.Normal(-1.1, 2.0).cdf(logs)
+    expected = (z[1:] - z[:-1]) / (z[-1] - z[0])
+    torch.testing.assert_close(torch.bincount(t) / 8000, expected.float(), atol=0.025, rtol=0)
+
+
+@pytest.mark.parametrize("argument", ["solver", "metric", "perturb", "weighting"])
+def test_unknown_names_are_refused(argument):
+    with pytest.raises(ValueError, match=f"unknown {argument} 'none'"):
+        ConsistencyObjective(Network(1), **{argument: "none"})
+
+
+@pytest.mark.parametrize("decay", [-0.1, 1.0])
+def test_a_decay_out_of_its_range_is_refused(decay):
+    with pytest.raises(ValueError, match="decay"):
+        ConsistencyObjective(Network(1), decay=decay)
+
+
+# -- solvers --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("solver", "order"), [("euler", 2), ("heun", 3)])
+def test_the_local_error_has_the_solvers_order(solver, order):
+    x = torch.randn(3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    sigma = torch.tensor([0.3, 1.0, 4.0], dtype=torch.float64)
+    errors = []
+    for h in (0.02, 0.01):
+        lower = sigma * (1 - h)
+        exact = x * ((STD**2 + lower**2) / (STD**2 + sigma**2)).sqrt()[:, None]
+        errors.append((SOLVERS[solver](Teacher(), x, sigma, lower) - exact).norm(dim=1))
+    assert torch.log2(errors[0] / errors[1]).tolist() == pytest.approx([order] * 3, abs=0.1)
+
+
+# -- distances ------------------------------------------------------------------------------------------------
+
+
+@given(st.integers(1, 3), st.floats(1e-6, 10.0))
+def test_distances(n, size):
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(size=(2, n, 2, 3, 3)) * size
+    difference = (a - b).reshape(n, -1)
+    c = 0.00054 * math.sqrt(18)
+    expected = {
+        "l1": np.abs(difference).mean(1),
+        "l2": (difference**2).mean(1),
+        "pseudo-huber": np.sqrt((difference**2).sum(1) + c**2) - c,
+    }
+    for name, value in expected.items():
+        np.testing.assert_allclose(METRICS[name]()(torch.from_numpy(a), torch.from_numpy(b)), value, rtol=1e-6)
+
+
+def test_the_huber_distance_is_smooth_at_zero():
+    a = torch.zeros(1, 4, requires_grad=True)
+    METRICS["pseudo-huber"]()(a, torch.zeros(1, 4)).sum().backward()
+    assert torch.equal(a.grad, torch.zeros(1, 4))
+
+
+def test_lpips_without_its_package_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "lpips", None)
+    with pytest.raises(InputError, match="pip install lpips"):
+        ConsistencyObjective(Network(1), metric="lpips")
+
+
+def test_lpips_is_given_colour_images_of_224(monkeypatch):
+    class LPIPS(nn.Module):
+        def __init__(self, net, verbose):
+            super().__init__()
+            self.scale = nn.Parameter(torch.tensor(2.0))
+            self.net = net
+
+        def forward(self, a, b):
+            assert self.net == "vgg"
+            assert a.shape[1:] == b.shape[1:] == (3, 224, 224)
+            return self.scale * (a - b).square().mean((1, 2, 3), keepdim=True)
+
+    stub = ModuleType("lpips")
+    stub.LPIPS = LPIPS
+    monkeypatch.setitem(sys.modules, "lpips", stub)
+    distance = METRICS["lpips"]()
+    a = torch.full((2, 1, 8, 8), 0.5, requires_grad=True)
+    value = distance(a, torch.zeros(2, 1, 8, 8))
+    torch.testing.assert_close(value, torch.full((2,), 0.5))
+    value.sum().backward()
+    assert a.grad is not None
+    assert not any(p.requires_grad for p in distance.network.parameters())
+
+
+# -- schedules and the target network -------------------------------------------------------------------------
+
+
+def test_the_growing_schedule_is_the_printed_one():
+    s0, s1, total = 2, 150, 1000
+    schedule = GrowingScales(s0, s1, 0.9, total)
+    for k in (0, 1, 17, 500, 999, 1000, 2000):
+        progress = min(k / total, 1)
+        N = math.ceil(math.sqrt(progress * ((s1 + 1) ** 2 - s0**2) + s0**2) - 1) + 1
+        assert schedule(k) == (N, pytest.approx(math.exp(s0 * math.log(0.9) / N)))
+    assert schedule(0) == (2, pytest.approx(0.9))
+    assert schedule(total)[0] == s1 + 1
+    assert all(schedule(k + 1)[0] >= schedule(k)[0] for k in range(total))
+    assert GrowingScales(2, 10, 0.0, 5)(3)[1] == 0
+
+
+def test_the_doubling_schedule_is_the_printed_one():
+    schedule = DoublingScales(10, 1280, 0.0, 400_000)
+    changes = [k for k in range(0, 400_001, 1000) if k and schedule(k) != schedule(k - 1000)]
+    assert changes == [50_000 * i for i in range(1, 8)]
+    assert [schedule(k)[0] for k in (0, *changes, 400_000)] == [11, 21, 41, 81, 161, 321, 641, 1281, 1281]
+    assert schedule(10**9) == (1281, 0.0)
+
+
+def test_the_target_follows_the_student_by_the_decay():
+    student, target = Network(0), Network(1)
+    start = [p.clone() for p in target.parameters()]
+    objective = ConsistencyObjective(target, decay=0.9)
+    values = []
+    for k in range(3):
+        with torch.no_grad():
+            for p in student.parameters():
+                p.add_(0.1 * (k + 1))
+        values.append([p.detach().clone() for p in student.parameters()])
+        objective.after_update(student)
+    for i, p in enumerate(target.parameters()):
+        expected = 0.9**3 * start[i] + 0.1 * (0.81 * values[0][i] + 0.9 * values[1][i] + values[2][i])
+        torch.testing.assert_close(p, expected)
+
+
+def test_a_decay_of_zero_is_the_student_itself():
+    student, target = Network(0), Network(1)
+    ConsistencyObjective(target, decay=0.0).after_update(student)
+    assert all(torch.equal(a, b) for a, b in zip(student.parameters(), target.parameters(), strict=True))
+    assert not any(p.requires_grad for p in target.parameters())
+    assert all(p.requires_grad for p in student.parameters())
+
+
+def test_the_levels_grow_with_the_updates_and_are_restored():
+    objective = ConsistencyObjective(Network(1), scales=GrowingScales(2, 9, 0.9, 20))
+    student = Network(0)
+    counts = [len(objective.process)]
+    for _ in range(20):
+        objective.after_update(student)
+        counts.append(len(objective.process))
+        assert counts[-1] == objective.timesteps.T + 1
+    assert counts == [GrowingScales(2, 9, 0.9, 20)(k)[0] for k in range(21)]
+    assert counts[0] == 2
+    assert counts[-1] == 10
+    assert all(a <= b for a, b in pairwise(counts))
+    again = ConsistencyObjective(Network(1), scales=GrowingScales(2, 9, 0.9, 20))
+    again.load_state(objective.state())
+    assert len(again.process) == 10
+    assert FixedScales(18, 0.5)(10**6) == (18, 0.5)

@@ -1,0 +1,119 @@
+"""The EDM loss is the network's own square error to a target of unit variance, and δ is a change of its noise."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from scipy.stats import norm
+
+from robustdiff.objectives.edm import EDMObjective
+from robustdiff.perturbation import FreeAdversary
+
+
+def network(x, t):
+    return torch.tanh(x + 0.001 * t[:, None, None, None])
+
+
+def tensors():
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(4, 2, 5, 5, generator=generator, dtype=torch.float64) for _ in range(3)]
+
+
+T = torch.tensor([3, 300, 600, 990])
+
+
+def test_the_loss_is_that_of_the_network_to_its_own_target():
+    objective = EDMObjective(sigma_data=0.7)
+    x0, noise, _ = tensors()
+    losses = objective(network, objective.draw(x0, t=T, noise=noise))
+    s = objective.process.sigmas[T][:, None, None, None]
+    size = (s**2 + 0.49).sqrt()
+    x = x0 + s * noise
+    target = (x0 - 0.49 / size**2 * x) / (s * 0.7 / size)
+    expected = (network(x / size, 250 * s.flatten().log()) - target).square().mean((1, 2, 3))
+    torch.testing.assert_close(losses["loss"], expected)
+    denoised = 0.49 / size**2 * x + s * 0.7 / size * network(x / size, 250 * s.flatten().log())
+    torch.testing.assert_close(losses["mse"], (denoised - x0).square().mean((1, 2, 3)))
+
+
+def test_the_target_has_unit_variance():
+    objective = EDMObjective(sigma_data=0.5)
+    generator = torch.Generator().manual_seed(0)
+    x0 = 0.5 * torch.randn(4, 1, 200, 200, generator=generator)
+    losses = objective(lambda x, t: torch.zeros_like(x), objective.draw(x0, t=T, generator=generator))
+    torch.testing.assert_close(losses["loss"], torch.ones(4), rtol=0.03, atol=0)
+
+
+def test_a_perturbation_is_a_change_of_the_noise():
+    objective = EDMObjective()
+    x0, noise, delta = tensors()
+    absorbed = noise + delta / objective.process.sigmas[T][:, None, None, None]
+    perturbed = objective(network, objective.draw(x0, t=T, noise=noise), delta)["loss"]
+    torch.testing.assert_close(perturbed, objective(network, objective.draw(x0, t=T, noise=absorbed))["loss"])
+    assert not torch.allclose(perturbed, objective(network, objective.draw(x0, t=T, noise=noise))["loss"])
+
+
+def test_adversaries_ascend_on_it():
+    objective = EDMObjective()
+    x0, noise, _ = tensors()
+    draw = objective.draw(x0, t=torch.tensor([600, 700, 800, 900]), noise=noise)
+    losses = []
+    for delta in FreeAdversary(steps=3, step_size=0.5)(draw.x_t, draw.t):
+        loss = objective(network, draw, delta)["loss"]
+        loss.mean().backward()
+        losses.append(loss.detach())
+    assert (losses[1] > losses[0]).all()
+    assert (losses[2] > losses[1]).all()
+
+
+def test_levels_are_drawn_by_their_log_normal_share():
+    objective = EDMObjective(levels=50, mean=-0.5, std=0.8)
+    logs = objective.process.sigmas.log().numpy()
+    edges = [-float("inf"), *((logs[:-1] + logs[1:]) / 2), float("inf")]
+    expected = torch.from_numpy(norm.cdf(edges[1:], -0.5, 0.8) - norm.cdf(edges[:-1], -0.5, 0.8))
+    torch.testing.assert_close(objective.timesteps.probabilities, expected, atol=1e-12, rtol=1e-6)
+    t = objective.draw(torch.zeros(20000, 1), generator=torch.Generator().manual_seed(0)).t
+    frequencies = torch.bincount(t, minlength=50) / 20000
+    assert (frequencies - expected).abs().max() < 4 * (expected.max() / 20000).sqrt()
+
+
+def test_levels_that_make_no_sense_are_refused():
+    with pytest.raises(ValueError, match="sigma_min"):
+        EDMObjective(sigma_min=3.0, sigma_max=1.0)
+
+
+def test_below_its_bound_the_teacher_gives_the_target_and_is_called_once():
+    calls = []
+
+    def teacher(x, sigma):
+        calls.append((x, sigma))
+        return 0.3 * x
+
+    objective = EDMObjective(teacher=teacher, teacher_below=10.0)
+    x0, noise, delta = tensors()
+    draw = objective.draw(x0, t=T, noise=noise)
+    sigma = objective.process.sigmas[T]
+    assert (sigma < 10).tolist() == [True, True, True, False]
+    x = x0 + sigma[:, None, None, None] * noise
+    torch.testing.assert_close(draw.x_t, x)
+    torch.testing.assert_close(calls[0][1], sigma)
+    plain = EDMObjective()
+    taught = plain.draw(torch.cat([0.3 * x[:3], x0[3:]]), t=T, noise=noise)
+    taught.x_t = x
+    for perturbation in (None, delta):
+        expected = plain(network, taught, perturbation)["loss"]
+        torch.testing.assert_close(objective(network, draw, perturbation)["loss"], expected)
+    assert len(calls) == 1
+
+
+def test_a_teacher_has_the_same_minimiser_as_the_data():
+    """Gaussian data: D(x, σ) = s² x/(s² + σ²), and the network that gives it has no loss left."""
+    s = 0.5
+
+    def best(x, sigma):
+        return s**2 * x / (s**2 + sigma[:, None, None, None] ** 2)
+
+    objective = EDMObjective(sigma_data=s, teacher=best, teacher_below=100.0)
+    x0, noise, _ = tensors()
+    losses = objective(lambda x, t: torch.zeros_like(x), objective.draw(x0, t=T, noise=noise))
+    torch.testing.assert_close(losses["loss"], torch.zeros(4, dtype=torch.float64))
