@@ -99,6 +99,7 @@ class Measurement(Section):
     seed: int = Field(0, ge=0, description="of the images' noise")
     batch_size: int = Field(64, ge=1)
     mismatch: int = Field(0, ge=0, description="images of the mismatch, measured for the first seed; 0: not measured")
+    mismatch_steps: tuple[int, ...] | None = Field(None, description="at which it is; those of the cells by default")
     features: str = "fashion-16"
     weights: str | None = Field(None, description="Inception's weights file")
     data: DataConfig | None = Field(None, description="the real images; those of the recipe by default")
@@ -196,6 +197,11 @@ class Run:
     @property
     def steps(self) -> tuple[int, ...]:
         return tuple(sorted(self.study.methods[self.method].steps or self.study.measure.steps))
+
+    @property
+    def mismatch_steps(self) -> tuple[int, ...]:
+        wanted = self.study.measure.mismatch_steps
+        return self.steps if wanted is None else tuple(sorted(wanted))
 
     @property
     def cells(self) -> list[Cell]:
@@ -337,7 +343,7 @@ class _Evaluator:
             "recall": cell.recall,
             "replicates": [float(f"{value:.5g}") for value in replicates],
             "seconds": round(cell.seconds, 1),
-            "measure": measure.model_dump(mode="json", exclude={"samplers", "steps", "mismatch"}),
+            "measure": measure.model_dump(mode="json", exclude={"samplers", "steps", "mismatch", "mismatch_steps"}),
             "weights": _fingerprint(generator),
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
@@ -511,11 +517,16 @@ def _measure_mismatch(
         recipe.output,
         "cuda" if torch.cuda.is_available() else "cpu",
         sampler=measure.samplers[0],
-        steps=run.steps[0],
+        steps=run.mismatch_steps[0],
         batch_size=measure.batch_size,
         precision=recipe.precision,
     )
     done = 0
+
+    def begin(description: str, total: float) -> None:
+        nonlocal done
+        done = 0
+        on_part(description, total)
 
     def on_more(amount: int) -> None:
         nonlocal done
@@ -526,11 +537,11 @@ def _measure_mismatch(
         {run.name: generator},
         dataset,
         measure.samplers,
-        run.steps,
+        run.mismatch_steps,
         measure.mismatch,
         probes=0,
         seed=measure.seed,
-        on_part=on_part,
+        on_part=begin,
         on_progress=on_more,
     )
     record = {
@@ -649,7 +660,7 @@ def remaining(study: Study, folder: Path) -> list[Remaining]:
         unseen = [run for run in own if run.mismatch_path is not None and not run.mismatch_path.is_file()]
         # The network is called twice for an image and step.
         per_step = 2 * study.measure.mismatch * len(study.measure.samplers)
-        seconds += sampling * per_step * sum(sum(run.steps) for run in unseen)
+        seconds += sampling * per_step * sum(sum(run.mismatch_steps) for run in unseen)
         left.append(Remaining(method, len(untrained), len(cells), seconds))
     for name in study.references:
         cells = [cell for cell in reference_cells(study, folder) if cell.network == name and not cell.done]
