@@ -33,11 +33,11 @@ def assert_bad_input(outcome, *words: str) -> None:
 def test_help_names_every_command(robustdiff):
     outcome = robustdiff("--help")
     assert outcome.code == 0
-    for command in ("demo", "train", "sample", "evaluate", "convert"):
+    for command in ("demo", "train", "sample", "evaluate", "search-times", "solver-error", "convert"):
         assert command in outcome.out
 
 
-@pytest.mark.parametrize("command", ["demo", "train", "sample", "evaluate", "convert"])
+@pytest.mark.parametrize("command", ["demo", "train", "sample", "evaluate", "search-times", "solver-error", "convert"])
 def test_each_command_has_help_for_each_option(robustdiff, command):
     outcome = robustdiff(command, "--help")
     assert outcome.code == 0

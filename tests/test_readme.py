@@ -18,6 +18,8 @@ SMALL = {
     "sample": ["--num", "3", "--steps", "2"],
     "evaluate": ["--num", "30", "--steps", "2"],
     "mismatch": ["--num", "40", "--steps", "2", "--sampler", "ddim", "--probes", "2", "--radii", "0.5"],
+    "search-times": ["--steps", "2", "--num", "8"],
+    "solver-error": ["--num", "2", "--scales", "3", "--points", "2", "--substeps", "2"],
     "demo": [],
     "study": [],
     "reproduce": [],
@@ -53,6 +55,9 @@ def test_every_command_runs(path, robustdiff, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(demo, "QUICK", demo.DemoSize(updates=3, images=20))
     monkeypatch.setattr(demo, "STEPS", (1, 2))
+    monkeypatch.setattr(demo, "QUICK_CONSISTENCY", demo.DemoSize(updates=2, images=16))
+    monkeypatch.setattr(demo, "DISTILLED_STEPS", (1,))
+    monkeypatch.setattr(demo, "TEACHER_STEPS", (2,))
     flags = AdmFlags(image_size=8, num_channels=32, num_res_blocks=1, channel_mult="1", attention_resolutions="8")
     monkeypatch.setattr(convert, "PRESETS", dict.fromkeys(PRESETS, flags))
     save_adm(build_adm(flags), tmp_path / "64x64_diffusion.pt")

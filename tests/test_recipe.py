@@ -43,6 +43,23 @@ def test_what_is_left_to_the_checkpoint_stays_so_in_yaml(tmp_path):
     assert load_recipe(str(path)) == recipe
 
 
+def test_an_objective_over_levels_is_written_whole(tmp_path):
+    path = tmp_path / "r.yaml"
+    path.write_text("model: {name: pretrained, path: fashion-16}\nobjective: {name: consistency, scales: 40}\n")
+    path.write_text(load_recipe(str(path)).to_yaml())
+    written = yaml.safe_load(path.read_text())["objective"]
+    assert (written["scales"], written["decay"], written["sigma_max"]) == (40, 0.95, 80.0)
+
+
+def test_an_objective_is_the_denoising_loss_unless_named(tmp_path):
+    kinds = {"{prediction: epsilon}": "denoising", "denoising": "denoising", "edm": "edm", "consistency": "consistency"}
+    for text, name in kinds.items():
+        (tmp_path / "r.yaml").write_text(f"objective: {text}\n")
+        assert load_recipe(str(tmp_path / "r.yaml")).objective.name == name
+    recipe = load_recipe("fashion-16-consistency", ["objective.scales=40", "objective.perturb=student"])
+    assert (recipe.objective.scales, recipe.objective.perturb, recipe.objective.name) == (40, "student", "consistency")
+
+
 def test_an_empty_recipe_is_all_defaults(tmp_path):
     (tmp_path / "r.yaml").write_text("")
     recipe = load_recipe(str(tmp_path / "r.yaml"))
@@ -110,6 +127,22 @@ def test_the_forms_of_a_radius(radius, expected):
         ("learning_rate: 1\n", ["learning_rate", "lr"]),
         ("adversary: {name: free, alpha: 1}\n", ["adversary.alpha", "step_size"]),
         ("objective: {loss: 1}\n", ["objective.loss", "prediction"]),
+        ("objective: {name: edm, prediction: epsilon}\n", ["unknown field objective.prediction", "levels"]),
+        ("objective: {name: consistency, levels: 10}\n", ["unknown field objective.levels", "scales"]),
+        ("objective: diffusion\n", ["objective", "denoising, edm, consistency"]),
+        ("objective: 3\n", ["objective", "denoising, edm, consistency"]),
+        ("objective: {name: edm, sigma_min: 90}\n", ["objective: ", "sigma_min 90", "sigma_max 80"]),
+        ("objective: {name: edm, std: 0}\n", ["objective.std"]),
+        ("objective: {name: consistency, metric: l3}\n", ["objective.metric", "pseudo-huber"]),
+        ("objective: {name: consistency, decay: 1}\n", ["objective.decay"]),
+        ("objective: {name: consistency, schedule: growing}\n", ["start_scales"]),
+        ("objective: {name: consistency, start_scales: 4}\n", ["start_scales", "growing"]),
+        ("objective: {name: consistency, schedule: growing, start_scales: 40}\n", ["start_scales 40", "18"]),
+        (
+            "objective: {name: consistency, schedule: growing, start_scales: 2}\n"
+            "adversary: {name: free, radius: {eta: 0.1, by_noise: true}}\n",
+            ["by_noise", "schedule=fixed"],
+        ),
         ("adversary: {radius: {etta: 1}}\n", ["adversary.radius.etta", "eta"]),
         ("adversary: strong\n", ["adversary.name"]),
         ("steps: 0\n", ["steps"]),
@@ -119,6 +152,11 @@ def test_the_forms_of_a_radius(radius, expected):
         ("adversary: {name: free, ramp: 10}\n", ["ramp", "radius"]),
         ("adversary: {name: free, radius: {value: 1, eta: 0.1}}\n", ["radius"]),
         ("adversary: {name: free, radius: {sampler_steps: 50}}\n", ["radius"]),
+        (
+            "adversary: {name: free, radius: {eta: 0.1, by_noise: true}}\n"
+            "objective: {name: consistency, schedule: growing, start_scales: 2}\n",
+            ["by_noise"],
+        ),
         ("adversary: {name: free, radius: {value: 1.0, by_noise: true}}\n", ["by_noise"]),
         ("model: pretrained\n", ["model.path"]),
         ("model: {name: unet, path: x}\n", ["model.path"]),

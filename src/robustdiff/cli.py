@@ -73,8 +73,13 @@ def _root(
 
 @app.command()
 def demo(
-    output: Annotated[Path, typer.Option(help="Where runs, figures and result.json go.")] = Path("robustdiff-demo"),
+    output: Annotated[
+        Path | None, typer.Option(help="Where runs, figures and result.json go; robustdiff-demo by default.")
+    ] = None,
     full: Annotated[bool, typer.Option("--full", help="More updates and images: an hour instead of minutes.")] = False,
+    consistency: Annotated[
+        bool, typer.Option("--consistency", help="Distil the checkpoint into consistency models of 1 to 8 steps.")
+    ] = False,
     seed: Annotated[int, typer.Option(min=0, help="Of the batches, the noise and the samples.")] = 0,
 ) -> None:
     """Fine-tune a checkpoint plainly, randomly perturbed, and adversarially; then compare them.
@@ -82,26 +87,30 @@ def demo(
     Sixty thousand real images of 16×16 pixels and a small pretrained network come with the package. It takes minutes on
     two CPU cores. Interrupted, the same command goes on where it was.
     """
-    from robustdiff.demo import FULL, QUICK, run_demo
+    from robustdiff import demo as demonstrations
     from robustdiff.report.progress import Bar
     from robustdiff.report.tables import grid_table, print_whole
 
-    output.mkdir(parents=True, exist_ok=True)
+    folder = output or Path("robustdiff-demo-consistency" if consistency else "robustdiff-demo")
+    if consistency:
+        run = demonstrations.run_consistency_demo
+        size = demonstrations.FULL_CONSISTENCY if full else demonstrations.QUICK_CONSISTENCY
+    else:
+        run, size = demonstrations.run_demo, demonstrations.FULL if full else demonstrations.QUICK
+    folder.mkdir(parents=True, exist_ok=True)
     with Bar(err, "loading", 1) as bar:
-        result = run_demo(
-            output,
-            FULL if full else QUICK,
-            seed,
-            on_part=bar.describe,
-            on_progress=lambda done, note: bar.update(done, note),
-        )
+        result = run(folder, size, seed, on_part=bar.describe, on_progress=lambda done, note: bar.update(done, note))
     if result is None:
-        err.print(f"stopped; robustdiff demo --output {output} goes on from here")
+        kind = " --consistency" if consistency else ""
+        err.print(f"stopped; robustdiff demo{kind} --output {folder} goes on from here")
         return
-    grid, _ = result
+    grid, record = result
     out.print(f"FID of {grid.cells[0].n} images a cell, with 95 % bootstrap intervals:")
     print_whole(out, grid_table(grid, "plain"))
-    out.print(f"figures and result.json are in {output}")
+    for cell in record.get("teacher", []):
+        low, high = cell["fid_ci"]
+        out.print(f"the teacher, {cell['sampler']} {cell['steps']}: {cell['fid']:.2f} ±{(high - low) / 2:.2g}")
+    out.print(f"figures and result.json are in {folder}")
 
 
 @app.command()
@@ -367,7 +376,7 @@ def solver_error(
     scales: Annotated[str, typer.Option(help="Numbers N of levels, with commas.")] = "18,40,80,160",
     solver: Annotated[str, typer.Option(help="heun, euler, or both with a comma.")] = "heun,euler",
     num: Annotated[int, typer.Option(min=2, help="Images.")] = 256,
-    points: Annotated[int, typer.Option(min=2, help="Pairs of levels of each N, evenly spaced.")] = 16,
+    points: Annotated[int, typer.Option(min=2, help="Pairs of levels of each N, evenly spaced.")] = 8,
     substeps: Annotated[int, typer.Option(min=2, help="Heun steps of the reference between two levels.")] = 32,
     data: Annotated[str | None, typer.Option(help="The real images, by name; those of the run by default.")] = None,
     root: Annotated[str | None, typer.Option(help="The folder or file of the real images.")] = None,

@@ -5,6 +5,10 @@ size, and with free adversarial training. Each makes the same number of optimise
 the same batch size, learning rate and moving average; all read the same sequence of batches, times and noise.
 Plain fine-tuning makes one update on each batch, the other two K, and so they see the first K-th of the sequence.
 Then FID over samplers and steps, from the same noise.
+
+The second demonstration distils the checkpoint into consistency models instead: plainly, and with adversarial training
+of the solver's output or of the student's input, again for equally many updates. All start from the same network, the
+checkpoint fine-tuned as a denoiser over noise levels. FID at 1, 2, 4 and 8 steps, and the teacher's at 10 and 50.
 """
 
 from __future__ import annotations
@@ -19,7 +23,7 @@ import torch
 from accelerate import Accelerator
 
 from robustdiff.data import load_dataset
-from robustdiff.evaluation.features import load_extractor
+from robustdiff.evaluation.features import FeatureExtractor, load_extractor
 from robustdiff.evaluation.fidelity import reference_statistics
 from robustdiff.evaluation.grid import Grid, evaluate_grid
 from robustdiff.files import atomic_write
@@ -28,12 +32,20 @@ from robustdiff.report.figures import fid_against_steps, sample_grid, save_figur
 from robustdiff.samplers.generate import Generator
 from robustdiff.training.trainer import Status, train
 
-__all__ = ["FULL", "QUICK", "DemoSize", "run_demo"]
+__all__ = ["FULL", "FULL_CONSISTENCY", "QUICK", "QUICK_CONSISTENCY", "DemoSize", "run_consistency_demo", "run_demo"]
 
 
 METHODS = {"plain": "none", "random": "random", "free AT": "free"}
 SAMPLERS = ("ddim", "iddpm", "dpm++")
 STEPS = (5, 10, 20, 50)
+DISTILLED = {
+    "plain": ["adversary=none"],
+    "AT (solver)": ["objective.perturb=solver"],
+    "AT (student)": ["objective.perturb=student"],
+}
+DISTILLED_STEPS = (1, 2, 4, 8)
+STUDENT, TEACHER = "fashion-16-edm", "fashion-16"
+TEACHER_STEPS = (10, 50)
 BATCH = 64  # images at a time: more do not fit into the cache of a core
 
 
@@ -47,19 +59,59 @@ class DemoSize:
 
 QUICK = DemoSize(updates=300, images=500)
 FULL = DemoSize(updates=1200, images=5000)
+QUICK_CONSISTENCY = DemoSize(updates=300, images=500)
+FULL_CONSISTENCY = DemoSize(updates=6000, images=5000)
 
 
-def _recipe(method: str, output: Path, size: DemoSize, seed: int) -> Recipe:
-    folder = output / "runs" / method.replace(" ", "-").lower()
-    return load_recipe(
-        "fashion-16-at",
-        [
-            f"adversary.name={METHODS[method]}",
-            f"steps={size.updates}",
-            f"seed={seed}",
-            f"output={folder}",
-        ],
-    )
+Part = Callable[[str, float], None]
+Progress = Callable[[float, str], None]
+
+
+def _train_each(
+    recipes: dict[str, Recipe], seed: int, what: str, on_part: Part, on_progress: Progress
+) -> tuple[dict[str, Generator], dict[str, Any]] | None:
+    """The trained networks and what is recorded of each training; None when a signal stopped one."""
+    generators: dict[str, Generator] = {}
+    training: dict[str, Any] = {}
+    for method, recipe in recipes.items():
+        on_part(f"{what}: {method}", recipe.steps)
+
+        def on_status(status: Status) -> None:
+            note = f"loss {status.loss:.4f}  |δ| {status.delta_norm:.2f}  {status.images_per_second:.0f} images/s"
+            on_progress(status.step, note)
+
+        result = train(recipe, resume=True, on_status=on_status)
+        if result is None:
+            return None
+        training[method] = {"recipe": recipe.model_dump(mode="json"), **result}
+        generators[method] = Generator.load(recipe.output, seed=seed, precision=recipe.precision, batch_size=BATCH)
+    return generators, training
+
+
+def _counter(on_progress: Progress) -> Callable[[int, str], None]:
+    """What a grid calls with new evaluations, for a bar that shows all of them."""
+    done = 0
+
+    def on_images(evaluations: int, cell: str) -> None:
+        nonlocal done
+        done += evaluations
+        on_progress(done, cell)
+
+    return on_images
+
+
+def _obtained_on(extractor: FeatureExtractor, accelerator: Accelerator) -> dict[str, Any]:
+    return {
+        "data": "fashion-16: 60,000 training images of Fashion-MNIST at 16×16",
+        "features": extractor.name,
+        "device": accelerator.device.type,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
+
+
+def _folder(output: Path, method: str) -> Path:
+    return output / "runs" / method.translate({ord(" "): "-", ord("("): None, ord(")"): None}).lower()
 
 
 def run_demo(
@@ -67,8 +119,8 @@ def run_demo(
     size: DemoSize,
     seed: int = 0,
     *,
-    on_part: Callable[[str, float], None] = lambda description, total: None,
-    on_progress: Callable[[float, str], None] = lambda done, note: None,
+    on_part: Part = lambda description, total: None,
+    on_progress: Progress = lambda done, note: None,
 ) -> tuple[Grid, dict[str, Any]] | None:
     """Fine-tune, evaluate, and write figures and ``result.json`` into a folder.
 
@@ -87,35 +139,29 @@ def run_demo(
     Raises:
         InputError: If the folder holds a demonstration of another size or seed.
     """
-    generators: dict[str, Generator] = {}
-    training: dict[str, Any] = {}
-    for method in METHODS:
-        recipe = _recipe(method, output, size, seed)
-        on_part(f"fine-tuning: {method}", size.updates)
-
-        def on_status(status: Status) -> None:
-            note = f"loss {status.loss:.4f}  |δ| {status.delta_norm:.2f}  {status.images_per_second:.0f} images/s"
-            on_progress(status.step, note)
-
-        result = train(recipe, resume=True, on_status=on_status)
-        if result is None:
-            return None
-        training[method] = {"recipe": recipe.model_dump(mode="json"), **result}
-        generators[method] = Generator.load(recipe.output, seed=seed, precision=recipe.precision, batch_size=BATCH)
+    recipes = {
+        method: load_recipe(
+            "fashion-16-at",
+            [
+                f"adversary.name={adversary}",
+                f"steps={size.updates}",
+                f"seed={seed}",
+                f"output={_folder(output, method)}",
+            ],
+        )
+        for method, adversary in METHODS.items()
+    }
+    trained = _train_each(recipes, seed, "fine-tuning", on_part, on_progress)
+    if trained is None:
+        return None
+    generators, training = trained
     accelerator = Accelerator()
     extractor = load_extractor("fashion-16")
     on_part("statistics of the real images", 1)
     reference = reference_statistics(load_dataset("fashion-16"), extractor)
     on_part("sampling (network evaluations)", len(METHODS) * len(SAMPLERS) * sum(STEPS) * size.images)
-    done = 0
-
-    def on_images(evaluations: int, cell: str) -> None:
-        nonlocal done
-        done += evaluations
-        on_progress(done, cell)
-
     grid = evaluate_grid(
-        generators, SAMPLERS, STEPS, size.images, extractor, reference, accelerator, on_images=on_images
+        generators, SAMPLERS, STEPS, size.images, extractor, reference, accelerator, on_images=_counter(on_progress)
     )
     what = f"fashion-16, {size.updates} updates, {size.images} images a cell, seed {seed}"
     save_figure(fid_against_steps(grid.cells, what), output / "fid.png")
@@ -123,17 +169,102 @@ def run_demo(
         figure = sample_grid(grid.samples, list(METHODS), sampler, STEPS, f"{sampler}: the same noise in every column")
         save_figure(figure, output / f"samples-{sampler.replace('+', 'p')}.png")
     record = {
-        "obtained_on": {
-            "data": "fashion-16: 60,000 training images of Fashion-MNIST at 16×16",
-            "features": extractor.name,
-            "device": accelerator.device.type,
-            "threads": torch.get_num_threads(),
-            "torch": torch.__version__,
-        },
+        "obtained_on": _obtained_on(extractor, accelerator),
         "seed": seed,
         "training": training,
         "cells": [asdict(cell) for cell in grid.cells],
         "differences": [asdict(difference) for difference in grid.differences],
+    }
+    with atomic_write(output / "result.json") as file:
+        file.write(json.dumps(record, indent=1).encode())
+    return grid, record
+
+
+def run_consistency_demo(
+    output: Path,
+    size: DemoSize,
+    seed: int = 0,
+    *,
+    on_part: Part = lambda description, total: None,
+    on_progress: Progress = lambda done, note: None,
+) -> tuple[Grid, dict[str, Any]] | None:
+    """Distil the checkpoint, evaluate, and write figures and ``result.json`` into a folder.
+
+    Distillations that are there already are not made again, and those that were interrupted go on.
+
+    Arguments:
+        output: The folder.
+        size: How much to do.
+        seed: Of the batches, the noise and the samples.
+        on_part: Called when a part of the work begins, with what it is and its size.
+        on_progress: Called with how much of the part is done, and a note.
+
+    Returns:
+        The grid of the consistency models and what ``result.json`` holds, the teacher's cells included; None when a
+        signal stopped it.
+
+    Raises:
+        InputError: If the folder holds a demonstration of another size or seed.
+    """
+    recipes = {
+        method: load_recipe(
+            "fashion-16-consistency",
+            [
+                f"model.path={STUDENT}",
+                f"objective.teacher={TEACHER}",
+                *overrides,
+                f"steps={size.updates}",
+                f"seed={seed}",
+                f"output={_folder(output, method)}",
+            ],
+        )
+        for method, overrides in DISTILLED.items()
+    }
+    trained = _train_each(recipes, seed, "distillation", on_part, on_progress)
+    if trained is None:
+        return None
+    generators, training = trained
+    accelerator = Accelerator()
+    extractor = load_extractor("fashion-16")
+    on_part("statistics of the real images", 1)
+    reference = reference_statistics(load_dataset("fashion-16"), extractor)
+    evaluations = len(DISTILLED) * sum(DISTILLED_STEPS) + sum(TEACHER_STEPS)
+    on_part("sampling (network evaluations)", evaluations * size.images)
+    on_images = _counter(on_progress)
+    grid = evaluate_grid(
+        generators,
+        ("multistep",),
+        DISTILLED_STEPS,
+        size.images,
+        extractor,
+        reference,
+        accelerator,
+        on_images=on_images,
+    )
+    precision = recipes["plain"].precision
+    teacher = evaluate_grid(
+        {"teacher": Generator.load(TEACHER, seed=seed, precision=precision, batch_size=BATCH)},
+        ("ddim",),
+        TEACHER_STEPS,
+        size.images,
+        extractor,
+        reference,
+        accelerator,
+        on_images=on_images,
+    )
+    what = f"distillation on fashion-16, {size.updates} updates, {size.images} images a cell, seed {seed}"
+    save_figure(fid_against_steps([*grid.cells, *teacher.cells], what), output / "fid.png")
+    figure = sample_grid(
+        grid.samples, list(DISTILLED), "multistep", DISTILLED_STEPS, "multistep: the same noise in every column"
+    )
+    save_figure(figure, output / "samples-multistep.png")
+    record = {
+        "obtained_on": _obtained_on(extractor, accelerator),
+        "seed": seed,
+        "training": training,
+        "cells": [asdict(cell) for cell in grid.cells],
+        "differences": [asdict(difference) for difference in grid.differences],
+        "teacher": [asdict(cell) for cell in teacher.cells],
     }
     with atomic_write(output / "result.json") as file:
         file.write(json.dumps(record, indent=1).encode())

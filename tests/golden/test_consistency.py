@@ -59,7 +59,9 @@ def test_losses_of_each_sample(networks, data, scales, metric, kind, perturb):
 
 def test_no_golden_number_is_left_out(data):
     losses = {f"N{n}_{d}" for n in (18, 40) for d in ("l1", "l2")}
-    assert {name.rpartition("_")[0] for name in data} == {"forward", *losses, *SAMPLES} | {f"{k}_{c}" for k in losses for c in ("cd", "ct")}
+    assert {name.rpartition("_")[0] for name in data} == {"forward", *losses, *SAMPLES} | {
+        f"{k}_{c}" for k in losses for c in ("cd", "ct")
+    }
 
 
 @pytest.mark.parametrize("case", SAMPLES)

@@ -11,8 +11,9 @@ from diffusers import ConsistencyModelPipeline, DDPMPipeline
 
 from robustdiff.errors import InputError
 from robustdiff.models.adm import AdmFlags, build_adm, load_adm, save_adm
-from robustdiff.models.build import load_pipeline, objective_of, process_of
+from robustdiff.models.build import denoiser_of, load_pipeline, objective_of, process_of
 from robustdiff.models.convert import read_flags
+from robustdiff.objectives.preconditioning import Preconditioned
 from robustdiff.process import DiffusionProcess
 
 FLAGS = {
@@ -83,6 +84,21 @@ def test_a_consistency_model_becomes_its_own_pipeline(robustdiff, tmp_path):
     assert pipeline(num_inference_steps=1, output_type="np").images.shape == (1, 16, 16, 3)
 
 
+def test_a_denoiser_over_levels_becomes_a_teacher(robustdiff, tmp_path):
+    flags = {**FLAGS, "learn_sigma": False, "use_new_attention_order": True}
+    torch.manual_seed(0)
+    save_adm(build_adm(AdmFlags(**flags)), tmp_path / "edm.pt")
+    words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+    outcome = robustdiff("convert", tmp_path / "edm.pt", tmp_path / "edm", *words, "--training_mode", "edm")
+    assert outcome.code == 0, outcome.err
+    unet, scheduler = load_pipeline(tmp_path / "edm")
+    assert isinstance(denoiser_of(scheduler, unet), Preconditioned)
+    assert objective_of(scheduler, unet).name == "edm"
+    outcome = robustdiff("convert", tmp_path / "edm", tmp_path / "back.pt")
+    assert outcome.code == 0, outcome.err
+    assert_same_file(tmp_path / "edm.pt", tmp_path / "back.pt")
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -117,6 +133,7 @@ def test_nothing_is_overwritten(robustdiff, checkpoint, tmp_path):
         ("imagenet64-adm", "cosine"),
         ("imagenet256-adm", "linear"),
         ("imagenet64-cm", "consistency"),
+        ("imagenet64-edm", "edm"),
     ],
 )
 def test_presets_know_their_schedule(preset, schedule):

@@ -109,7 +109,8 @@ class Generator:
         """
         process = process_of(scheduler)
         sampler = settings.pop("sampler", None) or suited(process)[0]
-        settings["steps"] = settings.get("steps") or (2 if sampler == "multistep" else 20)
+        if settings.get("steps") is None:
+            settings["steps"] = 2 if sampler == "multistep" else 20
         prediction = objective_of(scheduler, unet).prediction
         return cls(unet, process, prediction, sampler, model=model_of(scheduler, unet), **settings)
 
