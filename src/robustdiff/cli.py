@@ -6,7 +6,6 @@ Exit code 0 is success; 2 bad input, with one line on stderr that names the thin
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import logging
 import sys
@@ -206,10 +205,7 @@ def sample(
     quiet = not accelerator.is_main_process
     with Bar(err, f"{generator.sampler}, {generator.steps} steps", num, quiet=quiet) as bar:
         if output.suffix == ".npz":
-            weights = hashlib.sha256()
-            for value in generator.unet.state_dict().values():
-                weights.update(value.cpu().numpy().tobytes())
-            write_npz(generator, num, output, accelerator, weights.hexdigest(), bar.advance)
+            write_npz(generator, num, output, accelerator, bar.advance)
         else:
             write_pngs(generator, num, output, accelerator, bar.advance)
     if not quiet:
@@ -247,10 +243,9 @@ def evaluate(
 
     from robustdiff.evaluation.fidelity import reference_statistics
     from robustdiff.evaluation.grid import evaluate_grid
-    from robustdiff.files import atomic_write
     from robustdiff.models.build import check_fit
-    from robustdiff.report.figures import fid_against_steps, sample_grid, save_figure
     from robustdiff.report.progress import Bar
+    from robustdiff.report.results import write_results
     from robustdiff.report.tables import grid_table, print_whole
     from robustdiff.samplers.generate import Generator
 
@@ -290,21 +285,9 @@ def evaluate(
     out.print(f"FID to {dataset.name} on the features {extractor.name}, {num} images a cell, 95 % bootstrap intervals:")
     print_whole(out, grid_table(grid, names[0]))
     if output is not None:
-        output.mkdir(parents=True, exist_ok=True)
-        record = {
-            "data": dataset.name,
-            "features": extractor.name,
-            "seed": seed,
-            "cells": [asdict(cell) for cell in grid.cells],
-            "differences": [asdict(difference) for difference in grid.differences],
-        }
         title = f"{dataset.name}, {num} images a cell, seed {seed}"
-        save_figure(fid_against_steps(grid.cells, title), output / "fid.png")
-        for s in samplers:
-            figure = sample_grid(grid.samples, names, s, counts, f"{s}: the same noise in every column")
-            save_figure(figure, output / f"samples-{s.replace('+', 'p')}.png")
-        with atomic_write(output / "result.json") as file:
-            file.write(json.dumps(record, indent=1).encode())
+        settings = {"data": dataset.name, "features": extractor.name, "seed": seed}
+        write_results(output, grid, title, settings)
         out.print(f"figures and result.json are in {output}")
 
 

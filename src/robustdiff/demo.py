@@ -13,7 +13,6 @@ checkpoint fine-tuned as a denoiser over noise levels. FID at 1, 2, 4 and 8 step
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,9 +25,8 @@ from robustdiff.data import load_dataset
 from robustdiff.evaluation.features import FeatureExtractor, load_extractor
 from robustdiff.evaluation.fidelity import reference_statistics
 from robustdiff.evaluation.grid import Grid, evaluate_grid
-from robustdiff.files import atomic_write
 from robustdiff.recipe import Recipe, load_recipe
-from robustdiff.report.figures import fid_against_steps, sample_grid, save_figure
+from robustdiff.report.results import write_results
 from robustdiff.samplers.generate import Generator
 from robustdiff.training.trainer import Status, train
 
@@ -164,20 +162,8 @@ def run_demo(
         generators, SAMPLERS, STEPS, size.images, extractor, reference, accelerator, on_images=_counter(on_progress)
     )
     what = f"fashion-16, {size.updates} updates, {size.images} images a cell, seed {seed}"
-    save_figure(fid_against_steps(grid.cells, what), output / "fid.png")
-    for sampler in SAMPLERS:
-        figure = sample_grid(grid.samples, list(METHODS), sampler, STEPS, f"{sampler}: the same noise in every column")
-        save_figure(figure, output / f"samples-{sampler.replace('+', 'p')}.png")
-    record = {
-        "obtained_on": _obtained_on(extractor, accelerator),
-        "seed": seed,
-        "training": training,
-        "cells": [asdict(cell) for cell in grid.cells],
-        "differences": [asdict(difference) for difference in grid.differences],
-    }
-    with atomic_write(output / "result.json") as file:
-        file.write(json.dumps(record, indent=1).encode())
-    return grid, record
+    settings = {"obtained_on": _obtained_on(extractor, accelerator), "seed": seed, "training": training}
+    return grid, write_results(output, grid, what, settings)
 
 
 def run_consistency_demo(
@@ -253,19 +239,10 @@ def run_consistency_demo(
         on_images=on_images,
     )
     what = f"distillation on fashion-16, {size.updates} updates, {size.images} images a cell, seed {seed}"
-    save_figure(fid_against_steps([*grid.cells, *teacher.cells], what), output / "fid.png")
-    figure = sample_grid(
-        grid.samples, list(DISTILLED), "multistep", DISTILLED_STEPS, "multistep: the same noise in every column"
-    )
-    save_figure(figure, output / "samples-multistep.png")
-    record = {
+    settings = {
         "obtained_on": _obtained_on(extractor, accelerator),
         "seed": seed,
         "training": training,
-        "cells": [asdict(cell) for cell in grid.cells],
-        "differences": [asdict(difference) for difference in grid.differences],
         "teacher": [asdict(cell) for cell in teacher.cells],
     }
-    with atomic_write(output / "result.json") as file:
-        file.write(json.dumps(record, indent=1).encode())
-    return grid, record
+    return grid, write_results(output, grid, what, settings, teacher.cells)

@@ -33,7 +33,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from robustdiff.process import DiffusionProcess
+from robustdiff.process import DiffusionProcess, broadcast
 
 __all__ = [
     "L1",
@@ -55,11 +55,6 @@ __all__ = [
 ]
 
 LossOfDelta = Callable[[Tensor], Tensor]
-
-
-def _per_sample(values: Tensor, like: Tensor) -> Tensor:
-    """(B,) as (B, 1, …, 1), to broadcast against ``like`` (B, *)."""
-    return values.reshape(-1, *(1,) * (like.ndim - 1))
 
 
 # -- norms ---------------------------------------------------------------------------------------------------
@@ -96,14 +91,14 @@ class L2(Norm):
 
     def ascent(self, grad: Tensor) -> Tensor:
         # Scaled to a largest entry of 1 first: the squares of a tiny gradient would underflow.
-        grad = grad / _per_sample(grad.flatten(1).abs().amax(1), grad)
-        return grad / _per_sample(self(grad), grad)
+        grad = grad / broadcast(grad.flatten(1).abs().amax(1), grad)
+        return grad / broadcast(self(grad), grad)
 
     def project(self, delta: Tensor, radius: Tensor) -> Tensor:
         size = self(delta)
         # Inside the ball the factor is exactly 1, so that δ keeps its bits.
         factor = torch.where(size > radius, radius / size.clamp_min(torch.finfo(size.dtype).tiny), 1.0)
-        return delta * _per_sample(factor, delta)
+        return delta * broadcast(factor, delta)
 
 
 class Linf(Norm):
@@ -115,7 +110,7 @@ class Linf(Norm):
         return grad.sign()
 
     def project(self, delta: Tensor, radius: Tensor) -> Tensor:
-        bound = _per_sample(radius, delta)
+        bound = broadcast(radius, delta)
         return torch.minimum(torch.maximum(delta, -bound), bound)
 
 
@@ -370,13 +365,13 @@ class Adversary(ABC):
         flat = grad.flatten(1)
         usable = flat.isfinite().all(1) & (flat != 0).any(1)
         # A harmless stand-in where the gradient is unusable: the result there is thrown away.
-        safe = torch.where(_per_sample(usable, grad), grad, torch.ones_like(grad))
+        safe = torch.where(broadcast(usable, grad), grad, torch.ones_like(grad))
         step = self.step_size * self.norm.ascent(safe)
         if self.grad_floor > 0:
-            step = step * _per_sample((safe.flatten(1).norm(dim=1) / self.grad_floor).clamp_max(1), step)
+            step = step * broadcast((safe.flatten(1).norm(dim=1) / self.grad_floor).clamp_max(1), step)
         moved = self._project(delta + step, x_t, t, training_step)
         self._skipped = self._skipped + (~usable).sum()  # stays on the device: reading it here would stall a GPU
-        return torch.where(_per_sample(usable, delta), moved, delta)
+        return torch.where(broadcast(usable, delta), moved, delta)
 
 
 class NoAdversary(Adversary):

@@ -27,10 +27,15 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-__all__ = ["PREDICTIONS", "DiffusionProcess", "Prediction", "per_sample"]
+__all__ = ["PREDICTIONS", "DiffusionProcess", "Prediction", "broadcast", "per_sample"]
 
 Prediction = Literal["epsilon", "sample", "v_prediction", "flow"]
 PREDICTIONS: tuple[str, ...] = get_args(Prediction)
+
+
+def broadcast(values: Tensor, like: Tensor) -> Tensor:
+    """One value for each sample, (B,), as (B, 1, …, 1), to multiply ``like`` (B, *)."""
+    return values.reshape(-1, *(1,) * (like.ndim - 1))
 
 
 def per_sample(table: Tensor, t: Tensor, like: Tensor) -> Tensor:
@@ -42,8 +47,7 @@ def per_sample(table: Tensor, t: Tensor, like: Tensor) -> Tensor:
         like: A batch, with shape (B, *).
     """
     # Rounded before it moves: not every device has float64.
-    values = table.to(like.dtype).to(like.device, non_blocking=True)[t]
-    return values.reshape(-1, *(1,) * (like.ndim - 1))
+    return broadcast(table.to(like.dtype).to(like.device, non_blocking=True)[t], like)
 
 
 class DiffusionProcess:

@@ -21,7 +21,6 @@ alone: :func:`reproduce`.
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
 import re
 import tempfile
@@ -272,14 +271,6 @@ def _held(path: Path) -> Iterator[bool]:
         yield True
 
 
-def _fingerprint(generator: Generator) -> str:
-    """sha256 of the network's parameters, in their order."""
-    digest = hashlib.sha256()
-    for value in generator.unet.state_dict().values():
-        digest.update(value.cpu().numpy().tobytes())
-    return digest.hexdigest()
-
-
 class _Evaluator:
     """What the cells of one process share: the features, and the real images under them."""
 
@@ -344,7 +335,7 @@ class _Evaluator:
             "replicates": [float(f"{value:.5g}") for value in replicates],
             "seconds": round(cell.seconds, 1),
             "measure": measure.model_dump(mode="json", exclude={"samplers", "steps", "mismatch", "mismatch_steps"}),
-            "weights": _fingerprint(generator),
+            "weights": generator.fingerprint(),
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
             "device": self.accelerator.device.type,

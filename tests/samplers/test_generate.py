@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 
 import numpy as np
@@ -69,7 +70,7 @@ class Stop(Exception):
 
 
 def test_an_interrupted_npz_goes_on_and_ends_the_same(generator, accelerator, tmp_path):
-    write_npz(generator, 11, tmp_path / "whole.npz", accelerator, "weights")
+    write_npz(generator, 11, tmp_path / "whole.npz", accelerator)
     made: list[int] = []
 
     def stop_at_second_batch(n: int) -> None:
@@ -78,10 +79,10 @@ def test_an_interrupted_npz_goes_on_and_ends_the_same(generator, accelerator, tm
             raise Stop
 
     with pytest.raises(Stop):
-        write_npz(generator, 11, tmp_path / "parts.npz", accelerator, "weights", stop_at_second_batch)
+        write_npz(generator, 11, tmp_path / "parts.npz", accelerator, stop_at_second_batch)
     assert not (tmp_path / "parts.npz").exists()
     resumed: list[int] = []
-    write_npz(generator, 11, tmp_path / "parts.npz", accelerator, "weights", resumed.append)
+    write_npz(generator, 11, tmp_path / "parts.npz", accelerator, resumed.append)
     assert resumed[0] > 0, "what was there is counted, not made again"
     assert sum(resumed) == 11
     whole, parts = (np.load(tmp_path / f"{name}.npz", allow_pickle=False)["arr_0"] for name in ("whole", "parts"))
@@ -95,9 +96,13 @@ def test_parts_of_another_network_are_not_used(generator, accelerator, tmp_path)
             raise Stop
 
     with pytest.raises(Stop):
-        write_npz(generator, 8, tmp_path / "a.npz", accelerator, "one", stop)
+        write_npz(generator, 8, tmp_path / "a.npz", accelerator, stop)
+    other = replace(generator, unet=copy.deepcopy(generator.unet))
+    with torch.no_grad():
+        other.unet.conv_out.bias.add_(1.0)
+    assert other.fingerprint() != generator.fingerprint()
     counts: list[int] = []
-    write_npz(generator, 8, tmp_path / "a.npz", accelerator, "another", counts.append)
+    write_npz(other, 8, tmp_path / "a.npz", accelerator, counts.append)
     assert counts[0] == 0
 
 
@@ -128,7 +133,7 @@ def test_classes_take_turns_and_are_written(accelerator, tmp_path):
         num_class_embeds=3,
     )
     generator = Generator(unet, DiffusionProcess.cosine(10), "epsilon", steps=1, batch_size=4)
-    write_npz(generator, 7, tmp_path / "c.npz", accelerator, "")
+    write_npz(generator, 7, tmp_path / "c.npz", accelerator)
     assert np.load(tmp_path / "c.npz", allow_pickle=False)["arr_1"].tolist() == [0, 1, 2, 0, 1, 2, 0]
     assert replace(generator, label=2).labels(range(3)).tolist() == [2, 2, 2]
     with pytest.raises(InputError, match="class 3"):

@@ -328,7 +328,7 @@ def _follow(
         noise = ImageNoise(generator.seed, batch, generator.shape, device)
         with torch.autocast(device.type, dtype, enabled=dtype is not None):
             sample(
-                generator.unet if generator.model is None else generator.model,
+                generator.network,
                 generator.process,
                 generator.sampler,
                 generator.steps,
@@ -427,7 +427,7 @@ def measure_mismatch(
         labels = truth.labels(images)
         robustness += measure_robustness(
             name,
-            generator.unet if generator.model is None else generator.model,
+            generator.network,
             generator.process,
             generator.prediction,
             *truth.batch(images),

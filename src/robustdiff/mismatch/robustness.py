@@ -32,7 +32,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from robustdiff.objectives.denoising import predict
 from robustdiff.perturbation import PGDAdversary
-from robustdiff.process import DiffusionProcess, Prediction
+from robustdiff.process import DiffusionProcess, Prediction, broadcast
 
 __all__ = ["Robustness", "lipschitz", "measure_robustness", "robust_loss"]
 
@@ -80,7 +80,7 @@ class _WorstPoint(PGDAdversary):
                 (grad,) = torch.autograd.grad(losses.sum(), delta)
             higher = losses.detach() > highest
             highest = torch.where(higher, losses.detach(), highest)
-            worst = torch.where(higher.reshape(-1, *(1,) * (x_t.ndim - 1)), delta.detach(), worst)
+            worst = torch.where(broadcast(higher, x_t), delta.detach(), worst)
             if step < self.steps:
                 delta = self._ascend(delta.detach(), grad, x_t, None, None)
         return worst, highest
@@ -90,7 +90,7 @@ class _WorstPoint(PGDAdversary):
         gaussian = torch.randn(x_t.shape, generator=generator).to(x_t)
         u = torch.rand(len(x_t), generator=generator).to(x_t)
         size = radius * u ** (1 / x_t[0].numel()) / self.norm(gaussian)
-        return gaussian * size.reshape(-1, *(1,) * (x_t.ndim - 1))
+        return gaussian * broadcast(size, x_t)
 
 
 def robust_loss(

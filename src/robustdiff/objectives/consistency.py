@@ -50,6 +50,7 @@ from robustdiff.errors import InputError
 from robustdiff.objectives.objective import Draw, Objective
 from robustdiff.objectives.preconditioning import Denoise, Preconditioned, karras_process, karras_sigmas
 from robustdiff.objectives.timesteps import LogNormal, Uniform
+from robustdiff.process import broadcast
 
 __all__ = [
     "METRICS",
@@ -81,10 +82,6 @@ WEIGHTINGS: tuple[str, ...] = get_args(Weighting)
 # -- solvers -------------------------------------------------------------------------------------------------
 
 
-def _per_sample(values: Tensor, like: Tensor) -> Tensor:
-    return values.reshape(-1, *(1,) * (like.ndim - 1))
-
-
 def euler_step(denoise: Denoise, x: Tensor, sigma: Tensor, lower: Tensor) -> Tensor:
     """One step of dx/dσ = (x − D(x, σ))/σ, with one call of D.
 
@@ -94,16 +91,16 @@ def euler_step(denoise: Denoise, x: Tensor, sigma: Tensor, lower: Tensor) -> Ten
         sigma: Their levels, with shape (B,).
         lower: The levels to go to, with shape (B,).
     """
-    slope = (x - denoise(x, sigma)) / _per_sample(sigma, x)
-    return x + _per_sample(lower - sigma, x) * slope
+    slope = (x - denoise(x, sigma)) / broadcast(sigma, x)
+    return x + broadcast(lower - sigma, x) * slope
 
 
 def heun_step(denoise: Denoise, x: Tensor, sigma: Tensor, lower: Tensor) -> Tensor:
     """The same with the mean of the slopes at both ends, in two calls of D; ``lower`` must be positive."""
-    slope = (x - denoise(x, sigma)) / _per_sample(sigma, x)
-    gap = _per_sample(lower - sigma, x)
+    slope = (x - denoise(x, sigma)) / broadcast(sigma, x)
+    gap = broadcast(lower - sigma, x)
     end = x + gap * slope
-    slope_at_end = (end - denoise(end, lower)) / _per_sample(lower, x)
+    slope_at_end = (end - denoise(end, lower)) / broadcast(lower, x)
     return x + gap / 2 * (slope + slope_at_end)
 
 
@@ -337,9 +334,9 @@ class ConsistencyObjective(Objective):
             noise = torch.randn(x0.shape, generator=generator, device=device, dtype=x0.dtype).to(x0.device)
         sigmas = self.process.sigmas.to(x0.dtype).to(x0.device)
         upper, lower = sigmas[t + 1], sigmas[t]
-        x_next = x0 + _per_sample(upper, x0) * noise
+        x_next = x0 + broadcast(upper, x0) * noise
         if self.teacher is None:
-            solved = x0 + _per_sample(lower, x0) * noise
+            solved = x0 + broadcast(lower, x0) * noise
         else:
             teacher = self.teacher
             solved = self.solver(lambda x, sigma: teacher(x, sigma, **condition), x_next, upper, lower)

@@ -35,7 +35,7 @@ from torch import Tensor
 
 from robustdiff.objectives.objective import Draw, Objective, predict
 from robustdiff.objectives.timesteps import LossSecondMoment, TimestepSampler, Uniform
-from robustdiff.process import PREDICTIONS, DiffusionProcess, Prediction, per_sample
+from robustdiff.process import PREDICTIONS, DiffusionProcess, Prediction, broadcast, per_sample
 
 __all__ = ["VARIANCES", "DenoisingObjective", "Draw", "Variance", "predict"]
 
@@ -186,7 +186,7 @@ class DenoisingObjective(Objective):
             log_variance - low + (low - log_variance).exp() + (true_mean - mean).square() * (-log_variance).exp() - 1
         )
         nll = -_log_likelihood_of_pixels(x0, mean, log_variance)
-        first = (t == 0).reshape(-1, *(1,) * (x0.ndim - 1))
+        first = broadcast(t == 0, x0)
         return torch.where(first, nll, divergence).flatten(1).mean(1) / math.log(2)
 
 

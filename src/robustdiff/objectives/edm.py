@@ -27,7 +27,7 @@ from robustdiff.objectives.denoising import DenoisingObjective
 from robustdiff.objectives.objective import Draw
 from robustdiff.objectives.preconditioning import Denoise, Preconditioned, karras_process, karras_sigmas
 from robustdiff.objectives.timesteps import LogNormal
-from robustdiff.process import per_sample
+from robustdiff.process import broadcast, per_sample
 
 __all__ = ["EDMObjective"]
 
@@ -87,7 +87,7 @@ class EDMObjective(DenoisingObjective):
             return draw
         sigma = self.process.sigmas.to(x0.dtype).to(x0.device)[draw.t]
         taught = self.teacher(draw.x_t, sigma, **draw.condition)
-        below = (sigma < self.teacher_below).reshape(-1, *(1,) * (x0.ndim - 1))
+        below = broadcast(sigma < self.teacher_below, x0)
         return replace(draw, x0=torch.where(below, taught, draw.x0))
 
     def __call__(self, model: Callable[..., Any], draw: Draw, delta: Tensor | None = None) -> dict[str, Tensor]:

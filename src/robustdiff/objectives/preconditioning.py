@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from robustdiff.objectives.objective import predict
-from robustdiff.process import DiffusionProcess, Prediction
+from robustdiff.process import DiffusionProcess, Prediction, broadcast
 
 __all__ = [
     "Denoise",
@@ -39,10 +39,6 @@ __all__ = [
 
 Denoise = Callable[..., Tensor]
 """(x (B, *), σ (B,), **condition) ↦ x̂_0 (B, *)."""
-
-
-def _per_sample(values: Tensor, like: Tensor) -> Tensor:
-    return values.reshape(-1, *(1,) * (like.ndim - 1))
 
 
 def karras_sigmas(N: int, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0) -> Tensor:
@@ -90,7 +86,7 @@ class Preconditioned:
             condition: What else the network is called with.
         """
         time = (250 * sigma.log()).to(x.dtype)
-        s = _per_sample(sigma, x)
+        s = broadcast(sigma, x)
         size = (s**2 + self.sigma_data**2).sqrt()
         c_skip = self.sigma_data**2 / ((s - self.sigma_min) ** 2 + self.sigma_data**2)
         c_out = (s - self.sigma_min) * self.sigma_data / size
@@ -177,5 +173,5 @@ class OverTimes:
         below = position.floor().long().clamp_max(len(self._log_sigmas) - 2)
         log_sigma = torch.lerp(self._log_sigmas[below], self._log_sigmas[below + 1], position - below)
         sigma = log_sigma.exp().expand(len(x_t))
-        scale = _per_sample((1 + sigma**2).sqrt().to(x_t.dtype).to(x_t.device), x_t)
+        scale = broadcast((1 + sigma**2).sqrt().to(x_t.dtype).to(x_t.device), x_t)
         return self.denoise(scale * x_t, sigma.to(x_t.dtype).to(x_t.device), **condition)

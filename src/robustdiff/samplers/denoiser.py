@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from robustdiff.objectives.denoising import predict
-from robustdiff.process import DiffusionProcess, Prediction
+from robustdiff.process import DiffusionProcess, Prediction, broadcast
 
 __all__ = ["Denoised", "Denoiser", "Evaluation"]
 
@@ -90,7 +90,7 @@ class Denoiser:
         k, b = self.eps_scale if isinstance(self.eps_scale, tuple) else (0.0, self.eps_scale)
         if (k, b) != (0.0, 1.0):
             scale = (k * t + b).to(noise)
-            noise = noise / scale.reshape(-1, *(1,) * (noise.ndim - 1))
+            noise = noise / broadcast(scale, noise)
             x0, _ = process.split("epsilon", x_t, t, noise)
         if self.clip:
             x0 = x0.clamp(-1, 1)

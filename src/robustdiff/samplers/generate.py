@@ -29,7 +29,7 @@ from robustdiff.errors import InputError
 from robustdiff.files import atomic_write
 from robustdiff.models.build import load_pipeline, model_of, objective_of, process_of
 from robustdiff.process import DiffusionProcess, Prediction
-from robustdiff.samplers.sample import check_sampler, sample, suited
+from robustdiff.samplers.sample import check_options, check_sampler, sample, suited
 
 __all__ = ["Generator", "ImageNoise", "write_npz", "write_pngs"]
 
@@ -130,11 +130,24 @@ class Generator:
         return cls.of(unet.to(device), scheduler, **settings)
 
     def __post_init__(self) -> None:
-        check_sampler(self.sampler, self.steps, self.process)
+        evaluations = check_sampler(self.sampler, self.steps, self.process)
+        check_options(self.sampler, evaluations, **(self.options or {}))
         classes = self.classes
         if self.label is not None and not (classes is not None and 0 <= self.label < classes):
             known = "this model has no classes" if classes is None else f"its classes are 0 to {classes - 1}"
             raise InputError(f"there is no class {self.label}: {known}")
+
+    @property
+    def network(self) -> Callable[..., Any]:
+        """What samplers call: the UNet, or the denoiser or consistency function that it is part of."""
+        return self.unet if self.model is None else self.model
+
+    def fingerprint(self) -> str:
+        """sha256 of the UNet's parameters, in their order."""
+        digest = hashlib.sha256()
+        for value in self.unet.state_dict().values():
+            digest.update(value.cpu().numpy().tobytes())
+        return digest.hexdigest()
 
     @property
     def classes(self) -> int | None:
@@ -166,7 +179,7 @@ class Generator:
             labels = self.labels(batch)
             with torch.autocast(device.type, dtype, enabled=dtype is not None):
                 x = sample(
-                    self.unet if self.model is None else self.model,
+                    self.network,
                     self.process,
                     self.sampler,
                     self.steps,
@@ -190,7 +203,6 @@ def write_npz(
     num: int,
     path: Path,
     accelerator: Accelerator,
-    identity: str,
     on_images: Callable[[int], None] = lambda n: None,
 ) -> None:
     """Write ``arr_0``, uint8 (num, H, W, C), and ``arr_1``, the labels if there are any: what ADM's evaluator reads.
@@ -203,12 +215,12 @@ def write_npz(
         num: How many.
         path: The file.
         accelerator: Each of its processes makes its share.
-        identity: What tells the network from others, so that parts of another one's images are not used.
         on_images: Called with the number of images made since the last call, over all processes.
     """
     channels, height, width = generator.shape
-    settings: list[Any] = [identity, num, accelerator.num_processes, generator.sampler, generator.steps, generator.seed]
-    settings += [generator.batch_size, generator.precision, generator.label, generator.options]
+    # Of another network or other settings, what is there is not used.
+    settings = [generator.fingerprint(), num, accelerator.num_processes, generator.sampler, generator.steps]
+    settings += [generator.seed, generator.batch_size, generator.precision, generator.label, generator.options]
     key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:12]
     parts = path.with_name(f".{path.name}.{key}.parts")
     parts.mkdir(exist_ok=True)
@@ -221,13 +233,9 @@ def write_npz(
     with part.open("r+b" if part.exists() else "xb") as file:
         file.truncate(done * size)
         file.seek(done * size)
-        try:
-            for batch, images in generator.images(range(share.start + done, share.stop)):
-                file.write(images.permute(0, 2, 3, 1).contiguous().numpy().tobytes())
-                on_images(len(batch) * accelerator.num_processes)
-        except InputError:  # an option that the sampler does not take: there is nothing to go on with
-            shutil.rmtree(parts, ignore_errors=True)
-            raise
+        for batch, images in generator.images(range(share.start + done, share.stop)):
+            file.write(images.permute(0, 2, 3, 1).contiguous().numpy().tobytes())
+            on_images(len(batch) * accelerator.num_processes)
         file.flush()
         os.fsync(file.fileno())
     accelerator.wait_for_everyone()

@@ -20,7 +20,7 @@ from robustdiff.samplers.multistep import multistep, scale_numbers
 from robustdiff.samplers.spacing import check_steps
 from robustdiff.samplers.time_shift import time_shift
 
-__all__ = ["SAMPLERS", "Sampler", "check_sampler", "sample", "suited"]
+__all__ = ["SAMPLERS", "Sampler", "check_options", "check_sampler", "sample", "suited"]
 
 Sampler = Callable[..., Tensor]
 """(denoiser, process, steps, x_T, noises, **options of its own) ↦ x_0."""
@@ -61,6 +61,35 @@ def check_sampler(sampler: str, steps: int | str, process: DiffusionProcess) -> 
     if isinstance(steps, str) and sampler not in _RESPACED:
         raise InputError(f"{sampler} takes a number of steps, not {steps!r}: those are for {', '.join(_RESPACED)}")
     return check_steps(steps, len(process))
+
+
+def check_options(
+    sampler: str,
+    evaluations: int,
+    eps_scale: float | tuple[float, float] | None = None,
+    window: int | None = None,
+    cutoff: int | None = None,
+) -> tuple[float | tuple[float, float], dict[str, int]]:
+    """The epsilon scale, and what options the sampler has beside it; the arguments are those of :func:`sample`.
+
+    Raises:
+        InputError: If the sampler has no such option, or the scale is not positive at all times.
+    """
+    options = {name: value for name, value in (("window", window), ("cutoff", cutoff)) if value is not None}
+    if options and sampler != "time-shift":
+        raise InputError(f"{' and '.join(options)} is for time-shift, not for {sampler}")
+    if eps_scale is not None and sampler == "multistep":
+        raise InputError("eps_scale is for diffusion models: the sampler multistep has no predicted noise to scale")
+    scale = eps_scale if eps_scale is not None else _ES_SCALE if sampler == "es" else 1.0
+    if isinstance(scale, tuple):
+        if sampler != "es":
+            raise InputError(f"a linear eps_scale is for es, not for {sampler}")
+        scales = [scale[1], scale[0] * (evaluations - 1) + scale[1]]
+    else:
+        scales = [scale]
+    if not all(value > 0 and math.isfinite(value) for value in scales):
+        raise InputError(f"eps_scale must be positive at all times; got {scale}")
+    return scale, options
 
 
 @torch.inference_mode()
@@ -116,20 +145,7 @@ def sample(
         ValueError: If neither or both of shape and latents are given, or the step noise has another shape.
     """
     evaluations = check_sampler(sampler, steps, process)
-    options = {name: value for name, value in (("window", window), ("cutoff", cutoff)) if value is not None}
-    if options and sampler != "time-shift":
-        raise InputError(f"{' and '.join(options)} is for time-shift, not for {sampler}")
-    if eps_scale is not None and sampler == "multistep":
-        raise InputError("eps_scale is for diffusion models: the sampler multistep has no predicted noise to scale")
-    scale = eps_scale if eps_scale is not None else _ES_SCALE if sampler == "es" else 1.0
-    if isinstance(scale, tuple):
-        if sampler != "es":
-            raise InputError(f"a linear eps_scale is for es, not for {sampler}")
-        scales = [scale[1], scale[0] * (evaluations - 1) + scale[1]]
-    else:
-        scales = [scale]
-    if not all(value > 0 and math.isfinite(value) for value in scales):
-        raise InputError(f"eps_scale must be positive at all times; got {scale}")
+    scale, options = check_options(sampler, evaluations, eps_scale, window, cutoff)
     if latents is None:
         if shape is None:
             raise ValueError("give shape=(n, C, H, W), or latents")

@@ -1,0 +1,48 @@
+"""A grid of checkpoints, samplers and steps as files: ``fid.png``, ``samples-SAMPLER.png`` and ``result.json``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from robustdiff.evaluation.grid import Cell, Grid
+from robustdiff.files import atomic_write
+from robustdiff.report.figures import fid_against_steps, sample_grid, save_figure
+
+__all__ = ["write_results"]
+
+
+def write_results(
+    folder: Path, grid: Grid, title: str, settings: dict[str, Any], beside: Sequence[Cell] = ()
+) -> dict[str, Any]:
+    """Write the figures, and the numbers with what they were obtained on.
+
+    Arguments:
+        folder: Where to; made if it is not there.
+        grid: The results.
+        title: Of the figure of FID.
+        settings: What ``result.json`` says before the numbers.
+        beside: Cells that are in the figure of FID, but not compared.
+
+    Returns:
+        What ``result.json`` holds.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    save_figure(fid_against_steps([*grid.cells, *beside], title), folder / "fid.png")
+    checkpoints = list(dict.fromkeys(cell.checkpoint for cell in grid.cells))
+    steps = list(dict.fromkeys(cell.steps for cell in grid.cells))
+    samplers = dict.fromkeys(cell.sampler for cell in grid.cells)
+    for sampler in samplers:
+        figure = sample_grid(grid.samples, checkpoints, sampler, steps, f"{sampler}: the same noise in every column")
+        save_figure(figure, folder / f"samples-{sampler.replace('+', 'p')}.png")
+    record = {
+        **settings,
+        "cells": [asdict(cell) for cell in grid.cells],
+        "differences": [asdict(difference) for difference in grid.differences],
+    }
+    with atomic_write(folder / "result.json") as file:
+        file.write(json.dumps(record, indent=1).encode())
+    return record
