@@ -64,7 +64,7 @@ def test_an_empty_recipe_is_all_defaults(tmp_path):
     (tmp_path / "r.yaml").write_text("")
     recipe = load_recipe(str(tmp_path / "r.yaml"))
     assert (recipe.data.name, recipe.model.name, recipe.adversary.name) == ("fashion-16", "unet", "none")
-    assert (recipe.sampler.name, recipe.sampler.steps) == ("ddim", 50)
+    assert (recipe.sampler.name, recipe.sampler.steps) == (None, None)
     assert (recipe.steps, recipe.batch_size, recipe.lr, recipe.seed) == (1000, 128, 1e-4, 0)
     assert recipe.process is None, "cosine, or the checkpoint's"
     assert recipe.objective is None, "ε-prediction, or the checkpoint's"

@@ -231,10 +231,12 @@ class AdversaryConfig(Named):
 
 
 class SamplerConfig(Named):
-    """How the run's samples are made."""
+    """How ``robustdiff sample`` makes the run's images, where it is not told otherwise."""
 
-    name: str = "ddim"
-    steps: int = Field(50, ge=1, description="network evaluations for one image")
+    name: str | None = Field(None, description="a sampler; by default one that suits the model")
+    steps: Annotated[int, Field(ge=1)] | str | None = Field(
+        None, description="network evaluations for one image, or a string that the sampler takes"
+    )
 
 
 class Recipe(Section):

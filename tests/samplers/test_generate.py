@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import shutil
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from accelerate import Accelerator
 from PIL import Image
 
@@ -145,3 +147,23 @@ def test_autocast_is_close_to_full_precision(generator):
     half = images_of(replace(generator, precision="bf16"), range(4)).int()
     assert not torch.equal(full, half)
     assert (full - half).abs().float().mean() < 10
+
+
+def test_a_run_is_sampled_as_its_recipe_says(digits_run):
+    """The recipe digits has ddim with 20 steps; either setting of one's own replaces both."""
+    found = [Generator.load(digits_run, **own) for own in ({}, {"steps": 7}, {"sampler": "dpm++"})]
+    assert [(g.sampler, g.steps) for g in found] == [("ddim", 20), ("ddim", 7), ("dpm++", 20)]
+
+
+def test_a_recipe_can_name_another_sampler(digits_run, tmp_path):
+    shutil.copytree(digits_run, tmp_path / "run")
+    recipe = yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())
+    recipe["sampler"] = {"name": "iddpm", "steps": "2,3"}
+    (tmp_path / "run" / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    found = Generator.load(tmp_path / "run")
+    assert (found.sampler, found.steps) == ("iddpm", "2,3")
+
+
+def test_an_option_that_the_sampler_lacks_is_refused_before_any_work(generator):
+    with pytest.raises(InputError, match="window is for time-shift"):
+        replace(generator, options={"window": 3})

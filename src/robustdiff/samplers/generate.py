@@ -29,6 +29,7 @@ from robustdiff.errors import InputError
 from robustdiff.files import atomic_write
 from robustdiff.models.build import load_pipeline, model_of, objective_of, process_of
 from robustdiff.process import DiffusionProcess, Prediction
+from robustdiff.recipe import load_recipe
 from robustdiff.samplers.sample import check_options, check_sampler, sample, suited
 
 __all__ = ["Generator", "ImageNoise", "write_npz", "write_pngs"]
@@ -121,12 +122,16 @@ class Generator:
         Arguments:
             path: Where the network is.
             device: Where it goes.
-            settings: The other fields.
+            settings: The other fields; where neither sampler nor steps are given those of a run's recipe.
 
         Raises:
             InputError: If there is no model, or it cannot be read, or a setting does not suit it.
         """
         unet, scheduler = load_pipeline(path)
+        recipe = Path(path) / "recipe.yaml"
+        if settings.get("sampler") is None and settings.get("steps") is None and recipe.is_file():
+            sampler = load_recipe(str(recipe)).sampler
+            settings = {**settings, "sampler": sampler.name, "steps": sampler.steps}
         return cls.of(unet.to(device), scheduler, **settings)
 
     def __post_init__(self) -> None:
