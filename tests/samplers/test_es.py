@@ -25,11 +25,12 @@ def noise(steps: int) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("steps", [5, 8, 10, 20, 50])
-def test_a_constant_scale_divides_the_prediction(steps):
-    scaled = sample(model, COSINE, "es", steps, eps_scale=1.03, **noise(steps))
-    expected = sample(lambda x, t: model(x, t) / 1.03, COSINE, "iddpm", steps, **noise(steps))
+@pytest.mark.parametrize(("scaling", "plain"), [("es", "iddpm"), ("ddim", "ddim"), ("dpm++", "dpm++")])
+def test_a_constant_scale_divides_the_prediction(scaling, plain, steps):
+    scaled = sample(model, COSINE, scaling, steps, eps_scale=1.03, **noise(steps))
+    expected = sample(lambda x, t: model(x, t) / 1.03, COSINE, plain, steps, **noise(steps))
     torch.testing.assert_close(scaled, expected, rtol=1e-4, atol=1e-4)
-    assert not torch.allclose(scaled, sample(model, COSINE, "iddpm", steps, **noise(steps)))
+    assert not torch.allclose(scaled, sample(model, COSINE, plain, steps, **noise(steps)))
 
 
 def test_a_linear_scale_grows_from_the_last_step_to_the_first():
