@@ -1,0 +1,34 @@
+"""The pages of results are what the committed files of the studies say."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from robustdiff.report.study import write_page
+from robustdiff.study import load_study
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = {"fashion-16": "results.md", "fashion-16-consistency": "results-consistency.md"}
+THERE = [study for study in PAGES if (ROOT / "benchmarks" / "results" / study / "cells").is_dir()]
+
+
+@pytest.mark.parametrize("study", THERE)
+def test_a_page_is_made_of_the_committed_cells(study, tmp_path):
+    page = ROOT / "docs" / PAGES[study]
+    made = write_page(
+        load_study(ROOT / "benchmarks" / "studies" / f"{study}.yaml"),
+        ROOT / "benchmarks" / "results" / study,
+        tmp_path / page.name,
+    )
+    assert made == page.read_text(encoding="utf-8"), (
+        f"make it again: robustdiff study benchmarks/studies/{study}.yaml --output benchmarks/results/{study} "
+        f"--report docs/{page.name}"
+    )
+    figures = re.findall(r"!\[[^\]]*\]\(([^)]+)\)", made)
+    assert figures
+    for figure in figures:
+        assert (tmp_path / figure).is_file()
+        assert (page.parent / figure).is_file()
