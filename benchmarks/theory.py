@@ -9,7 +9,7 @@
     python benchmarks/theory.py --out benchmarks/results/theory.json --document docs/theory.md
 
 Each experiment run replaces its part of the JSON, its figure beside the document, and its numbers in the document
-between its markers. `--only NAME` runs one.
+between its markers. `--only NAME` runs one; `--reuse` writes the document again from the JSON and computes nothing.
 """
 
 import argparse
@@ -85,7 +85,7 @@ TINY = Size(
     betas=3,
     separations=(0.0, 2.0),
     radii=4,
-    points=12,
+    points=32,
     dims=(2, 4, 8),
     trained_dims=(2, 4, 8),
     pairs=100,
@@ -178,7 +178,7 @@ def _verdict(judgement, text):
 
 
 def _exponent(fit):
-    return f"{fit['exponent']:.2f} ± {fit['half_width']:.2f}"
+    return f"{round(fit['exponent'], 2) + 0.0:.2f} ± {fit['half_width']:.2f}"  # + 0.0: no minus before a zero
 
 
 # ------------------------------------------------------------------------------------- Proposition 2: accumulation
@@ -301,11 +301,11 @@ def accumulation_text(result):
         "borne out, as a bound" if held == len(cases) else "not borne out",
         f"""
         It holds at every step in {held} of {len(cases)} cases. It is no account of the error: at the end the sum of
-        the steps is {min(summed):.2g} to {max(summed):.2g} times the divergence, and the statement with one γ for all
-        steps {min(uniform):.2g} to {max(uniform):.2g} times. Nor do errors only accumulate: the bound cannot fall
-        towards the data, but the divergence does, at some steps in {shrinking} of {len(cases)} cases, because noise
-        also forgets. DDIM has no such bound, since without noise the conditional divergence is infinite; its own
-        divergence is finite (with ε* itself, in nats: {ddim} steps).
+        the steps is {min(summed):.3g} to {max(summed):,.0f} times the divergence, and the statement with one γ for
+        all steps {min(uniform):.3g} to {max(uniform):,.0f} times. Nor do errors only accumulate: the bound cannot
+        fall towards the data, but the divergence does, at some steps in {shrinking} of {len(cases)} cases, because
+        noise also forgets. DDIM has no such bound, since without noise the conditional divergence is infinite; its
+        own divergence is finite (with ε* itself, in nats: {ddim} steps).
         """,
     )
 
@@ -469,116 +469,110 @@ def _kl_ball(loss, masses, radius):
     ).fun
 
 
-def _w2_ball(gains, squares, radius):
+def _w2_ball(gains, squares, weights, radius):
     """sup E ℓ(δ) over E δ² ≤ r² by duality: min over λ of λr² + E max_δ (ℓ(δ) − λδ²). Gains are (n, deltas)."""
 
     def dual(log_scale):
         scale = math.exp(log_scale)
-        return scale * radius**2 + float((gains - scale * squares).max(1).mean())
+        return scale * radius**2 + float(weights @ (gains - scale * squares).max(1))
 
     return minimize_scalar(dual, bounds=(-8, 12), method="bounded", options={"xatol": 1e-4}).fun
+
+
+def _quadrature(points):
+    """Nodes x_0 and ε, each (n,), and weights of Gauss and Hermite, for the three components and the noise."""
+    noise, of_noise = np.polynomial.hermite_e.hermegauss(points)
+    inner, of_inner = np.polynomial.hermite_e.hermegauss(max(points // 4, 4))
+    x0 = (THREE.means.numpy() + THREE.variances.sqrt().numpy() * inner).ravel()
+    of_x0 = (THREE.weights.numpy()[:, None] * of_inner).ravel()
+    weights = np.outer(of_x0, of_noise).ravel()
+    return np.repeat(x0, points), np.tile(noise, len(x0)), weights / weights.sum()
 
 
 def robust_bound(size):
     """The loss of one network under: a sup of densities in a KL ball, in a W₂ ball, a sup of points; and under p_θ."""
     network = train(THREE, NoAdversary(), size.updates, seed=0)
     exact = ExactModel(THREE, PROCESS)
-    levels = (np.arange(size.points) + 0.5) / size.points
-    fine = torch.linspace(-4, 4, 20_001).double()
-    quantiles = torch.from_numpy(np.interp(levels, THREE.cdf(fine).numpy(), fine.numpy()))
-    x0, noise = (
-        a.flatten() for a in torch.meshgrid(quantiles, torch.from_numpy(stats.norm.ppf(levels)), indexing="ij")
-    )
-    half = np.concatenate([[0.0], np.logspace(-3, math.log10(3), 500)])
-    deltas = torch.from_numpy(np.concatenate([-half[:0:-1], half]))
-    order = np.argsort(deltas.abs().numpy(), kind="stable")
-    rms = np.logspace(-2, 0, size.radii)
+    x0, noise, weights = _quadrature(size.points)
+    half = np.concatenate([[0.0], np.logspace(-3, 1, 500)])
+    deltas = np.concatenate([-half[:0:-1], half])
+    order = np.argsort(np.abs(deltas), kind="stable")
+    table = torch.linspace(-20, 20, 40_001, dtype=torch.float64)
     models = {
         "trained network": network,
         "exact ε*": exact,
         "ε̂ 5 % too long": ShiftedModel(exact, scale=0.05),
         "ε̂ off by 0.1": ShiftedModel(exact, offset=0.1),
     }
-    steps = {name: sampler_steps(PROCESS, "ddim", 10) for name in models}
     result = {}
     for time_index in (700, 400, 100):
         alpha, sigma = float(PROCESS.alphas[time_index]), float(PROCESS.sigmas[time_index])
-        q = THREE.at(alpha, sigma)
+        q, x_t = THREE.at(alpha, sigma), alpha * x0 + sigma * noise
 
-        def predict(x, time=time_index):
-            return network(x[:, None], torch.full((len(x),), float(time)))[:, 0]
+        def predict(model, x, time=time_index):
+            return model(x, torch.full((len(x),), float(time)))[:, 0].numpy()
 
-        table = torch.linspace(-9, 9, 20_001).double()
-        of_table = predict(table).numpy()
-        x_t = alpha * x0 + sigma * noise
-        moved = (x_t[:, None] + deltas).numpy()
-        losses = (np.interp(moved, table.numpy(), of_table) - (noise[:, None] + deltas / sigma).numpy()) ** 2
-        ordered = np.maximum.accumulate(losses[:, order], axis=1)
-        sizes = deltas.abs().numpy()[order]
-        squares = deltas.square().numpy()
+        of_table = predict(network, table[:, None])
 
-        def adversarial(radius, sizes=sizes, ordered=ordered):
-            return float(ordered[:, np.searchsorted(sizes, radius, side="right") - 1].mean())
+        def loss(delta, x=x_t, values=of_table, sigma=sigma):
+            """(ε̂(x_t + δ) − ε − δ/σ_t)², for δ (n, …)."""
+            at = [array.reshape(-1, *(1,) * (delta.ndim - 1)) for array in (x, noise)]
+            return (np.interp(at[0] + delta, table.numpy(), values) - at[1] - delta / sigma) ** 2
 
-        lattice = Density.on_lattice(q.log_prob, [-8.0], [8.0], size.lattice)
-        posterior = THREE.posterior(lattice.points, alpha, sigma)
-        conditional = (
-            (
-                predict(lattice.points[:, 0])
-                - exact(lattice.points, torch.full((len(lattice.points),), float(time_index)))[:, 0]
-            ).square()
-            + (alpha / sigma) ** 2 * posterior.total_variance
-        ).numpy()
-        held = (lattice.masses > 1e-12).numpy()
-        masses = lattice.masses.numpy()[held] / lattice.masses.numpy()[held].sum()
+        losses = loss(np.broadcast_to(deltas, (len(x_t), len(deltas))))
+        suprema = weights @ np.maximum.accumulate(losses[:, order], axis=1)
+
+        def adversarial(radius, suprema=suprema):
+            return float(suprema[np.searchsorted(np.abs(deltas)[order], radius, side="right") - 1])
+
+        # In the D_KL ball a point keeps its posterior: the loss given x_t is the squared error and what is left.
+        lattice = Density.on_lattice(q.log_prob, [-14.0], [14.0], 2 * size.lattice)
+        left = THREE.posterior(lattice.points, alpha, sigma).total_variance.numpy() * (alpha / sigma) ** 2
+        conditional = (predict(network, lattice.points) - predict(exact, lattice.points)) ** 2 + left
         poincare = _poincare(q)
         rows = [
             {
                 "radius": float(radius),
                 "adversarial": adversarial(radius),
-                "w2_ball": _w2_ball(losses, squares, radius),
-                "kl_ball": _kl_ball(conditional[held], masses, radius**2 / (2 * poincare)),
+                "w2_ball": _w2_ball(losses, deltas**2, weights, radius),
+                "kl_ball": _kl_ball(conditional, lattice.masses.numpy() / lattice.mass, radius**2 / (2 * poincare)),
             }
-            for radius in rms
+            for radius in np.logspace(-2, 0, size.radii)
         ]
         states = {}
         for name, model in models.items():
             p = before_ddim(size)
-            for step in steps[name]:
+            for step in sampler_steps(PROCESS, "ddim", 10):
                 if step.time == time_index:
                     break
                 p = p.push(step, model)
-            displacement, weights = -p.displacement(q).numpy(), p.masses.numpy()
-            ranks = np.argsort(np.abs(displacement))
-            mass_below = np.cumsum(weights[ranks])
-            magnitudes = np.abs(displacement)[ranks]
-            w2 = math.sqrt(float(weights @ displacement**2))
-            reached = {level: float(magnitudes[np.searchsorted(mass_below, level)]) for level in (0.9, 0.99, 0.999)}
-            # x_t moved to where transport takes it; its x_0 goes along, and so the target moves as in training.
-            at = (p.points[:, 0] - torch.from_numpy(displacement)).numpy()
-            along = np.interp(x_t.numpy(), at, displacement)
-            values = np.interp(x_t.numpy() + along, table.numpy(), of_table) - (noise.numpy() + along / sigma)
-            # D_KL(p ‖ q) is what transport inequalities speak of.
-            reverse = float((p.masses * (p.log_density - q.log_prob(p.points))).sum())
-            states[name] = {
-                "kl": reverse,
-                "w2": w2,
-                "talagrand": w2**2 / (2 * reverse) / poincare,
-                "quantiles": {f"{level:g}": value for level, value in reached.items()},
-                "covered_by_w2": float(weights[np.abs(displacement) <= w2].sum()),
-                "covered_by_2_w2": float(weights[np.abs(displacement) <= 2 * w2].sum()),
-                "network_loss": float((values**2).mean()),
-                "adversarial_at_w2": adversarial(w2),
-                "adversarial_at_0.999": adversarial(reached[0.999]),
-            }
-        result[str(time_index)] = {
-            "clean": adversarial(0.0),
-            "poincare": poincare,
-            "rows": rows,
-            "states": states,
-            "curvature": float((losses[:, 0] / squares[0]).mean()),
-        }
+            found = _displaced(p, q)
+            # x_t goes where transport takes it, its x_0 goes along, and so the target moves as in training.
+            delta = np.interp(x_t, found.pop("from"), found.pop("delta"))
+            found["talagrand"] = found["w2"] ** 2 / (2 * found["kl"]) / poincare
+            found["network_loss"] = float(weights @ loss(delta))
+            found["adversarial_at_w2"] = adversarial(found["w2"])
+            found["adversarial_at_0.999"] = adversarial(found["quantiles"]["0.999"])
+            states[name] = found
+        result[str(time_index)] = {"clean": adversarial(0.0), "poincare": poincare, "rows": rows, "states": states}
     return {"times": result}
+
+
+def _displaced(p, q):
+    """The optimal transport from q to p, as δ at points, how long it is, and D_KL(p ‖ q), of which Talagrand speaks."""
+    delta, masses = -p.displacement(q).numpy(), p.masses.numpy()
+    lengths = np.abs(delta)
+    ranks = np.argsort(lengths)
+    below = np.cumsum(masses[ranks])
+    w2 = math.sqrt(float(masses @ delta**2))
+    return {
+        "from": p.points[:, 0].numpy() - delta,
+        "delta": delta,
+        "kl": float((p.masses * (p.log_density - q.log_prob(p.points))).sum()),
+        "w2": w2,
+        "quantiles": {f"{level:g}": float(lengths[ranks][np.searchsorted(below, level)]) for level in (0.99, 0.999)},
+        "covered_by_2_w2": float(masses[lengths <= 2 * w2].sum()),
+    }
 
 
 def robust_bound_figure(result):
@@ -612,6 +606,11 @@ def robust_bound_figure(result):
     panels[0].set_ylabel("loss over the clean loss")
     panels[0].legend(frameon=False, fontsize=7)
     return figure
+
+
+def _range(rows, key):
+    ratios = [row[key] / row["adversarial"] for row in rows if row["radius"] <= 0.1 * (1 + 1e-9)]
+    return f"{min(ratios):.2f} to {max(ratios):.2f}"
 
 
 def robust_bound_text(result):
@@ -663,7 +662,7 @@ def robust_bound_text(result):
                 "D_KL(p‖q)",
                 "W₂",
                 "W₂² ÷ 2C·D_KL(p‖q)",
-                "99 % of |δ| ÷ W₂",
+                "99 % of δ ÷ W₂",
                 "within 2 W₂",
                 "loss at p_θ",
                 "adversarial at r = W₂",
@@ -674,17 +673,18 @@ def robust_bound_text(result):
         + _verdict(
             "borne out for the W∞ ball, and for what samplers do; not for the other balls in general",
             f"""
-        Over the D_KL ball the robust loss is below the adversarial one in {sum(x <= 1 for x in kl)} of {len(kl)}
-        cases ({min(kl):.2f} to {max(kl):.2f} times); over the W₂ ball of the same radius it never can be
-        ({min(w2):.2f} to {max(w2):.2f} times): there adversarial training is a lower bound. Both exceed it most at
-        large radii and large t, where they put mass far out, on what the network extrapolates. At the states that
-        samplers do produce the bound holds: the loss is below the adversarial loss at r = W₂ in {below} of
-        {len(found)} cases. A radius of W₂ does not cover every δ_t: 99 % are within {min(tail):.2f} to
-        {max(tail):.2f} times W₂, and {100 * min(state["covered_by_2_w2"] for state in found):.1f} % or more within
-        twice (Markov's inequality promises 75 %). The transport inequality is used to between
-        {100 * min(talagrand):.0f} % and {100 * max(talagrand):.0f} %, fully by a constant shift: a radius derived
-        from D_KL is up to {1 / math.sqrt(min(talagrand)):.1f} times what the mismatch asks for.
-        """,
+            Over the D_KL ball the robust loss is below the adversarial one in {sum(x <= 1 for x in kl)} of {len(kl)}
+            cases ({min(kl):.2f} to {max(kl):.2f} times; {_range(rows, "kl_ball")} up to r = 0.1); over the W₂ ball of
+            the same radius it never can be ({min(w2):.2f} to {max(w2):.2f} times; {_range(rows, "w2_ball")} up to r =
+            0.1): there adversarial training is a lower bound. Both exceed it most at large radii and large t, where
+            they put mass far out, on what the network extrapolates. At the states that samplers do produce the bound
+            holds: the loss is below the adversarial loss at r = W₂ in {below} of {len(found)} cases. A radius of W₂
+            does not cover every δ_t: 99 % are within {min(tail):.2f} to {max(tail):.2f} times W₂, and
+            {100 * min(state["covered_by_2_w2"] for state in found):.1f} % or more within twice (Markov's inequality
+            promises 75 %). The transport inequality is used to between {100 * min(talagrand):.0f} % and
+            {100 * max(talagrand):.0f} %, fully by a constant shift: a radius derived from D_KL is up to
+            {1 / math.sqrt(min(talagrand)):.1f} times what the mismatch asks for.
+            """,
         )
     )
 
@@ -874,15 +874,15 @@ def dimension_text(result):
         return next(case for name, case in cases.items() if words in name)
 
     def at(words, t=last):
-        return f"{of(words)['exponents'][t]['rms']['exponent']:.2f}"
+        return f"{round(of(words)['exponents'][t]['rms']['exponent'], 2) + 0.0:.2f}"
 
     def tail(words):
         l2 = of(words)["by_dim"][-1][last]["l2"]
         return f"{l2['0.999'] / l2['0.5']:.1f}"
 
-    notes = """The exponents are of d in the root mean square of ‖δ_t‖₂, and in the 99 % quantile of ‖δ_t‖ in each norm, by
-        least squares over all d ≥ 4, with 95 % intervals of the fit, which tell how straight the line is. η is the 99 %
-        quantile of ‖δ_t‖₂ over √d."""
+    notes = """The exponents are of d in the root mean square of ‖δ_t‖₂, and in the 99 % quantile of ‖δ_t‖ in each norm,
+        by least squares over all d ≥ 4, with 95 % intervals of the fit, which tell how straight the line is. η is the
+        99 % quantile of ‖δ_t‖₂ over √d."""
     return (
         _table(head, rows)
         + "\n\n"
@@ -1057,10 +1057,10 @@ def norms_text(result):
             f"d = {d}. Two samples of the data themselves are {np.mean(case['floor']):.3f} apart in sliced W₂.\n\n"
             + _table(head, rows)
         )
-    notes = f"""Below `plain` the tables have differences to it, paired by seed ({result["seeds"]} seeds, {result["updates"]}
-        updates), with 95 % intervals of Student's t. Where determinants change sign the map from x_T is not one to one,
-        and D_KL is a lower bound only: columns of which many samples have det ≤ 0 are no ground for a comparison, and
-        the verdict is on sliced W₂."""
+    notes = f"""Below `plain` the tables have differences to it, paired by seed ({result["seeds"]} seeds of
+        {result["updates"]} updates), with 95 % intervals of Student's t. Where determinants change sign the map
+        from x_T is not one to one, and D_KL is a lower bound only: columns of which many samples have det ≤ 0 are
+        no ground for a comparison, and the verdict is on sliced W₂."""
     said = "; ".join(
         f"{_method(kind)} "
         + " and ".join(f"better in {b} and worse in {w} of {n} at d = {d}" for d, (b, w, n) in by_dim.items())
@@ -1127,8 +1127,11 @@ def main(arguments=None):
     parser.add_argument("--only", nargs="+", choices=EXPERIMENTS, default=list(EXPERIMENTS), metavar="NAME")
     parser.add_argument("--tiny", action="store_true", help="sizes of no use, to see whether this runs")
     parser.add_argument("--out", type=Path, help="write the numbers here, as JSON")
+    parser.add_argument("--reuse", action="store_true", help="compute nothing: take the numbers that --out has")
     parser.add_argument("--document", type=Path, help="rewrite the numbers in it; figures go to a folder of its name")
     options = parser.parse_args(arguments)
+    if options.reuse and (options.out is None or not options.out.exists()):
+        parser.error("--reuse needs --out, a JSON of numbers that were computed before")
     torch.set_num_threads(1)
     size = TINY if options.tiny else Size()
     record = {}
@@ -1138,18 +1141,17 @@ def main(arguments=None):
             record = json.loads(options.out.read_text(encoding="utf-8"))
     for name in options.only:
         run, figure, _ = EXPERIMENTS[name]
-        start = time.perf_counter()
-        result = run(size)
-        seconds = time.perf_counter() - start
-        record[name] = {"result": result, "size": sizes(name, size), "torch": torch.__version__}
-        print(f"{name}: {seconds:.0f} s\n\n{section(name, record[name])}\n", flush=True)
-        if options.out is not None:
+        if not options.reuse:
+            start = time.perf_counter()
+            record[name] = {"result": run(size), "size": sizes(name, size), "torch": torch.__version__}
+            print(f"{name}: {time.perf_counter() - start:.0f} s\n\n{section(name, record[name])}\n", flush=True)
+        if options.out is not None and not options.reuse:
             with atomic_write(options.out) as file:
                 file.write((json.dumps(record, indent=1, ensure_ascii=False) + "\n").encode())
         if options.document is not None:
             folder = options.document.with_suffix("")
             folder.mkdir(exist_ok=True)
-            save_figure(figure(result), folder / f"{name}.png")
+            save_figure(figure(record[name]["result"]), folder / f"{name}.png")
             text = rewritten(options.document.read_text(encoding="utf-8"), name, section(name, record[name]))
             with atomic_write(options.document) as file:
                 file.write(text.encode())

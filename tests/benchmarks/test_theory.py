@@ -41,6 +41,7 @@ def test_all_experiments_run_at_a_tiny_size(tmp_path):
     for case in record["robust-bound"]["result"]["times"].values():
         for row in case["rows"]:
             assert case["clean"] <= row["adversarial"] <= row["w2_ball"] * (1 + 1e-6)
+            assert case["clean"] < row["kl_ball"] * (1 + 1e-3)  # by quadratures of their own
 
     # One experiment alone replaces its own part.
     before = out.read_text()
@@ -52,8 +53,8 @@ def test_all_experiments_run_at_a_tiny_size(tmp_path):
     # And the document can be written again without computing anything.
     written = document.read_text()
     document.write_text(DOCUMENT)
-    THEORY["main"](["--reuse", "--out", str(out), "--document", str(document)])
-    assert document.read_text() == written
+    THEORY["main"](["--reuse", "--only", "norms", "--out", str(out), "--document", str(document)])
+    assert document.read_text().partition("<!-- norms -->")[2] == written.partition("<!-- norms -->")[2]
 
 
 def test_reuse_needs_something_to_reuse(tmp_path, capsys):
@@ -115,8 +116,29 @@ def test_the_supremum_over_a_w2_ball():
     # Of (c + δ)² for one point it is (c + r)²; of δ it is r, whoever moves.
     deltas = np.linspace(-3, 3, 6001)
     ball = THEORY["_w2_ball"]
-    assert ball((0.5 + deltas)[None] ** 2, deltas**2, 0.4) == pytest.approx(0.81, rel=1e-4)
-    assert ball(np.tile(deltas, (5, 1)), deltas**2, 0.4) == pytest.approx(0.4, rel=1e-4)
+    assert ball((0.5 + deltas)[None] ** 2, deltas**2, np.ones(1), 0.4) == pytest.approx(0.81, rel=1e-4)
+    assert ball(np.tile(deltas, (5, 1)), deltas**2, np.full(5, 0.2), 0.4) == pytest.approx(0.4, rel=1e-4)
+
+
+def test_the_quadrature_has_the_moments_of_the_data_and_the_noise():
+    x0, noise, weights = THEORY["_quadrature"](32)
+    three = THEORY["THREE"]
+    assert weights @ x0 == pytest.approx(float(three.mean), abs=1e-12)
+    assert weights @ (x0 - weights @ x0) ** 2 == pytest.approx(float(three.covariance), rel=1e-12)
+    assert weights @ noise**4 == pytest.approx(3, rel=1e-10)
+    assert weights @ (x0 * noise) == pytest.approx(0, abs=1e-12)
+
+
+def test_transport_of_a_shifted_gaussian_is_the_shift():
+    q = GaussianMixture(torch.ones(1), torch.tensor([[0.0]]), torch.tensor([0.25]))
+    shifted = GaussianMixture(torch.ones(1), torch.tensor([[0.3]]), torch.tensor([0.25]))
+    p = THEORY["Density"].on_lattice(shifted.log_prob, [-4.0], [4.5], 2001)
+    found = THEORY["_displaced"](p, q)
+    middle = np.abs(found["from"]) < 2
+    np.testing.assert_allclose(found["delta"][middle], 0.3, atol=1e-3)
+    assert found["w2"] == pytest.approx(0.3, rel=1e-3)
+    assert found["kl"] == pytest.approx(0.3**2 / (2 * 0.25), rel=1e-6)
+    assert found["covered_by_2_w2"] == pytest.approx(1, abs=1e-6)
 
 
 def test_the_paired_interval_is_that_of_the_t_test():
