@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import shutil
 import threading
 from pathlib import Path
 
@@ -13,8 +14,9 @@ import torch
 import yaml
 
 from robustdiff.errors import InputError
+from robustdiff.mismatch.measure import MEASURES as MISMATCHES
 from robustdiff.report.study import Results, write_page
-from robustdiff.study import MEASURES, load_study, plan, remaining, reproduce, run_study
+from robustdiff.study import MEASURES, Study, load_study, plan, remaining, reproduce, run_study
 
 TINY = {
     "title": "A tiny study",
@@ -136,9 +138,9 @@ def test_a_cell_is_made_again_from_its_file_alone(finished, tmp_path, robustdiff
     record["fid"] += 1
     (tmp_path / "other.json").write_text(json.dumps(record))
     outcome = robustdiff("reproduce", str(tmp_path / "other.json"), "--output", str(tmp_path / "again"))
-    assert outcome.code == 0
+    assert outcome.code == 1
     assert "differs" in outcome.out
-    assert "not the same" in outcome.out
+    assert "not the same" in outcome.err
 
 
 def test_dry_run_says_what_is_left(finished, study_file, tmp_path, robustdiff):
@@ -153,19 +155,23 @@ def test_dry_run_says_what_is_left(finished, study_file, tmp_path, robustdiff):
     assert not (tmp_path / "new").exists()
 
 
-def test_remaining_seconds_are_those_of_what_is_finished(finished):
-    """The speed of the finished parts, times what is left."""
+def test_remaining_seconds_follow_what_is_finished(finished, tmp_path):
+    """Cells that took 0.01 + 0.002·steps seconds an image, and runs of 3 updates that took 6 s."""
     study, folder = finished
-    run = plan(study, folder)[1]
-    cell = run.cells[-1]
-    text = cell.path.read_text()
-    cell.path.unlink()
-    others = [json.loads(c.path.read_text()) for r in plan(study, folder) for c in r.cells if c.done]
-    rate = sum(c["seconds"] for c in others) / sum(c["n"] * c["steps"] for c in others)
-    left = {part.method: part for part in remaining(study, folder)}
-    cell.path.write_text(text)
-    assert (left["free"].runs, left["free"].cells, left["plain"].seconds) == (0, 1, 0)
-    assert left["free"].seconds == pytest.approx(rate * 40 * cell.steps)
+    for part in ("cells", "trainings", "mismatch"):
+        shutil.copytree(folder / part, tmp_path / part)
+    for path in (tmp_path / "cells").glob("*.json"):
+        record = json.loads(path.read_text())
+        path.write_text(json.dumps({**record, "seconds": 40 * (0.01 + 0.002 * record["steps"])}))
+    for path in (tmp_path / "trainings").glob("*.json"):
+        path.write_text(json.dumps({**json.loads(path.read_text()), "seconds": 6.0}))
+    run = plan(study, tmp_path)[1]
+    missing = run.cells[-1]
+    missing.path.unlink()
+    run.path.unlink()
+    left = {part.method: part for part in remaining(study, tmp_path)}
+    assert (left["free"].runs, left["free"].cells, left["plain"].seconds) == (1, 1, 0)
+    assert left["free"].seconds == pytest.approx(6.0 + 40 * (0.01 + 0.002 * missing.steps))
 
 
 @pytest.mark.parametrize(
@@ -175,6 +181,14 @@ def test_remaining_seconds_are_those_of_what_is_finished(finished):
         ({"methodes": {}}, "methodes"),
         ({"methods": {"plain": {"set": {"adversary.stepsize": 1}}}}, "unknown field adversary.stepsize"),
         ({"recipe": "nothing"}, "unknown recipe 'nothing'"),
+        ({"measure": {"samplers": ["dddim"]}}, "unknown sampler 'dddim'"),
+        ({"measure": {"steps": [0]}}, "measure.steps.0"),
+        ({"measure": {"steps": [5, 5]}}, "given twice"),
+        ({"measure": {"mismatch": 5}}, "40 images"),
+        ({"measure": {"samplers": ["euler"]}}, "does not suit"),
+        ({"set": {"seed": 3}}, "the study's own"),
+        ({"methods": {"plain": {"seeds": [0, 0]}}}, "given twice"),
+        ({"methods": {"../plain": {}}}, "'../plain'"),
     ],
 )
 def test_bad_studies_are_named(tmp_path, robustdiff, change, message):
@@ -190,7 +204,7 @@ def test_bad_studies_are_named(tmp_path, robustdiff, change, message):
 def test_other_failures_are_named(tmp_path, study_file, robustdiff):
     assert robustdiff("study", str(tmp_path / "none.yaml")).code == 2
     (tmp_path / "cell.json").write_text('{"method": "plain"}')
-    outcome = robustdiff("reproduce", str(tmp_path / "cell.json"))
+    outcome = robustdiff("reproduce", str(tmp_path / "cell.json"), "--output", str(tmp_path))
     assert (outcome.code, "is not a cell of a study" in outcome.err) == (2, True)
     outcome = robustdiff(
         "study", str(study_file), "--output", str(tmp_path / "new"), "--report", str(tmp_path / "page.md")
@@ -210,9 +224,21 @@ def test_the_page_is_made_of_the_cells(finished, tmp_path):
     assert "13 of 13 planned cells" in text
 
 
-def test_a_change_is_the_mean_of_paired_relative_differences(study_file, tmp_path):
-    """Against a computation by hand, on made-up cells."""
-    study = load_study(study_file)
+def made_up_cell(run, fid, replicates):
+    """What a cell's file must hold, with numbers of one's own."""
+    return {
+        "fid": fid,
+        "replicates": list(replicates),
+        **dict.fromkeys(("kid", "precision", "recall"), 0.5),
+        "measure": run.study.measure.model_dump(mode="json"),
+        "recipe": yaml.safe_load(run.recipe.to_yaml()),
+        "training": {"steps": run.recipe.steps},
+    }
+
+
+def test_a_change_is_the_mean_of_paired_relative_differences(tmp_path):
+    """Against a computation by hand, on made-up cells of two seeds."""
+    study = Study.model_validate({**TINY, "methods": {n: {**m, "seeds": [0, 1]} for n, m in TINY["methods"].items()}})
     rng = np.random.default_rng(0)
     (tmp_path / "cells").mkdir()
     made = {}
@@ -220,18 +246,21 @@ def test_a_change_is_the_mean_of_paired_relative_differences(study_file, tmp_pat
         for cell in run.cells:
             fid = float(rng.uniform(5, 10))
             made[run.method, run.seed, cell.sampler, cell.steps] = fid, fid + rng.normal(0, 0.2, 200)
-            record = {"fid": fid, "replicates": made[run.method, run.seed, cell.sampler, cell.steps][1].tolist()}
-            cell.path.write_text(json.dumps(record))
+            cell.path.write_text(json.dumps(made_up_cell(run, *made[run.method, run.seed, cell.sampler, cell.steps])))
     change = Results(study, tmp_path).change("free", ["ddim", "iddpm"], 2)
-    expected, replicates = 0.0, np.zeros(200)
-    for sampler in ("ddim", "iddpm"):
-        (fid, own), (base, others) = made["free", 0, sampler, 2], made["plain", 0, sampler, 2]
-        expected += (fid / base - 1) / 2
-        replicates += (own - others) / base / 2
-    low, high = np.quantile(replicates - replicates.mean() + expected, [0.025, 0.975])
-    assert change.mean == pytest.approx(expected)
-    assert (change.low, change.high) == pytest.approx((low, high))
-    assert change.seeds == pytest.approx((expected,))
+    by_seed, replicates = [], np.zeros(200)
+    for seed in (0, 1):
+        ratios = []
+        for sampler in ("ddim", "iddpm"):
+            (fid, own), (base, others) = made["free", seed, sampler, 2], made["plain", seed, sampler, 2]
+            ratios.append(fid / base)
+            replicates += np.log((own - own.mean() + fid) / (others - others.mean() + base)) / 4
+        by_seed.append((ratios[0] * ratios[1]) ** 0.5)
+    mean = (by_seed[0] * by_seed[1]) ** 0.5
+    low, high = np.quantile(replicates - replicates.mean() + np.log(mean), [0.025, 0.975])
+    assert change.mean == pytest.approx(mean - 1)
+    assert (change.low, change.high) == pytest.approx((np.exp(low) - 1, np.exp(high) - 1))
+    assert change.seeds == pytest.approx(np.array(by_seed) - 1)
 
 
 def test_a_missing_cell_leaves_no_number(finished):
@@ -243,7 +272,7 @@ def test_a_missing_cell_leaves_no_number(finished):
     cell.path.write_text(text)
     assert results.change("free", ["ddim", "iddpm"], 2) is None
     assert results.change("free", ["iddpm"], 2) is not None
-    assert results.missing == {"free": 1}
+    assert results.missing == {"free-s0": 1}
 
 
 def test_unreadable_yaml_is_named(tmp_path):
@@ -261,6 +290,84 @@ def test_the_studies_of_this_project_are_valid_and_fair(path):
     study = load_study(path)
     runs = plan(study, Path("study"))
     assert len({run.name for run in runs}) == len(runs)
-    for name in ("batch_size", "ema", "precision", "data", "threads"):
+    for name in ("batch_size", "precision", "data", "threads"):
         assert len({str(getattr(run.recipe, name)) for run in runs}) == 1, name
     assert runs[0].recipe.threads == 1
+    for run in runs:
+        assert run.recipe.ema**run.recipe.steps < 0.1, f"{run.name}: its moving average still holds the base"
+
+
+def test_results_of_other_settings_are_no_results(finished, tmp_path, robustdiff):
+    """A changed study must not take the old files for its own."""
+    _, folder = finished
+    for change, words in (
+        ({"set": {**TINY["set"], "lr": 0.01}}, "other settings"),
+        ({"measure": {**TINY["measure"], "num": 44}}, "other settings"),
+    ):
+        path = tmp_path / "changed.yaml"
+        path.write_text(yaml.safe_dump({**TINY, **change}, sort_keys=False))
+        for option in ([], ["--report", str(tmp_path / "page.md")]):
+            outcome = robustdiff("study", str(path), "--output", str(folder), *option)
+            assert outcome.code == 2
+            assert words in outcome.err
+
+
+def test_a_broken_file_is_named(finished, robustdiff):
+    study, folder = finished
+    cell = plan(study, folder)[1].cells[0]
+    text = cell.path.read_text()
+    cell.path.write_text(text[:50])
+    outcome = robustdiff("study", str(folder / "tiny.yaml"), "--output", str(folder))
+    cell.path.write_text(text)
+    assert outcome.code == 2
+    assert "delete it" in outcome.err
+
+
+def test_a_training_that_fails_is_left_out_and_the_rest_is_done(tmp_path, robustdiff):
+    """A learning rate that makes the parameters infinite."""
+    bad = {"set": {"adversary": "none", "lr": 1e30}}
+    path = tmp_path / "bad.yaml"
+    small = {**TINY["measure"], "samplers": ["ddim"], "steps": [1], "mismatch": 0}
+    methods = {"wild": bad, "plain": {"set": {"adversary": "none"}}}
+    path.write_text(yaml.safe_dump({**TINY, "methods": methods, "measure": small, "references": {}}, sort_keys=False))
+    outcome = robustdiff("study", str(path), "--output", str(tmp_path / "out"))
+    assert outcome.code == 1
+    assert "wild-s0" in outcome.err
+    assert sorted(p.stem for p in (tmp_path / "out" / "cells").glob("*.json")) == ["plain-s0-ddim-1"]
+    text = write_page(load_study(path), tmp_path / "out", tmp_path / "page.md")
+    assert "The training wild-s0 failed" in text
+
+
+def test_the_page_says_what_the_cells_say(tmp_path):
+    """Verdict, α × K map and mismatch, on made-up cells."""
+    adversaries = {"free-a": [0.1, 2], "free-b": [0.5, 2], "free-c": [0.5, 4]}
+    methods = {
+        "plain": {"set": {"adversary": "none"}},
+        **{n: {"set": {"adversary.step_size": a, "adversary.steps": k}} for n, (a, k) in adversaries.items()},
+    }
+    measure = {**TINY["measure"], "samplers": ["ddim"], "steps": [5, 10]}
+    study = Study.model_validate({**TINY, "methods": methods, "measure": measure, "references": {}})
+    fids = {"plain": 10.0, "free-a": 8.0, "free-b": 10.1, "free-c": 15.0}
+    (tmp_path / "cells").mkdir()
+    (tmp_path / "mismatch").mkdir()
+    training = {"steps": 3, "batches": 3, "backward_passes": 3, "delta_norm": 0.1, "data": "fashion-16", "images": 7}
+    more = {"threads": 1, "device": "cpu", "torch": "2", "training": training, "fid_ci": [0, 1]}
+    for run in plan(study, tmp_path):
+        for cell in run.cells:
+            replicates = fids[run.method] + np.random.default_rng(cell.steps).normal(0, 0.3, 200)
+            cell.path.write_text(json.dumps({**made_up_cell(run, fids[run.method], replicates), **more}))
+        amount = {"value": 2 * fids[run.method], "low": 2 * fids[run.method] - 1, "high": 2 * fids[run.method] + 1}
+        paths = [
+            {"sampler": "ddim", "steps": n, "mean": {m: {**amount, "floor": 1.0 + n} for m in MISMATCHES}}
+            for n in (5, 10)
+        ]
+        run.mismatch_path.write_text(json.dumps({"paths": paths}))
+    text = write_page(study, tmp_path, tmp_path / "page.md")
+    assert "**free-a**, 1 of 1 seeds: lower in 2 of 2 cells [ddim 5 (−20.0%), ddim 10 (−20.0%)]; higher in 0" in text
+    assert "**free-c**, 1 of 1 seeds: lower in 0 of 2 cells; higher in 2 of 2 cells [ddim 5 (+50.0%)" in text
+    assert "| K = 2 | **−20.0%**" in text
+    assert "| K = 4 | – | **+50.0%**" in text
+    ranks = next(line for line in text.splitlines() if line.startswith("| ranks of their changes"))
+    assert ranks.count("+1.00") == len(MISMATCHES), "the mismatch moves as FID does"
+    apart = next(line for line in text.splitlines() if line.startswith("| pairs with intervals apart"))
+    assert apart.count("4 of 4") == len(MISMATCHES), "free-b's intervals meet plain's"

@@ -12,7 +12,7 @@ import sys
 from dataclasses import asdict, replace
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 from rich.console import Console
@@ -36,6 +36,8 @@ app = typer.Typer(
 )
 # click's; newer typers hold a copy of click, and export only this one's descendant.
 _UsageError: Any = typer.BadParameter.__base__
+
+_T = TypeVar("_T")
 
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
@@ -249,22 +251,23 @@ def evaluate(
     from robustdiff.report.tables import grid_table, print_whole
     from robustdiff.samplers.generate import Generator
 
+    samplers, counts = _samplers(sampler), [] if steps is None else _counts(steps)
     accelerator = Accelerator(cpu=cpu)
     names = _names(runs)
     generators = {
         name: Generator.load(
             run,
             accelerator.device,
-            sampler=None if sampler is None else sampler.split(",")[0],
+            sampler=samplers[0] if samplers else None,
+            steps=counts[0] if counts else 1,  # given, so that no run's recipe decides how all are sampled
             seed=seed,
             batch_size=batch_size,
             precision=precision.value,
         )
         for name, run in zip(names, runs, strict=True)
     }
-    default = generators[names[0]].sampler
-    samplers = [default] if sampler is None else sampler.split(",")
-    counts = _counts(steps or ("1,2,4,8" if default == "multistep" else "5,10,20,50"))
+    samplers = samplers or [generators[names[0]].sampler]
+    counts = counts or ([1, 2, 4, 8] if samplers[0] == "multistep" else [5, 10, 20, 50])
     dataset = _real_images(runs[0], data, root)
     for run, generator in zip(runs, generators.values(), strict=True):
         check_fit(generator.unet, dataset.shape, run)
@@ -294,7 +297,7 @@ def evaluate(
 @app.command()
 def search_times(
     run: Annotated[str, typer.Argument(help="A consistency model: a run or a pipeline folder.")],
-    steps: Annotated[int, typer.Option(min=1, help="Network evaluations for one image.")] = 4,
+    steps: Annotated[int, typer.Option(min=2, help="Network evaluations for one image.")] = 4,
     num: Annotated[int, typer.Option(min=4, help="Images for each candidate.")] = 2000,
     data: Annotated[str | None, typer.Option(help="The real images, by name; those of the run by default.")] = None,
     root: Annotated[str | None, typer.Option(help="The folder or file of the real images.")] = None,
@@ -374,7 +377,7 @@ def solver_error(
     from robustdiff.data import to_unit
     from robustdiff.files import atomic_write
     from robustdiff.mismatch.solver_error import fitted_order, measure_solver_error
-    from robustdiff.models.build import check_fit, denoiser_of, load_pipeline
+    from robustdiff.models.build import check_classes, check_fit, denoiser_of, load_pipeline
     from robustdiff.objectives.consistency import SOLVERS
     from robustdiff.report.figures import save_figure
     from robustdiff.report.progress import Bar
@@ -392,6 +395,7 @@ def solver_error(
     denoise = denoiser_of(scheduler, unet.to(device).eval())
     dataset = _real_images(teacher, data, root)
     check_fit(unet, dataset.shape, teacher)
+    check_classes(unet, dataset.num_classes, teacher)
     if num > len(dataset):
         raise InputError(f"--num {num}: {dataset.name} has {len(dataset)} images")
     batch, labels = dataset.__getitems__(list(range(num)))
@@ -448,7 +452,9 @@ def mismatch(
     output: Annotated[Path, typer.Option(help="A folder for mismatch.json and figures.")] = Path("mismatch"),
     seed: Seed = 0,
     batch_size: BatchSize = 128,
-    precision: PrecisionOption = Precision.fp32,
+    precision: Annotated[
+        Precision, typer.Option(help="Mixed precision of the network on the sampler's path; robust loss has fp32.")
+    ] = Precision.fp32,
     cpu: Cpu = False,
 ) -> None:
     """How far the points that a sampler makes are from those that the network was trained on, step by step.
@@ -466,14 +472,13 @@ def mismatch(
     from robustdiff.report.tables import print_whole
     from robustdiff.samplers.generate import Generator
 
-    counts = _counts(steps)
+    samplers, counts = _samplers(sampler), _counts(steps)
     try:
         sizes = [float(part) for part in radii.split(",")]
     except ValueError:
         raise InputError(f"--radii {radii}: give numbers with commas, such as 0.1,0.3,1.0") from None
     device = Accelerator(cpu=cpu).device
     names = _names(runs)
-    samplers = None if sampler is None else sampler.split(",")
     generators = {
         name: Generator.load(
             run,
@@ -487,6 +492,7 @@ def mismatch(
     }
     dataset = _real_images(runs[0], data, root)
     num = min(2000, len(dataset) // 2) if num is None else num
+    probes = min(probes, num)
     with Bar(err, "mismatch", 1) as bar:
         result = measure_mismatch(
             generators,
@@ -495,22 +501,22 @@ def mismatch(
             counts,
             num,
             radii=sizes,
-            probes=min(probes, num),
+            probes=probes,
             seed=seed,
             on_part=bar.describe,
             on_progress=bar.advance,
         )
+    output.mkdir(parents=True, exist_ok=True)
+    with atomic_write(output / "mismatch.json") as file:
+        file.write(json.dumps(asdict(result), indent=1).encode())
     out.print(f"p(x_t) of {num} images against q(x_t) of {dataset.name}, with 95 % intervals:")
     print_whole(out, mismatch_table(result))
-    output.mkdir(parents=True, exist_ok=True)
     title = f"{dataset.name}, {num} images, seed {seed}"
     save_figure(mismatch_figure(result, title), output / "mismatch.png")
     if result.robustness:
         out.print(f"robust loss and Lipschitz constant of the predicted noise at {probes} true points:")
         print_whole(out, robustness_table(result))
         save_figure(robustness_figure(result, f"{dataset.name}, {probes} images, seed {seed}"), output / "robust.png")
-    with atomic_write(output / "mismatch.json") as file:
-        file.write(json.dumps(asdict(result), indent=1).encode())
     out.print(f"figures and mismatch.json are in {output}")
 
 
@@ -582,6 +588,7 @@ def reproduce(
     """Make one cell of a study again, from the settings in its file alone, and compare."""
     from robustdiff.report.progress import Bar
     from robustdiff.report.tables import print_whole, reproduced_table
+    from robustdiff.study import MEASURES
     from robustdiff.study import reproduce as run
 
     with Bar(err, cell.stem, 1) as bar:
@@ -591,6 +598,9 @@ def reproduce(
         return
     before, after = result
     print_whole(out, reproduced_table(before, after))
+    if any(before[name] != after[name] for name in ("weights", "replicates", *MEASURES)):
+        raise RunError("the cell is not the same: another machine, torch or number of threads rounds differently")
+    out.print("the same to the last digit")
 
 
 def _scale(text: str | None) -> float | tuple[float, float] | None:
@@ -609,16 +619,15 @@ def _scale(text: str | None) -> float | tuple[float, float] | None:
 
 
 def _real_images(run: str, data: str | None, root: str | None) -> ImageDataset:
-    """The dataset of a name, or else that of a run's recipe, or else fashion-16."""
+    """The dataset of a name, or else that of a run's recipe, or else fashion-16; from ``root``, where it is given."""
     from robustdiff.data import load_dataset
     from robustdiff.recipe import load_recipe
 
     recipe = Path(run) / "recipe.yaml"
     if data is None and recipe.exists():
         config = load_recipe(str(recipe)).data
-        return load_dataset(
-            config.name, root=config.root, size=config.size, channels=config.channels, split=config.split
-        )
+        root = config.root if root is None else root
+        return load_dataset(config.name, root=root, size=config.size, channels=config.channels, split=config.split)
     return load_dataset(data or "fashion-16", root=root)
 
 
@@ -635,9 +644,21 @@ def _extractor(features: str | None, weights: Path | None, dataset: ImageDataset
 
 def _counts(text: str, option: str = "--steps", example: str = "5,10,20,50") -> list[int]:
     try:
-        return [int(part) for part in text.split(",")]
+        counts = [int(part) for part in text.split(",")]
     except ValueError:
         raise InputError(f"{option} {text}: give whole numbers with commas, such as {example}") from None
+    return _distinct(counts, option)
+
+
+def _samplers(text: str | None) -> list[str]:
+    """The samplers that are asked for; none where nothing is."""
+    return [] if text is None else _distinct(text.split(","), "--sampler")
+
+
+def _distinct(values: list[_T], option: str) -> list[_T]:
+    if twice := [value for value in values if values.count(value) > 1]:
+        raise InputError(f"{option} has {twice[0]} twice: give each once")
+    return values
 
 
 def _names(runs: list[str]) -> list[str]:

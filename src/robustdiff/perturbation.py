@@ -191,7 +191,9 @@ class PerDimension(RadiusSchedule):
 
 @dataclass(frozen=True)
 class NoiseLevel(RadiusSchedule):
-    """η·σ_t·‖(1, …, 1)‖: the noise ε + δ/σ_t moves by at most η per dimension, at every timestep alike.
+    """η·σ_t·‖(1, …, 1)‖: the noise ε + δ/σ_t moves by at most η‖(1, …, 1)‖, at every timestep alike.
+
+    In ℓ2 that is η per dimension in root mean square, in ℓ∞ the most that any moves.
 
     Where the radius does not shrink with σ_t, the least noisy points are moved by many times their noise.
 
@@ -395,11 +397,12 @@ class FreeAdversary(Adversary):
     """Free adversarial training: K passes over one batch, each of which trains and ascends with one backward.
 
     Yields δ⁰ = 0, δ¹, …, δ^{K−1}. The caller calls backward and steps the optimiser in every pass; the gradient
-    that the same backward left in ``delta.grad`` moves δ for the next one (Wang et al., 2025, Algorithm 1).
+    that the same backward left in ``delta.grad`` moves δ for the next one (Wang et al., 2025, Algorithm 1). After the
+    last pass nothing is moved, and δ^{K−1} asks for no gradient.
 
     Raises:
-        RuntimeError: If ``delta.grad`` is missing when the body is left: the loss was not computed at x_t + delta,
-            or backward was not called.
+        RuntimeError: If ``delta.grad`` is missing when the body is left and another pass follows: the loss was not
+            computed at x_t + delta, or backward was not called.
     """
 
     def __call__(
@@ -412,7 +415,7 @@ class FreeAdversary(Adversary):
     ) -> Iterator[Tensor]:
         delta = torch.zeros_like(x_t)
         for k in range(self.steps):
-            delta = delta.detach().requires_grad_()
+            delta = delta.detach().requires_grad_(k + 1 < self.steps)
             yield delta
             if k + 1 < self.steps:
                 if delta.grad is None:

@@ -8,7 +8,8 @@ A study file names a recipe, what each method changes in it, and how the results
     cells/R-SAMPLER-N.json        the same of a reference R, a network as it is, such as the base or a teacher
     mismatch/M-sS.json            where asked for: how far its samplers' states are from q(x_t)
 
-and a piece of work is done when its file exists. Files are written atomically, trainings resume, and so an interrupted
+and a piece of work is done when its file exists. A file that was made with other settings than the study now says is an
+error, not a result. Files are written atomically, trainings resume, and so an interrupted
 study goes on where it was. A piece that is being worked on is held by a lock of the operating system (flock), which
 goes away with the process that holds it: any number of processes share a study, and none waits for a dead one.
 
@@ -20,26 +21,29 @@ alone: :func:`reproduce`.
 
 from __future__ import annotations
 
-import fcntl
+import itertools
 import json
+import os
 import re
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+import numpy as np
 import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from PIL import Image
-from pydantic import Field, ValidationError, model_validator
+from pydantic import AfterValidator, Field, ValidationError, model_validator
 
-from robustdiff.data import load_dataset
-from robustdiff.errors import InputError
+from robustdiff.data import ImageDataset, load_dataset
+from robustdiff.errors import InputError, RunError
 from robustdiff.evaluation.features import load_extractor
 from robustdiff.evaluation.fidelity import reference_statistics
 from robustdiff.evaluation.grid import evaluate_cell
@@ -49,7 +53,8 @@ from robustdiff.models.build import build_model
 from robustdiff.recipe import DataConfig, Recipe, Section, load_recipe
 from robustdiff.report.figures import tile
 from robustdiff.samplers.generate import Generator
-from robustdiff.training.trainer import Status, train
+from robustdiff.samplers.sample import SAMPLERS
+from robustdiff.training.trainer import FREE_TO_CHANGE, Status, train
 
 __all__ = [
     "MEASURES",
@@ -60,8 +65,11 @@ __all__ = [
     "Remaining",
     "Run",
     "Study",
+    "check_results",
     "load_study",
     "plan",
+    "read_cell",
+    "read_json",
     "reference_cells",
     "remaining",
     "reproduce",
@@ -72,36 +80,69 @@ MEASURES = ("fid", "kid", "precision", "recall")
 PICTURED = 8  # images of a cell in its picture
 
 
+def _distinct(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    if len(set(values)) < len(values):
+        raise ValueError("the same value is given twice")
+    return values
+
+
+def _known(samplers: tuple[str, ...]) -> tuple[str, ...]:
+    for name in samplers:
+        if name not in SAMPLERS:
+            raise ValueError(f"unknown sampler {name!r}: use {', '.join(SAMPLERS)}")
+    return samplers
+
+
+def _of_methods(values: dict[str, Any]) -> dict[str, Any]:
+    for name in ("seed", "output"):
+        if name in values:
+            raise ValueError(f"{name} is the study's own: seeds are listed, and the folder is that of the study")
+    return values
+
+
+Seeds = Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1), AfterValidator(_distinct)]
+Counts = Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1), AfterValidator(_distinct)]
+Samplers = Annotated[tuple[str, ...], Field(min_length=1), AfterValidator(_distinct), AfterValidator(_known)]
+Changes = Annotated[dict[str, Any], AfterValidator(_of_methods)]
+
+
 class Method(Section):
     """One way of training: what it changes in the study's recipe."""
 
-    set: dict[str, Any] = Field({}, description="fields by their dotted names, such as adversary.step_size: 0.5")
-    seeds: tuple[int, ...] = Field((0,), min_length=1)
-    steps: tuple[int, ...] | None = Field(None, description="numbers of evaluations; those of the study by default")
+    set: Changes = Field({}, description="fields by their dotted names, such as adversary.step_size: 0.5")
+    seeds: Seeds = (0,)
+    steps: Counts | None = Field(None, description="numbers of evaluations; those of the study by default")
+    baseline: str | None = Field(None, description="the method it is compared with; the study's by default")
 
 
 class Reference(Section):
     """A network that is measured as it is, beside the methods."""
 
     path: str = Field(description="a run, a pipeline folder, or a model shipped with the package")
-    samplers: tuple[str, ...] = Field(min_length=1)
-    steps: tuple[int, ...] = Field(min_length=1)
+    samplers: Samplers
+    steps: Counts
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
 
 
 class Measurement(Section):
     """How a run is measured."""
 
-    samplers: tuple[str, ...] = Field(("iddpm", "ddim", "es", "dpm++"), min_length=1)
-    steps: tuple[int, ...] = Field((5, 8, 10, 20, 50), min_length=1)
+    samplers: Samplers = ("iddpm", "ddim", "es", "dpm++")
+    steps: Counts = (5, 8, 10, 20, 50)
     num: int = Field(5000, ge=4, description="images of a cell")
     seed: int = Field(0, ge=0, description="of the images' noise")
     batch_size: int = Field(64, ge=1)
     mismatch: int = Field(0, ge=0, description="images of the mismatch, measured for the first seed; 0: not measured")
-    mismatch_steps: tuple[int, ...] | None = Field(None, description="at which it is; those of the cells by default")
+    mismatch_steps: Counts | None = Field(None, description="at which it is; those of the cells by default")
     features: str = "fashion-16"
     weights: str | None = Field(None, description="Inception's weights file")
     data: DataConfig | None = Field(None, description="the real images; those of the recipe by default")
+
+    @model_validator(mode="after")
+    def _enough(self) -> Measurement:
+        if 0 < self.mismatch < 40:
+            raise ValueError(f"mismatch needs 40 images or more, or 0; got {self.mismatch}")
+        return self
 
 
 class Study(Section):
@@ -109,7 +150,7 @@ class Study(Section):
 
     title: str
     recipe: str = Field(description="a recipe that comes with the package, or a file")
-    set: dict[str, Any] = Field({}, description="what all methods change in the recipe")
+    set: Changes = Field({}, description="what all methods change in the recipe")
     baseline: str = Field(description="the method that the others are compared with")
     methods: dict[str, Method] = Field(min_length=1)
     references: dict[str, Reference] = Field({})
@@ -119,10 +160,12 @@ class Study(Section):
     @model_validator(mode="after")
     def _consistent(self) -> Study:
         for name in (*self.methods, *self.references):
-            if not re.fullmatch(r"[\w.+-]+", name):
+            if not re.fullmatch(r"\w[\w.+-]*", name):
                 raise ValueError(f"the name {name!r} is that of files: use letters, digits and . + - _ only")
-        if self.baseline not in self.methods:
-            raise ValueError(f"baseline {self.baseline!r} is not one of the methods {', '.join(self.methods)}")
+        for baseline in (self.baseline, *(m.baseline for m in self.methods.values() if m.baseline is not None)):
+            if baseline not in self.methods:
+                raise ValueError(f"baseline {baseline!r} is not one of the methods {', '.join(self.methods)}")
+        _distinct((*self.references, *(f"{name}-s{seed}" for name, m in self.methods.items() for seed in m.seeds)))
         return self
 
 
@@ -168,7 +211,7 @@ class Run:
     def recipe(self) -> Recipe:
         """Raises InputError if a field is unknown or out of its range."""
         changes = {**self.study.set, **self.study.methods[self.method].set, "seed": self.seed}
-        assignments = [f"{key}={json.dumps(value)}" for key, value in changes.items()]
+        assignments = [f"{key}={json.dumps(value, default=str)}" for key, value in changes.items()]
         return load_recipe(self.study.recipe, [*assignments, f"output={json.dumps(str(self.output))}"])
 
     @property
@@ -178,6 +221,11 @@ class Run:
     @property
     def done(self) -> bool:
         return self.path.is_file() and (self.output / "model" / "model_index.json").is_file()
+
+    @property
+    def failure(self) -> Path:
+        """The file that says why the training failed, if it did; it is not tried again while the file is there."""
+        return self.path.with_suffix(".failed.json")
 
     @property
     def mismatch_path(self) -> Path | None:
@@ -258,9 +306,84 @@ def reference_cells(study: Study, folder: Path) -> list[Cell]:
     ]
 
 
+def _shape(recipe: Recipe) -> dict[str, Any]:
+    """What of a recipe makes the network."""
+    return recipe.model_dump(mode="json", exclude=FREE_TO_CHANGE)
+
+
+def _measured(measure: Measurement) -> dict[str, Any]:
+    """What of a measurement makes a cell's numbers."""
+    return measure.model_dump(mode="json", exclude={"samplers", "steps", "mismatch", "mismatch_steps"})
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A file of a study.
+
+    Raises:
+        InputError: If it is not whole.
+    """
+    try:
+        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        raise InputError(f"{path} cannot be read: delete it, and run the study again") from None
+    return record
+
+
+def read_cell(cell: Cell, study: Study, run: Run | None) -> dict[str, Any]:
+    """A cell's file.
+
+    Arguments:
+        cell: The cell.
+        study: Its study.
+        run: The run that it measures; none for a reference.
+
+    Raises:
+        InputError: If it is not whole, or was made with other settings than the study's.
+    """
+    record = read_json(cell.path)
+    remedy = "restore them, delete the file, or choose another --output"
+    try:
+        before = Measurement.model_validate(record["measure"])
+        same = _measured(before) == _measured(study.measure)
+        if run is not None:
+            recipe = Recipe.model_validate({**record["recipe"], "output": ""})
+            same = same and _shape(recipe) == _shape(run.recipe) and record["training"]["steps"] == recipe.steps
+        else:
+            same = same and record["reference"]["path"] == study.references[cell.network].path
+        if not same:
+            raise InputError(f"{cell.path} was made with other settings than the study's: {remedy}")
+        record["fid"], record["replicates"], record["kid"], record["precision"], record["recall"]
+    except (KeyError, TypeError, ValidationError):
+        raise InputError(f"{cell.path} is not a cell of this study: {remedy}") from None
+    return record
+
+
+def check_results(study: Study, folder: Path) -> None:
+    """See that what is there was made with the study's settings.
+
+    Raises:
+        InputError: If a cell or a run was not.
+    """
+    for run in plan(study, folder):
+        recipe = run.output / "recipe.yaml"
+        if recipe.is_file() and _shape(load_recipe(str(recipe))) != _shape(run.recipe):
+            raise InputError(
+                f"{run.output} was trained with other settings than the study's: restore them, delete the folder, "
+                "or choose another --output"
+            )
+        for cell in run.cells:
+            if cell.done:
+                read_cell(cell, study, run)
+    for cell in reference_cells(study, folder):
+        if cell.done:
+            read_cell(cell, study, None)
+
+
 @contextmanager
 def _held(path: Path) -> Iterator[bool]:
     """Whether this process, and no other, works on something while the block lasts."""
+    import fcntl  # only here, since not every system has it
+
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as file:
         try:
@@ -271,20 +394,22 @@ def _held(path: Path) -> Iterator[bool]:
         yield True
 
 
+def _load(data: DataConfig) -> ImageDataset:
+    return load_dataset(data.name, root=data.root, size=data.size, channels=data.channels, split=data.split)
+
+
 class _Evaluator:
     """What the cells of one process share: the features, and the real images under them."""
 
-    def __init__(self, measure: Measurement, data: DataConfig) -> None:
+    def __init__(self, measure: Measurement, data: DataConfig, cpu: bool = False) -> None:
         AcceleratorState._reset_state()
-        self.accelerator = Accelerator()
-        data = measure.data or data
+        self.accelerator = Accelerator(cpu=cpu)
         self.extractor = load_extractor(
             measure.features,
             weights=None if measure.weights is None else Path(measure.weights),
             device=self.accelerator.device,
         )
-        dataset = load_dataset(data.name, root=data.root, size=data.size, channels=data.channels, split=data.split)
-        self.reference = reference_statistics(dataset, self.extractor)
+        self.reference = reference_statistics(_load(measure.data or data), self.extractor)
 
     def __call__(
         self,
@@ -334,8 +459,11 @@ class _Evaluator:
             "recall": cell.recall,
             "replicates": [float(f"{value:.5g}") for value in replicates],
             "seconds": round(cell.seconds, 1),
-            "measure": measure.model_dump(mode="json", exclude={"samplers", "steps", "mismatch", "mismatch_steps"}),
+            "measure": _measured(measure),
             "weights": generator.fingerprint(),
+            "extractor": self.extractor.fingerprint,
+            "real_images": self.reference.n,
+            "robustdiff": version("robustdiff"),
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
             "device": self.accelerator.device.type,
@@ -343,14 +471,19 @@ class _Evaluator:
         return record, images
 
 
-def _train(recipe: Recipe, on_part: Callable[[str, float], None], on_progress: Callable[[float, str], None]) -> bool:
+def _train(
+    recipe: Recipe,
+    on_part: Callable[[str, float], None],
+    on_progress: Callable[[float, str], None],
+    cpu: bool = False,
+) -> bool:
     """Train or go on with a run. False when a signal stopped it."""
     on_part(f"training {Path(recipe.output).name}", recipe.steps)
 
     def on_status(status: Status) -> None:
         on_progress(status.step, f"loss {status.loss:.4f}  {status.images_per_second:.0f} images/s")
 
-    return train(recipe, resume=True, on_status=on_status) is not None
+    return train(recipe, resume=True, cpu=cpu, on_status=on_status) is not None
 
 
 def _record_training(run: Run) -> None:
@@ -394,9 +527,15 @@ def run_study(
         False when a signal stopped it.
 
     Raises:
-        InputError: If a run cannot be built from its recipe.
+        InputError: If a run cannot be built from its recipe, a sampler does not suit the networks, or what is there was
+            made with other settings.
+        RunError: When all else is done, if a training failed.
     """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise InputError("a study is shared by processes of their own: start robustdiff study several times instead")
     runs = plan(study, folder)
+    check_results(study, folder)
+    _check_samplers(study, runs[0])
     (folder / "cells").mkdir(parents=True, exist_ok=True)
     evaluators: dict[str, _Evaluator] = {}
 
@@ -418,7 +557,7 @@ def run_study(
                 _set_threads(runs[0].recipe)
                 _measure_reference(study, cell, evaluator(runs[0].recipe.data), on_progress)
         for run in runs:
-            if not run.missing:
+            if not run.missing or run.failure.is_file():
                 continue
             missing = True
             if not run.done:
@@ -426,8 +565,12 @@ def run_study(
                     if not mine:
                         continue
                     worked = True
-                    if not _train(run.recipe, on_part, on_progress):
-                        return False
+                    try:
+                        if not _train(run.recipe, on_part, on_progress):
+                            return False
+                    except RunError as error:
+                        _write(run.failure, {"method": run.method, "seed": run.seed, "error": str(error)})
+                        continue
                     _record_training(run)
             _set_threads(run.recipe)
             for cell in run.cells:
@@ -444,9 +587,22 @@ def run_study(
                         worked = True
                         _measure_mismatch(run, path, on_part, on_progress)
         if not missing:
+            failed = [run.failure for run in runs if run.failure.is_file()]
+            if failed:
+                reason = read_json(failed[0])["error"]
+                raise RunError(f"the rest is done, but {len(failed)} trainings failed; {failed[0]}: {reason}")
             return True
         if not worked:
             time.sleep(wait)
+
+
+def _check_samplers(study: Study, run: Run) -> None:
+    """See that the samplers suit the networks that the study begins with, before anything is trained."""
+    if not run.missing:
+        return
+    built = build_model(run.recipe, _load(run.recipe.data))
+    for sampler, steps in itertools.product(study.measure.samplers, run.steps):
+        Generator.of(built.unet, built.scheduler, sampler=sampler, steps=steps)
 
 
 def _set_threads(recipe: Recipe) -> None:
@@ -467,9 +623,10 @@ def _measure(run: Run, cell: Cell, evaluator: _Evaluator, on_progress: Callable[
         recipe.output, run.study.measure, cell.sampler, cell.steps, recipe.precision, on_progress
     )
     if run.seed == run.study.methods[run.method].seeds[0]:
-        _write_picture(cell, images)
-    result = json.loads((run.output / "result.json").read_text(encoding="utf-8"))
-    _write_cell(cell, {"method": run.method, "seed": run.seed, **record, **_settings(recipe, result)})
+        with atomic_write(cell.path.with_suffix(".png")) as file:
+            Image.fromarray(tile(images, PICTURED).squeeze()).save(file, format="png")
+    result = read_json(run.output / "result.json")
+    _write(cell.path, {"method": run.method, "seed": run.seed, **record, **_settings(recipe, result)})
 
 
 def _measure_reference(
@@ -477,23 +634,16 @@ def _measure_reference(
 ) -> None:
     """Make one cell's file of a network as it is."""
     reference = study.references[cell.network]
-    record, images = evaluator(
-        reference.path, study.measure, cell.sampler, cell.steps, reference.precision, on_progress
-    )
-    _write_picture(cell, images)
+    record, _ = evaluator(reference.path, study.measure, cell.sampler, cell.steps, reference.precision, on_progress)
     data = plan(study, cell.folder)[0].recipe.data
     settings = {"name": cell.network, "path": reference.path, "data": data.model_dump(mode="json")}
     # Within a section of its own, since a cell's precision is that of precision and recall.
-    _write_cell(cell, {"reference": {**settings, "precision": reference.precision}, **record})
+    _write(cell.path, {"reference": {**settings, "precision": reference.precision}, **record})
 
 
-def _write_picture(cell: Cell, images: torch.Tensor) -> None:
-    with atomic_write(cell.path.with_suffix(".png")) as file:
-        Image.fromarray(tile(images, PICTURED).squeeze()).save(file, format="png")
-
-
-def _write_cell(cell: Cell, record: dict[str, Any]) -> None:
-    with atomic_write(cell.path) as file:
+def _write(path: Path, record: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(path) as file:
         file.write(json.dumps(record, indent=1).encode())
 
 
@@ -502,8 +652,6 @@ def _measure_mismatch(
 ) -> None:
     """Measure how far a run's samplers' states are from q(x_t): the mean over steps of each measure."""
     recipe, measure = run.recipe, run.study.measure
-    data = recipe.data
-    dataset = load_dataset(data.name, root=data.root, size=data.size, channels=data.channels, split=data.split)
     generator = Generator.load(
         recipe.output,
         "cuda" if torch.cuda.is_available() else "cpu",
@@ -526,7 +674,7 @@ def _measure_mismatch(
 
     mismatch = measure_mismatch(
         {run.name: generator},
-        dataset,
+        _load(recipe.data),
         measure.samplers,
         run.mismatch_steps,
         measure.mismatch,
@@ -539,6 +687,8 @@ def _measure_mismatch(
         "method": run.method,
         "seed": run.seed,
         "n": measure.mismatch,
+        "images_seed": measure.seed,
+        "weights": generator.fingerprint(),
         "paths": [
             {
                 "sampler": p.sampler,
@@ -549,9 +699,7 @@ def _measure_mismatch(
             for p in mismatch.paths
         ],
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(path) as file:
-        file.write(json.dumps(record, indent=1).encode())
+    _write(path, record)
 
 
 def reproduce(
@@ -578,6 +726,7 @@ def reproduce(
     """
     try:
         before = json.loads(path.read_text(encoding="utf-8"))
+        cpu = before["device"] == "cpu"
         measure = Measurement.model_validate(before["measure"])
         sampler, steps = before["sampler"], before["steps"]
         if "reference" in before:
@@ -593,11 +742,11 @@ def reproduce(
         raise InputError(f"{path} is not a cell of a study: {str(error).splitlines()[0]}") from None
     after = {}
     if recipe is not None:
-        if not _train(recipe, on_part, on_progress):
+        if not _train(recipe, on_part, on_progress, cpu):
             return None
-        after = _settings(recipe, json.loads((Path(name) / "result.json").read_text(encoding="utf-8")))
+        after = _settings(recipe, read_json(Path(name) / "result.json"))
     on_part(path.stem, measure.num)
-    record, _ = _Evaluator(measure, data)(name, measure, sampler, steps, precision, on_progress)
+    record, _ = _Evaluator(measure, data, cpu)(name, measure, sampler, steps, precision, on_progress)
     return before, {**before, **record, **after}
 
 
@@ -631,32 +780,38 @@ def remaining(study: Study, folder: Path) -> list[Remaining]:
     to measure it.
     """
     runs = plan(study, folder)
-    trained = [(run, json.loads(run.path.read_text(encoding="utf-8"))["seconds"]) for run in runs if run.path.is_file()]
-    measured = [json.loads(cell.path.read_text(encoding="utf-8")) for run in runs for cell in run.cells if cell.done]
+    trained = [(run, read_json(run.path)["seconds"]) for run in runs if run.path.is_file()]
+    measured = [read_json(cell.path) for run in runs for cell in run.cells if cell.done]
     if trained:
         training = sum(seconds for _, seconds in trained) / sum(_image_passes(run.recipe) for run, _ in trained)
     else:
         training = _time_training(runs[0])
-    if measured:
-        sampling = sum(c["seconds"] for c in measured) / sum(c["n"] * c["steps"] for c in measured)
+    # A cell takes a + b·steps for each image: making it, and its features.
+    if len({record["steps"] for record in measured}) > 1:
+        each = [record["seconds"] / record["n"] for record in measured]
+        fit = np.polynomial.Polynomial.fit([record["steps"] for record in measured], each, 1).convert()
+        once, sampling = np.maximum(fit.coef, 0)
     else:
-        sampling = _time_sampling(runs[0])
+        once, sampling = 0.0, _time_sampling(runs[0])
+
+    def seconds_of(cells: Sequence[Cell]) -> float:
+        return float(study.measure.num * sum(once + sampling * cell.steps for cell in cells))
+
     left = []
     for method in study.methods:
         own = [run for run in runs if run.method == method]
         cells = [cell for run in own for cell in run.cells if not cell.done]
-        untrained = [run for run in own if not run.done and run.missing]
+        untrained = [run for run in own if not run.done and run.missing and not run.failure.is_file()]
         seconds = training * sum(_image_passes(run.recipe) for run in untrained)
-        seconds += sampling * study.measure.num * sum(cell.steps for cell in cells)
+        seconds += seconds_of(cells)
         unseen = [run for run in own if run.mismatch_path is not None and not run.mismatch_path.is_file()]
         # The network is called twice for an image and step.
         per_step = 2 * study.measure.mismatch * len(study.measure.samplers)
-        seconds += sampling * per_step * sum(sum(run.mismatch_steps) for run in unseen)
+        seconds += float(sampling) * per_step * sum(sum(run.mismatch_steps) for run in unseen)
         left.append(Remaining(method, len(untrained), len(cells), seconds))
     for name in study.references:
         cells = [cell for cell in reference_cells(study, folder) if cell.network == name and not cell.done]
-        seconds = sampling * study.measure.num * sum(cell.steps for cell in cells)
-        left.append(Remaining(name, 0, len(cells), seconds))
+        left.append(Remaining(name, 0, len(cells), seconds_of(cells)))
     return left
 
 
@@ -666,15 +821,14 @@ def _time_training(run: Run) -> float:
         recipe = run.recipe.model_copy(update={"output": str(Path(scratch) / "run"), "steps": 4, "log_every": 1})
         speeds: list[float] = []
         train(recipe, on_status=lambda status: speeds.append(status.images_per_second))
-    return 1 / max(speeds)  # the first updates also set things up
+    passes = _image_passes(run.recipe) / (run.recipe.steps * run.recipe.batch_size)
+    return 1 / (max(speeds) * passes)  # the first updates also set things up
 
 
 def _time_sampling(run: Run) -> float:
     """Seconds for one evaluation of the network for one image, measured on the network as it begins."""
     recipe, measure = run.recipe, run.study.measure
-    data = recipe.data
-    dataset = load_dataset(data.name, root=data.root, size=data.size, channels=data.channels, split=data.split)
-    built = build_model(recipe, dataset)
+    built = build_model(recipe, _load(recipe.data))
     generator = Generator.of(
         built.unet,
         built.scheduler,

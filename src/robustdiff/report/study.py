@@ -1,17 +1,20 @@
 r"""What a study found, as one page of tables, figures and sentences, made from the files of its cells alone.
 
-The difference of a method M to the baseline B under one sampler and number of steps is relative,
+The change from a baseline B to a method M under one sampler and number of steps is
 
-    D = (FID_M − FID_B)/FID_B,
+    D = exp( mean of ln FID_M − ln FID_B ) − 1
 
-for runs of the same seed; it is averaged over seeds, and where it says so over samplers. Its 95 % interval comes from
-the cells' bootstrap replicates, averaged in the same way: replicate r resamples the same images in all cells, which
-share their noise, so that what they have in common cancels. It is an interval over images, for the trained networks as
-they are; how much another training would change is shown by the seeds, each by its own.
+over runs of the same seed, and where it says so over samplers: a geometric mean, so that M against B and B against M
+are each other's inverse. Its 95 % interval comes from the cells' bootstrap replicates, centred at each cell's FID and
+averaged in the same way: replicate r resamples the same images in all cells, which share their noise, so that what they
+have in common cancels. It is an interval over images, for the trained networks as they are; how much another training
+would change is shown by the seeds, each by its own.
 """
 
 from __future__ import annotations
 
+import copy
+import itertools
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -29,7 +32,7 @@ from robustdiff.evaluation.fidelity import interval
 from robustdiff.files import atomic_write
 from robustdiff.mismatch.measure import MEASURES
 from robustdiff.report.figures import Line, fid_panels, loss_curves, save_figure
-from robustdiff.study import Study, plan, reference_cells
+from robustdiff.study import Study, plan, read_cell, read_json, reference_cells
 
 __all__ = ["Results", "write_page"]
 
@@ -48,12 +51,18 @@ class Change:
 
     def __str__(self) -> str:
         mark = "**" if self.high < 0 or self.low > 0 else ""
-        return f"{mark}{self.mean:+.0%}{mark} ({self.low:+.0%} … {self.high:+.0%})".replace("-", "−")
+        return f"{mark}{_percent(self.mean)}{mark} ({_percent(self.low)} … {_percent(self.high)})"
 
     @property
-    def confirmed(self) -> bool:
-        """Whether the interval excludes 0 and all seeds agree in sign."""
-        return (self.high < 0 and max(self.seeds) < 0) or (self.low > 0 and min(self.seeds) > 0)
+    def direction(self) -> int:
+        """−1 or 1 where the interval excludes 0 and all seeds agree in sign, else 0."""
+        if self.high < 0 and max(self.seeds) < 0:
+            return -1
+        return int(self.low > 0 and min(self.seeds) > 0)
+
+
+def _percent(value: float) -> str:
+    return f"{value:+.1%}".replace("-", "−")
 
 
 class Results:
@@ -70,33 +79,32 @@ class Results:
     def __init__(self, study: Study, folder: Path) -> None:
         self.study = study
         self.cells: dict[tuple[str, int, str, int], Record] = {}
-        self.planned = 0
+        self.references: dict[tuple[str, str, int], Record] = {}
+        self.mismatch: dict[tuple[str, int, str, int], Record] = {}
         self.missing: dict[str, int] = {}
+        self.failed: dict[str, str] = {}
+        self.planned = 0
         for run in plan(study, folder):
             for cell in run.cells:
                 self.planned += 1
                 if cell.done:
-                    record = json.loads(cell.path.read_text(encoding="utf-8"))
-                    self.cells[run.method, run.seed, cell.sampler, cell.steps] = record
-                else:
-                    self.missing[run.method] = self.missing.get(run.method, 0) + 1
-        if not self.cells:
-            raise InputError(f"no cells in {folder / 'cells'}: run the study first")
-        present = {method for method, *_ in self.cells}
-        self.references: dict[tuple[str, str, int], Record] = {}
+                    self.cells[run.method, run.seed, cell.sampler, cell.steps] = read_cell(cell, study, run)
+            if run.missing:
+                self.missing[run.name] = len(run.missing)
+            if run.failure.is_file():
+                self.failed[run.name] = read_json(run.failure)["error"]
+            if (path := run.mismatch_path) is not None and path.is_file():
+                for found in read_json(path)["paths"]:
+                    self.mismatch[run.method, run.seed, found["sampler"], found["steps"]] = found
         for cell in reference_cells(study, folder):
             self.planned += 1
             if cell.done:
-                record = json.loads(cell.path.read_text(encoding="utf-8"))
-                self.references[cell.network, cell.sampler, cell.steps] = record
+                self.references[cell.network, cell.sampler, cell.steps] = read_cell(cell, study, None)
             else:
                 self.missing[cell.network] = self.missing.get(cell.network, 0) + 1
-        self.mismatch: dict[tuple[str, int, str, int], Record] = {}
-        for run in plan(study, folder):
-            path = run.mismatch_path
-            if path is not None and path.is_file():
-                for found in json.loads(path.read_text(encoding="utf-8"))["paths"]:
-                    self.mismatch[run.method, run.seed, found["sampler"], found["steps"]] = found
+        if not any(method == study.baseline for method, *_ in self.cells):
+            raise InputError(f"no cells of {study.baseline} in {folder / 'cells'}: run the study first")
+        present = {method for method, *_ in self.cells}
         self.methods = [method for method in study.methods if method in present]
         self.samplers = [s for s in study.measure.samplers if any(key[2] == s for key in self.cells)]
         self.steps = sorted({key[3] for key in self.cells})
@@ -109,29 +117,44 @@ class Results:
         """One number of each seed."""
         return [self.cells[method, s, sampler, steps][name] for s in self.seeds(method, sampler, steps)]
 
-    def change(self, method: str, samplers: Iterable[str], steps: int) -> Change | None:
-        """The difference of a method to the baseline, averaged over samplers and the seeds that both have.
+    def recipe(self, method: str) -> Record:
+        """The recipe of a method that has cells."""
+        recipe: Record = next(record for (m, *_), record in self.cells.items() if m == method)["recipe"]
+        return recipe
 
-        None where a cell is missing for every seed.
+    def baseline(self, method: str) -> str:
+        """The method that a method is compared with."""
+        return self.study.methods[method].baseline or self.study.baseline
+
+    def change(self, method: str, samplers: Sequence[str], steps: int) -> Change | None:
+        """The change from a method's baseline to it, averaged over samplers and the seeds that both have whole.
+
+        None where there is no such seed.
         """
-        by_seed: dict[int, list[tuple[float, Array]]] = {}
-        samplers = list(samplers)
+        seeds: list[float] = []
+        replicates: list[Array] = []
         for seed in self.study.methods[method].seeds:
-            for sampler in samplers:
-                one = self.cells.get((method, seed, sampler, steps))
-                base = self.cells.get((self.study.baseline, seed, sampler, steps))
-                if one is not None and base is not None:
-                    replicates = np.array(one["replicates"]) - np.array(base["replicates"])
-                    by_seed.setdefault(seed, []).append(
-                        ((one["fid"] - base["fid"]) / base["fid"], replicates / base["fid"])
-                    )
-        whole = {seed: parts for seed, parts in by_seed.items() if len(parts) == len(samplers)}
-        if not whole:
+            keys = [(seed, sampler, steps) for sampler in samplers]
+            pairs = [(self.cells.get((method, *k)), self.cells.get((self.baseline(method), *k))) for k in keys]
+            parts = [_log_fid(one) - _log_fid(base) for one, base in pairs if one is not None and base is not None]
+            if len(parts) == len(keys):
+                mean = np.mean(parts, axis=0)
+                seeds.append(float(mean[0]))
+                replicates.append(mean[1:])
+        if not seeds:
             return None
-        seeds = tuple(float(np.mean([value for value, _ in parts])) for parts in whole.values())
-        replicates = np.mean([r for parts in whole.values() for _, r in parts], axis=0)
-        mean = float(np.mean(seeds))
-        return Change(mean, *interval(mean, replicates), seeds)
+        value = float(np.mean(seeds))
+        ends = interval(value, np.mean(replicates, axis=0))
+        mean, low, high = np.expm1([value, *ends]).tolist()
+        return Change(mean, low, high, tuple(np.expm1(seeds).tolist()))
+
+
+def _log_fid(record: Record) -> Array:
+    """ln FID, and of its replicates, which are centred at FID, since a bootstrap's own mean is too high; (1 + R,)."""
+    replicates = np.array(record["replicates"])
+    centred = replicates - replicates.mean() + record["fid"]
+    # An FID near 0 has replicates below it.
+    return np.log(np.maximum([record["fid"], *centred], 1e-3))
 
 
 def _table(heading: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -176,9 +199,10 @@ def _changes(results: Results, samplers: Sequence[str], heading: str) -> str:
             continue
         changes = [results.change(method, samplers, steps) for steps in results.steps]
         if any(changes):
-            seeds = max(len(change.seeds) for change in changes if change)
-            rows.append([method, str(seeds), *("–" if change is None else str(change) for change in changes)])
-    return _table([heading, "seeds", *map(str, results.steps)], rows)
+            name = method if results.baseline(method) == results.study.baseline else f"{method} to its own baseline"
+            cells = ["–" if change is None else f"{change}, n = {len(change.seeds)}" for change in changes]
+            rows.append([name, *cells])
+    return _table([heading, *map(str, results.steps)], rows)
 
 
 def _other_measures(results: Results, steps: int) -> str:
@@ -194,56 +218,61 @@ def _other_measures(results: Results, steps: int) -> str:
     return _table([f"{steps} steps: KID / precision / recall", *results.samplers], rows)
 
 
+def _excess(record: Record, name: str) -> float:
+    """How far a measure is above what equal laws give: its floor, or for those that may have either sign 0."""
+    estimate = record["mean"][name]
+    return abs(estimate["value"]) if estimate["floor"] is None else estimate["value"] - estimate["floor"]
+
+
+def _rank_correlation(pairs: Sequence[tuple[float, float]]) -> str:
+    return f"{spearmanr(*zip(*pairs, strict=True)).statistic:+.2f}".replace("-", "−") if len(pairs) > 2 else "–"
+
+
 def _mismatch(results: Results) -> list[str]:
     """FID beside each measure of the mismatch, and how their ranks agree."""
     keys = [key for key in results.mismatch if key in results.cells]
     if len({method for method, *_ in keys}) < 2:
         return []
-    names = list(MEASURES)
-    base = results.study.baseline
-    rows, changes, counts = [], [], {name: [0, 0] for name in names}
-    fids = [results.cells[key]["fid"] for key in keys]
-    correlations = []
-    for name in names:
-        values = [abs(results.mismatch[key]["mean"][name]["value"]) for key in keys]
-        correlations.append(f"{spearmanr(fids, values).statistic:+.2f}")
-        signed = [
-            (
-                results.cells[key]["fid"] / results.cells[pair]["fid"],
-                abs(results.mismatch[key]["mean"][name]["value"]) / abs(results.mismatch[pair]["mean"][name]["value"]),
-            )
-            for key in keys
-            if key[0] != base and (pair := (base, *key[1:])) in keys
+    pairs = [(key, pair) for key in keys if (pair := (results.baseline(key[0]), *key[1:])) in keys and pair != key]
+    levels, changes, agreement = [], [], []
+    for name in MEASURES:
+        amounts = {key: _excess(results.mismatch[key], name) for key in keys}
+        fids = {key: results.cells[key]["fid"] for key in keys}
+        levels.append(_rank_correlation([(fids[key], amounts[key]) for key in keys]))
+        moved = [(float(np.log(fids[key] / fids[pair])), amounts[key] - amounts[pair]) for key, pair in pairs]
+        changes.append(_rank_correlation(moved))
+        estimates = [[results.mismatch[key]["mean"][name] for key in both] for both in pairs]
+        clear = [
+            (fid < 0) == (amount < 0)
+            for (fid, amount), (one, base) in zip(moved, estimates, strict=True)
+            if one["low"] > base["high"] or one["high"] < base["low"]
         ]
-        changes.append(f"{spearmanr(*zip(*signed, strict=True)).statistic:+.2f}")
-        counts[name] = [sum((fid < 1) == (other < 1) for fid, other in signed), len(signed)]
-    agreement = [f"{same} of {total}" for same, total in counts.values()]
+        agreement.append(f"{sum(clear)} of {len(clear)}")
     summary = _table(
-        ["", *names],
+        ["", *MEASURES],
         [
-            ["ranks of FID and measure, over all cells", *correlations],
-            [f"ranks of their ratios to {base}", *changes],
-            [f"cells where both move the same way from {base}", *agreement],
+            [f"ranks of FID and measure, {len(keys)} cells", *levels],
+            [f"ranks of their changes from the baseline, {len(pairs)} pairs", *changes],
+            ["pairs with intervals apart in which both move the same way", *agreement],
         ],
     )
-    for key in keys:
-        method, _, sampler, steps = key
-        record = results.mismatch[key]["mean"]
-        rows.append(
-            [f"{sampler} {steps}, {method}", f"{results.cells[key]['fid']:.2f}"]
-            + [f"{record[name]['value']:.3g}" for name in names]
-        )
+    rows = [
+        [f"{sampler} {steps}, {method}", f"{results.cells[method, seed, sampler, steps]['fid']:.2f}"]
+        + [f"{results.mismatch[method, seed, sampler, steps]['mean'][name]['value']:.3g}" for name in MEASURES]
+        for method, seed, sampler, steps in keys
+    ]
     meanings = "; ".join(f"`{name}`: {meaning}" for name, meaning in MEASURES.items())
     return [
         "## The mismatch beside FID",
-        f"How far the states of each sampler are from q(x_t), averaged over its steps, with "
+        "How far the states of each sampler are from q(x_t), averaged over its steps, with "
         f"{results.study.measure.mismatch:,} images on common random numbers; first seed. {meanings}.",
-        f"Spearman's rank correlation with FID, of absolute values over {len(keys)} cells of method × sampler × steps. "
-        "The first line is mostly that fewer steps are worse in both; the other two ask whether a method that changes "
-        "FID changes the mismatch with it:",
+        "Spearman's rank correlation with FID over method × sampler × steps, of what a measure has above its floor (of "
+        "the absolute value, where it has none). The first line compares samplers and numbers of steps as well as "
+        "methods; the others ask whether a method that changes FID changes the mismatch with it. They describe these "
+        "networks: the cells of one method are one network, and all share their images.",
         summary,
         "<details><summary>All cells</summary>",
-        _table(["", "FID", *names], rows),
+        _table(["", "FID", *MEASURES], rows),
         "</details>",
     ]
 
@@ -268,20 +297,24 @@ def _cost(results: Results) -> str:
 
 def _sensitivity(results: Results, steps: int) -> tuple[str, Figure] | None:
     """The α × K map of free adversarial training in ℓ2 without a radius."""
+    # With one seed for all: a mean of several beside a single one would compare seeds.
+    of_first = copy.copy(results)
+    methods = {m: config.model_copy(update={"seeds": config.seeds[:1]}) for m, config in results.study.methods.items()}
+    of_first.study = results.study.model_copy(update={"methods": methods})
     found: dict[tuple[float, int], Change] = {}
-    common: set[str] = set()
+    settings: set[str] = set()
     for method in results.methods:
-        record = next(record for (m, *_), record in results.cells.items() if m == method)
-        adversary = record["recipe"]["adversary"]
-        plain_settings = {k: v for k, v in record["recipe"].items() if k not in ("adversary", "seed", "output")}
+        recipe = results.recipe(method)
+        adversary = recipe["adversary"]
         free = adversary["name"] == "free" and adversary["norm"] == "l2" and adversary["radius"] is None
-        key = json.dumps(plain_settings, sort_keys=True)
-        change = results.change(method, results.samplers, steps)
-        if free and change is not None:
-            if not common:
-                common.add(key)
-            if key in common:
-                found[adversary["step_size"], adversary["steps"]] = change
+        change = of_first.change(method, results.samplers, steps)
+        if not free or change is None:
+            continue
+        # Those that differ from the first one in α and K alone.
+        rest = {k: v for k, v in recipe.items() if k not in ("adversary", "seed", "output", "sampler")}
+        settings = settings or {json.dumps(rest, sort_keys=True)}
+        if json.dumps(rest, sort_keys=True) in settings:
+            found[adversary["step_size"], adversary["steps"]] = change
     if len(found) < 3:
         return None
     alphas, counts = sorted({a for a, _ in found}), sorted({k for _, k in found})
@@ -300,7 +333,7 @@ def _sensitivity(results: Results, steps: int) -> tuple[str, Figure] | None:
     panel.set_xlabel("step size α (ℓ2 units of one image)")
     panel.set_ylabel("passes K")
     figure.colorbar(image, ax=panel, label=f"FID against {results.study.baseline}, %")
-    figure.suptitle(f"{steps} steps, mean over {', '.join(results.samplers)}", fontsize=10)
+    figure.suptitle(f"{steps} steps, mean over {', '.join(results.samplers)}; first seed", fontsize=10)
     return table, figure
 
 
@@ -347,26 +380,35 @@ def _verdict(results: Results) -> str:
     for method in results.methods:
         if method == results.study.baseline:
             continue
-        lower, higher, undecided = [], [], 0
-        for sampler in results.samplers:
-            for steps in results.steps:
-                change = results.change(method, [sampler], steps)
-                if change is None:
-                    continue
-                name = f"{sampler} {steps} ({change.mean:+.0%})".replace("-", "−")
-                if change.high < 0 and max(change.seeds) < 0:
-                    lower.append(name)
-                elif change.low > 0 and min(change.seeds) > 0:
-                    higher.append(name)
-                else:
-                    undecided += 1
-        total = len(lower) + len(higher) + undecided
-        if total:
-            text = f"- **{method}**: lower in {len(lower)} of {total} cells"
-            text += f" [{', '.join(lower)}]" if lower else ""
-            text += f", higher in {len(higher)}" + (f" [{', '.join(higher)}]" if higher else "")
-            lines.append(text + f", undecided in {undecided}.")
+        found: dict[int, list[str]] = {-1: [], 0: [], 1: []}
+        seeds = set()
+        for sampler, steps in itertools.product(results.samplers, results.steps):
+            if (change := results.change(method, [sampler], steps)) is not None:
+                found[change.direction].append(f"{sampler} {steps} ({_percent(change.mean)})")
+                seeds.add(len(change.seeds))
+        total = sum(map(len, found.values()))
+        if not total:
+            continue
+        to = "" if results.baseline(method) == results.study.baseline else f" (against {results.baseline(method)})"
+        several = f"{min(seeds)} to {max(seeds)}" if len(seeds) > 1 else str(*seeds)
+        text = f"- **{method}**{to}, {several} of {len(results.study.methods[method].seeds)} seeds: "
+        for direction, word in ((-1, "lower"), (1, "higher")):
+            text += f"{word} in {len(found[direction])} of {total} cells"
+            text += f" [{', '.join(found[direction])}]; " if found[direction] else "; "
+        lines.append(f"{text}undecided in {len(found[0])}.")
     return "\n".join(lines)
+
+
+def _obtained_on(results: Results) -> str:
+    """What the cells say they were made on."""
+    records = [*results.cells.values(), *results.references.values()]
+    measure = results.study.measure
+    data = measure.data.name if measure.data is not None else next(iter(results.cells.values()))["training"]["data"]
+    machines = sorted({f"{r['threads']} thread(s) of a {r['device']}, torch {r['torch']}" for r in records})
+    return (
+        f"{measure.num:,} images a cell from common noise, against the images of {data} on the features "
+        f"`{measure.features}`; {'; '.join(machines)}. {len(records)} of {results.planned} planned cells are there."
+    )
 
 
 def write_page(study: Study, folder: Path, page: Path) -> str:
@@ -381,8 +423,10 @@ def write_page(study: Study, folder: Path, page: Path) -> str:
         The page's text.
 
     Raises:
-        InputError: If there are no cells.
+        InputError: If there are no cells of the baseline, or the page does not end in .md.
     """
+    if page.suffix != ".md":
+        raise InputError(f"{page}: give a file that ends in .md")
     results = Results(study, folder)
     figures = page.with_suffix("")
     figures.mkdir(parents=True, exist_ok=True)
@@ -391,26 +435,21 @@ def write_page(study: Study, folder: Path, page: Path) -> str:
         save_figure(made, figures / f"{name}.png")
         return f"![{caption}]({figures.name}/{name}.png)"
 
-    record = next(iter(results.cells.values()))
-    recipe, measure = record["recipe"], record["measure"]
+    recipe, training = results.recipe(study.baseline), next(iter(results.cells.values()))["training"]
     middle = 10 if 10 in results.steps else results.steps[len(results.steps) // 2]
-    training = record["training"]
     parts = [
         f"# {study.title}",
-        f"Data: {training['data']}, {training['images']:,} images. Base: {recipe['model']['path'] or 'none'}. "
+        f"Trained on {training['data']}, {training['images']:,} images. Base: {recipe['model']['path'] or 'none'}. "
         f"{recipe['steps']:,} optimiser updates of batch {recipe['batch_size']}, learning rate {recipe['lr']:g}, "
         f"moving average {recipe['ema']:g}, {recipe['precision']}, unless a method says otherwise. "
-        f"{measure['num']:,} images a cell from common noise, features `{measure['features']}`, "
-        f"{record['threads']} thread of a {record['device']}, torch {record['torch']}. "
-        f"{len(results.cells) + len(results.references)} of {results.planned} planned cells are there. "
-        "This page is made by `robustdiff study` from the files of the cells.",
+        f"{_obtained_on(results)} This page is made by `robustdiff study` from the files of the cells.",
         "## What the numbers say",
         f"Against {study.baseline}, counted as lower or higher where the 95 % interval over images excludes 0 and all "
-        "seeds agree:",
+        "seeds that are there agree. One interval in twenty excludes 0 by chance; a single seed agrees with itself:",
         _verdict(results),
         "## FID against the baseline, mean over samplers",
-        f"Relative difference of FID to {study.baseline} at the same seed, averaged over "
-        f"{', '.join(results.samplers)} and seeds, with the 95 % interval over images; bold where it excludes 0.",
+        f"Relative change of FID from {study.baseline} at the same seed, geometric mean over "
+        f"{', '.join(results.samplers)} and n seeds, with the 95 % interval over images; bold where it excludes 0.",
         _changes(results, results.samplers, "steps"),
     ]
     if (sensitivity := _sensitivity(results, middle)) is not None:
@@ -433,7 +472,7 @@ def write_page(study: Study, folder: Path, page: Path) -> str:
     curves = {}
     for run in plan(study, folder):
         if run.seed == study.methods[run.method].seeds[0] and run.path.is_file():
-            curve = json.loads(run.path.read_text(encoding="utf-8"))
+            curve = read_json(run.path)
             curves[run.method] = (curve["step"], curve["loss"])
     if curves:
         parts.append(figure("loss", loss_curves(curves, "first seed of each method"), "Training loss"))
@@ -443,10 +482,13 @@ def write_page(study: Study, folder: Path, page: Path) -> str:
         if made_of is not None:
             name = f"samples-{sampler.replace('+', 'p')}"
             parts.append(figure(name, made_of, f"Samples of {sampler} at {middle} steps"))
-    parts.append("## What was not run")
+    if results.missing or results.failed or study.cut:
+        parts.append("## What was not run")
     if results.missing:
-        missing = ", ".join(f"{method} ({n} cells)" for method, n in results.missing.items())
-        parts.append(f"Of what the study file plans: {missing}.")
+        missing = ", ".join(f"{name} ({n})" for name, n in results.missing.items())
+        parts.append(f"Of what the study file plans, by run and number of files: {missing}.")
+    for name, error in results.failed.items():
+        parts.append(f"The training {name} failed: {error}.")
     if study.cut:
         parts.append(study.cut.strip())
     text = "\n\n".join(parts) + "\n"

@@ -75,8 +75,8 @@ def reproduced_table(before: dict[str, Any], after: dict[str, Any]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, caption_justify="left")
     for heading in ("", "in the file", "made again", ""):
         table.add_column(heading, no_wrap=True)
-    same = [before[name] == after[name] for name in MEASURES]
-    for name, equal in zip(MEASURES, same, strict=True):
-        table.add_row(name, str(before[name]), str(after[name]), "same" if equal else "[red]differs[/]")
-    table.caption = "the same to the last digit" if all(same) else "not the same"
+    for name in (*MEASURES, "weights"):
+        same = before[name] == after[name]
+        values = [str(record[name])[:20] for record in (before, after)]
+        table.add_row(name, *values, "same" if same else "[red]differs[/]")
     return table

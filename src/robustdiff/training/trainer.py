@@ -30,6 +30,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, ProjectConfiguration, set_seed
+from diffusers import EDMEulerScheduler
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -39,6 +40,7 @@ from robustdiff.files import atomic_folder, atomic_write
 from robustdiff.models.build import (
     Built,
     build_model,
+    check_classes,
     check_fit,
     denoiser_of,
     load_pipeline,
@@ -75,7 +77,7 @@ __all__ = ["Status", "Trainer", "build_adversary", "build_objective", "train"]
 logger = logging.getLogger(__name__)
 
 # What may differ between a run and its continuation without changing what has been trained.
-_FREE_TO_CHANGE = {"output", "threads", "checkpoint_every", "keep", "log_every", "trackers", "sampler"}
+FREE_TO_CHANGE = {"output", "threads", "checkpoint_every", "keep", "log_every", "trackers", "sampler"}
 
 
 def build_adversary(config: AdversaryConfig, process: DiffusionProcess) -> Adversary:
@@ -108,12 +110,19 @@ def build_adversary(config: AdversaryConfig, process: DiffusionProcess) -> Adver
     return kinds[config.name](config.steps, config.step_size, radius, config.norm)
 
 
-def _build_teacher(path: str, built: Built, dataset: ImageDataset, accelerator: Accelerator) -> Denoise:
-    """The denoiser that a consistency model is distilled from, in the precision of the student."""
+def _build_teacher(path: str, highest: float, built: Built, dataset: ImageDataset, accelerator: Accelerator) -> Denoise:
+    """The denoiser that is learned from, at levels up to the highest, in the precision of the student."""
     unet, scheduler = load_pipeline(path)
     check_fit(unet, dataset.shape, path)
+    check_classes(unet, dataset.num_classes, path)
     if unet.config.num_class_embeds != built.unet.config.num_class_embeds:
         raise InputError(f"the teacher {path} and the student must have the same classes, or both none")
+    # A diffusion model's table has an end as well, which DiffusionDenoiser says how it goes beyond.
+    if isinstance(scheduler, EDMEulerScheduler) and scheduler.config.sigma_max < highest:
+        raise InputError(
+            f"the teacher {path} has levels up to {scheduler.config.sigma_max:g} and is asked up to {highest:g}: lower "
+            "objective.sigma_max, or take another teacher"
+        )
     unet = unet.to(accelerator.device).eval().requires_grad_(False)
 
     def network(x: Tensor, t: Tensor, **condition: Any) -> Tensor:
@@ -150,7 +159,12 @@ def build_objective(
             input_perturbation=config.input_perturbation,
         )
     levels: dict[str, float] = {n: getattr(config, n) for n in ("sigma_min", "sigma_max", "rho", "sigma_data")}
-    teacher = None if config.teacher is None else _build_teacher(config.teacher, built, dataset, accelerator)
+    teacher = None
+    if config.teacher is not None:
+        highest = (
+            config.sigma_max if isinstance(config, ConsistencyConfig) else min(config.sigma_max, config.teacher_below)
+        )
+        teacher = _build_teacher(config.teacher, highest, built, dataset, accelerator)
     if not isinstance(config, ConsistencyConfig):
         return EDMObjective(
             config.levels,
@@ -161,17 +175,20 @@ def build_objective(
             **levels,
         )
     assert target is not None
-    return ConsistencyObjective(
-        target,
-        teacher,
-        scale_schedule(config, recipe.steps),
-        solver=config.solver,
-        metric=config.metric,
-        perturb=config.perturb,
-        weighting=config.weighting,
-        times=(config.mean, config.std) if config.times == "log-normal" else None,
-        **levels,
-    )
+    try:
+        return ConsistencyObjective(
+            target,
+            teacher,
+            scale_schedule(config, recipe.steps),
+            solver=config.solver,
+            metric=config.metric,
+            perturb=config.perturb,
+            weighting=config.weighting,
+            times=(config.mean, config.std) if config.times == "log-normal" else None,
+            **levels,
+        )
+    except ValueError as error:  # levels that the log-normal times never fall between
+        raise InputError(str(error)) from None
 
 
 @dataclass(frozen=True)
@@ -506,7 +523,9 @@ def _prepare_folder(recipe: Recipe, folder: Path, resume: bool) -> None:
         if not resume:
             raise InputError(f"{folder} already holds a run: go on with --resume, or choose another --set output=…")
         before = load_recipe(str(folder / "recipe.yaml"))
-        free = _FREE_TO_CHANGE | ({"steps"} if recipe.lr_schedule == "constant" else set())
+        # The cosine, and numbers of levels that grow, are of so many steps.
+        fixed = recipe.lr_schedule == "constant" and getattr(recipe.objective, "schedule", "fixed") == "fixed"
+        free = FREE_TO_CHANGE | ({"steps"} if fixed else set())
         for name in Recipe.model_fields:
             if name not in free and getattr(before, name) != getattr(recipe, name):
                 raise InputError(
