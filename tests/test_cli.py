@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,8 +14,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from diffusers.schedulers.scheduling_consistency_models import CMStochasticIterativeScheduler
 from PIL import Image
 from safetensors.torch import load_file, save_file
+
+from robustdiff.models.build import load_pipeline, save_pipeline
 
 ONE = [sys.executable, "-m", "robustdiff"]
 # accelerate's own launcher starts a single process when it is told --cpu.
@@ -131,6 +135,42 @@ def test_evaluate_writes_table_figures_and_json(robustdiff, digits_run, tmp_path
     }  # fmt: skip
 
 
+def test_evaluate_does_not_sample_as_a_recipe_says(robustdiff, digits_run, tmp_path):
+    shutil.copytree(digits_run, tmp_path / "run")
+    recipe = yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())
+    recipe["sampler"] = {"name": "iddpm", "steps": 7}
+    (tmp_path / "run" / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    arguments = ["--num", 8, "--steps", 2, "--output", tmp_path / "e"]
+    outcome = robustdiff("evaluate", tmp_path / "run", digits_run, *arguments)
+    assert outcome.code == 0, outcome.err
+    cells = json.loads((tmp_path / "e" / "result.json").read_text())["cells"]
+    assert {(c["sampler"], c["steps"]) for c in cells} == {("ddim", 2)}
+
+
+@pytest.mark.parametrize(("scales", "steps", "expected"), [(2, ["--steps", 1], [1]), (18, [], [1, 2, 4, 8])])
+def test_evaluate_suits_a_consistency_model(robustdiff, digits_run, tmp_path, scales, steps, expected):
+    unet, _ = load_pipeline(digits_run)
+    save_pipeline(tmp_path / "model", unet, CMStochasticIterativeScheduler(num_train_timesteps=scales))
+    arguments = ["--data", "digits", "--num", 8, *steps, "--output", tmp_path / "e"]
+    outcome = robustdiff("evaluate", tmp_path / "model", *arguments)
+    assert outcome.code == 0, outcome.err
+    cells = json.loads((tmp_path / "e" / "result.json").read_text())["cells"]
+    assert [(c["sampler"], c["steps"]) for c in cells] == [("multistep", n) for n in expected]
+
+
+def test_root_is_where_the_images_of_a_recipe_are(robustdiff, digits_run, tmp_path):
+    shutil.copytree(digits_run, tmp_path / "run")
+    recipe = yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())
+    recipe["data"] = {"name": "npz", "root": str(tmp_path / "moved.npz")}
+    (tmp_path / "run" / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    images = np.random.default_rng(0).integers(0, 256, (20, 8, 8, 1), np.uint8)
+    np.savez(tmp_path / "here.npz", images=images)
+    arguments = ["evaluate", tmp_path / "run", "--features", "digits", "--num", 8, "--steps", 1]
+    assert_bad_input(robustdiff(*arguments), "moved.npz")
+    outcome = robustdiff(*arguments, "--root", tmp_path / "here.npz")
+    assert outcome.code == 0, outcome.err
+
+
 def test_two_processes_evaluate_to_the_same_fid(digits_run, tmp_path):
     arguments = ["evaluate", str(digits_run), "--num", "50", "--steps", "3", "--sampler", "iddpm", "--cpu"]
     arguments += ["--batch-size", "5"]
@@ -212,6 +252,20 @@ def test_a_run_of_other_images_cannot_be_evaluated(robustdiff, digits_run):
     assert_bad_input(robustdiff("evaluate", digits_run, "--data", "fashion-16"), "8×8", "16×16")
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--steps", "5,5000"], ["5000", "1000"]),
+        (["--steps", "2,3,02"], ["--steps", "2 twice"]),
+        (["--sampler", "ddim,iddpm,ddim"], ["--sampler", "ddim twice"]),
+        (["--root", "a.npz"], ["digits", "root"]),
+    ],
+)
+def test_bad_evaluation_is_one_line_and_leaves_nothing(robustdiff, digits_run, tmp_path, arguments, words):
+    assert_bad_input(robustdiff("evaluate", digits_run, *arguments, "--num", 8, "--output", tmp_path / "e"), *words)
+    assert not (tmp_path / "e").exists()
+
+
 def test_data_without_features_says_what_to_give(robustdiff, digits_run, tmp_path):
     np.savez(tmp_path / "a.npz", images=np.zeros((8, 8, 8, 1), np.uint8))
     outcome = robustdiff("evaluate", digits_run, "--data", "npz", "--root", tmp_path / "a.npz")
@@ -219,8 +273,6 @@ def test_data_without_features_says_what_to_give(robustdiff, digits_run, tmp_pat
 
 
 def test_corrupt_weights_are_named(robustdiff, digits_run, tmp_path):
-    import shutil
-
     model = tmp_path / "model"
     shutil.copytree(digits_run / "model", model)
     weights = model / "unet" / "diffusion_pytorch_model.safetensors"
@@ -229,8 +281,6 @@ def test_corrupt_weights_are_named(robustdiff, digits_run, tmp_path):
 
 
 def test_weights_of_another_architecture_are_named(robustdiff, digits_run, tmp_path):
-    import shutil
-
     model = tmp_path / "model"
     shutil.copytree(digits_run / "model", model)
     weights = model / "unet" / "diffusion_pytorch_model.safetensors"
@@ -241,8 +291,6 @@ def test_weights_of_another_architecture_are_named(robustdiff, digits_run, tmp_p
 
 
 def test_a_pickle_in_place_of_weights_is_not_run(robustdiff, digits_run, tmp_path):
-    import shutil
-
     class Evil:
         def __reduce__(self):
             return os.system, (f"touch {tmp_path / 'ran'}",)

@@ -121,17 +121,29 @@ class OverLevels(Named):
         return self
 
 
+def _given(section: Section, name: str) -> bool:
+    """Whether a field is not its default. A recipe that was written whole has the defaults, too."""
+    default: Any = type(section).model_fields[name].default
+    return bool(getattr(section, name) != default)
+
+
 class EdmConfig(OverLevels):
     """The denoising loss of Karras et al."""
 
     name: Literal["edm"]
-    levels: int = Field(1000, ge=2, description="the number of levels")
+    levels: int = Field(1000, ge=2, le=100_000, description="the number of levels")
     mean: float = Field(-1.2, description="P_mean of ln σ")
     std: float = Field(1.2, gt=0, description="P_std of ln σ")
     teacher: str | None = Field(
         None, description="a run, a pipeline folder, or a shipped model, whose denoiser is learned; none: from the data"
     )
     teacher_below: float = Field(5.0, gt=0, description="the levels at which it is; above, from the data")
+
+    @model_validator(mode="after")
+    def _taught(self) -> EdmConfig:
+        if self.teacher is None and _given(self, "teacher_below"):
+            raise ValueError("teacher_below has a meaning only with a teacher: set objective.teacher, or leave it out")
+        return self
 
 
 class ConsistencyConfig(OverLevels):
@@ -149,7 +161,9 @@ class ConsistencyConfig(OverLevels):
     mean: float = Field(-1.1, description="log-normal: P_mean")
     std: float = Field(2.0, gt=0, description="log-normal: P_std")
     schedule: Literal["fixed", "growing", "doubling"] = Field("fixed", description="of the number of levels")
-    scales: int = Field(18, ge=2, description="fixed: the number N of levels; otherwise s_1, the last N − 1")
+    scales: int = Field(
+        18, ge=2, le=100_000, description="fixed: the number N of levels; otherwise s_1, the last N − 1"
+    )
     start_scales: int | None = Field(None, ge=2, description="growing, doubling: s_0")
     decay: Fraction = Field(0.95, description="μ of the target network, growing: μ_0; 0: the student itself")
 
@@ -159,6 +173,16 @@ class ConsistencyConfig(OverLevels):
             raise ValueError("start_scales goes with schedule growing or doubling: give both, or neither")
         if self.start_scales is not None and self.start_scales > self.scales:
             raise ValueError(f"start_scales {self.start_scales} is more than scales {self.scales}")
+        return self
+
+    @model_validator(mode="after")
+    def _used(self) -> ConsistencyConfig:
+        if self.teacher is None and _given(self, "solver"):
+            raise ValueError("solver has a meaning only with a teacher: set objective.teacher, or leave it out")
+        if self.times == "uniform" and (_given(self, "mean") or _given(self, "std")):
+            raise ValueError(
+                "mean and std have a meaning only with objective.times=log-normal: set it, or leave them out"
+            )
         return self
 
 

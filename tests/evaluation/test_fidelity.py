@@ -501,6 +501,8 @@ def test_result(extractor, reference, noisy):
     assert 0 <= result["precision"] <= 1
     assert 0 <= result["recall"] <= 1
     assert result == fidelity.result()
+    assert result == fidelity.result(replicates)
+    assert fidelity.result(replicates[:50])["fid_ci"] == interval(result["fid"], replicates[:50])
 
 
 def test_worse_images_get_worse_numbers(extractor, reference, noisy):

@@ -12,9 +12,10 @@ from accelerate import Accelerator
 
 from robustdiff.data import load_dataset
 from robustdiff.errors import InputError
+from robustdiff.evaluation import fidelity
 from robustdiff.evaluation.features import load_extractor
-from robustdiff.evaluation.fidelity import reference_statistics
-from robustdiff.evaluation.grid import Grid, evaluate_grid
+from robustdiff.evaluation.fidelity import interval, reference_statistics
+from robustdiff.evaluation.grid import Grid, evaluate_cell, evaluate_grid
 from robustdiff.samplers.generate import Generator
 
 NUM = 60
@@ -89,12 +90,32 @@ def test_it_keeps_the_first_images(grid, generators):
     assert torch.equal(grid.samples["other", "ddim", 2], first)
 
 
-def test_it_checks_before_it_works(generators, extractor, tmp_path):
+def test_replicates_are_computed_once_for_the_interval_and_the_differences(
+    generators, extractor, tmp_path, monkeypatch
+):
+    reference = reference_statistics(load_dataset("digits"), extractor, tmp_path)
+    distances, frechet = [], fidelity._frechet
+
+    def counted(mean, *arguments):
+        distances.append(len(mean))
+        return frechet(mean, *arguments)
+
+    monkeypatch.setattr(fidelity, "_frechet", counted)
+    generator = replace(generators["one"], steps=2)
+    cell, replicates, _ = evaluate_cell("one", generator, 20, extractor, reference, Accelerator(cpu=True))
+    assert sum(distances) == 1 + len(replicates)
+    assert cell.fid_ci == interval(cell.fid, replicates)
+
+
+@pytest.mark.parametrize(
+    ("samplers", "steps", "word"), [(["ddim", "plms"], [2], "plms"), (["ddim"], [2, 5000], "5000")]
+)
+def test_it_checks_before_it_works(generators, extractor, tmp_path, samplers, steps, word):
     reference = reference_statistics(load_dataset("digits"), extractor, tmp_path)
     worked = []
-    with pytest.raises(InputError, match="plms"):
+    with pytest.raises(InputError, match=word):
         evaluate_grid(
-            generators, ["ddim", "plms"], [2], 8, extractor, reference, Accelerator(cpu=True),
+            generators, samplers, steps, 8, extractor, reference, Accelerator(cpu=True),
             on_images=lambda n, cell: worked.append(n),
         )  # fmt: skip
     assert not worked

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 
 import pytest
 
 from robustdiff.mismatch.measure import MEASURES
+from robustdiff.report import figures
 
 
 def test_the_command_prints_tables_and_writes_figures_and_json(robustdiff, digits_run, tmp_path):
@@ -43,6 +45,31 @@ def test_without_probes_there_is_no_robust_loss(robustdiff, digits_run, tmp_path
     assert {p.name for p in tmp_path.iterdir()} == {"mismatch.json", "mismatch.png"}
 
 
+def test_more_probes_than_images_are_all_images(robustdiff, digits_run, tmp_path, monkeypatch):
+    titles = {}
+    monkeypatch.setattr(figures, "save_figure", lambda figure, path: titles.update({path.name: figure.get_suptitle()}))
+    arguments = ["--steps", 2, "--num", 40, "--probes", 50, "--radii", "0.5", "--output", tmp_path]
+    outcome = robustdiff("mismatch", digits_run, *arguments)
+    assert outcome.code == 0, outcome.err
+    assert "at 40 true points" in outcome.out
+    assert titles["robust.png"] == "digits, 40 images, seed 0"
+    assert {r["n"] for r in json.loads((tmp_path / "mismatch.json").read_text())["robustness"]} == {40}
+
+
+def test_numbers_are_written_before_figures(robustdiff, digits_run, tmp_path, monkeypatch):
+    def full(figure, path):
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(figures, "save_figure", full)
+    outcome = robustdiff("mismatch", digits_run, "--steps", 2, "--num", 40, "--probes", 0, "--output", tmp_path)
+    assert outcome.code == 1
+    assert json.loads((tmp_path / "mismatch.json").read_text())["paths"]
+
+
+def test_help_says_what_the_precision_is_of(robustdiff):
+    assert "robust loss has fp32" in " ".join(robustdiff("mismatch", "--help").out.split())
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -50,6 +77,9 @@ def test_without_probes_there_is_no_robust_loss(robustdiff, digits_run, tmp_path
         (["--radii", "a"], ["--radii", "0.1"]),
         (["--radii", "0"], ["radii"]),
         (["--steps", "x"], ["--steps"]),
+        (["--steps", "2,3,2"], ["--steps", "2 twice"]),
+        (["--sampler", "ddim,ddim"], ["--sampler", "ddim twice"]),
+        (["--root", "a.npz"], ["digits", "root"]),
         (["--sampler", "plms"], ["plms", "ddim"]),
         (["--sampler", "ddim,euler"], ["euler"]),
         (["--data", "fashion-16"], ["8×8", "16×16"]),

@@ -195,7 +195,8 @@ def flat(result) -> list[float]:
 
 @pytest.mark.parametrize("sampler", ["ddim", "iddpm", "es", "time-shift", "dpm++"])
 def test_every_sampler_is_seen_at_each_of_its_steps(digits_run, digits, sampler):
-    generator = Generator.load(digits_run, batch_size=32, options={"cutoff": 0} if sampler == "time-shift" else None)
+    options = {"cutoff": 0} if sampler == "time-shift" else None
+    generator = Generator.load(digits_run, sampler=sampler, batch_size=32, options=options)
     (path,) = small({"a": generator}, digits, [sampler], [3]).paths
     assert len(path.path) == 3
     sigmas = [step.sigma for step in path.path]
@@ -301,3 +302,15 @@ def test_what_cannot_be_measured_is_refused_before_anything_is(gaussian_data, se
 def test_classes_that_the_data_does_not_have_are_refused(gaussian_data):
     with pytest.raises(InputError, match=r"7 classes .* 10"):
         small({"a": generator_of(Exact(classes=7))}, gaussian_data)
+    unlabelled = ArrayDataset("plain", np.zeros((200, 4, 4, 1), np.uint8))
+    with pytest.raises(InputError, match=r"7 classes and plain has none: give the images"):
+        small({"a": generator_of(Exact(classes=7))}, unlabelled)
+
+
+def test_robustness_does_not_depend_on_the_precision_of_the_paths(gaussian_data):
+    settings = {"radii": [0.1], "probes": 3, "times": [0.5]}
+    full, half = (
+        small({"a": generator_of(Exact(), precision=p)}, gaussian_data, ["ddim"], [2], **settings).robustness
+        for p in ("fp32", "bf16")
+    )
+    assert full == half

@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from diffusers import CMStochasticIterativeScheduler
+from diffusers import CMStochasticIterativeScheduler, DDPMScheduler
 from diffusers.models.unets.unet_2d import UNet2DModel
 
 from robustdiff.mismatch.solver_error import LocalError, fitted_order, integrate, measure_solver_error
@@ -100,6 +100,24 @@ def test_labels_reach_the_teacher_with_their_images():
     assert {tuple(s.tolist()) for s in seen} == {(0, 1, 2, 3), (4, 5, 6, 7), (8, 9)}
 
 
+def test_differences_become_float64_on_the_cpu_only():
+    """Not every device has float64."""
+    order = []
+
+    class Recorded(torch.Tensor):
+        def cpu(self):
+            order.append("cpu")
+            return super().cpu()
+
+        def double(self):
+            order.append("double")
+            return super().double()
+
+    x = images(3).float().as_subclass(Recorded)
+    measure_solver_error(lambda x, sigma: gaussian(x, sigma).as_subclass(Recorded), x, [2], ["euler"], substeps=2)
+    assert order == ["cpu", "double"] * 2
+
+
 def error(N, rms, reference=0.0, position=0.5):
     return LocalError("heun", N, 1, position, 2.0, 1.0, rms, (rms, rms, rms), reference)
 
@@ -163,12 +181,23 @@ def test_mistakes_are_one_line(robustdiff, digits_run, tmp_path, arguments, word
     assert not (tmp_path / "out").exists()
 
 
-def test_a_consistency_model_has_no_trajectory(robustdiff, tmp_path):
-    unet = UNet2DModel(
+def unet(classes=None):
+    return UNet2DModel(
         sample_size=8, in_channels=1, out_channels=1, layers_per_block=1, block_out_channels=(8,),
         down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",), norm_num_groups=4, attention_head_dim=8,
+        num_class_embeds=classes,
     )  # fmt: skip
-    save_pipeline(tmp_path / "cm", unet, CMStochasticIterativeScheduler())
+
+
+def test_a_teacher_of_fewer_classes_than_the_data_is_named(robustdiff, tmp_path):
+    save_pipeline(tmp_path / "three", unet(3), DDPMScheduler())
+    outcome = robustdiff("solver-error", tmp_path / "three", "--data", "digits", "--output", tmp_path / "out")
+    assert outcome.code == 2
+    assert "three knows 3 classes and the data has 10" in outcome.err
+
+
+def test_a_consistency_model_has_no_trajectory(robustdiff, tmp_path):
+    save_pipeline(tmp_path / "cm", unet(), CMStochasticIterativeScheduler())
     outcome = robustdiff("solver-error", tmp_path / "cm", "--output", tmp_path / "out")
     assert outcome.code == 2
     assert "a consistency model cannot be a teacher" in outcome.err

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 import torch
-from diffusers import ConsistencyModelPipeline, DDPMPipeline
+from diffusers import ConsistencyModelPipeline, DDPMPipeline, DDPMScheduler
 
-from robustdiff.data import load_dataset, to_unit
+from robustdiff.data import ArrayDataset, load_dataset, to_unit
 from robustdiff.errors import InputError
 from robustdiff.models.build import (
+    PRETRAINED,
     build_model,
     build_unet,
     denoiser_of,
@@ -134,6 +136,15 @@ def test_the_shipped_checkpoint_is_small_and_loads():
     assert len(process_of(scheduler)) == 1000
 
 
+def test_the_shipped_denoiser_is_of_its_recipe():
+    lines = (PRETRAINED / "fashion-16-edm" / "metrics.jsonl").read_text().splitlines()
+    metrics = [json.loads(line) for line in lines]
+    settings = load_recipe("fashion-16-edm")
+    assert metrics[-1]["step"] == settings.steps
+    # The peak of a cosine after a warm-up.
+    assert 0.95 * settings.lr <= max(line["lr"] for line in metrics) <= settings.lr
+
+
 def test_the_shipped_denoiser_denoises_as_the_checkpoint_that_it_came_from():
     images, _ = load_dataset("fashion-16").__getitems__(list(range(64)))
     x0 = to_unit(images)
@@ -170,6 +181,31 @@ def test_what_does_not_fit_is_named(digits, fields, words):
 def test_channels_that_do_not_fit_are_named():
     with pytest.raises(InputError, match=r"data\.channels=1"):
         build_model(load_recipe("fashion-16-at"), load_dataset("fashion-16", channels=3))
+
+
+@pytest.mark.parametrize(
+    ("known", "labels", "message"),
+    [
+        (3, [0, 3], "knows 3 classes and the data has 4"),
+        (3, None, "needs class labels, and this data has none"),
+        (3, [0, 2], None),
+        (3, [0, 1], None),
+        (None, [0, 3], None),
+        (None, None, None),
+    ],
+)
+def test_classes_that_a_checkpoint_does_not_know_are_named(tmp_path, known, labels, message):
+    unet = build_unet(ModelConfig(**SMALL, class_cond=known is not None), (1, 8, 8), known)
+    save_pipeline(tmp_path, unet, DDPMScheduler())
+    images = np.zeros((2, 8, 8, 1), np.uint8)
+    data = ArrayDataset("data", images, None if labels is None else np.array(labels))
+    tuned = recipe(model={"name": "pretrained", "path": str(tmp_path)})
+    if message is None:
+        assert build_model(tuned, data).unet.config.num_class_embeds == known
+        return
+    with pytest.raises(InputError, match=message) as error:
+        build_model(tuned, data)
+    assert str(tmp_path) in str(error.value)
 
 
 def test_an_unfinished_run_is_told_from_nothing(tmp_path):

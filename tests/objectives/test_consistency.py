@@ -7,6 +7,7 @@ import math
 import sys
 from itertools import pairwise
 from types import ModuleType
+from urllib.error import URLError
 
 import numpy as np
 import pytest
@@ -152,6 +153,17 @@ def test_without_a_gradient_to_delta_the_target_is_not_recorded():
     assert recorded == [False, False, True]
 
 
+def test_in_the_last_pass_of_free_at_the_target_is_not_recorded():
+    student, target = Network(0), Network(1)
+    recorded = []
+    target.register_forward_hook(lambda module, inputs, output: recorded.append(output.requires_grad))
+    objective = ConsistencyObjective(target, Teacher())
+    draw = objective.draw(tensors()[0])
+    for delta in FreeAdversary(steps=3, step_size=0.1)(draw.x_t, draw.t):
+        objective(student, draw, delta)["loss"].mean().backward()
+    assert recorded == [True, True, False]
+
+
 @pytest.mark.parametrize("perturb", ["solver", "student"])
 @pytest.mark.parametrize("kind", [FreeAdversary, PGDAdversary])
 def test_adversaries_ascend_on_it(kind, perturb):
@@ -208,6 +220,47 @@ def test_weights():
     torch.testing.assert_close(losses["loss"], expected)
 
 
+def test_weights_multiply_the_loss_also_where_the_levels_are_drawn():
+    given = torch.tensor([1.0, 2.0, 3.0, 4.0], dtype=torch.float64)
+    x0, *_ = tensors()
+    for more in ({}, {"weighting": "inverse-gap", "times": (-1.1, 2.0)}):
+        objective = ConsistencyObjective(Network(1), **more)
+        draw = objective.draw(x0, weight=given)
+        losses = objective(Network(0), draw)
+        gap = draw.upper - draw.lower if more else 1
+        torch.testing.assert_close(losses["loss"], given * losses["distance"] / gap)
+
+
+@pytest.mark.parametrize("teacher", [None, Teacher()])
+@pytest.mark.parametrize("solver", ["heun", "euler"])
+def test_levels_and_weights_of_bfloat16_points_are_not_rounded(solver, teacher):
+    """At 1281 scales many neighbouring levels are the same number in bfloat16."""
+    times, points = [], []
+
+    def network(x, t):
+        times.append(t)
+        points.append(x.dtype)
+        return torch.zeros_like(x)
+
+    objective = ConsistencyObjective(
+        Network(1), teacher and (lambda x, sigma: teacher(x, sigma).to(x.dtype)), 1281, solver=solver,
+        weighting="inverse-gap",
+    )  # fmt: skip
+    objective.target = network
+    x0, t = torch.zeros(1280, 1, 2, 2, dtype=torch.bfloat16), torch.arange(1280)
+    draw = objective.draw(x0, t=t)
+    sigmas = karras_sigmas(1281)
+    assert draw.weight.dtype == torch.float32
+    torch.testing.assert_close(draw.weight.double(), 1 / (sigmas[1:] - sigmas[:-1]), rtol=1e-3, atol=0)
+    assert draw.x_next.dtype == draw.solved.dtype == torch.bfloat16
+    losses = objective(network, draw)
+    assert losses["loss"].isfinite().all()
+    assert set(points) == {torch.bfloat16}
+    for seen, levels in zip(times, (sigmas[1:], sigmas[:-1]), strict=True):
+        assert seen.dtype == torch.float32
+        torch.testing.assert_close(seen.double(), 250 * levels.log(), rtol=1e-5, atol=1e-3)
+
+
 def test_pairs_of_levels_are_drawn_uniformly_or_by_their_log_normal_share():
     generator = torch.Generator().manual_seed(0)
     x0 = torch.zeros(8000, 1)
@@ -232,6 +285,26 @@ def test_unknown_names_are_refused(argument):
 def test_a_decay_out_of_its_range_is_refused(decay):
     with pytest.raises(ValueError, match="decay"):
         ConsistencyObjective(Network(1), decay=decay)
+    for kind in (GrowingScales, DoublingScales):
+        with pytest.raises(ValueError, match="decay"):
+            kind(2, 10, decay, 100)
+
+
+@pytest.mark.parametrize(
+    ("kind", "arguments"),
+    [
+        (FixedScales, (1, 0.5)),
+        (GrowingScales, (1, 10, 0.5, 100)),
+        (GrowingScales, (5, 4, 0.5, 100)),
+        (GrowingScales, (2, 10, 0.5, 0)),
+        (DoublingScales, (0, 10, 0.5, 100)),
+        (DoublingScales, (5, 4, 0.5, 100)),
+        (DoublingScales, (2, 10, 0.5, 0)),
+    ],
+)
+def test_scales_out_of_their_range_are_refused(kind, arguments):
+    with pytest.raises(ValueError, match=r"start ≤ end|scales must be at least 2"):
+        kind(*arguments)
 
 
 # -- solvers --------------------------------------------------------------------------------------------------
@@ -279,7 +352,19 @@ def test_lpips_without_its_package_is_named(monkeypatch):
         ConsistencyObjective(Network(1), metric="lpips")
 
 
-def test_lpips_is_given_colour_images_of_224(monkeypatch):
+def test_lpips_without_its_weights_is_named(monkeypatch):
+    def offline(**arguments):
+        raise URLError("no route to host")
+
+    stub = ModuleType("lpips")
+    stub.LPIPS = offline
+    monkeypatch.setitem(sys.modules, "lpips", stub)
+    with pytest.raises(InputError, match=r"weights of VGG-16 .*no route to host.*pseudo-huber"):
+        METRICS["lpips"]()
+
+
+@pytest.mark.parametrize(("side", "seen"), [(8, 224), (255, 224), (256, 256)])
+def test_lpips_is_given_colour_images_and_small_ones_at_224(monkeypatch, side, seen):
     class LPIPS(nn.Module):
         def __init__(self, net, verbose):
             super().__init__()
@@ -288,15 +373,15 @@ def test_lpips_is_given_colour_images_of_224(monkeypatch):
 
         def forward(self, a, b):
             assert self.net == "vgg"
-            assert a.shape[1:] == b.shape[1:] == (3, 224, 224)
+            assert a.shape[1:] == b.shape[1:] == (3, seen, seen)
             return self.scale * (a - b).square().mean((1, 2, 3), keepdim=True)
 
     stub = ModuleType("lpips")
     stub.LPIPS = LPIPS
     monkeypatch.setitem(sys.modules, "lpips", stub)
     distance = METRICS["lpips"]()
-    a = torch.full((2, 1, 8, 8), 0.5, requires_grad=True)
-    value = distance(a, torch.zeros(2, 1, 8, 8))
+    a = torch.full((2, 1, side, side), 0.5, requires_grad=True)
+    value = distance(a, torch.zeros(2, 1, side, side))
     torch.testing.assert_close(value, torch.full((2,), 0.5))
     value.sum().backward()
     assert a.grad is not None

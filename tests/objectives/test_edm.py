@@ -36,6 +36,23 @@ def test_the_loss_is_that_of_the_network_to_its_own_target():
     torch.testing.assert_close(losses["mse"], (denoised - x0).square().mean((1, 2, 3)))
 
 
+def test_levels_and_weights_of_half_precision_points_are_not_rounded():
+    asked = []
+
+    def teacher(x, sigma):
+        asked.append(sigma)
+        return x
+
+    objective = EDMObjective(teacher=teacher)
+    x0, noise = (x.half() for x in tensors()[:2])
+    losses = objective(lambda x, t: torch.zeros_like(x), objective.draw(x0, t=T, noise=noise))
+    sigma = objective.process.sigmas[T]
+    torch.testing.assert_close(asked[0], sigma.float())
+    weights = (sigma**2 + 0.25) / (0.5 * sigma) ** 2
+    assert weights[0] > torch.finfo(torch.half).max
+    torch.testing.assert_close(losses["loss"], (weights * losses["mse"]).float())
+
+
 def test_the_target_has_unit_variance():
     objective = EDMObjective(sigma_data=0.5)
     generator = torch.Generator().manual_seed(0)
@@ -60,7 +77,8 @@ def test_adversaries_ascend_on_it():
     losses = []
     for delta in FreeAdversary(steps=3, step_size=0.5)(draw.x_t, draw.t):
         loss = objective(network, draw, delta)["loss"]
-        loss.mean().backward()
+        if delta.requires_grad:
+            loss.mean().backward()
         losses.append(loss.detach())
     assert (losses[1] > losses[0]).all()
     assert (losses[2] > losses[1]).all()

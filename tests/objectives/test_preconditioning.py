@@ -98,6 +98,34 @@ def test_coefficients_are_diffusers_own():
     torch.testing.assert_close(denoised, edm.precondition_outputs(x, output, s))
 
 
+def test_times_and_levels_of_bfloat16_points_are_not_rounded():
+    seen, levels = [], []
+    sigmas = karras_sigmas(40)
+    x = points(40, torch.bfloat16)
+
+    def network(x, t):
+        seen.append(t)
+        return x
+
+    def denoise(x, sigma):
+        levels.append(sigma)
+        return x
+
+    process = DiffusionProcess.cosine(1000)
+    outputs = [
+        Preconditioned(network)(x, sigmas.float()),
+        DiffusionDenoiser(network, process)(x, sigmas.float()),
+        OverTimes(denoise, sigmas)(x, torch.arange(40)),
+    ]
+    assert [o.dtype for o in outputs] == [torch.bfloat16] * 3
+    assert all(s.dtype == torch.float32 for s in (*seen, *levels))
+    torch.testing.assert_close(seen[0].double(), 250 * sigmas.log(), rtol=1e-5, atol=1e-3)
+    torch.testing.assert_close(
+        seen[1].double(), DiffusionDenoiser(network, process).times(sigmas), rtol=1e-5, atol=1e-3
+    )
+    torch.testing.assert_close(levels[0].double(), sigmas, rtol=1e-6, atol=0)
+
+
 def test_channels_of_a_variance_are_left_out():
     x, sigma = points(2), torch.ones(2, dtype=torch.float64)
     alone = Preconditioned(lambda x, t: x)(x, sigma)

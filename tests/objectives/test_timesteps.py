@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from robustdiff.objectives.timesteps import LossSecondMoment, Uniform
+from robustdiff.objectives.timesteps import LogNormal, LossSecondMoment, Uniform
 
 
 def filled(T: int = 6, history: int = 3) -> tuple[LossSecondMoment, np.ndarray]:
@@ -59,3 +59,12 @@ def test_a_state_continues_where_it_was():
     for s in (sampler, other):
         s.update(torch.tensor([2]), torch.tensor([7.0]))
     assert torch.equal(sampler.probabilities, other.probabilities)
+
+
+@pytest.mark.parametrize(
+    ("mean", "std", "message"),
+    [(100.0, 0.1, "never falls between the levels 0.002 and 80"), (-1.1, 0.0, "std"), (-1.1, -1.0, "std")],
+)
+def test_a_distribution_that_is_nowhere_on_the_levels_is_refused(mean, std, message):
+    with pytest.raises(ValueError, match=message):
+        LogNormal(torch.tensor([0.002, 1.0, 80.0]), mean, std)

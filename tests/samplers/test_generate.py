@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from accelerate import Accelerator
 from PIL import Image
 
 from robustdiff.errors import InputError
-from robustdiff.samplers.generate import Generator, ImageNoise, write_npz, write_pngs
+from robustdiff.samplers.generate import Generator, ImageNoise, share_of, write_npz, write_pngs
 
 
 @pytest.fixture
@@ -65,6 +66,13 @@ def test_samplers_start_from_the_same_noise(generator, monkeypatch):
         images_of(replace(generator, sampler=sampler, steps=steps), range(4))
     assert torch.equal(starts[0], starts[1])
     assert torch.equal(starts[0], starts[2])
+
+
+@pytest.mark.parametrize(("num", "processes"), [(11, 1), (11, 2), (12, 5), (3, 4)])
+def test_processes_share_all_images_evenly_and_in_order(num, processes):
+    shares = [share_of(num, SimpleNamespace(process_index=i, num_processes=processes)) for i in range(processes)]
+    assert [i for share in shares for i in share] == list(range(num))
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
 class Stop(Exception):

@@ -89,6 +89,13 @@ def test_the_command_names_the_times_and_the_sampler_takes_them(robustdiff, mode
     assert tried["0"] == pytest.approx(cell["fid"], rel=1e-6)
 
 
+def test_one_step_leaves_nothing_to_search(robustdiff, model):
+    """Its only time, 0, is no number of steps that robustdiff sample would take."""
+    outcome = robustdiff("search-times", model, "--data", "digits", "--steps", 1, "--num", 16, "--cpu")
+    assert outcome.code == 2
+    assert "--steps" in outcome.err
+
+
 def test_a_diffusion_model_has_no_such_times(robustdiff):
     outcome = robustdiff("search-times", "fashion-16", "--num", 8)
     assert outcome.code == 2

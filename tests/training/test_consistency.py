@@ -14,9 +14,13 @@ from accelerate import Accelerator
 from diffusers import CMStochasticIterativeScheduler, ConsistencyModelPipeline, EDMEulerScheduler
 from safetensors.torch import load_file
 
-from robustdiff.data import load_dataset
+from robustdiff.data import ArrayDataset, load_dataset
 from robustdiff.errors import InputError
 from robustdiff.models.build import build_model, load_pipeline
+from robustdiff.objectives.consistency import METRICS, DoublingScales, FixedScales, GrowingScales, euler_step
+from robustdiff.objectives.edm import EDMObjective
+from robustdiff.objectives.preconditioning import DiffusionDenoiser, Preconditioned, karras_sigmas
+from robustdiff.recipe import ConsistencyConfig, EdmConfig
 from robustdiff.samplers.generate import Generator
 from robustdiff.training.trainer import Trainer, train
 
@@ -38,8 +42,8 @@ def teachers(tmp_path_factory):
     return {"diffusion": str(folder / "diffusion"), "edm": str(folder / "edm")}
 
 
-def trainer_of(recipe):
-    dataset = load_dataset("digits")
+def trainer_of(recipe, dataset=None):
+    dataset = dataset or load_dataset("digits")
     torch.manual_seed(recipe.seed)
     accelerator = Accelerator(cpu=True, mixed_precision="no" if recipe.precision == "fp32" else recipe.precision)
     return Trainer(recipe, accelerator, dataset, build_model(recipe, dataset))
@@ -101,6 +105,8 @@ def test_the_target_follows_the_student_through_every_pass(tiny, teachers):
     target = trainer.objective.target
     expected = [p.clone() for p in target.parameters()]
     assert all(torch.equal(p, q) for p, q in zip(expected, trainer.model.parameters(), strict=True))
+    assert target.training, "its dropout is the student's"
+    assert trainer.model.training
     for k, _ in enumerate(trainer.updates()):
         expected = [0.8 * e + 0.2 * p.detach() for e, p in zip(expected, trainer.model.parameters(), strict=True)]
         for e, p in zip(expected, target.parameters(), strict=True):
@@ -223,9 +229,64 @@ def test_the_loss_of_both_falls(tiny, teachers):
         assert losses[-1] < 0.8 * losses[0], name
 
 
+# Fields that are not the defaults (CD is among those of consistency), what is read of the objective, and what it is.
+CONSISTENCY = [
+    (
+        {"teacher": "diffusion", "solver": "euler"},
+        lambda o: (type(o.teacher), o.solver),
+        (DiffusionDenoiser, euler_step),
+    ),
+    ({"teacher": "edm"}, lambda o: type(o.teacher), Preconditioned),
+    ({"metric": "l1"}, lambda o: o.distance, METRICS["l1"]()),
+    ({"perturb": "student"}, lambda o: o.perturb, "student"),
+    ({"weighting": "inverse-gap"}, lambda o: o.weighting, "inverse-gap"),
+    ({}, lambda o: o.times, None),
+    ({"times": "log-normal", "mean": -0.5, "std": 1.5}, lambda o: o.times, (-0.5, 1.5)),
+    ({"scales": 25, "decay": 0.6}, lambda o: o.schedule, FixedScales(25, 0.6)),
+    ({"schedule": "growing", "start_scales": 3}, lambda o: o.schedule, GrowingScales(3, 10, 0.8, 7)),
+    ({"schedule": "doubling", "start_scales": 3}, lambda o: o.schedule, DoublingScales(3, 10, 0.8, 7)),
+    (
+        {"sigma_min": 0.01, "sigma_max": 40.0, "rho": 5.0, "sigma_data": 0.7},
+        lambda o: (o.process.sigmas.tolist(), o.sigma_min, o.sigma_max, o.rho, o.sigma_data),
+        (karras_sigmas(10, 0.01, 40.0, 5.0).tolist(), 0.01, 40.0, 5.0, 0.7),
+    ),
+]
+EDM = [
+    ({"teacher": "edm", "teacher_below": 3.0}, lambda o: (type(o.teacher), o.teacher_below), (Preconditioned, 3.0)),
+    (
+        {"mean": -0.5, "std": 0.8},
+        lambda o: o.timesteps.probabilities.tolist(),
+        EDMObjective(mean=-0.5, std=0.8).timesteps.probabilities.tolist(),
+    ),
+    (
+        {"levels": 50, "sigma_min": 0.01, "sigma_max": 40.0, "rho": 5.0, "sigma_data": 0.7},
+        lambda o: (o.process.sigmas.tolist(), o.sigma_data),
+        (karras_sigmas(50, 0.01, 40.0, 5.0).tolist(), 0.7),
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("fields", "read", "expected"),
+    [({**CD, **fields}, *rest) for fields, *rest in CONSISTENCY]
+    + [({"name": "edm", **fields}, *rest) for fields, *rest in EDM],
+    ids=lambda value: ",".join(value.keys() - CD.keys()) if isinstance(value, dict) else "",
+)
+def test_every_field_of_the_recipe_reaches_the_objective(tiny, teachers, fields, read, expected):
+    if "teacher" in fields:
+        fields = {**fields, "teacher": teachers[fields["teacher"]]}
+    assert read(trainer_of(tiny(steps=7, objective=fields)).objective) == expected
+
+
+@pytest.mark.parametrize(("config", "cases"), [(ConsistencyConfig, CONSISTENCY), (EdmConfig, EDM)])
+def test_no_field_is_left_out_of_that_test(config, cases):
+    assert {"name"}.union(*(fields for fields, *_ in cases)) == set(config.model_fields)
+
+
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
+        ({"objective": {**CD, "times": "log-normal", "mean": 100.0, "std": 0.1}}, ["0.002", "80", "mean", "std"]),
         ({"objective": {**CD, "teacher": "/no/such"}}, ["/no/such"]),
         ({"objective": {**CD, "teacher": "fashion-16"}}, ["fashion-16", "16×16"]),
         ({"objective": CD, "process": "cosine"}, ["objective=consistency", "process"]),
@@ -262,6 +323,28 @@ def test_flow_matching_is_no_teacher(tiny):
 def test_classes_of_teacher_and_student_must_agree(tiny, teachers):
     with pytest.raises(InputError, match="the same classes"):
         trainer_of(tiny(model={"class_cond": True}, objective={**CD, "teacher": teachers["edm"]}))
+
+
+def test_a_teacher_of_classes_needs_labels(tiny):
+    classes = tiny("classes", steps=1, model={"class_cond": True})
+    train(classes, cpu=True)
+    images, _ = load_dataset("digits").__getitems__(list(range(20)))
+    bare = ArrayDataset("bare", images.permute(0, 2, 3, 1).numpy())
+    with pytest.raises(InputError, match="classes needs class labels, and this data has none"):
+        trainer_of(tiny("next", objective={**CD, "teacher": classes.output}), bare)
+
+
+def test_a_teacher_is_asked_at_its_own_levels_only(tiny, teachers):
+    teacher = teachers["edm"]  # up to 80
+    for objective in (
+        {**CD, "teacher": teacher, "sigma_max": 100.0},
+        {"name": "edm", "teacher": teacher, "sigma_max": 120.0, "teacher_below": 100.0},
+    ):
+        with pytest.raises(InputError) as error:
+            trainer_of(tiny(objective=objective))
+        for word in (teacher, "up to 80", "up to 100", "objective.sigma_max"):
+            assert word in str(error.value)
+    trainer_of(tiny(objective={"name": "edm", "teacher": teacher, "sigma_max": 120.0}))
 
 
 def test_a_learned_variance_has_no_place_in_it(tiny):

@@ -146,6 +146,21 @@ def test_a_cosine_schedule_cannot_be_extended(tiny):
         train(tiny(steps=4, lr_schedule="cosine"), cpu=True, resume=True)
 
 
+@pytest.mark.parametrize("schedule", ["growing", "doubling"])
+def test_a_schedule_of_levels_cannot_be_extended(tiny, schedule):
+    """Its numbers of levels are of so many steps: they would have been others."""
+    objective = {"name": "consistency", "schedule": schedule, "start_scales": 2, "scales": 8}
+    train(tiny(steps=2, objective=objective), cpu=True)
+    with pytest.raises(InputError, match="another steps"):
+        train(tiny(steps=4, objective=objective), cpu=True, resume=True)
+
+
+def test_a_fixed_number_of_levels_can_be_extended(tiny):
+    objective = {"name": "consistency", "scales": 8}
+    train(tiny(steps=2, objective=objective), cpu=True)
+    assert train(tiny(steps=4, objective=objective), cpu=True, resume=True)["steps"] == 4
+
+
 # -- microbatches and processes -------------------------------------------------------------------------------
 
 

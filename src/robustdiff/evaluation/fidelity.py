@@ -251,7 +251,8 @@ def bootstrap_frechet(moments: Moments, reference: Gaussian, replicates: int = 2
     Args:
         moments: Of the generated images. With fewer images than blocks a block is an image.
         reference: Of the real ones.
-        replicates: R.
+        replicates: R. Each takes one eigendecomposition: with 64 features 200 take a fraction of a second, with
+            Inception's 2048 seconds each.
         seed: Of the weights.
 
     Returns:
@@ -621,13 +622,12 @@ class Fidelity:
         self._reservoir.merge_state(state)
         self.moments.merge(moments)
 
-    def result(self, replicates: int = 200, seed: int = 0, level: float = 0.95) -> dict[str, Any]:
+    def result(self, replicates: Array | None = None, level: float = 0.95) -> dict[str, Any]:
         """The numbers.
 
         Args:
-            replicates: Bootstrap replicates of FID. Each takes one eigendecomposition: with 64 features 200
-                take a fraction of a second, with Inception's 2048 seconds each.
-            seed: Of the bootstrap.
+            replicates: (R,), what `bootstrap_frechet` gives for these moments, where it is known already; by
+                default it is computed.
             level: Of the interval.
 
         Returns:
@@ -642,14 +642,15 @@ class Fidelity:
                 f"fidelity of {self.moments.n} images: generate 4 or more, or thousands to learn something"
             )
         fid = frechet_distance(self.moments.mean, self.moments.cov, self.reference.mean, self.reference.cov)
-        spread = bootstrap_frechet(self.moments, self.reference, replicates, seed)
+        if replicates is None:
+            replicates = bootstrap_frechet(self.moments, self.reference)
         generated = self._reservoir.features
         real = self.reference.features[: len(generated)]  # as many of each: precision and recall depend on it
         kid, kid_se = kernel_distance(generated, real)
         precision, recall = precision_recall(generated, real)
         return {
             "fid": fid,
-            "fid_ci": interval(fid, spread, level),
+            "fid_ci": interval(fid, replicates, level),
             "kid": kid,
             "kid_se": kid_se,
             "precision": precision,

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from robustdiff.evaluation.features import FeatureExtractor
 from robustdiff.evaluation.fidelity import Fidelity, Reference, bootstrap_frechet, interval
-from robustdiff.samplers.generate import Generator
+from robustdiff.samplers.generate import Generator, share_of
 
 __all__ = ["Cell", "Difference", "Grid", "difference", "evaluate_cell", "evaluate_grid"]
 
@@ -119,8 +119,8 @@ def evaluate_cell(
     start = time.perf_counter()
     fidelity = Fidelity(extractor, reference)
     first: list[Tensor] = []
-    rank, processes = accelerator.process_index, accelerator.num_processes
-    for batch, images in generator.images(range(num * rank // processes, num * (rank + 1) // processes)):
+    processes = accelerator.num_processes
+    for batch, images in generator.images(share_of(num, accelerator)):
         fidelity.update(images, batch.start)
         first += list(images[: max(0, keep - batch.start)])
         on_images(len(batch) * processes)
@@ -129,8 +129,8 @@ def evaluate_cell(
         fidelity = Fidelity(extractor, reference)
         for state in states:
             fidelity.merge_state(state)
-    result = fidelity.result()
     replicates = bootstrap_frechet(fidelity.moments, reference)
+    result = fidelity.result(replicates)
     seconds = time.perf_counter() - start
     cell = Cell(name, generator.sampler, int(generator.steps), seconds=seconds, **result)
     return cell, replicates, torch.stack(first) if first else torch.empty(0)
@@ -173,8 +173,8 @@ def evaluate_grid(
     Raises:
         InputError: If a sampler or a number of steps does not suit a checkpoint, or images do not suit the features.
     """
-    for generator, sampler in itertools.product(generators.values(), samplers):
-        replace(generator, sampler=sampler)  # its checks, before anything takes time
+    for generator, sampler, count in itertools.product(generators.values(), samplers, steps):
+        replace(generator, sampler=sampler, steps=count)  # its checks, before anything takes time
     cells, differences, samples = [], [], {}
     for sampler, count in itertools.product(samplers, steps):
         measured: dict[str, tuple[Cell, NDArray[np.float64]]] = {}

@@ -362,7 +362,8 @@ def measure_mismatch(
     """Measure checkpoints under samplers, and their robustness at true points.
 
     Arguments:
-        generators: By the checkpoint's name; their sampler, steps and seed are replaced, the rest is used as it is.
+        generators: By the checkpoint's name; their sampler, steps and seed are replaced, the rest is used as it is;
+            their precision is that of the paths, and robustness is measured without autocast.
         dataset: The real images.
         samplers: Names of samplers.
         steps: Numbers of network evaluations.
@@ -383,7 +384,10 @@ def measure_mismatch(
     for name, generator in generators.items():
         check_fit(generator.unet, dataset.shape, name)
         if generator.classes is not None and dataset.num_classes != generator.classes:
-            raise InputError(f"{name} has {generator.classes} classes and {dataset.name} has {dataset.num_classes}")
+            raise InputError(
+                f"{name} has {generator.classes} classes and {dataset.name} has {dataset.num_classes or 'none'}: "
+                "give the images that it was trained on"
+            )
         for sampler, count in cells:
             replace(generator, sampler=sampler, steps=count)  # its checks, before anything takes time
     if not 2 * BLOCKS <= num <= len(dataset) // 2:

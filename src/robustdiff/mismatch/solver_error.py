@@ -82,7 +82,7 @@ def integrate(denoise: Denoise, x: Tensor, upper: float, lower: float, steps: in
 
 def _sizes(difference: Tensor) -> Tensor:
     """‖δ‖/√d per sample, (B,), float64 on the CPU."""
-    return difference.flatten(1).double().square().mean(1).sqrt().cpu()
+    return difference.flatten(1).cpu().double().square().mean(1).sqrt()
 
 
 @torch.inference_mode()

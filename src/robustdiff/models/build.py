@@ -66,6 +66,7 @@ __all__ = [
     "build_model",
     "build_process",
     "build_unet",
+    "check_classes",
     "check_fit",
     "denoiser_of",
     "load_pipeline",
@@ -334,8 +335,7 @@ def build_model(recipe: Recipe, dataset: ImageDataset) -> Built:
     else:
         process, scheduler = _build_process_of(objective, given, recipe.steps)
     check_fit(unet, dataset.shape, str(recipe.model.path))
-    if unet.config.num_class_embeds is not None and dataset.num_classes is None:
-        raise InputError(f"the model {recipe.model.path} needs class labels, and this data has none")
+    check_classes(unet, dataset.num_classes, str(recipe.model.path))
     if not isinstance(objective, DenoisingConfig) and unet.config.out_channels != unet.config.in_channels:
         raise InputError(
             f"the model {recipe.model.path} has a learned variance, which objective={objective.name} has no use for"
@@ -370,4 +370,21 @@ def check_fit(unet: UNet2DModel, shape: tuple[int, int, int], path: str) -> None
     if (height, width) != ((size, size) if isinstance(size, int) else tuple(size)):
         raise InputError(
             f"the model {path} takes images of {size}×{size}, the data has {height}×{width}: set data.size={size}"
+        )
+
+
+def check_classes(unet: UNet2DModel, num_classes: int | None, path: str) -> None:
+    """Whether a network, if it is conditioned on classes, knows all those of the data.
+
+    Raises:
+        InputError: If it does not, or the data has none.
+    """
+    known = unet.config.num_class_embeds
+    if known is None:
+        return
+    if num_classes is None:
+        raise InputError(f"the model {path} needs class labels, and this data has none: choose data that has them")
+    if num_classes > known:
+        raise InputError(
+            f"the model {path} knows {known} classes and the data has {num_classes}: choose data of no more classes"
         )

@@ -47,7 +47,7 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from robustdiff.errors import InputError
-from robustdiff.objectives.objective import Draw, Objective
+from robustdiff.objectives.objective import Draw, Objective, precise
 from robustdiff.objectives.preconditioning import Denoise, Preconditioned, karras_process, karras_sigmas
 from robustdiff.objectives.timesteps import LogNormal, Uniform
 from robustdiff.process import broadcast
@@ -92,16 +92,16 @@ def euler_step(denoise: Denoise, x: Tensor, sigma: Tensor, lower: Tensor) -> Ten
         lower: The levels to go to, with shape (B,).
     """
     slope = (x - denoise(x, sigma)) / broadcast(sigma, x)
-    return x + broadcast(lower - sigma, x) * slope
+    return (x + broadcast(lower - sigma, x) * slope).to(x.dtype)
 
 
 def heun_step(denoise: Denoise, x: Tensor, sigma: Tensor, lower: Tensor) -> Tensor:
     """The same with the mean of the slopes at both ends, in two calls of D; ``lower`` must be positive."""
     slope = (x - denoise(x, sigma)) / broadcast(sigma, x)
     gap = broadcast(lower - sigma, x)
-    end = x + gap * slope
+    end = (x + gap * slope).to(x.dtype)
     slope_at_end = (end - denoise(end, lower)) / broadcast(lower, x)
-    return x + gap / 2 * (slope + slope_at_end)
+    return (x + gap / 2 * (slope + slope_at_end)).to(x.dtype)
 
 
 SOLVERS: dict[str, Callable[[Denoise, Tensor, Tensor, Tensor], Tensor]] = {"heun": heun_step, "euler": euler_step}
@@ -126,7 +126,11 @@ def _pseudo_huber(a: Tensor, b: Tensor) -> Tensor:
 
 
 class _LPIPS:
-    """The perceptual distance of Zhang et al. (2018), from the package lpips, at 224×224 as in Song et al."""
+    """The perceptual distance of Zhang et al. (2018), from the package lpips: VGG-16, with its own max pooling.
+
+    Images of less than 256 pixels a side are made 224×224, as in the code of Song et al., whose LPIPS is that of the
+    package piq with average pooling: losses are not to be compared with theirs.
+    """
 
     def __init__(self) -> None:
         try:
@@ -135,11 +139,20 @@ class _LPIPS:
             raise InputError(
                 "the metric lpips needs the package lpips: pip install lpips, or choose l1, l2 or pseudo-huber"
             ) from None
-        self.network = package.LPIPS(net="vgg", verbose=False).eval().requires_grad_(False)
+        try:
+            network = package.LPIPS(net="vgg", verbose=False)
+        except OSError as error:
+            raise InputError(
+                f"the metric lpips cannot load the weights of VGG-16 ({error}): connect once, so that torchvision can "
+                "download them, or choose l1, l2 or pseudo-huber"
+            ) from None
+        self.network = network.eval().requires_grad_(False)
 
     def __call__(self, a: Tensor, b: Tensor) -> Tensor:
         self.network.to(a.device)
-        a, b = (interpolate(x.expand(-1, 3, -1, -1), size=224, mode="bilinear") for x in (a, b))
+        a, b = (x.expand(-1, 3, -1, -1) for x in (a, b))
+        if min(a.shape[-2:]) < 256:
+            a, b = (interpolate(x, size=224, mode="bilinear") for x in (a, b))
         return self.network(a, b).flatten()
 
 
@@ -163,12 +176,26 @@ class ScaleSchedule(ABC):
         """(N, μ) when so many optimiser updates have been made."""
 
 
+def _check_decay(decay: float) -> None:
+    if not 0 <= decay < 1:
+        raise ValueError(f"decay must be in [0, 1); got {decay}")
+
+
 @dataclass(frozen=True)
 class FixedScales(ScaleSchedule):
-    """The same throughout. Arguments: scales: N ≥ 2. decay: μ in [0, 1)."""
+    """The same throughout. Arguments: scales: N ≥ 2. decay: μ in [0, 1).
+
+    Raises:
+        ValueError: If an argument is out of its range.
+    """
 
     scales: int
     decay: float
+
+    def __post_init__(self) -> None:
+        _check_decay(self.decay)
+        if self.scales < 2:
+            raise ValueError(f"scales must be at least 2; got {self.scales}")
 
     def __call__(self, updates: int) -> tuple[int, float]:
         return self.scales, self.decay
@@ -180,15 +207,25 @@ class GrowingScales(ScaleSchedule):
 
     Arguments:
         start: s_0 ≥ 2, the first N.
-        end: s_1; the last N is s_1 + 1.
+        end: s_1 ≥ s_0; the last N is s_1 + 1.
         decay: μ_0 in [0, 1); 0 is 0 throughout.
-        total: K.
+        total: K ≥ 1.
+
+    Raises:
+        ValueError: If an argument is out of its range.
     """
 
     start: int
     end: int
     decay: float
     total: int
+
+    def __post_init__(self) -> None:
+        _check_decay(self.decay)
+        if not (2 <= self.start <= self.end and self.total >= 1):
+            raise ValueError(
+                f"a growing schedule needs 2 ≤ start ≤ end and total ≥ 1; got {self.start}, {self.end}, {self.total}"
+            )
 
     def __call__(self, updates: int) -> tuple[int, float]:
         progress = min(updates, self.total) / self.total
@@ -205,13 +242,23 @@ class DoublingScales(ScaleSchedule):
         start: s_0 ≥ 1; the first N is s_0 + 1.
         end: s_1 ≥ s_0; the last N is s_1 + 1.
         decay: μ in [0, 1).
-        total: K.
+        total: K ≥ 1.
+
+    Raises:
+        ValueError: If an argument is out of its range.
     """
 
     start: int
     end: int
     decay: float
     total: int
+
+    def __post_init__(self) -> None:
+        _check_decay(self.decay)
+        if not (1 <= self.start <= self.end and self.total >= 1):
+            raise ValueError(
+                f"a doubling schedule needs 1 ≤ start ≤ end and total ≥ 1; got {self.start}, {self.end}, {self.total}"
+            )
 
     def __call__(self, updates: int) -> tuple[int, float]:
         length = max(int(self.total / (math.log2(self.end // self.start) + 1)), 1)
@@ -286,8 +333,6 @@ class ConsistencyObjective(Objective):
         for name, (value, values) in known.items():
             if value not in values:
                 raise ValueError(f"unknown {name} {value!r}: use one of {', '.join(values)}")
-        if not 0 <= decay < 1:
-            raise ValueError(f"decay must be in [0, 1); got {decay}")
         self.target = target.requires_grad_(False)
         self.teacher = teacher
         self.schedule = scales if isinstance(scales, ScaleSchedule) else FixedScales(scales, decay)
@@ -327,16 +372,16 @@ class ConsistencyObjective(Objective):
             condition: What else student, target and teacher are called with, such as ``class_labels``.
         """
         if t is None:
-            t, weight = self.timesteps.draw(len(x0), generator)
+            t, _ = self.timesteps.draw(len(x0), generator)  # neither distribution has weights
             t = t.to(x0.device)
         if noise is None:
             device = generator.device if generator is not None else x0.device
             noise = torch.randn(x0.shape, generator=generator, device=device, dtype=x0.dtype).to(x0.device)
-        sigmas = self.process.sigmas.to(x0.dtype).to(x0.device)
+        sigmas = self.process.sigmas.to(precise(x0.dtype)).to(x0.device)
         upper, lower = sigmas[t + 1], sigmas[t]
-        x_next = x0 + broadcast(upper, x0) * noise
+        x_next = (x0 + broadcast(upper, x0) * noise).to(x0.dtype)
         if self.teacher is None:
-            solved = x0 + broadcast(lower, x0) * noise
+            solved = (x0 + broadcast(lower, x0) * noise).to(x0.dtype)
         else:
             teacher = self.teacher
             solved = self.solver(lambda x, sigma: teacher(x, sigma, **condition), x_next, upper, lower)

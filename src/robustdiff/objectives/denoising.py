@@ -33,7 +33,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from robustdiff.objectives.objective import Draw, Objective, predict
+from robustdiff.objectives.objective import Draw, Objective, predict, times_at
 from robustdiff.objectives.timesteps import LossSecondMoment, TimestepSampler, Uniform
 from robustdiff.process import PREDICTIONS, DiffusionProcess, Prediction, broadcast, per_sample
 
@@ -156,7 +156,7 @@ class DenoisingObjective(Objective):
         x, noise = draw.x_t, draw.noise
         if delta is not None:
             x, noise = x + delta, self.process.absorb(noise, draw.t, delta)
-        output = predict(model, x, self.process.times.to(draw.t.device)[draw.t], draw.condition)
+        output = predict(model, x, times_at(self.process, draw.t, x), draw.condition)
         channels = draw.x0.shape[1] * (2 if self.variance == "learned_range" else 1)
         if output.shape[1] != channels:
             raise ValueError(

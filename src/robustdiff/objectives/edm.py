@@ -7,8 +7,9 @@ and λ makes the loss that of the network itself: mean (F − target)² with a t
 σ ε' = σ ε + δ, and so not the target x_0 (Wang et al., 2025, equation 16, with α = 1).
 
 With a teacher D̂, a diffusion model whose denoiser is to be had in this preconditioning, the target at levels below a
-bound is D̂(x_0 + σ ε, σ) ≈ E[x_0 | x_0 + σ ε] in the place of x_0: the same minimiser, without the variance of x_0 given
-x_t in the gradient. Above the bound it is x_0, since a network that predicts ε has its error times σ in D̂.
+bound is D̂(x_0 + σ ε, σ) ≈ E[x_0 | x_0 + σ ε] in the place of x_0: at δ = 0 the same minimiser, without the variance of
+x_0 given x_t in the gradient. (With an adversary the two may differ, for its δ depends on the target.) Above the bound
+it is x_0, since a network that predicts ε has its error times σ in D̂.
 
 σ is one of T levels (:func:`karras_sigmas`), drawn by the log-normal share of what is nearest to it in ln σ. That keeps
 the time of a draw an index, as it is for every other process; a thousand levels lie about 0.01 apart in ln σ.
@@ -24,7 +25,7 @@ import torch
 from torch import Tensor
 
 from robustdiff.objectives.denoising import DenoisingObjective
-from robustdiff.objectives.objective import Draw
+from robustdiff.objectives.objective import Draw, precise
 from robustdiff.objectives.preconditioning import Denoise, Preconditioned, karras_process, karras_sigmas
 from robustdiff.objectives.timesteps import LogNormal
 from robustdiff.process import broadcast, per_sample
@@ -85,7 +86,7 @@ class EDMObjective(DenoisingObjective):
         draw = super().draw(x0, t, noise, generator, weight, input_noise, **condition)
         if self.teacher is None:
             return draw
-        sigma = self.process.sigmas.to(x0.dtype).to(x0.device)[draw.t]
+        sigma = self.process.sigmas.to(precise(x0.dtype)).to(x0.device)[draw.t]
         taught = self.teacher(draw.x_t, sigma, **draw.condition)
         below = broadcast(sigma < self.teacher_below, x0)
         return replace(draw, x0=torch.where(below, taught, draw.x0))
@@ -95,4 +96,5 @@ class EDMObjective(DenoisingObjective):
         losses = super().__call__(Preconditioned(model, self.sigma_data), draw, delta)
         sigma = self.process.sigmas
         weights = (sigma**2 + self.sigma_data**2) / (sigma * self.sigma_data) ** 2
-        return {**losses, "loss": per_sample(weights, draw.t, losses["loss"]) * losses["loss"]}
+        loss = losses["loss"].to(precise(losses["loss"].dtype))
+        return {**losses, "loss": per_sample(weights, draw.t, loss) * loss}

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from robustdiff.objectives.objective import predict
+from robustdiff.objectives.objective import precise, predict
 from robustdiff.process import DiffusionProcess, Prediction, broadcast
 
 __all__ = [
@@ -85,7 +85,8 @@ class Preconditioned:
             sigma: Their levels, with shape (B,).
             condition: What else the network is called with.
         """
-        time = (250 * sigma.log()).to(x.dtype)
+        sigma = sigma.to(precise(sigma.dtype))
+        time = (250 * sigma.log()).to(precise(x.dtype))
         s = broadcast(sigma, x)
         size = (s**2 + self.sigma_data**2).sqrt()
         c_skip = self.sigma_data**2 / ((s - self.sigma_min) ** 2 + self.sigma_data**2)
@@ -137,7 +138,7 @@ class DiffusionDenoiser:
 
     def __call__(self, x: Tensor, sigma: Tensor, **condition: Any) -> Tensor:
         """D(x, σ), with shape (B, *)."""
-        time = self.times(sigma).to(x.dtype).to(x.device)
+        time = self.times(sigma).to(precise(x.dtype)).to(x.device)
         exact = sigma.to("cpu", torch.float64)
         # The levels of σ itself, not of the table: split() then takes ε̂ from x as it is.
         levels = DiffusionProcess((1 + exact**2) ** -0.5, exact * (1 + exact**2) ** -0.5)
@@ -174,4 +175,4 @@ class OverTimes:
         log_sigma = torch.lerp(self._log_sigmas[below], self._log_sigmas[below + 1], position - below)
         sigma = log_sigma.exp().expand(len(x_t))
         scale = broadcast((1 + sigma**2).sqrt().to(x_t.dtype).to(x_t.device), x_t)
-        return self.denoise(scale * x_t, sigma.to(x_t.dtype).to(x_t.device), **condition)
+        return self.denoise(scale * x_t, sigma.to(precise(x_t.dtype)).to(x_t.device), **condition)

@@ -62,9 +62,14 @@ class LogNormal(TimestepSampler):
         edges: σ_0 < … < σ_T, with shape (T + 1,); the first may be 0 and the last infinite.
         mean: P_mean.
         std: P_std > 0.
+
+    Raises:
+        ValueError: If P_std is not positive, or no bin has a share.
     """
 
     def __init__(self, edges: Tensor, mean: float, std: float) -> None:
+        if not std > 0:
+            raise ValueError(f"std must be positive; got {std}")
         super().__init__(len(edges) - 1)
         z = (edges.to("cpu", torch.float64).log() - mean) / std
         # Differences of the upper tail where it is the smaller one, for the precision of both tails.
@@ -73,6 +78,11 @@ class LogNormal(TimestepSampler):
             torch.special.ndtr(-z[:-1]) - torch.special.ndtr(-z[1:]),
             torch.special.ndtr(z[1:]) - torch.special.ndtr(z[:-1]),
         )
+        if not shares.sum() > 0:
+            raise ValueError(
+                f"ln σ ~ N({mean}, {std}²) never falls between the levels {edges[0]:g} and {edges[-1]:g}: set another "
+                "mean, or a larger std"
+            )
         self.probabilities = shares / shares.sum()
         """p, with shape (T,), float64."""
 

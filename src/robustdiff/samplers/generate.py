@@ -32,7 +32,7 @@ from robustdiff.process import DiffusionProcess, Prediction
 from robustdiff.recipe import load_recipe
 from robustdiff.samplers.sample import check_options, check_sampler, sample, suited
 
-__all__ = ["Generator", "ImageNoise", "write_npz", "write_pngs"]
+__all__ = ["Generator", "ImageNoise", "share_of", "write_npz", "write_pngs"]
 
 _NOISE = 2  # the stream of (seed, stream, number) that images have; training has others
 
@@ -136,7 +136,8 @@ class Generator:
 
     def __post_init__(self) -> None:
         evaluations = check_sampler(self.sampler, self.steps, self.process)
-        check_options(self.sampler, evaluations, **(self.options or {}))
+        own = {name: value for name, value in (self.options or {}).items() if name != "clip"}  # clip is for all of them
+        check_options(self.sampler, evaluations, **own)
         classes = self.classes
         if self.label is not None and not (classes is not None and 0 <= self.label < classes):
             known = "this model has no classes" if classes is None else f"its classes are 0 to {classes - 1}"
@@ -197,7 +198,7 @@ class Generator:
             yield batch, to_uint8(x).cpu()
 
 
-def _share(num: int, accelerator: Accelerator) -> range:
+def share_of(num: int, accelerator: Accelerator) -> range:
     """The numbers of the images that this process makes."""
     rank, processes = accelerator.process_index, accelerator.num_processes
     return range(num * rank // processes, num * (rank + 1) // processes)
@@ -229,7 +230,7 @@ def write_npz(
     key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:12]
     parts = path.with_name(f".{path.name}.{key}.parts")
     parts.mkdir(exist_ok=True)
-    share = _share(num, accelerator)
+    share = share_of(num, accelerator)
     size = channels * height * width
     part = parts / f"{accelerator.process_index}.uint8"
     done = min(part.stat().st_size // size, len(share)) if part.exists() else 0
@@ -269,7 +270,7 @@ def write_pngs(
 ) -> None:
     """Write ``000000.png``, … into a folder; files that are there are kept, so that an interrupted call goes on."""
     folder.mkdir(parents=True, exist_ok=True)
-    share = _share(num, accelerator)
+    share = share_of(num, accelerator)
     for start in range(share.start, share.stop, generator.batch_size):
         numbers = range(start, min(start + generator.batch_size, share.stop))
         paths = {i: folder / f"{i:06d}.png" for i in numbers}

@@ -5,6 +5,9 @@ r"""Multistep consistency sampling (Song et al., 2023, arXiv 2303.01469, algorit
 Times are numbers of the N training scales, counted as in the original from the largest, σ_0 = σ_max, σ_{N−1} = σ_min.
 They are S evenly spaced ones, 0, ⌊N/S⌋, 2⌊N/S⌋, …, as diffusers' ``CMStochasticIterativeScheduler`` has them, or are
 given as a string such as the original's "0,22,39". A last N − 1 costs nothing: there f is the identity.
+
+With S near N the evenly spaced ones do not reach the lower levels: where N/2 < S they are 0, 1, …, S − 1, and for any
+S the last is (S − 1)⌊N/S⌋. A string reaches them.
 """
 
 from __future__ import annotations
