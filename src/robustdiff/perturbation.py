@@ -397,8 +397,7 @@ class FreeAdversary(Adversary):
     """Free adversarial training: K passes over one batch, each of which trains and ascends with one backward.
 
     Yields δ⁰ = 0, δ¹, …, δ^{K−1}. The caller calls backward and steps the optimiser in every pass; the gradient
-    that the same backward left in ``delta.grad`` moves δ for the next one (Wang et al., 2025, Algorithm 1). After the
-    last pass nothing is moved, and δ^{K−1} asks for no gradient.
+    that the same backward left in ``delta.grad`` moves δ for the next one (Wang et al., 2025, Algorithm 1).
 
     Raises:
         RuntimeError: If ``delta.grad`` is missing when the body is left and another pass follows: the loss was not
@@ -415,7 +414,7 @@ class FreeAdversary(Adversary):
     ) -> Iterator[Tensor]:
         delta = torch.zeros_like(x_t)
         for k in range(self.steps):
-            delta = delta.detach().requires_grad_(k + 1 < self.steps)
+            delta = delta.detach().requires_grad_()
             yield delta
             if k + 1 < self.steps:
                 if delta.grad is None:

@@ -268,6 +268,21 @@ def test_all_adversaries_see_the_same_images_times_and_noise(tiny):
         assert all(torch.equal(a, b) for a, b in zip(t, other_times, strict=True))
 
 
+def test_the_last_pass_asks_for_no_gradient_of_delta(tiny):
+    trainer = trainer_of(tiny(adversary={"name": "free", "steps": 3}, steps=6))
+    objective, required = trainer.objective, []
+
+    def watched(model, draw, delta):
+        required.append(delta.requires_grad)
+        return objective(model, draw, delta)
+
+    trainer.objective = watched
+    watched.timesteps, watched.more_noise, watched.draw = objective.timesteps, objective.more_noise, objective.draw
+    watched.after_update = objective.after_update
+    list(trainer.updates())
+    assert required == [True, True, False] * 2
+
+
 def test_free_passes_move_the_same_batch_by_the_step_size(tiny):
     _, counter = run_batches(tiny(steps=100, adversary={"name": "free", "step_size": 0.5}), 1)
     x_t, first, second = counter.inputs

@@ -364,6 +364,9 @@ class Trainer:
                 drawn: list[Tensor] = []
                 for m, (draw, delta) in enumerate(zip(draws, deltas, strict=True)):
                     last = m + 1 == len(draws)
+                    if k + 1 == self.adversary.passes:
+                        # Nothing ascends any more: no backward down to δ, through a target network above all.
+                        delta = delta.detach()
                     sync: AbstractContextManager[Any] = nullcontext() if last else accelerator.no_sync(self.model)
                     with sync:
                         losses = self.objective(self.model, draw, delta)
