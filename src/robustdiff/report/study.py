@@ -437,15 +437,18 @@ def write_page(study: Study, folder: Path, page: Path) -> str:
         f"{recipe['steps']:,} optimiser updates of batch {recipe['batch_size']}, learning rate {recipe['lr']:g}, "
         f"moving average {recipe['ema']:g}, {recipe['precision']}, unless a method says otherwise. "
         f"{_obtained_on(results)} This page is made by `robustdiff study` from the files of the cells.",
-        "## What the numbers say",
-        f"Against {study.baseline}, counted as lower or higher where the 95 % interval over images excludes 0 and all "
-        "seeds that are there agree. One interval in twenty excludes 0 by chance; a single seed agrees with itself:",
-        _verdict(results),
-        "## FID against the baseline, mean over samplers",
-        f"Relative change of FID from {study.baseline} at the same seed, geometric mean over "
-        f"{', '.join(results.samplers)} and n seeds, with the 95 % interval over images; bold where it excludes 0.",
-        _changes(results, results.samplers, "steps"),
     ]
+    if verdict := _verdict(results):  # of what there is to compare
+        parts += [
+            "## What the numbers say",
+            f"Against {study.baseline}, counted as lower or higher where the 95 % interval over images excludes 0 and all "
+            "seeds that are there agree. One interval in twenty excludes 0 by chance; a single seed agrees with itself:",
+            verdict,
+            "## FID against the baseline, mean over samplers",
+            f"Relative change of FID from {study.baseline} at the same seed, geometric mean over "
+            f"{', '.join(results.samplers)} and n seeds, with the 95 % interval over images; bold where it excludes 0.",
+            _changes(results, results.samplers, "steps"),
+        ]
     if (sensitivity := _sensitivity(results, middle)) is not None:
         table, made = sensitivity
         parts += ["## Sensitivity to α and K", table, figure("sensitivity", made, "α × K")]
@@ -455,8 +458,11 @@ def write_page(study: Study, folder: Path, page: Path) -> str:
         *_references(results),
         _fid_tables(results),
         figure("fid", _fid_figure(results), "FID against steps"),
-        "## By sampler",
-        *(_changes(results, [sampler], f"{sampler}, steps") for sampler in results.samplers),
+    ]
+    if verdict and len(results.samplers) > 1:
+        parts.append("## By sampler")
+        parts += [_changes(results, [sampler], f"{sampler}, steps") for sampler in results.samplers]
+    parts += [
         "## KID, precision, recall",
         _other_measures(results, middle),
         *_mismatch(results),
