@@ -441,8 +441,9 @@ def write_page(study: Study, folder: Path, page: Path) -> str:
     if verdict := _verdict(results):  # of what there is to compare
         parts += [
             "## What the numbers say",
-            f"Against {study.baseline}, counted as lower or higher where the 95 % interval over images excludes 0 and all "
-            "seeds that are there agree. One interval in twenty excludes 0 by chance; a single seed agrees with itself:",
+            f"Against {study.baseline}, counted as lower or higher where the 95 % interval over images excludes 0 and "
+            "all seeds that are there agree. One interval in twenty excludes 0 by chance; a single seed agrees with "
+            "itself:",
             verdict,
             "## FID against the baseline, mean over samplers",
             f"Relative change of FID from {study.baseline} at the same seed, geometric mean over "
