@@ -688,6 +688,12 @@ PUBLISHED = {
         --use_scale_shift_norm True --rescale_learned_sigmas True \
         --schedule_sampler loss-second-moment --lr 1e-4 --batch_size 64
         """,
+    # The network as distillation begins with it; the EDM model itself was trained with --dropout 0.1.
+    "imagenet64-edm": """
+        --attention_resolutions 32,16,8 --class_cond True --use_scale_shift_norm True --dropout 0.0
+        --image_size 64 --lr 0.000008 --num_channels 192 --num_head_channels 64 --num_res_blocks 3
+        --resblock_updown True --schedule_sampler uniform --use_fp16 True --weight_decay 0.0 --weight_schedule uniform
+        """,
     "imagenet64-cm": """
         mpiexec -n 8 python image_sample.py --batch_size 256
         --training_mode consistency_distillation --sampler onestep --model_path /path/to/checkpoint

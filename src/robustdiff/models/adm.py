@@ -272,7 +272,8 @@ PRESETS: Mapping[str, AdmFlags] = {
 
 `cifar10-adm` is the network of the CIFAR-10 checkpoints of ADM-IP (Ning et al. 2023), the other `*-adm` are
 guided-diffusion's releases, and `*-edm` and `*-cm` are the EDM and consistency models of Song et al. 2023. These ignore
-use_new_attention_order: their flash attention splits q, k and v first, which is the new order.
+use_new_attention_order: their flash attention splits q, k and v first, which is the new order. `imagenet64-edm` was
+trained with a dropout of 0.1, and has none here: distillation begins with it, and none is what that was published with.
 """
 
 # Flags of guided-diffusion, consistency_models, ADM-IP and ADM-ES that say nothing of the network.
