@@ -63,7 +63,6 @@ from robustdiff.mismatch.robustness import Robustness, measure_robustness
 from robustdiff.models.build import check_fit
 from robustdiff.samplers.denoiser import Evaluation
 from robustdiff.samplers.generate import Generator, ImageNoise
-from robustdiff.samplers.sample import sample
 
 __all__ = ["MEASURES", "Difference", "Mismatch", "Path", "Step", "measure_mismatch"]
 
@@ -318,27 +317,11 @@ def _follow(
     on_images: Callable[[int], None],
 ) -> tuple[list[Step], list[dict[str, Array]]]:
     """The steps of one checkpoint under one sampler, and the values and replicates of each."""
-    generator.unet.eval()
-    device = generator.unet.device
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(generator.precision)
     observer = _Observer(truth, kept)
-    for start in range(0, num, generator.batch_size):
-        batch = range(start, min(start + generator.batch_size, num))
+    for batch in generator.batches(range(num)):
         observer.begin(batch)
-        noise = ImageNoise(generator.seed, batch, generator.shape, device)
-        with torch.autocast(device.type, dtype, enabled=dtype is not None):
-            sample(
-                generator.network,
-                generator.process,
-                generator.sampler,
-                generator.steps,
-                latents=noise.draw(),
-                step_noise=noise,
-                class_labels=None if generator.classes is None else truth.labels(batch),
-                prediction=generator.prediction,
-                on_evaluation=observer,
-                **(generator.options or {}),
-            )
+        labels = None if generator.classes is None else truth.labels(batch)
+        generator.sample(batch, labels, on_evaluation=observer)
         on_images(len(batch))
     steps, values = zip(*(_summarise(r, truth, num, blocks) for r in observer.records), strict=True)
     return list(steps), list(values)

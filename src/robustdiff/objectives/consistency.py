@@ -47,7 +47,7 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from robustdiff.errors import InputError
-from robustdiff.objectives.objective import Draw, Objective, precise
+from robustdiff.objectives.objective import Draw, Objective, gaussian, precise
 from robustdiff.objectives.preconditioning import Denoise, Preconditioned, karras_process, karras_sigmas
 from robustdiff.objectives.timesteps import LogNormal, Uniform
 from robustdiff.process import broadcast
@@ -375,8 +375,7 @@ class ConsistencyObjective(Objective):
             t, _ = self.timesteps.draw(len(x0), generator)  # neither distribution has weights
             t = t.to(x0.device)
         if noise is None:
-            device = generator.device if generator is not None else x0.device
-            noise = torch.randn(x0.shape, generator=generator, device=device, dtype=x0.dtype).to(x0.device)
+            noise = gaussian(x0, generator)
         sigmas = self.process.sigmas.to(precise(x0.dtype)).to(x0.device)
         upper, lower = sigmas[t + 1], sigmas[t]
         x_next = (x0 + broadcast(upper, x0) * noise).to(x0.dtype)

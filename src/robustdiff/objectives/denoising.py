@@ -33,7 +33,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from robustdiff.objectives.objective import Draw, Objective, predict, times_at
+from robustdiff.objectives.objective import Draw, Objective, gaussian, predict, times_at
 from robustdiff.objectives.timesteps import LossSecondMoment, TimestepSampler, Uniform
 from robustdiff.process import PREDICTIONS, DiffusionProcess, Prediction, broadcast, per_sample
 
@@ -108,17 +108,13 @@ class DenoisingObjective(Objective):
             condition: What else the model is called with, such as ``class_labels``.
         """
 
-        def gaussian() -> Tensor:
-            device = generator.device if generator is not None else x0.device
-            return torch.randn(x0.shape, generator=generator, device=device, dtype=x0.dtype).to(x0.device)
-
         if t is None:
             t, weight = self.timesteps.draw(len(x0), generator)
             t, weight = t.to(x0.device), None if weight is None else weight.to(x0.device)
-        noise = gaussian() if noise is None else noise
+        noise = gaussian(x0, generator) if noise is None else noise
         at = noise
         if self.input_perturbation:
-            at = noise + self.input_perturbation * (gaussian() if input_noise is None else input_noise)
+            at = noise + self.input_perturbation * (gaussian(x0, generator) if input_noise is None else input_noise)
         return Draw(x0, t, noise, self.process.diffuse(x0, t, at), weight, condition)
 
     def more_noise(self, shape: tuple[int, ...], generator: torch.Generator) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from robustdiff.objectives.timesteps import TimestepSampler
 from robustdiff.process import DiffusionProcess
 
-__all__ = ["Draw", "Objective", "precise", "predict", "times_at"]
+__all__ = ["Draw", "Objective", "gaussian", "precise", "predict", "times_at"]
 
 
 @dataclass
@@ -35,6 +35,12 @@ class Draw:
     x_t: Tensor
     weight: Tensor | None = None
     condition: dict[str, Any] = field(default_factory=dict)
+
+
+def gaussian(like: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Standard normal noise like a tensor, drawn where the generator is, or else where the tensor is."""
+    device = generator.device if generator is not None else like.device
+    return torch.randn(like.shape, generator=generator, device=device, dtype=like.dtype).to(like.device)
 
 
 def predict(model: Callable[..., Any], x: Tensor, t: Tensor, condition: dict[str, Any]) -> Tensor:

@@ -16,10 +16,20 @@ from torch import Tensor
 from robustdiff.evaluation.grid import Cell
 from robustdiff.files import atomic_write
 
-__all__ = ["Line", "fid_against_steps", "fid_panels", "loss_curves", "sample_grid", "save_figure", "tile"]
+__all__ = [
+    "COLOURS",
+    "MARKERS",
+    "Line",
+    "fid_against_steps",
+    "fid_panels",
+    "loss_curves",
+    "sample_grid",
+    "save_figure",
+    "tile",
+]
 
-_COLOURS = matplotlib.colormaps["tab10"].colors  # type: ignore[attr-defined]
-_MARKERS = "osD^vP*X"
+COLOURS = matplotlib.colormaps["tab10"].colors  # type: ignore[attr-defined]
+MARKERS = "osD^vP*X"
 
 
 def save_figure(figure: Figure, path: Path) -> None:
@@ -48,8 +58,8 @@ def fid_panels(panels: dict[str, dict[str, Line]], title: str) -> Figure:
     for panel, (heading, lines) in zip(axes, panels.items(), strict=True):
         for label, line in lines.items():
             i = labels.index(label)
-            colour = _COLOURS[i % len(_COLOURS)]
-            marker = _MARKERS[i % len(_MARKERS)]
+            colour = COLOURS[i % len(COLOURS)]
+            marker = MARKERS[i % len(MARKERS)]
             panel.plot(line.x, line.y, marker=marker, color=colour, label=label, markersize=5, linewidth=1.5)
             edges = np.maximum([line.low, line.high], 1e-3)
             panel.fill_between(line.x, *edges, color=colour, alpha=0.15, linewidth=0)
@@ -94,7 +104,7 @@ def loss_curves(curves: dict[str, tuple[Sequence[float], Sequence[float]]], titl
     for i, (label, (steps, losses)) in enumerate(curves.items()):
         width = min(10, len(losses))
         smooth = np.convolve(losses, np.full(width, 1 / width), "valid")
-        style = {"color": _COLOURS[i % len(_COLOURS)], "linestyle": "-" if i < len(_COLOURS) else "--"}
+        style = {"color": COLOURS[i % len(COLOURS)], "linestyle": "-" if i < len(COLOURS) else "--"}
         panel.plot(steps[width - 1 :], smooth, label=label, linewidth=1.2, **style)
     panel.set_xlabel("optimiser updates")
     panel.set_ylabel("loss, at δ where there is one")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -10,11 +9,10 @@ from rich import box
 from rich.table import Table
 
 from robustdiff.mismatch.measure import MEASURES, Mismatch
+from robustdiff.report.figures import COLOURS, MARKERS
 
 __all__ = ["mismatch_figure", "mismatch_table", "robustness_figure", "robustness_table"]
 
-_COLOURS = matplotlib.colormaps["tab10"].colors  # type: ignore[attr-defined]
-_MARKERS = "osD^vP*X"
 _SIGNED = ("x0_std", "noise")
 _LABELS = {
     "delta": r"$\delta_t$",
@@ -106,7 +104,7 @@ def mismatch_figure(mismatch: Mismatch, title: str) -> Figure:
                 )
                 times = [step.time for step in path]
                 estimates = [step.estimates[measure] for step in path]
-                style = {"color": _COLOURS[k % len(_COLOURS)], "marker": _MARKERS[k % len(_MARKERS)]}
+                style = {"color": COLOURS[k % len(COLOURS)], "marker": MARKERS[k % len(MARKERS)]}
                 panel.plot(times, [e.value for e in estimates], label=checkpoint, markersize=4, linewidth=1.4, **style)
                 low, high = (np.array([getattr(e, end) for e in estimates]) for end in ("low", "high"))
                 panel.fill_between(times, low, high, color=style["color"], alpha=0.15, linewidth=0)
@@ -137,7 +135,7 @@ def robustness_figure(mismatch: Mismatch, title: str) -> Figure:
     for k, checkpoint in enumerate(checkpoints):
         line = [r for r in mismatch.robustness if r.checkpoint == checkpoint]
         times = [r.index for r in line]
-        style = {"color": _COLOURS[k % len(_COLOURS)], "marker": _MARKERS[k % len(_MARKERS)]}
+        style = {"color": COLOURS[k % len(COLOURS)], "marker": MARKERS[k % len(MARKERS)]}
         curves = [([r.loss for r in line], [r.loss_se for r in line])]
         curves += [([r.robust[i] for r in line], [r.robust_se[i] for r in line]) for i in range(len(radii))]
         curves.append(([r.lipschitz for r in line], [r.lipschitz_se for r in line]))

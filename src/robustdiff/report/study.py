@@ -117,10 +117,9 @@ class Results:
         """One number of each seed."""
         return [self.cells[method, s, sampler, steps][name] for s in self.seeds(method, sampler, steps)]
 
-    def recipe(self, method: str) -> Record:
-        """The recipe of a method that has cells."""
-        recipe: Record = next(record for (m, *_), record in self.cells.items() if m == method)["recipe"]
-        return recipe
+    def record(self, method: str) -> Record:
+        """One cell of a method that has some: all say the same of its recipe, but for the seed."""
+        return next(record for (m, *_), record in self.cells.items() if m == method)
 
     def baseline(self, method: str) -> str:
         """The method that a method is compared with."""
@@ -274,7 +273,7 @@ def _mismatch(results: Results) -> list[str]:
 def _cost(results: Results) -> str:
     rows = []
     for method in results.methods:
-        record = next(record for (m, *_), record in results.cells.items() if m == method)
+        record = results.record(method)
         recipe, training = record["recipe"], record["training"]
         images = training["batches"] * recipe["batch_size"]
         rows.append(
@@ -298,7 +297,7 @@ def _sensitivity(results: Results, steps: int) -> tuple[str, Figure] | None:
     found: dict[tuple[float, int], Change] = {}
     settings: set[str] = set()
     for method in results.methods:
-        recipe = results.recipe(method)
+        recipe = results.record(method)["recipe"]
         adversary = recipe["adversary"]
         free = adversary["name"] == "free" and adversary["norm"] == "l2" and adversary["radius"] is None
         change = of_first.change(method, results.samplers, steps)
@@ -429,7 +428,7 @@ def write_page(study: Study, folder: Path, page: Path) -> str:
         save_figure(made, figures / f"{name}.png")
         return f"![{caption}]({figures.name}/{name}.png)"
 
-    recipe, training = results.recipe(study.baseline), next(iter(results.cells.values()))["training"]
+    recipe, training = (results.record(study.baseline)[part] for part in ("recipe", "training"))
     middle = 10 if 10 in results.steps else results.steps[len(results.steps) // 2]
     parts = [
         f"# {study.title}",

@@ -176,26 +176,39 @@ class Generator:
 
     def images(self, indices: range) -> Iterator[tuple[range, Tensor]]:
         """The images of a range of numbers, in batches: (their numbers, uint8 (B, C, H, W) on the CPU)."""
+        for batch in self.batches(indices):
+            yield batch, to_uint8(self.sample(batch, self.labels(batch))).cpu()
+
+    def batches(self, indices: range) -> Iterator[range]:
+        """The range in parts of at most ``batch_size``."""
+        for start in range(indices.start, indices.stop, self.batch_size):
+            yield range(start, min(start + self.batch_size, indices.stop))
+
+    def sample(self, batch: range, labels: Tensor | None, **more: Any) -> Tensor:
+        """The images of some numbers, all at once, nominally in [−1, 1], with shape (B, C, H, W), on the device.
+
+        Arguments:
+            batch: The numbers.
+            labels: Their classes, with shape (B,); none for networks without.
+            more: What else :func:`robustdiff.sample` takes, such as ``on_evaluation``.
+        """
         self.unet.eval()
         device = self.unet.device
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision)
-        for start in range(indices.start, indices.stop, self.batch_size):
-            batch = range(start, min(start + self.batch_size, indices.stop))
-            noise = ImageNoise(self.seed, batch, self.shape, device)
-            labels = self.labels(batch)
-            with torch.autocast(device.type, dtype, enabled=dtype is not None):
-                x = sample(
-                    self.network,
-                    self.process,
-                    self.sampler,
-                    self.steps,
-                    latents=noise.draw(),
-                    step_noise=noise,
-                    class_labels=None if labels is None else labels.to(device),
-                    prediction=self.prediction,
-                    **(self.options or {}),
-                )
-            yield batch, to_uint8(x).cpu()
+        noise = ImageNoise(self.seed, batch, self.shape, device)
+        with torch.autocast(device.type, dtype, enabled=dtype is not None):
+            return sample(
+                self.network,
+                self.process,
+                self.sampler,
+                self.steps,
+                latents=noise.draw(),
+                step_noise=noise,
+                class_labels=None if labels is None else labels.to(device),
+                prediction=self.prediction,
+                **(self.options or {}),
+                **more,
+            )
 
 
 def share_of(num: int, accelerator: Accelerator) -> range:
