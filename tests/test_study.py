@@ -222,6 +222,10 @@ def test_the_page_is_made_of_the_cells(finished, tmp_path):
     fids = [json.loads((folder / "cells" / f"plain-s{seed}-ddim-2.json").read_text())["fid"] for seed in (0, 1)]
     assert f"{np.mean(fids):.2f} ± {np.std(fids, ddof=1):.2f}" in text
     assert "13 of 13 planned cells" in text
+    base = json.loads((folder / "cells" / "base-ddim-3.json").read_text())["fid"]
+    row = next(line for line in text.split("| ddim over base, ddim 3; steps |")[1].splitlines() if "| plain |" in line)
+    assert row.split(" | ")[2].startswith(f"{np.sqrt(np.prod(fids)) / base:.2f} (")
+    assert row.endswith("n = 2 |")
 
 
 def made_up_cell(run, fid, replicates):

@@ -48,6 +48,16 @@ Set = Annotated[
 Cpu = Annotated[bool, typer.Option("--cpu", help="Use the CPU even where there is a GPU.")]
 Seed = Annotated[int, typer.Option(min=0, help="Image i depends on the seed and i alone.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Images at a time.")]
+Runs = Annotated[list[str], typer.Argument(help="Runs, pipeline folders or shipped models.")]
+Samplers = Annotated[
+    str | None, typer.Option(help="Samplers, with commas; by default ddim, multistep for consistency models.")
+]
+Data = Annotated[str | None, typer.Option(help="The real images, by name; those of the run by default.")]
+Root = Annotated[str | None, typer.Option(help="The folder or file of the real images.")]
+Features = Annotated[
+    str | None, typer.Option(help="digits, fashion-16, fashion-mnist, inception, or a .safetensors file.")
+]
+Weights = Annotated[Path | None, typer.Option(help="Inception's weights file.")]
 
 
 class Precision(StrEnum):
@@ -129,18 +139,12 @@ def train(
 
     from robustdiff.recipe import load_recipe
     from robustdiff.report.progress import Bar
-    from robustdiff.training.trainer import Status
     from robustdiff.training.trainer import train as run
 
     settings = load_recipe(recipe, overrides)
     quiet = not PartialState(cpu=cpu).is_main_process
     with Bar(err, settings.output, settings.steps, quiet=quiet) as bar:
-
-        def on_status(status: Status) -> None:
-            note = f"loss {status.loss:.4f}  |δ| {status.delta_norm:.3g}  {status.images_per_second:.0f} images/s"
-            bar.update(status.step, note)
-
-        result = run(settings, resume=resume, cpu=cpu, on_status=on_status)
+        result = run(settings, resume=resume, cpu=cpu, on_status=lambda status: bar.update(status.step, status.note))
     if quiet:
         return
     if result is None:
@@ -216,21 +220,17 @@ def sample(
 
 @app.command()
 def evaluate(
-    runs: Annotated[list[str], typer.Argument(help="Runs, pipeline folders or shipped models.")],
-    sampler: Annotated[
-        str | None, typer.Option(help="Samplers, with commas; by default ddim, multistep for consistency models.")
-    ] = None,
+    runs: Runs,
+    sampler: Samplers = None,
     steps: Annotated[
         str | None,
         typer.Option(help="Numbers of network evaluations, with commas: 5,10,20,50; 1,2,4,8 for consistency models."),
     ] = None,
     num: Annotated[int, typer.Option(min=4, help="Images of each cell.")] = 5000,
-    data: Annotated[str | None, typer.Option(help="The real images, by name; those of the run by default.")] = None,
-    root: Annotated[str | None, typer.Option(help="The folder or file of the real images.")] = None,
-    features: Annotated[
-        str | None, typer.Option(help="digits, fashion-16, fashion-mnist, inception, or a .safetensors file.")
-    ] = None,
-    weights: Annotated[Path | None, typer.Option(help="Inception's weights file.")] = None,
+    data: Data = None,
+    root: Root = None,
+    features: Features = None,
+    weights: Weights = None,
     output: Annotated[Path | None, typer.Option(help="A folder for result.json and figures.")] = None,
     seed: Seed = 0,
     batch_size: BatchSize = 128,
@@ -299,12 +299,10 @@ def search_times(
     run: Annotated[str, typer.Argument(help="A consistency model: a run or a pipeline folder.")],
     steps: Annotated[int, typer.Option(min=2, help="Network evaluations for one image.")] = 4,
     num: Annotated[int, typer.Option(min=4, help="Images for each candidate.")] = 2000,
-    data: Annotated[str | None, typer.Option(help="The real images, by name; those of the run by default.")] = None,
-    root: Annotated[str | None, typer.Option(help="The folder or file of the real images.")] = None,
-    features: Annotated[
-        str | None, typer.Option(help="digits, fashion-16, fashion-mnist, inception, or a .safetensors file.")
-    ] = None,
-    weights: Annotated[Path | None, typer.Option(help="Inception's weights file.")] = None,
+    data: Data = None,
+    root: Root = None,
+    features: Features = None,
+    weights: Weights = None,
     output: Annotated[Path | None, typer.Option(help="A .json for what was found and all that was tried.")] = None,
     seed: Seed = 0,
     batch_size: BatchSize = 128,
@@ -364,8 +362,8 @@ def solver_error(
     num: Annotated[int, typer.Option(min=2, help="Images.")] = 256,
     points: Annotated[int, typer.Option(min=2, help="Pairs of levels of each N, evenly spaced.")] = 8,
     substeps: Annotated[int, typer.Option(min=2, help="Heun steps of the reference between two levels.")] = 32,
-    data: Annotated[str | None, typer.Option(help="The real images, by name; those of the run by default.")] = None,
-    root: Annotated[str | None, typer.Option(help="The folder or file of the real images.")] = None,
+    data: Data = None,
+    root: Root = None,
     output: Annotated[Path, typer.Option(help="A folder for result.json and the figure.")] = Path("solver-error"),
     seed: Annotated[int, typer.Option(min=0, help="Of the noise.")] = 0,
     batch_size: BatchSize = 128,
@@ -437,18 +435,16 @@ def solver_error(
 
 @app.command()
 def mismatch(
-    runs: Annotated[list[str], typer.Argument(help="Runs, pipeline folders or shipped models.")],
-    sampler: Annotated[
-        str | None, typer.Option(help="Samplers, with commas; by default ddim, multistep for consistency models.")
-    ] = None,
+    runs: Runs,
+    sampler: Samplers = None,
     steps: Annotated[str, typer.Option(help="Numbers of network evaluations, with commas.")] = "10",
     num: Annotated[
         int | None, typer.Option(min=1, help="Images; by default 2000, or half of the real ones if they are fewer.")
     ] = None,
     radii: Annotated[str, typer.Option(help="ℓ2 radii of the robust loss, with commas.")] = "0.1,0.3,1.0",
     probes: Annotated[int, typer.Option(min=0, help="Images of the robust loss; 0 leaves it out.")] = 32,
-    data: Annotated[str | None, typer.Option(help="The real images, by name; those of the run by default.")] = None,
-    root: Annotated[str | None, typer.Option(help="The folder or file of the real images.")] = None,
+    data: Data = None,
+    root: Root = None,
     output: Annotated[Path, typer.Option(help="A folder for mismatch.json and figures.")] = Path("mismatch"),
     seed: Seed = 0,
     batch_size: BatchSize = 128,
@@ -625,9 +621,7 @@ def _real_images(run: str, data: str | None, root: str | None) -> ImageDataset:
 
     recipe = Path(run) / "recipe.yaml"
     if data is None and recipe.exists():
-        config = load_recipe(str(recipe)).data
-        root = config.root if root is None else root
-        return load_dataset(config.name, root=root, size=config.size, channels=config.channels, split=config.split)
+        return load_recipe(str(recipe)).data.load(root)
     return load_dataset(data or "fashion-16", root=root)
 
 

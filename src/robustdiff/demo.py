@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ import torch
 from accelerate import Accelerator
 
 from robustdiff.data import load_dataset
-from robustdiff.evaluation.features import FeatureExtractor, load_extractor
+from robustdiff.evaluation.features import load_extractor
 from robustdiff.evaluation.fidelity import reference_statistics
 from robustdiff.evaluation.grid import Grid, evaluate_grid
 from robustdiff.recipe import Recipe, load_recipe
@@ -75,8 +76,7 @@ def _train_each(
         on_part(f"{what}: {method}", recipe.steps)
 
         def on_status(status: Status) -> None:
-            note = f"loss {status.loss:.4f}  |δ| {status.delta_norm:.2f}  {status.images_per_second:.0f} images/s"
-            on_progress(status.step, note)
+            on_progress(status.step, status.note)
 
         result = train(recipe, resume=True, on_status=on_status)
         if result is None:
@@ -98,8 +98,31 @@ def _counter(on_progress: Progress) -> Callable[[int, str], None]:
     return on_images
 
 
-def _obtained_on(extractor: FeatureExtractor, accelerator: Accelerator) -> dict[str, Any]:
-    return {
+def _evaluation(
+    num: int, evaluations: int, on_part: Part, on_progress: Progress
+) -> tuple[Callable[..., Grid], dict[str, Any]]:
+    """Of generators, samplers and steps their grid, and what it is obtained on.
+
+    Arguments:
+        num: Images of a cell.
+        evaluations: Of networks, for one image of each cell.
+        on_part: As in :func:`run_demo`.
+        on_progress: As in :func:`run_demo`.
+    """
+    accelerator = Accelerator()
+    extractor = load_extractor("fashion-16")
+    on_part("statistics of the real images", 1)
+    reference = reference_statistics(load_dataset("fashion-16"), extractor)
+    on_part("sampling (network evaluations)", evaluations * num)
+    evaluate = partial(
+        evaluate_grid,
+        num=num,
+        extractor=extractor,
+        reference=reference,
+        accelerator=accelerator,
+        on_images=_counter(on_progress),
+    )
+    return evaluate, {
         "data": "fashion-16: 60,000 training images of Fashion-MNIST at 16×16",
         "features": extractor.name,
         "device": accelerator.device.type,
@@ -153,16 +176,10 @@ def run_demo(
     if trained is None:
         return None
     generators, training = trained
-    accelerator = Accelerator()
-    extractor = load_extractor("fashion-16")
-    on_part("statistics of the real images", 1)
-    reference = reference_statistics(load_dataset("fashion-16"), extractor)
-    on_part("sampling (network evaluations)", len(METHODS) * len(SAMPLERS) * sum(STEPS) * size.images)
-    grid = evaluate_grid(
-        generators, SAMPLERS, STEPS, size.images, extractor, reference, accelerator, on_images=_counter(on_progress)
-    )
+    evaluate, obtained_on = _evaluation(size.images, len(METHODS) * len(SAMPLERS) * sum(STEPS), on_part, on_progress)
+    grid = evaluate(generators, SAMPLERS, STEPS)
     what = f"fashion-16, {size.updates} updates, {size.images} images a cell, seed {seed}"
-    settings = {"obtained_on": _obtained_on(extractor, accelerator), "seed": seed, "training": training}
+    settings = {"obtained_on": obtained_on, "seed": seed, "training": training}
     return grid, write_results(output, grid, what, settings)
 
 
@@ -210,37 +227,16 @@ def run_consistency_demo(
     if trained is None:
         return None
     generators, training = trained
-    accelerator = Accelerator()
-    extractor = load_extractor("fashion-16")
-    on_part("statistics of the real images", 1)
-    reference = reference_statistics(load_dataset("fashion-16"), extractor)
     evaluations = len(DISTILLED) * sum(DISTILLED_STEPS) + sum(TEACHER_STEPS)
-    on_part("sampling (network evaluations)", evaluations * size.images)
-    on_images = _counter(on_progress)
-    grid = evaluate_grid(
-        generators,
-        ("multistep",),
-        DISTILLED_STEPS,
-        size.images,
-        extractor,
-        reference,
-        accelerator,
-        on_images=on_images,
-    )
+    evaluate, obtained_on = _evaluation(size.images, evaluations, on_part, on_progress)
+    grid = evaluate(generators, ("multistep",), DISTILLED_STEPS)
     precision = recipes["plain"].precision
-    teacher = evaluate_grid(
-        {"teacher": Generator.load(TEACHER, seed=seed, precision=precision, batch_size=BATCH)},
-        ("ddim",),
-        TEACHER_STEPS,
-        size.images,
-        extractor,
-        reference,
-        accelerator,
-        on_images=on_images,
+    teacher = evaluate(
+        {"teacher": Generator.load(TEACHER, seed=seed, precision=precision, batch_size=BATCH)}, ("ddim",), TEACHER_STEPS
     )
     what = f"distillation on fashion-16, {size.updates} updates, {size.images} images a cell, seed {seed}"
     settings = {
-        "obtained_on": _obtained_on(extractor, accelerator),
+        "obtained_on": obtained_on,
         "seed": seed,
         "training": training,
         "teacher": [asdict(cell) for cell in teacher.cells],

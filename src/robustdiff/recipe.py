@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 
+from robustdiff.data import ImageDataset, load_dataset
 from robustdiff.errors import InputError
 from robustdiff.process import Prediction
 
@@ -48,6 +49,15 @@ class DataConfig(Named):
     split: str = Field("train", description="which part of the dataset")
     flip: bool = Field(False, description="mirror every other image at random")
     workers: int = Field(0, ge=0, description="processes that load images ahead")
+
+    def load(self, root: str | None = None) -> ImageDataset:
+        """The images, from another folder or file where one is given.
+
+        Raises:
+            InputError: If the dataset is unknown, missing or malformed.
+        """
+        root = self.root if root is None else root
+        return load_dataset(self.name, root=root, size=self.size, channels=self.channels, split=self.split)
 
 
 class ModelConfig(Named):

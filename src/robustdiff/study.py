@@ -42,7 +42,7 @@ from accelerate.state import AcceleratorState
 from PIL import Image
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 
-from robustdiff.data import ImageDataset, load_dataset
+from robustdiff.data.pixels import tile
 from robustdiff.errors import InputError, RunError
 from robustdiff.evaluation.features import load_extractor
 from robustdiff.evaluation.fidelity import reference_statistics
@@ -51,7 +51,6 @@ from robustdiff.files import atomic_write
 from robustdiff.mismatch.measure import measure_mismatch
 from robustdiff.models.build import build_model
 from robustdiff.recipe import DataConfig, Recipe, Section, load_recipe
-from robustdiff.report.figures import tile
 from robustdiff.samplers.generate import Generator
 from robustdiff.samplers.sample import SAMPLERS
 from robustdiff.training.trainer import FREE_TO_CHANGE, Status, train
@@ -394,10 +393,6 @@ def _held(path: Path) -> Iterator[bool]:
         yield True
 
 
-def _load(data: DataConfig) -> ImageDataset:
-    return load_dataset(data.name, root=data.root, size=data.size, channels=data.channels, split=data.split)
-
-
 class _Evaluator:
     """What the cells of one process share: the features, and the real images under them."""
 
@@ -409,7 +404,7 @@ class _Evaluator:
             weights=None if measure.weights is None else Path(measure.weights),
             device=self.accelerator.device,
         )
-        self.reference = reference_statistics(_load(measure.data or data), self.extractor)
+        self.reference = reference_statistics((measure.data or data).load(), self.extractor)
 
     def __call__(
         self,
@@ -481,7 +476,7 @@ def _train(
     on_part(f"training {Path(recipe.output).name}", recipe.steps)
 
     def on_status(status: Status) -> None:
-        on_progress(status.step, f"loss {status.loss:.4f}  {status.images_per_second:.0f} images/s")
+        on_progress(status.step, status.note)
 
     return train(recipe, resume=True, cpu=cpu, on_status=on_status) is not None
 
@@ -600,7 +595,7 @@ def _check_samplers(study: Study, run: Run) -> None:
     """See that the samplers suit the networks that the study begins with, before anything is trained."""
     if not run.missing:
         return
-    built = build_model(run.recipe, _load(run.recipe.data))
+    built = build_model(run.recipe, run.recipe.data.load())
     for sampler, steps in itertools.product(study.measure.samplers, run.steps):
         Generator.of(built.unet, built.scheduler, sampler=sampler, steps=steps)
 
@@ -674,7 +669,7 @@ def _measure_mismatch(
 
     mismatch = measure_mismatch(
         {run.name: generator},
-        _load(recipe.data),
+        recipe.data.load(),
         measure.samplers,
         run.mismatch_steps,
         measure.mismatch,
@@ -828,7 +823,7 @@ def _time_training(run: Run) -> float:
 def _time_sampling(run: Run) -> float:
     """Seconds for one evaluation of the network for one image, measured on the network as it begins."""
     recipe, measure = run.recipe, run.study.measure
-    built = build_model(recipe, _load(recipe.data))
+    built = build_model(recipe, recipe.data.load())
     generator = Generator.of(
         built.unet,
         built.scheduler,

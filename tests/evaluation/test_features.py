@@ -43,6 +43,14 @@ def test_shipped(name):
     assert name in repr(extractor)
 
 
+def test_the_precision_of_the_caller_does_not_matter():
+    extractor = load_extractor("fashion-16")
+    images = random_images(extractor, 5)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = extractor(images)
+    assert torch.equal(found, extractor(images))
+
+
 @pytest.mark.parametrize("name", SHIPPED)
 def test_shipped_file_is_small_and_says_what_it_is(name):
     path = WEIGHTS / f"{name}.safetensors"

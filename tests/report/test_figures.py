@@ -9,7 +9,7 @@ from PIL import Image
 from rich.console import Console
 
 from robustdiff.evaluation.grid import Cell, Difference, Grid
-from robustdiff.report.figures import fid_against_steps, sample_grid, save_figure, tile
+from robustdiff.report.figures import Line, fid_against_steps, fid_panels, sample_grid, save_figure
 from robustdiff.report.progress import Bar
 from robustdiff.report.tables import grid_table
 
@@ -32,12 +32,12 @@ def test_lines_have_the_fids_and_the_panels_the_samplers():
     assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()] == ["plain", "AT"]
 
 
-def test_tiles_are_the_images_in_order():
-    images = torch.arange(5, dtype=torch.uint8).reshape(5, 1, 1, 1).expand(5, 1, 2, 2) * 10
-    tiled = tile(images, columns=3)
-    assert tiled.shape == (2 * 4, 3 * 4, 1)
-    centres = tiled[1::4, 1::4, 0]
-    assert centres.tolist() == [[0, 10, 20], [30, 40, 255]]
+def test_levels_are_dashed_lines_with_their_names():
+    figure = fid_panels({"a": {"plain": Line([1, 2], [4, 3], [4, 3], [4, 3])}}, "title", {"teacher": 2.5})
+    line, level = figure.axes[0].get_lines()
+    assert set(level.get_ydata()) == {2.5}
+    assert (line.get_linestyle(), level.get_linestyle()) == ("-", "--")
+    assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()] == ["plain", "teacher"]
 
 
 def test_a_saved_figure_is_a_picture(tmp_path):

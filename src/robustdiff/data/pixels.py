@@ -1,4 +1,4 @@
-"""One image to the size and the channels that were asked for.
+"""One image to the size and the channels that were asked for, and many as one picture.
 
 The crop is the largest centred square; the resize is Pillow's bicubic, which widens its kernel when it
 shrinks an image, i.e. filters before it subsamples. Resizers that do not (OpenCV's, and torch's by default)
@@ -11,8 +11,9 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
+from torch import Tensor
 
-__all__ = ["fit_array", "fit_image"]
+__all__ = ["fit_array", "fit_image", "tile"]
 
 
 def fit_image(image: Image.Image, size: int | None, channels: int) -> NDArray[np.uint8]:
@@ -58,3 +59,12 @@ def fit_array(images: NDArray[np.uint8], size: int | None, channels: int | None)
     if size is None:
         return np.stack([np.asarray(Image.fromarray(image).convert("L"))[..., None] for image in images])
     return np.stack([fit_image(Image.fromarray(i[..., 0] if depth == 1 else i), size, channels) for i in images])
+
+
+def tile(images: Tensor, columns: int, scale: int = 1) -> NDArray[np.uint8]:
+    """Images uint8 (n, C, H, W) as one, (rows·H·scale, columns·W·scale, C), with a line of white between them."""
+    pixels = images.permute(0, 2, 3, 1).numpy().repeat(scale, 1).repeat(scale, 2)
+    pixels = np.pad(pixels, ((0, -len(pixels) % columns), (1, 1), (1, 1), (0, 0)), constant_values=255)
+    n, height, width, channels = pixels.shape
+    rows = pixels.reshape(n // columns, columns, height, width, channels).swapaxes(1, 2)
+    return np.ascontiguousarray(rows.reshape(n // columns * height, columns * width, channels))

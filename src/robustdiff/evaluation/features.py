@@ -76,7 +76,7 @@ class FeatureExtractor(nn.Module):
             images: uint8 (B, C, H, W), on any device.
 
         Returns:
-            float32 (B, D), on the extractor's device, without a graph.
+            float32 (B, D), on the extractor's device, without a graph, under autocast too.
 
         Raises:
             InputError: The images are not uint8, or have a size or channels this extractor was not made for.
@@ -207,7 +207,9 @@ class ClassifierExtractor(FeatureExtractor):
                 f"extractor {self.name}: made for images {channels}×{size}×{size}, got "
                 f"{'×'.join(map(str, images.shape[1:]))}; choose the extractor that belongs to the data"
             )
-        return self.classifier.features(to_unit(images.to(self.classifier.embed.weight.device)))
+        images = images.to(self.classifier.embed.weight.device)
+        with torch.autocast(images.device.type, enabled=False):
+            return self.classifier.features(to_unit(images))
 
 
 def _torch_fidelity_inception() -> Any:
@@ -276,7 +278,8 @@ class InceptionExtractor(FeatureExtractor):
         if images.shape[1] not in (1, 3):
             raise InputError(f"extractor inception: got {images.shape[1]} channels; give grey or RGB images")
         images = images.to(self.network.fc.weight.device).expand(-1, 3, -1, -1)
-        features: Tensor = self.network(images)[0]
+        with torch.autocast(images.device.type, enabled=False):
+            features: Tensor = self.network(images)[0]
         return features
 
 

@@ -247,7 +247,7 @@ class _Observer:
         replace(evaluation.denoiser, on_evaluation=seen.append)(x_t, t, process)
         (true,) = seen
         alpha, sigma = process.levels(t, x_t)
-        record.time += float(process.times.to(t.device)[t].double().sum())
+        record.time += float(process.times[t.cpu()].double().sum())
         record.sampling.update(evaluation.x_t, indices)
         record.training.update(x_t, indices)
         record.second.update(other, indices)

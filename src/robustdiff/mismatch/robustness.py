@@ -31,6 +31,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from robustdiff.objectives.denoising import predict
+from robustdiff.objectives.objective import times_at
 from robustdiff.perturbation import PGDAdversary
 from robustdiff.process import DiffusionProcess, Prediction, broadcast
 
@@ -197,7 +198,7 @@ def measure_robustness(
     result = []
     for index in indices:
         t = torch.full((len(x0),), index, device=x0.device)
-        times = process.times.to(x0.device)[t]
+        times = times_at(process, t, x0)
         x_t = process.diffuse(x0, t, noise)
         sigma = process.levels(t, x0)[1]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,9 +10,9 @@ import matplotlib
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from numpy.typing import NDArray
 from torch import Tensor
 
+from robustdiff.data.pixels import tile
 from robustdiff.evaluation.grid import Cell
 from robustdiff.files import atomic_write
 
@@ -25,7 +25,6 @@ __all__ = [
     "loss_curves",
     "sample_grid",
     "save_figure",
-    "tile",
 ]
 
 COLOURS = matplotlib.colormaps["tab10"].colors  # type: ignore[attr-defined]
@@ -49,8 +48,14 @@ class Line:
     high: Sequence[float]
 
 
-def fid_panels(panels: dict[str, dict[str, Line]], title: str) -> Figure:
-    """FID against steps: panels by title, lines by label, one colour for a label; both axes logarithmic."""
+def fid_panels(panels: dict[str, dict[str, Line]], title: str, levels: Mapping[str, float] = {}) -> Figure:
+    """FID against steps: panels by title, lines by label, one colour for a label; both axes logarithmic.
+
+    Arguments:
+        panels: The lines of each panel.
+        title: Above them all.
+        levels: Dashed lines across each panel, by label.
+    """
     labels = list(dict.fromkeys(label for lines in panels.values() for label in lines))
     steps = sorted({x for lines in panels.values() for line in lines.values() for x in line.x})
     figure = Figure(figsize=(1 + 3.2 * len(panels), 3.6), layout="constrained")
@@ -63,6 +68,8 @@ def fid_panels(panels: dict[str, dict[str, Line]], title: str) -> Figure:
             panel.plot(line.x, line.y, marker=marker, color=colour, label=label, markersize=5, linewidth=1.5)
             edges = np.maximum([line.low, line.high], 1e-3)
             panel.fill_between(line.x, *edges, color=colour, alpha=0.15, linewidth=0)
+        for (label, level), grey in zip(levels.items(), np.linspace(0.2, 0.6, len(levels)), strict=True):
+            panel.axhline(level, color=str(grey), linestyle="--", linewidth=1, label=label)
         panel.set_title(heading)
         panel.set_xscale("log")
         panel.set_yscale("log")
@@ -74,7 +81,7 @@ def fid_panels(panels: dict[str, dict[str, Line]], title: str) -> Figure:
     low, high = axes[0].get_ylim()
     ticks = [m * 10.0**e for e in range(-3, 5) for m in (1, 2, 5) if low <= m * 10.0**e <= high]
     axes[0].set_yticks(ticks, [f"{tick:g}" for tick in ticks])
-    axes[0].legend(frameon=False, fontsize="small" if len(labels) > 4 else None)
+    axes[0].legend(frameon=False, fontsize="small" if len(labels) + len(levels) > 4 else None)
     figure.suptitle(title, fontsize=10)
     return figure
 
@@ -112,15 +119,6 @@ def loss_curves(curves: dict[str, tuple[Sequence[float], Sequence[float]]], titl
     panel.legend(frameon=False, fontsize="x-small", ncols=2)
     figure.suptitle(title, fontsize=10)
     return figure
-
-
-def tile(images: Tensor, columns: int, scale: int = 1) -> NDArray[np.uint8]:
-    """Images uint8 (n, C, H, W) as one, (rows·H·scale, columns·W·scale, C), with a line of white between them."""
-    pixels = images.permute(0, 2, 3, 1).numpy().repeat(scale, 1).repeat(scale, 2)
-    pixels = np.pad(pixels, ((0, -len(pixels) % columns), (1, 1), (1, 1), (0, 0)), constant_values=255)
-    n, height, width, channels = pixels.shape
-    rows = pixels.reshape(n // columns, columns, height, width, channels).swapaxes(1, 2)
-    return np.ascontiguousarray(rows.reshape(n // columns * height, columns * width, channels))
 
 
 def sample_grid(

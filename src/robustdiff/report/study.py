@@ -130,22 +130,31 @@ class Results:
 
         None where there is no such seed.
         """
-        seeds: list[float] = []
-        replicates: list[Array] = []
+        seeds = []
         for seed in self.study.methods[method].seeds:
             keys = [(seed, sampler, steps) for sampler in samplers]
             pairs = [(self.cells.get((method, *k)), self.cells.get((self.baseline(method), *k))) for k in keys]
             parts = [_log_fid(one) - _log_fid(base) for one, base in pairs if one is not None and base is not None]
             if len(parts) == len(keys):
-                mean = np.mean(parts, axis=0)
-                seeds.append(float(mean[0]))
-                replicates.append(mean[1:])
-        if not seeds:
-            return None
-        value = float(np.mean(seeds))
-        ends = interval(value, np.mean(replicates, axis=0))
-        mean, low, high = np.expm1([value, *ends]).tolist()
-        return Change(mean, low, high, tuple(np.expm1(seeds).tolist()))
+                seeds.append(np.mean(parts, axis=0))
+        return _change(seeds)
+
+    def against_reference(self, method: str, sampler: str, steps: int, reference: Record) -> Change | None:
+        """The change from a reference's cell to a method's, averaged over its seeds; None where there is none."""
+        base = _log_fid(reference)
+        found = [self.cells[method, seed, sampler, steps] for seed in self.seeds(method, sampler, steps)]
+        return _change([_log_fid(record) - base for record in found])
+
+
+def _change(seeds: Sequence[Array]) -> Change | None:
+    """The mean over seeds of log ratios with their replicates, (1 + R,) each."""
+    if not seeds:
+        return None
+    values, *replicates = np.transpose(seeds)
+    value = float(np.mean(values))
+    ends = interval(value, np.mean(replicates, axis=1))
+    mean, low, high = np.expm1([value, *ends]).tolist()
+    return Change(mean, low, high, tuple(np.expm1(values).tolist()))
 
 
 def _log_fid(record: Record) -> Array:
@@ -189,6 +198,30 @@ def _references(results: Results) -> list[str]:
     ]
     heading = ["as they are", "sampler, steps", "FID (95 % interval)", "KID", "precision", "recall"]
     return [_table(heading, rows)] if rows else []
+
+
+def _against_references(results: Results) -> list[str]:
+    """FID over that of each reference at its largest number of steps."""
+    if not results.references:
+        return []
+    parts = [
+        "## FID over that of the references",
+        "Ratio of FIDs, geometric mean over n seeds, with the 95 % interval over images.",
+    ]
+    best = {(name, sampler): steps for name, sampler, steps in sorted(results.references)}  # the last one stays
+    for (name, sampler), count in best.items():
+        reference = results.references[name, sampler, count]
+        for own in results.samplers:
+            rows = []
+            for method in results.methods:
+                changes = [results.against_reference(method, own, steps, reference) for steps in results.steps]
+                cells = [
+                    "–" if c is None else f"{1 + c.mean:.2f} ({1 + c.low:.2f} … {1 + c.high:.2f}), n = {len(c.seeds)}"
+                    for c in changes
+                ]
+                rows.append([method, *cells])
+            parts.append(_table([f"{own} over {name}, {sampler} {count}; steps", *map(str, results.steps)], rows))
+    return parts
 
 
 def _changes(results: Results, samplers: Sequence[str], heading: str) -> str:
@@ -343,7 +376,8 @@ def _fid_figure(results: Results) -> Figure:
                 [min(v) for v in values.values()],
                 [max(v) for v in values.values()],
             )
-    return fid_panels(panels, "mean over seeds; bands from the least to the largest")
+    levels = {f"{name}, {sampler} {n}": record["fid"] for (name, sampler, n), record in results.references.items()}
+    return fid_panels(panels, "mean over seeds; bands from the least to the largest", levels)
 
 
 def _pictures(results: Results, folder: Path, sampler: str, steps: int) -> Figure | None:
@@ -428,6 +462,7 @@ def write_page(study: Study, folder: Path, page: Path) -> str:
         save_figure(made, figures / f"{name}.png")
         return f"![{caption}]({figures.name}/{name}.png)"
 
+    several = len(results.samplers) > 1
     recipe, training = (results.record(study.baseline)[part] for part in ("recipe", "training"))
     middle = 10 if 10 in results.steps else results.steps[len(results.steps) // 2]
     parts = [
@@ -444,9 +479,10 @@ def write_page(study: Study, folder: Path, page: Path) -> str:
             "all seeds that are there agree. One interval in twenty excludes 0 by chance; a single seed agrees with "
             "itself:",
             verdict,
-            "## FID against the baseline, mean over samplers",
+            f"## FID against {study.baseline}" + (", mean over samplers" if several else ""),
             f"Relative change of FID from {study.baseline} at the same seed, geometric mean over "
-            f"{', '.join(results.samplers)} and n seeds, with the 95 % interval over images; bold where it excludes 0.",
+            f"{', '.join(results.samplers) + ' and ' if several else ''}n seeds, with the 95 % interval over images; "
+            "bold where it excludes 0.",
             _changes(results, results.samplers, "steps"),
         ]
     if (sensitivity := _sensitivity(results, middle)) is not None:
@@ -458,8 +494,9 @@ def write_page(study: Study, folder: Path, page: Path) -> str:
         *_references(results),
         _fid_tables(results),
         figure("fid", _fid_figure(results), "FID against steps"),
+        *_against_references(results),
     ]
-    if verdict and len(results.samplers) > 1:
+    if verdict and several:
         parts.append("## By sampler")
         parts += [_changes(results, [sampler], f"{sampler}, steps") for sampler in results.samplers]
     parts += [

@@ -17,6 +17,7 @@ from diffusers import DPMSolverMultistepScheduler
 from numpy.typing import NDArray
 from torch import Tensor
 
+from robustdiff.objectives.objective import precise
 from robustdiff.process import DiffusionProcess
 from robustdiff.samplers.denoiser import Denoiser
 from robustdiff.samplers.spacing import check_steps
@@ -49,7 +50,7 @@ def dpmpp(denoiser: Denoiser, process: DiffusionProcess, steps: int, x: Tensor, 
     """Sample from x_T (B, C, H, W) to x at t = 1/N in S steps; no noise is used."""
     check_steps(steps, len(process))
     points = _continuous(process, steps)
-    points.times = points.times.to(x.dtype)
+    points.times = points.times.to(precise(x.dtype))
     scheduler = DPMSolverMultistepScheduler(
         len(process),
         solver_order=2,

@@ -34,7 +34,7 @@ from diffusers import EDMEulerScheduler
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from robustdiff.data import ImageDataset, load_dataset, to_unit
+from robustdiff.data import ImageDataset, to_unit
 from robustdiff.errors import InputError, RunError
 from robustdiff.files import atomic_folder, atomic_write
 from robustdiff.models.build import (
@@ -208,6 +208,11 @@ class Status:
     loss: float
     delta_norm: float
     images_per_second: float
+
+    @property
+    def note(self) -> str:
+        """What a progress bar says."""
+        return f"loss {self.loss:.4f}  |δ| {self.delta_norm:.3g}  {self.images_per_second:.0f} images/s"
 
 
 class Trainer:
@@ -571,13 +576,7 @@ def train(
     folder = Path(recipe.output)
     if recipe.threads is not None:
         torch.set_num_threads(recipe.threads)
-    dataset = load_dataset(
-        recipe.data.name,
-        root=recipe.data.root,
-        size=recipe.data.size,
-        channels=recipe.data.channels,
-        split=recipe.data.split,
-    )
+    dataset = recipe.data.load()
     AcceleratorState._reset_state()  # another run in this process may have had another precision
     accelerator = Accelerator(
         cpu=cpu,
