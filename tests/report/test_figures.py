@@ -29,7 +29,7 @@ def test_lines_have_the_fids_and_the_panels_the_samplers():
         assert plain.get_xdata().tolist() == [5, 10]
         assert plain.get_ydata().tolist() == [25.0, 30.0]
         assert at.get_ydata().tolist() == [15.0, 20.0]
-    assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()] == ["plain", "AT"]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["plain", "AT"]
 
 
 def test_levels_are_dashed_lines_with_their_names():
@@ -37,7 +37,7 @@ def test_levels_are_dashed_lines_with_their_names():
     line, level = figure.axes[0].get_lines()
     assert set(level.get_ydata()) == {2.5}
     assert (line.get_linestyle(), level.get_linestyle()) == ("-", "--")
-    assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()] == ["plain", "teacher"]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["plain", "teacher"]
 
 
 def test_a_saved_figure_is_a_picture(tmp_path):

@@ -58,7 +58,7 @@ def fid_panels(panels: dict[str, dict[str, Line]], title: str, levels: Mapping[s
     """
     labels = list(dict.fromkeys(label for lines in panels.values() for label in lines))
     steps = sorted({x for lines in panels.values() for line in lines.values() for x in line.x})
-    figure = Figure(figsize=(1 + 3.2 * len(panels), 3.6), layout="constrained")
+    figure = Figure(figsize=(3 + 3.2 * len(panels), 3.6), layout="constrained")
     axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     for panel, (heading, lines) in zip(axes, panels.items(), strict=True):
         for label, line in lines.items():
@@ -81,7 +81,7 @@ def fid_panels(panels: dict[str, dict[str, Line]], title: str, levels: Mapping[s
     low, high = axes[0].get_ylim()
     ticks = [m * 10.0**e for e in range(-3, 5) for m in (1, 2, 5) if low <= m * 10.0**e <= high]
     axes[0].set_yticks(ticks, [f"{tick:g}" for tick in ticks])
-    axes[0].legend(frameon=False, fontsize="small" if len(labels) + len(levels) > 4 else None)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", frameon=False)
     figure.suptitle(title, fontsize=10)
     return figure
 

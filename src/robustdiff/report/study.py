@@ -504,6 +504,8 @@ def write_page(study: Study, folder: Path, page: Path) -> str:
         _other_measures(results, middle),
         *_mismatch(results),
         "## Cost",
+        "An adversary of K passes makes K updates on each batch, free and random alike: for as many updates it draws a "
+        "K-th of the images that plain training draws.",
         _cost(results),
     ]
     curves = {}
