@@ -24,6 +24,7 @@ from robustdiff.perturbation import (
     Ramp,
     RandomAdversary,
     SamplerDistance,
+    Within,
 )
 from robustdiff.process import DiffusionProcess
 
@@ -288,6 +289,26 @@ def test_the_radius_by_noise_moves_the_noise_by_eta(process, norm, ones):
     assert NORMS[norm](moved).tolist() == pytest.approx([0.2 * ones] * 3, rel=1e-6)
 
 
+def test_a_radius_within_levels_is_zero_outside():
+    process, t = DiffusionProcess.cosine(1000), torch.arange(1000)
+    x = torch.zeros(1000, 2)
+    inner = NoiseLevel(process, 0.3)
+    radius = Within(inner, process, 0.2, 0.5)(x, t, None, NORMS["l2"])
+    full = inner(x, t, None, NORMS["l2"])
+    expected = [r if 0.2 <= s <= 0.5 else 0.0 for r, s in zip(full.tolist(), process.sigmas.tolist(), strict=True)]
+    assert radius.tolist() == expected
+    assert 0 < sum(r > 0 for r in expected) < 1000
+
+
+def test_outside_its_levels_the_passes_of_free_training_are_clean():
+    process, t = DiffusionProcess.cosine(1000), torch.tensor([50, 900])
+    adversary = FreeAdversary(step_size=0.3, radius=Within(Constant(9.0), process, 0.0, 0.5))
+    for k, delta in enumerate(adversary(torch.zeros(2, 4), t)):
+        assert delta[1].tolist() == [0] * 4
+        assert delta[0].detach().norm().item() == pytest.approx(0.3 * k)
+        delta.grad = torch.ones(2, 4)
+
+
 @pytest.mark.parametrize("inner", [Constant(2.0), PerDimension(0.5)])
 def test_a_ramp_multiplies_any_radius(inner):
     x = torch.zeros(1, 16)
@@ -303,6 +324,10 @@ def test_radii_say_what_they_need():
         SamplerDistance(DiffusionProcess.cosine(100), 0.1)(x, None, None, NORMS["l2"])
     with pytest.raises(ValueError, match="needs t"):
         NoiseLevel(DiffusionProcess.cosine(100), 0.1)(x, None, None, NORMS["l2"])
+    with pytest.raises(ValueError, match="needs t"):
+        Within(Constant(1.0), DiffusionProcess.cosine(100), 0, 1)(x, None, None, NORMS["l2"])
+    with pytest.raises(ValueError, match="levels"):
+        Within(Constant(1.0), DiffusionProcess.cosine(100), 0.5, 0.1)
     with pytest.raises(ValueError, match="training_step"):
         Ramp(Constant(1.0), 5)(x, None, None, NORMS["l2"])
     with pytest.raises(ValueError, match="steps"):

@@ -109,16 +109,18 @@ def test_an_override_reaches_into_a_section_given_by_its_name(tmp_path):
 @pytest.mark.parametrize(
     ("radius", "expected"),
     [
-        ("2.5", {"value": 2.5, "eta": None, "sampler_steps": None, "by_noise": False}),
-        ("{eta: 0.1}", {"value": None, "eta": 0.1, "sampler_steps": None, "by_noise": False}),
-        ("{eta: 0.1, sampler_steps: 50}", {"value": None, "eta": 0.1, "sampler_steps": 50, "by_noise": False}),
-        ("{eta: 0.1, by_noise: true}", {"value": None, "eta": 0.1, "sampler_steps": None, "by_noise": True}),
+        ("2.5", {"value": 2.5}),
+        ("{eta: 0.1}", {"eta": 0.1}),
+        ("{eta: 0.1, sampler_steps: 50}", {"eta": 0.1, "sampler_steps": 50}),
+        ("{eta: 0.1, by_noise: true}", {"eta": 0.1, "by_noise": True}),
+        ("{value: 1, within: [0, 0.5]}", {"value": 1.0, "within": (0.0, 0.5)}),
     ],
 )
 def test_the_forms_of_a_radius(radius, expected):
     recipe = load_recipe("digits", [f"adversary.radius={radius}"])
     assert recipe.adversary.radius is not None
-    assert recipe.adversary.radius.model_dump() == expected
+    unset = {"value": None, "eta": None, "sampler_steps": None, "by_noise": False, "within": None}
+    assert recipe.adversary.radius.model_dump() == unset | expected
 
 
 @pytest.mark.parametrize(
@@ -164,6 +166,7 @@ def test_the_forms_of_a_radius(radius, expected):
             ["by_noise"],
         ),
         ("adversary: {name: free, radius: {value: 1.0, by_noise: true}}\n", ["by_noise"]),
+        ("adversary: {name: free, radius: {value: 1.0, within: [0.5, 0.1]}}\n", ["within", "0.5, 0.1"]),
         ("model: pretrained\n", ["model.path"]),
         ("model: {name: unet, path: x}\n", ["model.path"]),
         ("model: {channels: [10], groups: 4}\n", ["model.channels", "groups"]),

@@ -52,6 +52,7 @@ __all__ = [
     "Ramp",
     "RandomAdversary",
     "SamplerDistance",
+    "Within",
 ]
 
 LossOfDelta = Callable[[Tensor], Tensor]
@@ -253,6 +254,35 @@ class SamplerDistance(RadiusSchedule):
             raise ValueError("a radius by timestep needs t: call adversary(x_t, t)")
         radius = self.distances().clamp_max(self.eta).to(x_t.device, x_t.dtype)
         return radius[t] * norm.of_ones(x_t[0].numel())
+
+
+@dataclass(frozen=True)
+class Within(RadiusSchedule):
+    """Another radius at the times whose noise σ_t is between two levels, and 0 at all others.
+
+    Where the radius is 0 all K passes train at the noisy point itself.
+
+    Arguments:
+        radius: The radius between the levels.
+        process: The process.
+        low: The lowest σ_t that is perturbed, ≥ 0.
+        high: The highest, ≥ low.
+    """
+
+    radius: RadiusSchedule
+    process: DiffusionProcess
+    low: float
+    high: float
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.low <= self.high:
+            raise ValueError(f"the noise levels must be 0 ≤ low ≤ high; got {self.low} and {self.high}")
+
+    def __call__(self, x_t: Tensor, t: Tensor | None, training_step: int | None, norm: Norm) -> Tensor:
+        if t is None:
+            raise ValueError("a radius by timestep needs t: call adversary(x_t, t)")
+        inside = (self.process.sigmas >= self.low) & (self.process.sigmas <= self.high)
+        return self.radius(x_t, t, training_step, norm) * inside.to(x_t.device)[t]
 
 
 @dataclass(frozen=True)

@@ -230,6 +230,9 @@ class RadiusConfig(Section):
         None, ge=1, description="with eta: no more than a sampler of so many steps covers in one"
     )
     by_noise: bool = Field(False, description="with eta: η·σ_t·‖(1, …, 1)‖, in proportion to the noise")
+    within: tuple[float, float] | None = Field(
+        None, description="the lowest and the highest σ_t that are perturbed; none: all"
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -244,6 +247,8 @@ class RadiusConfig(Section):
             raise ValueError("radius.sampler_steps needs radius.eta, the most per dimension")
         if self.by_noise and (self.eta is None or self.sampler_steps is not None):
             raise ValueError("radius.by_noise needs radius.eta, and does not go with radius.sampler_steps")
+        if self.within is not None and not 0 <= self.within[0] <= self.within[1]:
+            raise ValueError(f"radius.within must be two levels 0 ≤ low ≤ high; got {list(self.within)}")
         return self
 
 
@@ -312,9 +317,11 @@ class Recipe(Section):
         if self.batch_size % self.accumulate:
             raise ValueError(f"batch_size {self.batch_size} is not a multiple of accumulate {self.accumulate}")
         radius, objective = self.adversary.radius, self.objective
-        if radius is not None and radius.by_noise and getattr(objective, "schedule", "fixed") != "fixed":
+        by_level = radius is not None and (radius.by_noise or radius.within is not None)
+        if by_level and getattr(objective, "schedule", "fixed") != "fixed":
             raise ValueError(
-                "radius.by_noise needs levels that stay: set objective.schedule=fixed, or radius.eta alone"
+                "radius.by_noise and radius.within need levels that stay: set objective.schedule=fixed, or leave them "
+                "out"
             )
         return self
 

@@ -65,6 +65,7 @@ from robustdiff.perturbation import (
     Ramp,
     RandomAdversary,
     SamplerDistance,
+    Within,
 )
 from robustdiff.process import DiffusionProcess
 from robustdiff.recipe import AdversaryConfig, ConsistencyConfig, DenoisingConfig, Recipe, load_recipe
@@ -100,6 +101,8 @@ def build_adversary(config: AdversaryConfig, process: DiffusionProcess) -> Adver
             radius = NoiseLevel(process, config.radius.eta)
         elif config.radius.eta is not None:
             radius = PerDimension(config.radius.eta)
+        if radius is not None and config.radius.within is not None:
+            radius = Within(radius, process, *config.radius.within)
         if radius is not None and config.ramp:
             radius = Ramp(radius, config.ramp)
     kinds: dict[str, type[Adversary]] = {
