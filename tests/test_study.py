@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 import yaml
 
@@ -178,6 +179,7 @@ def test_remaining_seconds_follow_what_is_finished(finished, tmp_path):
     ("change", "message"),
     [
         ({"baseline": "other"}, "baseline 'other' is not one of the methods plain, free"),
+        ({"compare": [["free", "other"]]}, "compare: 'other' is not one of the methods plain, free"),
         ({"methodes": {}}, "methodes"),
         ({"methods": {"plain": {"set": {"adversary.stepsize": 1}}}}, "unknown field adversary.stepsize"),
         ({"recipe": "nothing"}, "unknown recipe 'nothing'"),
@@ -265,6 +267,53 @@ def test_a_change_is_the_mean_of_paired_relative_differences(tmp_path):
     assert change.mean == pytest.approx(mean - 1)
     assert (change.low, change.high) == pytest.approx((np.exp(low) - 1, np.exp(high) - 1))
     assert change.seeds == pytest.approx(np.array(by_seed) - 1)
+
+
+def test_what_another_training_changes(tmp_path):
+    """Against scipy's paired t-test of ln FID, and a pooled deviation by hand, on made-up cells of three seeds."""
+    methods = {n: {**m, "seeds": [0, 1, 2]} for n, m in TINY["methods"].items()}
+    measure = {**TINY["measure"], "steps": [10], "mismatch": 0}
+    study = Study.model_validate(
+        {**TINY, "methods": methods, "measure": measure, "references": {}, "compare": [["plain", "free"]]}
+    )
+    rng = np.random.default_rng(1)
+    (tmp_path / "cells").mkdir()
+    logs = {"plain": np.zeros((3, 2)), "free": np.zeros((3, 2))}
+    training = {"steps": 3, "batches": 3, "backward_passes": 3, "delta_norm": 0.1, "data": "fashion-16", "images": 7}
+    more = {"threads": 1, "device": "cpu", "torch": "2", "training": training, "fid_ci": [0, 1]}
+    for run in plan(study, tmp_path):
+        for i, cell in enumerate(run.cells):
+            fid = float(rng.uniform(5, 10))
+            logs[run.method][run.seed, i] = np.log(fid)
+            record = {**made_up_cell(run, fid, np.full(200, fid)), **more, "brightness": 10 * fid}
+            cell.path.write_text(json.dumps(record))
+    change = Results(study, tmp_path).change("free", ["ddim", "iddpm"], 10)
+    plain, free = logs["plain"].mean(1), logs["free"].mean(1)
+    expected = scipy.stats.ttest_rel(free, plain).confidence_interval()
+    assert change.over_seeds == pytest.approx(np.expm1([expected.low, expected.high]))
+    text = write_page(study, tmp_path, tmp_path / "page.md")
+    row = next(line for line in text.splitlines() if line.startswith("| free to plain |"))
+    assert row.endswith(f"| {change.over_seeds[0]:+.1%} … {change.over_seeds[1]:+.1%} |".replace("-", "−"))
+    assert text.count("| plain to free |") == 2, "in the pairs, and in what trainings change"
+    deviation = np.sqrt((plain.var(ddof=1) + free.var(ddof=1)) / 2)
+    bound = np.expm1(scipy.stats.t.ppf(0.975, 4) * np.sqrt(2) * deviation)
+    assert f"deviation of {np.expm1(deviation):.1%}" in text
+    assert f"up to {bound:.0%} apart" in text
+    assert "ddim +1.00 (6 networks); iddpm +1.00 (6 networks)" in text
+    assert (tmp_path / "page" / "brightness.png").is_file()
+
+
+def test_a_reference_at_the_steps_of_the_methods_stands_beside_them(finished, tmp_path):
+    study, folder = finished
+    beside = study.model_copy(
+        update={"references": {"base": study.references["base"].model_copy(update={"steps": (2,)})}}
+    )
+    shutil.copytree(folder / "cells", tmp_path / "cells")
+    (tmp_path / "cells" / "base-ddim-3.json").rename(tmp_path / "cells" / "base-ddim-2.json")
+    fid = json.loads((tmp_path / "cells" / "base-ddim-2.json").read_text())["fid"]
+    text = write_page(beside, tmp_path, tmp_path / "page.md")
+    assert f"| base, as it is | – | {fid:.2f} |" in text
+    assert "over base" not in text
 
 
 def test_a_missing_cell_leaves_no_number(finished):
@@ -367,8 +416,8 @@ def test_the_page_says_what_the_cells_say(tmp_path):
         ]
         run.mismatch_path.write_text(json.dumps({"paths": paths}))
     text = write_page(study, tmp_path, tmp_path / "page.md")
-    assert "**free-a**, 1 of 1 seeds: lower in 2 of 2 cells [ddim 5 (−20.0%), ddim 10 (−20.0%)]; higher in 0" in text
-    assert "**free-c**, 1 of 1 seeds: lower in 0 of 2 cells; higher in 2 of 2 cells [ddim 5 (+50.0%)" in text
+    assert "**free-a**, 1 of 1 seed(s): lower in 2 of 2 cells [ddim 5 (−20.0%), ddim 10 (−20.0%)]; higher in 0" in text
+    assert "**free-c**, 1 of 1 seed(s): lower in 0 of 2 cells; higher in 2 of 2 cells [ddim 5 (+50.0%)" in text
     assert "| K = 2 | **−20.0%**" in text
     assert "| K = 4 | – | **+50.0%**" in text
     ranks = next(line for line in text.splitlines() if line.startswith("| ranks of their changes"))

@@ -151,6 +151,7 @@ class Study(Section):
     recipe: str = Field(description="a recipe that comes with the package, or a file")
     set: Changes = Field({}, description="what all methods change in the recipe")
     baseline: str = Field(description="the method that the others are compared with")
+    compare: tuple[tuple[str, str], ...] = Field((), description="more pairs: a method, and what it is compared with")
     methods: dict[str, Method] = Field(min_length=1)
     references: dict[str, Reference] = Field({})
     measure: Measurement = Measurement()
@@ -164,6 +165,9 @@ class Study(Section):
         for baseline in (self.baseline, *(m.baseline for m in self.methods.values() if m.baseline is not None)):
             if baseline not in self.methods:
                 raise ValueError(f"baseline {baseline!r} is not one of the methods {', '.join(self.methods)}")
+        for name in itertools.chain(*self.compare):
+            if name not in self.methods:
+                raise ValueError(f"compare: {name!r} is not one of the methods {', '.join(self.methods)}")
         _distinct((*self.references, *(f"{name}-s{seed}" for name, m in self.methods.items() for seed in m.seeds)))
         return self
 
@@ -452,6 +456,7 @@ class _Evaluator:
             "kid_se": cell.kid_se,
             "precision": cell.precision,
             "recall": cell.recall,
+            "brightness": round(cell.brightness, 3),
             "replicates": [float(f"{value:.5g}") for value in replicates],
             "seconds": round(cell.seconds, 1),
             "measure": _measured(measure),

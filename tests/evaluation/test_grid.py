@@ -102,9 +102,10 @@ def test_replicates_are_computed_once_for_the_interval_and_the_differences(
 
     monkeypatch.setattr(fidelity, "_frechet", counted)
     generator = replace(generators["one"], steps=2)
-    cell, replicates, _ = evaluate_cell("one", generator, 20, extractor, reference, Accelerator(cpu=True))
+    cell, replicates, images = evaluate_cell("one", generator, 20, extractor, reference, Accelerator(cpu=True), keep=20)
     assert sum(distances) == 1 + len(replicates)
     assert cell.fid_ci == interval(cell.fid, replicates)
+    assert cell.brightness == pytest.approx(images.double().mean().item())
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from robustdiff.report.tables import grid_table
 
 
 def cell(checkpoint: str, sampler: str, steps: int, fid: float) -> Cell:
-    return Cell(checkpoint, sampler, steps, 100, fid, (fid - 1, fid + 1), 0.1, 0.01, 0.5, 0.4, 1.0)
+    return Cell(checkpoint, sampler, steps, 100, fid, (fid - 1, fid + 1), 0.1, 0.01, 0.5, 0.4, 73.0, 1.0)
 
 
 CELLS = [cell(c, s, k, f + k) for c, f in (("plain", 20.0), ("AT", 10.0)) for s in ("ddim", "iddpm") for k in (5, 10)]

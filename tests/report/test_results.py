@@ -12,7 +12,7 @@ from robustdiff.report.results import write_results
 
 
 def cell(name, sampler, steps):
-    return Cell(name, sampler, steps, 40, 2.0, (1.0, 3.0), 0.1, 0.01, 0.5, 0.4, 1.0)
+    return Cell(name, sampler, steps, 40, 2.0, (1.0, 3.0), 0.1, 0.01, 0.5, 0.4, 73.0, 1.0)
 
 
 def test_a_grid_becomes_figures_and_a_record(tmp_path):

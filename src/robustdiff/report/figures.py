@@ -23,6 +23,7 @@ __all__ = [
     "fid_against_steps",
     "fid_panels",
     "loss_curves",
+    "points",
     "sample_grid",
     "save_figure",
 ]
@@ -117,6 +118,25 @@ def loss_curves(curves: dict[str, tuple[Sequence[float], Sequence[float]]], titl
     panel.set_ylabel("loss, at δ where there is one")
     panel.grid(alpha=0.3)
     panel.legend(frameon=False, fontsize="x-small", ncols=2)
+    figure.suptitle(title, fontsize=10)
+    return figure
+
+
+def points(panels: dict[str, dict[str, list[tuple[float, float]]]], xlabel: str, ylabel: str, title: str) -> Figure:
+    """Points (x, y) by label, one panel for each title, each with axes of its own."""
+    labels = list(dict.fromkeys(label for found in panels.values() for label in found))
+    figure = Figure(figsize=(3 + 3.2 * len(panels), 3.6), layout="constrained")
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for panel, (heading, found) in zip(axes, panels.items(), strict=True):
+        for i, label in enumerate(labels):
+            style = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)]}
+            x, y = np.reshape(found.get(label, []), (-1, 2)).T
+            panel.scatter(x, y, label=label, s=30, **style)
+        panel.set_title(heading)
+        panel.set_xlabel(xlabel)
+        panel.grid(alpha=0.3)
+    axes[0].set_ylabel(ylabel)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize="small")
     figure.suptitle(title, fontsize=10)
     return figure
 

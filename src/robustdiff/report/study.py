@@ -7,8 +7,9 @@ The change from a baseline B to a method M under one sampler and number of steps
 over runs of the same seed, and where it says so over samplers: a geometric mean, so that M against B and B against M
 are each other's inverse. Its 95 % interval comes from the cells' bootstrap replicates, centred at each cell's FID and
 averaged in the same way: replicate r resamples the same images in all cells, which share their noise, so that what they
-have in common cancels. It is an interval over images, for the trained networks as they are; how much another training
-would change is shown by the seeds, each by its own.
+have in common cancels. It is an interval over images, for the trained networks as they are. How much another training
+would change is shown by the seeds: each by its own, and the interval mean ± t_{n−1} · s/√n of Student's t over their n
+values of ln(1 + D).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import itertools
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +28,13 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image
 from scipy.stats import spearmanr
+from scipy.stats import t as student_t
 
 from robustdiff.errors import InputError
 from robustdiff.evaluation.fidelity import interval
 from robustdiff.files import atomic_write
 from robustdiff.mismatch.measure import MEASURES
-from robustdiff.report.figures import Line, fid_panels, loss_curves, save_figure
+from robustdiff.report.figures import Line, fid_panels, loss_curves, points, save_figure
 from robustdiff.study import Study, plan, read_cell, read_json, reference_cells
 
 __all__ = ["Results", "write_page"]
@@ -51,7 +54,15 @@ class Change:
 
     def __str__(self) -> str:
         mark = "**" if self.high < 0 or self.low > 0 else ""
-        return f"{mark}{_percent(self.mean)}{mark} ({_percent(self.low)} … {_percent(self.high)})"
+        return f"{mark}{_percent(self.mean)}{mark} ({_interval(self.low, self.high)})"
+
+    @property
+    def over_seeds(self) -> tuple[float, float]:
+        """The 95 % interval over trainings, of two seeds or more."""
+        logs = np.log1p(self.seeds)
+        half = student_t.ppf(0.975, len(logs) - 1) * np.std(logs, ddof=1) / np.sqrt(len(logs))
+        low, high = np.expm1([np.mean(logs) - half, np.mean(logs) + half]).tolist()
+        return low, high
 
     @property
     def direction(self) -> int:
@@ -63,6 +74,10 @@ class Change:
 
 def _percent(value: float) -> str:
     return f"{value:+.1%}".replace("-", "−")
+
+
+def _interval(low: float, high: float) -> str:
+    return f"{_percent(low)} … {_percent(high)}"
 
 
 class Results:
@@ -108,6 +123,10 @@ class Results:
         self.methods = [method for method in study.methods if method in present]
         self.samplers = [s for s in study.measure.samplers if any(key[2] == s for key in self.cells)]
         self.steps = sorted({key[3] for key in self.cells})
+        # References that stand beside the methods, and those of other samplers or numbers of steps: levels to reach.
+        beside = {key for key in self.references if key[1] in self.samplers and key[2] in self.steps}
+        self.beside = {key: record for key, record in self.references.items() if key in beside}
+        self.levels = {key: record for key, record in self.references.items() if key not in beside}
 
     def seeds(self, method: str, sampler: str, steps: int) -> list[int]:
         """The seeds for which a cell is there."""
@@ -125,15 +144,16 @@ class Results:
         """The method that a method is compared with."""
         return self.study.methods[method].baseline or self.study.baseline
 
-    def change(self, method: str, samplers: Sequence[str], steps: int) -> Change | None:
-        """The change from a method's baseline to it, averaged over samplers and the seeds that both have whole.
+    def change(self, method: str, samplers: Sequence[str], steps: int, baseline: str | None = None) -> Change | None:
+        """The change from a baseline to a method, averaged over samplers and the seeds that both have whole.
 
-        None where there is no such seed.
+        The baseline is the method's own by default. None where there is no such seed.
         """
+        baseline = baseline or self.baseline(method)
         seeds = []
         for seed in self.study.methods[method].seeds:
             keys = [(seed, sampler, steps) for sampler in samplers]
-            pairs = [(self.cells.get((method, *k)), self.cells.get((self.baseline(method), *k))) for k in keys]
+            pairs = [(self.cells.get((method, *k)), self.cells.get((baseline, *k))) for k in keys]
             parts = [_log_fid(one) - _log_fid(base) for one, base in pairs if one is not None and base is not None]
             if len(parts) == len(keys):
                 seeds.append(np.mean(parts, axis=0))
@@ -185,32 +205,35 @@ def _fid_tables(results: Results) -> str:
             [method, *(_mean(results.values(method, sampler, steps)) for steps in results.steps)]
             for method in results.methods
         ]
+        for name in dict.fromkeys(name for name, own, _ in results.beside if own == sampler):
+            found = [results.beside.get((name, sampler, steps)) for steps in results.steps]
+            rows.append([f"{name}, as it is", *("–" if r is None else f"{r['fid']:.2f}" for r in found)])
         parts.append(_table([f"{sampler}, steps", *map(str, results.steps)], rows))
     return "\n\n".join(parts)
 
 
 def _references(results: Results) -> list[str]:
-    """The networks that are there to compare with."""
+    """The levels to reach."""
     rows = [
         [name, f"{sampler} {steps}", f"{r['fid']:.2f} ({r['fid_ci'][0]:.2f} … {r['fid_ci'][1]:.2f})"]
         + [f"{r[measure]:.3f}" for measure in ("kid", "precision", "recall")]
-        for (name, sampler, steps), r in results.references.items()
+        for (name, sampler, steps), r in results.levels.items()
     ]
     heading = ["as they are", "sampler, steps", "FID (95 % interval)", "KID", "precision", "recall"]
     return [_table(heading, rows)] if rows else []
 
 
 def _against_references(results: Results) -> list[str]:
-    """FID over that of each reference at its largest number of steps."""
-    if not results.references:
+    """FID over that of each reference at its largest number of steps, of those that are levels."""
+    if not results.levels:
         return []
     parts = [
         "## FID over that of the references",
         "Ratio of FIDs, geometric mean over n seeds, with the 95 % interval over images.",
     ]
-    best = {(name, sampler): steps for name, sampler, steps in sorted(results.references)}  # the last one stays
+    best = {(name, sampler): steps for name, sampler, steps in sorted(results.levels)}  # the last one stays
     for (name, sampler), count in best.items():
-        reference = results.references[name, sampler, count]
+        reference = results.levels[name, sampler, count]
         for own in results.samplers:
             rows = []
             for method in results.methods:
@@ -235,6 +258,62 @@ def _changes(results: Results, samplers: Sequence[str], heading: str) -> str:
             cells = ["–" if change is None else f"{change}, n = {len(change.seeds)}" for change in changes]
             rows.append([name, *cells])
     return _table([heading, *map(str, results.steps)], rows)
+
+
+def _pairs(results: Results) -> list[str]:
+    """The further pairs that the study asks for."""
+    rows = []
+    for method, baseline in results.study.compare:
+        changes = [results.change(method, results.samplers, steps, baseline) for steps in results.steps]
+        if any(changes):
+            cells = ["–" if change is None else f"{change}, n = {len(change.seeds)}" for change in changes]
+            rows.append([f"{method} to {baseline}", *cells])
+    return ["## Other pairs", _table(["steps", *map(str, results.steps)], rows)] if rows else []
+
+
+def _spread(results: Results, steps: int) -> list[str]:
+    """What other seeds change: each training's own difference, and an interval over trainings."""
+    pairs = [(m, results.baseline(m)) for m in results.methods if m != results.study.baseline]
+    rows = []
+    for method, baseline in (*pairs, *results.study.compare):
+        change = results.change(method, results.samplers, steps, baseline)
+        if change is not None and len(change.seeds) > 1:
+            low, high = change.over_seeds
+            mark = "**" if high < 0 or low > 0 else ""
+            each = ", ".join(map(_percent, change.seeds))
+            rows.append([f"{method} to {baseline}", each, f"{mark}{_percent(change.mean)}{mark}", _interval(low, high)])
+    if not rows:
+        return []
+    heading = [f"{steps} steps, mean over samplers", "each seed", "mean", "95 % interval over trainings"]
+    return [
+        "## How much another training changes",
+        "The intervals elsewhere on this page are over images, for networks as they were trained. These are over "
+        "trainings (Student's t), which differ in the order of the data and in all noise; methods of the same seed "
+        "begin with the same.",
+        _table(heading, rows),
+    ]
+
+
+def _brightness(results: Results, steps: int) -> tuple[str, Figure] | None:
+    """FID against the mean grey value of the images, over all trainings."""
+    panels: dict[str, dict[str, list[tuple[float, float]]]] = {}
+    ranks = []
+    for sampler in results.samplers:
+        found = {key: r for key, r in results.cells.items() if key[2:] == (sampler, steps) and "brightness" in r}
+        if len(found) < 5:
+            continue
+        panels[sampler] = {m: [] for m in dict.fromkeys(method for method, *_ in found)}
+        for (method, *_), record in found.items():
+            panels[sampler][method].append((record["brightness"], record["fid"]))
+        correlation = _rank_correlation([(r["brightness"], r["fid"]) for r in found.values()])
+        ranks.append(f"{sampler} {correlation} ({len(found)} networks)")
+    if not panels:
+        return None
+    text = (
+        f"FID at {steps} steps and the mean grey value of the images that it is measured on (0 to 255) go together "
+        f"across trainings. Spearman's rank correlation: {'; '.join(ranks)}."
+    )
+    return text, points(panels, "mean grey value of the images", "FID (lower is better)", f"{steps} steps")
 
 
 def _other_measures(results: Results, steps: int) -> str:
@@ -376,7 +455,10 @@ def _fid_figure(results: Results) -> Figure:
                 [min(v) for v in values.values()],
                 [max(v) for v in values.values()],
             )
-    levels = {f"{name}, {sampler} {n}": record["fid"] for (name, sampler, n), record in results.references.items()}
+        for name in dict.fromkeys(name for name, own, _ in results.beside if own == sampler):
+            fids = {n: r["fid"] for (one, own, n), r in sorted(results.beside.items()) if (one, own) == (name, sampler)}
+            panels[sampler][f"{name}, as it is"] = Line(list(fids), *[list(fids.values())] * 3)
+    levels = {f"{name}, {sampler} {n}": record["fid"] for (name, sampler, n), record in results.levels.items()}
     return fid_panels(panels, "mean over seeds; bands from the least to the largest", levels)
 
 
@@ -401,8 +483,29 @@ def _pictures(results: Results, folder: Path, sampler: str, steps: int) -> Figur
     return figure
 
 
+def _chance(results: Results, steps: int) -> str:
+    """How far apart two trainings are that differ in their seed alone."""
+    variances = []
+    for method in results.methods:
+        seeds = set.intersection(*(set(results.seeds(method, sampler, steps)) for sampler in results.samplers))
+        if len(seeds) > 1:
+            logs = [[np.log(results.cells[method, s, own, steps]["fid"]) for own in results.samplers] for s in seeds]
+            variances.append((len(seeds) - 1, np.var(np.mean(logs, axis=1), ddof=1)))
+    if not variances:
+        return ""
+    freedom = sum(n for n, _ in variances)
+    deviation = np.sqrt(sum(n * variance for n, variance in variances) / freedom)
+    bound = np.expm1(student_t.ppf(0.975, freedom) * np.sqrt(2) * deviation)
+    return (
+        f" Trainings that differ in their seed alone have FIDs with a standard deviation of {np.expm1(deviation):.1%} "
+        f"({steps} steps, mean over samplers, {len(variances)} method(s) of several seeds): two single trainings are "
+        f"up to {bound:.0%} apart by chance (95 %), and no smaller difference between those of one seed says anything "
+        "of the methods."
+    )
+
+
 def _verdict(results: Results) -> str:
-    """Which methods help where, in sentences made of the numbers."""
+    """Which methods help where, in sentences made of the numbers; first those of most trainings."""
     lines = []
     for method in results.methods:
         if method == results.study.baseline:
@@ -418,12 +521,12 @@ def _verdict(results: Results) -> str:
             continue
         to = "" if results.baseline(method) == results.study.baseline else f" (against {results.baseline(method)})"
         several = f"{min(seeds)} to {max(seeds)}" if len(seeds) > 1 else str(*seeds)
-        text = f"- **{method}**{to}, {several} of {len(results.study.methods[method].seeds)} seeds: "
+        text = f"- **{method}**{to}, {several} of {len(results.study.methods[method].seeds)} seed(s): "
         for direction, word in ((-1, "lower"), (1, "higher")):
             text += f"{word} in {len(found[direction])} of {total} cells"
             text += f" [{', '.join(found[direction])}]; " if found[direction] else "; "
-        lines.append(f"{text}undecided in {len(found[0])}.")
-    return "\n".join(lines)
+        lines.append((-max(seeds), f"{text}undecided in {len(found[0])}."))
+    return "\n".join(line for _, line in sorted(lines, key=itemgetter(0)))
 
 
 def _obtained_on(results: Results) -> str:
@@ -477,14 +580,19 @@ def write_page(study: Study, folder: Path, page: Path) -> str:
             "## What the numbers say",
             f"Against {study.baseline}, counted as lower or higher where the 95 % interval over images excludes 0 and "
             "all seeds that are there agree. One interval in twenty excludes 0 by chance; a single seed agrees with "
-            "itself:",
+            f"itself.{_chance(results, middle)}",
             verdict,
             f"## FID against {study.baseline}" + (", mean over samplers" if several else ""),
             f"Relative change of FID from {study.baseline} at the same seed, geometric mean over "
             f"{', '.join(results.samplers) + ' and ' if several else ''}n seeds, with the 95 % interval over images; "
             "bold where it excludes 0.",
             _changes(results, results.samplers, "steps"),
+            *_pairs(results),
+            *_spread(results, middle),
         ]
+    if (brightness := _brightness(results, middle)) is not None:
+        text, made = brightness
+        parts += [text, figure("brightness", made, "FID against brightness")]
     if (sensitivity := _sensitivity(results, middle)) is not None:
         table, made = sensitivity
         parts += ["## Sensitivity to α and K", table, figure("sensitivity", made, "α × K")]
