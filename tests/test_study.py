@@ -16,7 +16,7 @@ import yaml
 
 from robustdiff.errors import InputError
 from robustdiff.mismatch.measure import MEASURES as MISMATCHES
-from robustdiff.report.study import Results, write_page
+from robustdiff.report.study import Results, _fid_figure, write_page
 from robustdiff.study import MEASURES, Study, load_study, plan, remaining, reproduce, run_study
 
 TINY = {
@@ -314,6 +314,14 @@ def test_a_reference_at_the_steps_of_the_methods_stands_beside_them(finished, tm
     text = write_page(beside, tmp_path, tmp_path / "page.md")
     assert f"| base, as it is | – | {fid:.2f} |" in text
     assert "over base" not in text
+
+
+def test_the_lines_are_those_of_methods_with_several_numbers_of_steps(finished, tmp_path):
+    study, folder = finished
+    few = {**study.methods, "free": study.methods["free"].model_copy(update={"steps": (2,)})}
+    figure = _fid_figure(Results(study.model_copy(update={"methods": few}), folder))
+    assert "free" not in [text.get_text() for text in figure.legends[0].get_texts()]
+    assert "free" in [text.get_text() for text in _fid_figure(Results(study, folder)).legends[0].get_texts()]
 
 
 def test_a_missing_cell_leaves_no_number(finished):

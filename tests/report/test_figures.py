@@ -9,7 +9,7 @@ from PIL import Image
 from rich.console import Console
 
 from robustdiff.evaluation.grid import Cell, Difference, Grid
-from robustdiff.report.figures import Line, fid_against_steps, fid_panels, sample_grid, save_figure
+from robustdiff.report.figures import Line, fid_against_steps, fid_panels, points, sample_grid, save_figure
 from robustdiff.report.progress import Bar
 from robustdiff.report.tables import grid_table
 
@@ -38,6 +38,15 @@ def test_levels_are_dashed_lines_with_their_names():
     assert set(level.get_ydata()) == {2.5}
     assert (line.get_linestyle(), level.get_linestyle()) == ("-", "--")
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["plain", "teacher"]
+
+
+def test_points_keep_their_colour_in_every_panel():
+    figure = points({"a": {"plain": [(1, 2)], "AT": [(3, 4), (5, 6)]}, "b": {"AT": [(7, 8)]}}, "x", "y", "title")
+    (plain, at), (nothing, alone) = (axes.collections for axes in figure.axes)
+    assert (plain.get_offsets().tolist(), at.get_offsets().tolist()) == ([[1, 2]], [[3, 4], [5, 6]])
+    assert (nothing.get_offsets().tolist(), alone.get_offsets().tolist()) == ([], [[7, 8]])
+    assert at.get_facecolor().tolist() == alone.get_facecolor().tolist() != plain.get_facecolor().tolist()
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["plain", "AT"]
 
 
 def test_a_saved_figure_is_a_picture(tmp_path):

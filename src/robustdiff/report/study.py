@@ -443,11 +443,13 @@ def _sensitivity(results: Results, steps: int) -> tuple[str, Figure] | None:
 
 
 def _fid_figure(results: Results) -> Figure:
-    """One line for each method, in the band of its seeds."""
+    """One line for each method, in the band of its seeds; none for those that have a point alone, unless all do."""
+    counts = {m: len({steps for method, _, _, steps in results.cells if method == m}) for m in results.methods}
+    methods = [m for m in results.methods if counts[m] > 1 or max(counts.values()) == 1]
     panels: dict[str, dict[str, Line]] = {}
     for sampler in results.samplers:
         panels[sampler] = {}
-        for method in results.methods:
+        for method in methods:
             values = {s: v for s in results.steps if (v := results.values(method, sampler, s))}
             panels[sampler][method] = Line(
                 list(values),
