@@ -144,6 +144,12 @@ class Results:
         """The method that a method is compared with."""
         return self.study.methods[method].baseline or self.study.baseline
 
+    @property
+    def pairs(self) -> list[tuple[str, str]]:
+        """Each method that is there with its baseline, and the further pairs that the study asks for."""
+        own = [(method, self.baseline(method)) for method in self.methods if method != self.study.baseline]
+        return list(dict.fromkeys([*own, *self.study.compare]))
+
     def change(self, method: str, samplers: Sequence[str], steps: int, baseline: str | None = None) -> Change | None:
         """The change from a baseline to a method, averaged over samplers and the seeds that both have whole.
 
@@ -247,35 +253,22 @@ def _against_references(results: Results) -> list[str]:
     return parts
 
 
-def _changes(results: Results, samplers: Sequence[str], heading: str) -> str:
+def _changes(results: Results, pairs: Sequence[tuple[str, str]], samplers: Sequence[str], heading: str) -> str:
+    """The change of each pair that has some, by number of steps."""
     rows = []
-    for method in results.methods:
-        if method == results.study.baseline:
-            continue
-        changes = [results.change(method, samplers, steps) for steps in results.steps]
+    for method, baseline in pairs:
+        changes = [results.change(method, samplers, steps, baseline) for steps in results.steps]
         if any(changes):
-            name = method if results.baseline(method) == results.study.baseline else f"{method} to its own baseline"
+            name = method if baseline == results.study.baseline else f"{method} to {baseline}"
             cells = ["–" if change is None else f"{change}, n = {len(change.seeds)}" for change in changes]
             rows.append([name, *cells])
     return _table([heading, *map(str, results.steps)], rows)
 
 
-def _pairs(results: Results) -> list[str]:
-    """The further pairs that the study asks for."""
-    rows = []
-    for method, baseline in results.study.compare:
-        changes = [results.change(method, results.samplers, steps, baseline) for steps in results.steps]
-        if any(changes):
-            cells = ["–" if change is None else f"{change}, n = {len(change.seeds)}" for change in changes]
-            rows.append([f"{method} to {baseline}", *cells])
-    return ["## Other pairs", _table(["steps", *map(str, results.steps)], rows)] if rows else []
-
-
 def _spread(results: Results, steps: int) -> list[str]:
     """What other seeds change: each training's own difference, and an interval over trainings."""
-    pairs = [(m, results.baseline(m)) for m in results.methods if m != results.study.baseline]
     rows = []
-    for method, baseline in (*pairs, *results.study.compare):
+    for method, baseline in results.pairs:
         change = results.change(method, results.samplers, steps, baseline)
         if change is not None and len(change.seeds) > 1:
             low, high = change.over_seeds
@@ -310,8 +303,9 @@ def _brightness(results: Results, steps: int) -> tuple[str, Figure] | None:
     if not panels:
         return None
     text = (
-        f"FID at {steps} steps and the mean grey value of the images that it is measured on (0 to 255) go together "
-        f"across trainings. Spearman's rank correlation: {'; '.join(ranks)}."
+        f"FID at {steps} steps against the mean grey value of the images that it is measured on (0 to 255), over all "
+        f"trainings. Spearman's rank correlation: {'; '.join(ranks)}. (Errors of the spatial mean are known as colour "
+        "shifts: Deck & Bischoff, 2023, arXiv 2306.15832.)"
     )
     return text, points(panels, "mean grey value of the images", "FID (lower is better)", f"{steps} steps")
 
@@ -585,11 +579,10 @@ def write_page(study: Study, folder: Path, page: Path) -> str:
             f"itself.{_chance(results, middle)}",
             verdict,
             f"## FID against {study.baseline}" + (", mean over samplers" if several else ""),
-            f"Relative change of FID from {study.baseline} at the same seed, geometric mean over "
-            f"{', '.join(results.samplers) + ' and ' if several else ''}n seeds, with the 95 % interval over images; "
-            "bold where it excludes 0.",
-            _changes(results, results.samplers, "steps"),
-            *_pairs(results),
+            f"Relative change of FID from {study.baseline}, or what else is named, at the same seed, geometric mean "
+            f"over {', '.join(results.samplers) + ' and ' if several else ''}n seeds, with the 95 % interval over "
+            "images; bold where it excludes 0.",
+            _changes(results, results.pairs, results.samplers, "steps"),
             *_spread(results, middle),
         ]
     if (brightness := _brightness(results, middle)) is not None:
@@ -608,7 +601,7 @@ def write_page(study: Study, folder: Path, page: Path) -> str:
     ]
     if verdict and several:
         parts.append("## By sampler")
-        parts += [_changes(results, [sampler], f"{sampler}, steps") for sampler in results.samplers]
+        parts += [_changes(results, results.pairs, [sampler], f"{sampler}, steps") for sampler in results.samplers]
     parts += [
         "## KID, precision, recall",
         _other_measures(results, middle),
