@@ -322,6 +322,10 @@ def test_the_lines_are_those_of_methods_with_several_numbers_of_steps(finished, 
     figure = _fid_figure(Results(study.model_copy(update={"methods": few}), folder))
     assert "free" not in [text.get_text() for text in figure.legends[0].get_texts()]
     assert "free" in [text.get_text() for text in _fid_figure(Results(study, folder)).legends[0].get_texts()]
+    results = Results(study, folder)
+    del results.cells["plain", 1, "ddim", 2]
+    lines = {line.get_label(): list(line.get_xdata()) for line in _fid_figure(results).axes[0].get_lines()}
+    assert lines["plain"] == [1], "one of its seeds is missing at 2"
 
 
 def test_a_missing_cell_leaves_no_number(finished):

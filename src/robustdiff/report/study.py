@@ -437,14 +437,18 @@ def _sensitivity(results: Results, steps: int) -> tuple[str, Figure] | None:
 
 
 def _fid_figure(results: Results) -> Figure:
-    """One line for each method, in the band of its seeds; none for those that have a point alone, unless all do."""
+    """One line for each method, in the band of its seeds; none for those that have a point alone, unless all do.
+
+    A line has the numbers of steps at which all seeds are that are there at any: its points are means of the same.
+    """
     counts = {m: len({steps for method, _, _, steps in results.cells if method == m}) for m in results.methods}
     methods = [m for m in results.methods if counts[m] > 1 or max(counts.values()) == 1]
     panels: dict[str, dict[str, Line]] = {}
     for sampler in results.samplers:
         panels[sampler] = {}
         for method in methods:
-            values = {s: v for s in results.steps if (v := results.values(method, sampler, s))}
+            seeds = max(len(results.seeds(method, sampler, s)) for s in results.steps)
+            values = {s: v for s in results.steps if (v := results.values(method, sampler, s)) and len(v) == seeds}
             panels[sampler][method] = Line(
                 list(values),
                 [float(np.mean(v)) for v in values.values()],
