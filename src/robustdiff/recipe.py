@@ -109,6 +109,7 @@ class DenoisingConfig(Named):
     vb_scale: float | None = Field(None, gt=0, description="factor of the variational bound; learned_range only")
     timesteps: Literal["uniform", "loss-second-moment"] = Field("uniform", description="how times are drawn")
     input_perturbation: float = Field(0.0, ge=0, description="γ of input perturbation; 0: none")
+    through_target: bool = Field(False, description="whether the gradient that moves δ goes through the target as well")
 
 
 class OverLevels(Named):

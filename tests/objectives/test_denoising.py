@@ -12,6 +12,7 @@ from torch import nn
 from torch.distributions import Normal, kl_divergence
 
 from robustdiff.objectives.denoising import DenoisingObjective
+from robustdiff.perturbation import FreeAdversary
 from robustdiff.process import PREDICTIONS, DiffusionProcess
 
 COSINE = DiffusionProcess.cosine(1000)
@@ -84,6 +85,83 @@ def test_delta_moves_the_input_and_not_the_target(prediction):
         step = torch.zeros_like(delta)
         step[index] = 1e-5
         assert grad[index].item() == pytest.approx((held(delta + step) - held(delta - step)) / 2e-5, rel=1e-5)
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_through_the_target_the_gradient_is_that_of_the_loss(prediction):
+    """Against finite differences of the loss; the losses and the parameters' gradients do not change."""
+    process = DiffusionProcess.flow(1000) if prediction == "flow" else COSINE
+    model, (x0, noise, delta), t = Network(), tensors(1), torch.tensor([300])
+    whole, input_alone = (DenoisingObjective(process, prediction, through_target=through) for through in (True, False))
+    draw = whole.draw(x0, t=t, noise=noise)
+    found = []
+    for objective in (whole, input_alone):
+        variable = delta.clone().requires_grad_()
+        loss = objective(model, draw, variable)["loss"].sum()
+        found.append((loss, torch.autograd.grad(loss, [variable, *model.parameters()])))
+    (loss, (gradient, *weights)), (same, (_, *others)) = found
+    assert loss == same
+    assert all(torch.equal(a, b) for a, b in zip(weights, others, strict=True))
+    step = 1e-6
+    for index in [(0, 0, 0, 0), (0, 1, 2, 3), (0, 1, 4, 4)]:
+        moved = torch.zeros_like(delta)
+        moved[index] = step
+        ends = [whole(model, draw, delta + sign * moved)["loss"].item() for sign in (1, -1)]
+        assert gradient[index].item() == pytest.approx((ends[0] - ends[1]) / (2 * step), rel=1e-5, abs=1e-9)
+
+
+def test_through_the_target_every_parameterisation_ascends_alike():
+    """One denoiser, as ε̂, x̂_0 and v̂: δ after two steps is one, and that of x̂_0 whose target does not move."""
+    x0, noise, _ = tensors(3)
+    t, network = torch.tensor([100, 500, 900]), Network()
+
+    def denoiser(prediction):
+        def model(x, times):
+            x0_hat, index = network(x, times).sample, times.long()
+            alpha, sigma = COSINE.levels(index, x)
+            eps_hat = (x - alpha * x0_hat) / sigma
+            return COSINE.target(prediction, x0_hat, index, eps_hat)
+
+        return model
+
+    found = {}
+    for prediction, through in (("epsilon", True), ("v_prediction", True), ("sample", True), ("sample", False)):
+        objective = DenoisingObjective(COSINE, prediction, through_target=through)
+        draw = objective.draw(x0, t=t, noise=noise)
+        for delta in FreeAdversary(steps=3, step_size=0.3)(draw.x_t):
+            objective(denoiser(prediction), draw, delta)["loss"].sum().backward()
+        found[prediction, through] = delta.detach()
+    expected = found["sample", False]
+    for delta in found.values():
+        torch.testing.assert_close(delta, expected)
+
+
+def test_at_a_denoiser_the_step_through_the_input_alone_lowers_the_loss():
+    """The exact ε̂ of Gaussian data: J is between 0 and I/σ_t, so −Jᵀr goes down, and with the target up."""
+    variance = 0.25
+    generator = torch.Generator().manual_seed(0)
+    x0 = variance**0.5 * torch.randn(64, 2, 5, 5, generator=generator, dtype=torch.float64)
+    t = torch.full((64,), 200)
+    alpha, sigma = float(COSINE.alphas[200]), float(COSINE.sigmas[200])
+
+    def model(x, times):
+        return sigma * x / (alpha**2 * variance + sigma**2)
+
+    for through, sign in ((False, -1), (True, 1)):
+        objective = DenoisingObjective(COSINE, through_target=through)
+        draw = objective.draw(x0, t=t, generator=torch.Generator().manual_seed(1))
+        before, after = (
+            objective(model, draw, delta)["loss"].detach()
+            for delta in _steps_of(objective, model, draw, FreeAdversary(steps=2, step_size=0.05))
+        )
+        assert (sign * (after - before) > 0).all()
+
+
+def _steps_of(objective, model, draw, adversary):
+    """The perturbations of an adversary, each after its backward pass."""
+    for delta in adversary(draw.x_t):
+        objective(model, draw, delta)["loss"].sum().backward()
+        yield delta
 
 
 def test_delta_moves_the_learned_variance_through_the_network_alone():

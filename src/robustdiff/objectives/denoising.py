@@ -14,6 +14,13 @@ of p(x_{t−1} | x_t) between log β̃_t and log β_t. It is trained by the vari
 at t = 0 the negative log-likelihood of x_0 on 256 grey values; loss = mse + scale · vb (Nichol & Dhariwal, 2021,
 equations 15 and 16).
 
+The gradient that moves δ has two terms: the model's output at x_t + δ, and the target. The authors' code takes the
+first alone (δ in the target is a constant), and so do we by default. That step need not raise the loss: with r the
+residual and J = ∂ε̂/∂x it moves δ along −Jᵀr, which changes ‖r‖² at the rate −2 rᵀ(I/σ_t − J)Jᵀr, below 0 where the
+model is near a denoiser and 0 ≺ J ≺ I/σ_t. ``through_target`` takes both terms, for the steepest ascent of the loss
+itself. Its direction is the same in every parameterisation, since their losses differ by a factor per sample; it is
+also that of x_0-prediction without it, whose target does not move.
+
 Times that are not drawn uniformly carry a weight that multiplies the loss (:mod:`robustdiff.objectives.timesteps`).
 
 Input perturbation (Ning et al., ICML 2023, arXiv 2301.11706) is the baseline that moves x_t by random noise,
@@ -54,6 +61,8 @@ class DenoisingObjective(Objective):
             guided-diffusion's ``rescale_learned_sigmas``.
         timesteps: How times are drawn; uniformly by default.
         input_perturbation: γ ≥ 0 of input perturbation; 0.1, and 0.15 on CIFAR-10, in Ning et al. (2023).
+        through_target: Whether the gradient with respect to δ goes through the target of mse as well. No loss changes,
+            nor any gradient of the parameters.
 
     Raises:
         ValueError: If a name is unknown, γ < 0, or a learned variance is asked of a process that does not preserve
@@ -68,6 +77,7 @@ class DenoisingObjective(Objective):
         vb_scale: float | None = None,
         timesteps: TimestepSampler | None = None,
         input_perturbation: float = 0.0,
+        through_target: bool = False,
     ) -> None:
         if prediction not in PREDICTIONS:
             raise ValueError(f"unknown prediction {prediction!r}: use one of {', '.join(PREDICTIONS)}")
@@ -82,6 +92,7 @@ class DenoisingObjective(Objective):
         self.process = process
         self.timesteps = Uniform(len(process)) if timesteps is None else timesteps
         self.input_perturbation = input_perturbation
+        self.through_target = through_target
         self.prediction: Prediction = prediction
         self.variance: Variance = variance
         self.vb_scale = 1.0 if vb_scale is None else vb_scale
@@ -152,6 +163,8 @@ class DenoisingObjective(Objective):
         x, noise = draw.x_t, draw.noise
         if delta is not None:
             x, noise = x + delta, self.process.absorb(noise, draw.t, delta)
+            if self.through_target:
+                noise = noise + (delta - delta.detach()) / self.process.levels(draw.t, delta)[1]  # + 0, with a gradient
         output = predict(model, x, times_at(self.process, draw.t, x), draw.condition)
         channels = draw.x0.shape[1] * (2 if self.variance == "learned_range" else 1)
         if output.shape[1] != channels:

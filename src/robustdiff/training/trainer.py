@@ -160,6 +160,7 @@ def build_objective(
             vb_scale=config.vb_scale,
             timesteps=TIMESTEPS[config.timesteps](len(built.process)),
             input_perturbation=config.input_perturbation,
+            through_target=config.through_target,
         )
     levels: dict[str, float] = {n: getattr(config, n) for n in ("sigma_min", "sigma_max", "rho", "sigma_data")}
     teacher = None
