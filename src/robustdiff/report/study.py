@@ -466,7 +466,8 @@ def _pictures(results: Results, folder: Path, sampler: str, steps: int) -> Figur
     """The first images of each method, all from the same noise."""
     rows = []
     for run in plan(results.study, folder):
-        for cell in run.cells:
+        first = run.seed == results.study.methods[run.method].seeds[0]
+        for cell in run.cells if first else ():
             path = cell.path.with_suffix(".png")
             if (cell.sampler, cell.steps) == (sampler, steps) and path.is_file():
                 with Image.open(path) as image:
