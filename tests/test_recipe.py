@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -32,6 +33,33 @@ def test_every_shipped_recipe_loads_and_is_its_own_yaml(name, tmp_path):
     again = load_recipe(str(path))
     assert again.model_dump() == recipe.model_dump()
     assert again.to_yaml() == recipe.to_yaml()
+
+
+@pytest.mark.parametrize(
+    ("gpu", "instructions", "precision"),
+    [
+        ((8, 0), {}, "bf16"),
+        ((7, 5), {"avx512_bf16": True}, "fp32"),
+        (None, {"avx512_bf16": True, "amx_bf16": False}, "bf16"),
+        (None, {"avx512_bf16": False, "amx_bf16": True}, "bf16"),
+        (None, {"avx512_f": True, "avx2": True}, "fp32"),
+    ],
+)
+def test_the_precision_is_that_of_the_device_unless_named(gpu, instructions, precision, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu is not None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: gpu)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: instructions)
+    recipe = load_recipe("fashion-16-at")
+    assert recipe.precision == precision
+    assert yaml.safe_load(recipe.to_yaml())["precision"] == precision
+    assert load_recipe("fashion-16-at", ["precision=fp16"]).precision == "fp16"
+    assert Recipe().precision == "fp32"
+
+
+def test_the_precision_is_single_where_torch_does_not_know_the_processor(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.delattr(torch.cpu, "get_capabilities")
+    assert Recipe(precision="auto").precision == "fp32"
 
 
 def test_what_is_left_to_the_checkpoint_stays_so_in_yaml(tmp_path):

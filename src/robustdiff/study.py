@@ -32,7 +32,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -50,7 +50,7 @@ from robustdiff.evaluation.grid import evaluate_cell
 from robustdiff.files import atomic_write
 from robustdiff.mismatch.measure import measure_mismatch
 from robustdiff.models.build import build_model
-from robustdiff.recipe import DataConfig, Recipe, Section, load_recipe
+from robustdiff.recipe import DataConfig, Precision, Recipe, Section, load_recipe
 from robustdiff.samplers.generate import Generator
 from robustdiff.samplers.sample import SAMPLERS
 from robustdiff.training.trainer import FREE_TO_CHANGE, Status, train
@@ -120,7 +120,7 @@ class Reference(Section):
     path: str = Field(description="a run, a pipeline folder, or a model shipped with the package")
     samplers: Samplers
     steps: Counts
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    precision: Precision = "fp32"
 
 
 class Measurement(Section):
