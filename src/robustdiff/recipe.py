@@ -7,7 +7,7 @@ field. A recipe shipped with the package is named without its path.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -45,7 +45,8 @@ def _native(precision: Any) -> Any:
     if torch.cuda.is_available():
         native = torch.cuda.get_device_capability() >= (8, 0)
     else:
-        instructions = getattr(torch.cpu, "get_capabilities", dict)()  # an older torch does not tell
+        # An older torch does not tell.
+        instructions: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
         native = instructions.get("avx512_bf16", False) or instructions.get("amx_bf16", False)
     return "bf16" if native else "fp32"
 
