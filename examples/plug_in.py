@@ -1,7 +1,7 @@
 """Adversarial training in somebody else's loop: three changed lines.
 
 An ordinary diffusers training loop, the same loop with adversarial training (Wang et al., 2025, arXiv 2502.17099,
-Algorithm 1), and the same again under accelerate, with microbatches and bf16. Run it: some seconds on a CPU.
+Algorithm 1), and the same again under accelerate, with microbatches and, on a GPU, bf16. Run it: some seconds on a CPU.
 
     python examples/plug_in.py
 """
@@ -64,7 +64,8 @@ def adversarial_accelerate(unet, optimizer, loader, microbatches=2):
     """
     # The passes over the last microbatches come after the end of the data, where accelerate would step in each.
     accumulation = GradientAccumulationPlugin(num_steps=microbatches, sync_with_dataloader=False)
-    accelerator = Accelerator(mixed_precision="bf16", gradient_accumulation_plugin=accumulation)
+    precision = "bf16" if torch.cuda.is_available() else "no"  # few CPUs compute in bf16; for the others it is slow
+    accelerator = Accelerator(mixed_precision=precision, gradient_accumulation_plugin=accumulation)
     unet, optimizer, loader = accelerator.prepare(unet, optimizer, loader)
     losses, draws = [], []
     for x0 in loader:
