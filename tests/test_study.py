@@ -270,15 +270,17 @@ def test_a_change_is_the_mean_of_paired_relative_differences(tmp_path):
 
 
 def test_what_another_training_changes(tmp_path):
-    """Against scipy's paired t-test of ln FID, and a pooled deviation by hand, on made-up cells of three seeds."""
+    """Against scipy's paired t-test of ln FID, and pooled deviations by hand, on made-up cells of three seeds."""
     methods = {n: {**m, "seeds": [0, 1, 2]} for n, m in TINY["methods"].items()}
+    methods["late"] = {"set": {"lr_schedule": "cosine"}, "seeds": [0, 1, 2]}
+    methods["late-free"] = {**methods["free"], "baseline": "late"}
     measure = {**TINY["measure"], "steps": [10], "mismatch": 0}
     study = Study.model_validate(
         {**TINY, "methods": methods, "measure": measure, "references": {}, "compare": [["plain", "free"]]}
     )
     rng = np.random.default_rng(1)
     (tmp_path / "cells").mkdir()
-    logs = {"plain": np.zeros((3, 2)), "free": np.zeros((3, 2))}
+    logs = {name: np.zeros((3, 2)) for name in methods}
     training = {"steps": 3, "batches": 3, "backward_passes": 3, "delta_norm": 0.1, "data": "fashion-16", "images": 7}
     more = {"threads": 1, "device": "cpu", "torch": "2", "training": training, "fid_ci": [0, 1]}
     for run in plan(study, tmp_path):
@@ -295,11 +297,12 @@ def test_what_another_training_changes(tmp_path):
     row = next(line for line in text.splitlines() if line.startswith("| free to plain |"))
     assert row.endswith(f"| {change.over_seeds[0]:+.1%} … {change.over_seeds[1]:+.1%} |".replace("-", "−"))
     assert text.count("| plain to free |") == 4, "mean over samplers, each sampler, and over trainings"
-    deviation = np.sqrt((plain.var(ddof=1) + free.var(ddof=1)) / 2)
-    bound = np.expm1(scipy.stats.t.ppf(0.975, 4) * np.sqrt(2) * deviation)
-    assert f"deviation of {np.expm1(deviation):.1%}" in text
-    assert f"up to {bound:.0%} apart" in text
-    assert "ddim +1.00 (6 networks); iddpm +1.00 (6 networks)" in text
+    for baseline, method in ("plain", "free"), ("late", "late-free"):
+        deviation = np.sqrt((logs[baseline].mean(1).var(ddof=1) + logs[method].mean(1).var(ddof=1)) / 2)
+        bound = np.expm1(scipy.stats.t.ppf(0.975, 4) * np.sqrt(2) * deviation)
+        assert f"{np.expm1(deviation):.1%} with {baseline} and what is compared with it (2 method(s)" in text
+        assert f"up to {bound:.0%} apart" in text
+    assert "ddim +1.00 (12 networks); iddpm +1.00 (12 networks)" in text
     assert (tmp_path / "page" / "brightness.png").is_file()
 
 
@@ -351,12 +354,17 @@ STUDIES = sorted((Path(__file__).resolve().parent.parent / "benchmarks" / "studi
 
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
 def test_the_studies_of_this_project_are_valid_and_fair(path):
-    """Methods of one study differ in what they say they differ in: not in batches, moving average or precision."""
+    """Methods of one study differ in what they say they differ in: not in batches, or a pair in precision."""
     study = load_study(path)
     runs = plan(study, Path("study"))
     assert len({run.name for run in runs}) == len(runs)
-    for name in ("batch_size", "precision", "data", "threads"):
+    for name in ("batch_size", "data", "threads"):
         assert len({str(getattr(run.recipe, name)) for run in runs}) == 1, name
+    precision = {run.method: run.recipe.precision for run in runs}
+    own = [(name, method.baseline or study.baseline) for name, method in study.methods.items()]
+    for one, other in [*own, *study.compare]:
+        # A baseline may stand beside another to show what its setting changes.
+        assert precision[one] == precision[other] or one in dict(own).values(), f"{one} and {other}"
     assert runs[0].recipe.threads == 1
     for run in runs:
         assert run.recipe.ema**run.recipe.steps < 0.1, f"{run.name}: its moving average still holds the base"

@@ -485,23 +485,29 @@ def _pictures(results: Results, folder: Path, sampler: str, steps: int) -> Figur
 
 
 def _chance(results: Results, steps: int) -> str:
-    """How far apart two trainings are that differ in their seed alone."""
-    variances = []
+    """How far apart two trainings are that differ in their seed alone, among those with a common baseline."""
+    variances: dict[str, list[tuple[int, float]]] = {}
+    baselines = {results.baseline(method) for method in results.methods}
     for method in results.methods:
         seeds = set.intersection(*(set(results.seeds(method, sampler, steps)) for sampler in results.samplers))
         if len(seeds) > 1:
             logs = [[np.log(results.cells[method, s, own, steps]["fid"]) for own in results.samplers] for s in seeds]
-            variances.append((len(seeds) - 1, np.var(np.mean(logs, axis=1), ddof=1)))
-    if not variances:
+            found = len(seeds) - 1, float(np.var(np.mean(logs, axis=1), ddof=1))
+            variances.setdefault(method if method in baselines else results.baseline(method), []).append(found)
+    parts = []
+    for baseline, found in variances.items():
+        freedom = sum(n for n, _ in found)
+        deviation = np.sqrt(sum(n * variance for n, variance in found) / freedom)
+        bound = np.expm1(student_t.ppf(0.975, freedom) * np.sqrt(2) * deviation)
+        parts.append(
+            f"{np.expm1(deviation):.1%} with {baseline} and what is compared with it ({len(found)} method(s) of "
+            f"several seeds), so that two single trainings are up to {bound:.0%} apart by chance (95 %)"
+        )
+    if not parts:
         return ""
-    freedom = sum(n for n, _ in variances)
-    deviation = np.sqrt(sum(n * variance for n, variance in variances) / freedom)
-    bound = np.expm1(student_t.ppf(0.975, freedom) * np.sqrt(2) * deviation)
     return (
-        f" Trainings that differ in their seed alone have FIDs with a standard deviation of {np.expm1(deviation):.1%} "
-        f"({steps} steps, mean over samplers, {len(variances)} method(s) of several seeds): two single trainings are "
-        f"up to {bound:.0%} apart by chance (95 %), and no smaller difference between those of one seed says anything "
-        "of the methods."
+        f" Trainings that differ in their seed alone have FIDs ({steps} steps, mean over samplers) with a "
+        f"standard deviation of {'; '.join(parts)}. No smaller difference between those of one seed says anything of the methods."
     )
 
 
