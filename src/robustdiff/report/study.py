@@ -506,8 +506,8 @@ def _chance(results: Results, steps: int) -> str:
     if not parts:
         return ""
     return (
-        f" Trainings that differ in their seed alone have FIDs ({steps} steps, mean over samplers) with a "
-        f"standard deviation of {'; '.join(parts)}. No smaller difference between those of one seed says anything of the methods."
+        f" Trainings that differ in their seed alone have FIDs ({steps} steps, mean over samplers) with a standard "
+        f"deviation of {'; '.join(parts)}. No smaller difference between those of one seed says anything of methods."
     )
 
 
