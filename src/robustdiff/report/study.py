@@ -495,12 +495,12 @@ def _chance(results: Results, steps: int) -> str:
             found = len(seeds) - 1, float(np.var(np.mean(logs, axis=1), ddof=1))
             variances.setdefault(method if method in baselines else results.baseline(method), []).append(found)
     parts = []
-    for baseline, found in variances.items():
-        freedom = sum(n for n, _ in found)
-        deviation = np.sqrt(sum(n * variance for n, variance in found) / freedom)
+    for baseline, group in variances.items():
+        freedom = sum(n for n, _ in group)
+        deviation = np.sqrt(sum(n * variance for n, variance in group) / freedom)
         bound = np.expm1(student_t.ppf(0.975, freedom) * np.sqrt(2) * deviation)
         parts.append(
-            f"{np.expm1(deviation):.1%} with {baseline} and what is compared with it ({len(found)} method(s) of "
+            f"{np.expm1(deviation):.1%} with {baseline} and what is compared with it ({len(group)} method(s) of "
             f"several seeds), so that two single trainings are up to {bound:.0%} apart by chance (95 %)"
         )
     if not parts:
