@@ -16,7 +16,7 @@ import yaml
 
 from robustdiff.errors import InputError
 from robustdiff.mismatch.measure import MEASURES as MISMATCHES
-from robustdiff.report.study import Results, _fid_figure, write_page
+from robustdiff.report.study import Results, _at_equal_brightness, _fid_figure, write_page
 from robustdiff.study import MEASURES, Study, load_study, plan, remaining, reproduce, run_study
 
 TINY = {
@@ -296,7 +296,7 @@ def test_what_another_training_changes(tmp_path):
     text = write_page(study, tmp_path, tmp_path / "page.md")
     row = next(line for line in text.splitlines() if line.startswith("| free to plain |"))
     assert row.endswith(f"| {change.over_seeds[0]:+.1%} … {change.over_seeds[1]:+.1%} |".replace("-", "−"))
-    assert text.count("| plain to free |") == 4, "mean over samplers, each sampler, and over trainings"
+    assert text.count("| plain to free |") == 5, "the mean, each sampler, over trainings, at equal brightness"
     for baseline, method in ("plain", "free"), ("late", "late-free"):
         deviation = np.sqrt((logs[baseline].mean(1).var(ddof=1) + logs[method].mean(1).var(ddof=1)) / 2)
         bound = np.expm1(scipy.stats.t.ppf(0.975, 4) * np.sqrt(2) * deviation)
@@ -304,6 +304,38 @@ def test_what_another_training_changes(tmp_path):
         assert f"up to {bound:.0%} apart" in text
     assert "ddim +1.00 (12 networks); iddpm +1.00 (12 networks)" in text
     assert (tmp_path / "page" / "brightness.png").is_file()
+
+
+def test_what_remains_at_equal_brightness(tmp_path):
+    """Against ordinary least squares with a column for each method, on made-up cells."""
+    methods = {"plain": [0, 1, 2], "free": [0, 1], "random": [4]}
+    study = Study.model_validate(
+        {
+            **TINY,
+            "methods": {name: {"set": {"adversary": "none"}, "seeds": seeds} for name, seeds in methods.items()},
+            "measure": {**TINY["measure"], "samplers": ["ddim"], "steps": [10], "mismatch": 0},
+            "references": {},
+        }
+    )
+    rng = np.random.default_rng(2)
+    (tmp_path / "cells").mkdir()
+    design, logs = [], []
+    for run in plan(study, tmp_path):
+        brightness = float(rng.uniform(50, 60))
+        fid = float(np.exp(0.1 * brightness - 4 + rng.normal(0, 0.02) - 0.3 * (run.method == "free")))
+        record = {**made_up_cell(run, fid, np.full(200, fid)), "brightness": brightness}
+        run.cells[0].path.write_text(json.dumps(record))
+        design.append([*(run.method == name for name in methods), brightness])
+        logs.append(np.log(fid))
+    x = np.array(design, float)
+    values, (squares,), *_ = np.linalg.lstsq(x, logs, rcond=None)
+    covariance = squares / (len(logs) - 4) * np.linalg.inv(x.T @ x)
+    _, table = _at_equal_brightness(Results(study, tmp_path), 10)
+    for method, contrast in ("free", [-1, 1, 0, 0]), ("random", [-1, 0, 1, 0]):
+        half = scipy.stats.t.ppf(0.975, 2) * np.sqrt(contrast @ covariance @ contrast)
+        value, low, high = (f"{np.expm1(contrast @ values + d):+.1%}".replace("-", "−") for d in (0, -half, half))
+        row = next(line for line in table.splitlines() if line.startswith(f"| {method} to plain |"))
+        assert row.replace("**", "") == f"| {method} to plain | {value} ({low} … {high}) |"
 
 
 def test_a_reference_at_the_steps_of_the_methods_stands_beside_them(finished, tmp_path):

@@ -310,6 +310,52 @@ def _brightness(results: Results, steps: int) -> tuple[str, Figure] | None:
     return text, points(panels, "mean grey value of the images", "FID (lower is better)", f"{steps} steps")
 
 
+def _at_equal_brightness(results: Results, steps: int) -> list[str]:
+    """What remains of each pair's difference at equal brightness: an analysis of covariance over trainings.
+
+    ln FID is modelled as a_method + b·brightness + e. With b from the deviations from each method's mean, the adjusted
+    difference of two methods is Δȳ − b·Δx̄, with the variance s²·(1/n₁ + 1/n₀ + Δx̄²/Σ(x − x̄)²).
+    """
+    rows: dict[tuple[str, str], dict[str, str]] = {pair: {} for pair in results.pairs}
+    for sampler in results.samplers:
+        points_of: dict[str, list[tuple[float, float]]] = {}
+        for (method, _, own, count), record in results.cells.items():
+            if (own, count) == (sampler, steps) and "brightness" in record:
+                points_of.setdefault(method, []).append((record["brightness"], np.log(record["fid"])))
+        means = {method: np.mean(found, axis=0) for method, found in points_of.items()}
+        freedom = sum(len(found) - 1 for found in points_of.values()) - 1
+        if freedom < 2:
+            continue
+        x, y = np.concatenate([found - means[method] for method, found in points_of.items()]).T
+        slope = x @ y / (x @ x)
+        variance = np.sum((y - slope * x) ** 2) / freedom
+        for method, baseline in rows:
+            if method in means and baseline in means:
+                dx, dy = means[method] - means[baseline]
+                each = 1 / len(points_of[method]) + 1 / len(points_of[baseline]) + dx**2 / (x @ x)
+                half = student_t.ppf(0.975, freedom) * np.sqrt(variance * each)
+                value = dy - slope * dx
+                mark = "**" if abs(value) > half else ""
+                ends = _interval(np.expm1(value - half), np.expm1(value + half))
+                rows[method, baseline][sampler] = f"{mark}{_percent(np.expm1(value))}{mark} ({ends})"
+    samplers = [sampler for sampler in results.samplers if any(sampler in row for row in rows.values())]
+    if not samplers:
+        return []
+    return [
+        "What remains at equal brightness, with the 95 % interval over trainings (analysis of covariance: ln FID on "
+        "the method and on brightness, with one slope for all). Brightness comes of the training, too: what a method "
+        "changes through it is not in these numbers.",
+        _table(
+            [f"{steps} steps", *samplers],
+            [
+                [f"{method} to {baseline}", *(row.get(sampler, "–") for sampler in samplers)]
+                for (method, baseline), row in rows.items()
+                if row
+            ],
+        ),
+    ]
+
+
 def _other_measures(results: Results, steps: int) -> str:
     rows = []
     for method in results.methods:
@@ -599,6 +645,7 @@ def write_page(study: Study, folder: Path, page: Path) -> str:
     if (brightness := _brightness(results, middle)) is not None:
         text, made = brightness
         parts += [text, figure("brightness", made, "FID against brightness")]
+        parts += _at_equal_brightness(results, middle)
     if (sensitivity := _sensitivity(results, middle)) is not None:
         table, made = sensitivity
         parts += ["## Sensitivity to α and K", table, figure("sensitivity", made, "α × K")]
