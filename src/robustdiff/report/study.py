@@ -53,8 +53,7 @@ class Change:
     seeds: tuple[float, ...]
 
     def __str__(self) -> str:
-        mark = "**" if self.high < 0 or self.low > 0 else ""
-        return f"{mark}{_percent(self.mean)}{mark} ({_interval(self.low, self.high)})"
+        return _estimate(self.mean, self.low, self.high)
 
     @property
     def over_seeds(self) -> tuple[float, float]:
@@ -78,6 +77,12 @@ def _percent(value: float) -> str:
 
 def _interval(low: float, high: float) -> str:
     return f"{_percent(low)} … {_percent(high)}"
+
+
+def _estimate(mean: float, low: float, high: float) -> str:
+    """A relative difference with its interval, bold where that excludes 0."""
+    mark = "**" if high < 0 or low > 0 else ""
+    return f"{mark}{_percent(mean)}{mark} ({_interval(low, high)})"
 
 
 class Results:
@@ -135,6 +140,14 @@ class Results:
     def values(self, method: str, sampler: str, steps: int, name: str = "fid") -> list[float]:
         """One number of each seed."""
         return [self.cells[method, s, sampler, steps][name] for s in self.seeds(method, sampler, steps)]
+
+    def brightness(self, sampler: str, steps: int) -> dict[str, list[tuple[float, float]]]:
+        """The mean grey value and FID of each training, by method, of the cells that hold both."""
+        found: dict[str, list[tuple[float, float]]] = {}
+        for (method, _, *own), record in self.cells.items():
+            if own == [sampler, steps] and "brightness" in record:
+                found.setdefault(method, []).append((record["brightness"], record["fid"]))
+        return found
 
     def record(self, method: str) -> Record:
         """One cell of a method that has some: all say the same of its recipe, but for the seed."""
@@ -292,14 +305,12 @@ def _brightness(results: Results, steps: int) -> tuple[str, Figure] | None:
     panels: dict[str, dict[str, list[tuple[float, float]]]] = {}
     ranks = []
     for sampler in results.samplers:
-        found = {key: r for key, r in results.cells.items() if key[2:] == (sampler, steps) and "brightness" in r}
-        if len(found) < 5:
+        found = results.brightness(sampler, steps)
+        trainings = list(itertools.chain(*found.values()))
+        if len(trainings) < 5:
             continue
-        panels[sampler] = {m: [] for m in dict.fromkeys(method for method, *_ in found)}
-        for (method, *_), record in found.items():
-            panels[sampler][method].append((record["brightness"], record["fid"]))
-        correlation = _rank_correlation([(r["brightness"], r["fid"]) for r in found.values()])
-        ranks.append(f"{sampler} {correlation} ({len(found)} networks)")
+        panels[sampler] = found
+        ranks.append(f"{sampler} {_rank_correlation(trainings)} ({len(trainings)} networks)")
     if not panels:
         return None
     text = (
@@ -318,26 +329,23 @@ def _at_equal_brightness(results: Results, steps: int) -> list[str]:
     """
     rows: dict[tuple[str, str], dict[str, str]] = {pair: {} for pair in results.pairs}
     for sampler in results.samplers:
-        points_of: dict[str, list[tuple[float, float]]] = {}
-        for (method, _, own, count), record in results.cells.items():
-            if (own, count) == (sampler, steps) and "brightness" in record:
-                points_of.setdefault(method, []).append((record["brightness"], np.log(record["fid"])))
-        means = {method: np.mean(found, axis=0) for method, found in points_of.items()}
-        freedom = sum(len(found) - 1 for found in points_of.values()) - 1
+        found = results.brightness(sampler, steps)
+        logs = {method: np.array([(grey, np.log(fid)) for grey, fid in own]) for method, own in found.items()}
+        means = {method: own.mean(axis=0) for method, own in logs.items()}
+        freedom = sum(len(own) - 1 for own in logs.values()) - 1
         if freedom < 2:
             continue
-        x, y = np.concatenate([found - means[method] for method, found in points_of.items()]).T
-        slope = x @ y / (x @ x)
+        x, y = np.concatenate([own - means[method] for method, own in logs.items()]).T
+        squares = x @ x
+        slope = x @ y / squares
         variance = np.sum((y - slope * x) ** 2) / freedom
         for method, baseline in rows:
             if method in means and baseline in means:
                 dx, dy = means[method] - means[baseline]
-                each = 1 / len(points_of[method]) + 1 / len(points_of[baseline]) + dx**2 / (x @ x)
+                each = 1 / len(logs[method]) + 1 / len(logs[baseline]) + dx**2 / squares
                 half = student_t.ppf(0.975, freedom) * np.sqrt(variance * each)
                 value = dy - slope * dx
-                mark = "**" if abs(value) > half else ""
-                ends = _interval(np.expm1(value - half), np.expm1(value + half))
-                rows[method, baseline][sampler] = f"{mark}{_percent(np.expm1(value))}{mark} ({ends})"
+                rows[method, baseline][sampler] = _estimate(*np.expm1([value, value - half, value + half]).tolist())
     samplers = [sampler for sampler in results.samplers if any(sampler in row for row in rows.values())]
     if not samplers:
         return []
