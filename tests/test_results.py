@@ -11,7 +11,11 @@ from robustdiff.report.study import write_page
 from robustdiff.study import load_study
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = {"fashion-16": "results.md", "fashion-16-consistency": "results-consistency.md"}
+PAGES = {
+    "fashion-16": "results.md",
+    "fashion-16-constant-rate": "results-constant-rate.md",
+    "fashion-16-consistency": "results-consistency.md",
+}
 THERE = [study for study in PAGES if (ROOT / "benchmarks" / "results" / study / "cells").is_dir()]
 
 

@@ -67,6 +67,20 @@ def test_the_plan_has_the_first_seed_of_every_method_first(study_file, tmp_path)
     assert runs[2].recipe.seed == 1
 
 
+def test_the_first_seed_can_be_measured_more_fully_than_the_others(tmp_path):
+    plain = {**TINY["methods"]["plain"], "steps": [1], "first_steps": [1, 4]}
+    methods = {**TINY["methods"], "plain": plain}
+    measure = {**TINY["measure"], "mismatch_methods": ["plain"]}
+    study = Study.model_validate({**TINY, "methods": methods, "measure": measure})
+    runs = {run.name: run for run in plan(study, tmp_path)}
+    assert {name: run.steps for name, run in runs.items()} == {
+        "plain-s0": (1, 4),
+        "free-s0": (1, 2),
+        "plain-s1": (1,),
+    }
+    assert [name for name, run in runs.items() if run.mismatch_path is not None] == ["plain-s0"]
+
+
 def test_every_cell_is_a_file_that_says_how_it_was_made(finished):
     study, folder = finished
     for run in plan(study, folder):
@@ -178,8 +192,9 @@ def test_remaining_seconds_follow_what_is_finished(finished, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"baseline": "other"}, "baseline 'other' is not one of the methods plain, free"),
+        ({"baseline": "other"}, "baseline: 'other' is not one of the methods plain, free"),
         ({"compare": [["free", "other"]]}, "compare: 'other' is not one of the methods plain, free"),
+        ({"measure": {"mismatch_methods": ["other"]}}, "measure.mismatch_methods: 'other' is not one of the methods"),
         ({"methodes": {}}, "methodes"),
         ({"methods": {"plain": {"set": {"adversary.stepsize": 1}}}}, "unknown field adversary.stepsize"),
         ({"recipe": "nothing"}, "unknown recipe 'nothing'"),

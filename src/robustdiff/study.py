@@ -111,6 +111,7 @@ class Method(Section):
     set: Changes = Field({}, description="fields by their dotted names, such as adversary.step_size: 0.5")
     seeds: Seeds = (0,)
     steps: Counts | None = Field(None, description="numbers of evaluations; those of the study by default")
+    first_steps: Counts | None = Field(None, description="the same for the first seed, where it has others")
     baseline: str | None = Field(None, description="the method it is compared with; the study's by default")
 
 
@@ -133,6 +134,7 @@ class Measurement(Section):
     batch_size: int = Field(64, ge=1)
     mismatch: int = Field(0, ge=0, description="images of the mismatch, measured for the first seed; 0: not measured")
     mismatch_steps: Counts | None = Field(None, description="at which it is; those of the cells by default")
+    mismatch_methods: tuple[str, ...] | None = Field(None, description="of which it is; all by default")
     features: str = "fashion-16"
     weights: str | None = Field(None, description="Inception's weights file")
     data: DataConfig | None = Field(None, description="the real images; those of the recipe by default")
@@ -162,12 +164,14 @@ class Study(Section):
         for name in (*self.methods, *self.references):
             if not re.fullmatch(r"\w[\w.+-]*", name):
                 raise ValueError(f"the name {name!r} is that of files: use letters, digits and . + - _ only")
-        for baseline in (self.baseline, *(m.baseline for m in self.methods.values() if m.baseline is not None)):
-            if baseline not in self.methods:
-                raise ValueError(f"baseline {baseline!r} is not one of the methods {', '.join(self.methods)}")
-        for name in itertools.chain(*self.compare):
-            if name not in self.methods:
-                raise ValueError(f"compare: {name!r} is not one of the methods {', '.join(self.methods)}")
+        for key, names in {
+            "baseline": (self.baseline, *(m.baseline for m in self.methods.values() if m.baseline is not None)),
+            "compare": tuple(itertools.chain(*self.compare)),
+            "measure.mismatch_methods": self.measure.mismatch_methods or (),
+        }.items():
+            for name in names:
+                if name not in self.methods:
+                    raise ValueError(f"{key}: {name!r} is not one of the methods {', '.join(self.methods)}")
         _distinct((*self.references, *(f"{name}-s{seed}" for name, m in self.methods.items() for seed in m.seeds)))
         return self
 
@@ -207,6 +211,11 @@ class Run:
         return f"{self.method}-s{self.seed}"
 
     @property
+    def first(self) -> bool:
+        """Whether it is its method's first seed, which is measured and pictured more fully."""
+        return self.seed == self.study.methods[self.method].seeds[0]
+
+    @property
     def output(self) -> Path:
         return self.folder / "runs" / self.name
 
@@ -233,8 +242,10 @@ class Run:
     @property
     def mismatch_path(self) -> Path | None:
         """The file of the mismatch, where it is asked for."""
-        first = self.seed == self.study.methods[self.method].seeds[0]
-        return self.folder / "mismatch" / f"{self.name}.json" if self.study.measure.mismatch and first else None
+        measure = self.study.measure
+        of = self.study.methods if measure.mismatch_methods is None else measure.mismatch_methods
+        wanted = measure.mismatch and self.first and self.method in of
+        return self.folder / "mismatch" / f"{self.name}.json" if wanted else None
 
     @property
     def missing(self) -> list[Path]:
@@ -246,7 +257,8 @@ class Run:
 
     @property
     def steps(self) -> tuple[int, ...]:
-        return tuple(sorted(self.study.methods[self.method].steps or self.study.measure.steps))
+        method = self.study.methods[self.method]
+        return tuple(sorted((method.first_steps if self.first else None) or method.steps or self.study.measure.steps))
 
     @property
     def mismatch_steps(self) -> tuple[int, ...]:
@@ -316,7 +328,9 @@ def _shape(recipe: Recipe) -> dict[str, Any]:
 
 def _measured(measure: Measurement) -> dict[str, Any]:
     """What of a measurement makes a cell's numbers."""
-    return measure.model_dump(mode="json", exclude={"samplers", "steps", "mismatch", "mismatch_steps"})
+    return measure.model_dump(
+        mode="json", exclude={"samplers", "steps", "mismatch", "mismatch_steps", "mismatch_methods"}
+    )
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -622,7 +636,7 @@ def _measure(run: Run, cell: Cell, evaluator: _Evaluator, on_progress: Callable[
     record, images = evaluator(
         recipe.output, run.study.measure, cell.sampler, cell.steps, recipe.precision, on_progress
     )
-    if run.seed == run.study.methods[run.method].seeds[0]:
+    if run.first:
         with atomic_write(cell.path.with_suffix(".png")) as file:
             Image.fromarray(tile(images, PICTURED).squeeze()).save(file, format="png")
     result = read_json(run.output / "result.json")

@@ -520,8 +520,7 @@ def _pictures(results: Results, folder: Path, sampler: str, steps: int) -> Figur
     """The first images of each method, all from the same noise."""
     rows = []
     for run in plan(results.study, folder):
-        first = run.seed == results.study.methods[run.method].seeds[0]
-        for cell in run.cells if first else ():
+        for cell in run.cells if run.first else ():
             path = cell.path.with_suffix(".png")
             if (cell.sampler, cell.steps) == (sampler, steps) and path.is_file():
                 with Image.open(path) as image:
@@ -632,9 +631,9 @@ def write_page(study: Study, folder: Path, page: Path) -> str:
     parts = [
         f"# {study.title}",
         f"Trained on {training['data']}, {training['images']:,} images. Base: {recipe['model']['path'] or 'none'}. "
-        f"{recipe['steps']:,} optimiser updates of batch {recipe['batch_size']}, learning rate {recipe['lr']:g}, "
-        f"moving average {recipe['ema']:g}, {recipe['precision']}, unless a method says otherwise. "
-        f"{_obtained_on(results)} This page is made by `robustdiff study` from the files of the cells.",
+        f"{recipe['steps']:,} optimiser updates of batch {recipe['batch_size']}, learning rate {recipe['lr']:g} "
+        f"({recipe['lr_schedule']}), moving average {recipe['ema']:g}, {recipe['precision']}, unless a method says "
+        f"otherwise. {_obtained_on(results)} This page is made by `robustdiff study` from the files of the cells.",
     ]
     if verdict := _verdict(results):  # of what there is to compare
         parts += [
@@ -679,7 +678,7 @@ def write_page(study: Study, folder: Path, page: Path) -> str:
     ]
     curves = {}
     for run in plan(study, folder):
-        if run.seed == study.methods[run.method].seeds[0] and run.path.is_file():
+        if run.first and run.path.is_file():
             curve = read_json(run.path)
             curves[run.method] = (curve["step"], curve["loss"])
     if curves:
