@@ -289,9 +289,11 @@ def test_what_another_training_changes(tmp_path):
     methods = {n: {**m, "seeds": [0, 1, 2]} for n, m in TINY["methods"].items()}
     methods["late"] = {"set": {"lr_schedule": "cosine"}, "seeds": [0, 1, 2]}
     methods["late-free"] = {**methods["free"], "baseline": "late"}
+    methods |= {"near": {"seeds": [0]}, "far": {"seeds": [0]}}
     measure = {**TINY["measure"], "steps": [10], "mismatch": 0}
+    references = {"base": {"path": "fashion-16", "samplers": ["ddim", "iddpm"], "steps": [10]}}
     study = Study.model_validate(
-        {**TINY, "methods": methods, "measure": measure, "references": {}, "compare": [["plain", "free"]]}
+        {**TINY, "methods": methods, "measure": measure, "references": references, "compare": [["plain", "free"]]}
     )
     rng = np.random.default_rng(1)
     (tmp_path / "cells").mkdir()
@@ -301,9 +303,15 @@ def test_what_another_training_changes(tmp_path):
     for run in plan(study, tmp_path):
         for i, cell in enumerate(run.cells):
             fid = float(rng.uniform(5, 10))
+            if run.method in ("near", "far"):  # plans come in the order of methods, so plain's first seed is there
+                fid = float(np.exp(logs["plain"][0, i])) * (1.01 if run.method == "near" else 20)
             logs[run.method][run.seed, i] = np.log(fid)
             record = {**made_up_cell(run, fid, np.full(200, fid)), **more, "brightness": 10 * fid}
             cell.path.write_text(json.dumps(record))
+    for sampler, fid in ("ddim", 4.0), ("iddpm", 16.0):
+        reference = {"reference": {"name": "base", "path": "fashion-16"}, **more}
+        record = {**made_up_cell(plan(study, tmp_path)[0], fid, np.full(200, fid)), **reference, "sampler": sampler}
+        (tmp_path / "cells" / f"base-{sampler}-10.json").write_text(json.dumps(record))
     change = Results(study, tmp_path).change("free", ["ddim", "iddpm"], 10)
     plain, free = logs["plain"].mean(1), logs["free"].mean(1)
     expected = scipy.stats.ttest_rel(free, plain).confidence_interval()
@@ -315,9 +323,18 @@ def test_what_another_training_changes(tmp_path):
     for baseline, method in ("plain", "free"), ("late", "late-free"):
         deviation = np.sqrt((logs[baseline].mean(1).var(ddof=1) + logs[method].mean(1).var(ddof=1)) / 2)
         bound = np.expm1(scipy.stats.t.ppf(0.975, 4) * np.sqrt(2) * deviation)
-        assert f"{np.expm1(deviation):.1%} with {baseline} and what is compared with it (2 method(s)" in text
-        assert f"up to {bound:.0%} apart" in text
-    assert "ddim +1.00 (12 networks); iddpm +1.00 (12 networks)" in text
+        line = next(line for line in text.splitlines() if line.startswith(f"- Trainings of {baseline} and"))
+        assert f"a standard deviation of {np.expm1(deviation):.1%}: two of them are up to {bound:.0%} apart" in line
+        for single in "further from plain than that: far (+1900.0%)", "no further from plain than that: near (+1.0%)":
+            assert (single in line) == (baseline == "plain")
+    ascii_text = text.replace("−", "-")
+    ends = " … ".join(f"{end:+.1%}" for end in change.over_seeds)
+    assert f"- **free** to plain: {change.mean:+.1%} ({ends}, 3 trainings): undecided." in ascii_text
+    levels = {m: np.expm1(own[: len(study.methods[m].seeds)].mean() - np.log(8)) for m, own in logs.items()}
+    best = min(levels, key=levels.get)
+    against = f"Against base, as it is: plain {levels['plain']:+.1%}; the lowest of all, {best}, {levels[best]:+.1%}."
+    assert against in ascii_text
+    assert "ddim +1.00 (14 networks); iddpm +1.00 (14 networks)" in text
     assert (tmp_path / "page" / "brightness.png").is_file()
 
 

@@ -537,8 +537,11 @@ def _pictures(results: Results, folder: Path, sampler: str, steps: int) -> Figur
     return figure
 
 
-def _chance(results: Results, steps: int) -> str:
-    """How far apart two trainings are that differ in their seed alone, among those with a common baseline."""
+def _chance(results: Results, steps: int) -> dict[str, tuple[float, float]]:
+    """How far apart trainings are that differ in their seed alone, by the baseline of those with a common one.
+
+    The standard deviation of FID, and the difference between two trainings that 95 % of such pairs stay below.
+    """
     variances: dict[str, list[tuple[int, float]]] = {}
     baselines = {results.baseline(method) for method in results.methods}
     for method in results.methods:
@@ -547,25 +550,65 @@ def _chance(results: Results, steps: int) -> str:
             logs = [[np.log(results.cells[method, s, own, steps]["fid"]) for own in results.samplers] for s in seeds]
             found = len(seeds) - 1, float(np.var(np.mean(logs, axis=1), ddof=1))
             variances.setdefault(method if method in baselines else results.baseline(method), []).append(found)
-    parts = []
+    levels = {}
     for baseline, group in variances.items():
         freedom = sum(n for n, _ in group)
         deviation = np.sqrt(sum(n * variance for n, variance in group) / freedom)
-        bound = np.expm1(student_t.ppf(0.975, freedom) * np.sqrt(2) * deviation)
-        parts.append(
-            f"{np.expm1(deviation):.1%} with {baseline} and what is compared with it ({len(group)} method(s) of "
-            f"several seeds), so that two single trainings are up to {bound:.0%} apart by chance (95 %)"
+        bound = student_t.ppf(0.975, freedom) * np.sqrt(2) * deviation
+        levels[baseline] = float(np.expm1(deviation)), float(np.expm1(bound))
+    return levels
+
+
+def _over_trainings(results: Results, steps: int) -> str:
+    """What the seeds say of each pair, which single trainings are further off than chance explains, and the base."""
+    lines = []
+    levels = _chance(results, steps)
+    single: dict[str, list[tuple[float, str]]] = {baseline: [] for baseline in levels}
+    for method, baseline in results.pairs:
+        change = results.change(method, results.samplers, steps, baseline)
+        if change is not None and len(change.seeds) > 1:
+            low, high = change.over_seeds
+            word = "lower" if high < 0 else "higher" if low > 0 else "undecided"
+            lines.append(
+                f"- **{method}** to {baseline}: {_percent(change.mean)} ({_interval(low, high)}, "
+                f"{len(change.seeds)} trainings): {word}."
+            )
+        elif change is not None and baseline == results.baseline(method) and baseline in single:
+            single[baseline].append((change.mean, method))
+    for baseline, found in single.items():
+        deviation, bound = levels[baseline]
+        text = (
+            f"- Trainings of {baseline} and of what is compared with it that differ in their seed alone have FIDs with "
+            f"a standard deviation of {deviation:.1%}: two of them are up to {bound:.0%} apart by chance (95 %)."
         )
-    if not parts:
-        return ""
-    return (
-        f" Trainings that differ in their seed alone have FIDs ({steps} steps, mean over samplers) with a standard "
-        f"deviation of {'; '.join(parts)}. No smaller difference between those of one seed says anything of methods."
-    )
+        for beyond, word in ((True, "further"), (False, "no further")):
+            own = [(mean, method) for mean, method in found if (abs(np.log1p(mean)) > np.log1p(bound)) == beyond]
+            if own:
+                named = ", ".join(f"{method} ({_percent(mean)})" for mean, method in sorted(own))
+                text += f" With one training, and {word} from {baseline} than that: {named}."
+        lines.append(text)
+    for name in dict.fromkeys(name for name, *_ in results.beside):
+        changes = {}
+        for method in results.methods:
+            each = [
+                results.against_reference(method, sampler, steps, results.beside[name, sampler, steps])
+                for sampler in results.samplers
+                if (name, sampler, steps) in results.beside
+            ]
+            logs = [np.log1p(change.mean) for change in each if change is not None]
+            if len(logs) == len(results.samplers):
+                changes[method] = float(np.expm1(np.mean(logs)))
+        if results.study.baseline in changes:
+            best = min(changes, key=lambda method: changes[method])
+            lines.append(
+                f"- Against {name}, as it is: {results.study.baseline} {_percent(changes[results.study.baseline])}; "
+                f"the lowest of all, {best}, {_percent(changes[best])}."
+            )
+    return "\n".join(lines)
 
 
 def _verdict(results: Results) -> str:
-    """Which methods help where, in sentences made of the numbers; first those of most trainings."""
+    """Which networks are better where, in sentences made of the numbers; first those of most trainings."""
     lines = []
     for method in results.methods:
         if method == results.study.baseline:
@@ -638,9 +681,11 @@ def write_page(study: Study, folder: Path, page: Path) -> str:
     if verdict := _verdict(results):  # of what there is to compare
         parts += [
             "## What the numbers say",
-            f"Against {study.baseline}, counted as lower or higher where the 95 % interval over images excludes 0 and "
-            "all seeds that are there agree. One interval in twenty excludes 0 by chance; a single seed agrees with "
-            f"itself.{_chance(results, middle)}",
+            f"FID at {middle} steps, {'mean over samplers, ' if several else ''}with the 95 % interval over trainings:",
+            _over_trainings(results, middle),
+            f"For the networks as they were trained, against {study.baseline}, counted as lower or higher where the "
+            "95 % interval over images excludes 0 and all seeds that are there agree (one interval in twenty excludes "
+            "0 by chance, and a single seed agrees with itself):",
             verdict,
             f"## FID against {study.baseline}" + (", mean over samplers" if several else ""),
             f"Relative change of FID from {study.baseline}, or what else is named, at the same seed, geometric mean "
