@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from diffusers.schedulers.scheduling_consistency_models import CMStochasticIterativeScheduler
 from PIL import Image
@@ -227,6 +228,22 @@ def test_bad_arguments_are_one_line(robustdiff, tmp_path, monkeypatch, arguments
     assert not list(tmp_path.rglob("*.safetensors"))
 
 
+@pytest.mark.parametrize(("instructions", "precision"), [({}, "fp32"), ({"avx512_bf16": True}, "bf16")])
+def test_auto_samples_in_the_precision_of_the_device(
+    robustdiff, digits_run, tmp_path, monkeypatch, instructions, precision
+):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: instructions)
+    images = {}
+    for name in ("auto", precision):
+        path = tmp_path / f"{name}.npz"
+        arguments = ("--num", 4, "--steps", 2, "--precision", name, "--output", path, "--cpu")
+        assert robustdiff("sample", digits_run, *arguments).code == 0
+        with np.load(path, allow_pickle=False) as archive:
+            images[name] = archive["arr_0"]
+    assert np.array_equal(images["auto"], images[precision])
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -235,6 +252,7 @@ def test_bad_arguments_are_one_line(robustdiff, tmp_path, monkeypatch, arguments
         (["--steps", "0"], ["steps"]),
         (["--steps", "2000"], ["2000", "1000"]),
         (["--num", "0"], ["--num"]),
+        (["--precision", "half"], ["--precision", "'half' is not one of", "auto"]),
         (["--class", "3"], ["class 3"]),
         (["--output", "x.jpg"], ["x.jpg", ".npz"]),
         (["--eps-scale", "1,2,3"], ["--eps-scale", "k,b"]),

@@ -10,9 +10,8 @@ import json
 import logging
 import sys
 from dataclasses import asdict, replace
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import typer
 from rich.console import Console
@@ -60,15 +59,16 @@ Features = Annotated[
 Weights = Annotated[Path | None, typer.Option(help="Inception's weights file.")]
 
 
-class Precision(StrEnum):
-    """Mixed precision of the network while sampling."""
+def _native(precision: str) -> str:
+    from robustdiff.recipe import native_precision
 
-    fp32 = "fp32"
-    bf16 = "bf16"
-    fp16 = "fp16"
+    return native_precision(precision)
 
 
-PrecisionOption = Annotated[Precision, typer.Option(help="Mixed precision of the network.")]
+Precision = Annotated[
+    Literal["auto", "fp32", "bf16", "fp16"],
+    typer.Option(callback=_native, help="Mixed precision of the network; auto: bf16 where the device computes in it."),
+]
 
 
 @app.callback(invoke_without_command=True)
@@ -168,7 +168,7 @@ def sample(
     ] = None,
     seed: Seed = 0,
     batch_size: BatchSize = 128,
-    precision: PrecisionOption = Precision.fp32,
+    precision: Precision = "fp32",
     label: Annotated[
         int | None, typer.Option("--class", help="The class of all images; all in turn by default.")
     ] = None,
@@ -197,7 +197,7 @@ def sample(
         steps=int(steps) if steps is not None and steps.lstrip("-").isdigit() else steps,
         seed=seed,
         batch_size=batch_size,
-        precision=precision.value,
+        precision=precision,
         label=label,
         options={
             name: value
@@ -234,7 +234,7 @@ def evaluate(
     output: Annotated[Path | None, typer.Option(help="A folder for result.json and figures.")] = None,
     seed: Seed = 0,
     batch_size: BatchSize = 128,
-    precision: PrecisionOption = Precision.fp32,
+    precision: Precision = "fp32",
     cpu: Cpu = False,
 ) -> None:
     """FID, KID, precision and recall over checkpoint × sampler × steps, on common random numbers.
@@ -262,7 +262,7 @@ def evaluate(
             steps=counts[0] if counts else 1,  # given, so that no run's recipe decides how all are sampled
             seed=seed,
             batch_size=batch_size,
-            precision=precision.value,
+            precision=precision,
         )
         for name, run in zip(names, runs, strict=True)
     }
@@ -306,7 +306,7 @@ def search_times(
     output: Annotated[Path | None, typer.Option(help="A .json for what was found and all that was tried.")] = None,
     seed: Seed = 0,
     batch_size: BatchSize = 128,
-    precision: PrecisionOption = Precision.fp32,
+    precision: Precision = "fp32",
     cpu: Cpu = False,
 ) -> None:
     """Find the scales at which a consistency model is sampled best in so many steps: greedily, by FID.
@@ -323,9 +323,7 @@ def search_times(
     from robustdiff.samplers.time_search import search_times as search
 
     device = Accelerator(cpu=cpu).device
-    generator = Generator.load(
-        run, device, sampler="multistep", seed=seed, batch_size=batch_size, precision=precision.value
-    )
+    generator = Generator.load(run, device, sampler="multistep", seed=seed, batch_size=batch_size, precision=precision)
     dataset = _real_images(run, data, root)
     check_fit(generator.unet, dataset.shape, run)
     extractor = _extractor(features, weights, dataset, device)
@@ -448,15 +446,13 @@ def mismatch(
     output: Annotated[Path, typer.Option(help="A folder for mismatch.json and figures.")] = Path("mismatch"),
     seed: Seed = 0,
     batch_size: BatchSize = 128,
-    precision: Annotated[
-        Precision, typer.Option(help="Mixed precision of the network on the sampler's path; robust loss has fp32.")
-    ] = Precision.fp32,
+    precision: Precision = "fp32",
     cpu: Cpu = False,
 ) -> None:
     """How far the points that a sampler makes are from those that the network was trained on, step by step.
 
     Spread (exposure bias), sliced Wasserstein, energy and Fréchet distance and KL divergence along the sampler's path,
-    with intervals and floors; robust loss and Lipschitz constant at true points. All on common random numbers.
+    with intervals and floors; robust loss and Lipschitz constant at true points, in fp32. All on common random numbers.
     """
     from accelerate import Accelerator
 
@@ -482,7 +478,7 @@ def mismatch(
             sampler=samplers[0] if samplers else None,
             steps=counts[0],
             batch_size=batch_size,
-            precision=precision.value,
+            precision=precision,
         )
         for name, run in zip(names, runs, strict=True)
     }
@@ -672,7 +668,8 @@ def main() -> None:
     except InputError as error:
         sys.exit(_fail(str(error), 2))
     except _UsageError as error:
-        sys.exit(_fail(f"{error.format_message()} (robustdiff --help)", 2))
+        message = error.format_message().replace("Value error, ", "")  # what pydantic, in newer typers, says before it
+        sys.exit(_fail(f"{message} (robustdiff --help)", 2))
     except (typer.Abort, KeyboardInterrupt):
         sys.exit(_fail("interrupted", 130))
     except RunError as error:

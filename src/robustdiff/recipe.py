@@ -34,7 +34,7 @@ __all__ = ["Recipe", "load_recipe", "shipped_recipes"]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 
-def _native(precision: Any) -> Any:
+def native_precision(precision: Any) -> Any:
     """In place of "auto", bf16 where the GPU, or without one the CPU, computes in it, else fp32.
 
     A CPU without instructions for it trains a UNet more than ten times slower in bf16 than in fp32. A recipe that says
@@ -51,7 +51,7 @@ def _native(precision: Any) -> Any:
     return "bf16" if native else "fp32"
 
 
-Precision = Annotated[Literal["fp32", "bf16", "fp16"], BeforeValidator(_native)]
+Precision = Annotated[Literal["fp32", "bf16", "fp16"], BeforeValidator(native_precision)]
 
 
 class Section(BaseModel):
