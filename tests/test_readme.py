@@ -80,6 +80,15 @@ def test_the_demo_section_is_made_from_the_committed_results():
     assert script["demo_section"](record) in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
+def test_quoted_results_are_those_of_the_pages():
+    pages = "\n".join(page.read_text(encoding="utf-8") for page in sorted((ROOT / "docs").glob("results*.md")))
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    quoted = [line.removeprefix("> ") for line in readme.splitlines() if line.startswith("> ")]
+    assert quoted
+    for line in quoted:
+        assert line in pages.splitlines()
+
+
 def test_links_lead_somewhere():
     for path in DOCUMENTS:
         for link in re.findall(r"\]\(([^)#]+)\)", path.read_text(encoding="utf-8")):
