@@ -605,8 +605,8 @@ def _over_trainings(results: Results, steps: int) -> str:
             # The lowest of many single trainings would be low by chance.
             best = min((m for m in changes if trainings[m] >= trainings[own]), key=lambda method: changes[method])
             lines.append(
-                f"- Against {name}, as it is: {own} {_percent(changes[own])}; the lowest with as many trainings, {best}, "
-                f"{_percent(changes[best])}."
+                f"- Against {name}, as it is: {own} {_percent(changes[own])}; the lowest with as many trainings, "
+                f"{best}, {_percent(changes[best])}."
             )
     return "\n".join(lines)
 
