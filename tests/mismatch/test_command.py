@@ -67,7 +67,8 @@ def test_numbers_are_written_before_figures(robustdiff, digits_run, tmp_path, mo
 
 
 def test_help_says_what_the_precision_is_of(robustdiff):
-    assert "robust loss has fp32" in " ".join(robustdiff("mismatch", "--help").out.split())
+    said = " ".join(robustdiff("mismatch", "--help").out.split())
+    assert "robust loss and Lipschitz constant at true points, in fp32" in said
 
 
 @pytest.mark.parametrize(
