@@ -305,6 +305,8 @@ def test_what_another_training_changes(tmp_path):
             fid = float(rng.uniform(5, 10))
             if run.method in ("near", "far"):  # plans come in the order of methods, so plain's first seed is there
                 fid = float(np.exp(logs["plain"][0, i])) * (1.01 if run.method == "near" else 20)
+            if run.method == "late-free":
+                fid = float(np.exp(logs["late"][run.seed, i]) * rng.uniform(1.4, 1.5))
             logs[run.method][run.seed, i] = np.log(fid)
             record = {**made_up_cell(run, fid, np.full(200, fid)), **more, "brightness": 10 * fid}
             cell.path.write_text(json.dumps(record))
@@ -330,6 +332,12 @@ def test_what_another_training_changes(tmp_path):
     ascii_text = text.replace("−", "-")
     ends = " … ".join(f"{end:+.1%}" for end in change.over_seeds)
     assert f"- **free** to plain: {change.mean:+.1%} ({ends}, 3 trainings): undecided." in ascii_text
+    for method, baseline in ("free", "plain"), ("late-free", "late"):
+        line = next(line for line in ascii_text.splitlines() if line.startswith(f"- **{method}** to {baseline}:"))
+        for i, sampler in enumerate(("ddim", "iddpm")):
+            alone = scipy.stats.ttest_rel(logs[method][:, i], logs[baseline][:, i])
+            assert (f"{sampler} +" in line or f"{sampler} -" in line) == (alone.pvalue < 0.05)
+    assert "By sampler: ddim +" in line
     levels = {method: np.expm1(logs[method].mean() - np.log(8)) for method in ("plain", "free", "late", "late-free")}
     best = min(levels, key=levels.get)
     lowest = f"the lowest with as many trainings, {best}, {levels[best]:+.1%}."

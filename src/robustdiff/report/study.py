@@ -569,10 +569,16 @@ def _over_trainings(results: Results, steps: int) -> str:
         if change is not None and len(change.seeds) > 1:
             low, high = change.over_seeds
             word = "lower" if high < 0 else "higher" if low > 0 else "undecided"
-            lines.append(
+            text = (
                 f"- **{method}** to {baseline}: {_percent(change.mean)} ({_interval(low, high)}, "
                 f"{len(change.seeds)} trainings): {word}."
             )
+            decided = []
+            for sampler in results.samplers if len(results.samplers) > 1 else ():
+                alone = results.change(method, [sampler], steps, baseline)
+                if alone is not None and len(alone.seeds) > 1 and not alone.over_seeds[0] <= 0 <= alone.over_seeds[1]:
+                    decided.append(f"{sampler} {_percent(alone.mean)} ({_interval(*alone.over_seeds)})")
+            lines.append(text + (f" By sampler: {', '.join(decided)}." if decided else ""))
         elif change is not None and baseline == results.baseline(method) and baseline in single:
             single[baseline].append((change.mean, method))
     for baseline, found in single.items():
@@ -685,7 +691,8 @@ def write_page(study: Study, folder: Path, page: Path) -> str:
     if verdict := _verdict(results):  # of what there is to compare
         parts += [
             "## What the numbers say",
-            f"FID at {middle} steps, {'mean over samplers, ' if several else ''}with the 95 % interval over trainings:",
+            f"FID at {middle} steps, {'mean over samplers, ' if several else ''}with the 95 % interval over trainings"
+            f"{'; a sampler is named where its own excludes 0' if several else ''}:",
             _over_trainings(results, middle),
             f"For the networks as they were trained, against {study.baseline}, counted as lower or higher where the "
             "95 % interval over images excludes 0 and all seeds that are there agree (one interval in twenty excludes "
