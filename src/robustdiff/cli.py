@@ -60,9 +60,11 @@ Weights = Annotated[Path | None, typer.Option(help="Inception's weights file.")]
 
 
 def _native(precision: str) -> str:
+    if precision != "auto":  # without importing torch while arguments are parsed
+        return precision
     from robustdiff.recipe import native_precision
 
-    return native_precision(precision)
+    return native_precision()
 
 
 Precision = Annotated[

@@ -34,14 +34,12 @@ __all__ = ["Recipe", "load_recipe", "shipped_recipes"]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 
-def native_precision(precision: Any) -> Any:
-    """In place of "auto", bf16 where the GPU, or without one the CPU, computes in it, else fp32.
+def native_precision() -> str:
+    """What "auto" stands for: bf16 where the GPU, or without one the CPU, computes in it, else fp32.
 
     A CPU without instructions for it trains a UNet more than ten times slower in bf16 than in fp32. A recipe that says
     "auto" becomes one that says which before anything is made of it, so a run's folder holds what it was trained in.
     """
-    if precision != "auto":
-        return precision
     if torch.cuda.is_available():
         native = torch.cuda.get_device_capability() >= (8, 0)
     else:
@@ -51,7 +49,10 @@ def native_precision(precision: Any) -> Any:
     return "bf16" if native else "fp32"
 
 
-Precision = Annotated[Literal["fp32", "bf16", "fp16"], BeforeValidator(native_precision)]
+Precision = Annotated[
+    Literal["fp32", "bf16", "fp16"],
+    BeforeValidator(lambda precision: native_precision() if precision == "auto" else precision),
+]
 
 
 class Section(BaseModel):

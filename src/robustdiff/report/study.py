@@ -64,6 +64,12 @@ class Change:
         return low, high
 
     @property
+    def decided(self) -> int:
+        """−1 or 1 where the interval over trainings, of two seeds or more, excludes 0, else 0."""
+        low, high = self.over_seeds
+        return -1 if high < 0 else int(low > 0)
+
+    @property
     def direction(self) -> int:
         """−1 or 1 where the interval excludes 0 and all seeds agree in sign, else 0."""
         if self.high < 0 and max(self.seeds) < 0:
@@ -284,10 +290,10 @@ def _spread(results: Results, steps: int) -> list[str]:
     for method, baseline in results.pairs:
         change = results.change(method, results.samplers, steps, baseline)
         if change is not None and len(change.seeds) > 1:
-            low, high = change.over_seeds
-            mark = "**" if high < 0 or low > 0 else ""
+            mark = "**" if change.decided else ""
             each = ", ".join(map(_percent, change.seeds))
-            rows.append([f"{method} to {baseline}", each, f"{mark}{_percent(change.mean)}{mark}", _interval(low, high)])
+            mean = f"{mark}{_percent(change.mean)}{mark}"
+            rows.append([f"{method} to {baseline}", each, mean, _interval(*change.over_seeds)])
     if not rows:
         return []
     heading = [f"{steps} steps, mean over samplers", "each seed", "mean", "95 % interval over trainings"]
@@ -540,7 +546,7 @@ def _pictures(results: Results, folder: Path, sampler: str, steps: int) -> Figur
 def _chance(results: Results, steps: int) -> dict[str, tuple[float, float]]:
     """How far apart trainings are that differ in their seed alone, by the baseline of those with a common one.
 
-    The standard deviation of FID, and the difference between two trainings that 95 % of such pairs stay below.
+    The standard deviation of ln FID, and the difference of two trainings in it that 95 % of such pairs stay below.
     """
     variances: dict[str, list[tuple[int, float]]] = {}
     baselines = {results.baseline(method) for method in results.methods}
@@ -555,44 +561,58 @@ def _chance(results: Results, steps: int) -> dict[str, tuple[float, float]]:
         freedom = sum(n for n, _ in group)
         deviation = np.sqrt(sum(n * variance for n, variance in group) / freedom)
         bound = student_t.ppf(0.975, freedom) * np.sqrt(2) * deviation
-        levels[baseline] = float(np.expm1(deviation)), float(np.expm1(bound))
+        levels[baseline] = float(deviation), float(bound)
     return levels
 
 
-def _over_trainings(results: Results, steps: int) -> str:
-    """What the seeds say of each pair, which single trainings are further off than chance explains, and the base."""
+def _over_trainings(results: Results, steps: int) -> list[str]:
+    """What the seeds say of each pair that has several."""
     lines = []
-    levels = _chance(results, steps)
-    single: dict[str, list[tuple[float, str]]] = {baseline: [] for baseline in levels}
     for method, baseline in results.pairs:
         change = results.change(method, results.samplers, steps, baseline)
-        if change is not None and len(change.seeds) > 1:
-            low, high = change.over_seeds
-            word = "lower" if high < 0 else "higher" if low > 0 else "undecided"
-            text = (
-                f"- **{method}** to {baseline}: {_percent(change.mean)} ({_interval(low, high)}, "
-                f"{len(change.seeds)} trainings): {word}."
-            )
-            decided = []
-            for sampler in results.samplers if len(results.samplers) > 1 else ():
-                alone = results.change(method, [sampler], steps, baseline)
-                if alone is not None and len(alone.seeds) > 1 and not alone.over_seeds[0] <= 0 <= alone.over_seeds[1]:
-                    decided.append(f"{sampler} {_percent(alone.mean)} ({_interval(*alone.over_seeds)})")
-            lines.append(text + (f" By sampler: {', '.join(decided)}." if decided else ""))
-        elif change is not None and baseline == results.baseline(method) and baseline in single:
-            single[baseline].append((change.mean, method))
-    for baseline, found in single.items():
-        deviation, bound = levels[baseline]
+        if change is None or len(change.seeds) < 2:
+            continue
+        word = {-1: "lower", 0: "undecided", 1: "higher"}[change.decided]
+        text = (
+            f"- **{method}** to {baseline}: {_percent(change.mean)} ({_interval(*change.over_seeds)}, "
+            f"{len(change.seeds)} trainings): {word}."
+        )
+        alone = {sampler: results.change(method, [sampler], steps, baseline) for sampler in results.samplers}
+        decided = [
+            f"{sampler} {_percent(own.mean)} ({_interval(*own.over_seeds)})"
+            for sampler, own in alone.items()
+            if len(alone) > 1 and own is not None and own.decided  # seeds that are whole are so in each sampler
+        ]
+        lines.append(text + (f" By sampler: {', '.join(decided)}." if decided else ""))
+    return lines
+
+
+def _single_trainings(results: Results, steps: int) -> list[str]:
+    """Which methods of one training are further from their baseline than chance explains."""
+    lines = []
+    for baseline, (deviation, bound) in _chance(results, steps).items():
         text = (
             f"- Trainings of {baseline} and of what is compared with it that differ in their seed alone have FIDs with "
-            f"a standard deviation of {deviation:.1%}: two of them are up to {bound:.0%} apart by chance (95 %)."
+            f"a standard deviation of {np.expm1(deviation):.1%}: two of them are up to {np.expm1(bound):.0%} apart by "
+            "chance (95 %)."
         )
+        single = []
+        for method, other in results.pairs:
+            change = results.change(method, results.samplers, steps) if other == baseline else None
+            if change is not None and len(change.seeds) == 1 and results.baseline(method) == baseline:
+                single.append((change.mean, method))
         for beyond, word in ((True, "further"), (False, "no further")):
-            these = [(mean, method) for mean, method in found if (abs(np.log1p(mean)) > np.log1p(bound)) == beyond]
+            these = [(mean, method) for mean, method in sorted(single) if (abs(np.log1p(mean)) > bound) == beyond]
             if these:
-                named = ", ".join(f"{method} ({_percent(mean)})" for mean, method in sorted(these))
+                named = ", ".join(f"{method} ({_percent(mean)})" for mean, method in these)
                 text += f" With one training, and {word} from {baseline} than that: {named}."
         lines.append(text)
+    return lines
+
+
+def _beside_references(results: Results, steps: int) -> list[str]:
+    """How far the baseline, and the best of as many trainings, are from each network as it is."""
+    lines = []
     for name in dict.fromkeys(name for name, *_ in results.beside):
         changes: dict[str, float] = {}
         trainings: dict[str, int] = {}
@@ -614,7 +634,7 @@ def _over_trainings(results: Results, steps: int) -> str:
                 f"- Against {name}, as it is: {own} {_percent(changes[own])}; the lowest with as many trainings, "
                 f"{best}, {_percent(changes[best])}."
             )
-    return "\n".join(lines)
+    return lines
 
 
 def _verdict(results: Results) -> str:
@@ -693,7 +713,11 @@ def write_page(study: Study, folder: Path, page: Path) -> str:
             "## What the numbers say",
             f"FID at {middle} steps, {'mean over samplers, ' if several else ''}with the 95 % interval over trainings"
             f"{'; a sampler is named where its own excludes 0' if several else ''}:",
-            _over_trainings(results, middle),
+            "\n".join(
+                part
+                for parts_of in (_over_trainings, _single_trainings, _beside_references)
+                for part in parts_of(results, middle)
+            ),
             f"For the networks as they were trained, against {study.baseline}, counted as lower or higher where the "
             "95 % interval over images excludes 0 and all seeds that are there agree (one interval in twenty excludes "
             "0 by chance, and a single seed agrees with itself):",
