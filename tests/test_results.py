@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGES = {
     "fashion-16": "results.md",
     "fashion-16-constant-rate": "results-constant-rate.md",
+    "fashion-16-scratch": "results-scratch.md",
     "fashion-16-consistency": "results-consistency.md",
 }
 THERE = [study for study in PAGES if (ROOT / "benchmarks" / "results" / study / "cells").is_dir()]

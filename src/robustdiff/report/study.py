@@ -709,15 +709,15 @@ def write_page(study: Study, folder: Path, page: Path) -> str:
         f"otherwise. {_obtained_on(results)} This page is made by `robustdiff study` from the files of the cells.",
     ]
     if verdict := _verdict(results):  # of what there is to compare
+        parts.append("## What the numbers say")
+        functions = (_over_trainings, _single_trainings, _beside_references)
+        if lines := list(itertools.chain(*(function(results, middle) for function in functions))):
+            parts += [
+                f"FID at {middle} steps, {'mean over samplers, ' if several else ''}with the 95 % interval over "
+                f"trainings{'; a sampler is named where its own excludes 0' if several else ''}:",
+                "\n".join(lines),
+            ]
         parts += [
-            "## What the numbers say",
-            f"FID at {middle} steps, {'mean over samplers, ' if several else ''}with the 95 % interval over trainings"
-            f"{'; a sampler is named where its own excludes 0' if several else ''}:",
-            "\n".join(
-                part
-                for parts_of in (_over_trainings, _single_trainings, _beside_references)
-                for part in parts_of(results, middle)
-            ),
             f"For the networks as they were trained, against {study.baseline}, counted as lower or higher where the "
             "95 % interval over images excludes 0 and all seeds that are there agree (one interval in twenty excludes "
             "0 by chance, and a single seed agrees with itself):",
