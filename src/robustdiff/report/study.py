@@ -596,11 +596,9 @@ def _single_trainings(results: Results, steps: int) -> list[str]:
             f"a standard deviation of {np.expm1(deviation):.1%}: two of them are up to {np.expm1(bound):.0%} apart by "
             "chance (95 %)."
         )
-        single = []
-        for method, other in results.pairs:
-            change = results.change(method, results.samplers, steps) if other == baseline else None
-            if change is not None and len(change.seeds) == 1 and results.baseline(method) == baseline:
-                single.append((change.mean, method))
+        compared = [method for method, other in results.pairs if other == baseline == results.baseline(method)]
+        changes = {method: results.change(method, results.samplers, steps) for method in compared}
+        single = [(own.mean, method) for method, own in changes.items() if own is not None and len(own.seeds) == 1]
         for beyond, word in ((True, "further"), (False, "no further")):
             these = [(mean, method) for mean, method in sorted(single) if (abs(np.log1p(mean)) > bound) == beyond]
             if these:
@@ -710,8 +708,11 @@ def write_page(study: Study, folder: Path, page: Path) -> str:
     ]
     if verdict := _verdict(results):  # of what there is to compare
         parts.append("## What the numbers say")
-        functions = (_over_trainings, _single_trainings, _beside_references)
-        if lines := list(itertools.chain(*(function(results, middle) for function in functions))):
+        if lines := [
+            *_over_trainings(results, middle),
+            *_single_trainings(results, middle),
+            *_beside_references(results, middle),
+        ]:
             parts += [
                 f"FID at {middle} steps, {'mean over samplers, ' if several else ''}with the 95 % interval over "
                 f"trainings{'; a sampler is named where its own excludes 0' if several else ''}:",
