@@ -67,8 +67,8 @@ def test_the_plan_has_the_first_seed_of_every_method_first(study_file, tmp_path)
     assert runs[2].recipe.seed == 1
 
 
-def test_the_first_seed_can_be_measured_more_fully_than_the_others(tmp_path):
-    plain = {**TINY["methods"]["plain"], "steps": [1], "first_steps": [1, 4]}
+def test_a_seed_can_be_measured_more_fully_than_the_others(tmp_path):
+    plain = {**TINY["methods"]["plain"], "steps": [1], "seed_steps": {0: [4, 1]}}
     methods = {**TINY["methods"], "plain": plain}
     measure = {**TINY["measure"], "mismatch_methods": ["plain"]}
     study = Study.model_validate({**TINY, "methods": methods, "measure": measure})
@@ -195,6 +195,10 @@ def test_remaining_seconds_follow_what_is_finished(finished, tmp_path):
         ({"baseline": "other"}, "baseline: 'other' is not one of the methods plain, free"),
         ({"compare": [["free", "other"]]}, "compare: 'other' is not one of the methods plain, free"),
         ({"measure": {"mismatch_methods": ["other"]}}, "measure.mismatch_methods: 'other' is not one of the methods"),
+        (
+            {"methods": {"plain": {"seeds": [1, 2], "seed_steps": {3: [1]}}}},
+            "methods.plain: seed_steps: 3 is not one of the seeds 1, 2",
+        ),
         ({"methodes": {}}, "methodes"),
         ({"methods": {"plain": {"set": {"adversary.stepsize": 1}}}}, "unknown field adversary.stepsize"),
         ({"recipe": "nothing"}, "unknown recipe 'nothing'"),

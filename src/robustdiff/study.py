@@ -111,8 +111,15 @@ class Method(Section):
     set: Changes = Field({}, description="fields by their dotted names, such as adversary.step_size: 0.5")
     seeds: Seeds = (0,)
     steps: Counts | None = Field(None, description="numbers of evaluations; those of the study by default")
-    first_steps: Counts | None = Field(None, description="the same for the first seed, where it has others")
+    seed_steps: dict[int, Counts] = Field({}, description="the same for a seed that has others")
     baseline: str | None = Field(None, description="the method it is compared with; the study's by default")
+
+    @model_validator(mode="after")
+    def _of_its_seeds(self) -> Method:
+        for seed in self.seed_steps:
+            if seed not in self.seeds:
+                raise ValueError(f"seed_steps: {seed} is not one of the seeds {', '.join(map(str, self.seeds))}")
+        return self
 
 
 class Reference(Section):
@@ -258,7 +265,7 @@ class Run:
     @property
     def steps(self) -> tuple[int, ...]:
         method = self.study.methods[self.method]
-        return tuple(sorted((method.first_steps if self.first else None) or method.steps or self.study.measure.steps))
+        return tuple(sorted(method.seed_steps.get(self.seed) or method.steps or self.study.measure.steps))
 
     @property
     def mismatch_steps(self) -> tuple[int, ...]:

@@ -33,7 +33,7 @@ def test_lines_have_the_fids_and_the_panels_the_samplers():
 
 
 def test_levels_are_dashed_lines_with_their_names():
-    figure = fid_panels({"a": {"plain": Line([1, 2], [4, 3], [4, 3], [4, 3])}}, "title", {"teacher": 2.5})
+    figure = fid_panels({"a": {"plain": [Line([1, 2], [4, 3], [4, 3], [4, 3])]}}, "title", {"teacher": 2.5})
     line, level = figure.axes[0].get_lines()
     assert set(level.get_ydata()) == {2.5}
     assert (line.get_linestyle(), level.get_linestyle()) == ("-", "--")

@@ -49,26 +49,28 @@ class Line:
     high: Sequence[float]
 
 
-def fid_panels(panels: dict[str, dict[str, Line]], title: str, levels: Mapping[str, float] = {}) -> Figure:
-    """FID against steps: panels by title, lines by label, one colour for a label; both axes logarithmic.
+def fid_panels(panels: dict[str, dict[str, list[Line]]], title: str, levels: Mapping[str, float] = {}) -> Figure:
+    """FID against steps: panels by title, lines by label, one colour for all of a label; both axes logarithmic.
 
     Arguments:
         panels: The lines of each panel.
         title: Above them all.
         levels: Dashed lines across each panel, by label.
     """
-    labels = list(dict.fromkeys(label for lines in panels.values() for label in lines))
-    steps = sorted({x for lines in panels.values() for line in lines.values() for x in line.x})
+    labels = list(dict.fromkeys(label for groups in panels.values() for label in groups))
+    steps = sorted({x for groups in panels.values() for lines in groups.values() for line in lines for x in line.x})
     figure = Figure(figsize=(3 + 3.2 * len(panels), 3.6), layout="constrained")
     axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
-    for panel, (heading, lines) in zip(axes, panels.items(), strict=True):
-        for label, line in lines.items():
+    for panel, (heading, groups) in zip(axes, panels.items(), strict=True):
+        for label, lines in groups.items():
             i = labels.index(label)
             colour = COLOURS[i % len(COLOURS)]
             marker = MARKERS[i % len(MARKERS)]
-            panel.plot(line.x, line.y, marker=marker, color=colour, label=label, markersize=5, linewidth=1.5)
-            edges = np.maximum([line.low, line.high], 1e-3)
-            panel.fill_between(line.x, *edges, color=colour, alpha=0.15, linewidth=0)
+            for j, line in enumerate(lines):
+                once = label if j == 0 else None
+                panel.plot(line.x, line.y, marker=marker, color=colour, label=once, markersize=5, linewidth=1.5)
+                edges = np.maximum([line.low, line.high], 1e-3)
+                panel.fill_between(line.x, *edges, color=colour, alpha=0.15, linewidth=0)
         for (label, level), grey in zip(levels.items(), np.linspace(0.2, 0.6, len(levels)), strict=True):
             panel.axhline(level, color=str(grey), linestyle="--", linewidth=1, label=label)
         panel.set_title(heading)
@@ -89,19 +91,21 @@ def fid_panels(panels: dict[str, dict[str, Line]], title: str, levels: Mapping[s
 
 def fid_against_steps(cells: Sequence[Cell], title: str) -> Figure:
     """One panel for each sampler, one line for each checkpoint, with intervals."""
-    panels: dict[str, dict[str, Line]] = {}
+    panels: dict[str, dict[str, list[Line]]] = {}
     for sampler in dict.fromkeys(cell.sampler for cell in cells):
-        lines = panels[sampler] = {}
+        groups = panels[sampler] = {}
         for checkpoint in dict.fromkeys(cell.checkpoint for cell in cells):
             own = sorted(
                 (c for c in cells if c.sampler == sampler and c.checkpoint == checkpoint), key=lambda c: c.steps
             )
-            lines[checkpoint] = Line(
-                [c.steps for c in own],
-                [c.fid for c in own],
-                [c.fid_ci[0] for c in own],
-                [c.fid_ci[1] for c in own],
-            )
+            groups[checkpoint] = [
+                Line(
+                    [c.steps for c in own],
+                    [c.fid for c in own],
+                    [c.fid_ci[0] for c in own],
+                    [c.fid_ci[1] for c in own],
+                )
+            ]
     return fid_panels(panels, title)
 
 

@@ -497,29 +497,28 @@ def _sensitivity(results: Results, steps: int) -> tuple[str, Figure] | None:
 
 
 def _fid_figure(results: Results) -> Figure:
-    """One line for each method, in the band of its seeds; none for those that have a point alone, unless all do.
-
-    A line has the numbers of steps at which all seeds are that are there at any: its points are means of the same.
-    """
+    """One line for each training; none of the methods that have a point alone, unless all do."""
     counts = {m: len({steps for method, _, _, steps in results.cells if method == m}) for m in results.methods}
     methods = [m for m in results.methods if counts[m] > 1 or max(counts.values()) == 1]
-    panels: dict[str, dict[str, Line]] = {}
-    for sampler in results.samplers:
-        panels[sampler] = {}
+    panels: dict[str, dict[str, list[Line]]] = {sampler: {} for sampler in results.samplers}
+    for sampler, groups in panels.items():
         for method in methods:
-            seeds = max(len(results.seeds(method, sampler, s)) for s in results.steps)
-            values = {s: v for s in results.steps if (v := results.values(method, sampler, s)) and len(v) == seeds}
-            panels[sampler][method] = Line(
-                list(values),
-                [float(np.mean(v)) for v in values.values()],
-                [min(v) for v in values.values()],
-                [max(v) for v in values.values()],
-            )
+            fids: dict[int, dict[int, float]] = {}
+            for (name, seed, own, steps), record in sorted(results.cells.items()):
+                if (name, own) == (method, sampler):
+                    fids.setdefault(seed, {})[steps] = record["fid"]
+            groups[method] = [_without_band(of_seed) for of_seed in fids.values()]
         for name in dict.fromkeys(name for name, own, _ in results.beside if own == sampler):
-            fids = {n: r["fid"] for (one, own, n), r in sorted(results.beside.items()) if (one, own) == (name, sampler)}
-            panels[sampler][f"{name}, as it is"] = Line(list(fids), *[list(fids.values())] * 3)
+            as_it_is = {
+                n: r["fid"] for (one, own, n), r in sorted(results.beside.items()) if (one, own) == (name, sampler)
+            }
+            groups[f"{name}, as it is"] = [_without_band(as_it_is)]
     levels = {f"{name}, {sampler} {n}": record["fid"] for (name, sampler, n), record in results.levels.items()}
-    return fid_panels(panels, "mean over seeds; bands from the least to the largest", levels)
+    return fid_panels(panels, "one line for each training", levels)
+
+
+def _without_band(fids: dict[int, float]) -> Line:
+    return Line(list(fids), *[list(fids.values())] * 3)
 
 
 def _pictures(results: Results, folder: Path, sampler: str, steps: int) -> Figure | None:
