@@ -326,6 +326,13 @@ def test_what_another_training_changes(tmp_path):
     row = next(line for line in text.splitlines() if line.startswith("| free to plain |"))
     assert row.endswith(f"| {change.over_seeds[0]:+.1%} … {change.over_seeds[1]:+.1%} |".replace("-", "−"))
     assert text.count("| plain to free |") == 5, "the mean, each sampler, over trainings, at equal brightness"
+    row = next(line for line in text.splitlines() if line.startswith("| 10 steps, free to plain |"))
+    for i, cell in enumerate(row.replace("**", "").replace("−", "-").split("|")[2:4]):
+        expected = scipy.stats.ttest_rel(logs["free"][:, i], logs["plain"][:, i])
+        ends = expected.confidence_interval()
+        mean = np.mean(logs["free"][:, i] - logs["plain"][:, i])
+        mean, low, high = (f"{np.expm1(value):+.1%}" for value in (mean, ends.low, ends.high))
+        assert cell.strip() == f"{mean} ({low} … {high}), n = 3"
     for baseline, method in ("plain", "free"), ("late", "late-free"):
         deviation = np.sqrt((logs[baseline].mean(1).var(ddof=1) + logs[method].mean(1).var(ddof=1)) / 2)
         bound = np.expm1(scipy.stats.t.ppf(0.975, 4) * np.sqrt(2) * deviation)

@@ -285,7 +285,7 @@ def _changes(results: Results, pairs: Sequence[tuple[str, str]], samplers: Seque
 
 
 def _spread(results: Results, steps: int) -> list[str]:
-    """What other seeds change: each training's own difference, and an interval over trainings."""
+    """What other seeds change: each training's own difference at some steps, and intervals over trainings at all."""
     rows = []
     for method, baseline in results.pairs:
         change = results.change(method, results.samplers, steps, baseline)
@@ -297,13 +297,25 @@ def _spread(results: Results, steps: int) -> list[str]:
     if not rows:
         return []
     heading = [f"{steps} steps, mean over samplers", "each seed", "mean", "95 % interval over trainings"]
+    by_sampler = []
+    for count in results.steps:
+        for method, baseline in results.pairs:
+            changes = [results.change(method, [sampler], count, baseline) for sampler in results.samplers]
+            cells = ["–" if c is None or len(c.seeds) < 3 else _over_seeds(c) for c in changes]
+            if set(cells) != {"–"}:
+                by_sampler.append([f"{count} steps, {method} to {baseline}", *cells])
     return [
         "## How much another training changes",
         "The intervals elsewhere on this page are over images, for networks as they were trained. These are over "
         "trainings (Student's t), which differ in the order of the data and in all noise; methods of the same seed "
         "begin with the same.",
         _table(heading, rows),
+        *([_table(["interval over three trainings or more", *results.samplers], by_sampler)] if by_sampler else []),
     ]
+
+
+def _over_seeds(change: Change) -> str:
+    return f"{_estimate(change.mean, *change.over_seeds)}, n = {len(change.seeds)}"
 
 
 def _brightness(results: Results, steps: int) -> tuple[str, Figure] | None:
