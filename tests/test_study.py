@@ -326,7 +326,7 @@ def test_what_another_training_changes(tmp_path):
     row = next(line for line in text.splitlines() if line.startswith("| free to plain |"))
     assert row.endswith(f"| {change.over_seeds[0]:+.1%} … {change.over_seeds[1]:+.1%} |".replace("-", "−"))
     assert text.count("| plain to free |") == 5, "the mean, each sampler, over trainings, at equal brightness"
-    row = next(line for line in text.splitlines() if line.startswith("| 10 steps, free to plain |"))
+    row = next(line for line in text.splitlines() if line.startswith("| free to plain, 10 |"))
     for i, cell in enumerate(row.replace("**", "").replace("−", "-").split("|")[2:4]):
         expected = scipy.stats.ttest_rel(logs["free"][:, i], logs["plain"][:, i])
         ends = expected.confidence_interval()
