@@ -643,9 +643,10 @@ def _beside_references(results: Results, steps: int) -> list[str]:
         if own in changes:
             # The lowest of many single trainings would be low by chance.
             best = min((m for m in changes if trainings[m] >= trainings[own]), key=lambda method: changes[method])
+            rest = "" if best == own else f", {best}, {_percent(changes[best])}"
             lines.append(
-                f"- Against {name}, as it is: {own} {_percent(changes[own])}; the lowest with as many trainings, "
-                f"{best}, {_percent(changes[best])}."
+                f"- Against {name}, as it is: {own} {_percent(changes[own])}{';' if rest else ','} "
+                f"the lowest with as many trainings{rest}."
             )
     return lines
 
