@@ -110,8 +110,8 @@ def fid_against_steps(cells: Sequence[Cell], title: str) -> Figure:
 
 
 def loss_curves(curves: dict[str, tuple[Sequence[float], Sequence[float]]], title: str) -> Figure:
-    """The training loss of each run, (steps, losses) by its label, smoothed over ten values."""
-    figure = Figure(figsize=(6.4, 3.6), layout="constrained")
+    """The training loss of each run, (steps, losses) by its label, smoothed over ten values; logarithmic."""
+    figure = Figure(figsize=(8.4, 3.6), layout="constrained")
     panel = figure.subplots()
     for i, (label, (steps, losses)) in enumerate(curves.items()):
         width = min(10, len(losses))
@@ -120,8 +120,9 @@ def loss_curves(curves: dict[str, tuple[Sequence[float], Sequence[float]]], titl
         panel.plot(steps[width - 1 :], smooth, label=label, linewidth=1.2, **style)
     panel.set_xlabel("optimiser updates")
     panel.set_ylabel("loss, at δ where there is one")
-    panel.grid(alpha=0.3)
-    panel.legend(frameon=False, fontsize="x-small", ncols=2)
+    panel.set_yscale("log")
+    panel.grid(alpha=0.3, which="both")
+    figure.legend(loc="outside right center", frameon=False, fontsize="x-small")
     figure.suptitle(title, fontsize=10)
     return figure
 
