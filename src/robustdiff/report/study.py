@@ -304,18 +304,16 @@ def _spread(results: Results, steps: int) -> list[str]:
             cells = ["–" if c is None or len(c.seeds) < 3 else _over_seeds(c) for c in changes]
             if set(cells) != {"–"}:
                 by_sampler.append([f"{method} to {baseline}, {count}", *cells])
-    return [
+    parts = [
         "## How much another training changes",
         "The intervals elsewhere on this page are over images, for networks as they were trained. These are over "
         "trainings (Student's t), which differ in the order of the data and in all noise; methods of the same seed "
         "begin with the same.",
         _table(heading, rows),
-        *(
-            [_table(["steps; intervals over three trainings or more", *results.samplers], by_sampler)]
-            if by_sampler
-            else []
-        ),
     ]
+    if by_sampler:
+        parts.append(_table(["steps; intervals over three trainings or more", *results.samplers], by_sampler))
+    return parts
 
 
 def _over_seeds(change: Change) -> str:
