@@ -13,7 +13,7 @@ from torch import Tensor
 from robustdiff.objectives.timesteps import TimestepSampler
 from robustdiff.process import DiffusionProcess
 
-__all__ = ["Draw", "Objective", "gaussian", "precise", "predict", "times_at"]
+__all__ = ["Draw", "Objective", "gaussian", "precise", "predict"]
 
 
 @dataclass
@@ -55,13 +55,6 @@ def precise(dtype: torch.dtype) -> torch.dtype:
     250 ln σ would be rounded to steps of 8 in bfloat16, and neighbouring levels to the same number.
     """
     return torch.promote_types(dtype, torch.float32)
-
-
-def times_at(process: DiffusionProcess, t: Tensor, x: Tensor) -> Tensor:
-    """What a network is given as the times of points x (B, *) at indices (B,), on their device, with shape (B,)."""
-    times = process.times
-    # Rounded before they move: not every device has float64. Whole numbers stay whole.
-    return (times.to(precise(x.dtype)) if times.is_floating_point() else times).to(x.device)[t]
 
 
 class Objective(ABC):
