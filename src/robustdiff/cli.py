@@ -56,6 +56,18 @@ Root = Annotated[str | None, typer.Option(help="The folder or file of the real i
 Features = Annotated[
     str | None, typer.Option(help="digits, fashion-16, fashion-mnist, inception, or a .safetensors file.")
 ]
+Spacing = Annotated[
+    Literal["own", "leading", "trailing", "linspace"] | None,
+    typer.Option(help="Which times are visited; by default what the checkpoint says; own: the sampler's own."),
+]
+Guidance = Annotated[
+    float | None,
+    typer.Option(min=0, help="Scale of classifier-free guidance, for models with a null class; 1: none."),
+]
+Classes = Annotated[
+    int | None,
+    typer.Option(min=1, help="How many classes are sampled; one less than the model has, if its last is null."),
+]
 Weights = Annotated[Path | None, typer.Option(help="Inception's weights file.")]
 
 
@@ -180,6 +192,9 @@ def sample(
     ] = None,
     window: Annotated[int | None, typer.Option(help="time-shift: the window's width, in training times.")] = None,
     cutoff: Annotated[int | None, typer.Option(help="time-shift: the time down from which nothing is shifted.")] = None,
+    spacing: Spacing = None,
+    guidance: Guidance = None,
+    classes: Classes = None,
     cpu: Cpu = False,
 ) -> None:
     """Sample images into an .npz (arr_0: uint8 NHWC, what ADM's evaluator reads) or into PNGs.
@@ -201,11 +216,9 @@ def sample(
         batch_size=batch_size,
         precision=precision,
         label=label,
-        options={
-            name: value
-            for name, value in (("eps_scale", _scale(eps_scale)), ("window", window), ("cutoff", cutoff))
-            if value is not None
-        },
+        num_classes=classes,
+        guidance=guidance,
+        options=_given(eps_scale=_scale(eps_scale), window=window, cutoff=cutoff, spacing=spacing),
     )
     if output.suffix and output.suffix != ".npz":
         raise InputError(f"{output}: give a file that ends in .npz, or a folder")
@@ -375,7 +388,8 @@ def solver_error(
     from robustdiff.data import to_unit
     from robustdiff.files import atomic_write
     from robustdiff.mismatch.solver_error import fitted_order, measure_solver_error
-    from robustdiff.models.build import check_classes, check_fit, denoiser_of, load_pipeline
+    from robustdiff.models.build import check_classes, check_fit, load_pipeline
+    from robustdiff.models.scheduler import denoiser_of
     from robustdiff.objectives.consistency import SOLVERS
     from robustdiff.report.figures import save_figure
     from robustdiff.report.progress import Bar
@@ -610,6 +624,11 @@ def _scale(text: str | None) -> float | tuple[float, float] | None:
     if len(values) == 2:
         return values[0], values[1]
     raise InputError(f"--eps-scale {text}: give a number, or k,b for k·i + b")
+
+
+def _given(**options: Any) -> dict[str, Any]:
+    """Return the options that are not None."""
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def _real_images(run: str, data: str | None, root: str | None) -> ImageDataset:

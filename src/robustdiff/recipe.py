@@ -107,6 +107,9 @@ class ModelConfig(Named):
     groups: int = Field(32, ge=1, description="unet: groups of a group norm; every width must be a multiple")
     dropout: Fraction = Field(0.0, description="unet: dropout in the residual blocks")
     class_cond: bool = Field(False, description="unet: condition on the labels of the data")
+    condition_dropout: Fraction = Field(
+        0.0, description="share of the labels that become the null class, for classifier-free guidance; 0: none"
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> ModelConfig:
@@ -114,6 +117,8 @@ class ModelConfig(Named):
             raise ValueError("a pretrained model needs model.path: a run, a pipeline folder, or a shipped model's name")
         if self.name != "pretrained" and self.path is not None:
             raise ValueError("model.path is for model.name=pretrained")
+        if self.condition_dropout and self.name == "unet" and not self.class_cond:
+            raise ValueError("model.condition_dropout needs model.class_cond: without labels there are none to drop")
         if self.attention is not None and len(self.attention) != len(self.channels):
             raise ValueError(f"model.attention needs one value for each of the {len(self.channels)} levels")
         for width in self.channels:
@@ -129,6 +134,13 @@ class ProcessConfig(Named):
         "cosine", description="pretrained: the one that the checkpoint was trained with"
     )
     T: int = Field(1000, ge=1, description="the number of times")
+    shift: float = Field(1.0, gt=0, description="flow: above 1 more of the times are noisy")
+
+    @model_validator(mode="after")
+    def _shifted(self) -> ProcessConfig:
+        if self.shift != 1 and self.name != "flow":
+            raise ValueError("process.shift is for process.name=flow")
+        return self
 
 
 class DenoisingConfig(Named):

@@ -15,13 +15,10 @@ from robustdiff.models.build import (
     PRETRAINED,
     build_model,
     build_unet,
-    denoiser_of,
     load_pipeline,
-    model_of,
-    objective_of,
-    process_of,
     save_pipeline,
 )
+from robustdiff.models.scheduler import denoiser_of, model_of, objective_of, process_of
 from robustdiff.objectives.preconditioning import DiffusionDenoiser, Preconditioned, karras_sigmas
 from robustdiff.recipe import ModelConfig, Recipe, load_recipe
 

@@ -48,7 +48,7 @@ def test_every_evaluation_is_seen_and_the_images_do_not_change_for_it(sampler):
     assert len(seen) == 5
     assert torch.equal(seen[0].x_t, x_T)
     for e in seen:
-        times = e.process.times[e.index]
+        times = e.process.times_at(e.index, e.x_t)
         assert torch.equal(e.predicted.noise, model(e.x_t, times))  # not scaled, not clipped
         alpha, sigma = e.process.levels(e.index, e.x_t)
         torch.testing.assert_close(alpha * e.used.x0 + sigma * e.used.noise, e.x_t)

@@ -2,22 +2,14 @@
 
 Everything that this project trains is a diffusers pipeline folder: ``unet/`` and ``scheduler/``, with
 ``model_index.json`` beside them, which ``DDPMPipeline.from_pretrained`` reads, or for a consistency model
-``ConsistencyModelPipeline.from_pretrained``. The scheduler says what the network is:
-
-    DDPMScheduler and its kin            a diffusion model, of the scheduler's prediction_type
-    FlowMatchEulerDiscreteScheduler      flow matching
-    EDMEulerScheduler                    a denoiser in Karras et al.'s preconditioning
-    CMStochasticIterativeScheduler       a consistency model
-
-A denoiser is called at the time 250 ln σ, as those of Song et al. are, from which consistency models start;
-EDMEulerScheduler itself has ln σ/4. It is in the folder for its levels and for what its kind says, and
-sampling is for this package: no diffusers scheduler has both this time and this preconditioning.
+``ConsistencyModelPipeline.from_pretrained``. Its scheduler says what the network is
+(:mod:`robustdiff.models.scheduler`).
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.resources import files
@@ -35,20 +27,13 @@ from diffusers import (
 from diffusers.models.unets.unet_2d import UNet2DModel
 from diffusers.utils import logging as diffusers_logging
 from safetensors import SafetensorError
-from torch import Tensor
 
 from robustdiff.data import ImageDataset
 from robustdiff.errors import InputError
+from robustdiff.models.scheduler import mark_as_own, objective_of, process_of
 from robustdiff.objectives.consistency import DoublingScales, FixedScales, GrowingScales, ScaleSchedule
 from robustdiff.objectives.denoising import Variance
-from robustdiff.objectives.preconditioning import (
-    Denoise,
-    DiffusionDenoiser,
-    OverTimes,
-    Preconditioned,
-    karras_process,
-    karras_sigmas,
-)
+from robustdiff.objectives.preconditioning import karras_process, karras_sigmas
 from robustdiff.process import DiffusionProcess
 from robustdiff.recipe import (
     ConsistencyConfig,
@@ -68,11 +53,7 @@ __all__ = [
     "build_unet",
     "check_classes",
     "check_fit",
-    "denoiser_of",
     "load_pipeline",
-    "model_of",
-    "objective_of",
-    "process_of",
     "save_pipeline",
     "scale_schedule",
 ]
@@ -104,6 +85,9 @@ def build_unet(
         )
     if config.class_cond and num_classes is None:
         raise InputError("model.class_cond needs labels, and this data has none: set model.class_cond=false")
+    embedded = None
+    if config.class_cond and num_classes is not None:
+        embedded = num_classes + (config.condition_dropout > 0)  # the last is the null class
     attention = config.attention or (False,) * levels
     # Wider than the level, a head would leave no heads at all. The middle always has attention.
     widths = [config.channels[-1], *(w for w, a in zip(config.channels, attention, strict=True) if a)]
@@ -118,7 +102,7 @@ def build_unet(
         attention_head_dim=min(config.head_width, *widths),
         norm_num_groups=config.groups,
         dropout=config.dropout,
-        num_class_embeds=num_classes if config.class_cond else None,
+        num_class_embeds=embedded,
     )
 
 
@@ -127,7 +111,9 @@ def build_process(config: ProcessConfig, objective: DenoisingConfig) -> tuple[Di
     if (config.name == "flow") != (objective.prediction == "flow"):
         raise InputError("process=flow and objective.prediction=flow go together: set both, or neither")
     if config.name == "flow":
-        return DiffusionProcess.flow(config.T), FlowMatchEulerDiscreteScheduler(num_train_timesteps=config.T)
+        # A flow's time is continuous: T is how finely it is drawn, and the scheduler has always 1000 t.
+        scheduler: Any = FlowMatchEulerDiscreteScheduler(shift=config.shift)
+        return DiffusionProcess.flow(config.T, config.shift), mark_as_own(scheduler)
     scheduler = DDPMScheduler(
         config.T,
         beta_schedule={"cosine": "squaredcos_cap_v2", "linear": "linear"}[config.name],
@@ -137,7 +123,7 @@ def build_process(config: ProcessConfig, objective: DenoisingConfig) -> tuple[Di
         variance_type={"fixed": "fixed_small"}.get(objective.variance, objective.variance),
     )
     process = DiffusionProcess.cosine(config.T) if config.name == "cosine" else DiffusionProcess.linear(config.T)
-    return process, scheduler
+    return process, mark_as_own(scheduler)
 
 
 def scale_schedule(config: ConsistencyConfig, steps: int) -> ScaleSchedule:
@@ -159,78 +145,8 @@ def _build_levels(objective: EdmConfig | ConsistencyConfig, steps: int) -> tuple
         sigma_data=objective.sigma_data,
         rho=objective.rho,
     )
-    return karras_process(_sigmas_of(scheduler)), scheduler
-
-
-def _sigmas_of(scheduler: Any) -> Tensor:
-    config = scheduler.config
-    return karras_sigmas(config.num_train_timesteps, config.sigma_min, config.sigma_max, config.rho)
-
-
-def process_of(scheduler: Any) -> DiffusionProcess:
-    """The process that a pipeline's scheduler was made for; of a denoiser the one that :func:`model_of` is over."""
-    match scheduler:
-        case FlowMatchEulerDiscreteScheduler():
-            return DiffusionProcess.flow(scheduler.config.num_train_timesteps)
-        case CMStochasticIterativeScheduler():
-            return karras_process(_sigmas_of(scheduler))
-        case EDMEulerScheduler():
-            return OverTimes.process(_sigmas_of(scheduler))
-    try:
-        return DiffusionProcess.from_scheduler(scheduler)
-    except ValueError as error:
-        raise InputError(str(error)) from None
-
-
-def objective_of(scheduler: Any, unet: UNet2DModel) -> ObjectiveConfig:
-    """What the network of a pipeline predicts, read from the scheduler and the number of its output channels."""
-    config = scheduler.config
-    match scheduler:
-        case FlowMatchEulerDiscreteScheduler():
-            return DenoisingConfig(prediction="flow")
-        case CMStochasticIterativeScheduler() | EDMEulerScheduler():
-            levels = {name: getattr(config, name) for name in ("sigma_min", "sigma_max", "rho", "sigma_data")}
-            if isinstance(scheduler, EDMEulerScheduler):
-                return EdmConfig(name="edm", levels=config.num_train_timesteps, **levels)
-            return ConsistencyConfig(name="consistency", scales=config.num_train_timesteps, **levels)
-    learned = unet.config.out_channels == 2 * unet.config.in_channels
-    return DenoisingConfig(
-        prediction=getattr(config, "prediction_type", "epsilon"),
-        variance="learned_range" if learned else "fixed",
-    )
-
-
-def model_of(scheduler: Any, unet: Callable[..., Any]) -> Callable[..., Any]:
-    """A pipeline's network as samplers call it: over the times of :func:`process_of`, predicting what
-    :func:`objective_of` says."""
-    config = scheduler.config
-    match scheduler:
-        case CMStochasticIterativeScheduler():
-            return Preconditioned(unet, config.sigma_data, config.sigma_min)
-        case EDMEulerScheduler():
-            return OverTimes(Preconditioned(unet, config.sigma_data), _sigmas_of(scheduler))
-    return unet
-
-
-def denoiser_of(scheduler: Any, unet: UNet2DModel, network: Callable[..., Any] | None = None) -> Denoise:
-    """A pipeline's network as a denoiser D(x, σ), such as a teacher.
-
-    Arguments:
-        scheduler: The pipeline's scheduler.
-        unet: The pipeline's network.
-        network: What to call in its place, where it is wrapped.
-
-    Raises:
-        InputError: If it is a consistency model or of flow matching.
-    """
-    network = unet if network is None else network
-    if isinstance(scheduler, EDMEulerScheduler):
-        return Preconditioned(network, scheduler.config.sigma_data)
-    objective = objective_of(scheduler, unet)
-    if not isinstance(objective, DenoisingConfig) or objective.prediction == "flow":
-        kind = "a flow-matching model" if isinstance(objective, DenoisingConfig) else "a consistency model"
-        raise InputError(f"{kind} cannot be a teacher: give a diffusion model, or one trained with objective=edm")
-    return DiffusionDenoiser(network, process_of(scheduler), objective.prediction)
+    sigmas = karras_sigmas(levels, objective.sigma_min, objective.sigma_max, objective.rho)
+    return karras_process(sigmas), mark_as_own(scheduler)
 
 
 def _pipeline_folder(path: str | Path) -> Path:
@@ -318,6 +234,7 @@ def build_model(recipe: Recipe, dataset: ImageDataset) -> Built:
         variance = objective.variance if isinstance(objective, DenoisingConfig) else "fixed"
         process, scheduler = _build_process_of(objective, given, recipe.steps)
         unet = build_unet(recipe.model, dataset.shape, dataset.num_classes, variance)
+        _note_null_class(unet, dataset)
         return Built(unet, process, scheduler, objective)
     assert recipe.model.path is not None  # the recipe's own validation
     unet, scheduler = load_pipeline(recipe.model.path)
@@ -327,20 +244,70 @@ def build_model(recipe: Recipe, dataset: ImageDataset) -> Built:
     objective = recipe.objective or own
     if recipe.objective is None and isinstance(own, ConsistencyConfig):
         raise InputError(f"the model {recipe.model.path} is a consistency model: give the recipe its objective")
-    diffusion = isinstance(own, DenoisingConfig) and isinstance(objective, DenoisingConfig)
-    if diffusion:
+    if isinstance(own, EdmConfig) and scheduler.config.get("_time_scale") is None:
+        raise InputError(
+            f"the model {recipe.model.path} is called at ln σ/4, and training over noise levels calls networks at "
+            "250 ln σ: it can be sampled and be a teacher, but not be trained"
+        )
+    if isinstance(own, DenoisingConfig) and isinstance(objective, DenoisingConfig):
         objective = own.model_copy(update={name: getattr(objective, name) for name in objective.model_fields_set})
-    if diffusion and given is None:
-        process = process_of(scheduler)
+        _check_channels(unet, objective, str(recipe.model.path))
+        if given is None:
+            scheduler = _retargeted(scheduler, own, objective, str(recipe.model.path))
+            process = process_of(scheduler)
+        else:
+            process, scheduler = build_process(given, objective)
     else:
         process, scheduler = _build_process_of(objective, given, recipe.steps)
     check_fit(unet, dataset.shape, str(recipe.model.path))
     check_classes(unet, dataset.num_classes, str(recipe.model.path))
+    if recipe.model.condition_dropout and unet.config.num_class_embeds != (dataset.num_classes or 0) + 1:
+        raise InputError(
+            f"model.condition_dropout needs a network with a null class after the {dataset.num_classes or 'no'} "
+            f"classes of the data, and the model {recipe.model.path} has {unet.config.num_class_embeds or 'none'}: "
+            "leave it out"
+        )
     if not isinstance(objective, DenoisingConfig) and unet.config.out_channels != unet.config.in_channels:
         raise InputError(
             f"the model {recipe.model.path} has a learned variance, which objective={objective.name} has no use for"
         )
+    _note_null_class(unet, dataset)
     return Built(unet, process, scheduler, objective)
+
+
+def _note_null_class(unet: UNet2DModel, dataset: ImageDataset) -> None:
+    """Remember in a network that its last class is none of the data's, so that it is never sampled."""
+    if unet.config.num_class_embeds is not None and unet.config.num_class_embeds == (dataset.num_classes or 0) + 1:
+        unet.register_to_config(_null_class=True)
+
+
+def _check_channels(unet: UNet2DModel, objective: DenoisingConfig, path: str) -> None:
+    """Raise InputError if a network does not have the output channels of an objective."""
+    learned = unet.config.out_channels == 2 * unet.config.in_channels
+    if learned != (objective.variance == "learned_range"):
+        raise InputError(
+            f"objective.variance={objective.variance} does not go with the model {path}, which has "
+            f"{unet.config.in_channels} input and {unet.config.out_channels} output channels: leave "
+            "objective.variance out"
+        )
+
+
+def _retargeted(scheduler: Any, own: DenoisingConfig, objective: DenoisingConfig, path: str) -> Any:
+    """Return a checkpoint's scheduler with the parameterisation that is trained, for the pipeline folder.
+
+    Raises:
+        InputError: If the process of the checkpoint has no such parameterisation.
+    """
+    if objective.prediction == own.prediction:
+        return scheduler
+    if "flow" in (objective.prediction, own.prediction):
+        kind = "of flow matching" if own.prediction == "flow" else "a diffusion model"
+        raise InputError(
+            f"the model {path} is {kind}, and objective.prediction={objective.prediction} is not for its process: "
+            f"leave objective.prediction out, or set process={'flow' if objective.prediction == 'flow' else 'cosine'} "
+            "as well"
+        )
+    return type(scheduler).from_config(scheduler.config, prediction_type=objective.prediction)
 
 
 def _build_process_of(

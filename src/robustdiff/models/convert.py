@@ -17,6 +17,7 @@ from robustdiff.errors import InputError
 from robustdiff.files import atomic_folder
 from robustdiff.models.adm import PRESETS, AdmFlags, load_adm, parse_flags, save_adm
 from robustdiff.models.build import load_pipeline, save_pipeline
+from robustdiff.models.scheduler import mark_as_own
 
 __all__ = ["Schedule", "convert", "read_flags"]
 
@@ -92,4 +93,4 @@ def convert(source: Path, output: Path, flags: AdmFlags | None = None, schedule:
             variance_type="learned_range" if flags.learn_sigma else "fixed_large",
         )
     with atomic_folder(output) as folder:
-        save_pipeline(folder, unet, scheduler)
+        save_pipeline(folder, unet, mark_as_own(scheduler))

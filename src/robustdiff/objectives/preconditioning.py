@@ -3,13 +3,13 @@ r"""Networks over noise levels σ, and the ways between them and networks over d
 The process of Karras et al. (2022, arXiv 2206.00364) has α = 1, x = x_0 + σ ε, at levels σ_min … σ_max that are
 uniform in σ^{1/ρ} (their equation 5). A network F becomes a denoiser D, or a consistency function f, by
 
-    f(x, σ) = c_skip(σ) x + c_out(σ) F(c_in(σ) x, 250 ln σ),
+    f(x, σ) = c_skip(σ) x + c_out(σ) F(c_in(σ) x, k ln σ),
 
     c_skip = σ_d²/((σ − σ_0)² + σ_d²),   c_out = (σ − σ_0) σ_d/√(σ² + σ_d²),   c_in = 1/√(σ² + σ_d²),
 
 with σ_0 = 0 for D (their table 1), and σ_0 = σ_min for f, which is then the identity at σ_min, the boundary condition
-of a consistency model (Song et al., 2023, arXiv 2303.01469, appendix C). 250 ln σ, a thousand times Karras et al.'s
-ln σ/4, is what the networks of Song et al. are given, and diffusers' ``CMStochasticIterativeScheduler`` gives.
+of a consistency model (Song et al., 2023, arXiv 2303.01469, appendix C). k = 250, a thousand times Karras et al.'s 1/4,
+is what the networks of Song et al. are given, and diffusers' ``CMStochasticIterativeScheduler`` gives.
 
 A denoiser D(x, σ) ↦ x̂_0 is the common language. Dividing x by √(1 + σ²) makes the process variance-preserving, with
 α = 1/√(1 + σ²) and the same signal-to-noise ratio. So a network over discrete times is a denoiser
@@ -70,10 +70,14 @@ class Preconditioned:
         network: F, called as diffusers calls it.
         sigma_data: σ_d > 0, the standard deviation of the data.
         sigma_min: σ_0 ≥ 0, the level at which the result is x itself.
+        time_scale: k.
     """
 
-    def __init__(self, network: Callable[..., Any], sigma_data: float = 0.5, sigma_min: float = 0.0) -> None:
+    def __init__(
+        self, network: Callable[..., Any], sigma_data: float = 0.5, sigma_min: float = 0.0, time_scale: float = 250.0
+    ) -> None:
         self.network = network
+        self.time_scale = time_scale
         self.sigma_data = sigma_data
         self.sigma_min = sigma_min
 
@@ -86,7 +90,7 @@ class Preconditioned:
             condition: What else the network is called with.
         """
         sigma = sigma.to(precise(sigma.dtype))
-        time = (250 * sigma.log()).to(precise(x.dtype))
+        time = (self.time_scale * sigma.log()).to(precise(x.dtype))
         s = broadcast(sigma, x)
         size = (s**2 + self.sigma_data**2).sqrt()
         c_skip = self.sigma_data**2 / ((s - self.sigma_min) ** 2 + self.sigma_data**2)

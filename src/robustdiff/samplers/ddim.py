@@ -1,28 +1,41 @@
-r"""DDIM (Song et al., ICLR 2021), x_s = √ᾱ_s x̂_0 + √(1 − ᾱ_s) ε̂, over guided-diffusion's "ddimS" times."""
+r"""DDIM (Song et al., ICLR 2021), x_s = α_s x̂_0 + σ_s ε̂, over guided-diffusion's "ddimS" times unless told otherwise.
+
+No term divides by α, so a schedule that ends without any signal (zero terminal SNR) needs no special case.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-from diffusers import DDIMScheduler
 from torch import Tensor
 
 from robustdiff.process import DiffusionProcess
 from robustdiff.samplers.denoiser import Denoiser
-from robustdiff.samplers.spacing import strided
 
 __all__ = ["ddim"]
 
 
 def ddim(
-    denoiser: Denoiser, process: DiffusionProcess, steps: int | str, x: Tensor, noises: Iterator[Tensor]
+    denoiser: Denoiser,
+    process: DiffusionProcess,
+    times: Tensor,
+    x: Tensor,
+    noises: Iterator[Tensor],
+    *,
+    set_alpha_to_one: bool = True,
 ) -> Tensor:
-    """Sample from x_T (B, C, H, W) to x_0 in S steps; no noise is used."""
-    respaced = process.respace(strided(steps, len(process)))
-    # The scheduler of the respaced process itself: over a subset of the times of the original one, diffusers would
-    # take t − T/S for the time before t, which it is not.
-    scheduler = DDIMScheduler(len(respaced), trained_betas=respaced.betas.tolist(), clip_sample=False)
-    scheduler.set_timesteps(len(respaced))
-    for index in scheduler.timesteps.tolist():
-        x = scheduler.step(denoiser(x, index, respaced).noise, index, x).prev_sample
+    """Sample from x_T (B, C, H, W) to x_0; no noise is used.
+
+    Arguments:
+        times: Indices in [0, T), ascending, with shape (S,).
+        set_alpha_to_one: Whether the last step ends at x̂_0; otherwise at the noise level of index 0, as diffusers'
+            option of this name has it.
+    """
+    path = process.respace(times)
+    end = (1.0, 0.0) if set_alpha_to_one else (float(process.alphas[0]), float(process.sigmas[0]))
+    levels = [end, *zip(path.alphas.tolist(), path.sigmas.tolist(), strict=True)]
+    for index in reversed(range(len(path))):
+        denoised = denoiser(x, index, path)
+        alpha, sigma = levels[index]
+        x = alpha * denoised.x0 + sigma * denoised.noise
     return x

@@ -27,10 +27,11 @@ from torch import Tensor
 from robustdiff.data import to_uint8
 from robustdiff.errors import InputError
 from robustdiff.files import atomic_write
-from robustdiff.models.build import load_pipeline, model_of, objective_of, process_of
+from robustdiff.models.build import load_pipeline
+from robustdiff.models.scheduler import model_of, objective_of, process_of, sampling_of
 from robustdiff.process import DiffusionProcess, Prediction
 from robustdiff.recipe import load_recipe
-from robustdiff.samplers.sample import check_options, check_sampler, sample, suited
+from robustdiff.samplers.sample import SAMPLERS, check_options, check_sampler, sample, suited
 
 __all__ = ["Generator", "ImageNoise", "share_of", "write_npz", "write_pngs"]
 
@@ -76,8 +77,13 @@ class Generator:
         precision: "fp32", or "bf16" or "fp16" for autocast.
         label: The class of all images, for class-conditional networks; image i has the class i modulo their number by
             default.
+        num_classes: How many of the network's classes are sampled, where the last is the null class of classifier-free
+            guidance; known of networks that this package trained with ``model.condition_dropout``.
+        guidance: The scale of classifier-free guidance; none is no guidance.
         options: What else the sampler takes, such as ``eps_scale``.
-        model: How samplers call the network (:func:`robustdiff.models.build.model_of`); the network itself by default.
+        model: How samplers call the network (:func:`robustdiff.models.scheduler.model_of`); the network itself by
+        default. checkpoint: What the checkpoint's scheduler says of sampling
+            (:func:`robustdiff.models.scheduler.sampling_of`); ``options`` come before it.
 
     Raises:
         InputError: If the sampler is unknown or does not suit the process, or the label does not exist.
@@ -92,8 +98,11 @@ class Generator:
     batch_size: int = 128
     precision: str = "fp32"
     label: int | None = None
+    num_classes: int | None = None
+    guidance: float | None = None
     options: dict[str, Any] | None = None
     model: Callable[..., Any] | None = None
+    checkpoint: dict[str, Any] | None = None
 
     @classmethod
     def of(cls, unet: UNet2DModel, scheduler: Any, **settings: Any) -> Generator:
@@ -113,7 +122,8 @@ class Generator:
         if settings.get("steps") is None:
             settings["steps"] = 2 if sampler == "multistep" else 20
         prediction = objective_of(scheduler, unet).prediction
-        return cls(unet, process, prediction, sampler, model=model_of(scheduler, unet), **settings)
+        model, checkpoint = model_of(scheduler, unet), sampling_of(scheduler)
+        return cls(unet, process, prediction, sampler, model=model, checkpoint=checkpoint, **settings)
 
     @classmethod
     def load(cls, path: str | Path, device: torch.device | str = "cpu", **settings: Any) -> Generator:
@@ -135,9 +145,21 @@ class Generator:
         return cls.of(unet.to(device), scheduler, **settings)
 
     def __post_init__(self) -> None:
-        evaluations = check_sampler(self.sampler, self.steps, self.process)
-        own = {name: value for name, value in (self.options or {}).items() if name != "clip"}  # clip is for all of them
-        check_options(self.sampler, evaluations, **own)
+        options = self.sampling
+        spacing = {name: options.pop(name, default) for name, default in (("spacing", None), ("steps_offset", 0))}
+        options.pop("clip", None)
+        check_options(self.sampler, check_sampler(self.sampler, self.steps, self.process, **spacing), **options)
+        embedded = self.embedded_classes
+        if self.num_classes is not None and self.num_classes not in (embedded, (embedded or 0) - 1):
+            raise InputError(
+                f"num_classes is {self.num_classes}, and this model has {embedded or 'no'} classes: give that number, "
+                "or one less where the last is the null class"
+            )
+        if self.guidance is not None and (embedded is None or self.classes == embedded):
+            raise InputError(
+                "guidance needs a class-conditional model whose last class is the null class: give its number of "
+                "classes without that one as num_classes, or train it with model.condition_dropout"
+            )
         classes = self.classes
         if self.label is not None and not (classes is not None and 0 <= self.label < classes):
             known = "this model has no classes" if classes is None else f"its classes are 0 to {classes - 1}"
@@ -156,9 +178,25 @@ class Generator:
         return digest.hexdigest()
 
     @property
+    def sampling(self) -> dict[str, Any]:
+        """What :func:`robustdiff.sample` is called with: of what the checkpoint says that which the sampler takes, and
+        the options."""
+        takes = ("clip", "spacing", "steps_offset", *SAMPLERS[self.sampler].options) if self.sampler in SAMPLERS else ()
+        checkpoint = {name: value for name, value in (self.checkpoint or {}).items() if name in takes}
+        return {**checkpoint, **(self.options or {})}
+
+    @property
+    def embedded_classes(self) -> int | None:
+        """The number of classes that a class-conditional network embeds, a null class among them."""
+        embedded: int | None = getattr(self.unet.config, "num_class_embeds", None)
+        return embedded
+
+    @property
     def classes(self) -> int | None:
-        """The number of classes of a class-conditional network."""
-        return getattr(self.unet.config, "num_class_embeds", None)
+        """The number of classes that are sampled."""
+        if self.num_classes is not None or self.embedded_classes is None:
+            return self.num_classes
+        return self.embedded_classes - int(getattr(self.unet.config, "_null_class", False))
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -206,7 +244,9 @@ class Generator:
                 step_noise=noise,
                 class_labels=None if labels is None else labels.to(device),
                 prediction=self.prediction,
-                **(self.options or {}),
+                guidance=self.guidance,
+                unconditional=None if self.guidance is None else {"class_labels": self.classes},
+                **self.sampling,
                 **more,
             )
 

@@ -1,18 +1,26 @@
-"""Which of the T training times a sampler visits, ascending: guided-diffusion's respacing.
+"""Which of the T training times a sampler visits, ascending: guided-diffusion's respacing, and diffusers' spacings.
 
-Steps are a number S, spaced as the sampler's authors did, or one of guided-diffusion's strings, which mean the same
-times for every sampler: "10" (evenly over all times), "10,20,30" (sections: so many steps in each third of the times,
-the least noisy first), "ddim25" (a whole stride from 0 on).
+Steps are a number S, spaced as the sampler's authors did or as a checkpoint's scheduler says (:func:`scheduled`), or
+one of guided-diffusion's strings, which mean the same times for every sampler: "10" (evenly over all times), "10,20,30"
+(sections: so many steps in each third of the times, the least noisy first), "ddim25" (a whole stride from 0 on).
 """
 
 from __future__ import annotations
 
+from typing import Any, Literal, get_args
+
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from robustdiff.errors import InputError
 
-__all__ = ["check_steps", "evenly_spaced", "respaced", "strided"]
+__all__ = ["SPACINGS", "Spacing", "check_steps", "evenly_spaced", "respaced", "scheduled", "strided"]
+
+Spacing = Literal["own", "leading", "trailing", "linspace"]
+SPACINGS: tuple[str, ...] = get_args(Spacing)
+"""own: as the sampler's authors space its times."""
 
 
 def check_steps(steps: int | str, T: int) -> int:
@@ -78,3 +86,32 @@ def strided(steps: int | str, T: int) -> Tensor:
     if isinstance(steps, str):
         return respaced(steps, T)
     return torch.arange(steps) * T // steps
+
+
+def scheduled(spacing: Spacing, steps: int, T: int, offset: int = 0, left_out: int = 0) -> Tensor:
+    """Return the S times of diffusers' ``timestep_spacing`` (Lin et al., 2024, arXiv 2305.08891, table 2), ascending.
+
+    Arguments:
+        spacing: "leading" (a whole stride from ``offset`` on), "trailing" (from the last time down) or "linspace" (from
+            the first to the last).
+        steps: S, in [1, T].
+        T: The number of times.
+        offset: ``steps_offset`` of a scheduler, for "leading".
+        left_out: With 1 the first of S + 1 times is left out, as the multistep solvers of diffusers do; not for
+            "trailing".
+
+    Raises:
+        InputError: If S is out of range, or the times reach beyond the last one.
+    """
+    check_steps(steps, T)
+    n = steps + left_out
+    times: NDArray[Any]
+    if spacing == "trailing":
+        times = (np.round(T - np.arange(steps) * (T / steps)) - 1)[::-1]
+    elif spacing == "leading":
+        times = np.arange(n)[left_out:] * (T // n) + offset
+    else:
+        times = np.linspace(0, T - 1, n).round()[left_out:]
+    if not (times[0] >= 0 and times[-1] < T and len(set(times)) == steps):
+        raise InputError(f"spacing={spacing} with an offset of {offset} has no {steps} of {T} times: choose another")
+    return torch.from_numpy(times.astype(np.int64))

@@ -21,7 +21,6 @@ from torch import Tensor
 from robustdiff.errors import InputError
 from robustdiff.process import DiffusionProcess
 from robustdiff.samplers.denoiser import Denoiser
-from robustdiff.samplers.spacing import strided
 
 __all__ = ["time_shift"]
 
@@ -36,16 +35,17 @@ def _matching_time(x: Tensor, time: int, window: int, process: DiffusionProcess)
 def time_shift(
     denoiser: Denoiser,
     process: DiffusionProcess,
-    steps: int | str,
+    times: Tensor,
     x: Tensor,
     noises: Iterator[Tensor],
     *,
     window: int = 30,
     cutoff: int = 300,
 ) -> Tensor:
-    """Sample from x_T (B, C, H, W) to x_0 in S steps; no noise is used.
+    """Sample from x_T (B, C, H, W) to x_0; no noise is used.
 
     Arguments:
+        times: Indices in [0, T), ascending, with shape (S,).
         window: The width w ≥ 0 of the window, in training times; 0 is DDIM.
         cutoff: t_c ≥ 0, a training time.
 
@@ -54,9 +54,9 @@ def time_shift(
     """
     if window < 0 or cutoff < 0:
         raise InputError(f"time-shift needs window ≥ 0 and cutoff ≥ 0; got {window} and {cutoff}")
-    times = strided(steps, len(process)).tolist()
-    t = torch.full((len(x),), times[-1], device=x.device)
-    for after in reversed(times[:-1]):
+    *earlier, last = times.tolist()
+    t = torch.full((len(x),), last, device=x.device)
+    for after in reversed(earlier):
         denoised = denoiser(x, t, process)
         alpha, sigma = float(process.alphas[after]), float(process.sigmas[after])
         x = alpha * denoised.x0 + sigma * denoised.noise

@@ -42,11 +42,11 @@ from robustdiff.models.build import (
     build_model,
     check_classes,
     check_fit,
-    denoiser_of,
     load_pipeline,
     save_pipeline,
     scale_schedule,
 )
+from robustdiff.models.scheduler import denoiser_of
 from robustdiff.objectives.consistency import ConsistencyObjective
 from robustdiff.objectives.denoising import DenoisingObjective
 from robustdiff.objectives.edm import EDMObjective
@@ -298,6 +298,7 @@ class Trainer:
             )
         )
         class_cond = self.built.unet.config.num_class_embeds is not None
+        null_class = (self.built.unet.config.num_class_embeds or 0) - 1
         while True:
             generator = batch_generator(recipe.seed, self.batch, accelerator.device)
             t, weight = self.objective.timesteps.draw(recipe.batch_size, generator)
@@ -305,7 +306,12 @@ class Trainer:
                 (recipe.batch_size, *self.dataset.shape), generator=generator, device=accelerator.device
             )
             flip = torch.rand(recipe.batch_size, generator=generator, device=accelerator.device) < 0.5
-            more = self.objective.more_noise(tuple(noise.shape), generator)  # last: the rest is as without
+            # What not every run draws comes last: the rest is as without.
+            more = self.objective.more_noise(tuple(noise.shape), generator)
+            dropped = None
+            if recipe.model.condition_dropout:
+                share = torch.rand(recipe.batch_size, generator=generator, device=accelerator.device)
+                dropped = share < recipe.model.condition_dropout
             draws = []
             for m in range(recipe.accumulate):
                 images, labels = next(loader)
@@ -315,7 +321,10 @@ class Trainer:
                     x0 = torch.where(flip[rows, None, None, None], x0.flip(-1), x0)
                 condition: dict[str, Any] = {}
                 if class_cond and labels is not None:
-                    condition["class_labels"] = labels.to(accelerator.device)
+                    classes = labels.to(accelerator.device)
+                    if dropped is not None:
+                        classes = classes.masked_fill(dropped[rows], null_class)
+                    condition["class_labels"] = classes
                 draws.append(
                     self.objective.draw(
                         x0,

@@ -1,0 +1,288 @@
+r"""What the diffusers scheduler of a checkpoint says of its network: process, parameterisation, and how it is sampled.
+
+    diffusion     any scheduler with ᾱ_t (DDPM, DDIM, Euler, DPM-Solver, …), of its prediction_type
+    flow          FlowMatch…, and any with use_flow_sigmas, of any fixed shift
+    edm           EDMEulerScheduler and EDMDPMSolverMultistepScheduler: a denoiser in Karras et al.'s preconditioning
+    consistency   CMStochasticIterativeScheduler
+
+An Euler-like scheduler gives its network x/√(1 + σ²), which is the variance-preserving point: for the network its
+process is that of ᾱ_t. (:meth:`DiffusionProcess.from_scheduler` has that of its ``add_noise`` instead, with α = 1.)
+
+A denoiser is called at the time ln σ/4, as diffusers' EDM schedulers give it. Those that this package trains are called
+at 250 ln σ, as those of Song et al. are, from which consistency models start; their scheduler holds that as
+``_time_scale``. The schedulers that this package writes also hold ``_timestep_spacing: own``: samplers then visit the
+times that their authors chose. (diffusers keeps fields that begin with an underscore, and does not use them.)
+
+What is said and cannot be honoured is refused in one line.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from diffusers.models.unets.unet_2d import UNet2DModel
+from torch import Tensor
+
+from robustdiff.errors import InputError
+from robustdiff.objectives.preconditioning import (
+    Denoise,
+    DiffusionDenoiser,
+    OverTimes,
+    Preconditioned,
+    karras_process,
+    karras_sigmas,
+)
+from robustdiff.process import PREDICTIONS, DiffusionProcess
+from robustdiff.recipe import ConsistencyConfig, DenoisingConfig, EdmConfig, ObjectiveConfig
+from robustdiff.samplers.denoiser import DynamicThreshold
+from robustdiff.samplers.spacing import scheduled
+
+__all__ = ["Kind", "denoiser_of", "kind_of", "mark_as_own", "model_of", "objective_of", "process_of", "sampling_of"]
+
+Kind = Literal["diffusion", "flow", "edm", "consistency"]
+
+_TIME_SCALE = 250.0
+_FIXED = ("fixed_small", "fixed_large", "fixed_small_log", "fixed_large_log")
+
+
+def mark_as_own(scheduler: Any) -> Any:
+    """Return a scheduler after noting in it that its network is sampled and called as this package does."""
+    own: dict[str, Any] = {"_timestep_spacing": "own"}
+    if kind_of(scheduler) == "edm":
+        own["_time_scale"] = _TIME_SCALE
+    scheduler.register_to_config(**own)
+    return scheduler
+
+
+def kind_of(scheduler: Any) -> Kind:
+    """Return which kind of model a scheduler is for.
+
+    Raises:
+        InputError: If it is for none of them.
+    """
+    name, config = type(scheduler).__name__, scheduler.config
+    if name == "CMStochasticIterativeScheduler":
+        return "consistency"
+    if name in ("EDMEulerScheduler", "EDMDPMSolverMultistepScheduler"):
+        return "edm"
+    if name.startswith("FlowMatch") or config.get("use_flow_sigmas", False):
+        return "flow"
+    if hasattr(scheduler, "alphas_cumprod"):
+        return "diffusion"
+    raise InputError(
+        f"the scheduler {name} has no alphas_cumprod and is not one of flow matching, EDM or consistency models: "
+        "replace it by the scheduler that the model was trained with, such as DDPMScheduler"
+    )
+
+
+def _sigmas_of(scheduler: Any) -> Tensor:
+    config = scheduler.config
+    if config.get("sigma_schedule", "karras") != "karras":
+        raise InputError(
+            f"sigma_schedule={config.sigma_schedule} is not supported: use karras in scheduler_config.json"
+        )
+    return karras_sigmas(config.num_train_timesteps, config.sigma_min, config.sigma_max, config.rho)
+
+
+def process_of(scheduler: Any) -> DiffusionProcess:
+    """Return the process over whose times :func:`model_of` is called.
+
+    Raises:
+        InputError: If the scheduler describes none, or a level of its table is not one of a noising process.
+    """
+    config = scheduler.config
+    match kind_of(scheduler):
+        case "consistency":
+            return karras_process(_sigmas_of(scheduler))
+        case "edm":
+            return OverTimes.process(_sigmas_of(scheduler))
+        case "flow":
+            for name in ("use_dynamic_shifting", "invert_sigmas"):
+                if config.get(name, False):
+                    raise InputError(
+                        f"{name}=true in scheduler_config.json is not supported: set a fixed shift instead"
+                    )
+            shift = config.get("shift", config.get("flow_shift"))
+            flow = DiffusionProcess.flow(config.num_train_timesteps, 1.0 if shift is None else float(shift))
+            return DiffusionProcess(flow.alphas, flow.sigmas, config.num_train_timesteps * flow.sigmas)
+    try:
+        return DiffusionProcess.from_alphas_cumprod(scheduler.alphas_cumprod)
+    except ValueError:
+        at = int(((scheduler.alphas_cumprod >= 1) | ~(scheduler.alphas_cumprod >= 0)).nonzero()[0])
+        raise InputError(
+            f"{type(scheduler).__name__} has ᾱ = {float(scheduler.alphas_cumprod[at]):g} at time {at}, which is no "
+            "noisy point: take betas that are all above 0 and below 1"
+        ) from None
+
+
+def objective_of(scheduler: Any, unet: UNet2DModel) -> ObjectiveConfig:
+    """Return what the network of a pipeline predicts: 2C output channels are a learned variance.
+
+    Raises:
+        InputError: If the scheduler says what the channels or the process contradict, or what is not known here.
+    """
+    config, kind = scheduler.config, kind_of(scheduler)
+    given = config.get("prediction_type", "epsilon")
+    learned = unet.config.out_channels == 2 * unet.config.in_channels
+    if kind in ("consistency", "edm"):
+        if kind == "edm" and given != "epsilon":
+            raise InputError(f"prediction_type={given} of an EDM scheduler is not supported: only epsilon is")
+        levels = {name: config[name] for name in ("sigma_min", "sigma_max", "rho", "sigma_data")}
+        if kind == "edm":
+            return EdmConfig(name="edm", levels=config.num_train_timesteps, **levels)
+        return ConsistencyConfig(name="consistency", scales=config.num_train_timesteps, **levels)
+    if kind == "flow":
+        if config.get("prediction_type", "flow_prediction") != "flow_prediction":
+            raise InputError(f"prediction_type={given} with flow sigmas is not supported: only flow_prediction is")
+        return DenoisingConfig(prediction="flow", variance="learned_range" if learned else "fixed")
+    if given not in PREDICTIONS or given == "flow":
+        known = ", ".join(name for name in PREDICTIONS if name != "flow")
+        raise InputError(f"prediction_type={given} of {type(scheduler).__name__} is not supported: {known} are")
+    variance = config.get("variance_type")
+    if variance not in (None, *_FIXED, "learned_range"):
+        raise InputError(f"variance_type={variance} is not supported: {', '.join(_FIXED)} and learned_range are")
+    if variance is not None and learned != (variance == "learned_range"):
+        raise InputError(
+            f"variance_type={variance} does not go with a network of {unet.config.in_channels} input and "
+            f"{unet.config.out_channels} output channels: set {'learned_range' if learned else 'fixed_small'} in "
+            "scheduler_config.json"
+        )
+    if given == "epsilon" and not bool((process_of(scheduler).alphas > 0).all()):
+        raise InputError(
+            "prediction_type=epsilon does not go with zero terminal SNR (rescale_betas_zero_snr), where x_0 does not "
+            "follow from the noise: such a model predicts v_prediction; correct scheduler_config.json"
+        )
+    return DenoisingConfig(prediction=given, variance="learned_range" if learned else "fixed")
+
+
+def model_of(scheduler: Any, network: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a pipeline's network as samplers call it: over the times of :func:`process_of`, predicting what
+    :func:`objective_of` says."""
+    config = scheduler.config
+    match kind_of(scheduler):
+        case "consistency":
+            return Preconditioned(network, config.sigma_data, config.sigma_min)
+        case "edm":
+            return OverTimes(_preconditioned(scheduler, network), _sigmas_of(scheduler))
+    return network
+
+
+def _preconditioned(scheduler: Any, network: Callable[..., Any]) -> Preconditioned:
+    config = scheduler.config
+    return Preconditioned(network, config.sigma_data, time_scale=config.get("_time_scale", 0.25))
+
+
+def denoiser_of(scheduler: Any, unet: UNet2DModel, network: Callable[..., Any] | None = None) -> Denoise:
+    """Return a pipeline's network as a denoiser D(x, σ), such as a teacher.
+
+    Arguments:
+        scheduler: The pipeline's scheduler.
+        unet: The pipeline's network.
+        network: What to call in its place, where it is wrapped.
+
+    Raises:
+        InputError: If it is a consistency model or of flow matching.
+    """
+    kind, network = kind_of(scheduler), unet if network is None else network
+    if kind == "edm":
+        return _preconditioned(scheduler, network)
+    if kind != "diffusion":
+        name = {"flow": "a flow-matching model", "consistency": "a consistency model"}[kind]
+        raise InputError(f"{name} cannot be a teacher: give a diffusion model, or one trained with objective=edm")
+    return DiffusionDenoiser(network, process_of(scheduler), objective_of(scheduler, unet).prediction)
+
+
+# -- how it is sampled ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _TableSpacing:
+    """The times that a scheduler visits: its ``timestep_spacing`` over T discrete times.
+
+    Multistep solvers (those with ``solver_order``) space one time more than they visit, and leave out the last.
+    """
+
+    spacing: Literal["leading", "trailing", "linspace"]
+    offset: int = 0
+    left_out: int = 0
+
+    def __call__(self, steps: int, T: int) -> Tensor:
+        return scheduled(self.spacing, steps, T, self.offset, self.left_out)
+
+
+@dataclass(frozen=True)
+class _FlowSpacing:
+    """The levels σ that a flow-matching scheduler visits, descending, as it gives them itself."""
+
+    scheduler: Any
+
+    def __call__(self, steps: int, T: int) -> Tensor:
+        scheduler = copy.deepcopy(self.scheduler)
+        scheduler.set_timesteps(steps)
+        sigmas: Tensor = scheduler.sigmas[:steps].to(torch.float64)
+        if not bool(((sigmas > 0) & (sigmas <= 1)).all()):
+            raise InputError(
+                f"the checkpoint's scheduler has no {steps} levels in (0, 1] to visit: choose another number of steps, "
+                "or a --spacing"
+            )
+        return sigmas
+
+
+@dataclass(frozen=True)
+class _UnknownSpacing:
+    """A spacing that samplers here do not have: said where it would be used."""
+
+    name: str
+
+    def __call__(self, steps: int, T: int) -> Tensor:
+        raise InputError(
+            f"the checkpoint's scheduler says {self.name}, a spacing that is not known here: choose one by --spacing, "
+            "own, leading, trailing or linspace"
+        )
+
+
+def sampling_of(scheduler: Any) -> dict[str, Any]:
+    """Return what a scheduler says of sampling: arguments of :func:`robustdiff.sample`.
+
+    Each is for the samplers that take it. ``clip`` is there where the scheduler says something of it; ``spacing`` where
+    it is not the sampler's own.
+    """
+    config, result = scheduler.config, dict[str, Any]()
+    if config.get("thresholding", False):
+        result["clip"] = DynamicThreshold(config.dynamic_thresholding_ratio, config.sample_max_value)
+    elif "clip_sample" in config:
+        result["clip"] = float(config.get("clip_sample_range", 1.0)) if config.clip_sample else False
+    if config.get("variance_type") in _FIXED:
+        result["variance"] = config.variance_type.removesuffix("_log")
+    if not config.get("set_alpha_to_one", True) and kind_of(scheduler) == "diffusion":
+        result["set_alpha_to_one"] = False
+    if config.get("steps_offset"):
+        result["steps_offset"] = config.steps_offset
+    spacing = _spacing_of(scheduler)
+    if spacing is not None:
+        result["spacing"] = spacing
+    return result
+
+
+def _spacing_of(scheduler: Any) -> Callable[[int, int], Tensor] | None:
+    config, kind = scheduler.config, kind_of(scheduler)
+    if config.get("_timestep_spacing") == "own" or kind == "consistency":
+        return None
+    if kind == "flow":
+        return _FlowSpacing(scheduler)
+    for name in ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas"):
+        if config.get(name, False):
+            return _UnknownSpacing(f"{name}=true")
+    if "original_inference_steps" in config:
+        return _UnknownSpacing("original_inference_steps")
+    spacing: Any = "linspace" if kind == "edm" else config.get("timestep_spacing")
+    if spacing is None:
+        return None
+    if spacing not in ("leading", "trailing", "linspace"):
+        return _UnknownSpacing(f"timestep_spacing={spacing}")
+    left_out = int("solver_order" in config and kind != "edm")
+    return _TableSpacing(spacing, config.get("steps_offset", 0), left_out)
