@@ -1,0 +1,148 @@
+"""Classifier-free guidance: its formula, its null class, and the training that makes one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from robustdiff.errors import InputError
+from robustdiff.process import DiffusionProcess
+from robustdiff.recipe import load_recipe
+from robustdiff.samplers import sample
+from robustdiff.samplers.generate import Generator
+from robustdiff.training.trainer import train
+
+LINEAR = DiffusionProcess.linear(1000)
+
+
+def by_class(x: Tensor, t: Tensor, class_labels: Tensor) -> Tensor:
+    """A model whose output and learned variance are its class."""
+    return (class_labels.float() / 10).reshape(-1, 1, 1, 1).expand(-1, 2 * x.shape[1], *x.shape[2:])
+
+
+@pytest.mark.parametrize("g", [0.0, 0.5, 1.0, 4.0])
+def test_the_output_is_extrapolated_from_the_null_class(g):
+    seen = []
+    labels = torch.tensor([1, 3])
+    sample(
+        by_class,
+        LINEAR,
+        "ddim",
+        2,
+        shape=(2, 1, 4, 4),
+        class_labels=labels,
+        guidance=g,
+        unconditional={"class_labels": 5},
+        on_evaluation=seen.append,
+    )
+    expected = 0.5 + g * (labels / 10 - 0.5)
+    for evaluation in seen:
+        torch.testing.assert_close(evaluation.predicted.noise[:, 0, 0, 0], expected)
+        torch.testing.assert_close(evaluation.predicted.variance[:, 0, 0, 0], labels / 10)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"guidance": -1.0, "class_labels": torch.tensor([1]), "unconditional": {"class_labels": 0}}, "at least 0"),
+        ({"guidance": float("nan"), "class_labels": torch.tensor([1]), "unconditional": {"class_labels": 0}}, "finite"),
+        ({"guidance": 2.0}, "condition"),
+        ({"guidance": 2.0, "class_labels": torch.tensor([1])}, "null class"),
+    ],
+)
+def test_guidance_that_is_not_possible_is_refused(arguments, words):
+    with pytest.raises(InputError, match=words):
+        sample(by_class, LINEAR, "ddim", 2, shape=(1, 1, 4, 4), **arguments)
+
+
+def conditional(classes: int | None) -> diffusers.UNet2DModel:
+    torch.manual_seed(0)
+    return diffusers.UNet2DModel(
+        sample_size=8,
+        in_channels=1,
+        out_channels=1,
+        layers_per_block=1,
+        block_out_channels=(8, 8),
+        down_block_types=("DownBlock2D",) * 2,
+        up_block_types=("UpBlock2D",) * 2,
+        norm_num_groups=4,
+        num_class_embeds=classes,
+    )
+
+
+def test_a_null_class_is_not_sampled_where_it_is_known():
+    scheduler, network = diffusers.DDPMScheduler(), conditional(4)
+    assert Generator.of(network, scheduler).labels(range(8)).tolist() == [0, 1, 2, 3] * 2
+    assert Generator.of(network, scheduler, num_classes=3).labels(range(6)).tolist() == [0, 1, 2] * 2
+    network.register_to_config(_null_class=True)
+    assert Generator.of(network, scheduler).labels(range(6)).tolist() == [0, 1, 2] * 2
+    with pytest.raises(InputError, match="its classes are 0 to 2"):
+        Generator.of(network, scheduler, label=3)
+
+
+@pytest.mark.parametrize(("classes", "words"), [(2, "one less"), (5, "one less"), (None, "null class")])
+def test_guidance_without_a_null_class_is_refused(classes, words):
+    with pytest.raises(InputError, match=words):
+        Generator.of(conditional(4), diffusers.DDPMScheduler(), guidance=2.0, num_classes=classes)
+
+
+@pytest.fixture(scope="module")
+def guided_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A short training with a null class."""
+    folder = tmp_path_factory.mktemp("guided") / "run"
+    small = ["model.channels=[8,16]", "model.groups=4", "steps=3", "batch_size=16", "threads=1", "ema=0"]
+    train(load_recipe("digits", [*small, "model.class_cond=true", "model.condition_dropout=0.5", f"output={folder}"]))
+    return folder
+
+
+def test_training_with_condition_dropout_makes_a_null_class(guided_run, robustdiff):
+    config = json.loads((guided_run / "model/unet/config.json").read_text())
+    assert config["num_class_embeds"] == 11
+    output = guided_run.parent / "guided.npz"
+    outcome = robustdiff("sample", guided_run, "--num", 22, "--steps", 2, "--guidance", 2, "--output", output, "--cpu")
+    assert (outcome.code, outcome.err[-200:]) == (0, outcome.err[-200:])
+    with np.load(output) as file:
+        assert file["arr_1"].tolist() == [i % 10 for i in range(22)]
+        guided = file["arr_0"]
+    plain = guided_run.parent / "plain.npz"
+    assert robustdiff("sample", guided_run, "--num", 22, "--steps", 2, "--output", plain, "--cpu").code == 0
+    with np.load(plain) as file:
+        assert (file["arr_0"] != guided).any()
+
+
+def test_half_of_the_labels_become_the_null_class(tmp_path, monkeypatch):
+    from robustdiff.training import trainer
+
+    seen: list[int] = []
+    draw = trainer.DenoisingObjective.draw
+
+    def watched(self, x0, **arguments):
+        seen.extend(arguments["class_labels"].tolist())
+        return draw(self, x0, **arguments)
+
+    monkeypatch.setattr(trainer.DenoisingObjective, "draw", watched)
+    small = ["model.channels=[8,16]", "model.groups=4", "steps=6", "batch_size=64", "threads=1", "adversary=none"]
+    train(load_recipe("digits", [*small, "model.class_cond=true", "model.condition_dropout=0.5", f"output={tmp_path}"]))
+    assert set(seen) == set(range(11))
+    assert 0.4 < np.mean(np.array(seen) == 10) < 0.6
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["model.condition_dropout=0.1"], "model.class_cond"),
+        (["model={name: pretrained, path: fashion-16}", "model.condition_dropout=0.1"], "null class"),
+    ],
+)
+def test_condition_dropout_without_classes_is_refused(overrides, words, robustdiff, tmp_path):
+    arguments = [part for override in [*overrides, f"output={tmp_path / 'run'}"] for part in ("--set", override)]
+    data = "fashion-16-at" if "pretrained" in overrides[0] else "digits"
+    outcome = robustdiff("train", data, *arguments, "--cpu")
+    assert outcome.code == 2
+    assert words in outcome.err
