@@ -180,6 +180,9 @@ def sample(
     ] = None,
     window: Annotated[int | None, typer.Option(help="time-shift: the window's width, in training times.")] = None,
     cutoff: Annotated[int | None, typer.Option(help="time-shift: the time down from which nothing is shifted.")] = None,
+    size: Annotated[
+        int | None, typer.Option(min=1, help="Pixels a side, where the model does not say it, or another size.")
+    ] = None,
     cpu: Cpu = False,
 ) -> None:
     """Sample images into an .npz (arr_0: uint8 NHWC, what ADM's evaluator reads) or into PNGs.
@@ -195,6 +198,7 @@ def sample(
     generator = Generator.load(
         run,
         accelerator.device,
+        size=size,
         sampler=sampler,
         steps=int(steps) if steps is not None and steps.lstrip("-").isdigit() else steps,
         seed=seed,
@@ -209,6 +213,8 @@ def sample(
     )
     if output.suffix and output.suffix != ".npz":
         raise InputError(f"{output}: give a file that ends in .npz, or a folder")
+    if generator.unet.config.sample_size is None:
+        raise InputError(f"the model {run} does not say the size of its images (sample_size): give --size PIXELS")
     output.parent.mkdir(parents=True, exist_ok=True)
     quiet = not accelerator.is_main_process
     with Bar(err, f"{generator.sampler}, {generator.steps} steps", num, quiet=quiet) as bar:
@@ -375,7 +381,8 @@ def solver_error(
     from robustdiff.data import to_unit
     from robustdiff.files import atomic_write
     from robustdiff.mismatch.solver_error import fitted_order, measure_solver_error
-    from robustdiff.models.build import check_classes, check_fit, denoiser_of, load_pipeline
+    from robustdiff.models.build import check_classes, check_fit, denoiser_of
+    from robustdiff.models.pipeline import load_pipeline
     from robustdiff.objectives.consistency import SOLVERS
     from robustdiff.report.figures import save_figure
     from robustdiff.report.progress import Bar

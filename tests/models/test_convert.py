@@ -11,8 +11,9 @@ from diffusers import ConsistencyModelPipeline, DDPMPipeline
 
 from robustdiff.errors import InputError
 from robustdiff.models.adm import AdmFlags, build_adm, load_adm, save_adm
-from robustdiff.models.build import denoiser_of, load_pipeline, objective_of, process_of
+from robustdiff.models.build import denoiser_of, objective_of, process_of
 from robustdiff.models.convert import read_flags
+from robustdiff.models.pipeline import load_pipeline
 from robustdiff.objectives.preconditioning import Preconditioned
 from robustdiff.process import DiffusionProcess
 

@@ -43,10 +43,9 @@ from robustdiff.models.build import (
     check_classes,
     check_fit,
     denoiser_of,
-    load_pipeline,
-    save_pipeline,
     scale_schedule,
 )
+from robustdiff.models.pipeline import load_pipeline, save_pipeline
 from robustdiff.objectives.consistency import ConsistencyObjective
 from robustdiff.objectives.denoising import DenoisingObjective
 from robustdiff.objectives.edm import EDMObjective
