@@ -74,7 +74,7 @@ from torch import Tensor, nn
 
 from robustdiff.errors import InputError
 from robustdiff.files import atomic_write
-from robustdiff.models.weights import read_weights
+from robustdiff.models.weights import FLOATS, read_weights
 
 __all__ = [
     "PRESETS",
@@ -681,6 +681,23 @@ def _way_back(new_order: bool, qkv_dims: int = 1, dtypes: Mapping[str, str] | No
     return {"use_new_attention_order": new_order, "qkv_dims": qkv_dims, "dtypes": dict(dtypes or {})}
 
 
+def _recorded(unet: UNet2DModel) -> tuple[dict[str, Any], dict[str, torch.dtype]]:
+    """Return the way back and the types in the config of a `UNet2DModel`, possibly from a file of unknown origin."""
+    recorded = unet.config.get("_adm", {})
+    way_back = {**_way_back(new_order=True), **(recorded if isinstance(recorded, Mapping) else {})}
+    types = {str(dtype).removeprefix("torch."): dtype for dtype in FLOATS}
+    dtypes = way_back["dtypes"]
+    if not (
+        isinstance(recorded, Mapping)
+        and isinstance(way_back["use_new_attention_order"], bool)
+        and way_back["qkv_dims"] in (1, 2)
+        and isinstance(dtypes, Mapping)
+        and all(isinstance(name, str) and name in types for name in dtypes.values())
+    ):
+        raise InputError("the UNet's config has an _adm that save_adm does not write: remove it, or convert again")
+    return way_back, {name: types[dtype] for name, dtype in dtypes.items()}
+
+
 def _working_type(dtypes: Iterable[torch.dtype]) -> torch.dtype:
     """The type to compute in: float32, unless there is something wider."""
     return functools.reduce(torch.promote_types, dtypes, torch.float32)
@@ -789,8 +806,7 @@ def save_adm(unet: UNet2DModel, path: str | os.PathLike[str]) -> None:
     if not Path(path).parent.is_dir():
         raise InputError(f"cannot write {path}: the folder {Path(path).parent} does not exist")
     layout = _Layout.from_unet(unet)
-    way_back = {**_way_back(new_order=True), **unet.config.get("_adm", {})}
-    dtypes = {name: getattr(torch, dtype) for name, dtype in way_back["dtypes"].items()}
+    way_back, dtypes = _recorded(unet)
     working = _working_type(dtypes.values())
     weights = {name: value.detach().cpu() for name, value in unet.state_dict().items()}
     state: dict[str, Tensor] = {}

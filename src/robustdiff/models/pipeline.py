@@ -13,6 +13,7 @@ import inspect
 import json
 import math
 import re
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.resources import files
@@ -319,11 +320,13 @@ def _like(value: Any, default: Any) -> bool:
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """Silence diffusers' logging, where it reports what is raised as well, or recommends other configurations."""
+    """Silence diffusers and torch, where they warn of what is raised as well, or recommend other configurations."""
     verbosity = diffusers_logging.get_verbosity()
     diffusers_logging.set_verbosity(diffusers_logging.CRITICAL)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
     finally:
         diffusers_logging.set_verbosity(verbosity)
 

@@ -24,11 +24,12 @@ from torch import Tensor
 
 from robustdiff.errors import InputError
 
-__all__ = ["check_weights", "read_file", "read_state", "read_weights", "strip_prefixes"]
+__all__ = ["FLOATS", "check_weights", "read_file", "read_state", "read_weights", "strip_prefixes"]
 
 _log = logging.getLogger(__name__)
 
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+"""The types that weights may have."""
 
 # Where training scripts keep a moving average, and where the weights themselves; the first that is there is taken.
 _AVERAGES = (
@@ -184,7 +185,7 @@ def check_weights(
     weights: dict[str, Tensor] = {}
     for name, value in state.items():
         kind = str(value.dtype).removeprefix("torch.")
-        if value.layout is not torch.strided or value.dtype not in _FLOATS or value.device.type != "cpu":
+        if value.layout is not torch.strided or value.dtype not in FLOATS or value.device.type != "cpu":
             what = kind if value.layout is torch.strided else "sparse"
             raise InputError(
                 f"{path}: {name} is {what}, where weights are dense, in float16, bfloat16, float32 or float64: "
