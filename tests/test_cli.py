@@ -19,7 +19,7 @@ from diffusers.schedulers.scheduling_consistency_models import CMStochasticItera
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from robustdiff.models.build import load_pipeline, save_pipeline
+from robustdiff.models.pipeline import load_pipeline, save_pipeline
 
 ONE = [sys.executable, "-m", "robustdiff"]
 # accelerate's own launcher starts a single process when it is told --cpu.

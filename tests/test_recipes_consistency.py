@@ -10,7 +10,7 @@ import torch
 from diffusers import ConsistencyModelPipeline, EDMEulerScheduler
 
 from robustdiff.models.adm import AdmFlags, build_adm
-from robustdiff.models.build import load_pipeline, save_pipeline
+from robustdiff.models.pipeline import load_pipeline, save_pipeline
 
 QUICK = ["precision=fp32", "steps=3", "batch_size=8", "threads=1", "accumulate=1", "log_every=1"]
 

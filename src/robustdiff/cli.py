@@ -195,6 +195,9 @@ def sample(
     spacing: Spacing = None,
     guidance: Guidance = None,
     classes: Classes = None,
+    size: Annotated[
+        int | None, typer.Option(min=1, help="Pixels a side, where the model does not say it, or another size.")
+    ] = None,
     cpu: Cpu = False,
 ) -> None:
     """Sample images into an .npz (arr_0: uint8 NHWC, what ADM's evaluator reads) or into PNGs.
@@ -210,6 +213,7 @@ def sample(
     generator = Generator.load(
         run,
         accelerator.device,
+        size=size,
         sampler=sampler,
         steps=int(steps) if steps is not None and steps.lstrip("-").isdigit() else steps,
         seed=seed,
@@ -222,6 +226,8 @@ def sample(
     )
     if output.suffix and output.suffix != ".npz":
         raise InputError(f"{output}: give a file that ends in .npz, or a folder")
+    if generator.unet.config.sample_size is None:
+        raise InputError(f"the model {run} does not say the size of its images (sample_size): give --size PIXELS")
     output.parent.mkdir(parents=True, exist_ok=True)
     quiet = not accelerator.is_main_process
     with Bar(err, f"{generator.sampler}, {generator.steps} steps", num, quiet=quiet) as bar:
@@ -388,7 +394,8 @@ def solver_error(
     from robustdiff.data import to_unit
     from robustdiff.files import atomic_write
     from robustdiff.mismatch.solver_error import fitted_order, measure_solver_error
-    from robustdiff.models.build import check_classes, check_fit, load_pipeline
+    from robustdiff.models.build import check_classes, check_fit
+    from robustdiff.models.pipeline import load_pipeline
     from robustdiff.models.scheduler import denoiser_of
     from robustdiff.objectives.consistency import SOLVERS
     from robustdiff.report.figures import save_figure

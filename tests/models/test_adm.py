@@ -556,9 +556,16 @@ def test_files_that_are_no_checkpoint(tmp_path: Path) -> None:
         (tmp_path / "file.pt").write_bytes(content)
         with pytest.raises(InputError, match=r"^[^\n]*is not a checkpoint that PyTorch can read: [^\n]*$"):
             load_adm(tmp_path / "file.pt")
-    for value in ([1, 2], {"state": {}, "step": 3}, {"weight": torch.arange(3)}, {}, torch.zeros(3)):
+    for value, message in (
+        ([1, 2], "holds a list, not a dict of weights"),
+        ({"state": {}, "step": 3}, "holds no dict of weights by name, but state, step"),
+        ({"weight": torch.arange(3)}, "weight is int64"),
+        ({}, "but an empty dict"),
+        (torch.zeros(3), "holds a Tensor"),
+        ({"weight": torch.zeros(3)}, "is not a guided-diffusion UNet checkpoint"),
+    ):
         torch.save(value, tmp_path / "file.pt")
-        with pytest.raises(InputError, match="is not a guided-diffusion UNet checkpoint"):
+        with pytest.raises(InputError, match=message):
             load_adm(tmp_path / "file.pt")
 
 

@@ -11,13 +11,8 @@ from diffusers import ConsistencyModelPipeline, DDPMPipeline, DDPMScheduler
 
 from robustdiff.data import ArrayDataset, load_dataset, to_unit
 from robustdiff.errors import InputError
-from robustdiff.models.build import (
-    PRETRAINED,
-    build_model,
-    build_unet,
-    load_pipeline,
-    save_pipeline,
-)
+from robustdiff.models.build import build_model, build_unet
+from robustdiff.models.pipeline import PRETRAINED, load_pipeline, save_pipeline
 from robustdiff.models.scheduler import denoiser_of, model_of, objective_of, process_of
 from robustdiff.objectives.preconditioning import DiffusionDenoiser, Preconditioned, karras_sigmas
 from robustdiff.recipe import ModelConfig, Recipe, load_recipe

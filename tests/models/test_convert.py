@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import os
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import ConsistencyModelPipeline, DDPMPipeline
+from safetensors.torch import save_file
 
 from robustdiff.errors import InputError
 from robustdiff.models.adm import AdmFlags, build_adm, load_adm, save_adm
-from robustdiff.models.build import load_pipeline
 from robustdiff.models.convert import read_flags
+from robustdiff.models.pipeline import load_pipeline
 from robustdiff.models.scheduler import denoiser_of, objective_of, process_of
 from robustdiff.objectives.preconditioning import Preconditioned
 from robustdiff.process import DiffusionProcess
@@ -98,6 +101,81 @@ def test_a_denoiser_over_levels_becomes_a_teacher(robustdiff, tmp_path):
     outcome = robustdiff("convert", tmp_path / "edm", tmp_path / "back.pt")
     assert outcome.code == 0, outcome.err
     assert_same_file(tmp_path / "edm.pt", tmp_path / "back.pt")
+
+
+WRAPPED = {
+    "module": lambda state: {f"module.{name}": value for name, value in state.items()},
+    "compiled": lambda state: {f"_orig_mod.{name}": value for name, value in state.items()},
+    "both": lambda state: {f"module._orig_mod.{name}": value for name, value in state.items()},
+    "lightning": lambda state: {"state_dict": {f"model.{name}": value for name, value in state.items()}, "epoch": 3},
+    "ema": lambda state: {"model": {name: value + 1 for name, value in state.items()}, "ema": state, "opt": {}},
+    "half": lambda state: {name: value.half() for name, value in state.items()},
+}
+
+
+@pytest.mark.parametrize("wrap", WRAPPED)
+def test_checkpoints_of_training_scripts_are_opened(robustdiff, checkpoint, tmp_path, caplog, wrap):
+    state = torch.load(checkpoint, weights_only=True)
+    torch.save(WRAPPED[wrap](state), tmp_path / "wrapped.pt")
+    outcome = robustdiff("convert", tmp_path / "wrapped.pt", tmp_path / "pipeline", *TEXT.split())
+    assert outcome.code == 0, outcome.err
+    assert [m.endswith("holds model and ema: read ema, the moving average") for m in caplog.messages] == (
+        [True] if wrap == "ema" else []
+    )
+    assert robustdiff("convert", tmp_path / "pipeline", tmp_path / "back.pt").code == 0
+    if wrap == "half":
+        torch.save(WRAPPED["half"](state), checkpoint)
+    assert_same_file(checkpoint, tmp_path / "back.pt")
+
+
+def test_safetensors_are_converted(robustdiff, checkpoint, tmp_path):
+    save_file(torch.load(checkpoint, weights_only=True), tmp_path / "model.safetensors")
+    assert robustdiff("convert", tmp_path / "model.safetensors", tmp_path / "pipeline", *TEXT.split()).code == 0
+    assert robustdiff("convert", tmp_path / "pipeline", tmp_path / "back.pt").code == 0
+    assert_same_file(checkpoint, tmp_path / "back.pt")
+
+
+class Evil:
+    def __reduce__(self):
+        return os.system, ("touch ran",)
+
+
+@pytest.mark.parametrize("damage", ["optimiser", "module", "code", "nan", "integer", "half", "empty", "list", "shadow"])
+def test_what_is_no_checkpoint_is_one_line_and_leaves_nothing(robustdiff, checkpoint, tmp_path, monkeypatch, damage):
+    monkeypatch.chdir(tmp_path)
+    state = torch.load(checkpoint, weights_only=True)
+    whole = checkpoint.read_bytes()
+    layer = torch.nn.Linear(2, 2)
+    held = {
+        "optimiser": torch.optim.AdamW(layer.parameters()).state_dict(),
+        "module": layer,
+        "code": {"a": Evil()},
+        "nan": {**state, "out.2.weight": state["out.2.weight"] * torch.nan},
+        "integer": {**state, "num_batches": torch.tensor(3)},
+        "list": list(state.values()),
+        "shadow": {"model": state, "ema": {"shadow_params": list(state.values())}},
+    }
+    if damage in held:
+        torch.save(held[damage], checkpoint)
+    else:
+        checkpoint.write_bytes({"half": whole[: len(whole) // 2], "empty": b""}[damage])
+    outcome = robustdiff("convert", checkpoint, "out", *TEXT.split())
+    assert outcome.code == 2
+    assert outcome.err.count("\n") == 1
+    assert "model.pt" in outcome.err
+    assert "weights_only" not in outcome.err
+    assert [p.name for p in tmp_path.iterdir()] == ["model.pt"]
+
+
+@pytest.mark.parametrize("recorded", [3, {"dtypes": {"*": "save"}}, {"dtypes": []}, {"qkv_dims": "1"}])
+def test_a_damaged_record_of_the_way_back_is_named(robustdiff, checkpoint, tmp_path, recorded):
+    assert robustdiff("convert", checkpoint, tmp_path / "p", *TEXT.split()).code == 0
+    config = tmp_path / "p" / "unet" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "_adm": recorded}))
+    outcome = robustdiff("convert", tmp_path / "p", tmp_path / "back.pt")
+    assert outcome.code == 2
+    assert "_adm" in outcome.err
+    assert not (tmp_path / "back.pt").exists()
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from robustdiff.errors import InputError
-from robustdiff.models.build import save_pipeline
+from robustdiff.models.pipeline import save_pipeline
 from robustdiff.samplers.time_search import search_times
 
 

@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 
 from robustdiff.data import ArrayDataset, load_dataset
 from robustdiff.errors import InputError
-from robustdiff.models.build import build_model, load_pipeline
+from robustdiff.models.build import build_model
+from robustdiff.models.pipeline import load_pipeline
 from robustdiff.objectives.consistency import METRICS, DoublingScales, FixedScales, GrowingScales, euler_step
 from robustdiff.objectives.edm import EDMObjective
 from robustdiff.objectives.preconditioning import DiffusionDenoiser, Preconditioned, karras_sigmas

@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 
 from robustdiff.data import load_dataset
 from robustdiff.errors import InputError, RunError
-from robustdiff.models.build import build_model, load_pipeline
+from robustdiff.models.build import build_model
+from robustdiff.models.pipeline import load_pipeline
 from robustdiff.training.trainer import Trainer, train
 
 

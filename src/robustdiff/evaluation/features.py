@@ -37,6 +37,7 @@ from torch import Tensor, nn
 from robustdiff.data.dataset import to_unit
 from robustdiff.errors import InputError
 from robustdiff.files import atomic_write
+from robustdiff.models.weights import read_file
 
 __all__ = [
     "EXTRACTORS",
@@ -262,12 +263,12 @@ class InceptionExtractor(FeatureExtractor):
         try:
             # torch-fidelity unpickles the file it is given without restriction. Read it here, tensors only,
             # and hand over a copy of what was read.
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            state = read_file(path)
             buffer = io.BytesIO()
             torch.save(state, buffer)
             buffer.seek(0)
             self.network = network("inception", ["2048"], feature_extractor_weights_path=buffer)
-        except Exception as error:  # torch.load alone raises six unrelated types for a file that is not its own
+        except Exception as error:  # what torch-fidelity raises for other weights is anything
             message = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise InputError(f"{path}: not Inception weights ({message}); download {INCEPTION_URL}") from error
         self.fingerprint = _fingerprint(self.network.state_dict())

@@ -74,6 +74,7 @@ from torch import Tensor, nn
 
 from robustdiff.errors import InputError
 from robustdiff.files import atomic_write
+from robustdiff.models.weights import FLOATS, read_weights
 
 __all__ = [
     "PRESETS",
@@ -680,6 +681,23 @@ def _way_back(new_order: bool, qkv_dims: int = 1, dtypes: Mapping[str, str] | No
     return {"use_new_attention_order": new_order, "qkv_dims": qkv_dims, "dtypes": dict(dtypes or {})}
 
 
+def _recorded(unet: UNet2DModel) -> tuple[dict[str, Any], dict[str, torch.dtype]]:
+    """Return the way back and the types in the config of a `UNet2DModel`, possibly from a file of unknown origin."""
+    recorded = unet.config.get("_adm", {})
+    way_back = {**_way_back(new_order=True), **(recorded if isinstance(recorded, Mapping) else {})}
+    types = {str(dtype).removeprefix("torch."): dtype for dtype in FLOATS}
+    dtypes = way_back["dtypes"]
+    if not (
+        isinstance(recorded, Mapping)
+        and isinstance(way_back["use_new_attention_order"], bool)
+        and way_back["qkv_dims"] in (1, 2)
+        and isinstance(dtypes, Mapping)
+        and all(isinstance(name, str) and name in types for name in dtypes.values())
+    ):
+        raise InputError("the UNet's config has an _adm that save_adm does not write: remove it, or convert again")
+    return way_back, {name: types[dtype] for name, dtype in dtypes.items()}
+
+
 def _working_type(dtypes: Iterable[torch.dtype]) -> torch.dtype:
     """The type to compute in: float32, unless there is something wider."""
     return functools.reduce(torch.promote_types, dtypes, torch.float32)
@@ -716,7 +734,8 @@ def load_adm(
     The number of image channels is the file's, and so is the number of classes unless it is given.
 
     Args:
-        path: The `.pt` file, a state dict (an EMA file is one too).
+        path: The `.pt` or `.safetensors` file: a state dict (an EMA file is one too), or a training script's dict that
+            holds one, of which the moving average is read. Prefixes of wrappers are stripped.
 
     Returns:
         The UNet in eval mode, in float32; call it as `unet(x, t, class_labels=y).sample`. It is a plain
@@ -751,7 +770,7 @@ def load_adm(
     working = _working_type(tensor.dtype for tensor in file.state.values())
     weights: dict[str, Tensor] = {}
     for tensor in layout.tensors(file.qkv_dims):
-        value = file.state[tensor.adm].to(working)
+        value = file.state[tensor.adm].to(working, copy=True)  # the file's may be mapped from it
         if tensor.heads:
             parts = _split_qkv(value, tensor.heads, use_new_attention_order)
             # Each on memory of its own, as the parameters of a UNet are.
@@ -787,8 +806,7 @@ def save_adm(unet: UNet2DModel, path: str | os.PathLike[str]) -> None:
     if not Path(path).parent.is_dir():
         raise InputError(f"cannot write {path}: the folder {Path(path).parent} does not exist")
     layout = _Layout.from_unet(unet)
-    way_back = {**_way_back(new_order=True), **unet.config.get("_adm", {})}
-    dtypes = {name: getattr(torch, dtype) for name, dtype in way_back["dtypes"].items()}
+    way_back, dtypes = _recorded(unet)
     working = _working_type(dtypes.values())
     weights = {name: value.detach().cpu() for name, value in unet.state_dict().items()}
     state: dict[str, Tensor] = {}
@@ -838,25 +856,14 @@ class _File:
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> _File:
         name = os.fspath(path)
-        if not Path(name).is_file():
-            raise InputError(f"no such file: {name}")
-        try:
-            state = torch.load(name, map_location="cpu", weights_only=True)
-        except Exception as error:  # what a damaged or foreign file raises in the unpickler is anything
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise InputError(f"{name} is not a checkpoint that PyTorch can read: {reason}") from error
-        if not isinstance(state, dict) or not all(
-            isinstance(key, str) and isinstance(value, Tensor) and value.is_floating_point()
-            for key, value in state.items()
-        ):
-            raise InputError(f"{name} is not a guided-diffusion UNet checkpoint: not a dict of weights by name")
+        state = read_weights(name)
         for tensor, ndims in ((_TIME, (2,)), (_INPUT, (4,)), (_OUTPUT, (4,)), (_QKV, (3, 4))):
             if tensor not in state or state[tensor].ndim not in ndims:
                 raise InputError(f"{name} is not a guided-diffusion UNet checkpoint: no image UNet's {tensor}")
         # Three channels of the image, three of its low resolution.
         if state[_INPUT].shape[1] == 6 and state[_OUTPUT].shape[0] in (3, 6):
             raise InputError(f"{name} is a super-resolution checkpoint, which is another network")
-        return cls(name, dict(state))
+        return cls(name, state)
 
     @property
     def qkv_dims(self) -> int:

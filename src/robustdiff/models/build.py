@@ -8,28 +8,20 @@ Everything that this project trains is a diffusers pipeline folder: ``unet/`` an
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.resources import files
-from pathlib import Path
 from typing import Any
 
 from diffusers import (
     CMStochasticIterativeScheduler,
-    ConsistencyModelPipeline,
-    DDPMPipeline,
     DDPMScheduler,
     EDMEulerScheduler,
     FlowMatchEulerDiscreteScheduler,
 )
 from diffusers.models.unets.unet_2d import UNet2DModel
-from diffusers.utils import logging as diffusers_logging
-from safetensors import SafetensorError
 
 from robustdiff.data import ImageDataset
 from robustdiff.errors import InputError
+from robustdiff.models.pipeline import downsampling, load_pipeline, size_of
 from robustdiff.models.scheduler import mark_as_own, objective_of, process_of
 from robustdiff.objectives.consistency import DoublingScales, FixedScales, GrowingScales, ScaleSchedule
 from robustdiff.objectives.denoising import Variance
@@ -46,20 +38,14 @@ from robustdiff.recipe import (
 )
 
 __all__ = [
-    "PRETRAINED",
     "Built",
     "build_model",
     "build_process",
     "build_unet",
     "check_classes",
     "check_fit",
-    "load_pipeline",
-    "save_pipeline",
     "scale_schedule",
 ]
-
-PRETRAINED = files("robustdiff.models") / "pretrained"
-"""Where the models shipped with the package are."""
 
 
 def build_unet(
@@ -147,60 +133,6 @@ def _build_levels(objective: EdmConfig | ConsistencyConfig, steps: int) -> tuple
     )
     sigmas = karras_sigmas(levels, objective.sigma_min, objective.sigma_max, objective.rho)
     return karras_process(sigmas), mark_as_own(scheduler)
-
-
-def _pipeline_folder(path: str | Path) -> Path:
-    """A run, a pipeline folder, or the name of a shipped model, as a folder with ``model_index.json``."""
-    given = Path(path)
-    for candidate in (given, given / "model", Path(str(PRETRAINED / str(path)))):
-        if (candidate / "model_index.json").is_file():
-            return candidate
-    shipped = ", ".join(sorted(p.name for p in PRETRAINED.iterdir() if p.is_dir())) if PRETRAINED.is_dir() else "none"
-    if (given / "recipe.yaml").is_file():
-        raise InputError(f"{path} is a run that is not finished: go on with it by robustdiff train … --resume")
-    raise InputError(f"no model at {path}: give a run, a folder with model_index.json, or a shipped model ({shipped})")
-
-
-@contextmanager
-def _quietly() -> Iterator[None]:
-    """diffusers logs errors that it also raises, and shows a bar of its own."""
-    verbosity = diffusers_logging.get_verbosity()
-    diffusers_logging.set_verbosity(diffusers_logging.CRITICAL)
-    diffusers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        diffusers_logging.set_verbosity(verbosity)
-        diffusers_logging.enable_progress_bar()
-
-
-def load_pipeline(path: str | Path) -> tuple[UNet2DModel, Any]:
-    """The network and the scheduler of a run, of a pipeline folder, or of a model shipped with the package.
-
-    Raises:
-        InputError: If there is none, or it cannot be read, or it is not an unconditional or class-conditional UNet.
-    """
-    folder = _pipeline_folder(path)
-    try:
-        index = json.loads((folder / "model_index.json").read_text())
-        kind = index.get("unet", [None, None])[1]
-        if kind not in ("UNet2DModel", "AdmUNet2DModel"):
-            raise InputError(
-                f"{folder} holds {kind or 'no unet'}, not a UNet2DModel: only pixel-space UNets are supported"
-            )
-        with _quietly():
-            pipeline = DDPMPipeline.from_pretrained(folder, use_safetensors=True, local_files_only=True)
-    except InputError:
-        raise
-    except (OSError, ValueError, RuntimeError, AttributeError, LookupError, TypeError, SafetensorError) as error:
-        raise InputError(f"the model in {folder} cannot be read: {str(error).splitlines()[0]}") from None
-    return pipeline.unet, pipeline.scheduler
-
-
-def save_pipeline(folder: Path, unet: UNet2DModel, scheduler: Any) -> None:
-    """Write a pipeline folder; the caller sees to it that it appears whole."""
-    kind = ConsistencyModelPipeline if isinstance(scheduler, CMStochasticIterativeScheduler) else DDPMPipeline
-    kind(unet, scheduler).save_pretrained(folder, safe_serialization=True)
 
 
 @dataclass
@@ -322,21 +254,30 @@ def _build_process_of(
 
 
 def check_fit(unet: UNet2DModel, shape: tuple[int, int, int], path: str) -> None:
-    """Whether a network takes images of a shape.
+    """Check that a network takes images of a shape; one without a ``sample_size`` gets theirs.
 
     Raises:
-        InputError: If it does not.
+        InputError: If it does not take them.
     """
     channels, height, width = shape
-    size = unet.config.sample_size
     if unet.config.in_channels != channels:
         raise InputError(
             f"the model {path} takes {unet.config.in_channels} channels and the data has {channels}: "
             f"set data.channels={unet.config.in_channels}"
         )
-    if (height, width) != ((size, size) if isinstance(size, int) else tuple(size)):
+    size = size_of(unet)
+    if size is None:
+        multiple = downsampling(unet)
+        if height % multiple or width % multiple:
+            raise InputError(
+                f"the model {path} takes sides that are multiples of {multiple}, the data has {height}×{width}: "
+                "set data.size to such a number"
+            )
+        unet.register_to_config(sample_size=height if height == width else (height, width))
+    elif (height, width) != size:
+        remedy = f"set data.size={size[0]}" if size[0] == size[1] else "give images of that height and width"
         raise InputError(
-            f"the model {path} takes images of {size}×{size}, the data has {height}×{width}: set data.size={size}"
+            f"the model {path} takes images of {size[0]}×{size[1]}, the data has {height}×{width}: {remedy}"
         )
 
 

@@ -16,7 +16,7 @@ from diffusers import CMStochasticIterativeScheduler, DDPMScheduler, EDMEulerSch
 from robustdiff.errors import InputError
 from robustdiff.files import atomic_folder
 from robustdiff.models.adm import PRESETS, AdmFlags, load_adm, parse_flags, save_adm
-from robustdiff.models.build import load_pipeline, save_pipeline
+from robustdiff.models.pipeline import load_pipeline, save_pipeline
 from robustdiff.models.scheduler import mark_as_own
 
 __all__ = ["Schedule", "convert", "read_flags"]
@@ -59,10 +59,11 @@ def read_flags(preset: str | None, text: str) -> tuple[AdmFlags, Schedule]:
 
 
 def convert(source: Path, output: Path, flags: AdmFlags | None = None, schedule: Schedule = "linear") -> None:
-    """Convert a ``.pt`` into a pipeline folder, or a pipeline folder into a ``.pt``, bit for bit.
+    """Convert a checkpoint into a pipeline folder, or a pipeline folder into a ``.pt``, bit for bit.
 
     Arguments:
-        source: A checkpoint of guided-diffusion or of OpenAI's consistency models, or a folder (a run, a pipeline).
+        source: A checkpoint of guided-diffusion or of OpenAI's consistency models, ``.pt`` or
+            ``.safetensors``; or a folder (a run, a pipeline).
         output: The folder, or the ``.pt``.
         flags: The flags that the checkpoint was trained with; a folder needs none.
         schedule: The process of the checkpoint; "consistency" makes a ``ConsistencyModelPipeline``, "edm" a denoiser

@@ -27,7 +27,7 @@ from torch import Tensor
 from robustdiff.data import to_uint8
 from robustdiff.errors import InputError
 from robustdiff.files import atomic_write
-from robustdiff.models.build import load_pipeline
+from robustdiff.models.pipeline import load_pipeline, size_of
 from robustdiff.models.scheduler import model_of, objective_of, process_of, sampling_of
 from robustdiff.process import DiffusionProcess, Prediction
 from robustdiff.recipe import load_recipe
@@ -126,18 +126,21 @@ class Generator:
         return cls(unet, process, prediction, sampler, model=model, checkpoint=checkpoint, **settings)
 
     @classmethod
-    def load(cls, path: str | Path, device: torch.device | str = "cpu", **settings: Any) -> Generator:
+    def load(
+        cls, path: str | Path, device: torch.device | str = "cpu", *, size: int | None = None, **settings: Any
+    ) -> Generator:
         """Of a run, a pipeline folder, or a model shipped with the package.
 
         Arguments:
             path: Where the network is.
             device: Where it goes.
+            size: The side of the images, where the network's configuration does not say it, or another one.
             settings: The other fields; where neither sampler nor steps are given those of a run's recipe.
 
         Raises:
             InputError: If there is no model, or it cannot be read, or a setting does not suit it.
         """
-        unet, scheduler = load_pipeline(path)
+        unet, scheduler = load_pipeline(path, size)
         recipe = Path(path) / "recipe.yaml"
         if settings.get("sampler") is None and settings.get("steps") is None and recipe.is_file():
             sampler = load_recipe(str(recipe)).sampler
@@ -200,11 +203,16 @@ class Generator:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of an image."""
+        """(C, H, W) of an image.
+
+        Raises:
+            InputError: If the network's configuration does not say its size.
+        """
         config: Any = self.unet.config
-        size = config.sample_size
-        height, width = (size, size) if isinstance(size, int) else size
-        return config.in_channels, height, width
+        size = size_of(self.unet)
+        if size is None:
+            raise InputError("the model does not say the size of its images (sample_size): give --size PIXELS")
+        return config.in_channels, *size
 
     def labels(self, indices: range) -> Tensor | None:
         """The classes of some images, with shape (B,)."""

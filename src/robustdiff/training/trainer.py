@@ -42,10 +42,9 @@ from robustdiff.models.build import (
     build_model,
     check_classes,
     check_fit,
-    load_pipeline,
-    save_pipeline,
     scale_schedule,
 )
+from robustdiff.models.pipeline import load_pipeline, save_pipeline
 from robustdiff.models.scheduler import denoiser_of
 from robustdiff.objectives.consistency import ConsistencyObjective
 from robustdiff.objectives.denoising import DenoisingObjective

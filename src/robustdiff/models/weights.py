@@ -1,0 +1,209 @@
+"""Weights read from files of unknown origin, without running code that a file names.
+
+A file is safetensors or what ``torch.save`` wrote. Three steps follow the reading, for checkpoints of all formats:
+
+- A training script's dict is opened, the moving average before the trained weights.
+- Prefixes that wrappers such as ``DistributedDataParallel`` and ``torch.compile`` put before names are stripped.
+- Each tensor must be dense, in float16, bfloat16, float32 or float64, and finite.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import warnings
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from robustdiff.errors import InputError
+
+__all__ = ["FLOATS", "check_weights", "read_file", "read_state", "read_weights", "strip_prefixes"]
+
+_log = logging.getLogger(__name__)
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+"""The types that weights may have."""
+
+# Where training scripts keep a moving average, and where the weights themselves; the first that is there is taken.
+_AVERAGES = (
+    *("ema", "model_ema", "ema_model", "net_ema", "ema_net", "unet_ema", "ema_unet", "params_ema", "ema_params"),
+    *("ema_state_dict", "state_dict_ema", "model_ema_state_dict", "ema_model_state_dict", "ema_weights"),
+    *("shadow", "shadow_params", "averaged_model"),
+)
+_WEIGHTS = (
+    *("state_dict", "model_state_dict", "net_state_dict", "unet_state_dict", "model_state", "model", "net", "network"),
+    *("unet", "params", "weights", "module", "state"),
+)
+
+# What wrappers put into names: some also inside, around a part of the network, and some only before all names.
+_INSIDE = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+_BEFORE = ("module.", "model.", "net.", "unet.", "ema_model.", "diffusion_model.")
+
+
+def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """Return the weights in a file by name, in the file's order and types.
+
+    The tensors may be mapped from the file: copy what is to outlive it.
+
+    Raises:
+        InputError: There is no such file, or it does not hold a network's weights, or one of them is not a dense,
+            finite floating-point tensor. The message is one line.
+    """
+    return check_weights(strip_prefixes(read_state(path), path), path)
+
+
+def read_state(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """Return the tensors in a file by their names as they are there, out of the dict of a training script.
+
+    Raises:
+        InputError: There is no such file, or it cannot be read, or it holds no dict of tensors by name.
+    """
+    return _open(read_file(path), path)
+
+
+def read_file(path: str | os.PathLike[str]) -> Any:
+    """Return what a file of safetensors or of ``torch.save`` holds, if that is tensors and plain containers only.
+
+    Raises:
+        InputError: There is no such file, or it is damaged, or it holds pickled objects.
+    """
+    path = Path(path)
+    if not path.is_file():
+        kind = " is a folder" if path.is_dir() else " is a link that leads nowhere" if path.is_symlink() else ""
+        raise InputError(f"no such file: {path}{kind}")
+    try:
+        with path.open("rb") as file:
+            head = file.read(32)
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from None
+    if not head:
+        raise InputError(f"{path} is not a checkpoint that PyTorch can read: it is empty; download or save it again")
+    if head.startswith(b"version https://git-lfs"):
+        raise InputError(f"{path} is a pointer of Git LFS and not the weights themselves: run git lfs pull")
+    if path.suffix == ".safetensors" or head[8:9] == b"{":  # the length of the header, then its JSON
+        return _read_safetensors(path)
+    return _read_pickle(path)
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a dict
+    except Exception:  # safetensors raises its own error, and torch another for a type that it does not know
+        raise InputError(f"{path} is damaged, truncated, or no safetensors file: download or save it again") from None
+
+
+def _read_pickle(path: Path) -> Any:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return torch.load(str(path), map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except Exception as error:  # what a damaged or foreign file raises in the unpickler is anything
+        if (found := re.search(r"GLOBAL ([\w.]+)", str(error))) is not None:
+            raise InputError(
+                f"{path} is not a checkpoint that PyTorch can read without running code: it holds {found[1]}, not only "
+                "tensors; where it was made, save the network's state_dict() alone"
+            ) from None
+        raise InputError(
+            f"{path} is not a checkpoint that PyTorch can read: it is damaged, truncated, or holds other than tensors; "
+            "download it again, or save the network's state_dict()"
+        ) from None
+
+
+def _open(held: Any, path: str | os.PathLike[str], depth: int = 0) -> dict[str, Tensor]:
+    """Return the state dict in what a file holds, by the names that training scripts give it."""
+    if not isinstance(held, Mapping):
+        raise InputError(
+            f"{path} holds a {type(held).__name__}, not a dict of weights by name: save the network's state_dict()"
+        )
+    if "param_groups" in held:
+        raise InputError(f"{path} holds the state of an optimiser, not a network's weights: give the network's file")
+    if held and all(isinstance(name, str) and isinstance(value, Tensor) for name, value in held.items()):
+        return {name: value.detach() for name, value in held.items()}
+    averages, weights = (
+        [name for name in names if isinstance(held.get(name), Mapping | list | tuple) and len(held[name])]
+        for names in (_AVERAGES, _WEIGHTS)
+    )
+    if not averages + weights or depth == 4:  # a dict may hold itself
+        names = ", ".join(map(str, list(held)[:4])) + (", …" if len(held) > 4 else "")
+        raise InputError(
+            f"{path} holds no dict of weights by name, but {names or 'an empty dict'}: save the network's state_dict()"
+        )
+    name = (averages + weights)[0]
+    if not isinstance(held[name], Mapping):
+        raise InputError(
+            f"{path} holds {name} as a list, whose tensors have no names: load it into the network where it was made, "
+            "and save the network's state_dict()"
+        )
+    if averages and weights:
+        _log.warning("%s holds %s and %s: read %s, the moving average", path, weights[0], name, name)
+    return _open(held[name], path, depth + 1)
+
+
+def strip_prefixes(state: Mapping[str, Tensor], path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """Return weights under the names that the bare network has, whatever it was wrapped in when they were saved.
+
+    Arguments:
+        state: The weights. `n_averaged` of torch's ``AveragedModel`` is left out.
+        path: The file, for messages.
+
+    Raises:
+        InputError: A name is there both with a prefix and without.
+    """
+    if all(name.startswith("module.") or name == "n_averaged" for name in state):
+        state = {name: value for name, value in state.items() if name != "n_averaged"}
+    stripped = {name: ".".join(part for part in name.split(".") if part not in _INSIDE) for name in state}
+    while prefix := next((p for p in _BEFORE if stripped and all(n.startswith(p) for n in stripped.values())), ""):
+        stripped = {name: short.removeprefix(prefix) for name, short in stripped.items()}
+    taken: dict[str, str] = {}
+    for name, short in stripped.items():
+        if taken.setdefault(short, name) != name:
+            raise InputError(f"{path} holds both {taken[short]} and {name}: save the network's state_dict() alone")
+    return {stripped[name]: value for name, value in state.items()}
+
+
+def check_weights(
+    state: Mapping[str, Tensor], path: str | os.PathLike[str], dtype: torch.dtype | None = None
+) -> dict[str, Tensor]:
+    """Return weights if each is a dense tensor of finite floating-point numbers.
+
+    Arguments:
+        state: The weights by name.
+        path: The file, for messages.
+        dtype: If given, each is copied into memory of its own, in this type and in its shape's order.
+
+    Raises:
+        InputError: One of them is of another type or layout, or is not finite, or would not be in `dtype`.
+    """
+    weights: dict[str, Tensor] = {}
+    for name, value in state.items():
+        kind = str(value.dtype).removeprefix("torch.")
+        if value.layout is not torch.strided or value.dtype not in FLOATS or value.device.type != "cpu":
+            what = kind if value.layout is torch.strided else "sparse"
+            raise InputError(
+                f"{path}: {name} is {what}, where weights are dense, in float16, bfloat16, float32 or float64: "
+                "save the network's parameters in one of these types, and nothing else"
+            )
+        if value.numel() * value.element_size() > value.untyped_storage().nbytes() or any(
+            step == 0 and size > 1 for step, size in zip(value.stride(), value.shape, strict=True)
+        ):
+            raise InputError(
+                f"{path}: {name} is an expanded view of fewer numbers than its shape {tuple(value.shape)} has: "
+                "save a copy of it (.clone())"
+            )
+        if dtype is not None:
+            value = value.to(dtype, copy=True, memory_format=torch.contiguous_format)
+        if not value.isfinite().all():
+            raise InputError(
+                f"{path}: {name} has values that are not finite{f' in {str(dtype)[6:]}' if dtype else ''}: the "
+                "training that wrote it diverged, or the file is damaged; take an earlier checkpoint"
+            )
+        weights[name] = value
+    return weights
