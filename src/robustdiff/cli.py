@@ -21,6 +21,8 @@ from robustdiff.errors import InputError, RunError
 if TYPE_CHECKING:
     from robustdiff.data import ImageDataset
     from robustdiff.evaluation.features import FeatureExtractor
+    from robustdiff.recipe import DataConfig
+    from robustdiff.samplers.generate import Generator
 
 __all__ = ["app", "main"]
 
@@ -53,6 +55,10 @@ Samplers = Annotated[
 ]
 Data = Annotated[str | None, typer.Option(help="The real images, by name; those of the run by default.")]
 Root = Annotated[str | None, typer.Option(help="The folder or file of the real images.")]
+SetData = Annotated[
+    list[str],
+    typer.Option("--set", metavar="data.FIELD=VALUE", help="Change how the real images are read: --set data.size=16"),
+]
 Features = Annotated[
     str | None, typer.Option(help="digits, fashion-16, fashion-mnist, inception, or a .safetensors file.")
 ]
@@ -222,15 +228,23 @@ def sample(
 
 @app.command()
 def evaluate(
-    runs: Runs,
+    sources: Annotated[
+        list[str], typer.Argument(help="Runs, pipeline folders or shipped models; folders of images or .npz files.")
+    ],
     sampler: Samplers = None,
     steps: Annotated[
         str | None,
         typer.Option(help="Numbers of network evaluations, with commas: 5,10,20,50; 1,2,4,8 for consistency models."),
     ] = None,
-    num: Annotated[int, typer.Option(min=4, help="Images of each cell.")] = 5000,
+    num: Annotated[
+        int | None, typer.Option(min=4, help="Images of each cell; by default 5000, and all of a folder or file.")
+    ] = None,
     data: Data = None,
     root: Root = None,
+    overrides: SetData = [],  # noqa: B006
+    reference: Annotated[
+        Path | None, typer.Option(help="In place of real images, their mu and sigma under --features: an .npz file.")
+    ] = None,
     features: Features = None,
     weights: Weights = None,
     output: Annotated[Path | None, typer.Option(help="A folder for result.json and figures.")] = None,
@@ -241,59 +255,81 @@ def evaluate(
 ) -> None:
     """FID, KID, precision and recall over checkpoint × sampler × steps, on common random numbers.
 
-    On several GPUs: accelerate launch -m robustdiff evaluate RUN.
+    Images in a folder or an .npz file (arr_0: uint8 NHWC) are measured as they are. On several GPUs: accelerate launch
+    -m robustdiff evaluate RUN.
     """
     from accelerate import Accelerator
 
-    from robustdiff.evaluation.fidelity import reference_statistics
-    from robustdiff.evaluation.grid import evaluate_grid
-    from robustdiff.models.build import check_fit
+    from robustdiff.evaluation.fidelity import load_reference, reference_statistics
+    from robustdiff.evaluation.grid import evaluate_grid, evaluate_images
+    from robustdiff.evaluation.images import check_size, load_images, number_of_images
     from robustdiff.report.progress import Bar
     from robustdiff.report.results import write_results
-    from robustdiff.report.tables import grid_table, print_whole
-    from robustdiff.samplers.generate import Generator
+    from robustdiff.report.tables import cell_table, grid_table, print_whole
 
-    samplers, counts = _samplers(sampler), [] if steps is None else _counts(steps)
     accelerator = Accelerator(cpu=cpu)
-    names = _names(runs)
-    generators = {
-        name: Generator.load(
-            run,
-            accelerator.device,
-            sampler=samplers[0] if samplers else None,
-            steps=counts[0] if counts else 1,  # given, so that no run's recipe decides how all are sampled
-            seed=seed,
-            batch_size=batch_size,
-            precision=precision,
-        )
-        for name, run in zip(names, runs, strict=True)
-    }
-    samplers = samplers or [generators[names[0]].sampler]
-    counts = counts or ([1, 2, 4, 8] if samplers[0] == "multistep" else [5, 10, 20, 50])
-    dataset = _real_images(runs[0], data, root)
-    for run, generator in zip(runs, generators.values(), strict=True):
-        check_fit(generator.unet, dataset.shape, run)
-    extractor = _extractor(features, weights, dataset, accelerator.device)
+    named = _names(sources)
+    sets = {name: images for name, source in named.items() if (images := load_images(source)) is not None}
+    numbers = {name: number_of_images(images, num) for name, images in sets.items()}
+    num = num or 5000
+    runs = {name: source for name, source in named.items() if name not in sets}
+    for option, value in (("--sampler", sampler), ("--steps", steps)):
+        if value is not None and not runs:
+            raise InputError(f"{option} is how runs are sampled, and only images are given: leave it out")
+    samplers, counts = _samplers(sampler), [] if steps is None else _counts(steps)
+    settings = {"seed": seed, "batch_size": batch_size, "precision": precision}
+    # Steps are given, so that no run's recipe decides how all are sampled.
+    generators = _generators(runs, accelerator.device, samplers, counts or [1], **settings)
+    if generators:
+        samplers = samplers or [next(iter(generators.values())).sampler]
+        counts = counts or ([1, 2, 4, 8] if samplers[0] == "multistep" else [5, 10, 20, 50])
+    if reference is not None and (data is not None or root is not None or overrides):
+        raise InputError("--reference takes the place of --data, --root and --set: give it, or them")
+    real = _real_images(next(iter(runs.values()), None), data, root, overrides) if reference is None else None
+    dataset = None if real is None else real.load()
+    if dataset is not None:
+        _check_fit(generators, runs, dataset)
+        for images in sets.values():
+            check_size(images, dataset.shape)
+    extractor = _extractor(features, weights, None if real is None else real.name, accelerator.device)
     quiet = not accelerator.is_main_process
     with Bar(err, "statistics of the real images", 1, quiet=quiet) as bar:
-        if not quiet:
-            reference = reference_statistics(dataset, extractor)
-        accelerator.wait_for_everyone()
-        if quiet:
-            reference = reference_statistics(dataset, extractor)  # from the cache
+        if reference is not None:
+            statistics = load_reference(reference, extractor)
+        else:
+            assert dataset is not None
+            with accelerator.main_process_first():  # the others read the cache
+                statistics = reference_statistics(dataset, extractor)
+        cells = []
+        for name, images in sets.items():  # before the runs, which take longer
+            bar.describe(name, numbers[name])
+            cells.append(
+                evaluate_images(
+                    name, images, numbers[name], extractor, statistics, accelerator, batch_size, bar.advance
+                )
+            )
         bar.describe("network evaluations", len(runs) * len(samplers) * sum(counts) * num)
         grid = evaluate_grid(
-            generators, samplers, counts, num, extractor, reference, accelerator, on_images=bar.advance
+            generators, samplers, counts, num, extractor, statistics, accelerator, on_images=bar.advance
         )
     if quiet:
         return
-    out.print(f"FID to {dataset.name} on the features {extractor.name}, {num} images a cell, 95 % bootstrap intervals:")
-    print_whole(out, grid_table(grid, names[0]))
+    target = str(reference) if dataset is None else dataset.name
+    out.print(f"to {target} on the features {extractor.name}, FID with 95 % bootstrap intervals:")
+    print_whole(out, cell_table([*grid.cells, *cells]))
+    if len(runs) > 1:
+        out.print(f"FID, and its difference to {next(iter(runs))} on common random numbers:")
+        print_whole(out, grid_table(grid, next(iter(runs))))
     if output is not None:
-        title = f"{dataset.name}, {num} images a cell, seed {seed}"
-        settings = {"data": dataset.name, "features": extractor.name, "seed": seed}
-        write_results(output, grid, title, settings)
-        out.print(f"figures and result.json are in {output}")
+        title = f"{target}, {num} images a cell, seed {seed}"
+        record = {
+            "data": None if dataset is None else dataset.name,
+            "reference": str(reference) if real is None else real.model_dump(mode="json"),
+            "features": extractor.name,
+            "seed": seed,
+        }
+        write_results(output, replace(grid, cells=[*grid.cells, *cells]), title, record)
+        out.print(f"figures and result.json are in {output}" if runs else f"result.json is in {output}")
 
 
 @app.command()
@@ -303,6 +339,7 @@ def search_times(
     num: Annotated[int, typer.Option(min=4, help="Images for each candidate.")] = 2000,
     data: Data = None,
     root: Root = None,
+    overrides: SetData = [],  # noqa: B006
     features: Features = None,
     weights: Weights = None,
     output: Annotated[Path | None, typer.Option(help="A .json for what was found and all that was tried.")] = None,
@@ -317,7 +354,7 @@ def search_times(
     """
     from accelerate import Accelerator
 
-    from robustdiff.evaluation.fidelity import Fidelity, frechet_distance, reference_statistics
+    from robustdiff.evaluation.fidelity import Fidelity, check_finite, reference_statistics
     from robustdiff.files import atomic_write
     from robustdiff.models.build import check_fit
     from robustdiff.report.progress import Bar
@@ -326,9 +363,10 @@ def search_times(
 
     device = Accelerator(cpu=cpu).device
     generator = Generator.load(run, device, sampler="multistep", seed=seed, batch_size=batch_size, precision=precision)
-    dataset = _real_images(run, data, root)
+    config = _real_images(run, data, root, overrides)
+    dataset = config.load()
     check_fit(generator.unet, dataset.shape, run)
-    extractor = _extractor(features, weights, dataset, device)
+    extractor = _extractor(features, weights, config.name, device)
     with Bar(err, "statistics of the real images", 1) as bar:
         reference = reference_statistics(dataset, extractor)
 
@@ -339,8 +377,9 @@ def search_times(
             for batch, images in replace(generator, steps=candidate).images(range(num)):
                 fidelity.update(images, batch.start)
                 bar.advance(len(batch))
-            moments = fidelity.moments
-            return frechet_distance(moments.mean, moments.cov, reference.mean, reference.cov)
+            value = fidelity.fid()
+            check_finite(f"scales {candidate}", {"fid": value})
+            return value
 
         found = search(fid, steps, len(generator.process))
     best = ",".join(map(str, found.numbers))
@@ -364,6 +403,7 @@ def solver_error(
     substeps: Annotated[int, typer.Option(min=2, help="Heun steps of the reference between two levels.")] = 32,
     data: Data = None,
     root: Root = None,
+    overrides: SetData = [],  # noqa: B006
     output: Annotated[Path, typer.Option(help="A folder for result.json and the figure.")] = Path("solver-error"),
     seed: Annotated[int, typer.Option(min=0, help="Of the noise.")] = 0,
     batch_size: BatchSize = 128,
@@ -391,7 +431,7 @@ def solver_error(
     device = Accelerator(cpu=cpu).device
     unet, scheduler = load_pipeline(teacher)
     denoise = denoiser_of(scheduler, unet.to(device).eval())
-    dataset = _real_images(teacher, data, root)
+    dataset = _real_images(teacher, data, root, overrides).load()
     check_fit(unet, dataset.shape, teacher)
     check_classes(unet, dataset.num_classes, teacher)
     if num > len(dataset):
@@ -442,9 +482,12 @@ def mismatch(
         int | None, typer.Option(min=1, help="Images; by default 2000, or half of the real ones if they are fewer.")
     ] = None,
     radii: Annotated[str, typer.Option(help="ℓ2 radii of the robust loss, with commas.")] = "0.1,0.3,1.0",
-    probes: Annotated[int, typer.Option(min=0, help="Images of the robust loss; 0 leaves it out.")] = 32,
+    probes: Annotated[
+        int | None, typer.Option(min=0, help="Images of the robust loss, by default 32; 0 leaves it out.")
+    ] = None,
     data: Data = None,
     root: Root = None,
+    overrides: SetData = [],  # noqa: B006
     output: Annotated[Path, typer.Option(help="A folder for mismatch.json and figures.")] = Path("mismatch"),
     seed: Seed = 0,
     batch_size: BatchSize = 128,
@@ -464,7 +507,6 @@ def mismatch(
     from robustdiff.report.mismatch import mismatch_figure, mismatch_table, robustness_figure, robustness_table
     from robustdiff.report.progress import Bar
     from robustdiff.report.tables import print_whole
-    from robustdiff.samplers.generate import Generator
 
     samplers, counts = _samplers(sampler), _counts(steps)
     try:
@@ -472,26 +514,17 @@ def mismatch(
     except ValueError:
         raise InputError(f"--radii {radii}: give numbers with commas, such as 0.1,0.3,1.0") from None
     device = Accelerator(cpu=cpu).device
-    names = _names(runs)
-    generators = {
-        name: Generator.load(
-            run,
-            device,
-            sampler=samplers[0] if samplers else None,
-            steps=counts[0],
-            batch_size=batch_size,
-            precision=precision,
-        )
-        for name, run in zip(names, runs, strict=True)
-    }
-    dataset = _real_images(runs[0], data, root)
+    named = _names(runs)
+    generators = _generators(named, device, samplers, counts, batch_size=batch_size, precision=precision)
+    dataset = _real_images(runs[0], data, root, overrides).load()
+    _check_fit(generators, named, dataset)
     num = min(2000, len(dataset) // 2) if num is None else num
-    probes = min(probes, num)
+    probes = min(32, num) if probes is None else probes
     with Bar(err, "mismatch", 1) as bar:
         result = measure_mismatch(
             generators,
             dataset,
-            samplers or [generators[names[0]].sampler],
+            samplers or [next(iter(generators.values())).sampler],
             counts,
             num,
             radii=sizes,
@@ -612,26 +645,27 @@ def _scale(text: str | None) -> float | tuple[float, float] | None:
     raise InputError(f"--eps-scale {text}: give a number, or k,b for k·i + b")
 
 
-def _real_images(run: str, data: str | None, root: str | None) -> ImageDataset:
-    """The dataset of a name, or else that of a run's recipe, or else fashion-16; from ``root``, where it is given."""
-    from robustdiff.data import load_dataset
-    from robustdiff.recipe import load_recipe
+def _real_images(run: str | None, data: str | None, root: str | None, overrides: list[str]) -> DataConfig:
+    """The data section of a run's recipe, or else of fashion-16, changed as the options say."""
+    from robustdiff.recipe import load_data_config
 
-    recipe = Path(run) / "recipe.yaml"
-    if data is None and recipe.exists():
-        return load_recipe(str(recipe)).data.load(root)
-    return load_dataset(data or "fashion-16", root=root)
+    recipe = None if run is None else Path(run) / "recipe.yaml"
+    return load_data_config(
+        "fashion-16" if recipe is None or not recipe.is_file() else str(recipe), overrides, data, root
+    )
 
 
-def _extractor(features: str | None, weights: Path | None, dataset: ImageDataset, device: Any) -> FeatureExtractor:
-    """The features of a name, or else those of the dataset."""
-    from robustdiff.evaluation.features import EXTRACTORS, load_extractor
+def _extractor(features: str | None, weights: Path | None, data: str | None, device: Any) -> FeatureExtractor:
+    """The features of a name, or else those of a dataset."""
+    from robustdiff.evaluation.features import INCEPTION_URL, SHIPPED, load_extractor
 
-    if features is None and dataset.name not in EXTRACTORS:
-        raise InputError(
-            f"no features are known for {dataset.name}: give --features inception --weights FILE, or others"
-        )
-    return load_extractor(features or dataset.name, weights=weights, device=device)
+    if features is None and data is None:
+        raise InputError("--reference needs the features that it is of: give --features inception --weights FILE")
+    if features is None and data not in SHIPPED:
+        raise InputError(f"no features are known for {data}: give --features inception --weights FILE, or others")
+    if features == "inception" and weights is None:
+        raise InputError(f"--features inception needs --weights FILE; download it from {INCEPTION_URL}")
+    return load_extractor(features or str(data), weights=weights, device=device)
 
 
 def _counts(text: str, option: str = "--steps", example: str = "5,10,20,50") -> list[int]:
@@ -653,13 +687,33 @@ def _distinct(values: list[_T], option: str) -> list[_T]:
     return values
 
 
-def _names(runs: list[str]) -> list[str]:
-    """The last part of each path, or the whole path where that is not unique."""
-    short = [Path(run).name for run in runs]
-    names = [s if short.count(s) == 1 else run for s, run in zip(short, runs, strict=True)]
-    if len(set(names)) < len(names):
-        raise InputError("the same run is given twice")
-    return names
+def _names(sources: list[str]) -> dict[str, str]:
+    """The sources by the last part of their paths, or by the whole path where that is not unique."""
+    short = [Path(source).name for source in sources]
+    named = {s if short.count(s) == 1 else str(Path(source)): source for s, source in zip(short, sources, strict=True)}
+    if len(named) < len(sources):
+        raise InputError("the same run, folder or file is given twice: give each once")
+    return named
+
+
+def _generators(
+    runs: dict[str, str], device: Any, samplers: list[str], counts: list[int], **settings: Any
+) -> dict[str, Generator]:
+    """The generators of runs by name, with the first of the samplers and numbers of steps."""
+    from robustdiff.samplers.generate import Generator
+
+    sampler = samplers[0] if samplers else None
+    return {
+        name: Generator.load(run, device, sampler=sampler, steps=counts[0], **settings) for name, run in runs.items()
+    }
+
+
+def _check_fit(generators: dict[str, Generator], runs: dict[str, str], dataset: ImageDataset) -> None:
+    """Check that each run makes images of the shape of the real ones."""
+    from robustdiff.models.build import check_fit
+
+    for name, generator in generators.items():
+        check_fit(generator.unet, dataset.shape, runs[name])
 
 
 def main() -> None:

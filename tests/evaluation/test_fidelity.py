@@ -2,6 +2,7 @@
 
 import itertools
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -17,7 +18,6 @@ from robustdiff.evaluation.features import Classifier, ClassifierExtractor, load
 from robustdiff.evaluation.fidelity import (
     Fidelity,
     Moments,
-    Reference,
     Reservoir,
     bootstrap_frechet,
     frechet_distance,
@@ -527,7 +527,7 @@ def test_processes_together_are_one(extractor, reference, noisy):
 
 def test_fidelity_refuses(extractor, reference):
     with pytest.raises(ValueError, match="another extractor"):
-        Fidelity(extractor, Reference(reference.moments, reference.features, "0" * 64))
+        Fidelity(extractor, replace(reference, fingerprint="0" * 64))
     fidelity = Fidelity(extractor, reference)
     with pytest.raises(InputError, match="fidelity of 0 images"):
         fidelity.result()
