@@ -114,9 +114,26 @@ def test_samplers_take_their_options(robustdiff, digits_run, tmp_path, options):
 
 def test_sample_writes_pngs(robustdiff, digits_run, tmp_path):
     assert robustdiff("sample", digits_run, "--output", tmp_path / "png", "--num", 3, "--steps", 2).code == 0
-    files = sorted((tmp_path / "png").iterdir())
+    record, *files = sorted((tmp_path / "png").iterdir())
     assert [f.name for f in files] == ["000000.png", "000001.png", "000002.png"]
     assert Image.open(files[0]).size == (8, 8)
+    assert json.loads(record.read_text())["steps"] == 2
+    again = ["sample", digits_run, "--output", tmp_path / "png", "--num", 3]
+    outcome = robustdiff(*again, "--steps", 2)
+    assert outcome.code == 0
+    assert "were there already" in outcome.out
+    assert_bad_input(robustdiff(*again, "--steps", 3), "png", "steps 2, now 3", "--output")
+
+
+def test_sample_does_not_overwrite_a_file_of_other_settings(robustdiff, digits_run, tmp_path):
+    arguments = ["sample", digits_run, "--output", tmp_path / "s.npz", "--num", 2, "--steps", 1]
+    assert robustdiff(*arguments).code == 0
+    before = (tmp_path / "s.npz").read_bytes()
+    outcome = robustdiff(*arguments)
+    assert outcome.code == 0
+    assert "were there already" in outcome.out
+    assert_bad_input(robustdiff(*arguments, "--seed", 1), "s.npz", "seed 0, now 1", "--output")
+    assert (tmp_path / "s.npz").read_bytes() == before
 
 
 def test_evaluate_writes_table_figures_and_json(robustdiff, digits_run, tmp_path):

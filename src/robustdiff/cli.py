@@ -190,7 +190,8 @@ def sample(
 ) -> None:
     """Sample images into an .npz (arr_0: uint8 NHWC, what ADM's evaluator reads) or into PNGs.
 
-    Interrupted, the same command goes on. On several GPUs: accelerate launch -m robustdiff sample RUN.
+    Interrupted, the same command goes on; images of another run or other settings are not overwritten. On several GPUs:
+    accelerate launch -m robustdiff sample RUN.
     """
     from accelerate import Accelerator
 
@@ -218,12 +219,10 @@ def sample(
     output.parent.mkdir(parents=True, exist_ok=True)
     quiet = not accelerator.is_main_process
     with Bar(err, f"{generator.sampler}, {generator.steps} steps", num, quiet=quiet) as bar:
-        if output.suffix == ".npz":
-            write_npz(generator, num, output, accelerator, bar.advance)
-        else:
-            write_pngs(generator, num, output, accelerator, bar.advance)
+        write = write_npz if output.suffix == ".npz" else write_pngs
+        made = write(generator, num, output, accelerator, bar.advance)
     if not quiet:
-        out.print(f"{num} images in {output}")
+        out.print(f"{num} images in {output}" + ("" if made else ", which were there already"))
 
 
 @app.command()

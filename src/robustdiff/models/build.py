@@ -361,18 +361,16 @@ def check_fit(unet: UNet2DModel, shape: tuple[int, int, int], path: str) -> None
         InputError: If it does not.
     """
     channels, height, width = shape
-    known, size = unet.config.in_channels, unet.config.sample_size
-    own = (size, size) if isinstance(size, int) else tuple(size)
-    if known != channels:
-        remedy = f"set data.channels={known}" if known in (1, 3) else f"choose a model of {channels} channels"
-        raise InputError(f"the model {path} takes {known} channels and the data has {channels}: {remedy}")
-    if (height, width) != own:
-        remedy = (
-            f"set data.size={own[0]}"
-            if own[0] == own[1]
-            else "give images of that size in an .npz file (data.name=npz)"
+    size = unet.config.sample_size
+    if unet.config.in_channels != channels:
+        raise InputError(
+            f"the model {path} takes {unet.config.in_channels} channels and the data has {channels}: "
+            f"set data.channels={unet.config.in_channels}"
         )
-        raise InputError(f"the model {path} takes images of {own[0]}×{own[1]}, the data has {height}×{width}: {remedy}")
+    if (height, width) != ((size, size) if isinstance(size, int) else tuple(size)):
+        raise InputError(
+            f"the model {path} takes images of {size}×{size}, the data has {height}×{width}: set data.size={size}"
+        )
 
 
 def check_classes(unet: UNet2DModel, num_classes: int | None, path: str) -> None:
