@@ -59,12 +59,11 @@ def check_size(dataset: ImageDataset, shape: tuple[int, int, int]) -> None:
         InputError: If they have another.
     """
     if dataset.shape != shape:
-        channels, height, width = dataset.shape
-        remedy = f"--set data.size={height} --set data.channels={channels}" if height == width else "--data and --root"
-        raise InputError(
-            f"{dataset.name}: images of {channels}×{height}×{width}, the real ones are {'×'.join(map(str, shape))}: "
-            f"give real images of that size, by {remedy}"
-        )
+        (channels, height, width), of = dataset.shape, "×".join(map(str, shape))
+        changes = [f"--set data.channels={channels}"] if channels != shape[0] else []
+        changes += [f"--set data.size={height}"] if (height, width) != shape[1:] else []
+        remedy = f"add {' '.join(changes)}" if height == width else "give real images of that size by --data and --root"
+        raise InputError(f"{dataset.name}: images of {channels}×{height}×{width}, the real ones are {of}; {remedy}")
 
 
 def number_of_images(dataset: ImageDataset, num: int | None) -> int:

@@ -29,7 +29,7 @@ def cell_table(cells: Sequence[Cell]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), collapse_padding=True)
     table.add_column("", no_wrap=True)
     table.add_column("sampler", no_wrap=True)
-    for heading in ("steps", "images", "FID", "KID·10³", "precision", "recall", "brightness"):
+    for heading in ("steps", "images", "FID", "KID", "precision", "recall", "brightness"):
         table.add_column(heading, justify="right", no_wrap=True)
     for cell in cells:
         table.add_row(
@@ -38,7 +38,7 @@ def cell_table(cells: Sequence[Cell]) -> Table:
             "—" if cell.steps is None else str(cell.steps),
             str(cell.n),
             f"{cell.fid:.2f} ±{(cell.fid_ci[1] - cell.fid_ci[0]) / 2:.2g}",
-            "—" if cell.kid is None or cell.kid_se is None else f"{1000 * cell.kid:.2f} ±{1000 * cell.kid_se:.2g}",
+            "—" if cell.kid is None or cell.kid_se is None else f"{cell.kid:.4g} ±{cell.kid_se:.2g}",
             "—" if cell.precision is None else f"{cell.precision:.3f}",
             "—" if cell.recall is None else f"{cell.recall:.3f}",
             f"{cell.brightness:.1f}",
