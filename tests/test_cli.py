@@ -19,6 +19,9 @@ from diffusers.schedulers.scheduling_consistency_models import CMStochasticItera
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from robustdiff.data import load_dataset
+from robustdiff.evaluation.features import Classifier, load_extractor
+from robustdiff.evaluation.fidelity import reference_statistics
 from robustdiff.models.pipeline import load_pipeline, save_pipeline
 
 ONE = [sys.executable, "-m", "robustdiff"]
@@ -114,9 +117,26 @@ def test_samplers_take_their_options(robustdiff, digits_run, tmp_path, options):
 
 def test_sample_writes_pngs(robustdiff, digits_run, tmp_path):
     assert robustdiff("sample", digits_run, "--output", tmp_path / "png", "--num", 3, "--steps", 2).code == 0
-    files = sorted((tmp_path / "png").iterdir())
+    record, *files = sorted((tmp_path / "png").iterdir())
     assert [f.name for f in files] == ["000000.png", "000001.png", "000002.png"]
     assert Image.open(files[0]).size == (8, 8)
+    assert json.loads(record.read_text())["steps"] == 2
+    again = ["sample", digits_run, "--output", tmp_path / "png", "--num", 3]
+    outcome = robustdiff(*again, "--steps", 2)
+    assert outcome.code == 0
+    assert "were there already" in outcome.out
+    assert_bad_input(robustdiff(*again, "--steps", 3), "png", "steps 2, now 3", "--output")
+
+
+def test_sample_does_not_overwrite_a_file_of_other_settings(robustdiff, digits_run, tmp_path):
+    arguments = ["sample", digits_run, "--output", tmp_path / "s.npz", "--num", 2, "--steps", 1]
+    assert robustdiff(*arguments).code == 0
+    before = (tmp_path / "s.npz").read_bytes()
+    outcome = robustdiff(*arguments)
+    assert outcome.code == 0
+    assert "were there already" in outcome.out
+    assert_bad_input(robustdiff(*arguments, "--seed", 1), "s.npz", "seed 0, now 1", "--output")
+    assert (tmp_path / "s.npz").read_bytes() == before
 
 
 def test_evaluate_writes_table_figures_and_json(robustdiff, digits_run, tmp_path):
@@ -170,6 +190,210 @@ def test_root_is_where_the_images_of_a_recipe_are(robustdiff, digits_run, tmp_pa
     assert_bad_input(robustdiff(*arguments), "moved.npz")
     outcome = robustdiff(*arguments, "--root", tmp_path / "here.npz")
     assert outcome.code == 0, outcome.err
+
+
+@pytest.fixture
+def images(digits_run, tmp_path) -> Path:
+    """The first 30 images of the run in one step: images.npz, and beside it the folder images."""
+    from accelerate import Accelerator
+
+    from robustdiff.samplers.generate import Generator, write_npz, write_pngs
+
+    generator = Generator.load(digits_run, sampler="ddim", steps=1)
+    write_npz(generator, 30, tmp_path / "images.npz", Accelerator(cpu=True))
+    write_pngs(generator, 30, tmp_path / "images", Accelerator(cpu=True))
+    return tmp_path / "images.npz"
+
+
+def test_evaluate_measures_folders_and_files_beside_a_run(robustdiff, digits_run, images, tmp_path):
+    arguments = ["--num", 20, "--steps", 1, "--output", tmp_path / "e"]
+    outcome = robustdiff("evaluate", images, digits_run, images.with_suffix(""), *arguments)
+    assert outcome.code == 0, outcome.err
+    run, file, folder = json.loads((tmp_path / "e" / "result.json").read_text())["cells"]
+    names = [(c["checkpoint"], c["sampler"], c["steps"], c["n"]) for c in (run, file, folder)]
+    assert names == [("digits", "ddim", 1, 20), ("images.npz", "file", None, 20), ("images", "file", None, 20)]
+    for metric in ("fid", "kid", "precision", "recall", "brightness"):
+        assert file[metric] == pytest.approx(run[metric], rel=1e-3, abs=0.1), metric  # in batches of another size
+        assert folder[metric] == pytest.approx(file[metric], rel=1e-5), metric
+    rows = [line.split()[:4] for line in outcome.out.splitlines() if line.strip().startswith("images")]
+    assert rows == [["images.npz", "—", "—", "20"], ["images", "—", "—", "20"]]
+
+
+def test_all_images_of_a_file_are_measured_and_labels_do_not_matter(robustdiff, images, tmp_path):
+    np.savez(tmp_path / "labels.npz", arr_0=np.load(images)["arr_0"][:11], arr_1=np.full(3, np.nan))
+    arguments = ["--data", "digits", "--output", tmp_path / "e"]
+    outcome = robustdiff("evaluate", images, tmp_path / "labels.npz", *arguments)
+    assert outcome.code == 0, outcome.err
+    assert [c["n"] for c in json.loads((tmp_path / "e" / "result.json").read_text())["cells"]] == [30, 11]
+    assert [path.name for path in (tmp_path / "e").iterdir()] == ["result.json"]
+
+
+def test_images_of_another_size_are_refused_with_a_remedy_that_works(robustdiff, images, tmp_path):
+    shape = (np.random.default_rng(0).random((8, 16, 16, 3)) * 255).astype(np.uint8)
+    np.savez(tmp_path / "large.npz", arr_0=shape)
+    arguments = ["evaluate", tmp_path / "large.npz", "--data", "digits"]
+    outcome = robustdiff(*arguments)
+    assert_bad_input(outcome, "3×16×16", "1×8×8", "add --set data.channels=3 --set data.size=16")
+    remedy = outcome.err.split("add ")[1].split()
+    assert_bad_input(robustdiff(*arguments, *remedy), "extractor digits", "choose features")
+    torch.manual_seed(0)
+    Classifier(3, 16, [4], 3, 2).save(tmp_path / "c.safetensors")
+    assert robustdiff(*arguments, *remedy, "--features", tmp_path / "c.safetensors").code == 0
+
+
+@pytest.mark.parametrize(
+    ("arrays", "words"),
+    [
+        ({"images": np.zeros((8, 8, 8, 1), np.uint8)}, ["arr_0"]),
+        ({"arr_0": np.zeros((8, 8, 8, 1))}, ["float64", "uint8"]),
+        ({"arr_0": np.full((8, 8, 8, 1), np.nan, np.float32)}, ["float32", "uint8"]),
+        ({"arr_0": np.zeros((8, 1, 8, 8), np.uint8)}, ["(8, 1, 8, 8)", "(N, H, W, C)"]),
+        ({"arr_0": np.zeros((8, 8), np.uint8)}, ["(8, 8)"]),
+        ({"arr_0": np.zeros((0, 8, 8, 1), np.uint8)}, ["(0, 8, 8, 1)"]),
+        ({"arr_0": np.zeros((3, 8, 8, 1), np.uint8)}, ["3 images", "4 or more"]),
+        ({"arr_0": np.array([None] * 5)}, ["a.npz"]),
+        ({"arr_0": np.zeros((8, 8, 8, 1), np.uint8), "--num": "9"}, ["8 images", "--num 8"]),
+        ({"arr_0": np.zeros((8, 8, 8, 1), np.uint8), "--num": "3"}, ["--num"]),
+        ({"arr_0": np.zeros((8, 8, 8, 1), np.uint8), "--steps": "3"}, ["--steps", "leave it out"]),
+        ({"arr_0": np.zeros((8, 8, 8, 1), np.uint8), "--sampler": "ddim"}, ["--sampler", "leave it out"]),
+    ],
+)
+def test_images_that_cannot_be_measured_are_one_line(robustdiff, tmp_path, arrays, words):
+    options = [part for key, value in arrays.items() if key.startswith("--") for part in (key, value)]
+    np.savez(tmp_path / "a.npz", **{key: value for key, value in arrays.items() if not key.startswith("--")})
+    assert_bad_input(robustdiff("evaluate", tmp_path / "a.npz", "--data", "digits", *options), *words)
+
+
+def test_sources_of_no_known_kind_are_one_line(robustdiff, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "a.zip").write_bytes(b"PK")
+    (tmp_path / "b.npz").write_bytes(b"PK")
+    for name, word in (("empty", "no images"), ("a.zip", ".npz"), ("b.npz", "not a readable"), ("no.npz", "no such")):
+        assert_bad_input(robustdiff("evaluate", tmp_path / name, "--data", "digits"), name, word)
+
+
+def statistics(path: Path, **changes) -> Path:
+    reference = reference_statistics(load_dataset("digits"), load_extractor("digits"))
+    np.savez(path, **{"mu": reference.mean, "sigma": reference.cov, "mu_s": np.zeros(3), **changes})
+    return path
+
+
+def test_precomputed_statistics_give_the_same_fid_and_nothing_else(robustdiff, images, tmp_path):
+    reference = statistics(tmp_path / "ref.npz")
+    cells = {}
+    for name, arguments in (
+        ("real", ["--data", "digits"]),
+        ("ref", ["--reference", reference, "--features", "digits"]),
+    ):
+        outcome = robustdiff("evaluate", images, *arguments, "--output", tmp_path / name)
+        assert outcome.code == 0, outcome.err
+        (cells[name],) = json.loads((tmp_path / name / "result.json").read_text())["cells"]
+    assert cells["ref"]["fid"] == pytest.approx(cells["real"]["fid"], rel=1e-6)
+    assert cells["ref"]["fid_ci"] == pytest.approx(cells["real"]["fid_ci"], rel=1e-6)
+    assert [cells["ref"][name] for name in ("kid", "kid_se", "precision", "recall")] == [None] * 4
+    assert outcome.out.count(" —") == 5
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"mu": np.zeros(3)}, ["mu", "(3,)", "digits has", "features"]),
+        ({"sigma": np.zeros((64, 3))}, ["sigma", "(64, 3)"]),
+        ({"mu": np.full(64, np.nan)}, ["mu", "finite"]),
+        ({"sigma": np.full((64, 64), np.inf)}, ["sigma", "finite"]),
+        ({"mu": np.zeros(64, complex)}, ["complex128"]),
+        ({"sigma": np.triu(np.ones((64, 64)))}, ["sigma", "symmetric"]),
+        ({"sigma": -np.eye(64)}, ["sigma", "negative"]),
+    ],
+)
+def test_statistics_that_are_none_are_one_line(robustdiff, images, tmp_path, changes, words):
+    reference = statistics(tmp_path / "ref.npz", **changes)
+    assert_bad_input(
+        robustdiff("evaluate", images, "--reference", reference, "--features", "digits"), "ref.npz", *words
+    )
+
+
+def test_a_reference_that_holds_images_says_how_to_give_it(robustdiff, images):
+    outcome = robustdiff("evaluate", images, "--reference", images, "--features", "digits")
+    assert_bad_input(outcome, f"--data npz --root {images}")
+    remedy = ["--data", "npz", "--root", images, "--features", "digits"]
+    assert robustdiff("evaluate", images, *remedy).code == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], ["--reference needs the features", "--features"]),
+        (["--features", "digits", "--data", "digits"], ["--reference takes the place of"]),
+        (["--features", "digits", "--set", "data.size=8"], ["--reference takes the place of"]),
+        (["--features", "inception"], ["--weights FILE"]),
+    ],
+)
+def test_a_reference_goes_with_features_alone(robustdiff, images, tmp_path, arguments, words):
+    np.savez(tmp_path / "ref.npz", mu=np.zeros(64), sigma=np.eye(64))
+    assert_bad_input(robustdiff("evaluate", images, "--reference", tmp_path / "ref.npz", *arguments), *words)
+
+
+def test_a_metric_that_is_not_finite_fails_with_1(robustdiff, images, tmp_path):
+    classifier = Classifier(1, 8, [4], 3, 2)
+    with torch.no_grad():
+        classifier.embed.bias.fill_(float("nan"))
+    classifier.save(tmp_path / "c.safetensors")
+    outcome = robustdiff("evaluate", images, "--data", "digits", "--features", tmp_path / "c.safetensors")
+    assert outcome.code == 1
+    assert outcome.err.count("\n") == 1
+    assert "not finite" in outcome.err
+
+
+SMALL = {
+    "evaluate": ["--num", 8, "--steps", 1],
+    "mismatch": ["--num", 40, "--steps", 2, "--probes", 0],
+    "search-times": ["--num", 8, "--steps", 2],
+    "solver-error": ["--num", 2, "--scales", 3, "--points", 2, "--substeps", 2],
+}
+"""The commands that compare with real images, and what makes each take a moment."""
+
+
+@pytest.fixture(scope="module")
+def models(digits_run, tmp_path_factory) -> dict[str, Path]:
+    """A model that each of the commands takes; search-times needs a consistency model."""
+    unet, _ = load_pipeline(digits_run)
+    folder = tmp_path_factory.mktemp("models") / "consistency"
+    save_pipeline(folder, unet, CMStochasticIterativeScheduler(num_train_timesteps=18))
+    return {**dict.fromkeys(SMALL, digits_run), "search-times": folder}
+
+
+@pytest.mark.parametrize("command", SMALL)
+def test_real_images_are_read_as_set_says(robustdiff, models, tmp_path, monkeypatch, command):
+    monkeypatch.chdir(tmp_path)
+    features = ["--features", "digits"] if command in ("evaluate", "search-times") else []
+    arguments = [command, models[command], *SMALL[command], *features]
+    given = ["--set", "data.name=fashion-16", "--set", "data.split=test"]
+    outcome = robustdiff(*arguments, *given)
+    assert_bad_input(outcome, "8×8", "16×16", "set data.size=8")
+    outcome = robustdiff(*arguments, *given, "--set", outcome.err.split("set ")[-1].strip())
+    assert outcome.code == 0, outcome.err
+
+
+@pytest.mark.parametrize("command", SMALL)
+@pytest.mark.parametrize(
+    ("assignments", "words"),
+    [
+        (["steps=3"], ["--set steps=3", "data"]),
+        (["data.colour=1"], ["data.colour", "known here", "split"]),
+        (["data.size=0"], ["data.size", "greater"]),
+        (["data.channels=2"], ["data.channels"]),
+        (["data.flip=true"], ["data.flip", "training"]),
+        (["data"], ["key=value"]),
+        (["data.split=nowhere"], ["nowhere"]),
+    ],
+)
+def test_bad_settings_of_real_images_are_one_line(
+    robustdiff, models, tmp_path, monkeypatch, command, assignments, words
+):
+    monkeypatch.chdir(tmp_path)
+    options = [part for assignment in assignments for part in ("--set", assignment)]
+    assert_bad_input(robustdiff(command, models[command], *SMALL[command], *options), *words)
 
 
 def test_two_processes_evaluate_to_the_same_fid(digits_run, tmp_path):

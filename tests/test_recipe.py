@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from robustdiff.errors import InputError
-from robustdiff.recipe import Recipe, load_recipe, shipped_recipes
+from robustdiff.recipe import DataConfig, Recipe, load_data_config, load_recipe, shipped_recipes
 
 
 def mistake(tmp_path: Path, text: str, *overrides: str) -> str:
@@ -284,3 +284,49 @@ def test_a_recipe_that_is_not_there_is_named_with_those_that_are(source):
 def test_nothing_changes_after_validation():
     with pytest.raises(ValueError, match="frozen"):
         Recipe().steps = 3  # type: ignore[misc]
+
+
+@pytest.fixture
+def own(tmp_path) -> str:
+    """A recipe with data of its own."""
+    path = tmp_path / "own.yaml"
+    path.write_text("data: {name: npz, root: a.npz, size: 8, channels: 1, flip: true}\n")
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "short", "expected"),
+    [
+        ([], {}, {"name": "npz", "root": "a.npz", "size": 8, "channels": 1, "flip": True}),
+        (["data.size=16"], {}, {"name": "npz", "root": "a.npz", "size": 16, "channels": 1, "flip": True}),
+        (["data.name=npz"], {"root": "b: c"}, {"name": "npz", "root": "b: c", "size": 8, "channels": 1, "flip": True}),
+        (["data.name=digits"], {}, {"name": "digits"}),
+        (["data=digits"], {}, {"name": "digits"}),
+        (["data.size=4", "data=digits"], {}, {"name": "digits", "size": 4}),
+        (["data={name: digits, size: 4}"], {}, {"name": "digits", "size": 4}),
+        (
+            ["data.channels=3"],
+            {"name": "imagefolder", "root": "12"},
+            {"name": "imagefolder", "root": "12", "channels": 3},
+        ),
+    ],
+)
+def test_the_data_of_a_recipe_with_fields_changed(own, overrides, short, expected):
+    assert load_data_config(own, overrides, **short) == DataConfig(**expected)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "short", "word"),
+    [
+        (["lr=1"], {}, "only fields of data"),
+        (["database=1"], {}, "only fields of data"),
+        (["data.name=digits"], {"name": "npz"}, "--data and --set data.name are the same"),
+        (["data.root=a"], {"root": "b"}, "--root and --set data.root are the same"),
+        (["data.workers=2"], {}, "data.workers: only training"),
+        (["data=3"], {}, "data"),
+        (["data.size=[1]"], {}, "data.size"),
+    ],
+)
+def test_data_that_cannot_be_changed_so(own, overrides, short, word):
+    with pytest.raises(InputError, match=word):
+        load_data_config(own, overrides, **short)

@@ -21,6 +21,8 @@ from robustdiff.errors import InputError, RunError
 if TYPE_CHECKING:
     from robustdiff.data import ImageDataset
     from robustdiff.evaluation.features import FeatureExtractor
+    from robustdiff.recipe import DataConfig
+    from robustdiff.samplers.generate import Generator
 
 __all__ = ["app", "main"]
 
@@ -53,6 +55,10 @@ Samplers = Annotated[
 ]
 Data = Annotated[str | None, typer.Option(help="The real images, by name; those of the run by default.")]
 Root = Annotated[str | None, typer.Option(help="The folder or file of the real images.")]
+SetData = Annotated[
+    list[str],
+    typer.Option("--set", metavar="data.FIELD=VALUE", help="Change how the real images are read: --set data.size=16"),
+]
 Features = Annotated[
     str | None, typer.Option(help="digits, fashion-16, fashion-mnist, inception, or a .safetensors file.")
 ]
@@ -69,6 +75,11 @@ Classes = Annotated[
     typer.Option(min=1, help="How many classes are sampled; one less than the model has, if its last is null."),
 ]
 Weights = Annotated[Path | None, typer.Option(help="Inception's weights file.")]
+
+
+def _say(message: str, console: Console = out) -> None:
+    """Print one line as it is: paths are neither broken at the width of the terminal nor read as markup."""
+    console.print(message, markup=False, soft_wrap=True)
 
 
 def _native(precision: str) -> str:
@@ -92,7 +103,7 @@ def _root(
     if version:
         from robustdiff import __version__
 
-        out.print(__version__)
+        _say(__version__)
         raise typer.Exit
 
 
@@ -127,15 +138,15 @@ def demo(
         result = run(folder, size, seed, on_part=bar.describe, on_progress=lambda done, note: bar.update(done, note))
     if result is None:
         kind = " --consistency" if consistency else ""
-        err.print(f"stopped; robustdiff demo{kind} --output {folder} goes on from here")
+        _say(f"stopped; robustdiff demo{kind} --output {folder} goes on from here", err)
         return
     grid, record = result
-    out.print(f"FID of {grid.cells[0].n} images a cell, with 95 % bootstrap intervals:")
+    _say(f"FID of {grid.cells[0].n} images a cell, with 95 % bootstrap intervals:")
     print_whole(out, grid_table(grid, "plain"))
     for cell in record.get("teacher", []):
         low, high = cell["fid_ci"]
-        out.print(f"the teacher, {cell['sampler']} {cell['steps']}: {cell['fid']:.2f} ±{(high - low) / 2:.2g}")
-    out.print(f"figures and result.json are in {folder}")
+        _say(f"the teacher, {cell['sampler']} {cell['steps']}: {cell['fid']:.2f} ±{(high - low) / 2:.2g}")
+    _say(f"figures and result.json are in {folder}")
 
 
 @app.command()
@@ -162,9 +173,9 @@ def train(
     if quiet:
         return
     if result is None:
-        err.print(f"stopped and saved; --resume goes on from {settings.output}")
+        _say(f"stopped and saved; --resume goes on from {settings.output}", err)
     else:
-        out.print(f"{settings.output}: {result['steps']} updates, loss {result['loss']:.4f}; the model is in model/")
+        _say(f"{settings.output}: {result['steps']} updates, loss {result['loss']:.4f}; the model is in model/")
 
 
 @app.command()
@@ -202,7 +213,8 @@ def sample(
 ) -> None:
     """Sample images into an .npz (arr_0: uint8 NHWC, what ADM's evaluator reads) or into PNGs.
 
-    Interrupted, the same command goes on. On several GPUs: accelerate launch -m robustdiff sample RUN.
+    Interrupted, the same command goes on; images of another run or other settings are not overwritten. On several GPUs:
+    accelerate launch -m robustdiff sample RUN.
     """
     from accelerate import Accelerator
 
@@ -231,88 +243,127 @@ def sample(
     output.parent.mkdir(parents=True, exist_ok=True)
     quiet = not accelerator.is_main_process
     with Bar(err, f"{generator.sampler}, {generator.steps} steps", num, quiet=quiet) as bar:
-        if output.suffix == ".npz":
-            write_npz(generator, num, output, accelerator, bar.advance)
-        else:
-            write_pngs(generator, num, output, accelerator, bar.advance)
+        write = write_npz if output.suffix == ".npz" else write_pngs
+        made = write(generator, num, output, accelerator, bar.advance)
     if not quiet:
-        out.print(f"{num} images in {output}")
+        _say(f"{num} images in {output}" + ("" if made else ", which were there already"))
 
 
 @app.command()
 def evaluate(
-    runs: Runs,
+    sources: Annotated[
+        list[str], typer.Argument(help="Runs, pipeline folders or shipped models; folders of images or .npz files.")
+    ],
     sampler: Samplers = None,
     steps: Annotated[
         str | None,
         typer.Option(help="Numbers of network evaluations, with commas: 5,10,20,50; 1,2,4,8 for consistency models."),
     ] = None,
-    num: Annotated[int, typer.Option(min=4, help="Images of each cell.")] = 5000,
+    num: Annotated[
+        int | None, typer.Option(min=4, help="Images of each cell; by default 5000, and all of a folder or file.")
+    ] = None,
     data: Data = None,
     root: Root = None,
+    overrides: SetData = [],  # noqa: B006
+    reference: Annotated[
+        Path | None, typer.Option(help="In place of real images, their mu and sigma under --features: an .npz file.")
+    ] = None,
     features: Features = None,
     weights: Weights = None,
     output: Annotated[Path | None, typer.Option(help="A folder for result.json and figures.")] = None,
     seed: Seed = 0,
     batch_size: BatchSize = 128,
     precision: Precision = "fp32",
+    spacing: Spacing = None,
+    guidance: Guidance = None,
     cpu: Cpu = False,
 ) -> None:
     """FID, KID, precision and recall over checkpoint × sampler × steps, on common random numbers.
 
-    On several GPUs: accelerate launch -m robustdiff evaluate RUN.
+    Images in a folder or an .npz file (arr_0: uint8 NHWC) are measured as they are. On several GPUs: accelerate launch
+    -m robustdiff evaluate RUN.
     """
     from accelerate import Accelerator
 
-    from robustdiff.evaluation.fidelity import reference_statistics
-    from robustdiff.evaluation.grid import evaluate_grid
-    from robustdiff.models.build import check_fit
+    from robustdiff.evaluation.fidelity import load_reference, reference_statistics
+    from robustdiff.evaluation.grid import evaluate_grid, evaluate_images
+    from robustdiff.evaluation.images import check_size, load_images, number_of_images
     from robustdiff.report.progress import Bar
     from robustdiff.report.results import write_results
-    from robustdiff.report.tables import grid_table, print_whole
-    from robustdiff.samplers.generate import Generator
+    from robustdiff.report.tables import cell_table, grid_table, print_whole
 
-    samplers, counts = _samplers(sampler), [] if steps is None else _counts(steps)
     accelerator = Accelerator(cpu=cpu)
-    names = _names(runs)
-    generators = {
-        name: Generator.load(
-            run,
-            accelerator.device,
-            sampler=samplers[0] if samplers else None,
-            steps=counts[0] if counts else 1,  # given, so that no run's recipe decides how all are sampled
-            seed=seed,
-            batch_size=batch_size,
-            precision=precision,
-        )
-        for name, run in zip(names, runs, strict=True)
-    }
-    samplers = samplers or [generators[names[0]].sampler]
-    counts = counts or ([1, 2, 4, 8] if samplers[0] == "multistep" else [5, 10, 20, 50])
-    dataset = _real_images(runs[0], data, root)
-    for run, generator in zip(runs, generators.values(), strict=True):
-        check_fit(generator.unet, dataset.shape, run)
-    extractor = _extractor(features, weights, dataset, accelerator.device)
+    named = _names(sources)
+    sets = {name: images for name, source in named.items() if (images := load_images(source)) is not None}
+    numbers = {name: number_of_images(images, num) for name, images in sets.items()}
+    num = num or 5000
+    runs = {name: source for name, source in named.items() if name not in sets}
+    for option, value in (("--sampler", sampler), ("--steps", steps)):
+        if value is not None and not runs:
+            raise InputError(f"{option} is how runs are sampled, and only images are given: leave it out")
+    samplers, counts = _samplers(sampler), [] if steps is None else _counts(steps)
+    if reference is not None and (data is not None or root is not None or overrides):
+        raise InputError("--reference takes the place of --data, --root and --set: give it, or them")
+    real = _real_images(next(iter(runs.values()), None), data, root, overrides) if reference is None else None
+    dataset = None if real is None else real.load()
+    # Steps are given, so that no run's recipe decides how all are sampled.
+    generators = _generators(
+        runs,
+        accelerator.device,
+        samplers,
+        counts or [1],
+        dataset,
+        seed=seed,
+        batch_size=batch_size,
+        precision=precision,
+        guidance=guidance,
+        options=_given(spacing=spacing),
+    )
+    if generators:
+        samplers = samplers or [next(iter(generators.values())).sampler]
+        counts = counts or ([1, 2, 4, 8] if samplers[0] == "multistep" else [5, 10, 20, 50])
+    if dataset is not None:
+        for images in sets.values():
+            check_size(images, dataset.shape)
+    extractor = _extractor(features, weights, None if real is None else real.name, accelerator.device)
     quiet = not accelerator.is_main_process
     with Bar(err, "statistics of the real images", 1, quiet=quiet) as bar:
-        if not quiet:
-            reference = reference_statistics(dataset, extractor)
-        accelerator.wait_for_everyone()
-        if quiet:
-            reference = reference_statistics(dataset, extractor)  # from the cache
+        if reference is not None:
+            statistics = load_reference(reference, extractor)
+        else:
+            assert dataset is not None
+            with accelerator.main_process_first():  # the others read the cache
+                statistics = reference_statistics(dataset, extractor)
+        cells = []
+        for name, images in sets.items():  # before the runs, which take longer
+            bar.describe(name, numbers[name])
+            cells.append(
+                evaluate_images(
+                    name, images, numbers[name], extractor, statistics, accelerator, batch_size, bar.advance
+                )
+            )
         bar.describe("network evaluations", len(runs) * len(samplers) * sum(counts) * num)
         grid = evaluate_grid(
-            generators, samplers, counts, num, extractor, reference, accelerator, on_images=bar.advance
+            generators, samplers, counts, num, extractor, statistics, accelerator, on_images=bar.advance
         )
     if quiet:
         return
-    out.print(f"FID to {dataset.name} on the features {extractor.name}, {num} images a cell, 95 % bootstrap intervals:")
-    print_whole(out, grid_table(grid, names[0]))
+    target = str(reference) if dataset is None else dataset.name
+    _say(f"to {target} on the features {extractor.name}, FID with 95 % bootstrap intervals:")
+    print_whole(out, cell_table([*grid.cells, *cells]))
+    if len(runs) > 1:
+        _say(f"FID, and its difference to {next(iter(runs))} on common random numbers:")
+        print_whole(out, grid_table(grid, next(iter(runs))))
     if output is not None:
-        title = f"{dataset.name}, {num} images a cell, seed {seed}"
-        settings = {"data": dataset.name, "features": extractor.name, "seed": seed}
-        write_results(output, grid, title, settings)
-        out.print(f"figures and result.json are in {output}")
+        title = f"{target}, {num} images a cell, seed {seed}"
+        record = {
+            "data": None if dataset is None else dataset.name,
+            "reference": str(reference) if real is None else real.model_dump(mode="json"),
+            "features": extractor.name,
+            "seed": seed,
+        }
+        write_results(output, replace(grid, cells=[*grid.cells, *cells]), title, record)
+        _say(f"figures and result.json are in {output}" if runs else f"result.json is in {output}")
 
 
 @app.command()
@@ -322,6 +373,7 @@ def search_times(
     num: Annotated[int, typer.Option(min=4, help="Images for each candidate.")] = 2000,
     data: Data = None,
     root: Root = None,
+    overrides: SetData = [],  # noqa: B006
     features: Features = None,
     weights: Weights = None,
     output: Annotated[Path | None, typer.Option(help="A .json for what was found and all that was tried.")] = None,
@@ -336,7 +388,7 @@ def search_times(
     """
     from accelerate import Accelerator
 
-    from robustdiff.evaluation.fidelity import Fidelity, frechet_distance, reference_statistics
+    from robustdiff.evaluation.fidelity import Fidelity, check_finite, reference_statistics
     from robustdiff.files import atomic_write
     from robustdiff.models.build import check_fit
     from robustdiff.report.progress import Bar
@@ -345,9 +397,10 @@ def search_times(
 
     device = Accelerator(cpu=cpu).device
     generator = Generator.load(run, device, sampler="multistep", seed=seed, batch_size=batch_size, precision=precision)
-    dataset = _real_images(run, data, root)
+    config = _real_images(run, data, root, overrides)
+    dataset = config.load()
     check_fit(generator.unet, dataset.shape, run)
-    extractor = _extractor(features, weights, dataset, device)
+    extractor = _extractor(features, weights, config.name, device)
     with Bar(err, "statistics of the real images", 1) as bar:
         reference = reference_statistics(dataset, extractor)
 
@@ -358,12 +411,13 @@ def search_times(
             for batch, images in replace(generator, steps=candidate).images(range(num)):
                 fidelity.update(images, batch.start)
                 bar.advance(len(batch))
-            moments = fidelity.moments
-            return frechet_distance(moments.mean, moments.cov, reference.mean, reference.cov)
+            value = fidelity.fid()
+            check_finite(f"scales {candidate}", {"fid": value})
+            return value
 
         found = search(fid, steps, len(generator.process))
     best = ",".join(map(str, found.numbers))
-    out.print(f"--steps {best}  FID {found.value:.2f} of {num} images, {len(found.evaluated)} candidates tried")
+    _say(f"--steps {best}  FID {found.value:.2f} of {num} images, {len(found.evaluated)} candidates tried")
     if output is not None:
         tried = [{"steps": ",".join(map(str, n)), "fid": value} for n, value in found.evaluated.items()]
         record = {"steps": best, "fid": found.value, "num": num, "seed": seed, "evaluated": tried}
@@ -383,6 +437,7 @@ def solver_error(
     substeps: Annotated[int, typer.Option(min=2, help="Heun steps of the reference between two levels.")] = 32,
     data: Data = None,
     root: Root = None,
+    overrides: SetData = [],  # noqa: B006
     output: Annotated[Path, typer.Option(help="A folder for result.json and the figure.")] = Path("solver-error"),
     seed: Annotated[int, typer.Option(min=0, help="Of the noise.")] = 0,
     batch_size: BatchSize = 128,
@@ -412,7 +467,7 @@ def solver_error(
     device = Accelerator(cpu=cpu).device
     unet, scheduler = load_pipeline(teacher)
     denoise = denoiser_of(scheduler, unet.to(device).eval())
-    dataset = _real_images(teacher, data, root)
+    dataset = _real_images(teacher, data, root, overrides).load()
     check_fit(unet, dataset.shape, teacher)
     check_classes(unet, dataset.num_classes, teacher)
     if num > len(dataset):
@@ -451,7 +506,7 @@ def solver_error(
     save_figure(solver_error_figure(errors, title), output / "solver-error.png")
     with atomic_write(output / "result.json") as file:
         file.write(json.dumps(record, indent=1).encode())
-    out.print(f"the figure and result.json are in {output}")
+    _say(f"the figure and result.json are in {output}")
 
 
 @app.command()
@@ -463,13 +518,18 @@ def mismatch(
         int | None, typer.Option(min=1, help="Images; by default 2000, or half of the real ones if they are fewer.")
     ] = None,
     radii: Annotated[str, typer.Option(help="ℓ2 radii of the robust loss, with commas.")] = "0.1,0.3,1.0",
-    probes: Annotated[int, typer.Option(min=0, help="Images of the robust loss; 0 leaves it out.")] = 32,
+    probes: Annotated[
+        int | None, typer.Option(min=0, help="Images of the robust loss, by default 32; 0 leaves it out.")
+    ] = None,
     data: Data = None,
     root: Root = None,
+    overrides: SetData = [],  # noqa: B006
     output: Annotated[Path, typer.Option(help="A folder for mismatch.json and figures.")] = Path("mismatch"),
     seed: Seed = 0,
     batch_size: BatchSize = 128,
     precision: Precision = "fp32",
+    spacing: Spacing = None,
+    guidance: Guidance = None,
     cpu: Cpu = False,
 ) -> None:
     """How far the points that a sampler makes are from those that the network was trained on, step by step.
@@ -485,7 +545,6 @@ def mismatch(
     from robustdiff.report.mismatch import mismatch_figure, mismatch_table, robustness_figure, robustness_table
     from robustdiff.report.progress import Bar
     from robustdiff.report.tables import print_whole
-    from robustdiff.samplers.generate import Generator
 
     samplers, counts = _samplers(sampler), _counts(steps)
     try:
@@ -493,26 +552,26 @@ def mismatch(
     except ValueError:
         raise InputError(f"--radii {radii}: give numbers with commas, such as 0.1,0.3,1.0") from None
     device = Accelerator(cpu=cpu).device
-    names = _names(runs)
-    generators = {
-        name: Generator.load(
-            run,
-            device,
-            sampler=samplers[0] if samplers else None,
-            steps=counts[0],
-            batch_size=batch_size,
-            precision=precision,
-        )
-        for name, run in zip(names, runs, strict=True)
-    }
-    dataset = _real_images(runs[0], data, root)
+    named = _names(runs)
+    dataset = _real_images(runs[0], data, root, overrides).load()
+    generators = _generators(
+        named,
+        device,
+        samplers,
+        counts,
+        dataset,
+        batch_size=batch_size,
+        precision=precision,
+        guidance=guidance,
+        options=_given(spacing=spacing),
+    )
     num = min(2000, len(dataset) // 2) if num is None else num
-    probes = min(probes, num)
+    probes = min(32, num) if probes is None else probes
     with Bar(err, "mismatch", 1) as bar:
         result = measure_mismatch(
             generators,
             dataset,
-            samplers or [generators[names[0]].sampler],
+            samplers or [next(iter(generators.values())).sampler],
             counts,
             num,
             radii=sizes,
@@ -524,15 +583,15 @@ def mismatch(
     output.mkdir(parents=True, exist_ok=True)
     with atomic_write(output / "mismatch.json") as file:
         file.write(json.dumps(asdict(result), indent=1).encode())
-    out.print(f"p(x_t) of {num} images against q(x_t) of {dataset.name}, with 95 % intervals:")
+    _say(f"p(x_t) of {num} images against q(x_t) of {dataset.name}, with 95 % intervals:")
     print_whole(out, mismatch_table(result))
     title = f"{dataset.name}, {num} images, seed {seed}"
     save_figure(mismatch_figure(result, title), output / "mismatch.png")
     if result.robustness:
-        out.print(f"robust loss and Lipschitz constant of the predicted noise at {probes} true points:")
+        _say(f"robust loss and Lipschitz constant of the predicted noise at {probes} true points:")
         print_whole(out, robustness_table(result))
         save_figure(robustness_figure(result, f"{dataset.name}, {probes} images, seed {seed}"), output / "robust.png")
-    out.print(f"figures and mismatch.json are in {output}")
+    _say(f"figures and mismatch.json are in {output}")
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
@@ -556,7 +615,7 @@ def convert(
         run(source, output)
     else:
         run(source, output, *read_flags(preset, text))
-    out.print(f"{source} → {output}")
+    _say(f"{source} → {output}")
 
 
 @app.command()
@@ -585,14 +644,14 @@ def study(
         return
     if report is not None:
         write_page(settings, folder, report)
-        out.print(f"{report} and its figures in {report.with_suffix('')}")
+        _say(f"{report} and its figures in {report.with_suffix('')}")
         return
     with Bar(err, settings.title, 1) as bar:
         finished = run_study(settings, folder, on_part=bar.describe, on_progress=bar.update)
     if finished:
-        out.print(f"every cell is in {folder / 'cells'}")
+        _say(f"every cell is in {folder / 'cells'}")
     else:
-        err.print(f"stopped; robustdiff study {file} --output {folder} goes on from here")
+        _say(f"stopped; robustdiff study {file} --output {folder} goes on from here", err)
 
 
 @app.command()
@@ -609,13 +668,13 @@ def reproduce(
     with Bar(err, cell.stem, 1) as bar:
         result = run(cell, output, on_part=bar.describe, on_progress=bar.update)
     if result is None:
-        err.print(f"stopped; robustdiff reproduce {cell} --output {output} goes on from here")
+        _say(f"stopped; robustdiff reproduce {cell} --output {output} goes on from here", err)
         return
     before, after = result
     print_whole(out, reproduced_table(before, after))
     if any(before[name] != after[name] for name in ("weights", "replicates", *MEASURES)):
         raise RunError("the cell is not the same: another machine, torch or number of threads rounds differently")
-    out.print("the same to the last digit")
+    _say("the same to the last digit")
 
 
 def _scale(text: str | None) -> float | tuple[float, float] | None:
@@ -638,26 +697,27 @@ def _given(**options: Any) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
 
 
-def _real_images(run: str, data: str | None, root: str | None) -> ImageDataset:
-    """The dataset of a name, or else that of a run's recipe, or else fashion-16; from ``root``, where it is given."""
-    from robustdiff.data import load_dataset
-    from robustdiff.recipe import load_recipe
+def _real_images(run: str | None, data: str | None, root: str | None, overrides: list[str]) -> DataConfig:
+    """The data section of a run's recipe, or else of fashion-16, changed as the options say."""
+    from robustdiff.recipe import load_data_config
 
-    recipe = Path(run) / "recipe.yaml"
-    if data is None and recipe.exists():
-        return load_recipe(str(recipe)).data.load(root)
-    return load_dataset(data or "fashion-16", root=root)
+    recipe = None if run is None else Path(run) / "recipe.yaml"
+    return load_data_config(
+        "fashion-16" if recipe is None or not recipe.is_file() else str(recipe), overrides, data, root
+    )
 
 
-def _extractor(features: str | None, weights: Path | None, dataset: ImageDataset, device: Any) -> FeatureExtractor:
-    """The features of a name, or else those of the dataset."""
-    from robustdiff.evaluation.features import EXTRACTORS, load_extractor
+def _extractor(features: str | None, weights: Path | None, data: str | None, device: Any) -> FeatureExtractor:
+    """The features of a name, or else those of a dataset."""
+    from robustdiff.evaluation.features import INCEPTION_URL, SHIPPED, load_extractor
 
-    if features is None and dataset.name not in EXTRACTORS:
-        raise InputError(
-            f"no features are known for {dataset.name}: give --features inception --weights FILE, or others"
-        )
-    return load_extractor(features or dataset.name, weights=weights, device=device)
+    if features is None and data is None:
+        raise InputError("--reference needs the features that it is of: give --features inception --weights FILE")
+    if features is None and data not in SHIPPED:
+        raise InputError(f"no features are known for {data}: give --features inception --weights FILE, or others")
+    if features == "inception" and weights is None:
+        raise InputError(f"--features inception needs --weights FILE; download it from {INCEPTION_URL}")
+    return load_extractor(features or str(data), weights=weights, device=device)
 
 
 def _counts(text: str, option: str = "--steps", example: str = "5,10,20,50") -> list[int]:
@@ -679,13 +739,38 @@ def _distinct(values: list[_T], option: str) -> list[_T]:
     return values
 
 
-def _names(runs: list[str]) -> list[str]:
-    """The last part of each path, or the whole path where that is not unique."""
-    short = [Path(run).name for run in runs]
-    names = [s if short.count(s) == 1 else run for s, run in zip(short, runs, strict=True)]
-    if len(set(names)) < len(names):
-        raise InputError("the same run is given twice")
-    return names
+def _names(sources: list[str]) -> dict[str, str]:
+    """The sources by the last part of their paths, or by the whole path where that is not unique."""
+    short = [Path(source).name for source in sources]
+    named = {s if short.count(s) == 1 else str(Path(source)): source for s, source in zip(short, sources, strict=True)}
+    if len(named) < len(sources):
+        raise InputError("the same run, folder or file is given twice: give each once")
+    return named
+
+
+def _generators(
+    runs: dict[str, str],
+    device: Any,
+    samplers: list[str],
+    counts: list[int],
+    dataset: ImageDataset | None,
+    **settings: Any,
+) -> dict[str, Generator]:
+    """Return the generators of runs by name, with the first of the samplers and numbers of steps.
+
+    Raises:
+        InputError: If a run makes images of another shape than the dataset's.
+    """
+    from robustdiff.models.build import check_fit
+    from robustdiff.samplers.generate import Generator
+
+    settings |= {"sampler": samplers[0] if samplers else None, "steps": counts[0]}
+    classes = None if dataset is None else dataset.num_classes
+    generators = {name: Generator.load(run, device, data_classes=classes, **settings) for name, run in runs.items()}
+    if dataset is not None:
+        for name, generator in generators.items():
+            check_fit(generator.unet, dataset.shape, runs[name])
+    return generators
 
 
 def main() -> None:

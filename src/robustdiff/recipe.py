@@ -29,7 +29,7 @@ from robustdiff.data import ImageDataset, load_dataset
 from robustdiff.errors import InputError
 from robustdiff.process import Prediction
 
-__all__ = ["Recipe", "load_recipe", "shipped_recipes"]
+__all__ = ["Recipe", "load_data_config", "load_recipe", "shipped_recipes"]
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
@@ -81,14 +81,13 @@ class DataConfig(Named):
     flip: bool = Field(False, description="mirror every other image at random")
     workers: int = Field(0, ge=0, description="processes that load images ahead")
 
-    def load(self, root: str | None = None) -> ImageDataset:
-        """The images, from another folder or file where one is given.
+    def load(self) -> ImageDataset:
+        """Load the images.
 
         Raises:
             InputError: If the dataset is unknown, missing or malformed.
         """
-        root = self.root if root is None else root
-        return load_dataset(self.name, root=root, size=self.size, channels=self.channels, split=self.split)
+        return load_dataset(self.name, root=self.root, size=self.size, channels=self.channels, split=self.split)
 
 
 class ModelConfig(Named):
@@ -461,5 +460,51 @@ def load_recipe(source: str, overrides: Sequence[str] = ()) -> Recipe:
         _override(values, assignment)
     try:
         return Recipe.model_validate(values)
+    except ValidationError as error:
+        raise _explain(error, source) from None
+
+
+def load_data_config(
+    source: str, overrides: Sequence[str] = (), name: str | None = None, root: str | None = None
+) -> DataConfig:
+    """Return the data section of a recipe with fields of it changed, for a command that compares with real images.
+
+    Where another dataset is named, nothing of the recipe's own section stays: its root, split and size belong to the
+    dataset that it named.
+
+    Arguments:
+        source: A YAML file, or the name of a shipped recipe.
+        overrides: Assignments ``data.key=value``, in the order in which they apply.
+        name: Short for ``data.name``.
+        root: Short for ``data.root``.
+
+    Raises:
+        InputError: If an assignment is not of the data section or only training uses it, a field is given twice, or
+            is unknown or out of its range.
+    """
+    own = load_recipe(source).data
+    short = {field: value for field, value in (("name", name), ("root", root)) if value is not None}
+    given: Any = {}
+    for assignment in overrides:
+        if assignment.partition("=")[0].split(".")[0] != "data":
+            raise InputError(f"--set {assignment}: only fields of data are used here, such as --set data.size=16")
+        _override(given, assignment)
+    given = given.get("data", {})
+    if not isinstance(given, dict):
+        given = {"name": given}
+    for option, field in (("--data", "name"), ("--root", "root")):
+        if field in short and field in given:
+            raise InputError(f"{option} and --set data.{field} are the same: give one of them")
+    for field in ("flip", "workers"):
+        if field in given:
+            raise InputError(f"--set data.{field}: only training uses it, leave it out")
+    replaced = {**given, **short}.get("name", own.name) != own.name
+    values: dict[str, Any] = {"data": {} if replaced else own.model_dump()}
+    for assignment in overrides:
+        _override(values, assignment)
+    if isinstance(values["data"], dict):
+        values["data"].update(short)
+    try:
+        return Recipe.model_validate(values).data
     except ValidationError as error:
         raise _explain(error, source) from None

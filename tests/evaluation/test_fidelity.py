@@ -2,6 +2,7 @@
 
 import itertools
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from sklearn.metrics.pairwise import polynomial_kernel
 
 from robustdiff.data import ArrayDataset, load_dataset
-from robustdiff.errors import InputError
+from robustdiff.errors import InputError, RunError
 from robustdiff.evaluation.features import Classifier, ClassifierExtractor, load_extractor
 from robustdiff.evaluation.fidelity import (
     Fidelity,
@@ -20,9 +21,11 @@ from robustdiff.evaluation.fidelity import (
     Reference,
     Reservoir,
     bootstrap_frechet,
+    check_finite,
     frechet_distance,
     interval,
     kernel_distance,
+    load_reference,
     precision_recall,
     reference_statistics,
 )
@@ -527,9 +530,47 @@ def test_processes_together_are_one(extractor, reference, noisy):
 
 def test_fidelity_refuses(extractor, reference):
     with pytest.raises(ValueError, match="another extractor"):
-        Fidelity(extractor, Reference(reference.moments, reference.features, "0" * 64))
+        Fidelity(extractor, replace(reference, fingerprint="0" * 64))
     fidelity = Fidelity(extractor, reference)
     with pytest.raises(InputError, match="fidelity of 0 images"):
         fidelity.result()
     with pytest.raises(InputError, match="extractor digits"):
         fidelity.update(torch.zeros(2, 1, 9, 9, dtype=torch.uint8), 0)
+
+
+def test_features_that_are_not_finite_stop_the_run(small, tmp_path):
+    images, extractor = small
+    with torch.no_grad():
+        extractor.classifier.embed.bias[0] = float("nan")
+    with pytest.raises(RunError, match="extractor small: features that are not finite"):
+        reference_statistics(ArrayDataset("a", images), extractor, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_a_metric_that_is_not_finite_is_named(value):
+    check_finite("x", {"fid": 1.0, "kid": None})
+    with pytest.raises(RunError, match=f"x: kid is {value}"):
+        check_finite("x", {"fid": 1.0, "kid": value})
+
+
+def test_too_few_real_images_are_refused_at_once(small, tmp_path):
+    images, extractor = small
+    with pytest.raises(InputError, match="a: 3 real images; give 4 or more"):
+        reference_statistics(ArrayDataset("a", images[:3]), extractor, tmp_path)
+    assert extractor.calls == 0
+
+
+def test_without_features_there_is_fid_alone(extractor, reference, noisy):
+    known = fidelity_of(noisy[0], extractor, reference).result()
+    alone = fidelity_of(noisy[0], extractor, Reference(reference.mean, reference.cov, extractor.fingerprint)).result()
+    assert alone == {**known, "kid": None, "kid_se": None, "precision": None, "recall": None}
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_precomputed_statistics_are_read(extractor, reference, tmp_path, dtype):
+    np.savez(tmp_path / "r.npz", mu=reference.mean.astype(dtype), sigma=reference.cov.astype(dtype))
+    found = load_reference(tmp_path / "r.npz", extractor)
+    assert np.allclose(found.mean, reference.mean, rtol=1e-6)
+    assert np.allclose(found.cov, reference.cov, rtol=1e-5, atol=1e-6)
+    assert (found.features, found.n, found.fingerprint) == (None, None, extractor.fingerprint)

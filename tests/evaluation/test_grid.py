@@ -10,12 +10,12 @@ import scipy.linalg
 import torch
 from accelerate import Accelerator
 
-from robustdiff.data import load_dataset
+from robustdiff.data import ArrayDataset, load_dataset
 from robustdiff.errors import InputError
 from robustdiff.evaluation import fidelity
 from robustdiff.evaluation.features import load_extractor
 from robustdiff.evaluation.fidelity import interval, reference_statistics
-from robustdiff.evaluation.grid import Grid, evaluate_cell, evaluate_grid
+from robustdiff.evaluation.grid import Grid, difference, evaluate_cell, evaluate_grid, evaluate_images
 from robustdiff.samplers.generate import Generator
 
 NUM = 60
@@ -80,9 +80,30 @@ def test_differences_are_of_the_cells_and_narrower_than_independent_ones(grid):
 def test_a_checkpoint_does_not_differ_from_itself(generators, extractor, tmp_path):
     reference = reference_statistics(load_dataset("digits"), extractor, tmp_path)
     twice = {"a": generators["one"], "b": generators["one"]}
-    (difference,) = evaluate_grid(twice, ["iddpm"], [2], 20, extractor, reference, Accelerator(cpu=True)).differences
-    assert difference.fid == 0
-    assert difference.fid_ci == (0, 0)
+    (found,) = evaluate_grid(twice, ["iddpm"], [2], 20, extractor, reference, Accelerator(cpu=True)).differences
+    assert found.fid == 0
+    assert found.fid_ci == (0, 0)
+
+
+def test_a_difference_to_a_fid_of_0_has_no_ratio(grid):
+    cell, replicates = grid.cells[0], np.array([1.0, 2.0])
+    found = difference(cell, replicates, replace(cell, fid=0.0), replicates)
+    assert (found.fid, found.relative) == (cell.fid, None)
+
+
+def test_images_that_are_there_are_measured_as_those_of_a_generator(grid, generators, extractor, tmp_path):
+    images = torch.cat([i for _, i in replace(generators["one"], sampler="ddim", steps=2).images(range(NUM))])
+    dataset = ArrayDataset("images", images.permute(0, 2, 3, 1).numpy())
+    reference = reference_statistics(load_dataset("digits"), extractor, tmp_path)
+    counts: list[int] = []
+    cell = evaluate_images(
+        "images", dataset, NUM, extractor, reference, Accelerator(cpu=True), batch_size=25, on_images=counts.append
+    )
+    assert counts == [25, 25, 10]
+    same = next(c for c in grid.cells if (c.checkpoint, c.sampler, c.steps) == ("one", "ddim", 2))
+    assert (cell.checkpoint, cell.sampler, cell.steps, cell.n) == ("images", "file", None, NUM)
+    for metric in ("fid", "fid_ci", "kid", "kid_se", "precision", "recall", "brightness"):
+        assert getattr(cell, metric) == pytest.approx(getattr(same, metric), rel=1e-4), metric
 
 
 def test_it_keeps_the_first_images(grid, generators):

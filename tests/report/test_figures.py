@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -11,7 +13,7 @@ from rich.console import Console
 from robustdiff.evaluation.grid import Cell, Difference, Grid
 from robustdiff.report.figures import Line, fid_against_steps, fid_panels, points, sample_grid, save_figure
 from robustdiff.report.progress import Bar
-from robustdiff.report.tables import grid_table
+from robustdiff.report.tables import cell_table, grid_table
 
 
 def cell(checkpoint: str, sampler: str, steps: int, fid: float) -> Cell:
@@ -69,6 +71,22 @@ def test_the_table_shows_the_difference_and_whether_it_is_sure(low, high, style)
     assert "25.00 ±1" in text
     assert "15.00 ±1" in text
     assert f"\x1b[{style}m{(low + high) / 50:+.0%} ({low * 4:+.0f}…{high * 4:+.0f})" in text
+
+
+def test_the_table_of_cells_has_a_dash_for_what_is_not_known():
+    file = replace(CELLS[0], checkpoint="[a].npz", sampler="file", steps=None, kid=None, kid_se=None, recall=None)
+    console = Console(width=120)
+    with console.capture() as capture:
+        console.print(cell_table([CELLS[0], file]))
+    rows = [line.split() for line in capture.get().splitlines() if "±" in line]
+    first = ["plain", "ddim", "5", "100", "25.00", "±1", "0.1", "±0.01", "0.500", "0.400", "73.0"]
+    assert rows == [first, ["[a].npz", "—", "—", "100", "25.00", "±1", "—", "0.500", "—", "73.0"]]
+
+
+def test_images_without_steps_are_levels_of_the_figure():
+    figure = fid_against_steps([*CELLS, replace(CELLS[0], checkpoint="a.npz", sampler="file", steps=None)], "title")
+    assert [axes.get_title() for axes in figure.axes] == ["ddim", "iddpm"]
+    assert set(figure.axes[0].get_lines()[-1].get_ydata()) == {25.0}
 
 
 def test_a_bar_without_a_terminal_prints_lines(monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import shutil
 from dataclasses import replace
 from types import SimpleNamespace
@@ -15,7 +16,8 @@ from accelerate import Accelerator
 from PIL import Image
 
 from robustdiff.errors import InputError
-from robustdiff.samplers.generate import Generator, ImageNoise, share_of, write_npz, write_pngs
+from robustdiff.process import DiffusionProcess
+from robustdiff.samplers.generate import RECORD, Generator, ImageNoise, share_of, write_npz, write_pngs
 
 
 @pytest.fixture
@@ -126,10 +128,80 @@ def test_pngs_hold_the_images_and_missing_ones_are_made_again(generator, acceler
     assert np.array_equal(np.asarray(Image.open(files[3])), pixels[3])
 
 
+def test_a_finished_npz_is_made_once_and_kept_from_other_settings(generator, accelerator, tmp_path):
+    path = tmp_path / "a.npz"
+    assert write_npz(generator, 6, path, accelerator)
+    before, counts = path.read_bytes(), []
+    assert not write_npz(generator, 6, path, accelerator, counts.append)
+    assert counts == [6]
+    for other, num in ((generator, 7), (replace(generator, steps=2), 6), (replace(generator, seed=1), 6)):
+        with pytest.raises(InputError, match=r"a.npz holds images of other settings .*--output"):
+            write_npz(other, num, path, accelerator)
+    assert path.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["a.npz"]
+
+
+@pytest.mark.parametrize("content", [b"text", b""])
+def test_a_file_that_was_not_sampled_is_not_overwritten(generator, accelerator, tmp_path, content):
+    path = tmp_path / "a.npz"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match="does not say that robustdiff sample made it"):
+        write_npz(generator, 2, path, accelerator)
+    assert path.read_bytes() == content
+
+
+def test_pngs_go_on_with_more_images_and_keep_those_that_are_there(generator, accelerator, tmp_path):
+    folder = tmp_path / "png"
+    assert write_pngs(generator, 3, folder, accelerator)
+    times = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+    assert not write_pngs(generator, 2, folder, accelerator)
+    assert write_pngs(generator, 6, folder, accelerator)
+    assert {path: path.stat().st_mtime_ns for path in times} == times
+    pixels = np.stack([np.asarray(Image.open(f)) for f in sorted(folder.glob("*.png"))]).astype(int)
+    assert np.abs(pixels - images_of(generator, range(6)).squeeze(1).numpy()).max() <= 1
+
+
+@pytest.mark.parametrize(
+    "change", [{"seed": 1}, {"steps": 2}, {"sampler": "ddim"}, {"batch_size": 2}, {"options": {"clip": False}}]
+)
+def test_pngs_of_other_settings_are_refused(generator, accelerator, tmp_path, change):
+    write_pngs(generator, 2, tmp_path / "png", accelerator)
+    before = {path: path.read_bytes() for path in (tmp_path / "png").iterdir()}
+    with pytest.raises(InputError, match=rf"png holds images of other settings \({next(iter(change))} .*--output"):
+        write_pngs(replace(generator, **change), 4, tmp_path / "png", accelerator)
+    assert {path: path.read_bytes() for path in (tmp_path / "png").iterdir()} == before
+
+
+def test_pngs_of_another_network_or_process_are_refused(generator, accelerator, tmp_path):
+    write_pngs(generator, 2, tmp_path / "png", accelerator)
+    other = replace(generator, unet=copy.deepcopy(generator.unet))
+    with torch.no_grad():
+        other.unet.conv_out.bias.add_(1.0)
+    with pytest.raises(InputError, match="png holds images of another network"):
+        write_pngs(other, 2, tmp_path / "png", accelerator)
+    with pytest.raises(InputError, match=r"png holds images of other settings \(process"):
+        write_pngs(replace(generator, process=DiffusionProcess.linear(1000)), 2, tmp_path / "png", accelerator)
+
+
+@pytest.mark.parametrize("name", ["000000.png", "notes.txt", RECORD])
+def test_a_folder_of_something_else_is_refused(generator, accelerator, tmp_path, name):
+    (tmp_path / name).write_text("[1]")
+    (tmp_path / "mine.jpg").write_text("")
+    with pytest.raises(InputError, match=r"does not say .*--output"):
+        write_pngs(generator, 2, tmp_path, accelerator)
+    assert not (tmp_path / "000001.png").exists()
+
+
+def test_a_folder_without_images_may_be_used(generator, accelerator, tmp_path):
+    """Stopped before its first image, a call leaves a record that binds nobody."""
+    (tmp_path / RECORD).write_text("{}")
+    (tmp_path / ".DS_Store").write_text("")
+    assert write_pngs(generator, 2, tmp_path, accelerator)
+    assert json.loads((tmp_path / RECORD).read_text())["sampler"] == "iddpm"
+
+
 def test_classes_take_turns_and_are_written(accelerator, tmp_path):
     from diffusers import UNet2DModel
-
-    from robustdiff.process import DiffusionProcess
 
     unet = UNet2DModel(
         sample_size=8,

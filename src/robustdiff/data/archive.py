@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import zipfile
 import zlib
+from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,12 @@ __all__ = ["npz", "read_npz"]
 UNREADABLE = (OSError, EOFError, ValueError, KeyError, NotImplementedError, zipfile.BadZipFile, zlib.error)
 
 
-def read_npz(path: str | os.PathLike[str]) -> dict[str, NDArray[Any]]:
-    """All arrays of an `.npz` file, none of them pickled.
+def read_npz(path: str | os.PathLike[str], names: Container[str] | None = None) -> dict[str, NDArray[Any]]:
+    """Read the arrays of an `.npz` file, none of them pickled.
+
+    Args:
+        path: The file.
+        names: Which arrays to read; by default all. Those that the file lacks are left out.
 
     Raises:
         InputError: No such file, or not a whole `.npz` file of plain arrays.
@@ -33,7 +38,7 @@ def read_npz(path: str | os.PathLike[str]) -> dict[str, NDArray[Any]]:
         loaded = np.load(path, allow_pickle=False)
         if isinstance(loaded, np.lib.npyio.NpzFile):
             with loaded:
-                return {name: loaded[name] for name in loaded.files}
+                return {name: loaded[name] for name in loaded.files if names is None or name in names}
     except UNREADABLE as error:
         message = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(f"{path}: not a readable .npz file ({message}); make it with numpy.savez") from error

@@ -206,7 +206,7 @@ class ClassifierExtractor(FeatureExtractor):
         if tuple(images.shape[1:]) != (channels, size, size):
             raise InputError(
                 f"extractor {self.name}: made for images {channels}×{size}×{size}, got "
-                f"{'×'.join(map(str, images.shape[1:]))}; choose the extractor that belongs to the data"
+                f"{'×'.join(map(str, images.shape[1:]))}; choose features made for this size (inception takes any)"
             )
         images = images.to(self.classifier.embed.weight.device)
         with torch.autocast(images.device.type, enabled=False):
@@ -306,7 +306,7 @@ def load_extractor(
             raise InputError(f"extractor inception needs weights=FILE; download it from {INCEPTION_URL}")
         extractor = InceptionExtractor(weights)
     elif weights is not None:
-        raise InputError(f"extractor {name} takes no weights; to load your own file give its path as the name")
+        raise InputError(f"extractor {name} takes no weights; to use your own file give its path as the features")
     elif name in SHIPPED:
         with as_file(files("robustdiff.evaluation") / "weights" / f"{name}.safetensors") as path:
             extractor = ClassifierExtractor(name, Classifier.load(path))

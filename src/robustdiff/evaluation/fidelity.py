@@ -36,9 +36,11 @@ the fraction of generated features in the manifold of the real ones, recall the 
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import warnings
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -48,7 +50,7 @@ from torch import Tensor
 
 from robustdiff.data.archive import read_npz
 from robustdiff.data.dataset import ImageDataset
-from robustdiff.errors import InputError
+from robustdiff.errors import InputError, RunError
 from robustdiff.evaluation.features import FeatureExtractor
 from robustdiff.files import atomic_write
 
@@ -58,9 +60,11 @@ __all__ = [
     "Reference",
     "Reservoir",
     "bootstrap_frechet",
+    "check_finite",
     "frechet_distance",
     "interval",
     "kernel_distance",
+    "load_reference",
     "precision_recall",
     "reference_statistics",
 ]
@@ -69,6 +73,7 @@ Array = NDArray[np.float64]
 
 LIMIT = 10_000  # features kept for KID and for precision and recall, whose cost is the square of it
 GOLDEN = (5**0.5 - 1) / 2
+FEWEST = 4  # images of which KID has a standard error
 
 
 class Gaussian(Protocol):
@@ -465,26 +470,95 @@ def precision_recall(
 # ------------------------------------------------------------------------------------------------ reference
 
 
+@dataclass(frozen=True, eq=False)
 class Reference:
     """The statistics of real images that generated ones are compared with.
 
-    Args:
-        moments: Of all images.
-        features: A uniform sample of their features in random order, float32 (n, D), n ≤ 10,000.
+    Attributes:
+        mean: μ of their features, (D,).
+        cov: C of their features, (D, D).
         fingerprint: That of the extractor.
+        features: A uniform sample of the features in random order, float32 (n, D), n ≤ 10,000; None where only μ and C
+            are known, which is enough for FID, and not for KID, precision and recall.
+        n: Number of images; None where it is not known.
     """
 
-    def __init__(self, moments: Moments, features: NDArray[np.float32], fingerprint: str) -> None:
-        self.moments = moments
-        self.features = features
-        self.fingerprint = fingerprint
-        self.mean = moments.mean
-        self.cov = moments.cov
+    mean: Array
+    cov: Array
+    fingerprint: str
+    features: NDArray[np.float32] | None = None
+    n: int | None = None
 
-    @property
-    def n(self) -> int:
-        """Number of images."""
-        return self.moments.n
+    @classmethod
+    def of(cls, moments: Moments, features: NDArray[np.float32], fingerprint: str) -> Reference:
+        """Return the reference of moments and a sample of the features they are of."""
+        return cls(moments.mean, moments.cov, fingerprint, features, moments.n)
+
+
+def load_reference(path: str | os.PathLike[str], extractor: FeatureExtractor) -> Reference:
+    """Load precomputed statistics, as pytorch-fid and guided-diffusion write them.
+
+    Args:
+        path: An `.npz` file with `mu`, (D,), and `sigma`, (D, D). Other arrays are not read.
+        extractor: The features that the statistics are of. The file does not say which they are: this is checked by
+            their number alone.
+
+    Returns:
+        The reference, without a sample of features and a number of images.
+
+    Raises:
+        InputError: No such file, statistics that are missing or are no mean and covariance of as many features.
+    """
+    arrays = read_npz(path, ("mu", "sigma"))
+    if missing := [name for name in ("mu", "sigma") if name not in arrays]:
+        if "arr_0" in _names(path):
+            raise InputError(f"{path}: images (arr_0) and no statistics of them; give it as --data npz --root {path}")
+        raise InputError(
+            f"{path}: no array {' and no '.join(missing)}; give statistics that pytorch-fid or guided-diffusion wrote"
+        )
+    for name, shape in (("mu", (extractor.dim,)), ("sigma", (extractor.dim, extractor.dim))):
+        array = arrays[name]
+        if array.shape != shape:
+            raise InputError(
+                f"{path}: {name} has shape {array.shape} and {extractor.name} has {extractor.dim} features; "
+                "give the features that the statistics were made with"
+            )
+        if array.dtype.kind != "f" or not np.isfinite(array).all():
+            raise InputError(f"{path}: {name} ({array.dtype}) does not hold finite real numbers; make the file again")
+    mean, cov = arrays["mu"].astype(np.float64), arrays["sigma"].astype(np.float64)
+    scale = np.abs(cov).max()
+    if np.abs(cov - cov.T).max() > 1e-4 * scale or np.linalg.eigvalsh(cov + cov.T).min() < -1e-4 * scale:
+        raise InputError(f"{path}: sigma is not a covariance (symmetric, no negative eigenvalues); make the file again")
+    return Reference(mean, (cov + cov.T) / 2, extractor.fingerprint)
+
+
+def _names(path: str | os.PathLike[str]) -> list[str]:
+    with np.load(path, allow_pickle=False) as archive:
+        return list(archive.files)
+
+
+def check_finite(what: str, values: Mapping[str, float | None]) -> None:
+    """Check that no metric is infinite or undefined.
+
+    Args:
+        what: What the metrics are of, for the message.
+        values: By name; None is a metric that is left out.
+
+    Raises:
+        RunError: One is not finite.
+    """
+    for name, value in values.items():
+        if value is not None and not math.isfinite(value):
+            raise RunError(f"{what}: {name} is {value}; look at the images and at the weights of the features")
+
+
+def _extract(extractor: FeatureExtractor, images: Tensor) -> NDArray[np.float32]:
+    """Features (B, D) of images uint8 (B, C, H, W)."""
+    features: NDArray[np.float32] = extractor(images).cpu().numpy()
+    # A distance to NaN is not below any radius: precision and recall would be numbers.
+    if not np.isfinite(features).all():
+        raise RunError(f"extractor {extractor.name}: features that are not finite; check its weights")
+    return features
 
 
 def _dataset_hash(dataset: ImageDataset, batch_size: int) -> str:
@@ -519,8 +593,11 @@ def reference_statistics(
         The statistics.
 
     Raises:
-        InputError: Fewer than 2 images, or images of a size that the extractor does not take.
+        InputError: Fewer than 4 images, or images of a size that the extractor does not take.
+        RunError: Features that are not finite.
     """
+    if len(dataset) < FEWEST:
+        raise InputError(f"{dataset.name}: {len(dataset)} real images; give {FEWEST} or more, better thousands")
     if cache_dir is None:
         cache_dir = os.environ.get("ROBUSTDIFF_CACHE") or Path.home() / ".cache" / "robustdiff"
     content = _dataset_hash(dataset, batch_size)
@@ -535,14 +612,14 @@ def reference_statistics(
     reservoir = Reservoir(extractor.dim)
     for start in range(0, len(dataset), batch_size):
         images, _ = dataset.__getitems__(range(start, min(start + batch_size, len(dataset))))
-        features = extractor(images).cpu().numpy()
+        features = _extract(extractor, images)
         moments.update(features, start)
         reservoir.update(features, start)
-    reference = Reference(moments, reservoir.features, extractor.fingerprint)
+    reference = Reference.of(moments, reservoir.features, extractor.fingerprint)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(path) as file:
-            np.savez(file, **moments.state(), features=reference.features)  # type: ignore[arg-type]
+            np.savez(file, **moments.state(), features=reservoir.features)  # type: ignore[arg-type]
     except OSError as error:
         warnings.warn(f"statistics not cached: {error}", stacklevel=2)
     return reference
@@ -554,7 +631,7 @@ def _read_reference(path: Path, dataset: ImageDataset, extractor: FeatureExtract
     sampled = min(len(dataset), LIMIT)
     if moments.n != len(dataset) or moments.dim != extractor.dim or features.shape != (sampled, extractor.dim):
         raise ValueError(f"{moments.n} images, {moments.dim} features, sample of shape {features.shape}")
-    return Reference(moments, features.astype(np.float32), extractor.fingerprint)
+    return Reference.of(moments, features.astype(np.float32), extractor.fingerprint)
 
 
 # ------------------------------------------------------------------------------------------------ all of it
@@ -603,8 +680,9 @@ class Fidelity:
 
         Raises:
             InputError: Images that the extractor does not take.
+            RunError: Features that are not finite.
         """
-        features = self.extractor(images).cpu().numpy()
+        features = _extract(self.extractor, images)
         self._reservoir.update(features, start_index)
         self.moments.update(features, start_index)
 
@@ -622,6 +700,14 @@ class Fidelity:
         self._reservoir.merge_state(state)
         self.moments.merge(moments)
 
+    def fid(self) -> float:
+        """Return the Fréchet distance of the images so far, ≥ 0.
+
+        Raises:
+            InputError: Fewer than 2 images.
+        """
+        return frechet_distance(self.moments.mean, self.moments.cov, self.reference.mean, self.reference.cov)
+
     def result(self, replicates: Array | None = None, level: float = 0.95) -> dict[str, Any]:
         """The numbers.
 
@@ -631,23 +717,21 @@ class Fidelity:
             level: Of the interval.
 
         Returns:
-            `fid`, `fid_ci` (low, high), `kid`, `kid_se`, `precision`, `recall`, `n` (the number of images).
+            `fid`, `fid_ci` (low, high), `kid`, `kid_se`, `precision`, `recall`, `n` (the number of images). KID, its
+            error, precision and recall are None where the reference has no features.
 
         Raises:
             InputError: Fewer than 4 images.
             ValueError: An image index was given twice.
         """
-        if self.moments.n < 4:
+        if self.moments.n < FEWEST:
             raise InputError(
-                f"fidelity of {self.moments.n} images: generate 4 or more, or thousands to learn something"
+                f"fidelity of {self.moments.n} images: give {FEWEST} or more, or thousands to learn something"
             )
-        fid = frechet_distance(self.moments.mean, self.moments.cov, self.reference.mean, self.reference.cov)
+        fid = self.fid()
         if replicates is None:
             replicates = bootstrap_frechet(self.moments, self.reference)
-        generated = self._reservoir.features
-        real = self.reference.features[: len(generated)]  # as many of each: precision and recall depend on it
-        kid, kid_se = kernel_distance(generated, real)
-        precision, recall = precision_recall(generated, real)
+        kid, kid_se, precision, recall = self._by_features()
         return {
             "fid": fid,
             "fid_ci": interval(fid, replicates, level),
@@ -657,3 +741,11 @@ class Fidelity:
             "recall": recall,
             "n": self.moments.n,
         }
+
+    def _by_features(self) -> tuple[float, float, float, float] | tuple[None, None, None, None]:
+        """KID with its standard error, precision and recall."""
+        if self.reference.features is None:
+            return None, None, None, None
+        generated = self._reservoir.features
+        real = self.reference.features[: len(generated)]  # as many of each: precision and recall depend on it
+        return *kernel_distance(generated, real), *precision_recall(generated, real)

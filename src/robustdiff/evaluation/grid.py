@@ -4,13 +4,16 @@ Every cell is made from the same random numbers: image i of each has the same x_
 (:mod:`robustdiff.samplers.generate`). A cell has a bootstrap interval, and each pair of checkpoints has, at equal
 sampler and NFE, an interval of its difference, from replicates that resample the same images of both. Common random
 numbers make that interval narrower than the two intervals suggest.
+
+Images that are there already, in a folder or a file, are measured in the same way and give one cell, without sampler
+and steps. Nothing pairs them with the images of another cell, so they have no differences.
 """
 
 from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -20,24 +23,29 @@ from accelerate.utils import gather_object
 from numpy.typing import NDArray
 from torch import Tensor
 
+from robustdiff.data import ImageDataset
 from robustdiff.evaluation.features import FeatureExtractor
-from robustdiff.evaluation.fidelity import Fidelity, Reference, bootstrap_frechet, interval
+from robustdiff.evaluation.fidelity import Fidelity, Reference, bootstrap_frechet, check_finite, interval
 from robustdiff.samplers.generate import Generator, share_of
 
-__all__ = ["Cell", "Difference", "Grid", "difference", "evaluate_cell", "evaluate_grid"]
+__all__ = ["FILE", "Cell", "Difference", "Grid", "difference", "evaluate_cell", "evaluate_grid", "evaluate_images"]
+
+FILE = "file"
+"""The sampler of a cell whose images were there already."""
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One checkpoint under one sampler.
+    """One checkpoint under one sampler, or the images of one folder or file.
 
     Attributes:
         checkpoint: Its name.
-        sampler: The sampler.
-        steps: Network evaluations for one image.
+        sampler: The sampler; :data:`FILE` for images that were there already.
+        steps: Network evaluations for one image; None for images that were there already.
         n: Images.
         fid: Fréchet distance, with its 95 % interval ``fid_ci``.
-        kid: Kernel distance, with its standard error ``kid_se``.
+        kid: Kernel distance, with its standard error ``kid_se``. None, as precision and recall, where the reference
+            has no features.
         precision: In [0, 1].
         recall: In [0, 1].
         brightness: The mean grey value of the images, in [0, 255]. Few-step FID follows it closely.
@@ -46,14 +54,14 @@ class Cell:
 
     checkpoint: str
     sampler: str
-    steps: int
+    steps: int | None
     n: int
     fid: float
     fid_ci: tuple[float, float]
-    kid: float
-    kid_se: float
-    precision: float
-    recall: float
+    kid: float | None
+    kid_se: float | None
+    precision: float | None
+    recall: float | None
     brightness: float
     seconds: float
 
@@ -68,16 +76,16 @@ class Difference:
         sampler: The sampler.
         steps: Network evaluations for one image.
         fid: The difference, with its 95 % interval ``fid_ci``.
-        relative: The difference over the other's FID.
+        relative: The difference over the other's FID; None where that is 0.
     """
 
     checkpoint: str
     baseline: str
     sampler: str
-    steps: int
+    steps: int | None
     fid: float
     fid_ci: tuple[float, float]
-    relative: float
+    relative: float | None
 
 
 @dataclass(frozen=True)
@@ -117,13 +125,70 @@ def evaluate_cell(
 
     Raises:
         InputError: If images do not suit the features.
+        RunError: If a metric is not finite.
     """
+    batches = generator.images(share_of(num, accelerator))
+    return _measure(
+        batches, name, generator.sampler, int(generator.steps), num, extractor, reference, accelerator, keep, on_images
+    )
+
+
+def evaluate_images(
+    name: str,
+    dataset: ImageDataset,
+    num: int,
+    extractor: FeatureExtractor,
+    reference: Reference,
+    accelerator: Accelerator,
+    batch_size: int = 128,
+    on_images: Callable[[int], None] = lambda n: None,
+) -> Cell:
+    """Measure images that are there already.
+
+    Arguments:
+        name: Their name.
+        dataset: The images; labels are not used.
+        num: How many of them, from the first.
+        extractor: The features.
+        reference: The real images under the same features.
+        accelerator: Each of its processes reads its share of the images.
+        batch_size: Images at a time.
+        on_images: Called after each batch with the number of images read since the last call, over all processes.
+
+    Raises:
+        InputError: If images cannot be read or do not suit the features.
+        RunError: If a metric is not finite.
+    """
+
+    def batches() -> Iterator[tuple[range, Tensor]]:
+        share = share_of(num, accelerator)
+        for start in range(share.start, share.stop, batch_size):
+            batch = range(start, min(start + batch_size, share.stop))
+            yield batch, dataset.__getitems__(batch)[0]
+
+    cell, _, _ = _measure(batches(), name, FILE, None, num, extractor, reference, accelerator, 0, on_images)
+    return cell
+
+
+def _measure(
+    batches: Iterable[tuple[range, Tensor]],
+    name: str,
+    sampler: str,
+    steps: int | None,
+    num: int,
+    extractor: FeatureExtractor,
+    reference: Reference,
+    accelerator: Accelerator,
+    keep: int,
+    on_images: Callable[[int], None],
+) -> tuple[Cell, NDArray[np.float64], Tensor]:
+    """Measure this process's share of the images with those of the others; as :func:`evaluate_cell`."""
     start = time.perf_counter()
     fidelity = Fidelity(extractor, reference)
     first: list[Tensor] = []
     brightness = 0.0
     processes = accelerator.num_processes
-    for batch, images in generator.images(share_of(num, accelerator)):
+    for batch, images in batches:
         fidelity.update(images, batch.start)
         brightness += int(images.sum(dtype=torch.int64)) / images[0].numel() / num
         first += list(images[: max(0, keep - batch.start)])
@@ -136,8 +201,12 @@ def evaluate_cell(
         brightness = sum(part for _, part in parts)
     replicates = bootstrap_frechet(fidelity.moments, reference)
     result = fidelity.result(replicates)
+    low, high = result["fid_ci"]
+    what = f"{name}, {sampler}" if steps is None else f"{name}, {sampler} {steps}"
+    check_finite(what, {name: result[name] for name in ("fid", "kid", "kid_se", "precision", "recall")})
+    check_finite(what, {"the interval of fid": high - low})
     seconds = time.perf_counter() - start
-    cell = Cell(name, generator.sampler, int(generator.steps), brightness=brightness, seconds=seconds, **result)
+    cell = Cell(name, sampler, steps, brightness=brightness, seconds=seconds, **result)
     return cell, replicates, torch.stack(first) if first else torch.empty(0)
 
 
@@ -147,7 +216,8 @@ def difference(
     """FID of a cell minus that of another, with the interval that common random numbers allow."""
     gain = cell.fid - other.fid
     ends = interval(gain, replicates - other_replicates)
-    return Difference(cell.checkpoint, other.checkpoint, cell.sampler, cell.steps, gain, ends, gain / other.fid)
+    relative = gain / other.fid if other.fid else None
+    return Difference(cell.checkpoint, other.checkpoint, cell.sampler, cell.steps, gain, ends, relative)
 
 
 def evaluate_grid(
@@ -177,6 +247,7 @@ def evaluate_grid(
 
     Raises:
         InputError: If a sampler or a number of steps does not suit a checkpoint, or images do not suit the features.
+        RunError: If a metric is not finite.
     """
     for generator, sampler, count in itertools.product(generators.values(), samplers, steps):
         replace(generator, sampler=sampler, steps=count)  # its checks, before anything takes time

@@ -90,23 +90,24 @@ def fid_panels(panels: dict[str, dict[str, list[Line]]], title: str, levels: Map
 
 
 def fid_against_steps(cells: Sequence[Cell], title: str) -> Figure:
-    """One panel for each sampler, one line for each checkpoint, with intervals."""
+    """One panel for each sampler, one line for each checkpoint, with intervals; images without steps are levels."""
     panels: dict[str, dict[str, list[Line]]] = {}
-    for sampler in dict.fromkeys(cell.sampler for cell in cells):
+    sampled = [(cell.steps, cell) for cell in cells if cell.steps is not None]
+    for sampler in dict.fromkeys(cell.sampler for _, cell in sampled):
         groups = panels[sampler] = {}
-        for checkpoint in dict.fromkeys(cell.checkpoint for cell in cells):
+        for checkpoint in dict.fromkeys(cell.checkpoint for _, cell in sampled):
             own = sorted(
-                (c for c in cells if c.sampler == sampler and c.checkpoint == checkpoint), key=lambda c: c.steps
+                ((n, c) for n, c in sampled if c.sampler == sampler and c.checkpoint == checkpoint), key=lambda p: p[0]
             )
             groups[checkpoint] = [
                 Line(
-                    [c.steps for c in own],
-                    [c.fid for c in own],
-                    [c.fid_ci[0] for c in own],
-                    [c.fid_ci[1] for c in own],
+                    [n for n, _ in own],
+                    [c.fid for _, c in own],
+                    [c.fid_ci[0] for _, c in own],
+                    [c.fid_ci[1] for _, c in own],
                 )
             ]
-    return fid_panels(panels, title)
+    return fid_panels(panels, title, {cell.checkpoint: cell.fid for cell in cells if cell.steps is None})
 
 
 def loss_curves(curves: dict[str, tuple[Sequence[float], Sequence[float]]], title: str) -> Figure:

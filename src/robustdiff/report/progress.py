@@ -26,10 +26,10 @@ class Bar:
     def __init__(self, console: Console, description: str, total: float, quiet: bool = False) -> None:
         self.console, self.quiet = console, quiet
         self._progress = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[note]}"),
+            TextColumn("{task.fields[note]}", markup=False),
             TimeElapsedColumn(),
             TextColumn("eta"),
             TimeRemainingColumn(),
@@ -64,6 +64,7 @@ class Bar:
             self.console.print(
                 f"{task.description}: {completed:g} of {task.total:g} in {now - self._started:.0f} s  {note}",
                 highlight=False,
+                markup=False,
             )
 
     def advance(self, amount: float, note: str = "") -> None:

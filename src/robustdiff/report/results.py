@@ -18,7 +18,7 @@ __all__ = ["write_results"]
 def write_results(
     folder: Path, grid: Grid, title: str, settings: dict[str, Any], beside: Sequence[Cell] = ()
 ) -> dict[str, Any]:
-    """Write the figures, and the numbers with what they were obtained on.
+    """Write the figures, and the numbers with what they were obtained on; images that were there already have none.
 
     Arguments:
         folder: Where to; made if it is not there.
@@ -31,11 +31,11 @@ def write_results(
         What ``result.json`` holds.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    save_figure(fid_against_steps([*grid.cells, *beside], title), folder / "fid.png")
-    checkpoints = list(dict.fromkeys(cell.checkpoint for cell in grid.cells))
-    steps = list(dict.fromkeys(cell.steps for cell in grid.cells))
-    samplers = dict.fromkeys(cell.sampler for cell in grid.cells)
-    for sampler in samplers:
+    if grid.samples:
+        save_figure(fid_against_steps([*grid.cells, *beside], title), folder / "fid.png")
+    checkpoints = list(dict.fromkeys(checkpoint for checkpoint, _, _ in grid.samples))
+    steps = list(dict.fromkeys(steps for _, _, steps in grid.samples))
+    for sampler in dict.fromkeys(sampler for _, sampler, _ in grid.samples):
         figure = sample_grid(grid.samples, checkpoints, sampler, steps, f"{sampler}: the same noise in every column")
         save_figure(figure, folder / f"samples-{sampler.replace('+', 'p')}.png")
     record = {
@@ -44,5 +44,5 @@ def write_results(
         "differences": [asdict(difference) for difference in grid.differences],
     }
     with atomic_write(folder / "result.json") as file:
-        file.write(json.dumps(record, indent=1).encode())
+        file.write(json.dumps(record, indent=1, allow_nan=False).encode())
     return record

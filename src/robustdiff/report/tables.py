@@ -7,12 +7,13 @@ from typing import Any
 
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
-from robustdiff.evaluation.grid import Grid
+from robustdiff.evaluation.grid import FILE, Cell, Grid
 from robustdiff.study import MEASURES, Remaining
 
-__all__ = ["grid_table", "print_whole", "remaining_table", "reproduced_table"]
+__all__ = ["cell_table", "grid_table", "print_whole", "remaining_table", "reproduced_table"]
 
 
 def print_whole(console: Console, table: Table) -> None:
@@ -23,11 +24,33 @@ def print_whole(console: Console, table: Table) -> None:
     console.width = width
 
 
+def cell_table(cells: Sequence[Cell]) -> Table:
+    """Return one row for each cell, with all that was measured of it; "—" is what does not apply or is not known."""
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), collapse_padding=True)
+    table.add_column("", no_wrap=True)
+    table.add_column("sampler", no_wrap=True)
+    for heading in ("steps", "images", "FID", "KID", "precision", "recall", "brightness"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for cell in cells:
+        table.add_row(
+            escape(cell.checkpoint),
+            "—" if cell.sampler == FILE else cell.sampler,
+            "—" if cell.steps is None else str(cell.steps),
+            str(cell.n),
+            f"{cell.fid:.2f} ±{(cell.fid_ci[1] - cell.fid_ci[0]) / 2:.2g}",
+            "—" if cell.kid is None or cell.kid_se is None else f"{cell.kid:.4g} ±{cell.kid_se:.2g}",
+            "—" if cell.precision is None else f"{cell.precision:.3f}",
+            "—" if cell.recall is None else f"{cell.recall:.3f}",
+            f"{cell.brightness:.1f}",
+        )
+    return table
+
+
 def grid_table(grid: Grid, baseline: str) -> Table:
     """Samplers and steps down, checkpoints across: FID ± half of its 95 % interval, and the difference to a baseline.
 
     Arguments:
-        grid: The results.
+        grid: The results, all of checkpoints.
         baseline: The checkpoint that the others are compared with.
     """
     checkpoints = list(dict.fromkeys(cell.checkpoint for cell in grid.cells))
@@ -48,9 +71,14 @@ def grid_table(grid: Grid, baseline: str) -> Table:
             row.append(f"{cell.fid:.2f} ±{(cell.fid_ci[1] - cell.fid_ci[0]) / 2:.2g}")
             if checkpoint != baseline:
                 difference = differences[checkpoint, baseline, sampler, steps]
-                low, high = (100 * end / cells[baseline, sampler, steps].fid for end in difference.fid_ci)
+                low, high = difference.fid_ci
                 style = "green" if high < 0 else "red" if low > 0 else "dim"
-                row.append(f"[{style}]{difference.relative:+.0%} ({low:+.0f}…{high:+.0f})[/]")
+                if difference.relative is None:  # of a baseline whose FID is 0
+                    text = f"{difference.fid:+.2f} ({low:+.2f}…{high:+.2f})"
+                else:
+                    low, high = (100 * end / cells[baseline, sampler, steps].fid for end in difference.fid_ci)
+                    text = f"{difference.relative:+.0%} ({low:+.0f}…{high:+.0f})"
+                row.append(f"[{style}]{text}[/]")
         table.add_row(*row, end_section=i + 1 < len(rows) and rows[i + 1][0] != sampler)
     if len(checkpoints) > 1:
         table.caption = "green and red: the interval of the difference excludes 0"

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from diffusers.models.unets.unet_2d import UNet2DModel
 from PIL import Image
 from torch import Tensor
@@ -34,6 +35,9 @@ from robustdiff.recipe import load_recipe
 from robustdiff.samplers.sample import SAMPLERS, check_options, check_sampler, sample, suited
 
 __all__ = ["Generator", "ImageNoise", "share_of", "write_npz", "write_pngs"]
+
+RECORD = ".robustdiff-samples.json"
+"""The file in a folder of PNGs that says how they were made."""
 
 _NOISE = 2  # the stream of (seed, stream, number) that images have; training has others
 
@@ -105,12 +109,13 @@ class Generator:
     checkpoint: dict[str, Any] | None = None
 
     @classmethod
-    def of(cls, unet: UNet2DModel, scheduler: Any, **settings: Any) -> Generator:
+    def of(cls, unet: UNet2DModel, scheduler: Any, *, data_classes: int | None = None, **settings: Any) -> Generator:
         """Of a network and the scheduler that says what it is, as a pipeline folder has them.
 
         Arguments:
             unet: The network.
             scheduler: The scheduler.
+            data_classes: The number of classes of the data. A network that embeds one more has a null class.
             settings: The other fields. By default, or where they are None, the sampler is ddim, euler for flow matching
                 and multistep for a consistency model, and the steps are 20, with multistep 2.
 
@@ -122,6 +127,8 @@ class Generator:
         if settings.get("steps") is None:
             settings["steps"] = 2 if sampler == "multistep" else 20
         prediction = objective_of(scheduler, unet).prediction
+        if data_classes is not None and unet.config.num_class_embeds == data_classes + 1:
+            settings = {"num_classes": data_classes, **settings}
         model, checkpoint = model_of(scheduler, unet), sampling_of(scheduler)
         return cls(unet, process, prediction, sampler, model=model, checkpoint=checkpoint, **settings)
 
@@ -271,11 +278,11 @@ def write_npz(
     path: Path,
     accelerator: Accelerator,
     on_images: Callable[[int], None] = lambda n: None,
-) -> None:
+) -> bool:
     """Write ``arr_0``, uint8 (num, H, W, C), and ``arr_1``, the labels if there are any: what ADM's evaluator reads.
 
     The images go to the disk as they come, so that memory does not grow with their number, and the file appears when it
-    is complete. Interrupted, the same call goes on where it was.
+    is complete. Interrupted, the same call goes on where it was. The archive's comment holds the settings as JSON.
 
     Arguments:
         generator: Where the images come from.
@@ -283,12 +290,21 @@ def write_npz(
         path: The file.
         accelerator: Each of its processes makes its share.
         on_images: Called with the number of images made since the last call, over all processes.
+
+    Returns:
+        Whether the file was written: False where the same call had written it before.
+
+    Raises:
+        InputError: If there is such a file already, and another call made it.
     """
     channels, height, width = generator.shape
+    settings = {**_settings(generator), "num": num}
+    if path.exists():
+        _check_record(path, _comment(path), settings)
+        on_images(num)
+        return False
     # Of another network or other settings, what is there is not used.
-    settings = [generator.fingerprint(), num, accelerator.num_processes, generator.sampler, generator.steps]
-    settings += [generator.seed, generator.batch_size, generator.precision, generator.label, generator.options]
-    key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:12]
+    key = hashlib.sha256(json.dumps([settings, accelerator.num_processes]).encode()).hexdigest()[:12]
     parts = path.with_name(f".{path.name}.{key}.parts")
     parts.mkdir(exist_ok=True)
     share = share_of(num, accelerator)
@@ -309,6 +325,7 @@ def write_npz(
     if accelerator.is_main_process:
         labels = generator.labels(range(num))
         with atomic_write(path) as target, zipfile.ZipFile(target, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+            archive.comment = json.dumps(settings).encode()  # not an array: readers expect arr_0 and arr_1 alone
             with archive.open("arr_0.npy", "w", force_zip64=True) as member:
                 header = {"descr": "|u1", "fortran_order": False, "shape": (num, height, width, channels)}
                 np.lib.format.write_array_header_1_0(member, header)
@@ -320,6 +337,7 @@ def write_npz(
                     np.lib.format.write_array(member, labels.numpy(), allow_pickle=False)
         shutil.rmtree(parts)
     accelerator.wait_for_everyone()
+    return True
 
 
 def write_pngs(
@@ -328,17 +346,97 @@ def write_pngs(
     folder: Path,
     accelerator: Accelerator,
     on_images: Callable[[int], None] = lambda n: None,
-) -> None:
-    """Write ``000000.png``, … into a folder; files that are there are kept, so that an interrupted call goes on."""
-    folder.mkdir(parents=True, exist_ok=True)
+) -> bool:
+    """Write ``000000.png``, … into a folder; files that are there are kept, so that an interrupted call goes on.
+
+    The file :data:`RECORD` in the folder holds the settings. A call with the same settings and a larger number of
+    images adds those that are missing.
+
+    Arguments:
+        generator: Where the images come from.
+        num: How many.
+        folder: The folder; made if it is not there.
+        accelerator: Each of its processes makes its share.
+        on_images: Called with the number of images made since the last call, over all processes.
+
+    Returns:
+        Whether images were missing.
+
+    Raises:
+        InputError: If the folder holds anything that was not made with the same network and settings.
+    """
+    settings = _settings(generator)
+    record = folder / RECORD
+    if folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir()):
+        _check_record(folder, record.read_bytes() if record.is_file() else b"", settings)
+    elif accelerator.is_main_process:
+        folder.mkdir(parents=True, exist_ok=True)
+        with atomic_write(record) as file:
+            file.write(json.dumps(settings, indent=1).encode())
+    accelerator.wait_for_everyone()
+    made = False
     share = share_of(num, accelerator)
     for start in range(share.start, share.stop, generator.batch_size):
         numbers = range(start, min(start + generator.batch_size, share.stop))
-        paths = {i: folder / f"{i:06d}.png" for i in numbers}
-        if not all(path.exists() for path in paths.values()):
+        missing = {i: path for i in numbers if not (path := folder / f"{i:06d}.png").exists()}
+        if missing:
+            made = True
             for batch, images in generator.images(numbers):
                 for i, image in zip(batch, images.permute(0, 2, 3, 1).numpy(), strict=True):
-                    with atomic_write(paths[i]) as file:
-                        Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).save(file, "png")
+                    if i in missing:
+                        with atomic_write(missing[i]) as file:
+                            Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).save(file, "png")
         on_images(len(numbers) * accelerator.num_processes)
-    accelerator.wait_for_everyone()
+    return any(gather_object([made]))
+
+
+def _settings(generator: Generator) -> dict[str, Any]:
+    """Return all that an image depends on besides its number, as JSON holds it."""
+    process = generator.process
+    levels = np.stack([process.alphas.numpy(), process.sigmas.numpy()])
+    settings = {
+        "network": generator.fingerprint(),
+        "process": hashlib.sha256(levels.tobytes()).hexdigest(),
+        "prediction": generator.prediction,
+        "shape": generator.shape,
+        "sampler": generator.sampler,
+        "steps": generator.steps,
+        "seed": generator.seed,
+        "batch_size": generator.batch_size,  # rounding may depend on it
+        "precision": generator.precision,
+        "label": generator.label,
+        "classes": generator.classes,
+        "guidance": generator.guidance,
+        "options": generator.sampling,
+    }
+    loaded: dict[str, Any] = json.loads(json.dumps(settings, default=repr))
+    return loaded
+
+
+def _comment(path: Path) -> bytes:
+    """Return the comment of a zip archive; nothing where it is no archive."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.comment
+    except (OSError, zipfile.BadZipFile):
+        return b""
+
+
+def _check_record(path: Path, record: bytes, settings: dict[str, Any]) -> None:
+    """Check that what is at a path was made with some settings.
+
+    Raises:
+        InputError: If it was not, or does not say so.
+    """
+    remedy = "give another --output, or remove it"
+    try:
+        found = json.loads(record)
+    except ValueError:  # that it is not JSON, or not UTF-8
+        found = None
+    if not isinstance(found, dict):
+        raise InputError(f"{path} exists, and does not say that robustdiff sample made it: {remedy}")
+    for name in settings:
+        if found.get(name) != settings[name]:
+            values = f" ({name} {found.get(name)}, now {settings[name]})"
+            other = "another network" if name == "network" else f"other settings{values}"
+            raise InputError(f"{path} holds images of {other}: {remedy}")

@@ -1,0 +1,79 @@
+"""Images that are there already, in a folder or an ``.npz`` file, to be measured as those of a run are.
+
+A folder is read by :func:`robustdiff.data.load_dataset` under the name ``imagefolder``; a file has ``arr_0``, uint8
+(N, H, W, C), as ``robustdiff sample`` and guided-diffusion write it. Labels are not used.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from robustdiff.data import ArrayDataset, ImageDataset, load_dataset
+from robustdiff.data.archive import read_npz
+from robustdiff.errors import InputError
+from robustdiff.evaluation.fidelity import FEWEST
+from robustdiff.models.pipeline import PRETRAINED
+
+__all__ = ["check_size", "load_images", "number_of_images"]
+
+MODEL = ("model_index.json", "model/model_index.json", "recipe.yaml", "unet/config.json", "config.json")
+"""Files of which every run and pipeline folder has one."""
+
+
+def load_images(source: str) -> ImageDataset | None:
+    """Load the images of a folder or an ``.npz`` file.
+
+    Arguments:
+        source: A folder or a file, or else something that :func:`robustdiff.models.build.load_pipeline` takes.
+
+    Returns:
+        The images, uint8; None where the source is a run, a pipeline folder or the name of a shipped model.
+
+    Raises:
+        InputError: If it is a file of another kind, or its images are missing or malformed.
+    """
+    path = Path(source)
+    if path.is_dir():
+        shipped = "/" not in source and (PRETRAINED / source).is_dir()  # ./NAME is the folder
+        if shipped or any((path / name).is_file() for name in MODEL):
+            return None
+        return load_dataset("imagefolder", root=source)
+    if path.suffix.lower() == ".npz":
+        arrays = read_npz(path, ("arr_0",))
+        if "arr_0" not in arrays:
+            raise InputError(f"{source}: no array arr_0; store the images under that name, uint8 (N, H, W, C)")
+        return ArrayDataset(source, arrays["arr_0"])
+    if path.is_file():
+        raise InputError(f"{source}: not a run; give images as a folder, or as an .npz file with arr_0")
+    return None
+
+
+def check_size(dataset: ImageDataset, shape: tuple[int, int, int]) -> None:
+    """Check that images have the shape of the real ones.
+
+    Arguments:
+        dataset: The images.
+        shape: (C, H, W) of the real images.
+
+    Raises:
+        InputError: If they have another.
+    """
+    if dataset.shape != shape:
+        (channels, height, width), of = dataset.shape, "×".join(map(str, shape))
+        changes = [f"--set data.channels={channels}"] if channels != shape[0] else []
+        changes += [f"--set data.size={height}"] if (height, width) != shape[1:] else []
+        remedy = f"add {' '.join(changes)}" if height == width else "give real images of that size by --data and --root"
+        raise InputError(f"{dataset.name}: images of {channels}×{height}×{width}, the real ones are {of}; {remedy}")
+
+
+def number_of_images(dataset: ImageDataset, num: int | None) -> int:
+    """Return how many images to measure: all, or the first ``num``.
+
+    Raises:
+        InputError: If there are fewer than ``num``, or too few to measure.
+    """
+    if len(dataset) < FEWEST:
+        raise InputError(f"{dataset.name}: {len(dataset)} images; give {FEWEST} or more, better thousands")
+    if num is not None and num > len(dataset):
+        raise InputError(f"{dataset.name}: {len(dataset)} images; give --num {len(dataset)} or less, or leave it out")
+    return len(dataset) if num is None else num
