@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import errno
 import json
-import logging
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -664,7 +663,8 @@ def _names(runs: list[str]) -> list[str]:
 
 def main() -> None:
     """Run the command line and exit."""
-    logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
+    # logging stays as it is: its last resort writes warnings to what sys.stderr is at the time, above a bar where one is
+    # shown.
     try:
         code = app(prog_name="robustdiff", standalone_mode=False)
     except InputError as error:

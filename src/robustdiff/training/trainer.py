@@ -5,7 +5,7 @@ One batch is drawn once, and trained on in each of the adversary's passes, with 
 microbatch keeps its own δ and the optimiser steps when all of them have been through:
 
     for each pass k:   for each microbatch m:   ∇_θ L(x_m + δ_m^k) accumulates, ∇_δ L moves δ_m^k → δ_m^{k+1}
-                       θ ← AdamW(θ);  θ̄ ← μ θ̄ + (1 − μ) θ
+                       θ ← AdamW(θ);  θ̄ ← β θ̄ + (1 − β) θ
 
 Checkpoints are taken between batches, where there is no δ to remember.
 """
@@ -70,7 +70,7 @@ from robustdiff.perturbation import (
 from robustdiff.process import DiffusionProcess
 from robustdiff.recipe import AdversaryConfig, ConsistencyConfig, DenoisingConfig, Recipe, load_recipe
 from robustdiff.training.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
-from robustdiff.training.ema import EMA
+from robustdiff.training.ema import EMA, REMAINDER, sufficient_decay
 from robustdiff.training.stream import BatchIndices, batch_generator
 
 __all__ = ["Status", "Trainer", "build_adversary", "build_objective", "train"]
@@ -423,6 +423,8 @@ class Trainer:
         """Continue from a checkpoint."""
         state = load_checkpoint(checkpoint, self.accelerator, self.ema)
         self.step, self.batch = state["step"], state["batch"]
+        if self.ema is not None:
+            self.ema.updates = self.step
         self.adversary.skipped = state["skipped"]
         self.objective.load_state(state.get("objective", {}))
 
@@ -529,6 +531,21 @@ class _Metrics:
         return Status(trainer.step, recipe.steps, line["loss"], line["delta_norm"], line["images_per_second"])
 
 
+def _warn_of_the_start(recipe: Recipe) -> None:
+    """Say so where the model that will be exported holds much of the starting weights."""
+    if isinstance(recipe.ema, str) or (left := recipe.ema**recipe.steps) <= REMAINDER:
+        return
+    logger.warning(
+        "ema %g leaves %.0f %% of the starting weights in the exported model of %d updates: set ema=auto, or ema=%g, "
+        "which leaves at most %.0f %%",
+        recipe.ema,
+        100 * left,
+        recipe.steps,
+        sufficient_decay(recipe.steps),
+        100 * REMAINDER,
+    )
+
+
 def _prepare_folder(recipe: Recipe, folder: Path, resume: bool) -> None:
     """Make the run's folder, or see that what is there is the same run."""
     if (folder / "recipe.yaml").exists():
@@ -604,6 +621,8 @@ def train(
         trainer.load(checkpoint)
     if recipe.trackers:
         accelerator.init_trackers("robustdiff", config={"recipe": recipe.to_yaml()})
+    if accelerator.is_main_process:
+        _warn_of_the_start(recipe)
     metrics = _Metrics(trainer, folder / "metrics.jsonl")
     saved = trainer.step
     with _Interrupt() as interrupt:
