@@ -110,11 +110,11 @@ def demo(
     else:
         run, size = demonstrations.run_demo, demonstrations.FULL if full else demonstrations.QUICK
     folder.mkdir(parents=True, exist_ok=True)
-    with Bar(err, "loading", 1) as bar:
-        result = run(folder, size, seed, on_part=bar.describe, on_progress=lambda done, note: bar.update(done, note))
+    with Bar(err, "demonstration (%)", 100) as bar:
+        result = run(folder, size, seed, on_progress=bar.update)
     if result is None:
-        kind = " --consistency" if consistency else ""
-        err.print(f"stopped; robustdiff demo{kind} --output {folder} goes on from here")
+        options = " --consistency" * consistency + " --full" * full + f" --seed {seed}" * bool(seed)
+        err.print(f"stopped; robustdiff demo{options} --output {folder} goes on from here")
         return
     grid, record = result
     out.print(f"FID of {grid.cells[0].n} images a cell, with 95 % bootstrap intervals:")
@@ -663,8 +663,7 @@ def _names(runs: list[str]) -> list[str]:
 
 def main() -> None:
     """Run the command line and exit."""
-    # logging stays as it is: its last resort writes warnings to what sys.stderr is at the time, above a bar where one is
-    # shown.
+    # logging stays as it is: its last resort writes warnings to what sys.stderr is at the time, so above a bar.
     try:
         code = app(prog_name="robustdiff", standalone_mode=False)
     except InputError as error:

@@ -17,13 +17,11 @@ import json
 import logging
 import math
 import shutil
-import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any, TextIO
 
 import torch
@@ -37,6 +35,7 @@ from torch.utils.data import DataLoader
 from robustdiff.data import ImageDataset, to_unit
 from robustdiff.errors import InputError, RunError
 from robustdiff.files import atomic_folder, atomic_write
+from robustdiff.interrupt import Interrupt
 from robustdiff.models.build import (
     Built,
     build_model,
@@ -441,27 +440,6 @@ class Trainer:
         self.accelerator.wait_for_everyone()
 
 
-class _Interrupt:
-    """Turns the first SIGTERM or Ctrl-C into a flag that the loop looks at; a second one acts as usual."""
-
-    def __init__(self) -> None:
-        self.received: str | None = None
-        self._previous: dict[int, Any] = {}
-
-    def __enter__(self) -> _Interrupt:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            self._previous[number] = signal.signal(number, self._receive)
-        return self
-
-    def _receive(self, number: int, frame: FrameType | None) -> None:
-        self.received = signal.Signals(number).name
-        self.__exit__()
-
-    def __exit__(self, *exception: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-
 class _Metrics:
     """``metrics.jsonl``, one line in ``log_every`` updates, and accelerate's trackers."""
 
@@ -625,7 +603,7 @@ def train(
         _warn_of_the_start(recipe)
     metrics = _Metrics(trainer, folder / "metrics.jsonl")
     saved = trainer.step
-    with _Interrupt() as interrupt:
+    with Interrupt() as interrupt:
         for losses, size, done in trainer.updates():
             metrics.add(losses, size, done)
             stop = interrupt.received is not None and done
@@ -643,7 +621,7 @@ def train(
                 trainer.save(folder / "checkpoints")
                 saved = trainer.step
             if stop and not last:
-                logger.warning("%s: saved at update %d; go on with --resume", interrupt.received, trainer.step)
+                logger.warning("%s: %s is saved at update %d", interrupt.received, folder, trainer.step)
                 return None
         trainer.export(folder / "model")
         result = {
