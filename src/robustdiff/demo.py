@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import logging
 import os
 import signal
 from collections.abc import Callable
@@ -62,8 +63,8 @@ TEACHER_STEPS = (10, 50)
 DATA = FEATURES = "fashion-16"
 BATCH = 64  # images at a time: more do not fit into the cache of a core
 MOST = 8  # processes: each holds torch, half a gigabyte
-UPDATE_WEIGHT = {"denoising": 3, "consistency": 6}  # an update's time for one image, in evaluations of the network
-CELL_WEIGHT = 3000  # a cell's time beside its images' evaluations: their features, the bootstrap
+UPDATE_WEIGHT = {"denoising": 4, "consistency": 6}  # an update's time for one image, in evaluations of the network
+CELL_WEIGHT = 1000  # a cell's time beside its images' evaluations: their features, the bootstrap
 
 Progress = Callable[[float, str], None]
 
@@ -216,11 +217,24 @@ def _find_real_images(report: Report) -> None:
 def _fine_tune(recipe: Recipe, report: Report) -> None:
     """Train a recipe, or go on with it."""
 
-    def on_status(status: Status) -> None:
-        if report(status.step / status.steps):
-            signal.raise_signal(signal.SIGTERM)  # which train stops and saves at
+    stopping = False
 
-    if train(recipe, resume=True, on_status=on_status) is None:
+    def on_status(status: Status) -> None:
+        nonlocal stopping
+        if not stopping and report(status.step / status.steps):
+            stopping = True
+            signal.raise_signal(signal.SIGTERM)  # at the first of which train saves and stops
+
+    # Of its warnings, that a short run's average holds much of the start is the same for all methods, and that a
+    # stopped one is saved the command line says of the whole.
+    log = logging.getLogger(train.__module__)
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        result = train(recipe, resume=True, on_status=on_status)
+    finally:
+        log.setLevel(level)
+    if result is None:
         raise Stopped
 
 
@@ -275,7 +289,7 @@ def _work(
         for sampler, count in itertools.product(network.samplers, network.steps)
     ]
     tasks = _tasks(networks, cells)
-    if tasks and run_tasks(tasks, processes, lambda done, note: on_progress(100 * done, note)) is None:
+    if tasks and run_tasks(tasks, processes, lambda done, note: on_progress(round(100 * done, 1), note)) is None:
         return None
     weights = {network.name: network.fingerprint for network in networks}
     measured = {}
