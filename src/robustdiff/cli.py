@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import errno
 import json
-import logging
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -134,11 +133,11 @@ def demo(
     else:
         run, size = demonstrations.run_demo, demonstrations.FULL if full else demonstrations.QUICK
     folder.mkdir(parents=True, exist_ok=True)
-    with Bar(err, "loading", 1) as bar:
-        result = run(folder, size, seed, on_part=bar.describe, on_progress=lambda done, note: bar.update(done, note))
+    with Bar(err, "demonstration (%)", 100) as bar:
+        result = run(folder, size, seed, on_progress=bar.update)
     if result is None:
-        kind = " --consistency" if consistency else ""
-        _say(f"stopped; robustdiff demo{kind} --output {folder} goes on from here", err)
+        options = " --consistency" * consistency + " --full" * full + f" --seed {seed}" * bool(seed)
+        _say(f"stopped; robustdiff demo{options} --output {folder} goes on from here", err)
         return
     grid, record = result
     _say(f"FID of {grid.cells[0].n} images a cell, with 95 % bootstrap intervals:")
@@ -775,7 +774,7 @@ def _generators(
 
 def main() -> None:
     """Run the command line and exit."""
-    logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
+    # logging stays as it is: its last resort writes warnings to what sys.stderr is at the time, so above a bar.
     try:
         code = app(prog_name="robustdiff", standalone_mode=False)
     except InputError as error:

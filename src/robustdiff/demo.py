@@ -9,27 +9,42 @@ Then FID over samplers and steps, from the same noise.
 The second demonstration distils the checkpoint into consistency models instead: plainly, and with adversarial training
 of the solver's output or of the student's input, again for equally many updates. All start from the same network, the
 checkpoint fine-tuned as a denoiser over noise levels. FID at 1, 2, 4 and 8 steps, and the teacher's at 10 and 50.
+
+Trainings and cells of the grid are tasks that processes of one thread share (:mod:`robustdiff.workers`). A cell is a
+file, ``cells/METHOD-SAMPLER-STEPS.json``, with what it was made of.
 """
 
 from __future__ import annotations
 
+import itertools
+import json
+import logging
+import os
+import signal
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from numpy.typing import NDArray
+from torch import Tensor
 
 from robustdiff.data import load_dataset
-from robustdiff.evaluation.features import load_extractor
-from robustdiff.evaluation.fidelity import reference_statistics
-from robustdiff.evaluation.grid import Grid, evaluate_grid
+from robustdiff.errors import InputError
+from robustdiff.evaluation.features import FeatureExtractor, load_extractor
+from robustdiff.evaluation.fidelity import Reference, reference_statistics
+from robustdiff.evaluation.grid import Cell, Grid, difference, evaluate_cell
+from robustdiff.files import atomic_write
 from robustdiff.recipe import Recipe, load_recipe
 from robustdiff.report.results import write_results
 from robustdiff.samplers.generate import Generator
-from robustdiff.training.trainer import Status, train
+from robustdiff.training.trainer import FREE_TO_CHANGE, Status, train
+from robustdiff.workers import Report, Stopped, Task, available_cores, run_tasks
 
 __all__ = ["FULL", "FULL_CONSISTENCY", "QUICK", "QUICK_CONSISTENCY", "DemoSize", "run_consistency_demo", "run_demo"]
 
@@ -45,7 +60,13 @@ DISTILLED = {
 DISTILLED_STEPS = (1, 2, 4, 8)
 STUDENT, TEACHER = "fashion-16-edm", "fashion-16"
 TEACHER_STEPS = (10, 50)
+DATA = FEATURES = "fashion-16"
 BATCH = 64  # images at a time: more do not fit into the cache of a core
+MOST = 8  # processes: each holds torch, half a gigabyte
+UPDATE_WEIGHT = {"denoising": 4, "consistency": 6}  # an update's time for one image, in evaluations of the network
+CELL_WEIGHT = 1000  # a cell's time beside its images' evaluations: their features, the bootstrap
+
+Progress = Callable[[float, str], None]
 
 
 @dataclass(frozen=True)
@@ -62,77 +83,266 @@ QUICK_CONSISTENCY = DemoSize(updates=300, images=500)
 FULL_CONSISTENCY = DemoSize(updates=6000, images=5000)
 
 
-Part = Callable[[str, float], None]
-Progress = Callable[[float, str], None]
+@dataclass(frozen=True)
+class _Network:
+    """What is sampled from: the network of a training, or one that there is. Attributes: as of a generator."""
 
+    name: str
+    path: str
+    samplers: tuple[str, ...]
+    steps: tuple[int, ...]
+    precision: str
+    recipe: Recipe | None = None
 
-def _train_each(
-    recipes: dict[str, Recipe], seed: int, what: str, on_part: Part, on_progress: Progress
-) -> tuple[dict[str, Generator], dict[str, Any]] | None:
-    """The trained networks and what is recorded of each training; None when a signal stopped one."""
-    generators: dict[str, Generator] = {}
-    training: dict[str, Any] = {}
-    for method, recipe in recipes.items():
-        on_part(f"{what}: {method}", recipe.steps)
-
-        def on_status(status: Status) -> None:
-            on_progress(status.step, status.note)
-
-        result = train(recipe, resume=True, on_status=on_status)
-        if result is None:
+    @property
+    def result(self) -> dict[str, Any] | None:
+        """What is recorded of its training; None while it is not finished."""
+        path = Path(self.path) / "result.json"
+        if self.recipe is None or not path.is_file():
             return None
-        training[method] = {"recipe": recipe.model_dump(mode="json"), **result}
-        generators[method] = Generator.load(recipe.output, seed=seed, precision=recipe.precision, batch_size=BATCH)
-    return generators, training
+        result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return result if result["steps"] == self.recipe.steps else None
+
+    def generator(self, seed: int, sampler: str, steps: int, device: torch.device | str = "cpu") -> Generator:
+        """How its images are made."""
+        return Generator.load(
+            self.path,
+            device,
+            sampler=sampler,
+            steps=steps,
+            seed=seed,
+            precision=self.precision,
+            batch_size=BATCH,
+        )
+
+    @property
+    def fingerprint(self) -> str | None:
+        """That of its parameters; None while they are not trained."""
+        if self.recipe is not None and self.result is None:
+            return None
+        return self.generator(0, self.samplers[0], self.steps[0]).fingerprint()
 
 
-def _counter(on_progress: Progress) -> Callable[[int, str], None]:
-    """What a grid calls with new evaluations, for a bar that shows all of them."""
-    done = 0
+@dataclass(frozen=True)
+class _Measured:
+    """A cell, its bootstrap replicates of FID, and its first images, uint8 (k, C, H, W)."""
 
-    def on_images(evaluations: int, cell: str) -> None:
-        nonlocal done
-        done += evaluations
-        on_progress(done, cell)
-
-    return on_images
+    cell: Cell
+    replicates: NDArray[np.float64]
+    images: Tensor
 
 
-def _evaluation(
-    num: int, evaluations: int, on_part: Part, on_progress: Progress
-) -> tuple[Callable[..., Grid], dict[str, Any]]:
-    """Of generators, samplers and steps their grid, and what it is obtained on.
+@dataclass(frozen=True)
+class _CellFile:
+    """One cell of one network, and the file that it is kept in."""
 
-    Arguments:
-        num: Images of a cell.
-        evaluations: Of networks, for one image of each cell.
-        on_part: As in :func:`run_demo`.
-        on_progress: As in :func:`run_demo`.
-    """
-    accelerator = Accelerator()
-    extractor = load_extractor("fashion-16")
-    on_part("statistics of the real images", 1)
-    reference = reference_statistics(load_dataset("fashion-16"), extractor)
-    on_part("sampling (network evaluations)", evaluations * num)
-    evaluate = partial(
-        evaluate_grid,
-        num=num,
-        extractor=extractor,
-        reference=reference,
-        accelerator=accelerator,
-        on_images=_counter(on_progress),
-    )
-    return evaluate, {
-        "data": "fashion-16: 60,000 training images of Fashion-MNIST at 16×16",
-        "features": extractor.name,
-        "device": accelerator.device.type,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
+    network: _Network
+    sampler: str
+    steps: int
+    images: int
+    seed: int
+    path: Path
+
+    def made_of(self, weights: str, device: str) -> dict[str, Any]:
+        """What decides its numbers."""
+        return {
+            "weights": weights,
+            "sampler": self.sampler,
+            "steps": self.steps,
+            "images": self.images,
+            "seed": self.seed,
+            "precision": self.network.precision,
+            "batch_size": BATCH,
+            "data": DATA,
+            "features": load_extractor(FEATURES).fingerprint,
+            "device": device,
+        }
+
+    def read(self, weights: str | None) -> _Measured | None:
+        """What the file holds; None if there is none, or none of these settings and weights."""
+        if weights is None or not self.path.is_file():
+            return None
+        try:
+            record = json.loads(self.path.read_text(encoding="utf-8"))
+            if record["made_of"] != self.made_of(weights, _device().type):
+                return None
+            values = {**record["cell"], "fid_ci": tuple(record["cell"]["fid_ci"])}
+            images = torch.tensor(record["images"], dtype=torch.uint8)
+            return _Measured(Cell(**values), np.array(record["replicates"]), images)
+        except (ValueError, KeyError, TypeError):
+            return None  # not whole: it is made again
+
+    def make(self, report: Report) -> None:
+        """Make its images, measure them, and write the file."""
+        extractor, reference = _real_images()
+        generator = self.network.generator(self.seed, self.sampler, self.steps, _device())
+        done = 0
+
+        def on_images(n: int) -> None:
+            nonlocal done
+            done += n
+            if report(done / self.images):
+                raise Stopped
+
+        AcceleratorState._reset_state()  # a training in this process may have had another precision
+        cell, replicates, images = evaluate_cell(
+            self.network.name, generator, self.images, extractor, reference, Accelerator(), on_images=on_images
+        )
+        record = {
+            "made_of": self.made_of(generator.fingerprint(), _device().type),
+            "cell": asdict(cell),
+            "replicates": replicates.tolist(),
+            "images": images.tolist(),
+        }
+        with atomic_write(self.path) as file:
+            file.write(json.dumps(record).encode())
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@cache
+def _real_images() -> tuple[FeatureExtractor, Reference]:
+    """The features, and the real images under them."""
+    extractor = load_extractor(FEATURES, device=_device())
+    return extractor, reference_statistics(load_dataset(DATA), extractor)
+
+
+def _find_real_images(report: Report) -> None:
+    """Put the statistics of the real images into the cache, where all processes find them."""
+    _real_images()
+
+
+def _fine_tune(recipe: Recipe, report: Report) -> None:
+    """Train a recipe, or go on with it."""
+
+    stopping = False
+
+    def on_status(status: Status) -> None:
+        nonlocal stopping
+        if not stopping and report(status.step / status.steps):
+            stopping = True
+            signal.raise_signal(signal.SIGTERM)  # at the first of which train saves and stops
+
+    # Of its warnings, that a short run's average holds much of the start is the same for all methods, and that a
+    # stopped one is saved the command line says of the whole.
+    log = logging.getLogger(train.__module__)
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        result = train(recipe, resume=True, on_status=on_status)
+    finally:
+        log.setLevel(level)
+    if result is None:
+        raise Stopped
+
+
+def _check(output: Path, recipe: Recipe) -> None:
+    """See that what a folder holds of a training is of the same demonstration, or of a shorter one to go on from."""
+    path = Path(recipe.output) / "recipe.yaml"
+    if not path.is_file():
+        return
+    before = load_recipe(str(path))
+    for name in Recipe.model_fields:
+        grown = name == "steps" and before.steps < recipe.steps and recipe.lr_schedule == "constant"
+        if name not in FREE_TO_CHANGE and not grown and getattr(before, name) != getattr(recipe, name):
+            raise InputError(f"{output} holds a demonstration with another {name}: choose another --output")
+
+
+def _tasks(networks: list[_Network], cells: list[_CellFile]) -> list[Task]:
+    """What is not done yet: the trainings first, then the largest cells."""
+    tasks = []
+    for network in networks:
+        if network.recipe is not None and network.result is None:
+            recipe = network.recipe
+            name = getattr(recipe.objective, "name", "denoising")
+            weight = UPDATE_WEIGHT[name] * recipe.steps * recipe.batch_size
+            tasks.append(Task(network.name, partial(_fine_tune, recipe), weight))
+    trained = [task.name for task in tasks]
+    weights = {network.name: network.fingerprint for network in networks}
+    missing = [cell for cell in cells if cell.read(weights[cell.network.name]) is None]
+    if missing:
+        tasks.append(Task("real images", _find_real_images, CELL_WEIGHT))
+    for cell in sorted(missing, key=lambda cell: -cell.steps):
+        name = cell.network.name
+        needs = ("real images", *(other for other in trained if other == name))
+        weight = cell.images * cell.steps + CELL_WEIGHT
+        tasks.append(Task(f"{name} {cell.sampler} {cell.steps}", cell.make, weight, needs))
+    return tasks
+
+
+def _work(
+    output: Path, networks: list[_Network], size: DemoSize, seed: int, processes: int, on_progress: Progress
+) -> dict[tuple[str, str, int], _Measured] | None:
+    """Do what is not done yet, and return all cells by network, sampler and steps; None when a signal stopped it."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise InputError("the demonstration starts processes of its own: start it once, without accelerate or torchrun")
+    for network in networks:
+        if network.recipe is not None:
+            _check(output, network.recipe)
+    folder = output / "cells"
+    folder.mkdir(parents=True, exist_ok=True)
+    cells = [
+        _CellFile(network, sampler, count, size.images, seed, folder / f"{_slug(network.name)}-{sampler}-{count}.json")
+        for network in networks
+        for sampler, count in itertools.product(network.samplers, network.steps)
+    ]
+    tasks = _tasks(networks, cells)
+    if tasks and run_tasks(tasks, processes, lambda done, note: on_progress(round(100 * done, 1), note)) is None:
+        return None
+    weights = {network.name: network.fingerprint for network in networks}
+    measured = {}
+    for cell in cells:
+        found = cell.read(weights[cell.network.name])
+        if found is None:
+            raise InputError(f"{cell.path} was changed while the demonstration ran: run it again")
+        measured[cell.network.name, cell.sampler, cell.steps] = found
+    return measured
+
+
+def _grid(networks: list[_Network], measured: dict[tuple[str, str, int], _Measured]) -> Grid:
+    """The cells of networks with the same samplers and steps, with the differences of all pairs."""
+    names = [network.name for network in networks]
+    cells, differences = [], []
+    for sampler, count in itertools.product(networks[0].samplers, networks[0].steps):
+        row = [measured[name, sampler, count] for name in names]
+        for i, one in enumerate(row):
+            cells.append(one.cell)
+            differences += [difference(one.cell, one.replicates, o.cell, o.replicates) for o in row[:i]]
+    samples = {key: found.images for key, found in measured.items() if key[0] in names}
+    return Grid(cells, differences, samples)
+
+
+def _settings(networks: list[_Network], seed: int, processes: int) -> dict[str, Any]:
+    """What ``result.json`` says before the numbers."""
+    training = {n.name: {"recipe": n.recipe.model_dump(mode="json"), **(n.result or {})} for n in networks if n.recipe}
+    return {
+        "obtained_on": {
+            "data": "fashion-16: 60,000 training images of Fashion-MNIST at 16×16",
+            "features": FEATURES,
+            "device": _device().type,
+            "threads": processes,  # of one thread each
+            "torch": torch.__version__,
+        },
+        "seed": seed,
+        "training": training,
     }
 
 
-def _folder(output: Path, method: str) -> Path:
-    return output / "runs" / method.translate({ord(" "): "-", ord("("): None, ord(")"): None}).lower()
+def _slug(method: str) -> str:
+    return method.translate({ord(" "): "-", ord("("): None, ord(")"): None}).lower()
+
+
+def _network(output: Path, method: str, recipe: str, overrides: list[str], grid: tuple[Any, Any]) -> _Network:
+    """A method's network, trained by a shipped recipe."""
+    folder = output / "runs" / _slug(method)
+    made = load_recipe(recipe, [*overrides, "threads=1", f"output={folder}"])
+    return _Network(method, str(folder), *grid, made.precision, made)
+
+
+def _default_processes() -> int:
+    return 1 if torch.cuda.is_available() else min(MOST, available_cores())
 
 
 def run_demo(
@@ -140,47 +350,45 @@ def run_demo(
     size: DemoSize,
     seed: int = 0,
     *,
-    on_part: Part = lambda description, total: None,
-    on_progress: Progress = lambda done, note: None,
+    processes: int | None = None,
+    on_progress: Progress = lambda percent, note: None,
 ) -> tuple[Grid, dict[str, Any]] | None:
     """Fine-tune, evaluate, and write figures and ``result.json`` into a folder.
 
-    Fine-tunings that are there already are not made again, and those that were interrupted go on.
+    Fine-tunings and cells that are there already are not made again, and fine-tunings that were interrupted go on.
 
     Arguments:
         output: The folder.
         size: How much to do.
         seed: Of the batches, the noise and the samples.
-        on_part: Called when a part of the work begins, with what it is and its size.
-        on_progress: Called with how much of the part is done, and a note.
+        processes: How many share the work, which does not change the results; by default one for each core that there
+            is, at most 8, and 1 on a GPU.
+        on_progress: Called with the percentage of the work that is done, and what is being done.
 
     Returns:
         The grid and what ``result.json`` holds; None when a signal stopped it.
 
     Raises:
         InputError: If the folder holds a demonstration of another size or seed.
+        RunError: If a training fails, or a process is killed.
     """
-    recipes = {
-        method: load_recipe(
+    processes = processes or _default_processes()
+    networks = [
+        _network(
+            output,
+            method,
             "fashion-16-at",
-            [
-                f"adversary.name={adversary}",
-                f"steps={size.updates}",
-                f"seed={seed}",
-                f"output={_folder(output, method)}",
-            ],
+            [f"adversary.name={adversary}", f"steps={size.updates}", f"seed={seed}"],
+            (SAMPLERS, STEPS),
         )
         for method, adversary in METHODS.items()
-    }
-    trained = _train_each(recipes, seed, "fine-tuning", on_part, on_progress)
-    if trained is None:
+    ]
+    measured = _work(output, networks, size, seed, processes, on_progress)
+    if measured is None:
         return None
-    generators, training = trained
-    evaluate, obtained_on = _evaluation(size.images, len(METHODS) * len(SAMPLERS) * sum(STEPS), on_part, on_progress)
-    grid = evaluate(generators, SAMPLERS, STEPS)
+    grid = _grid(networks, measured)
     what = f"fashion-16, {size.updates} updates, {size.images} images a cell, seed {seed}"
-    settings = {"obtained_on": obtained_on, "seed": seed, "training": training}
-    return grid, write_results(output, grid, what, settings)
+    return grid, write_results(output, grid, what, _settings(networks, seed, processes))
 
 
 def run_consistency_demo(
@@ -188,19 +396,19 @@ def run_consistency_demo(
     size: DemoSize,
     seed: int = 0,
     *,
-    on_part: Part = lambda description, total: None,
-    on_progress: Progress = lambda done, note: None,
+    processes: int | None = None,
+    on_progress: Progress = lambda percent, note: None,
 ) -> tuple[Grid, dict[str, Any]] | None:
     """Distil the checkpoint, evaluate, and write figures and ``result.json`` into a folder.
 
-    Distillations that are there already are not made again, and those that were interrupted go on.
+    Distillations and cells that are there already are not made again, and distillations that were interrupted go on.
 
     Arguments:
         output: The folder.
         size: How much to do.
         seed: Of the batches, the noise and the samples.
-        on_part: Called when a part of the work begins, with what it is and its size.
-        on_progress: Called with how much of the part is done, and a note.
+        processes: As in :func:`run_demo`.
+        on_progress: As in :func:`run_demo`.
 
     Returns:
         The grid of the consistency models and what ``result.json`` holds, the teacher's cells included; None when a
@@ -208,37 +416,27 @@ def run_consistency_demo(
 
     Raises:
         InputError: If the folder holds a demonstration of another size or seed.
+        RunError: If a training fails, or a process is killed.
     """
-    recipes = {
-        method: load_recipe(
+    processes = processes or _default_processes()
+    start = [f"model.path={STUDENT}", f"objective.teacher={TEACHER}"]
+    rest = [f"steps={size.updates}", f"seed={seed}"]
+    networks = [
+        _network(
+            output,
+            method,
             "fashion-16-consistency",
-            [
-                f"model.path={STUDENT}",
-                f"objective.teacher={TEACHER}",
-                *overrides,
-                f"steps={size.updates}",
-                f"seed={seed}",
-                f"output={_folder(output, method)}",
-            ],
+            [*start, *overrides, *rest],
+            (("multistep",), DISTILLED_STEPS),
         )
         for method, overrides in DISTILLED.items()
-    }
-    trained = _train_each(recipes, seed, "distillation", on_part, on_progress)
-    if trained is None:
+    ]
+    teacher = _Network("teacher", TEACHER, ("ddim",), TEACHER_STEPS, networks[0].precision)
+    measured = _work(output, [*networks, teacher], size, seed, processes, on_progress)
+    if measured is None:
         return None
-    generators, training = trained
-    evaluations = len(DISTILLED) * sum(DISTILLED_STEPS) + sum(TEACHER_STEPS)
-    evaluate, obtained_on = _evaluation(size.images, evaluations, on_part, on_progress)
-    grid = evaluate(generators, ("multistep",), DISTILLED_STEPS)
-    precision = recipes["plain"].precision
-    teacher = evaluate(
-        {"teacher": Generator.load(TEACHER, seed=seed, precision=precision, batch_size=BATCH)}, ("ddim",), TEACHER_STEPS
-    )
+    grid = _grid(networks, measured)
+    beside = [measured["teacher", "ddim", count].cell for count in TEACHER_STEPS]
     what = f"distillation on fashion-16, {size.updates} updates, {size.images} images a cell, seed {seed}"
-    settings = {
-        "obtained_on": obtained_on,
-        "seed": seed,
-        "training": training,
-        "teacher": [asdict(cell) for cell in teacher.cells],
-    }
-    return grid, write_results(output, grid, what, settings, teacher.cells)
+    settings = {**_settings(networks, seed, processes), "teacher": [asdict(cell) for cell in beside]}
+    return grid, write_results(output, grid, what, settings, beside)

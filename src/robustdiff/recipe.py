@@ -7,7 +7,8 @@ field. A recipe shipped with the package is named without its path.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -22,6 +23,7 @@ from pydantic import (
     Field,
     Tag,
     ValidationError,
+    WrapValidator,
     model_validator,
 )
 
@@ -32,6 +34,19 @@ from robustdiff.process import Prediction
 __all__ = ["Recipe", "load_data_config", "load_recipe", "shipped_recipes"]
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+
+
+def _decay(value: Any, number_or_auto: Callable[[Any], float | str]) -> float | str:
+    try:
+        decay = number_or_auto(value)
+    except ValidationError:
+        decay = math.nan
+    if isinstance(decay, float) and not 0 <= decay < 1:
+        raise ValueError(f"must be a number in [0, 1) or auto; got {value!r}")
+    return decay
+
+
+Decay = Annotated[float | Literal["auto"], WrapValidator(_decay)]
 
 
 def native_precision() -> str:
@@ -344,7 +359,9 @@ class Recipe(Section):
     weight_decay: float = Field(0.0, ge=0)
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
     clip: float | None = Field(None, gt=0, description="the largest norm of the gradient; none: not clipped")
-    ema: Fraction = Field(0.9999, description="decay of the moving average; 0: none")
+    ema: Decay = Field(
+        "auto", description="decay of the moving average; auto: one whose width grows with the run; 0: none"
+    )
     precision: Precision = Field(
         "fp32", description="of the network; mixed with float32; auto: bf16 where the device computes in it, else fp32"
     )

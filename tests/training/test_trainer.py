@@ -178,7 +178,7 @@ def test_microbatches_train_to_the_same_parameters(tiny, outcome, adversary):
 
 
 def test_two_processes_train_to_the_same_parameters_as_one(tiny, outcome, tmp_path):
-    one, two = (tiny(name, adversary="free", batch_size=16, checkpoint_every=3) for name in ("one", "two"))
+    one, two = (tiny(name, adversary="free", batch_size=16, checkpoint_every=3, ema="auto") for name in ("one", "two"))
     (tmp_path / "two.yaml").write_text(two.to_yaml())
     # torchrun, and not accelerate launch, which starts one process only where there is neither a GPU nor MPI.
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]

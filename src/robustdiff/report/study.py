@@ -717,7 +717,7 @@ def write_page(study: Study, folder: Path, page: Path) -> str:
         f"# {study.title}",
         f"Trained on {training['data']}, {training['images']:,} images. Base: {recipe['model']['path'] or 'none'}. "
         f"{recipe['steps']:,} optimiser updates of batch {recipe['batch_size']}, learning rate {recipe['lr']:g} "
-        f"({recipe['lr_schedule']}), moving average {recipe['ema']:g}, {recipe['precision']}, unless a method says "
+        f"({recipe['lr_schedule']}), moving average {recipe['ema']}, {recipe['precision']}, unless a method says "
         f"otherwise. {_obtained_on(results)} This page is made by `robustdiff study` from the files of the cells.",
     ]
     if verdict := _verdict(results):  # of what there is to compare

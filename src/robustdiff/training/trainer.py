@@ -5,7 +5,7 @@ One batch is drawn once, and trained on in each of the adversary's passes, with 
 microbatch keeps its own δ and the optimiser steps when all of them have been through:
 
     for each pass k:   for each microbatch m:   ∇_θ L(x_m + δ_m^k) accumulates, ∇_δ L moves δ_m^k → δ_m^{k+1}
-                       θ ← AdamW(θ);  θ̄ ← μ θ̄ + (1 − μ) θ
+                       θ ← AdamW(θ);  θ̄ ← β θ̄ + (1 − β) θ
 
 Checkpoints are taken between batches, where there is no δ to remember.
 """
@@ -17,13 +17,11 @@ import json
 import logging
 import math
 import shutil
-import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any, TextIO
 
 import torch
@@ -37,6 +35,7 @@ from torch.utils.data import DataLoader
 from robustdiff.data import ImageDataset, to_unit
 from robustdiff.errors import InputError, RunError
 from robustdiff.files import atomic_folder, atomic_write
+from robustdiff.interrupt import Interrupt
 from robustdiff.models.build import (
     Built,
     build_model,
@@ -69,7 +68,7 @@ from robustdiff.perturbation import (
 from robustdiff.process import DiffusionProcess
 from robustdiff.recipe import AdversaryConfig, ConsistencyConfig, DenoisingConfig, Recipe, load_recipe
 from robustdiff.training.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
-from robustdiff.training.ema import EMA
+from robustdiff.training.ema import EMA, REMAINDER, sufficient_decay
 from robustdiff.training.stream import BatchIndices, batch_generator
 
 __all__ = ["Status", "Trainer", "build_adversary", "build_objective", "train"]
@@ -431,6 +430,8 @@ class Trainer:
         """Continue from a checkpoint."""
         state = load_checkpoint(checkpoint, self.accelerator, self.ema)
         self.step, self.batch = state["step"], state["batch"]
+        if self.ema is not None:
+            self.ema.updates = self.step
         self.adversary.skipped = state["skipped"]
         self.objective.load_state(state.get("objective", {}))
 
@@ -445,27 +446,6 @@ class Trainer:
             with atomic_folder(folder) as temporary:
                 save_pipeline(temporary, unet, self.built.scheduler)
         self.accelerator.wait_for_everyone()
-
-
-class _Interrupt:
-    """Turns the first SIGTERM or Ctrl-C into a flag that the loop looks at; a second one acts as usual."""
-
-    def __init__(self) -> None:
-        self.received: str | None = None
-        self._previous: dict[int, Any] = {}
-
-    def __enter__(self) -> _Interrupt:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            self._previous[number] = signal.signal(number, self._receive)
-        return self
-
-    def _receive(self, number: int, frame: FrameType | None) -> None:
-        self.received = signal.Signals(number).name
-        self.__exit__()
-
-    def __exit__(self, *exception: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
 
 
 class _Metrics:
@@ -535,6 +515,21 @@ class _Metrics:
         trainer.accelerator.log({k: v for k, v in line.items() if k != "step"}, step=trainer.step)
         self._restart()
         return Status(trainer.step, recipe.steps, line["loss"], line["delta_norm"], line["images_per_second"])
+
+
+def _warn_of_the_start(recipe: Recipe) -> None:
+    """Say so where the model that will be exported holds much of the starting weights."""
+    if isinstance(recipe.ema, str) or (left := recipe.ema**recipe.steps) <= REMAINDER:
+        return
+    logger.warning(
+        "ema %g leaves %.0f %% of the starting weights in the exported model of %d updates: set ema=auto, or ema=%g, "
+        "which leaves at most %.0f %%",
+        recipe.ema,
+        100 * left,
+        recipe.steps,
+        sufficient_decay(recipe.steps),
+        100 * REMAINDER,
+    )
 
 
 def _prepare_folder(recipe: Recipe, folder: Path, resume: bool) -> None:
@@ -612,9 +607,11 @@ def train(
         trainer.load(checkpoint)
     if recipe.trackers:
         accelerator.init_trackers("robustdiff", config={"recipe": recipe.to_yaml()})
+    if accelerator.is_main_process:
+        _warn_of_the_start(recipe)
     metrics = _Metrics(trainer, folder / "metrics.jsonl")
     saved = trainer.step
-    with _Interrupt() as interrupt:
+    with Interrupt() as interrupt:
         for losses, size, done in trainer.updates():
             metrics.add(losses, size, done)
             stop = interrupt.received is not None and done
@@ -632,7 +629,7 @@ def train(
                 trainer.save(folder / "checkpoints")
                 saved = trainer.step
             if stop and not last:
-                logger.warning("%s: saved at update %d; go on with --resume", interrupt.received, trainer.step)
+                logger.warning("%s: %s is saved at update %d", interrupt.received, folder, trainer.step)
                 return None
         trainer.export(folder / "model")
         result = {
