@@ -13,6 +13,7 @@ Checkpoints are taken between batches, where there is no δ to remember.
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import logging
 import math
@@ -32,9 +33,9 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, ProjectConfiguration, set_seed
 from diffusers import EDMEulerScheduler
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from robustdiff.data import ImageDataset, to_unit
+from robustdiff.data.loader import load_batches, worker_failures
 from robustdiff.errors import InputError, RunError
 from robustdiff.files import atomic_folder, atomic_write
 from robustdiff.models.build import (
@@ -286,17 +287,7 @@ class Trainer:
             accelerator.num_processes,
             recipe.accumulate,
         )
-        loader: Iterator[tuple[Tensor, Tensor | None]] = iter(
-            DataLoader(
-                self.dataset,
-                batch_sampler=indices,
-                collate_fn=lambda batch: batch,
-                num_workers=recipe.data.workers,
-                pin_memory=accelerator.device.type == "cuda",
-                # Of its own: it would take a number from the global one, which a resumed run has just restored.
-                generator=torch.Generator(),
-            )
-        )
+        loader = load_batches(self.dataset, indices, recipe.data.workers, accelerator.device.type == "cuda")
         class_cond = self.built.unet.config.num_class_embeds is not None
         while True:
             generator = batch_generator(recipe.seed, self.batch, accelerator.device)
@@ -529,8 +520,42 @@ class _Metrics:
         return Status(trainer.step, recipe.steps, line["loss"], line["delta_norm"], line["images_per_second"])
 
 
-def _prepare_folder(recipe: Recipe, folder: Path, resume: bool) -> None:
+def _describe(dataset: ImageDataset) -> dict[str, Any]:
+    """What a run remembers of its data, as ``data.json`` holds it."""
+    labels = dataset.labels
+    return {
+        "name": dataset.name,
+        "images": len(dataset),
+        "shape": list(dataset.shape),
+        "classes": dataset.num_classes,
+        "labels": None if labels is None else hashlib.sha256(labels.numpy().tobytes()).hexdigest(),
+        "fingerprint": dataset.fingerprint(),
+    }
+
+
+def _check_data(path: Path, data: dict[str, Any]) -> None:
+    """See that a run goes on with the data that it began with. A run of before ``data.json`` is not checked."""
+    if not path.exists():
+        return
+    try:
+        before = json.loads(path.read_bytes())
+        fingerprint = before["fingerprint"]
+    except (ValueError, KeyError, TypeError):
+        raise InputError(f"{path} is damaged: restore it, or remove it to resume without a check of the data") from None
+    if fingerprint == data["fingerprint"]:
+        return
+    changes = [f"{k} {before.get(k)} → {data[k]}" for k in ("images", "shape", "classes") if before.get(k) != data[k]]
+    if before.get("labels") != data["labels"]:
+        changes.append("labels")
+    raise InputError(
+        f"{path.parent} was trained with other data ({', '.join(changes) or 'contents'}): restore the data, or start a "
+        f"new run from it with model.name=pretrained model.path={path.parent}"
+    )
+
+
+def _prepare_folder(recipe: Recipe, folder: Path, resume: bool, dataset: ImageDataset) -> None:
     """Make the run's folder, or see that what is there is the same run."""
+    data = _describe(dataset)
     if (folder / "recipe.yaml").exists():
         if not resume:
             raise InputError(f"{folder} already holds a run: go on with --resume, or choose another --set output=…")
@@ -539,11 +564,12 @@ def _prepare_folder(recipe: Recipe, folder: Path, resume: bool) -> None:
         fixed = recipe.lr_schedule == "constant" and getattr(recipe.objective, "schedule", "fixed") == "fixed"
         free = FREE_TO_CHANGE | ({"steps"} if fixed else set())
         for name in Recipe.model_fields:
-            if name not in free and getattr(before, name) != getattr(recipe, name):
+            if name not in free and _fixed(before, name) != _fixed(recipe, name):
                 raise InputError(
                     f"{folder} was trained with another {name}: resume with the recipe it was started with, "
                     "or choose another --set output=…"
                 )
+        _check_data(folder / "data.json", data)
     (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
     for leftover in [*folder.glob(".*.tmp"), *(folder / "checkpoints").glob(".*.tmp")]:
         if leftover.is_dir():
@@ -552,6 +578,14 @@ def _prepare_folder(recipe: Recipe, folder: Path, resume: bool) -> None:
             leftover.unlink(missing_ok=True)
     with atomic_write(folder / "recipe.yaml") as file:
         file.write(recipe.to_yaml().encode())
+    with atomic_write(folder / "data.json") as file:
+        file.write(json.dumps(data, indent=1).encode())
+
+
+def _fixed(recipe: Recipe, name: str) -> Any:
+    """A field of a recipe, without what changes nothing of what is trained."""
+    value = getattr(recipe, name)
+    return value.model_copy(update={"workers": 0}) if name == "data" else value
 
 
 def train(
@@ -591,7 +625,7 @@ def train(
     set_seed(recipe.seed)  # before the network is made: all processes start from the same
     trainer = Trainer(recipe, accelerator, dataset, build_model(recipe, dataset))
     if accelerator.is_main_process:
-        _prepare_folder(recipe, folder, resume)
+        _prepare_folder(recipe, folder, resume, dataset)
     accelerator.wait_for_everyone()
     finished = folder / "result.json"
     if finished.exists():
@@ -606,7 +640,7 @@ def train(
         accelerator.init_trackers("robustdiff", config={"recipe": recipe.to_yaml()})
     metrics = _Metrics(trainer, folder / "metrics.jsonl")
     saved = trainer.step
-    with _Interrupt() as interrupt:
+    with _Interrupt() as interrupt, worker_failures():
         for losses, size, done in trainer.updates():
             metrics.add(losses, size, done)
             stop = interrupt.received is not None and done
