@@ -149,12 +149,18 @@ def test_resuming_on_other_data_is_refused(tiny, tmp_path, change, message):
     train(recipe, cpu=True)
     before = (tmp_path / "run/data.json").read_bytes()
     change(tmp_path / "photos")
-    with pytest.raises(
-        InputError, match=f"was trained with other data {message}: restore the data, or start"
-    ) as caught:
+    with pytest.raises(InputError, match=f"was trained with other data {message}: restore the data, start") as caught:
         train(recipe, cpu=True, resume=True)
     assert f"model.path={tmp_path / 'run'}" in str(caught.value)
     assert (tmp_path / "run/data.json").read_bytes() == before
+
+
+def test_before_the_first_checkpoint_the_data_may_change(tiny, tmp_path):
+    recipe = tiny(steps=4, data=photos(tmp_path / "photos"))
+    with pytest.raises(Crash):
+        train(recipe, cpu=True, on_status=crash_at(1))
+    (tmp_path / "photos/cat/0.png").unlink()  # as one is told to do with a damaged picture
+    assert train(recipe, cpu=True, resume=True)["images"] == 7
 
 
 def test_a_run_from_before_fingerprints_gets_one(tiny, tmp_path):

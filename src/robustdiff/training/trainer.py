@@ -548,8 +548,8 @@ def _check_data(path: Path, data: dict[str, Any]) -> None:
     if before.get("labels") != data["labels"]:
         changes.append("labels")
     raise InputError(
-        f"{path.parent} was trained with other data ({', '.join(changes) or 'contents'}): restore the data, or start a "
-        f"new run from it with model.name=pretrained model.path={path.parent}"
+        f"{path.parent} was trained with other data ({', '.join(changes) or 'contents'}): restore the data, start a "
+        f"new run from it with model.name=pretrained model.path={path.parent}, or remove {path} to go on with these data"
     )
 
 
@@ -569,7 +569,8 @@ def _prepare_folder(recipe: Recipe, folder: Path, resume: bool, dataset: ImageDa
                     f"{folder} was trained with another {name}: resume with the recipe it was started with, "
                     "or choose another --set output=…"
                 )
-        _check_data(folder / "data.json", data)
+        if any((folder / "checkpoints").glob("step-*")):  # otherwise nothing has been learned from them
+            _check_data(folder / "data.json", data)
     (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
     for leftover in [*folder.glob(".*.tmp"), *(folder / "checkpoints").glob(".*.tmp")]:
         if leftover.is_dir():
