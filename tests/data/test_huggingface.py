@@ -246,6 +246,12 @@ def test_readers_are_not_handed_the_working_folder(name, tmp_path, monkeypatch):
         load_dataset("hf:")
 
 
+def test_a_library_that_runs_scripts_is_refused(monkeypatch):
+    monkeypatch.setattr(datasets, "__version__", "3.6.0")
+    with pytest.raises(InputError, match="needs datasets 4 or later"):
+        load_dataset("hf:ylecun/mnist")
+
+
 def test_scripts_are_not_run(tmp_path):
     (tmp_path / "set").mkdir()
     (tmp_path / "set/set.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")

@@ -262,6 +262,8 @@ def hf(
         import datasets
     except ImportError as error:
         raise InputError(f"{name} needs Hugging Face's datasets; run: pip install datasets") from error
+    if int(datasets.__version__.partition(".")[0]) < 4:
+        raise InputError(f"{name} needs datasets 4 or later, which runs no scripts; run: pip install -U datasets")
     _check_name(root)
     try:
         table = _load_table(datasets, name, root, split)

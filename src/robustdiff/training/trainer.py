@@ -549,7 +549,7 @@ def _check_data(path: Path, data: dict[str, Any]) -> None:
         changes.append("labels")
     raise InputError(
         f"{path.parent} was trained with other data ({', '.join(changes) or 'contents'}): restore the data, start a "
-        f"new run from it with model.name=pretrained model.path={path.parent}, or remove {path} to go on with these data"
+        f"new run from it with model.name=pretrained model.path={path.parent}, or remove {path} to go on all the same"
     )
 
 
