@@ -138,10 +138,10 @@ def test_a_run_remembers_its_data(tiny, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda p: photos(p, 10), r"\(images 8 → 10, labels\)"),
+        (lambda p: photos(p, 10), r"\(number of images 8 → 10\)"),
         (lambda p: photos(p, 8, seed=1), r"\(contents\)"),
         (lambda p: (p / "cat/0.png").rename(p / "dog/0.png"), r"\(labels\)"),
-        (lambda p: ((p / "owl").mkdir(), (p / "cat/0.png").rename(p / "owl/0.png")), r"\(classes 2 → 3, labels\)"),
+        (lambda p: ((p / "owl").mkdir(), (p / "cat/0.png").rename(p / "owl/0.png")), r"\(number of classes 2 → 3\)"),
     ],
 )
 def test_resuming_on_other_data_is_refused(tiny, tmp_path, change, message):

@@ -544,8 +544,9 @@ def _check_data(path: Path, data: dict[str, Any]) -> None:
         raise InputError(f"{path} is damaged: restore it, or remove it to resume without a check of the data") from None
     if fingerprint == data["fingerprint"]:
         return
-    changes = [f"{k} {before.get(k)} → {data[k]}" for k in ("images", "shape", "classes") if before.get(k) != data[k]]
-    if before.get("labels") != data["labels"]:
+    counts = {"number of images": "images", "shape": "shape", "number of classes": "classes"}
+    changes = [f"{what} {before.get(k)} → {data[k]}" for what, k in counts.items() if before.get(k) != data[k]]
+    if not changes and before.get("labels") != data["labels"]:
         changes.append("labels")
     raise InputError(
         f"{path.parent} was trained with other data ({', '.join(changes) or 'contents'}): restore the data, start a "
@@ -555,7 +556,6 @@ def _check_data(path: Path, data: dict[str, Any]) -> None:
 
 def _prepare_folder(recipe: Recipe, folder: Path, resume: bool, dataset: ImageDataset) -> None:
     """Make the run's folder, or see that what is there is the same run."""
-    data = _describe(dataset)
     if (folder / "recipe.yaml").exists():
         if not resume:
             raise InputError(f"{folder} already holds a run: go on with --resume, or choose another --set output=…")
@@ -569,8 +569,9 @@ def _prepare_folder(recipe: Recipe, folder: Path, resume: bool, dataset: ImageDa
                     f"{folder} was trained with another {name}: resume with the recipe it was started with, "
                     "or choose another --set output=…"
                 )
-        if any((folder / "checkpoints").glob("step-*")):  # otherwise nothing has been learned from them
-            _check_data(folder / "data.json", data)
+    data = _describe(dataset)
+    if any((folder / "checkpoints").glob("step-*")):  # otherwise nothing has been learned from other data
+        _check_data(folder / "data.json", data)
     (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
     for leftover in [*folder.glob(".*.tmp"), *(folder / "checkpoints").glob(".*.tmp")]:
         if leftover.is_dir():
