@@ -335,3 +335,19 @@ def test_the_data_of_a_recipe_with_fields_changed(own, overrides, short, expecte
 def test_data_that_cannot_be_changed_so(own, overrides, short, word):
     with pytest.raises(InputError, match=word):
         load_data_config(own, overrides, **short)
+
+
+def test_a_colour_survives_yaml(tmp_path):
+    recipe = load_recipe("digits", ["data.name=imagefolder", "data.background=#808080"])
+    assert recipe.data.background == "#808080"
+    (tmp_path / "r.yaml").write_text(recipe.to_yaml())
+    assert load_recipe(str(tmp_path / "r.yaml")) == recipe
+    (tmp_path / "r.yaml").write_text("data:\n  name: imagefolder\n  background: #808080\n")
+    with pytest.raises(InputError, match=r"data.background: no colour: a code such as '#808080' needs quotes"):
+        load_recipe(str(tmp_path / "r.yaml"))
+
+
+def test_options_of_data_that_the_dataset_does_not_take():
+    for option in ("background=black", "image_column=image", "label_column=label"):
+        with pytest.raises(InputError, match=f"digits takes no {option.partition('=')[0]}"):
+            load_recipe("digits", [f"data.{option}"]).data.load()

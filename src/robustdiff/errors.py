@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-__all__ = ["InputError", "RunError"]
+import os
+
+__all__ = ["InputError", "RunError", "printable"]
 
 
 class InputError(ValueError):
@@ -11,3 +13,17 @@ class InputError(ValueError):
 
 class RunError(RuntimeError):
     """A run that cannot go on, such as a loss that is no longer finite: the message says what to do, in one line."""
+
+
+def printable(name: str | os.PathLike[str]) -> str:
+    """Return the name of a file, or other foreign text, with escapes for what a line of text cannot hold.
+
+    Those are bytes that are not UTF-8, control characters, line breaks and marks of direction.
+    """
+    return "".join(c if c.isprintable() else _escape(c) for c in os.fsdecode(name))
+
+
+def _escape(character: str) -> str:
+    if "\udc80" <= character <= "\udcff":  # how Python holds a byte of a name that is not UTF-8
+        return f"\\x{ord(character) - 0xDC00:02x}"
+    return character.encode("unicode_escape").decode()

@@ -24,6 +24,7 @@ from pydantic import (
     Tag,
     ValidationError,
     WrapValidator,
+    field_validator,
     model_validator,
 )
 
@@ -93,8 +94,18 @@ class DataConfig(Named):
     size: int | None = Field(None, ge=1, description="resize to this many pixels a side")
     channels: Literal[1, 3] | None = Field(None, description="convert to grey (1) or colour (3)")
     split: str = Field("train", description="which part of the dataset")
+    background: str = Field("white", description="imagefolder, hf: the colour behind transparent pixels")
+    image_column: str | None = Field(None, description="hf: the column of the images, where several may be it")
+    label_column: str | None = Field(None, description="hf: the column of the labels, likewise")
     flip: bool = Field(False, description="mirror every other image at random")
     workers: int = Field(0, ge=0, description="processes that load images ahead")
+
+    @field_validator("background", mode="before")
+    @classmethod
+    def _quoted(cls, value: Any) -> Any:
+        if value is None:  # to YAML, what follows a # is a comment
+            raise ValueError("no colour: a code such as '#808080' needs quotes")
+        return value
 
     def load(self) -> ImageDataset:
         """Load the images.
@@ -102,7 +113,16 @@ class DataConfig(Named):
         Raises:
             InputError: If the dataset is unknown, missing or malformed.
         """
-        return load_dataset(self.name, root=self.root, size=self.size, channels=self.channels, split=self.split)
+        return load_dataset(
+            self.name,
+            root=self.root,
+            size=self.size,
+            channels=self.channels,
+            split=self.split,
+            background=self.background if _given(self, "background") else None,
+            image_column=self.image_column,
+            label_column=self.label_column,
+        )
 
 
 class ModelConfig(Named):
@@ -428,7 +448,8 @@ def _override(values: dict[str, Any], assignment: str) -> None:
     if not separator or not all(key.split(".")):
         raise InputError(f"--set {assignment}: write it as key=value, as in --set adversary.step_size=0.5")
     try:
-        value = yaml.safe_load(text)
+        # A colour such as #808080 would be a comment.
+        value = text if text.startswith("#") else yaml.safe_load(text)
         if isinstance(value, str):
             value = float(value)  # YAML 1.1 reads 1e-4 as a string
     except yaml.YAMLError:

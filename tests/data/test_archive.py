@@ -71,3 +71,9 @@ def test_a_lone_array(tmp_path):
         np.save(file, IMAGES)
     with pytest.raises(InputError, match="a single array"):
         load_dataset("npz", root=tmp_path / "a.npz")
+
+
+def test_arrays_that_are_passed_over_are_said(tmp_path, caplog):
+    np.savez(tmp_path / "a.npz", images=IMAGES, y=np.zeros(4, int))
+    assert load_dataset("npz", root=tmp_path / "a.npz").num_classes is None
+    assert "a.npz: passed over y" in caplog.text

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
 
-from robustdiff.data import ArrayDataset, to_uint8, to_unit
+from robustdiff.data import ArrayDataset, ImageDataset, to_uint8, to_unit
 from robustdiff.errors import InputError
 
 
@@ -89,9 +89,62 @@ def test_dataloader_fetches_whole_batches(dataset, workers):
         (np.zeros((0, 4, 4, 1), np.uint8), None, "N ≥ 1"),
         (np.zeros((2, 4, 4, 1), np.uint8), np.zeros(3, np.int64), "labels"),
         (np.zeros((2, 4, 4, 1), np.uint8), np.zeros(2), "labels are float64"),
-        (np.zeros((2, 4, 4, 1), np.uint8), np.array([0, -1]), "non-negative"),
+        (np.zeros((2, 4, 4, 1), np.uint8), np.array([0, np.nan]), "labels are float64"),
+        (np.zeros((2, 4, 4, 1), np.uint8), np.array([0, -1]), "the label of image 1 is -1; labels are non-negative"),
+        (
+            np.zeros((2, 4, 4, 1), np.uint8),
+            np.array([0, 2**63 + 1], np.uint64),
+            "the label of image 1 is 92233720368547",
+        ),
     ],
 )
 def test_bad_arrays(images, labels, message):
     with pytest.raises(InputError, match=message):
         ArrayDataset("mine", images, labels)
+
+
+def test_a_label_that_is_no_class():
+    with pytest.raises(InputError, match="the label of image 1 is 3; labels are 0 to 2"):
+        ArrayDataset("mine", np.zeros((2, 4, 4, 1), np.uint8), np.array([0, 3]), num_classes=3)
+
+
+@pytest.mark.parametrize("dtype", [np.int8, np.uint8, np.uint64, np.dtype(">i4")])
+def test_a_gap_in_the_labels_is_said(dtype, caplog):
+    images = np.zeros((3, 4, 4, 1), np.uint8)
+    dataset = ArrayDataset("mine", images, np.array([0, 4, 2], dtype))
+    assert dataset.num_classes == 5
+    assert dataset.labels.tolist() == [0, 4, 2]
+    assert "mine: labels go from 0 to 4, and no image has 2 of them, such as 1" in caplog.text
+    caplog.clear()
+    ArrayDataset("mine", images, np.array([0, 4, 2], dtype), num_classes=6)
+    assert not caplog.text
+
+
+def test_fingerprint_of_arrays():
+    images, labels = np.arange(5 * 12, dtype=np.uint8).reshape(5, 2, 2, 3), np.array([0, 1, 2, 1, 0])
+    changed = images.copy()
+    changed[4, 1, 1, 2] ^= 1
+    fingerprint = ArrayDataset("mine", images, labels).fingerprint()
+    assert len(fingerprint) == 64
+    assert fingerprint == ArrayDataset("renamed", images.copy(), labels.astype(np.uint8)).fingerprint()
+    others = [
+        ArrayDataset("mine", changed, labels),
+        ArrayDataset("mine", images, labels[::-1].copy() + 1),
+        ArrayDataset("mine", images),
+        ArrayDataset("mine", images[:4], labels[:4]),
+        ArrayDataset("mine", images, labels, num_classes=4),
+        ArrayDataset("mine", images.reshape(5, 1, 4, 3), labels),
+    ]
+    assert len({fingerprint, *(other.fingerprint() for other in others)}) == 7
+
+
+def test_fingerprint_of_any_dataset_is_that_of_its_pixels():
+    class Lazy(ImageDataset):
+        def __len__(self):
+            return 300
+
+        def __getitems__(self, indices):
+            return torch.tensor(list(indices), dtype=torch.int64).to(torch.uint8).reshape(-1, 1, 1, 1), None
+
+    arrays = ArrayDataset("mine", np.arange(300).astype(np.uint8).reshape(-1, 1, 1, 1))
+    assert Lazy("lazy", (1, 1, 1), None).fingerprint() == arrays.fingerprint()

@@ -1,5 +1,7 @@
 """Folders of image files."""
 
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -60,8 +62,9 @@ def test_channels(tmp_path):
     rgba = save(tmp_path / "b.png", mode="RGBA")
     dataset = load_dataset("imagefolder", root=tmp_path)
     assert dataset.shape == (3, 8, 8)
-    assert np.array_equal(dataset[1][0].permute(1, 2, 0).numpy(), rgba[..., :3])
-    luma = Image.fromarray(rgba[..., :3]).convert("L")
+    composed = Image.alpha_composite(Image.new("RGBA", (8, 8), "white"), Image.fromarray(rgba)).convert("RGB")
+    assert np.array_equal(dataset[1][0].permute(1, 2, 0).numpy(), np.asarray(composed))
+    luma = composed.convert("L")
     assert np.array_equal(load_dataset("imagefolder", root=tmp_path, channels=1)[1][0][0], np.asarray(luma))
 
 
@@ -92,7 +95,6 @@ def test_a_file_that_is_no_image_is_named_when_the_folder_is_loaded(tmp_path, co
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_corrupt_pixels_are_named_on_access(tmp_path):
     save(tmp_path / "a.png", size=(64, 64))
     data = (tmp_path / "a.png").read_bytes()
@@ -106,7 +108,7 @@ def test_a_file_that_goes_away_is_named(tmp_path):
     save(tmp_path / "a.png")
     dataset = load_dataset("imagefolder", root=tmp_path)
     (tmp_path / "a.png").unlink()
-    with pytest.raises(InputError, match=r"a\.png: cannot be decoded"):
+    with pytest.raises(InputError, match=r"a\.png: cannot be read \(No such file"):
         dataset[0]
 
 
@@ -133,3 +135,157 @@ def test_missing_and_empty_folder(tmp_path):
         load_dataset("imagefolder", root=tmp_path)
     with pytest.raises(InputError, match="no such folder"):
         load_dataset("imagefolder", root=tmp_path / "notes.txt")
+
+
+# -- what is looked at ------------------------------------------------------------------------------------------
+
+
+def test_what_is_hidden_is_skipped(tmp_path, caplog):
+    for name in ("cat/1.png", "dog/1.png"):
+        save(tmp_path / name)
+    for name in (".ipynb_checkpoints/1.png", "cat/.thumbs/1.png", "cat/.2.png", "__MACOSX/cat/1.png"):
+        save(tmp_path / name)
+    (tmp_path / "dog/._1.png").write_bytes(b"\0\5\x16\7Mac OS X")
+    (tmp_path / ".DS_Store").write_bytes(b"")
+    dataset = load_dataset("imagefolder", root=tmp_path)
+    assert [str(p.relative_to(tmp_path)) for p in dataset.paths] == ["cat/1.png", "dog/1.png"]
+    assert dataset.classes == ["cat", "dog"]
+    assert not caplog.text
+    save(tmp_path / ".photos/a.png")
+    assert len(load_dataset("imagefolder", root=tmp_path / ".photos")) == 1
+
+
+def test_a_class_folder_without_images_is_named(tmp_path):
+    for name in ("ant/1.png", "elk/1.png"):
+        save(tmp_path / name)
+    (tmp_path / "dog/.hidden").mkdir(parents=True)
+    save(tmp_path / "dog/.hidden/1.png")
+    with pytest.raises(InputError, match=r"dog: a class folder without images"):
+        load_dataset("imagefolder", root=tmp_path)
+
+
+def test_a_folder_called_as_an_image_holds_none(tmp_path):
+    save(tmp_path / "a.png")
+    (tmp_path / "b.png").mkdir()
+    assert len(load_dataset("imagefolder", root=tmp_path)) == 1
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "bmp", "gif", "tif", "TIFF", "webp"])
+def test_formats(tmp_path, suffix):
+    first, second = Image.new("RGB", (8, 8), "red"), Image.new("RGB", (8, 8), "blue")
+    animated = {"save_all": True, "append_images": [second]} if suffix in ("png", "gif", "tif", "webp") else {}
+    first.save(tmp_path / f"a.{suffix}", **animated)
+    red, green, blue = load_dataset("imagefolder", root=tmp_path)[0][0][:, 4, 4].tolist()
+    assert red > 240
+    assert max(green, blue) < 15
+
+
+def test_other_files_are_counted_in_one_line(tmp_path, caplog):
+    save(tmp_path / "a.png")
+    for name in ("b.txt", "notes.txt", "z.heic"):
+        (tmp_path / name).write_text("text")
+    load_dataset("imagefolder", root=tmp_path)
+    (record,) = caplog.records
+    assert f"{tmp_path}: 3 files are not images and are passed over, such as b.txt" in record.getMessage()
+    caplog.clear()
+    (tmp_path / "b.txt").unlink()
+    (tmp_path / "z.heic").unlink()
+    os.mkfifo(tmp_path / "notes.png")  # must not be opened: that waits for a writer
+    (tmp_path / "notes.txt").unlink()
+    load_dataset("imagefolder", root=tmp_path)
+    assert "1 file is not an image and is passed over, such as notes.png" in caplog.text
+
+
+def test_an_eps_file_is_not_opened_whatever_its_name(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n")
+    with pytest.raises(InputError, match=r"a\.png: not an image that can be read as BMP, GIF"):
+        load_dataset("imagefolder", root=tmp_path)
+
+
+def test_links_are_followed(tmp_path):
+    save(tmp_path / "elsewhere/1.png")
+    save(tmp_path / "root/cat/1.png")
+    (tmp_path / "root/dog").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "root/dog/2.png").symlink_to(tmp_path / "root/cat/1.png")
+    dataset = load_dataset("imagefolder", root=tmp_path / "root")
+    assert [str(p.relative_to(tmp_path / "root")) for p in dataset.paths] == ["cat/1.png", "dog/1.png", "dog/2.png"]
+    assert dataset.labels.tolist() == [0, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("link", "target"),
+    [
+        ("root/cat/again", "root/cat"),
+        ("root/cat/again", "root"),
+        ("root/cat/again", "."),
+        ("root/again", "/"),
+        ("root/again", "root/again"),
+        ("elsewhere/again", "elsewhere"),
+        ("elsewhere/again", "root"),
+    ],
+)
+def test_a_loop_of_links_is_named(tmp_path, link, target):
+    save(tmp_path / "root/cat/1.png")
+    save(tmp_path / "elsewhere/2.png")
+    (tmp_path / "root/dog").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / link).symlink_to(tmp_path / target)
+    with pytest.raises(
+        InputError, match=r"again\S*: (a link to a folder that it lies in|cannot be followed)"
+    ) as caught:
+        load_dataset("imagefolder", root=tmp_path / "root")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_broken_link_is_named(tmp_path):
+    save(tmp_path / "cat/1.png")
+    (tmp_path / "dog").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(InputError, match=r"dog: cannot be followed \(No such file"):
+        load_dataset("imagefolder", root=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [(b"\xff\xe9.png", r"\xff\xe9.png"), (b"a\nb\x1b[0m.png", r"a\nb\x1b[0m.png"), (b"a b\t.png", r"a b\t.png")],
+)
+def test_odd_names_are_escaped(tmp_path, name, shown):
+    path = os.path.join(os.fsencode(tmp_path), name)
+    save(tmp_path / "good.png")
+    os.rename(tmp_path / "good.png", path)
+    assert len(load_dataset("imagefolder", root=tmp_path)) == 1
+    with open(path, "wb") as file:
+        file.write(b"not an image")
+    with pytest.raises(InputError) as caught:
+        load_dataset("imagefolder", root=tmp_path)
+    assert f"{tmp_path}/{shown}: not an image" in str(caught.value)
+    str(caught.value).encode()
+
+
+def test_the_background_decides_whether_transparent_grey_is_grey(tmp_path):
+    Image.new("LA", (8, 8), (100, 0)).save(tmp_path / "a.png")
+    assert load_dataset("imagefolder", root=tmp_path).shape == (1, 8, 8)
+    dataset = load_dataset("imagefolder", root=tmp_path, background="#ff8000")
+    assert dataset.shape == (3, 8, 8)
+    assert dataset[0][0][:, 0, 0].tolist() == [255, 128, 0]
+
+
+# -- the fingerprint --------------------------------------------------------------------------------------------
+
+
+def test_fingerprint(tmp_path):
+    for name in ("cat/1.png", "dog/1.png"):
+        save(tmp_path / "root" / name, size=(64, 64))
+
+    def fingerprint(**options):
+        return load_dataset("imagefolder", root=tmp_path / "root", size=8, **options).fingerprint()
+
+    first = fingerprint()
+    os.utime(tmp_path / "root/cat/1.png", (0, 0))
+    os.rename(tmp_path / "root", tmp_path / "moved")
+    (tmp_path / "root").symlink_to(tmp_path / "moved")
+    assert fingerprint() == first
+    assert fingerprint(background="black") != first
+    assert fingerprint(channels=1) != first
+    save(tmp_path / "root/cat/1.png", size=(64, 64), seed=1)
+    second = fingerprint()
+    os.rename(tmp_path / "root/cat", tmp_path / "root/bat")
+    assert len({first, second, fingerprint()}) == 3

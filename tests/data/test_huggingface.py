@@ -1,5 +1,6 @@
 """Datasets through Hugging Face's `datasets`, offline: saved to disk by the test."""
 
+import io
 import sys
 
 import datasets
@@ -64,23 +65,200 @@ def test_without_labels(tmp_path):
 
 
 def test_sizes_that_differ(tmp_path):
-    images = [Image.fromarray(np.zeros((n, n), np.uint8)) for n in (6, 7)]
+    images = [Image.fromarray(np.zeros((n, n), np.uint8)) for n in (6, 6, 7)]
     datasets.Dataset.from_dict({"image": images}).save_to_disk(tmp_path / "set")
-    dataset = load_dataset(f"hf:{tmp_path / 'set'}")
-    with pytest.raises(InputError, match="row 1: 7 pixels"):
-        dataset[1]
+    with pytest.raises(InputError, match=r"row 0: 6, row 2: 7 pixels\); pass size="):
+        load_dataset(f"hf:{tmp_path / 'set'}")
+    assert load_dataset(f"hf:{tmp_path / 'set'}", size=6).shape == (1, 6, 6)
 
 
-def test_rows_without_an_image_or_with_a_broken_one(tmp_path):
+def encoded(array, format="PNG", damage=None):
+    file = io.BytesIO()
+    Image.fromarray(array).save(file, format)
+    data = file.getvalue()
+    if damage == "truncated":
+        data = data[: len(data) // 2]
+    if damage == "chunk":
+        start = data.index(b"IDAT")
+        data = data[: start - 4] + (5).to_bytes(4, "big") + data[start:]
+    return {"bytes": data, "path": None}
+
+
+NOISE = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+
+
+@pytest.mark.parametrize("row", [0, 3])
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        (None, "has no image"),
+        ({"bytes": b"hello", "path": None}, ": not an image"),
+        ({"bytes": b"", "path": None}, ": not an image"),
+        ({"bytes": None, "path": "/nowhere/a.png"}, r": cannot be read \(No such file"),
+    ],
+)
+def test_a_row_that_is_no_image_is_named_when_it_is_loaded(row, bad, message):
+    rows = [encoded(NOISE)] * 5
+    rows[row] = bad
+    bad_table = datasets.Dataset.from_dict({"image": rows}, features=datasets.Features({"image": datasets.Image()}))
+    with pytest.raises(InputError, match=f"mine: row {row}:? ?{message}"):
+        HuggingFaceDataset("mine", bad_table, 8)
+
+
+@pytest.mark.parametrize("row", [0, 3])
+@pytest.mark.parametrize("damage", ["truncated", "chunk"])
+def test_a_row_with_damaged_pixels_is_named_in_its_batch(row, damage):
+    rows = [encoded(NOISE)] * 5
+    rows[row] = encoded(NOISE, damage=damage)
+    bad_table = datasets.Dataset.from_dict({"image": rows}, features=datasets.Features({"image": datasets.Image()}))
+    dataset = HuggingFaceDataset("mine", bad_table, 8)
+    with pytest.raises(InputError, match=f"mine: row {row}: cannot be decoded"):
+        dataset.__getitems__([4, 2, row, 1])
+
+
+def test_the_limit_of_pixels_is_that_of_folders(monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+    with pytest.raises(InputError, match="mine: row 0: over Pillow's limit of pixels"):
+        HuggingFaceDataset("mine", table({"picture": datasets.Image()}))
+
+
+def test_images_by_their_path(tmp_path):
+    Image.fromarray(NOISE).save(tmp_path / "a.png")
     features = datasets.Features({"image": datasets.Image()})
-    good = Image.fromarray(ARRAYS[0])
-    rows = [good, None, {"bytes": b"hello", "path": None}]
-    datasets.Dataset.from_dict({"image": rows}, features=features).save_to_disk(tmp_path / "set")
-    dataset = load_dataset(f"hf:{tmp_path / 'set'}")
-    with pytest.raises(InputError, match="row 1 has no image"):
-        dataset[1]
-    with pytest.raises(InputError, match="cannot be decoded"):
-        dataset[2]
+    dataset = HuggingFaceDataset(
+        "mine", datasets.Dataset.from_dict({"image": [str(tmp_path / "a.png")]}, features=features)
+    )
+    assert np.array_equal(dataset[0][0].permute(1, 2, 0).numpy(), NOISE)
+
+
+def test_grey_among_colour_is_colour_whichever_comes_first():
+    rows = [encoded(NOISE[..., 0]), encoded(NOISE)]
+    mixed = datasets.Dataset.from_dict({"image": rows}, features=datasets.Features({"image": datasets.Image()}))
+    dataset = HuggingFaceDataset("mine", mixed)
+    assert dataset.shape == (3, 16, 16)
+    assert np.array_equal(dataset[0][0][2].numpy(), NOISE[..., 0])
+    assert np.array_equal(dataset[1][0].permute(1, 2, 0).numpy(), NOISE)
+    luma = np.asarray(Image.fromarray(NOISE).convert("L"))
+    assert np.array_equal(HuggingFaceDataset("mine", mixed, channels=1)[1][0][0].numpy(), luma)
+
+
+def test_the_mode_that_the_column_declares():
+    rgb = datasets.Dataset.from_dict(
+        {"image": [encoded(NOISE[..., 0])]}, features=datasets.Features({"image": datasets.Image(mode="RGB")})
+    )
+    assert HuggingFaceDataset("mine", rgb).shape == (3, 16, 16)
+
+
+def test_transparency_shows_the_background():
+    rows = [encoded(np.zeros((4, 4, 4), np.uint8))]
+    clear = datasets.Dataset.from_dict({"image": rows}, features=datasets.Features({"image": datasets.Image()}))
+    assert HuggingFaceDataset("mine", clear)[0][0].min() == 255
+    assert HuggingFaceDataset("mine", clear, background="#102030")[0][0][:, 0, 0].tolist() == [16, 32, 48]
+
+
+def test_the_image_column():
+    images = [Image.fromarray(array) for array in ARRAYS]
+
+    def columns(*names):
+        features = datasets.Features({name: datasets.Image() for name in names})
+        flipped = [images[::-1], images, images][: len(names)]
+        return datasets.Dataset.from_dict(dict(zip(names, flipped, strict=True)), features=features)
+
+    def first(*arguments, **options):
+        return int(HuggingFaceDataset("mine", columns(*arguments), **options)[0][0].max())
+
+    assert first("mask", "image") == 10
+    assert first("mask", "img") == 10
+    assert first("mask", "image", image_column="mask") == 30
+    with pytest.raises(InputError, match=r"several image columns \(mask, photo\); choose one with data.image_column"):
+        first("mask", "photo")
+    with pytest.raises(InputError, match=r"data.image_column=foto is not an image column; use one of: mask, photo"):
+        first("mask", "photo", image_column="foto")
+
+
+KINDS = datasets.ClassLabel(names=["a", "b", "c"])
+
+
+@pytest.mark.parametrize(
+    ("features", "values", "label_column", "expected", "num_classes"),
+    [
+        ({"label": datasets.Value("string")}, {"label": ["owl", "cat", "owl"]}, None, [1, 0, 1], 2),
+        ({"labels": datasets.Value("uint8")}, {"labels": [1, 0, 1]}, None, [1, 0, 1], 2),
+        ({"label": datasets.Value("bool")}, {"label": [True, False, True]}, None, [1, 0, 1], 2),
+        ({"kind": KINDS}, {"kind": [2, 0, 0]}, None, [2, 0, 0], 3),
+        ({"fine": KINDS, "coarse": KINDS}, {"fine": [2, 0, 0], "coarse": [0, 1, 1]}, "coarse", [0, 1, 1], 3),
+        ({"other": datasets.Value("int64")}, {"other": [2, 0, 1]}, None, None, None),
+        ({"other": datasets.Value("int64")}, {"other": [2, 0, 1]}, "other", [2, 0, 1], 3),
+    ],
+)
+def test_the_label_column(features, values, label_column, expected, num_classes):
+    labelled = table({"picture": datasets.Image(), **features}, **values)
+    dataset = HuggingFaceDataset("mine", labelled, label_column=label_column)
+    labels = dataset.__getitems__([0, 1, 2])[1]
+    assert (None if labels is None else labels.tolist()) == expected
+    assert dataset.num_classes == num_classes
+
+
+@pytest.mark.parametrize(
+    ("features", "values", "options", "message"),
+    [
+        ({"label": datasets.Value("int64")}, {"label": [0, 1, -1]}, {}, "the label of row 2 is -1"),
+        ({"label": datasets.Value("int64")}, {"label": [0, None, 1]}, {}, "row 1 has no label"),
+        ({"label": datasets.Value("string")}, {"label": ["a", None, "b"]}, {}, "row 1 has no label"),
+        ({"kind": KINDS}, {"kind": [0, 1, -1]}, {}, "the label of row 2 is -1; labels are 0 to 2"),
+        ({"kind": KINDS}, {"kind": [0, 1, None]}, {}, "row 2 has no kind"),
+        ({"label": datasets.Value("float32")}, {"label": [0, 1, 2]}, {}, "column label is not of class labels"),
+        (
+            {"label": datasets.Value("float32")},
+            {"label": [0, 1, 2]},
+            {"label_column": "label"},
+            "label is not a column of",
+        ),
+        ({"a": KINDS, "b": KINDS}, {"a": [0, 1, 2], "b": [0, 1, 2]}, {}, r"several label columns \(a, b\); choose one"),
+        ({"a": KINDS}, {"a": [0, 1, 2]}, {"label_column": "c"}, "data.label_column=c is not .* use one of: a"),
+    ],
+)
+def test_labels_that_are_none(features, values, options, message):
+    with pytest.raises(InputError, match=message) as caught:
+        HuggingFaceDataset("mine", table({"picture": datasets.Image(), **features}, **values), **options)
+    assert "\n" not in str(caught.value)
+
+
+def test_fingerprint(tmp_path):
+    def saved(name, rows, labels):
+        features = datasets.Features({"image": datasets.Image(), "label": KINDS})
+        made = datasets.Dataset.from_dict({"image": rows, "label": labels}, features=features)
+        made.save_to_disk(tmp_path / name)
+        return load_dataset(f"hf:{tmp_path / name}").fingerprint()
+
+    rows = [encoded(NOISE), encoded(NOISE[::-1])]
+    first = saved("first", rows, [0, 1])
+    assert saved("second", rows, [0, 1]) == first
+    assert len({first, saved("a", rows, [1, 1]), saved("b", rows[::-1], [0, 1]), saved("c", rows[:1], [0])}) == 4
+
+
+@pytest.mark.parametrize("name", ["imagefolder", "pandas", "json", "text", "webdataset", "hf://datasets/pandas"])
+def test_readers_are_not_handed_the_working_folder(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=f"hf:{name} is a file reader.*data.name=imagefolder with data.root=FOLDER"):
+        load_dataset(f"hf:{name}")
+    with pytest.raises(InputError, match="needs the name of a dataset"):
+        load_dataset("hf:")
+
+
+def test_a_library_that_runs_scripts_is_refused(monkeypatch):
+    monkeypatch.setattr(datasets, "__version__", "3.6.0")
+    with pytest.raises(InputError, match="needs datasets 4 or later"):
+        load_dataset("hf:ylecun/mnist")
+
+
+def test_scripts_are_not_run(tmp_path):
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set/set.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    for name in (tmp_path / "set", tmp_path / "set/set.py"):
+        with pytest.raises(InputError, match="cannot be loaded"):
+            load_dataset(f"hf:{name}")
+    assert not (tmp_path / "ran").exists()
 
 
 def test_bad_input(tmp_path, monkeypatch):

@@ -160,6 +160,13 @@ def test_images_and_labels_that_do_not_match(idx_folder):
         load_dataset("fashion-mnist", root=idx_folder[0])
 
 
+def test_the_classes_are_ten_whatever_labels_there_are(idx_folder):
+    assert load_dataset("fashion-mnist", root=idx_folder[0], split="test").num_classes == 10
+    (idx_folder[0] / "train-labels-idx1-ubyte").write_bytes(idx_bytes(np.full(7, 10, np.uint8)))
+    with pytest.raises(InputError, match="the label of image 0 is 10; labels are 0 to 9"):
+        load_dataset("fashion-mnist", root=idx_folder[0])
+
+
 def test_unknown_name_lists_the_known():
     with pytest.raises(InputError) as caught:
         load_dataset("cifar")
@@ -181,6 +188,18 @@ def test_unknown_name_lists_the_known():
         ({"name": "npz"}, "needs root"),
         ({"name": "imagefolder", "root": "x", "split": "test"}, "no split"),
         ({"name": "npz", "root": "x", "split": "test"}, "no split"),
+        (
+            {"name": "digits", "background": "black"},
+            "takes no background; leave it out; it is for imagefolder, hf:NAME",
+        ),
+        (
+            {"name": "imagefolder", "root": "x", "image_column": "a"},
+            "takes no image_column; leave it out; it is for hf:",
+        ),
+        ({"name": "npz", "root": "x", "label_column": "a"}, "npz takes no label_column"),
+        ({"name": "digits", "colour": "red"}, "digits takes no colour; leave it out"),
+        ({"name": "imagefolder", "root": "x", "background": "whit"}, "background 'whit' is not an opaque colour"),
+        ({"name": "imagefolder", "root": "x", "background": "#00000080"}, "is not an opaque colour"),
     ],
 )
 def test_bad_arguments(arguments, message):

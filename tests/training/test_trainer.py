@@ -8,11 +8,13 @@ import sys
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from diffusers import DDPMPipeline, FlowMatchEulerDiscreteScheduler
+from PIL import Image
 from safetensors.torch import load_file
 
 from robustdiff.data import load_dataset
@@ -114,6 +116,82 @@ def test_a_finished_run_is_left_as_it_is(tiny):
     written = model.stat().st_mtime_ns
     assert train(recipe, cpu=True, resume=True) == result
     assert model.stat().st_mtime_ns == written
+
+
+def photos(folder, n=8, seed=0, labels=("cat", "dog")):
+    for k in range(n):
+        pixels = np.random.default_rng(seed + k).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+        path = folder / labels[k % len(labels)] / f"{k}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(path)
+    return {"name": "imagefolder", "root": str(folder)}
+
+
+def test_a_run_remembers_its_data(tiny, tmp_path):
+    data = photos(tmp_path / "photos")
+    train(tiny(steps=2, data=data), cpu=True)
+    written = json.loads((tmp_path / "run/data.json").read_text())
+    dataset = load_dataset(**data)
+    assert (written["images"], written["classes"], written["fingerprint"]) == (8, 2, dataset.fingerprint())
+    assert train(tiny(steps=3, data=data), cpu=True, resume=True)["steps"] == 3
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda p: photos(p, 10), r"\(number of images 8 → 10\)"),
+        (lambda p: photos(p, 8, seed=1), r"\(contents\)"),
+        (lambda p: (p / "cat/0.png").rename(p / "dog/0.png"), r"\(labels\)"),
+        (lambda p: ((p / "owl").mkdir(), (p / "cat/0.png").rename(p / "owl/0.png")), r"\(number of classes 2 → 3\)"),
+    ],
+)
+def test_resuming_on_other_data_is_refused(tiny, tmp_path, change, message):
+    recipe = tiny(steps=2, data=photos(tmp_path / "photos"))
+    train(recipe, cpu=True)
+    before = (tmp_path / "run/data.json").read_bytes()
+    change(tmp_path / "photos")
+    with pytest.raises(InputError, match=f"was trained with other data {message}: restore the data, start") as caught:
+        train(recipe, cpu=True, resume=True)
+    assert f"model.path={tmp_path / 'run'}" in str(caught.value)
+    assert (tmp_path / "run/data.json").read_bytes() == before
+
+
+def test_before_the_first_checkpoint_the_data_may_change(tiny, tmp_path):
+    recipe = tiny(steps=4, data=photos(tmp_path / "photos"))
+    with pytest.raises(Crash):
+        train(recipe, cpu=True, on_status=crash_at(1))
+    (tmp_path / "photos/cat/0.png").unlink()  # as one is told to do with a damaged picture
+    assert train(recipe, cpu=True, resume=True)["images"] == 7
+
+
+def test_a_run_from_before_fingerprints_gets_one(tiny, tmp_path):
+    recipe = tiny(steps=2)
+    train(recipe, cpu=True)
+    (tmp_path / "run/data.json").unlink()
+    train(recipe.model_copy(update={"steps": 3}), cpu=True, resume=True)
+    assert json.loads((tmp_path / "run/data.json").read_text())["images"] == 1797
+    (tmp_path / "run/data.json").write_text("{")
+    with pytest.raises(InputError, match=r"data\.json is damaged: restore it, or remove it"):
+        train(recipe, cpu=True, resume=True)
+
+
+def test_the_number_of_workers_may_change(tiny):
+    recipe = tiny(steps=2, data={"workers": 1})
+    train(recipe, cpu=True)
+    assert train(tiny(steps=3, data={"workers": 0}), cpu=True, resume=True)["steps"] == 3
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_damaged_picture_is_the_same_line_with_workers(robustdiff, tmp_path, workers):
+    photos(tmp_path / "photos")
+    path = tmp_path / "photos/dog/1.png"
+    path.write_bytes(path.read_bytes()[:-60])
+    assignments = ["data.name=imagefolder", f"data.root={tmp_path / 'photos'}", f"data.workers={workers}"]
+    assignments += [f"output={tmp_path / 'run'}", "steps=4", "batch_size=8", "model.channels=[8,16]", "model.groups=4"]
+    outcome = robustdiff("train", "digits", "--cpu", *(x for a in assignments for x in ("--set", a)))
+    assert outcome.code == 2
+    assert f"robustdiff: {path}: cannot be decoded" in outcome.err.splitlines()[-1]
+    assert "Traceback" not in outcome.err
 
 
 def test_an_existing_run_is_not_overwritten(tiny):

@@ -13,6 +13,8 @@ one indexing operation and not B of them followed by a stack.
 
 from __future__ import annotations
 
+import hashlib
+import logging
 import operator
 from abc import abstractmethod
 from collections.abc import Sequence
@@ -26,7 +28,12 @@ from torch.utils.data import Dataset
 
 from robustdiff.errors import InputError
 
-__all__ = ["ArrayDataset", "ImageDataset", "to_uint8", "to_unit"]
+__all__ = ["ArrayDataset", "ImageDataset", "check_labels", "to_uint8", "to_unit"]
+
+logger = logging.getLogger(__name__)
+
+# A larger number is no class: an embedding has a row of weights for each.
+MOST_CLASSES = 1_000_000
 
 
 def to_unit(x: Tensor) -> Tensor:
@@ -65,10 +72,18 @@ class ImageDataset(Dataset[tuple[Tensor, Any]]):
         num_classes: Labels are in 0 … num_classes − 1; None when there are no labels.
     """
 
-    def __init__(self, name: str, shape: tuple[int, int, int], num_classes: int | None) -> None:
+    def __init__(
+        self, name: str, shape: tuple[int, int, int], num_classes: int | None, labels: Tensor | None = None
+    ) -> None:
         self.name = name
         self.shape = shape
         self.num_classes = num_classes
+        self._labels = labels
+
+    @property
+    def labels(self) -> Tensor | None:
+        """The labels of all images, int64 (N,), or None when there are none."""
+        return self._labels
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -83,6 +98,29 @@ class ImageDataset(Dataset[tuple[Tensor, Any]]):
         Returns:
             Images uint8 (B, C, H, W), and labels int64 (B,), or None when there are none.
         """
+
+    def labels_of(self, indices: Sequence[int]) -> Tensor | None:
+        """Return the labels of a batch, int64 (B,), or None when there are none."""
+        return None if self.labels is None else self.labels[torch.as_tensor(indices, dtype=torch.int64)]
+
+    def contents(self) -> bytes:
+        """Return a hash of the images, the same in every process and wherever the data lies.
+
+        Here it is the sha256 of all pixels; datasets that are costly to decode hash what is stored.
+        """
+        digest = hashlib.sha256()
+        for start in range(0, len(self), 256):
+            images, _ = self.__getitems__(range(start, min(start + 256, len(self))))
+            digest.update(images.contiguous().numpy().data)
+        return digest.digest()
+
+    def fingerprint(self) -> str:
+        """Return the sha256, in hexadecimal, of the shape, the classes, the labels and the contents."""
+        digest = hashlib.sha256(f"{len(self)} {tuple(self.shape)} {self.num_classes}\n".encode())
+        if self.labels is not None:
+            digest.update(self.labels.numpy().tobytes())
+        digest.update(self.contents())
+        return digest.hexdigest()
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor | None]:
         """Fetch one image uint8 (C, H, W) and its label, int64 (), or None."""
@@ -107,7 +145,7 @@ class ArrayDataset(ImageDataset):
         num_classes: Number of classes; by default the largest label + 1.
 
     Raises:
-        InputError: Wrong dtype or shape.
+        InputError: Wrong dtype or shape, or a label that is negative or not below `num_classes`.
     """
 
     def __init__(
@@ -121,22 +159,64 @@ class ArrayDataset(ImageDataset):
             raise InputError(f"{name}: images are {images.dtype}, not uint8; store pixels as integers 0 to 255")
         if images.ndim != 4 or images.shape[3] not in (1, 3) or 0 in images.shape:
             raise InputError(f"{name}: images have shape {images.shape}; make it (N, H, W, C), N ≥ 1 and C = 1 or 3")
+        checked = None
         if labels is not None:
-            if labels.shape != images.shape[:1] or labels.dtype.kind not in "iu" or labels.min() < 0:
+            if labels.shape != images.shape[:1] or labels.dtype.kind not in "iu":
                 raise InputError(
                     f"{name}: labels are {labels.dtype} of shape {labels.shape}; "
                     f"make them {len(images)} non-negative integers, one per image"
                 )
-            num_classes = int(labels.max()) + 1 if num_classes is None else num_classes
+            checked, num_classes = check_labels(name, "image", labels, num_classes)
         height, width, channels = images.shape[1:]
-        super().__init__(name, (channels, height, width), num_classes)
+        super().__init__(name, (channels, height, width), num_classes, checked)
         # Writable, because torch warns of tensors on memory that is not.
         self._images = torch.from_numpy(np.require(images.transpose(0, 3, 1, 2), requirements=["C", "W"]))
-        self._labels = None if labels is None else torch.from_numpy(labels.astype(np.int64))
 
     def __len__(self) -> int:
         return len(self._images)
 
     def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor | None]:
-        index = torch.as_tensor(indices, dtype=torch.int64)
-        return self._images[index], None if self._labels is None else self._labels[index]
+        return self._images[torch.as_tensor(indices, dtype=torch.int64)], self.labels_of(indices)
+
+    def contents(self) -> bytes:
+        """Return the sha256 of all pixels."""
+        return hashlib.sha256(self._images.numpy().data).digest()
+
+
+def check_labels(name: str, row: str, labels: NDArray[Any], num_classes: int | None) -> tuple[Tensor, int]:
+    """Check the labels of a dataset, and count its classes.
+
+    Args:
+        name: The dataset, in messages.
+        row: What a label belongs to, in messages.
+        labels: Integers (N,).
+        num_classes: Number of classes; None: the largest label + 1, with a warning of those that no row has.
+
+    Returns:
+        The labels as int64 (N,), and the number of classes.
+
+    Raises:
+        InputError: A label that is negative, not below `num_classes`, or too large to be a class.
+    """
+    limit = MOST_CLASSES if num_classes is None else num_classes
+    wrong = np.flatnonzero((labels < 0) | (labels >= limit))
+    if len(wrong):
+        k = int(wrong[0])
+        right = "non-negative integers below a million" if num_classes is None else f"0 to {limit - 1}"
+        raise InputError(
+            f"{name}: the label of {row} {k} is {labels[k]}; labels are {right}: correct it, or leave such {row}s out"
+        )
+    if num_classes is None:
+        present = np.unique(labels)
+        num_classes = int(present[-1]) + 1
+        if len(present) < num_classes:
+            missing = int(np.flatnonzero(present != np.arange(len(present)))[0])
+            logger.warning(
+                "%s: labels go from 0 to %d, and no image has %d of them, such as %d; if no class is missing, "
+                "number them without gaps",
+                name,
+                num_classes - 1,
+                num_classes - len(present),
+                missing,
+            )
+    return torch.from_numpy(labels.astype(np.int64)), num_classes

@@ -25,8 +25,10 @@ def _no_root(name: str, root: str | os.PathLike[str] | None) -> None:
         raise InputError(f"{name} comes with the package and takes no root; leave root out")
 
 
-def fashion_16(root: str | os.PathLike[str] | None, size: int | None, channels: int | None, split: str) -> ArrayDataset:
-    """Fashion-MNIST at 16 × 16 grey: 60,000 training and 10,000 test images, 10 classes."""
+def fashion_16(
+    *, root: str | os.PathLike[str] | None, size: int | None, channels: int | None, split: str
+) -> ArrayDataset:
+    """Load Fashion-MNIST at 16 × 16 grey: 60,000 training and 10,000 test images, 10 classes."""
     _no_root("fashion-16", root)
     if split not in ("train", "test"):
         raise InputError(f"fashion-16 has no split {split!r}; use one of: train, test")
@@ -35,11 +37,11 @@ def fashion_16(root: str | os.PathLike[str] | None, size: int | None, channels: 
         np.load(path, allow_pickle=False) as arrays,
     ):
         images, labels = arrays[f"{split}_images"], arrays[f"{split}_labels"]
-    return ArrayDataset("fashion-16", fit_array(images[..., None], size, channels), labels)
+    return ArrayDataset("fashion-16", fit_array(images[..., None], size, channels), labels, num_classes=10)
 
 
-def digits(root: str | os.PathLike[str] | None, size: int | None, channels: int | None, split: str) -> ArrayDataset:
-    """scikit-learn's 1,797 digits, 8 × 8 grey, 10 classes; the values 0 … 16 become 0 … 255."""
+def digits(*, root: str | os.PathLike[str] | None, size: int | None, channels: int | None, split: str) -> ArrayDataset:
+    """Load scikit-learn's 1,797 digits, 8 × 8 grey, 10 classes; the values 0 … 16 become 0 … 255."""
     from sklearn.datasets import load_digits
 
     _no_root("digits", root)
@@ -47,4 +49,4 @@ def digits(root: str | os.PathLike[str] | None, size: int | None, channels: int 
         raise InputError(f"digits has no split {split!r}; it has one: train")
     bunch = load_digits()
     images = np.rint(bunch.images * (255 / 16)).astype(np.uint8)
-    return ArrayDataset("digits", fit_array(images[..., None], size, channels), bunch.target)
+    return ArrayDataset("digits", fit_array(images[..., None], size, channels), bunch.target, num_classes=10)

@@ -9,99 +9,218 @@ not in a worker process three hours into a run.
 
 from __future__ import annotations
 
+import hashlib
+import logging
 import os
-from collections.abc import Sequence
+import stat
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from robustdiff.data.dataset import ImageDataset
-from robustdiff.data.pixels import fit_image
-from robustdiff.errors import InputError
+from robustdiff.data.decode import (
+    Header,
+    allow_large,
+    common_channels,
+    decode_image,
+    file_source,
+    parse_colour,
+    read_header,
+)
+from robustdiff.errors import InputError, printable
 
 __all__ = ["FolderDataset", "imagefolder"]
 
-SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
-# What Pillow raises for a bad file: OSError mostly, SyntaxError from some decoders, and for a giant its own.
-DECODE_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+logger = logging.getLogger(__name__)
+
+SUFFIXES = (".apng", ".bmp", ".dib", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+
+Identity = tuple[int, int]
 
 
-def _header(path: Path) -> tuple[int, bool]:
-    """Side of the centred square, and whether the image is grey, without decoding the pixels."""
-    try:
-        with Image.open(path) as image:
-            return min(image.size), image.mode in ("1", "L", "LA") or image.mode.startswith("I")
-    except DECODE_ERRORS as error:
-        raise InputError(f"{path}: not an image, whatever its name says; remove it or replace it") from error
+def _identity(path: Path) -> Identity:
+    status = path.stat()
+    return status.st_dev, status.st_ino
+
+
+def _above(folder: Path) -> frozenset[Identity]:
+    """The folder and those that it lies in, with links resolved: a link to one of them leads back to it."""
+    real = folder.resolve()
+    return frozenset(_identity(path) for path in (real, *real.parents))
+
+
+def _hidden(name: str) -> bool:
+    return name.startswith(".") or name == "__MACOSX"
+
+
+def _files(root: Path) -> Iterator[tuple[Path, bool]]:
+    """All files below a folder, through links, without what is hidden, and whether they are regular ones.
+
+    Raises:
+        InputError: A folder that cannot be read, a broken link, or a link to a folder that it lies in.
+    """
+    stack = [(root, _above(root))]
+    while stack:
+        folder, above = stack.pop()
+        try:
+            with os.scandir(folder) as entries:
+                names = [entry.name for entry in entries if not _hidden(entry.name)]
+        except OSError as error:
+            raise InputError(
+                f"{printable(folder)}: cannot be read ({error.strerror}); make it readable or remove it"
+            ) from error
+        for path in (folder / name for name in names):
+            try:
+                status = path.stat()
+            except OSError as error:
+                raise InputError(
+                    f"{printable(path)}: cannot be followed ({error.strerror}); repair the link or remove it"
+                ) from error
+            if not stat.S_ISDIR(status.st_mode):
+                yield path, stat.S_ISREG(status.st_mode)
+                continue
+            if (status.st_dev, status.st_ino) in above:
+                raise InputError(f"{printable(path)}: a link to a folder that it lies in, which has no end; remove it")
+            inside = _above(path) if path.is_symlink() else frozenset({(status.st_dev, status.st_ino)})
+            stack.append((path, above | inside))
+
+
+def _report_others(name: str, others: list[Path]) -> None:
+    """Say how many files are passed over."""
+    if others:
+        is_one = len(others) == 1
+        logger.warning(
+            "%s: %d %s passed over, such as %s (what is read ends in %s)",
+            name,
+            len(others),
+            "file is not an image and is" if is_one else "files are not images and are",
+            printable(min(others).name),
+            ", ".join(SUFFIXES),
+        )
+
+
+def _header(path: Path) -> Header:
+    return read_header(file_source(path), printable(path))
 
 
 class FolderDataset(ImageDataset):
     """Image files, opened on demand.
 
+    Hidden files and folders, those whose names begin with a dot and `__MACOSX`, are skipped; links are followed;
+    other files that are not images are counted in one line of the log.
+
     Args:
-        root: The folder; searched at all depths for png, jpg, jpeg, webp and bmp.
+        root: The folder; searched at all depths for BMP, GIF, JPEG, PNG, TIFF and WebP files.
         size: Side in pixels to which the centred square is resized; None: all images must share their side.
         channels: 1 or 3; None: 1 if every image is grey, otherwise 3.
+        background: The colour that shows where an image is transparent.
+
+    Attributes:
+        paths: The images' files, sorted.
+        classes: The names of the sub-folders, sorted; empty when there are none.
 
     Raises:
         InputError: No such folder, no images in it, a file that is not an image, sides that differ while
-            `size` is None, or images both in sub-folders and beside them. Later, on access: corrupt pixels.
+            `size` is None, a class folder without images, images both in sub-folders and beside them, or links
+            without an end. Later, on access: corrupt pixels.
     """
 
-    def __init__(self, root: str | os.PathLike[str], size: int | None = None, channels: int | None = None) -> None:
-        folder = Path(root)
+    def __init__(
+        self,
+        root: str | os.PathLike[str],
+        size: int | None = None,
+        channels: int | None = None,
+        background: str = "white",
+    ) -> None:
+        folder, name = Path(root), printable(root)
+        self._background = parse_colour(background)
         if not folder.is_dir():
-            raise InputError(f"{folder}: no such folder; give a folder of images as root")
+            raise InputError(f"{name}: no such folder; give a folder of images as root")
+        images: list[Path] = []
+        others: list[Path] = []
+        for path, regular in _files(folder):
+            (images if regular and path.suffix.lower() in SUFFIXES else others).append(path)
+        _report_others(name, others)
         # Sorted, because the order of a directory listing differs between machines and the seed must not.
-        self.paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+        self.paths = sorted(images)
         if not self.paths:
-            raise InputError(f"{folder}: no images in it; put files in it that end in {', '.join(sorted(SUFFIXES))}")
-        with ThreadPoolExecutor() as pool:
+            raise InputError(f"{name}: no images in it; put files in it that end in {', '.join(SUFFIXES)}")
+        self.classes = sorted({p.relative_to(folder).parts[0] for p in self.paths if p.parent != folder})
+        self._check_classes(folder)
+        with allow_large(), ThreadPoolExecutor() as pool:
             headers = list(pool.map(_header, self.paths))
         if size is None:
-            size = headers[0][0]
-            for path, (side, _) in zip(self.paths, headers, strict=True):
-                if side != size:
+            size = headers[0].side
+            for path, header in zip(self.paths, headers, strict=True):
+                if header.side != size:
                     raise InputError(
-                        f"{folder}: images differ in size ({self.paths[0].name}: {size}, "
-                        f"{path.name}: {side} pixels); pass size=PIXELS to resize all"
+                        f"{name}: images differ in size ({printable(self.paths[0].name)}: {size}, "
+                        f"{printable(path.name)}: {header.side} pixels); pass size=PIXELS to resize all"
                     )
         if channels is None:
-            channels = 1 if all(grey for _, grey in headers) else 3
-        classes = [p.relative_to(folder).parts[0] if p.parent != folder else None for p in self.paths]
-        names = sorted({name for name in classes if name is not None})
-        if names and None in classes:
-            stray = self.paths[classes.index(None)]
-            raise InputError(f"{stray}: lies beside class folders ({names[0]}, …); move it into one or out of {folder}")
-        self._labels = torch.tensor([names.index(c) for c in classes if c is not None]) if names else None
-        super().__init__(str(folder), (channels, size, size), len(names) or None)
+            channels = common_channels(headers, self._background)
+        rank = {name: k for k, name in enumerate(self.classes)}
+        labels = torch.tensor([rank[p.relative_to(folder).parts[0]] for p in self.paths]) if rank else None
+        super().__init__(name, (channels, size, size), len(rank) or None, labels)
+        digest = hashlib.sha256(f"{self._background}\n".encode())
+        for path, header in zip(self.paths, headers, strict=True):
+            digest.update(os.fsencode(path.relative_to(folder)) + b"\0" + header.sample)
+        self._contents = digest.digest()
+
+    def _check_classes(self, folder: Path) -> None:
+        """See that the images are all in class folders or none is, and that every class folder has some."""
+        beside = [p for p in self.paths if p.parent == folder]
+        if self.classes and beside:
+            raise InputError(
+                f"{printable(beside[0])}: lies beside class folders ({printable(self.classes[0])}, …); "
+                f"move it into one or out of {printable(folder)}"
+            )
+        if not self.classes:
+            return
+        with os.scandir(folder) as entries:
+            folders = sorted(e.name for e in entries if e.is_dir() and not _hidden(e.name))
+        for name in folders:
+            if name not in self.classes:
+                raise InputError(
+                    f"{printable(folder / name)}: a class folder without images; put images into it, or remove it"
+                )
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor | None]:
         images = np.empty((len(indices), *self.shape), np.uint8)
-        for k, index in enumerate(indices):
-            path = self.paths[int(index)]
-            try:
-                with Image.open(path) as image:
-                    images[k] = fit_image(image, self.shape[1], self.shape[0]).transpose(2, 0, 1)
-            except DECODE_ERRORS as error:
-                raise InputError(f"{path}: cannot be decoded ({error}); remove it or replace it") from error
-        labels = None if self._labels is None else self._labels[torch.as_tensor(indices)]
-        return torch.from_numpy(images), labels
+        with allow_large():
+            for k, index in enumerate(indices):
+                path = self.paths[int(index)]
+                source = file_source(path)
+                pixels = decode_image(source, printable(path), self.shape[1], self.shape[0], self._background)
+                images[k] = pixels.transpose(2, 0, 1)
+        return torch.from_numpy(images), self.labels_of(indices)
+
+    def contents(self) -> bytes:
+        """Return a hash of the names of the files, their lengths and ends, and the background.
+
+        Whole files are not read: that takes hours where there are a million of them.
+        """
+        return self._contents
 
 
 def imagefolder(
-    root: str | os.PathLike[str] | None, size: int | None, channels: int | None, split: str
+    *,
+    root: str | os.PathLike[str] | None,
+    size: int | None,
+    channels: int | None,
+    split: str,
+    background: str = "white",
 ) -> FolderDataset:
-    """The images under the folder `root`; see `FolderDataset`."""
+    """Load the images under the folder `root`; see `FolderDataset`."""
     if root is None:
         raise InputError("imagefolder needs root, the folder of the images")
     if split != "train":
         raise InputError(f"imagefolder has no split {split!r}; give the folder of that split as root")
-    return FolderDataset(root, size, channels)
+    return FolderDataset(root, size, channels, background)

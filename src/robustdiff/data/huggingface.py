@@ -1,8 +1,16 @@
-"""Datasets of the Hugging Face hub, and those that `datasets` saved to disk."""
+"""Datasets of the Hugging Face hub, and those that `datasets` saved to disk.
+
+`datasets` is used for its tables alone. Pictures are opened by `robustdiff.data.decode` as those of a folder are, and
+every row's header and label is looked at when the dataset is loaded, so that a bad row fails at once and by number.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+import os
+import pkgutil
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +18,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from robustdiff.data.dataset import ImageDataset
-from robustdiff.data.pixels import fit_image
-from robustdiff.errors import InputError
+from robustdiff.data.dataset import ImageDataset, check_labels
+from robustdiff.data.decode import (
+    Header,
+    Source,
+    allow_large,
+    common_channels,
+    decode_image,
+    file_source,
+    parse_colour,
+    read_header,
+)
+from robustdiff.errors import InputError, printable
 
 __all__ = ["HuggingFaceDataset", "hf"]
 
@@ -20,80 +37,218 @@ __all__ = ["HuggingFaceDataset", "hf"]
 class HuggingFaceDataset(ImageDataset):
     """A `datasets.Dataset` with an image column, decoded on demand.
 
-    The image column is the first of type `Image`. The label column is the first of type `ClassLabel`, else an
-    integer column called `label`; other datasets have no labels.
+    The image column is `image` or `img`, else the only one of type `Image`. The label column is `label` or `labels`,
+    else the only one of type `ClassLabel`; other datasets have no labels. Labels are class labels, integers from 0, or
+    strings, which are numbered in the order of their sorted distinct values.
 
     Args:
         name: What to call it in messages.
         table: The dataset, one split of it.
-        size: Side in pixels to which the centred square is resized; None: that of the first image.
-        channels: 1 or 3; None: those of the first image.
+        size: Side in pixels to which the centred square is resized; None: all images must share their side.
+        channels: 1 or 3, to which all images are converted; None: 1 if every image is grey, otherwise 3.
+        background: The colour that shows where an image is transparent.
+        image_column: The column of the images, where it is not to be found by the rule above.
+        label_column: The column of the labels, likewise.
 
     Raises:
-        InputError: No image column, no rows, or (on access) an image of another size while `size` is None.
+        InputError: No such column, or several that might be it; no rows; a row without an image or a label; an image
+            that cannot be read; sides that differ while `size` is None. Later, on access: corrupt pixels.
     """
 
-    def __init__(self, name: str, table: Any, size: int | None = None, channels: int | None = None) -> None:
-        import datasets
-
-        features = table.features
-        self._image = next((k for k, v in features.items() if isinstance(v, datasets.Image)), None)
-        if self._image is None:
-            raise InputError(f"{name}: no image column (it has: {', '.join(features)}); choose a dataset of images")
+    def __init__(
+        self,
+        name: str,
+        table: Any,
+        size: int | None = None,
+        channels: int | None = None,
+        background: str = "white",
+        image_column: str | None = None,
+        label_column: str | None = None,
+    ) -> None:
+        name = printable(name)
+        self._background = parse_colour(background)
+        images = _image_column(name, table.features, image_column)
+        labels = _label_column(name, table.features, label_column)
         if len(table) == 0:
             raise InputError(f"{name}: no rows; choose another split")
-        self._label = next((k for k, v in features.items() if isinstance(v, datasets.ClassLabel)), None)
-        num_classes: int | None = None
-        if self._label is not None:
-            num_classes = features[self._label].num_classes
-        elif isinstance(features.get("label"), datasets.Value) and "int" in features["label"].dtype:
-            self._label = "label"
-            num_classes = int(max(table["label"])) + 1
-        columns = [self._image] if self._label is None else [self._image, self._label]
-        self._table = table.select_columns(columns)
-        self._size = size
-        first = self._table[0][self._image]
-        if first is None:
-            raise InputError(f"{name}: row 0 has no image; filter such rows out")
+        checked, num_classes = (None, None) if labels is None else _labels(name, table, labels)
+        # As Arrow holds them: nothing is decoded.
+        self._table = table.select_columns([images]).with_format("arrow")
+        self._name = name
+        with allow_large():
+            headers = list(self._headers())
+        if size is None:
+            size = headers[0].side
+            for row, header in enumerate(headers):
+                if header.side != size:
+                    raise InputError(
+                        f"{name}: images differ in size (row 0: {size}, row {row}: {header.side} pixels); "
+                        "pass size=PIXELS to resize all"
+                    )
+        mode = table.features[images].mode  # to which `datasets` would convert
         if channels is None:
-            channels = 1 if first.mode in ("1", "L", "LA") or first.mode.startswith("I") else 3
-        side = min(first.size) if size is None else size
-        super().__init__(name, (channels, side, side), num_classes)
+            channels = common_channels(headers, self._background) if mode is None else 1 if mode in ("1", "L") else 3
+        digest = hashlib.sha256(f"{self._background}\n".encode())
+        for header in headers:
+            digest.update(header.sample)
+        self._contents = digest.digest()
+        super().__init__(name, (channels, size, size), num_classes, checked)
+
+    def _headers(self) -> Iterator[Header]:
+        batch = 1000
+        for start in range(0, len(self._table), batch):
+            column = self._table[start : start + batch].column(0)
+            for row, value in enumerate(column, start):
+                yield read_header(self._source(row, value), self._row(row))
+
+    def _row(self, row: int) -> str:
+        return f"{self._name}: row {row}"
+
+    def _source(self, row: int, value: Any) -> Source:
+        """How the encoded image of a row is opened. No bytes are copied: Arrow maps the file."""
+        import fsspec
+        import pyarrow
+
+        data = value["bytes"] if value.is_valid else None
+        path = value["path"].as_py() if value.is_valid else None
+        if data is not None and data.is_valid:
+            return partial(pyarrow.BufferReader, data.as_buffer())
+        if path is None:
+            raise InputError(f"{self._row(row)} has no image; filter such rows out")
+        if "://" in path:
+            return fsspec.open(path, "rb").open
+        return file_source(path)
 
     def __len__(self) -> int:
         return len(self._table)
 
     def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor | None]:
         rows = [int(index) for index in indices]
-        try:
-            batch = self._table[rows]
-        except OSError as error:  # what Pillow raises for bytes that are not an image
-            raise InputError(
-                f"{self.name}: an image among rows {rows} cannot be decoded ({error}); filter it out"
-            ) from error
         images = np.empty((len(rows), *self.shape), np.uint8)
-        for k, (row, image) in enumerate(zip(rows, batch[self._image], strict=True)):
-            if image is None:
-                raise InputError(f"{self.name}: row {row} has no image; filter such rows out")
-            if self._size is None and min(image.size) != self.shape[1]:
-                raise InputError(
-                    f"{self.name}: images differ in size (row 0: {self.shape[1]}, "
-                    f"row {row}: {min(image.size)} pixels); pass size=PIXELS to resize all"
-                )
-            images[k] = fit_image(image, self.shape[1], self.shape[0]).transpose(2, 0, 1)
-        labels = None if self._label is None else torch.tensor(batch[self._label], dtype=torch.int64)
-        return torch.from_numpy(images), labels
+        with allow_large():
+            for k, (row, value) in enumerate(zip(rows, self._table[rows].column(0), strict=True)):
+                source = self._source(row, value)
+                pixels = decode_image(source, self._row(row), self.shape[1], self.shape[0], self._background)
+                images[k] = pixels.transpose(2, 0, 1)
+        return torch.from_numpy(images), self.labels_of(rows)
+
+    def contents(self) -> bytes:
+        """Return a hash of the lengths and ends of the encoded images, in order, and of the background."""
+        return self._contents
 
 
-def hf(name: str, size: int | None, channels: int | None, split: str) -> HuggingFaceDataset:
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(map(printable, names)) or "none"
+
+
+def _image_column(name: str, features: Any, asked: str | None) -> str:
+    """The column of the images."""
+    import datasets
+
+    columns = [column for column, feature in features.items() if isinstance(feature, datasets.Image)]
+    if asked is not None:
+        if asked not in columns:
+            raise InputError(
+                f"{name}: data.image_column={asked} is not an image column; use one of: {_listed(columns)}"
+            )
+        return asked
+    if not columns:
+        raise InputError(f"{name}: no image column (it has: {_listed(features)}); choose a dataset of images")
+    for usual in ("image", "img"):
+        if usual in columns:
+            return usual
+    if len(columns) > 1:
+        raise InputError(f"{name}: several image columns ({_listed(columns)}); choose one with data.image_column")
+    return columns[0]
+
+
+def _label_column(name: str, features: Any, asked: str | None) -> str | None:
+    """The column of the labels, or None."""
+    import datasets
+
+    def labels(feature: Any) -> bool:
+        if isinstance(feature, datasets.ClassLabel):
+            return True
+        kind = feature.dtype if isinstance(feature, datasets.Value) else ""
+        return "int" in kind or "string" in kind or kind == "bool"
+
+    columns = [column for column, feature in features.items() if labels(feature)]
+    if asked is not None:
+        if asked not in columns:
+            raise InputError(
+                f"{name}: data.label_column={asked} is not a column of class labels, integers or strings; "
+                f"use one of: {_listed(columns)}"
+            )
+        return asked
+    for usual in ("label", "labels"):
+        if usual in columns:
+            return usual
+        if usual in features:
+            raise InputError(
+                f"{name}: column {usual} is not of class labels, integers or strings; "
+                f"choose another with data.label_column ({_listed(columns)}), or rename it if it is no label"
+            )
+    classes = [column for column in columns if isinstance(features[column], datasets.ClassLabel)]
+    if len(classes) > 1:
+        raise InputError(f"{name}: several label columns ({_listed(classes)}); choose one with data.label_column")
+    return classes[0] if classes else None
+
+
+def _labels(name: str, table: Any, column: str) -> tuple[Tensor, int]:
+    """The labels of all rows and the number of classes."""
+    import datasets
+    import pyarrow.compute
+
+    feature = table.features[column]
+    values = table.select_columns([column]).with_format("arrow")[:].column(0)
+    if values.null_count:
+        missing = int(np.flatnonzero(values.is_null().to_numpy())[0])
+        raise InputError(f"{name}: row {missing} has no {column}; filter such rows out, or set data.label_column")
+    if isinstance(feature, datasets.ClassLabel):
+        return check_labels(name, "row", values.to_numpy(), feature.num_classes)
+    if "string" in feature.dtype:
+        names = pyarrow.array(sorted(values.unique().to_pylist()), values.type)
+        return check_labels(name, "row", pyarrow.compute.index_in(values, names).to_numpy(), len(names))
+    labels = values.to_numpy()
+    return check_labels(name, "row", labels.astype(np.int64) if labels.dtype == bool else labels, None)
+
+
+def _check_name(name: str) -> None:
+    """Refuse the names of the readers in `datasets`, which would read whatever lies in the working folder."""
+    from datasets import packaged_modules
+
+    readers = {module.name for module in pkgutil.iter_modules(packaged_modules.__path__)}
+    bare = name.removeprefix("hf://datasets/")
+    if not bare:
+        raise InputError("hf: needs the name of a dataset, such as hf:ylecun/mnist, or the path of a folder")
+    if bare in readers:
+        raise InputError(
+            f"hf:{name} is a file reader of the datasets library, not a dataset; for images in a folder use "
+            f"data.name=imagefolder with data.root=FOLDER, for other files the path of their folder: hf:./FOLDER"
+        )
+
+
+def hf(
+    *,
+    root: str | os.PathLike[str] | None,
+    size: int | None,
+    channels: int | None,
+    split: str,
+    background: str = "white",
+    image_column: str | None = None,
+    label_column: str | None = None,
+) -> HuggingFaceDataset:
     """Load a dataset through Hugging Face's `datasets`.
 
     Args:
-        name: A name on the hub (`ylecun/mnist`), a folder that `Dataset.save_to_disk` wrote, or any other
-            folder that `datasets.load_dataset` reads.
+        root: A name on the hub (`ylecun/mnist`), a folder that `Dataset.save_to_disk` wrote, or any other
+            folder that `datasets.load_dataset` reads. No script of a dataset is run.
         size: See `HuggingFaceDataset`.
         channels: See `HuggingFaceDataset`.
         split: Its name for the split.
+        background: See `HuggingFaceDataset`.
+        image_column: See `HuggingFaceDataset`.
+        label_column: See `HuggingFaceDataset`.
 
     Returns:
         The dataset.
@@ -101,28 +256,35 @@ def hf(name: str, size: int | None, channels: int | None, split: str) -> Hugging
     Raises:
         InputError: `datasets` is not installed, or there is no such dataset, split or image column.
     """
+    root = "" if root is None else str(root)
+    name = f"hf:{printable(root)}"
     try:
         import datasets
-        from datasets.exceptions import DatasetsError
     except ImportError as error:
-        raise InputError(f"hf:{name} needs Hugging Face's datasets; run: pip install datasets") from error
+        raise InputError(f"{name} needs Hugging Face's datasets; run: pip install datasets") from error
+    if int(datasets.__version__.partition(".")[0]) < 4:
+        raise InputError(f"{name} needs datasets 4 or later, which runs no scripts; run: pip install -U datasets")
+    _check_name(root)
     try:
-        folder = Path(name)
-        if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
-            table = datasets.load_from_disk(name)
-            if isinstance(table, datasets.DatasetDict):
-                if split not in table:
-                    raise InputError(f"hf:{name}: no split {split!r}; use one of: {', '.join(table)}")
-                table = table[split]
-            elif split != "train":
-                raise InputError(f"hf:{name}: no split {split!r}; this folder holds a single one, call it train")
-        else:
-            table = datasets.load_dataset(name, split=split)
+        table = _load_table(datasets, name, root, split)
     except InputError:
         raise
-    except (OSError, ValueError, LookupError, RuntimeError, DatasetsError) as error:
-        message = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(
-            f"hf:{name}: cannot be loaded ({message}); check the name, the split and the network"
-        ) from error
-    return HuggingFaceDataset(f"hf:{name}", table, size, channels)
+    except Exception as error:  # whatever its readers raise on what they find
+        message = printable(str(error).splitlines()[0]) if str(error) else type(error).__name__
+        raise InputError(f"{name}: cannot be loaded ({message}); check the name, the split and the network") from error
+    return HuggingFaceDataset(name, table, size, channels, background, image_column, label_column)
+
+
+def _load_table(datasets: Any, name: str, root: str, split: str) -> Any:
+    """The rows of one split."""
+    folder = Path(root)
+    if not ((folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()):
+        return datasets.load_dataset(root, split=split)
+    table = datasets.load_from_disk(root)
+    if isinstance(table, datasets.DatasetDict):
+        if split not in table:
+            raise InputError(f"{name}: no split {split!r}; use one of: {_listed(table)}")
+        return table[split]
+    if split != "train":
+        raise InputError(f"{name}: no split {split!r}; this folder holds a single one, call it train")
+    return table

@@ -95,8 +95,8 @@ def read_fashion_mnist(root: str | os.PathLike[str], split: str) -> tuple[NDArra
 
 
 def fashion_mnist(
-    root: str | os.PathLike[str] | None, size: int | None, channels: int | None, split: str
+    *, root: str | os.PathLike[str] | None, size: int | None, channels: int | None, split: str
 ) -> ArrayDataset:
-    """Fashion-MNIST, 28 × 28 grey, 60,000 training and 10,000 test images, from its IDX files."""
+    """Load Fashion-MNIST, 28 × 28 grey, 60,000 training and 10,000 test images, from its IDX files."""
     images, labels = read_fashion_mnist(FASHION_MNIST_ROOT if root is None else root, split)
-    return ArrayDataset("fashion-mnist", fit_array(images[..., None], size, channels), labels)
+    return ArrayDataset("fashion-mnist", fit_array(images[..., None], size, channels), labels, num_classes=10)

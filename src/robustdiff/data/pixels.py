@@ -10,31 +10,32 @@ from __future__ import annotations
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
-__all__ = ["fit_array", "fit_image", "tile"]
+__all__ = ["crop_square", "fit_array", "fit_image", "tile"]
+
+
+def crop_square(image: Image.Image) -> Image.Image:
+    """Return the largest centred square of an image."""
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    return image.crop((left, top, left + side, top + side))
 
 
 def fit_image(image: Image.Image, size: int | None, channels: int) -> NDArray[np.uint8]:
-    """Decode, turn upright, crop to the centred square, resize and convert one image.
+    """Crop one image to the centred square, resize and convert it.
 
     Args:
-        image: An image as Pillow opened it. EXIF's orientation is applied; transparency is dropped.
+        image: An image of mode L or RGB.
         size: Side of the result in pixels; None keeps the side of the centred square.
         channels: 1 (luma) or 3 (RGB).
 
     Returns:
         uint8 (size, size, channels).
     """
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):  # 16 bits: Pillow's own conversion clips at 255 instead of scaling
-        image = Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8))
-    image = image.convert("L" if channels == 1 else "RGB")
-    side = min(image.size)
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    image = image.crop((left, top, left + side, top + side))
-    if size is not None and size != side:
+    image = crop_square(image.convert("L" if channels == 1 else "RGB"))
+    if size is not None and size != image.width:
         image = image.resize((size, size), Image.Resampling.BICUBIC)
     return np.asarray(image, dtype=np.uint8).reshape(image.height, image.width, channels)
 

@@ -1,7 +1,11 @@
-"""Datasets by name: one name, one function."""
+"""Datasets by name: one name, one function.
+
+A function takes `root`, `size`, `channels` and `split` by name, and any options that are its own.
+"""
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Callable
 
@@ -15,8 +19,7 @@ from robustdiff.errors import InputError
 
 __all__ = ["DATASETS", "load_dataset"]
 
-# name → (root, size, channels, split) → dataset
-DATASETS: dict[str, Callable[[str | os.PathLike[str] | None, int | None, int | None, str], ImageDataset]] = {
+DATASETS: dict[str, Callable[..., ImageDataset]] = {
     "fashion-16": fashion_16,
     "digits": digits,
     "fashion-mnist": fashion_mnist,
@@ -32,6 +35,7 @@ def load_dataset(
     size: int | None = None,
     channels: int | None = None,
     split: str = "train",
+    **options: str | None,
 ) -> ImageDataset:
     """Load a dataset by its name.
 
@@ -41,13 +45,18 @@ def load_dataset(
         size: Side in pixels: the centred square is resized to it. None keeps the images' own.
         channels: 1 (grey) or 3 (RGB). None keeps the images' own.
         split: "train", or where there is one "test"; for `hf:` its own names.
+        options: What only some datasets take, None where it is not given: `background` (`imagefolder`, `hf:`), the
+            colour that shows where an image is transparent, white by default; `image_column` and `label_column`
+            (`hf:`).
 
     Returns:
         The dataset.
 
     Raises:
-        InputError: An unknown name, or data that is missing or malformed; the message says what to do.
+        InputError: An unknown name, an option that the dataset does not take, or data that is missing or malformed;
+            the message says what to do.
     """
+    function: Callable[..., ImageDataset]
     if size is not None and size < 1:
         raise InputError(f"size is {size}; give the side of the images in pixels, 1 or more")
     if channels not in (None, 1, 3):
@@ -55,7 +64,19 @@ def load_dataset(
     if name.startswith("hf:"):
         if root is not None:
             raise InputError(f"{name} takes no root; put the path into the name: hf:PATH")
-        return hf(name.removeprefix("hf:"), size, channels, split)
-    if name not in DATASETS:
+        function, root = hf, name.removeprefix("hf:")
+    elif name in DATASETS:
+        function = DATASETS[name]
+    else:
         raise InputError(f"unknown dataset {name!r}; use one of: {', '.join(DATASETS)}, hf:NAME")
-    return DATASETS[name](root, size, channels, split)
+    given = {option: value for option, value in options.items() if value is not None}
+    for option in given:
+        if not _takes(function, option):
+            users = [known for known, other in {**DATASETS, "hf:NAME": hf}.items() if _takes(other, option)]
+            remedy = f"leave it out; it is for {', '.join(users)}" if users else "leave it out"
+            raise InputError(f"{name} takes no {option}; {remedy}")
+    return function(root=root, size=size, channels=channels, split=split, **given)
+
+
+def _takes(function: Callable[..., ImageDataset], option: str) -> bool:
+    return option in inspect.signature(function).parameters

@@ -26,10 +26,10 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
-from PIL import Image
 from scipy.stats import spearmanr
 from scipy.stats import t as student_t
 
+from robustdiff.data.decode import open_image
 from robustdiff.errors import InputError
 from robustdiff.evaluation.fidelity import interval
 from robustdiff.files import atomic_write
@@ -542,7 +542,7 @@ def _pictures(results: Results, folder: Path, sampler: str, steps: int) -> Figur
         for cell in run.cells if run.first else ():
             path = cell.path.with_suffix(".png")
             if (cell.sampler, cell.steps) == (sampler, steps) and path.is_file():
-                with Image.open(path) as image:
+                with open_image(path) as image:
                     rows.append((run.method, np.asarray(image)))
     if not rows:
         return None

@@ -13,6 +13,7 @@ Checkpoints are taken between batches, where there is no δ to remember.
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import logging
 import math
@@ -30,9 +31,9 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, ProjectConfiguration, set_seed
 from diffusers import EDMEulerScheduler
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from robustdiff.data import ImageDataset, to_unit
+from robustdiff.data.loader import load_batches, worker_failures
 from robustdiff.errors import InputError, RunError
 from robustdiff.files import atomic_folder, atomic_write
 from robustdiff.interrupt import Interrupt
@@ -284,17 +285,7 @@ class Trainer:
             accelerator.num_processes,
             recipe.accumulate,
         )
-        loader: Iterator[tuple[Tensor, Tensor | None]] = iter(
-            DataLoader(
-                self.dataset,
-                batch_sampler=indices,
-                collate_fn=lambda batch: batch,
-                num_workers=recipe.data.workers,
-                pin_memory=accelerator.device.type == "cuda",
-                # Of its own: it would take a number from the global one, which a resumed run has just restored.
-                generator=torch.Generator(),
-            )
-        )
+        loader = load_batches(self.dataset, indices, recipe.data.workers, accelerator.device.type == "cuda")
         class_cond = self.built.unet.config.num_class_embeds is not None
         null_class = (self.built.unet.config.num_class_embeds or 0) - 1
         while True:
@@ -532,7 +523,41 @@ def _warn_of_the_start(recipe: Recipe) -> None:
     )
 
 
-def _prepare_folder(recipe: Recipe, folder: Path, resume: bool) -> None:
+def _describe(dataset: ImageDataset) -> dict[str, Any]:
+    """What a run remembers of its data, as ``data.json`` holds it."""
+    labels = dataset.labels
+    return {
+        "name": dataset.name,
+        "images": len(dataset),
+        "shape": list(dataset.shape),
+        "classes": dataset.num_classes,
+        "labels": None if labels is None else hashlib.sha256(labels.numpy().tobytes()).hexdigest(),
+        "fingerprint": dataset.fingerprint(),
+    }
+
+
+def _check_data(path: Path, data: dict[str, Any]) -> None:
+    """See that a run goes on with the data that it began with. A run of before ``data.json`` is not checked."""
+    if not path.exists():
+        return
+    try:
+        before = json.loads(path.read_bytes())
+        fingerprint = before["fingerprint"]
+    except (ValueError, KeyError, TypeError):
+        raise InputError(f"{path} is damaged: restore it, or remove it to resume without a check of the data") from None
+    if fingerprint == data["fingerprint"]:
+        return
+    counts = {"number of images": "images", "shape": "shape", "number of classes": "classes"}
+    changes = [f"{what} {before.get(k)} → {data[k]}" for what, k in counts.items() if before.get(k) != data[k]]
+    if not changes and before.get("labels") != data["labels"]:
+        changes.append("labels")
+    raise InputError(
+        f"{path.parent} was trained with other data ({', '.join(changes) or 'contents'}): restore the data, start a "
+        f"new run from it with model.name=pretrained model.path={path.parent}, or remove {path} to go on all the same"
+    )
+
+
+def _prepare_folder(recipe: Recipe, folder: Path, resume: bool, dataset: ImageDataset) -> None:
     """Make the run's folder, or see that what is there is the same run."""
     if (folder / "recipe.yaml").exists():
         if not resume:
@@ -542,11 +567,14 @@ def _prepare_folder(recipe: Recipe, folder: Path, resume: bool) -> None:
         fixed = recipe.lr_schedule == "constant" and getattr(recipe.objective, "schedule", "fixed") == "fixed"
         free = FREE_TO_CHANGE | ({"steps"} if fixed else set())
         for name in Recipe.model_fields:
-            if name not in free and getattr(before, name) != getattr(recipe, name):
+            if name not in free and _fixed(before, name) != _fixed(recipe, name):
                 raise InputError(
                     f"{folder} was trained with another {name}: resume with the recipe it was started with, "
                     "or choose another --set output=…"
                 )
+    data = _describe(dataset)
+    if any((folder / "checkpoints").glob("step-*")):  # otherwise nothing has been learned from other data
+        _check_data(folder / "data.json", data)
     (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
     for leftover in [*folder.glob(".*.tmp"), *(folder / "checkpoints").glob(".*.tmp")]:
         if leftover.is_dir():
@@ -555,6 +583,14 @@ def _prepare_folder(recipe: Recipe, folder: Path, resume: bool) -> None:
             leftover.unlink(missing_ok=True)
     with atomic_write(folder / "recipe.yaml") as file:
         file.write(recipe.to_yaml().encode())
+    with atomic_write(folder / "data.json") as file:
+        file.write(json.dumps(data, indent=1).encode())
+
+
+def _fixed(recipe: Recipe, name: str) -> Any:
+    """A field of a recipe, without what changes nothing of what is trained."""
+    value = getattr(recipe, name)
+    return value.model_copy(update={"workers": 0}) if name == "data" else value
 
 
 def train(
@@ -594,7 +630,7 @@ def train(
     set_seed(recipe.seed)  # before the network is made: all processes start from the same
     trainer = Trainer(recipe, accelerator, dataset, build_model(recipe, dataset))
     if accelerator.is_main_process:
-        _prepare_folder(recipe, folder, resume)
+        _prepare_folder(recipe, folder, resume, dataset)
     accelerator.wait_for_everyone()
     finished = folder / "result.json"
     if finished.exists():
@@ -611,7 +647,7 @@ def train(
         _warn_of_the_start(recipe)
     metrics = _Metrics(trainer, folder / "metrics.jsonl")
     saved = trainer.step
-    with Interrupt() as interrupt:
+    with Interrupt() as interrupt, worker_failures():
         for losses, size, done in trainer.updates():
             metrics.add(losses, size, done)
             stop = interrupt.received is not None and done

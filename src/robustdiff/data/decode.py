@@ -1,0 +1,229 @@
+"""Encoded pictures to pixels, for every dataset that holds files or their bytes.
+
+Pillow is restricted to six formats wherever a picture is opened: it would start Ghostscript for an EPS file whatever
+the file's name says. The first frame or page is read, EXIF's orientation is applied, the largest centred square is
+taken, and transparency is composed on one background colour before anything is resized, so that the colours hidden
+under transparent pixels never show.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import IO, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageColor, ImageOps, UnidentifiedImageError
+
+from robustdiff.data.pixels import crop_square, fit_image
+from robustdiff.errors import InputError, printable
+
+__all__ = [
+    "FORMATS",
+    "Header",
+    "allow_large",
+    "common_channels",
+    "decode_image",
+    "file_source",
+    "open_image",
+    "parse_colour",
+    "read_header",
+]
+
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
+
+Colour = tuple[int, int, int]
+Source = Callable[[], BinaryIO]
+
+GREY = ("1", "L", "LA", "La")
+SIXTEEN_BITS = ("I;16", "I;16B", "I;16L", "I;16N")
+MODES = (*GREY, *SIXTEEN_BITS, "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV")
+# Grey of fewer than 8 bits is scaled by Pillow, the transparent value that goes with it is not.
+PNG_SCALE = {"L;2": 85, "L;4": 17}
+SAMPLE = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """What is known of a picture without decoding its pixels.
+
+    Attributes:
+        side: Side of the centred square, in pixels.
+        grey: Whether it has one channel.
+        transparent: Whether some of its pixels may be transparent.
+        sample: sha256 of its length in bytes, its first 4 KiB and its last 4 KiB.
+    """
+
+    side: int
+    grey: bool
+    transparent: bool
+    sample: bytes
+
+
+def parse_colour(text: str) -> Colour:
+    """Return the red, green and blue, 0 to 255, of a colour such as `white` or `#808080`.
+
+    Raises:
+        InputError: Not an opaque colour.
+    """
+    try:
+        red, green, blue, *alpha = ImageColor.getrgb(text)
+    except ValueError:
+        alpha = [0]
+    if alpha not in ([], [255]):
+        raise InputError(f"background {text!r} is not an opaque colour; use one such as white, black or '#808080'")
+    return red, green, blue
+
+
+def file_source(path: str | os.PathLike[str]) -> Source:
+    """Return what opens a file."""
+    return lambda: open(path, "rb")
+
+
+def open_image(source: str | os.PathLike[str] | IO[bytes]) -> Image.Image:
+    """Open a picture by its content, in one of `FORMATS` only. Raises what `PIL.Image.open` raises."""
+    return Image.open(source, formats=FORMATS)
+
+
+@contextmanager
+def allow_large() -> Iterator[None]:
+    """Silence Pillow's warning of pictures that are large but below its limit. Not for use in threads."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        yield
+
+
+@contextmanager
+def _reading(name: str) -> Iterator[None]:
+    try:
+        yield
+    except InputError:
+        raise
+    except Image.DecompressionBombError as error:
+        raise InputError(
+            f"{name}: over Pillow's limit of pixels ({_first_line(error).partition(',')[0]}); "
+            "make it smaller or remove it"
+        ) from error
+    except UnidentifiedImageError as error:
+        raise InputError(
+            f"{name}: not an image that can be read as {', '.join(FORMATS[:-1])} or {FORMATS[-1]}; remove or replace it"
+        ) from error
+    except Exception as error:  # Pillow's decoders raise nearly all there are on damaged files
+        if isinstance(error, OSError) and error.errno is not None:
+            raise InputError(f"{name}: cannot be read ({error.strerror}); make it readable or remove it") from error
+        raise InputError(f"{name}: cannot be decoded ({_first_line(error)}); remove it or replace it") from error
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip()
+    return printable(text.splitlines()[0]) if text else type(error).__name__
+
+
+def _check(image: Image.Image, name: str) -> None:
+    """Refuse the kinds of pixels that have no fixed range."""
+    if image.mode not in MODES and not (image.mode == "I" and image.format == "PNG"):
+        raise InputError(
+            f"{name}: pixels of Pillow's mode {image.mode}, which have no fixed range; convert it to 8 or 16 bits"
+        )
+    if image.mode == "RGB" and "transparency" in image.info and _raw_mode(image).startswith("RGB;16"):
+        raise InputError(
+            f"{name}: a transparent colour among colours of 16 bits; convert it to 8 bits or to an alpha channel"
+        )
+
+
+def _raw_mode(image: Image.Image) -> str:
+    """How the pixels are stored in the file; "" when they are decoded."""
+    tile = getattr(image, "tile", None)
+    arguments = tile[0][3] if tile else ""
+    return str(arguments[0] if isinstance(arguments, tuple) else arguments)
+
+
+def _transparent(image: Image.Image) -> bool:
+    palette = image.palette.mode if image.mode == "P" and image.palette is not None else ""
+    return image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info or palette.endswith("A")
+
+
+def read_header(source: Source, name: str) -> Header:
+    """Look at a picture without decoding its pixels.
+
+    Args:
+        source: Opens the file.
+        name: What to call it in messages.
+
+    Raises:
+        InputError: No such file, not a picture, too many pixels, or pixels without a fixed range.
+    """
+    with _reading(name), source() as file:
+        image = open_image(file)
+        _check(image, name)
+        grey = image.mode in GREY or image.mode.startswith("I")
+        length = file.seek(0, os.SEEK_END)
+        digest = hashlib.sha256(f"{length}\n".encode())
+        file.seek(0)
+        digest.update(file.read(SAMPLE))
+        if length > SAMPLE:
+            file.seek(max(SAMPLE, length - SAMPLE))
+            digest.update(file.read(SAMPLE))
+        return Header(min(image.size), grey, _transparent(image), digest.digest())
+
+
+def common_channels(headers: Iterable[Header], background: Colour) -> int:
+    """Return 1 if all pictures are grey, on the background too where they are transparent, and otherwise 3."""
+    grey_background = len(set(background)) == 1
+    return 1 if all(h.grey and (grey_background or not h.transparent) for h in headers) else 3
+
+
+def decode_image(source: Source, name: str, size: int, channels: int, background: Colour) -> NDArray[np.uint8]:
+    """Decode, turn upright, crop to the centred square, compose on the background, resize and convert one picture.
+
+    Args:
+        source: Opens the file.
+        name: What to call it in messages.
+        size: Side of the result in pixels.
+        channels: 1 (luma) or 3 (RGB).
+        background: What shows where the picture is transparent.
+
+    Returns:
+        uint8 (size, size, channels).
+
+    Raises:
+        InputError: No such file, not a picture, damaged, too many pixels, or pixels without a fixed range.
+    """
+    with _reading(name), source() as file:
+        image = open_image(file)
+        _check(image, name)
+        return fit_image(_flatten(image, background), size, channels)
+
+
+def _flatten(image: Image.Image, background: Colour) -> Image.Image:
+    """The centred square in 8 bits, without transparency: mode L or RGB."""
+    key = image.info.get("transparency") if image.mode not in ("P", "PA") else None
+    if isinstance(key, int):
+        key *= PNG_SCALE.get(_raw_mode(image), 1)
+    grey = image.mode in GREY or image.mode.startswith("I")
+    transparent = _transparent(image)
+    tags = getattr(image, "tag_v2", {})  # of TIFF
+    bits, inverted = tags.get(258, (16,))[0], tags.get(262) == 0
+    image = crop_square(ImageOps.exif_transpose(image))
+    if image.mode == "1":
+        image = image.convert("L")
+    pixels = np.asarray(image) if key is not None or image.mode.startswith("I") else None
+    if pixels is not None and image.mode.startswith("I"):  # Pillow's own conversion clips at 255 instead of scaling
+        high = pixels.astype(np.uint32) >> (bits - 8)
+        image = Image.fromarray((255 - high if inverted else high).astype(np.uint8))
+    if not transparent:
+        return image.convert("L" if grey else "RGB")
+    if pixels is not None:  # one value or colour is transparent
+        hidden = (pixels == np.asarray(key)).reshape(*pixels.shape[:2], -1).all(-1)
+        image = image.convert("RGB")
+        image.putalpha(Image.fromarray(np.where(hidden, 0, 255).astype(np.uint8)))
+    for premultiplied, straight in (("La", "LA"), ("RGBa", "RGBA")):
+        if image.mode == premultiplied:
+            image = image.convert(straight)
+    canvas = Image.new("RGBA", image.size, (*background, 255))
+    return Image.alpha_composite(canvas, image.convert("RGBA")).convert("RGB")
