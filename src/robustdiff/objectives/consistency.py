@@ -47,7 +47,7 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from robustdiff.errors import InputError
-from robustdiff.objectives.objective import Draw, Objective, gaussian, precise
+from robustdiff.objectives.objective import Draw, Objective, follow, gaussian, precise
 from robustdiff.objectives.preconditioning import Denoise, Preconditioned, karras_process, karras_sigmas
 from robustdiff.objectives.timesteps import LogNormal, Uniform
 from robustdiff.process import broadcast
@@ -433,16 +433,16 @@ class ConsistencyObjective(Objective):
         return {"loss": distance if draw.weight is None else draw.weight * distance, "distance": distance}
 
     @torch.no_grad()
-    def after_update(self, model: nn.Module) -> None:
-        """θ⁻ ← μ θ⁻ + (1 − μ) θ, and the number of levels of the next update. Call it after every optimiser step.
+    def after_update(self, model: nn.Module, stepped: Tensor | None = None) -> None:
+        """Set θ⁻ ← μ θ⁻ + (1 − μ) θ and the number of levels of the next update. Call it after every optimiser step.
 
         Arguments:
             model: The student; its parameters are those of the target, in the same order.
+            stepped: Whether the optimiser made the step, a boolean scalar on the model's device; where it is false θ⁻
+                stays. None: it did.
         """
         _, decay = self.schedule(self.updates)
-        torch._foreach_lerp_(
-            [p.data for p in self.target.parameters()], [p.data for p in model.parameters()], 1 - decay
-        )
+        follow([p.data for p in self.target.parameters()], [p.data for p in model.parameters()], 1 - decay, stepped)
         self.updates += 1
         if self.schedule(self.updates)[0] != len(self.process):
             self._set_scales()

@@ -12,6 +12,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from robustdiff.objectives.objective import follow
+
 __all__ = ["EMA"]
 
 
@@ -30,10 +32,14 @@ class EMA:
         self.decay = decay
         self.average = [p.detach().clone() for p in self.parameters]
 
-    @torch.no_grad()
-    def update(self) -> None:
-        """θ̄ ← μ θ̄ + (1 − μ) θ, after an optimiser step."""
-        torch._foreach_lerp_(self.average, [p.detach() for p in self.parameters], 1 - self.decay)
+    def update(self, stepped: Tensor | None = None) -> None:
+        """Set θ̄ ← μ θ̄ + (1 − μ) θ after an optimiser step.
+
+        Arguments:
+            stepped: Whether the optimiser made the step, a boolean scalar on the parameters' device; where it is false
+                θ̄ stays. None: it did.
+        """
+        follow(self.average, [p.detach() for p in self.parameters], 1 - self.decay, stepped)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
@@ -48,8 +54,8 @@ class EMA:
                 torch._foreach_copy_(values, kept)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The averages by their number."""
-        return {f"{i:05d}": average for i, average in enumerate(self.average)}
+        """Return the averages by their number, contiguous whatever the parameters' memory format is."""
+        return {f"{i:05d}": average.contiguous() for i, average in enumerate(self.average)}
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
