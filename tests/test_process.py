@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 
+import diffusers
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler, SchedulerMixin
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from robustdiff.process import PREDICTIONS, DiffusionProcess
+import robustdiff
+from robustdiff.process import PREDICTIONS, DiffusionProcess, absorb
 
 PROCESSES = {
     "cosine": DiffusionProcess.cosine(1000),
@@ -82,8 +84,6 @@ def test_any_scheduler_with_alphas_cumprod_is_a_process():
     process = DiffusionProcess.from_scheduler(scheduler)
     assert len(process) == 50
     np.testing.assert_allclose(process.betas, np.linspace(0.01, 0.2, 50), rtol=1e-4)
-    with pytest.raises(ValueError, match="alphas_cumprod"):
-        DiffusionProcess.from_scheduler(FlowMatchEulerDiscreteScheduler())
 
 
 @pytest.mark.parametrize("T", [100, 250, 4000])
@@ -187,3 +187,226 @@ def test_an_unknown_prediction_is_named():
     for method in (PROCESSES["cosine"].target, PROCESSES["cosine"].split):
         with pytest.raises(ValueError, match="score"):
             method("score", x, t, x)
+
+
+# -- diffusers' schedulers -----------------------------------------------------------------------------------
+
+REFUSED = {
+    "DDIMInverseScheduler",
+    "DDPMWuerstchenScheduler",
+    "FlowMatchHeunDiscreteScheduler",
+    "IPNDMScheduler",
+    "KarrasVeScheduler",
+    "LTXEulerAncestralRFScheduler",
+    "RePaintScheduler",
+    "SCMScheduler",
+    "ScoreSdeVeScheduler",
+    "UniPCMultistepScheduler-flow",
+    "DPMSolverMultistepScheduler-flow",
+}
+FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
+OTHERS = {
+    "DDPMScheduler-zero-snr": lambda: DDPMScheduler(rescale_betas_zero_snr=True, prediction_type="v_prediction"),
+    "DDPMScheduler-sigmoid": lambda: DDPMScheduler(beta_schedule="sigmoid"),
+    "DDPMScheduler-50": lambda: DDPMScheduler(50, trained_betas=np.linspace(1e-4, 0.02, 50)),
+    "EulerDiscreteScheduler-karras": lambda: diffusers.EulerDiscreteScheduler(use_karras_sigmas=True),
+    "FlowMatchEulerDiscreteScheduler-3": lambda: FlowMatchEulerDiscreteScheduler(shift=3.0),
+    "FlowMatchEulerDiscreteScheduler-250": lambda: FlowMatchEulerDiscreteScheduler(250, shift=12.0),
+    "UniPCMultistepScheduler-flow": lambda: diffusers.UniPCMultistepScheduler(**FLOW),
+    "DPMSolverMultistepScheduler-flow": lambda: diffusers.DPMSolverMultistepScheduler(**FLOW, flow_shift=3.0),
+}
+
+
+def every_scheduler():
+    """Each scheduler that diffusers exports and that can be made without arguments, and some with settings."""
+    for name in dir(diffusers):
+        kind = getattr(diffusers, name) if name.endswith("Scheduler") else None
+        if isinstance(kind, type) and issubclass(kind, SchedulerMixin):
+            try:
+                yield name, kind()
+            except (TypeError, ImportError):  # it needs arguments, or a package
+                continue
+    yield from ((name, make()) for name, make in OTHERS.items())
+
+
+def add_noise(scheduler, x0, noise, times):
+    """What the scheduler itself makes of x_0 at timesteps."""
+    if hasattr(scheduler, "add_noise"):
+        return scheduler.add_noise(x0, noise, times)
+    return scheduler.scale_noise(x0, times, noise)
+
+
+SCHEDULERS = dict(every_scheduler())
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_every_scheduler_of_diffusers_agrees_or_is_refused_by_name(name):
+    scheduler = SCHEDULERS[name]
+    try:
+        process = DiffusionProcess.from_scheduler(scheduler)
+    except ValueError as error:
+        discrete = {"BlockRefinementScheduler", "DiscreteDDIMScheduler", "EntropyBoundScheduler"}  # of text
+        assert name in REFUSED | discrete or not hasattr(scheduler, "config") or name not in KNOWN
+        assert type(scheduler).__name__ in str(error)
+        assert "\n" not in str(error)
+        return
+    assert name not in REFUSED
+    index = torch.linspace(0, len(process) - 1, 7).long()
+    x0, noise, delta = torch.randn(3, 7, 2, 4, generator=torch.Generator().manual_seed(0)).unbind()
+    delta = 0.1 * delta
+    times = process.times[index]
+    x_t = add_noise(scheduler, x0, noise, times)
+    scale = float(x_t.abs().max())
+    torch.testing.assert_close(process.diffuse(x0, index, noise), x_t, rtol=1e-5, atol=1e-6 * scale)
+    for t in (index, index.int(), times.float(), times.double()):
+        moved = add_noise(scheduler, x0, process.absorb(noise, t, delta), times)
+        torch.testing.assert_close(moved, x_t + delta, rtol=1e-5, atol=2e-6 * scale)
+
+
+# Those that are known to be right: a new release of diffusers may bring others, which may be either.
+KNOWN = (
+    set(OTHERS)
+    | {
+        f"{name}Scheduler"
+        for name in (
+            *("DDPM", "DDIM", "PNDM", "LCM", "TCD", "UnCLIP", "CogVideoXDDIM", "CogVideoXDPM", "CMStochasticIterative"),
+            *("EulerDiscrete", "EulerAncestralDiscrete", "LMSDiscrete", "HeunDiscrete", "KDPM2Discrete", "EDMEuler"),
+            *("KDPM2AncestralDiscrete", "DEISMultistep", "DPMSolverMultistep", "DPMSolverSinglestep", "UniPCMultistep"),
+            *("SASolver", "EDMDPMSolverMultistep", "FlowMatchEulerDiscrete"),
+        )
+    }
+    - REFUSED
+)
+
+
+@pytest.mark.parametrize("name", sorted(KNOWN - REFUSED))
+def test_the_schedulers_of_training_are_not_refused(name):
+    DiffusionProcess.from_scheduler(SCHEDULERS[name])
+
+
+def test_the_loop_of_sd3_draws_positions_in_the_schedulers_timesteps():
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    process = DiffusionProcess.from_scheduler(scheduler)
+    index = torch.tensor([0, 300, 500, 999])
+    x0, noise, delta = (gaussian(i, 4, 3) for i in range(3))
+    sigma = scheduler.sigmas[index]
+    x_t = (1 - sigma[:, None]) * x0 + sigma[:, None] * noise + delta
+    for moved in (
+        process.absorb(noise, index, delta),
+        process.absorb(noise, scheduler.timesteps[index], delta),
+        absorb(noise, delta, sigma),
+        robustdiff.absorb(noise, delta, sigma[:, None]),
+    ):
+        torch.testing.assert_close((1 - sigma[:, None]) * x0 + sigma[:, None] * moved, x_t, rtol=1e-6, atol=1e-6)
+
+
+def test_a_flow_has_the_times_of_a_shifted_scheduler():
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    process = DiffusionProcess.flow(shift=3.0)
+    torch.testing.assert_close(process.times.flip(0), scheduler.timesteps.double(), rtol=1e-6, atol=1e-6)
+    with pytest.raises(ValueError, match="there is no time 999"):
+        DiffusionProcess.flow().absorb(torch.zeros(1, 2), scheduler.timesteps[1:2], torch.zeros(1, 2))
+
+
+def test_an_euler_scheduler_has_no_factor_before_the_image():
+    process = DiffusionProcess.from_scheduler(diffusers.EulerDiscreteScheduler())
+    assert (process.alphas == 1).all()
+    assert process.sigmas[-1] == pytest.approx(157.407, abs=1e-3)
+
+
+def test_the_scheduler_is_asked_as_it_is():
+    scheduler = diffusers.EulerDiscreteScheduler()
+    scheduler.set_timesteps(10)
+    process = DiffusionProcess.from_scheduler(scheduler)
+    assert process.times.tolist() == scheduler.timesteps.tolist()
+    assert process.sigmas.tolist() == pytest.approx(scheduler.sigmas[:-1].tolist())
+    assert scheduler.step_index is None  # nothing of it has changed
+
+
+@pytest.mark.parametrize("first", [0.0, 1e-9])
+def test_a_time_without_noise_is_named(first):
+    scheduler = DDPMScheduler(4, trained_betas=[first, 0.1, 0.1, 0.1])
+    with pytest.raises(ValueError, match=r"σ = 0 at timestep 0.*betas"):
+        DiffusionProcess.from_scheduler(scheduler)
+
+
+# -- which time --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.int16, torch.uint8, torch.float32, torch.float64])
+def test_a_time_is_the_same_in_every_type(dtype):
+    noise, delta = gaussian(0, 4, 3), gaussian(1, 4, 3)
+    t = torch.tensor([5, 6, 7, 200])
+    expected = noise + delta / PROCESSES["linear"].sigmas[t][:, None]
+    torch.testing.assert_close(PROCESSES["linear"].absorb(noise, t.to(dtype), delta), expected)
+
+
+def test_one_time_may_stand_for_the_batch():
+    noise, delta = gaussian(0, 4, 3), gaussian(1, 4, 3)
+    process, five = PROCESSES["linear"], torch.full((4,), 5)
+    for t in (torch.tensor(5), torch.tensor([5]), torch.tensor(5.0)):
+        torch.testing.assert_close(process.absorb(noise, t, delta), process.absorb(noise, five, delta))
+
+
+@pytest.mark.parametrize(
+    ("t", "message"),
+    [
+        ([1000, 2], "t must be in"),
+        ([-1, 2], "t must be in"),
+        ([0.5, 2.0], "there is no time 0.5"),
+        ([2.0, 1000.0], "there is no time 1000"),
+        ([math.nan, 2.0], "there is no time nan"),
+        ([True, False], "boolean"),
+    ],
+)
+def test_a_time_that_does_not_exist_is_refused(t, message):
+    x = torch.zeros(2, 3)
+    for call in (PROCESSES["linear"].absorb, lambda noise, t, delta: PROCESSES["linear"].levels(t, noise)):
+        with pytest.raises(ValueError, match=message):
+            call(x, torch.tensor(t), x)
+
+
+def test_where_nothing_can_be_read_back_an_unknown_time_makes_nan():
+    """The index behind the table, which a GPU gives for a time that it does not find."""
+    process = PROCESSES["linear"]
+    assert process._sigmas.at(torch.tensor([1000]), torch.zeros(1, 2)).isnan().all()
+    assert process._sigmas.at(torch.tensor([999]), torch.zeros(1, 2)).isfinite().all()
+
+
+def test_a_table_that_was_first_used_while_sampling_serves_training():
+    process, x0 = DiffusionProcess.linear(100), torch.randn(2, 3, requires_grad=True)
+    t = torch.tensor([1, 2])
+    with torch.inference_mode():
+        process.diffuse(x0.detach(), t, x0.detach())
+    process.diffuse(x0, t, torch.randn(2, 3)).sum().backward()
+    assert x0.grad is not None
+
+
+# -- by sigma ----------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 2**31 - 1), log_sigma=st.floats(-6, 5))
+def test_absorbing_by_sigma_is_absorbing(seed, log_sigma):
+    x0, noise, delta = (gaussian(seed + i, 3, 2, 4) for i in range(3))
+    sigma = math.exp(log_sigma)
+    moved = x0 + sigma * absorb(noise, delta, torch.full((3,), sigma, dtype=torch.float64))
+    torch.testing.assert_close(moved, x0 + sigma * noise + delta, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(
+        absorb(noise, delta, sigma), absorb(noise, delta, torch.full((3, 1, 1), sigma, dtype=torch.float64))
+    )
+    assert not absorb(noise, delta.requires_grad_(), sigma).requires_grad
+
+
+@pytest.mark.parametrize(
+    ("sigma", "message"),
+    [(torch.ones(2), "shape"), (torch.ones(3, 2), "shape"), (torch.tensor([1.0, 0.0, 1.0]), "positive"), (0.0, "pos")],
+)
+def test_a_sigma_that_does_not_fit_is_refused(sigma, message):
+    with pytest.raises(ValueError, match=message):
+        absorb(torch.zeros(3, 4), torch.zeros(3, 4), sigma)
+
+
+def test_noise_and_delta_of_two_shapes_are_refused():
+    with pytest.raises(ValueError, match="one shape"):
+        absorb(torch.zeros(3, 4), torch.zeros(3, 1), 1.0)

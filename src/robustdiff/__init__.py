@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from robustdiff.objectives.consistency import ConsistencyObjective
     from robustdiff.objectives.denoising import DenoisingObjective
     from robustdiff.perturbation import FreeAdversary, PGDAdversary, RandomAdversary
-    from robustdiff.process import DiffusionProcess
+    from robustdiff.process import DiffusionProcess, absorb
     from robustdiff.samplers import sample
 
 __version__ = "0.1.0"
@@ -26,6 +26,7 @@ __all__ = [
     "FreeAdversary",
     "PGDAdversary",
     "RandomAdversary",
+    "absorb",
     "load_adm",
     "sample",
     "save_adm",
@@ -38,6 +39,7 @@ _HOME = {
     "FreeAdversary": "robustdiff.perturbation",
     "PGDAdversary": "robustdiff.perturbation",
     "RandomAdversary": "robustdiff.perturbation",
+    "absorb": "robustdiff.process",
     "load_adm": "robustdiff.models.adm",
     "sample": "robustdiff.samplers",
     "save_adm": "robustdiff.models.adm",

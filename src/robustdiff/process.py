@@ -9,7 +9,8 @@ Moving the noisy point by δ is exactly a change of its noise:
     x_t + δ = α_t x_0 + σ_t (ε + δ/σ_t),
 
 so a model trained at x_t + δ is trained as usual, at the noise ε' = ε + δ/σ_t. That one line is
-:meth:`DiffusionProcess.absorb`; every parameterisation follows from it (:data:`PREDICTIONS`):
+:meth:`DiffusionProcess.absorb`, and :func:`absorb` where σ is at hand; every parameterisation follows from it
+(:data:`PREDICTIONS`):
 
     epsilon       ε'
     sample        x_0
@@ -17,37 +18,88 @@ so a model trained at x_t + δ is trained as usual, at the noise ε' = ε + δ/�
     flow          ε' − x_0                      (with α_t = 1 − t, σ_t = t)
 
 and each of them is inverted from (x_t, prediction) back to (x_0, ε) by :meth:`DiffusionProcess.split`.
+
+Tables are float64 on the CPU. A device gets its copy of them once (:class:`Table`), so that a training pass neither
+copies from the host nor waits for it.
 """
 
 from __future__ import annotations
 
+import copy
 import math
+from functools import cached_property
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
-__all__ = ["PREDICTIONS", "DiffusionProcess", "Prediction", "broadcast", "per_sample"]
+__all__ = ["PREDICTIONS", "DiffusionProcess", "Prediction", "Table", "absorb", "broadcast"]
 
 Prediction = Literal["epsilon", "sample", "v_prediction", "flow"]
 PREDICTIONS: tuple[str, ...] = get_args(Prediction)
 
 
 def broadcast(values: Tensor, like: Tensor) -> Tensor:
-    """One value for each sample, (B,), as (B, 1, …, 1), to multiply ``like`` (B, *)."""
+    """Return one value for each sample, (B,), as (B, 1, …, 1), to multiply ``like`` (B, *)."""
     return values.reshape(-1, *(1,) * (like.ndim - 1))
 
 
-def per_sample(table: Tensor, t: Tensor, like: Tensor) -> Tensor:
-    """table[t], rounded to the precision of ``like`` (B, *) and shaped (B, 1, …, 1) to multiply it.
+class Table:
+    """One number for each of T times, with a copy for every device and precision in which it is used.
 
     Arguments:
-        table: One value for each time, with shape (T,), float64.
-        t: Time indices in [0, T), with shape (B,).
-        like: A batch, with shape (B, *).
+        values: The numbers, with shape (T,), on the CPU.
     """
-    # Rounded before it moves: not every device has float64.
-    return broadcast(table.to(like.dtype).to(like.device, non_blocking=True)[t], like)
+
+    def __init__(self, values: Tensor) -> None:
+        # Behind the last number, where times that are not of the table are looked up (DiffusionProcess.index).
+        self._padded = torch.cat([values, values.new_full((1,), math.nan if values.is_floating_point() else -1)])
+        self._copies: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+
+    def _on(self, device: torch.device, dtype: torch.dtype) -> Tensor:
+        if (device, dtype) not in self._copies:
+            with torch.inference_mode(False):  # made while sampling, it may be used in training
+                # Rounded before it moves: not every device has float64.
+                self._copies[device, dtype] = self._padded.to(dtype).to(device)
+        return self._copies[device, dtype]
+
+    def on(self, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """Return the numbers on a device, with shape (T,)."""
+        return self._on(device, dtype)[:-1]
+
+    def take(self, index: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return the numbers at indices (B,) in [0, T], with shape (B,), on the device of the indices; NaN at T."""
+        # Not table[index], which takes −1 for the last.
+        return self._on(index.device, dtype).index_select(0, index.reshape(-1))
+
+    def at(self, index: Tensor, like: Tensor) -> Tensor:
+        """Return the numbers at indices (B,), shaped (B, 1, …, 1) to multiply ``like`` (B, *), in its precision."""
+        return broadcast(self.take(index.to(like.device), like.dtype), like)
+
+
+def absorb(noise: Tensor, delta: Tensor, sigma: Tensor | float) -> Tensor:
+    """Return the noise ε' = ε + δ/σ at which x_t + δ is an ordinary noisy point, where the caller's loop has σ itself.
+
+    For a loop with x_t = (1 − σ) x_0 + σ ε (flow matching: SD3, Flux) or x_t = x_0 + σ ε (EDM), and any other
+    x_t = α x_0 + σ ε. δ is detached: it is the point at which we train, not a variable of the target.
+
+    Arguments:
+        noise: The noise ε, with shape (B, *).
+        delta: The perturbation δ of x_t, with shape (B, *).
+        sigma: The level σ > 0 of each sample, with shape (B,) or (B, 1, …, 1); or one number for all.
+
+    Raises:
+        ValueError: If the shapes do not belong together, or σ is not positive (tensors on a GPU are not read back for
+            this check).
+    """
+    sigma = torch.as_tensor(sigma, dtype=noise.dtype, device=noise.device)
+    if noise.shape != delta.shape:
+        raise ValueError(f"noise and delta must be of one shape; got {tuple(noise.shape)} and {tuple(delta.shape)}")
+    if sigma.numel() not in (1, len(noise)) or any(size != 1 for size in sigma.shape[1:]):
+        raise ValueError(f"sigma must have shape (B,) with B = {len(noise)}; got {tuple(sigma.shape)}")
+    if sigma.device.type == "cpu" and not bool((sigma > 0).all()):
+        raise ValueError("sigma must be positive: without noise there is none that could absorb a perturbation")
+    return noise + delta.detach() / broadcast(sigma, noise)
 
 
 class DiffusionProcess:
@@ -86,10 +138,11 @@ class DiffusionProcess:
         Arguments:
             betas: The variances β_t in (0, 1], with shape (T,).
         """
-        return cls._from_alphas_cumprod(torch.cumprod(1.0 - torch.as_tensor(betas, dtype=torch.float64), dim=0))
+        return cls.from_alphas_cumprod(torch.cumprod(1.0 - torch.as_tensor(betas, dtype=torch.float64), dim=0))
 
     @classmethod
-    def _from_alphas_cumprod(cls, alphas_cumprod: Tensor) -> DiffusionProcess:
+    def from_alphas_cumprod(cls, alphas_cumprod: Tensor) -> DiffusionProcess:
+        """Return the variance-preserving process of a table ᾱ_t in [0, 1), with shape (T,)."""
         alphas_cumprod = torch.as_tensor(alphas_cumprod, dtype=torch.float64, device="cpu")
         return cls(alphas_cumprod.sqrt(), (1.0 - alphas_cumprod).sqrt())
 
@@ -110,27 +163,56 @@ class DiffusionProcess:
         return cls.from_betas(torch.tensor(betas, dtype=torch.float64))
 
     @classmethod
-    def flow(cls, T: int = 1000) -> DiffusionProcess:
-        """Rectified flow (Liu et al., 2023; Lipman et al., 2023): α_t = 1 − t, σ_t = t at t = 1/T, 2/T, …, 1.
+    def flow(cls, T: int = 1000, shift: float = 1.0) -> DiffusionProcess:
+        """Rectified flow (Liu et al., 2023; Lipman et al., 2023): α = 1 − σ at σ = s u/(1 + (s − 1) u), u = 1/T, …, 1.
 
-        The network is given 1000·t, as diffusers' flow-matching schedulers give it.
+        The network is given 1000·σ, as diffusers' flow-matching schedulers give it. Indices ascend with the noise; the
+        positions in ``scheduler.timesteps`` descend (:meth:`from_scheduler`).
+
+        Arguments:
+            T: The number of times.
+            shift: s > 0; above 1 it moves the times towards the noise (Esser et al., 2024, equation 23).
         """
-        t = torch.arange(1, T + 1, dtype=torch.float64) / T
-        return cls(1.0 - t, t, times=1000.0 * t)
+        if not (shift > 0 and math.isfinite(shift)):
+            raise ValueError(f"shift must be positive and finite; got {shift}")
+        u = torch.arange(1, T + 1, dtype=torch.float64) / T
+        sigmas = shift * u / (1 + (shift - 1) * u)
+        return cls(1.0 - sigmas, sigmas, times=1000.0 * sigmas)
 
     @classmethod
     def from_scheduler(cls, scheduler: Any) -> DiffusionProcess:
-        """The process of any diffusers scheduler that has ``alphas_cumprod``.
+        """Return the process in which a diffusers scheduler's ``add_noise`` (or ``scale_noise``) puts x_0.
+
+        The scheduler itself is asked for α_t and σ_t, so that x_t + δ = add_noise(x_0, absorb(ε, t, δ), t) for every
+        kind that is accepted. α_t is √ᾱ_t for DDPM-like schedulers, 1 for Euler-like and EDM ones, 1 − σ_t for flow
+        matching.
+
+        Where the scheduler takes the whole numbers 0 … T − 1 as timesteps, t is the timestep. Elsewhere (flow matching,
+        EDM, consistency models) t is a position in ``scheduler.timesteps``, from the noisiest on, or one of these
+        floating-point timesteps.
 
         Raises:
-            ValueError: If the scheduler has none.
+            ValueError: If the scheduler does not add Gaussian noise at timesteps of its own, or none at one of them.
         """
-        if not hasattr(scheduler, "alphas_cumprod"):
-            raise ValueError(
-                f"{type(scheduler).__name__} has no alphas_cumprod, so it defines no discrete diffusion process: "
-                "use a DDPM-like scheduler, or DiffusionProcess.flow() for flow matching"
-            )
-        return cls._from_alphas_cumprod(scheduler.alphas_cumprod)
+        name = type(scheduler).__name__
+        for times in _timesteps_of(scheduler):
+            levels = _levels_of(scheduler, times)
+            if levels is None:
+                continue
+            alphas, sigmas = levels
+            bad = ~((alphas >= 0) & (sigmas > 0) & alphas.isfinite() & sigmas.isfinite())
+            if bool(bad.any()):
+                raise ValueError(
+                    f"{name} has α = {alphas[bad][0]:g}, σ = {sigmas[bad][0]:g} at timestep {times[bad][0]:g}, where "
+                    "no perturbation can become noise: take betas that are all above 0, or for flow matching "
+                    "DiffusionProcess.flow(T, shift)"
+                )
+            return cls(alphas, sigmas, times)
+        raise ValueError(
+            f"{name} does not add Gaussian noise to a batch at timesteps of its own, so it describes no process: take "
+            "the scheduler of training, such as DDPMScheduler or FlowMatchEulerDiscreteScheduler, or a process by name "
+            "(DiffusionProcess.linear, cosine, flow)"
+        )
 
     # -- what it does ----------------------------------------------------------------------------------------
 
@@ -170,32 +252,117 @@ class DiffusionProcess:
         low[0] = low[1] if len(low) > 1 else self.betas[0]
         return low.log(), self.betas.log()
 
+    def log_variances(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Return log β̃_t and log β_t shaped (B, 1, …, 1), on the device and in the precision of ``like`` (B, *)."""
+        index = self.index(t)
+        low, high = self._log_variances
+        return low.at(index, like), high.at(index, like)
+
     def posterior_mean(self, x0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         """The mean of q(x_{t−1} | x_t, x_0) of a variance-preserving process (Ho et al., 2020, equation 7), (B, *)."""
-        a = self.alphas_cumprod
-        before = torch.cat([a.new_ones(1), a[:-1]])
-        of_x0 = before.sqrt() * self.betas / (1 - a)
-        of_x_t = (1 - self.betas).sqrt() * (1 - before) / (1 - a)
-        return per_sample(of_x0, t, x0) * x0 + per_sample(of_x_t, t, x_t) * x_t
+        index = self.index(t)
+        of_x0, of_x_t = self._posterior
+        return of_x0.at(index, x0) * x0 + of_x_t.at(index, x_t) * x_t
 
     def respace(self, indices: Tensor) -> DiffusionProcess:
         """The process seen at some of its times only: the table of a sampler with fewer steps.
 
         Arguments:
-            indices: Ascending time indices in [0, T), with shape (S,).
+            indices: Time indices in [0, T), with shape (S,).
         """
         return DiffusionProcess(self.alphas[indices], self.sigmas[indices], self.times[indices])
 
+    def index(self, t: Tensor) -> Tensor:
+        """Return the indices (B,), int64, that ``t`` means: whole numbers are indices, others are found in ``times``.
+
+        A tensor on a GPU is not read back. There an index that is out of range is an error of the device, and a time
+        that the process does not have makes NaN of all that is computed from it.
+
+        Raises:
+            ValueError: If ``t`` is boolean, an index is not in [0, T), or ``times`` has no such time.
+        """
+        if t.dtype == torch.bool:
+            raise ValueError("t is boolean: give time indices as whole numbers, or times")
+        readable = t.device.type == "cpu" and t.numel() > 0
+        if not t.is_floating_point():
+            if readable and not 0 <= int(t.min()) <= int(t.max()) < len(self):
+                raise ValueError(f"t must be in [0, {len(self)}); got {int(t.min())} to {int(t.max())}")
+            return t.long()
+        times, order = self._sorted_times
+        precision = torch.promote_types(t.dtype, torch.float32)
+        known, value = times.on(t.device, precision), t.to(precision)
+        above = torch.searchsorted(known, value).clamp_max(len(self) - 1)
+        below = (above - 1).clamp_min(0)
+        nearest = torch.where((value - known[below]).abs() < (known[above] - value).abs(), below, above)
+        # As wide as the rounding of float32, which is far below the distance of two times.
+        found = (known[nearest] - value).abs() <= self._tolerance
+        if readable and not bool(found.all()):
+            raise ValueError(
+                f"there is no time {float(value[~found].flatten()[0]):g} in this process of {len(self)} times from "
+                f"{float(known[0]):g} to {float(known[-1]):g}: give its own times, or indices as whole numbers"
+            )
+        return torch.where(found, order.on(t.device, torch.int64)[nearest], len(self))
+
+    def times_at(self, t: Tensor, like: Tensor) -> Tensor:
+        """Return what a network is given as the times of points ``like`` (B, *), with shape (B,), on their device.
+
+        Whole numbers stay whole; others are never below float32, in which neighbouring times differ.
+        """
+        dtype = self.times.dtype
+        if self.times.is_floating_point():
+            dtype = torch.promote_types(like.dtype, torch.float32)
+        return self._times.take(self.index(t).to(like.device), dtype)
+
     def levels(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """α_t and σ_t shaped (B, 1, …, 1), on the device and in the precision of ``like`` (B, *)."""
-        return per_sample(self.alphas, t, like), per_sample(self.sigmas, t, like)
+        index = self.index(t)
+        return self._alphas.at(index, like), self._sigmas.at(index, like)
+
+    def sigmas_at(self, t: Tensor, like: Tensor) -> Tensor:
+        """Return σ_t with shape (B,), on the device of ``like`` and never below float32, in which levels differ."""
+        precision = torch.promote_types(like.dtype, torch.float32)
+        return self._sigmas.take(self.index(t).to(like.device), precision)
+
+    @cached_property
+    def _alphas(self) -> Table:
+        return Table(self.alphas)
+
+    @cached_property
+    def _sigmas(self) -> Table:
+        return Table(self.sigmas)
+
+    @cached_property
+    def _times(self) -> Table:
+        return Table(self.times)
+
+    @cached_property
+    def _sorted_times(self) -> tuple[Table, Table]:
+        times, order = self.times.to(torch.float64).sort()
+        return Table(times), Table(order)
+
+    @cached_property
+    def _tolerance(self) -> float:
+        return 1e-6 * float(self.times.abs().max())
+
+    @cached_property
+    def _log_variances(self) -> tuple[Table, Table]:
+        low, high = self.log_variance_range
+        return Table(low), Table(high)
+
+    @cached_property
+    def _posterior(self) -> tuple[Table, Table]:
+        """The factors of x_0 and x_t in :meth:`posterior_mean`."""
+        a = self.alphas_cumprod
+        before = torch.cat([a.new_ones(1), a[:-1]])
+        of_x0 = before.sqrt() * self.betas / (1 - a)
+        return Table(of_x0), Table((1 - self.betas).sqrt() * (1 - before) / (1 - a))
 
     def diffuse(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """x_t = α_t x_0 + σ_t ε.
 
         Arguments:
             x0: Clean samples, with shape (B, *).
-            t: Time indices in [0, T), with shape (B,).
+            t: Time indices in [0, T), or times, with shape (B,).
             noise: The noise ε, with shape (B, *).
         """
         alpha, sigma = self.levels(t, x0)
@@ -208,10 +375,13 @@ class DiffusionProcess:
 
         Arguments:
             noise: The noise ε, with shape (B, *).
-            t: Time indices in [0, T), with shape (B,).
+            t: Time indices in [0, T), or times (:meth:`index`), with shape (B,).
             delta: The perturbation δ of x_t, with shape (B, *).
+
+        Raises:
+            ValueError: If the process has no such time.
         """
-        return noise + delta.detach() / self.levels(t, noise)[1]
+        return noise + delta.detach() / self._sigmas.at(self.index(t), noise)
 
     def target(self, prediction: Prediction, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """What a model of the given parameterisation should predict at x_t = α_t x_0 + σ_t ε, with shape (B, *)."""
@@ -245,3 +415,39 @@ class DiffusionProcess:
                 total = alpha + sigma
                 return (x_t - sigma * output) / total, (x_t + alpha * output) / total
         raise ValueError(f"unknown prediction {prediction!r}: use one of {', '.join(PREDICTIONS)}")
+
+
+def _timesteps_of(scheduler: Any) -> list[Tensor]:
+    """Return the timesteps (T,) that a scheduler may be asked for: whole numbers first, then those of its table."""
+    T = getattr(getattr(scheduler, "config", None), "num_train_timesteps", None)
+    table = getattr(scheduler, "timesteps", None)
+    table = None if table is None or len(table) == 0 else table.detach().cpu()
+    whole = None if T is None or not hasattr(scheduler, "add_noise") else torch.arange(T)
+    # Some take a timestep that is not in their table for its last one, and say nothing.
+    if whole is not None and hasattr(scheduler, "index_for_timestep"):
+        whole = whole if table is not None and bool(torch.isin(whole.to(table.dtype), table).all()) else None
+    return [times for times in (whole, table) if times is not None]
+
+
+def _levels_of(scheduler: Any, times: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Return the α and σ of a scheduler at timesteps (T,), each with shape (T,), float64; None if it has none there."""
+
+    def noisy(x0: Tensor, noise: Tensor, times: Tensor) -> Tensor:
+        asked = copy.deepcopy(scheduler)  # some remember the timestep that they were asked for first
+        if hasattr(asked, "add_noise"):
+            result: Tensor = asked.add_noise(x0, noise, times)
+        else:
+            result = asked.scale_noise(x0, times, noise)
+        return result
+
+    zeros = torch.zeros(len(times), 1, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(0)
+    x0, noise = (torch.randn(zeros.shape, generator=generator, dtype=torch.float64) for _ in range(2))
+    some = torch.randperm(len(times), generator=generator)[:3]  # a batch, and not the whole table
+    try:
+        alpha, sigma = noisy(zeros + 1, zeros, times), noisy(zeros, zeros + 1, times)
+        expected = (alpha * x0 + sigma * noise)[some]
+        linear = torch.allclose(noisy(x0[some], noise[some], times[some]), expected, rtol=1e-6, atol=1e-6)
+    except Exception:  # a scheduler that is asked for what it does not have raises anything
+        return None
+    return (alpha[:, 0], sigma[:, 0]) if linear else None

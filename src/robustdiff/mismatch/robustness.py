@@ -31,7 +31,6 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from robustdiff.objectives.denoising import predict
-from robustdiff.objectives.objective import times_at
 from robustdiff.perturbation import PGDAdversary
 from robustdiff.process import DiffusionProcess, Prediction, broadcast
 
@@ -198,7 +197,7 @@ def measure_robustness(
     result = []
     for index in indices:
         t = torch.full((len(x0),), index, device=x0.device)
-        times = times_at(process, t, x0)
+        times = process.times_at(t, x0)
         x_t = process.diffuse(x0, t, noise)
         sigma = process.levels(t, x0)[1]
 

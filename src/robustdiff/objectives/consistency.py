@@ -372,7 +372,7 @@ class ConsistencyObjective(Objective):
             condition: What else student, target and teacher are called with, such as ``class_labels``.
         """
         if t is None:
-            t, _ = self.timesteps.draw(len(x0), generator)  # neither distribution has weights
+            t, _ = self.timesteps.draw(len(x0), generator, x0.device)  # neither distribution has weights
             t = t.to(x0.device)
         if noise is None:
             noise = gaussian(x0, generator)

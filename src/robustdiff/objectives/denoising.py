@@ -40,9 +40,9 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from robustdiff.objectives.objective import Draw, Objective, gaussian, predict, times_at
+from robustdiff.objectives.objective import Draw, Objective, gaussian, predict
 from robustdiff.objectives.timesteps import LossSecondMoment, TimestepSampler, Uniform
-from robustdiff.process import PREDICTIONS, DiffusionProcess, Prediction, broadcast, per_sample
+from robustdiff.process import PREDICTIONS, DiffusionProcess, Prediction, broadcast
 
 __all__ = ["VARIANCES", "DenoisingObjective", "Draw", "Variance", "predict"]
 
@@ -120,7 +120,7 @@ class DenoisingObjective(Objective):
         """
 
         if t is None:
-            t, weight = self.timesteps.draw(len(x0), generator)
+            t, weight = self.timesteps.draw(len(x0), generator, x0.device)
             t, weight = t.to(x0.device), None if weight is None else weight.to(x0.device)
         noise = gaussian(x0, generator) if noise is None else noise
         at = noise
@@ -165,7 +165,7 @@ class DenoisingObjective(Objective):
             x, noise = x + delta, self.process.absorb(noise, draw.t, delta)
             if self.through_target:
                 noise = noise + (delta - delta.detach()) / self.process.levels(draw.t, delta)[1]  # + 0, with a gradient
-        output = predict(model, x, times_at(self.process, draw.t, x), draw.condition)
+        output = predict(model, x, self.process.times_at(draw.t, x), draw.condition)
         channels = draw.x0.shape[1] * (2 if self.variance == "learned_range" else 1)
         if output.shape[1] != channels:
             raise ValueError(
@@ -185,7 +185,7 @@ class DenoisingObjective(Objective):
 
     def _variational_bound(self, x0: Tensor, x_t: Tensor, t: Tensor, prediction: Tensor, v: Tensor) -> Tensor:
         """One term of the variational bound, in bits per dimension, with shape (B,)."""
-        low, high = (per_sample(end, t, x_t) for end in self.process.log_variance_range)
+        low, high = self.process.log_variances(t, x_t)
         fraction = (v + 1) / 2
         log_variance = fraction * high + (1 - fraction) * low
         x0_hat, _ = self.process.split(self.prediction, x_t, t, prediction)

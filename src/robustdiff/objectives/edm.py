@@ -28,7 +28,7 @@ from robustdiff.objectives.denoising import DenoisingObjective
 from robustdiff.objectives.objective import Draw, precise
 from robustdiff.objectives.preconditioning import Denoise, Preconditioned, karras_process, karras_sigmas
 from robustdiff.objectives.timesteps import LogNormal
-from robustdiff.process import broadcast, per_sample
+from robustdiff.process import Table, broadcast
 
 __all__ = ["EDMObjective"]
 
@@ -70,6 +70,7 @@ class EDMObjective(DenoisingObjective):
         self.sigma_data = sigma_data
         self.teacher = teacher
         self.teacher_below = teacher_below
+        self._weights = Table((sigmas**2 + sigma_data**2) / (sigmas * sigma_data) ** 2)
 
     @torch.no_grad()
     def draw(
@@ -86,7 +87,7 @@ class EDMObjective(DenoisingObjective):
         draw = super().draw(x0, t, noise, generator, weight, input_noise, **condition)
         if self.teacher is None:
             return draw
-        sigma = self.process.sigmas.to(precise(x0.dtype)).to(x0.device)[draw.t]
+        sigma = self.process.sigmas_at(draw.t, x0)
         taught = self.teacher(draw.x_t, sigma, **draw.condition)
         below = broadcast(sigma < self.teacher_below, x0)
         return replace(draw, x0=torch.where(below, taught, draw.x0))
@@ -94,7 +95,5 @@ class EDMObjective(DenoisingObjective):
     def __call__(self, model: Callable[..., Any], draw: Draw, delta: Tensor | None = None) -> dict[str, Tensor]:
         """The losses at x_t + δ: "loss" is λ(σ) · "mse", each with shape (B,)."""
         losses = super().__call__(Preconditioned(model, self.sigma_data), draw, delta)
-        sigma = self.process.sigmas
-        weights = (sigma**2 + self.sigma_data**2) / (sigma * self.sigma_data) ** 2
         loss = losses["loss"].to(precise(losses["loss"].dtype))
-        return {**losses, "loss": per_sample(weights, draw.t, loss) * loss}
+        return {**losses, "loss": self._weights.take(draw.t, loss.dtype) * loss}

@@ -13,7 +13,7 @@ from torch import Tensor
 from robustdiff.objectives.timesteps import TimestepSampler
 from robustdiff.process import DiffusionProcess
 
-__all__ = ["Draw", "Objective", "follow", "gaussian", "precise", "predict", "times_at"]
+__all__ = ["Draw", "Objective", "follow", "gaussian", "precise", "predict"]
 
 
 @dataclass
@@ -74,13 +74,6 @@ def follow(average: list[Tensor], values: list[Tensor], weight: float, stepped: 
     gaps = torch._foreach_sub(values, average)
     torch._foreach_mul_(gaps, weight * stepped)
     torch._foreach_add_(average, gaps)
-
-
-def times_at(process: DiffusionProcess, t: Tensor, x: Tensor) -> Tensor:
-    """What a network is given as the times of points x (B, *) at indices (B,), on their device, with shape (B,)."""
-    times = process.times
-    # Rounded before they move: not every device has float64. Whole numbers stay whole.
-    return (times.to(precise(x.dtype)) if times.is_floating_point() else times).to(x.device)[t]
 
 
 class Objective(ABC):

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from robustdiff.objectives.objective import predict, times_at
+from robustdiff.objectives.objective import predict
 from robustdiff.process import DiffusionProcess, Prediction, broadcast
 
 __all__ = ["Denoised", "Denoiser", "Evaluation"]
@@ -83,7 +83,7 @@ class Denoiser:
         """Evaluate the network at time ``process.times[index]``; indices with shape (B,) are one for each sample."""
         channels = x_t.shape[1]
         t = index if isinstance(index, Tensor) else torch.full((len(x_t),), index, device=x_t.device)
-        output = predict(self.model, x_t, times_at(process, t, x_t), self.condition).to(x_t.dtype)
+        output = predict(self.model, x_t, process.times_at(t, x_t), self.condition).to(x_t.dtype)
         variance = output[:, channels:] if output.shape[1] == 2 * channels else None
         x0, noise = process.split(self.prediction, x_t, t, output[:, :channels])
         predicted = Denoised(x0, noise, variance)

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from robustdiff.process import DiffusionProcess, per_sample
+from robustdiff.process import DiffusionProcess
 from robustdiff.samplers.denoiser import Denoiser
 from robustdiff.samplers.spacing import evenly_spaced
 
@@ -27,15 +27,14 @@ def iddpm(
 ) -> Tensor:
     """Sample from x_T (B, C, H, W) to x_0 in S steps, with one of ``noises`` (B, C, H, W) in each but the last."""
     respaced = process.respace(evenly_spaced(steps, len(process)))
-    low, high = respaced.log_variance_range
     for index in reversed(range(len(respaced))):
         t = torch.full((len(x),), index, device=x.device)
         denoised = denoiser(x, index, respaced)
         x = respaced.posterior_mean(denoised.x0, x, t)
         if index > 0:
-            log_variance = per_sample(low, t, x)
+            log_variance, high = respaced.log_variances(t, x)
             if denoised.variance is not None:
                 fraction = (denoised.variance + 1) / 2
-                log_variance = fraction * per_sample(high, t, x) + (1 - fraction) * log_variance
+                log_variance = fraction * high + (1 - fraction) * log_variance
             x = x + (0.5 * log_variance).exp() * next(noises)
     return x
