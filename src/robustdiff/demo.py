@@ -82,8 +82,13 @@ def _train_each(
         if result is None:
             return None
         training[method] = {"recipe": recipe.model_dump(mode="json"), **result}
-        generators[method] = Generator.load(recipe.output, seed=seed, precision=recipe.precision, batch_size=BATCH)
+        generators[method] = _load(recipe.output, seed, recipe.precision)
     return generators, training
+
+
+def _load(network: str, seed: int, precision: str) -> Generator:
+    """Return how images are made of a network, on the device that is trained on."""
+    return Generator.load(network, Accelerator().device, seed=seed, precision=precision, batch_size=BATCH)
 
 
 def _counter(on_progress: Progress) -> Callable[[int, str], None]:
@@ -110,7 +115,7 @@ def _evaluation(
         on_progress: As in :func:`run_demo`.
     """
     accelerator = Accelerator()
-    extractor = load_extractor("fashion-16")
+    extractor = load_extractor("fashion-16", device=accelerator.device)
     on_part("statistics of the real images", 1)
     reference = reference_statistics(load_dataset("fashion-16"), extractor)
     on_part("sampling (network evaluations)", evaluations * num)
@@ -231,9 +236,7 @@ def run_consistency_demo(
     evaluate, obtained_on = _evaluation(size.images, evaluations, on_part, on_progress)
     grid = evaluate(generators, ("multistep",), DISTILLED_STEPS)
     precision = recipes["plain"].precision
-    teacher = evaluate(
-        {"teacher": Generator.load(TEACHER, seed=seed, precision=precision, batch_size=BATCH)}, ("ddim",), TEACHER_STEPS
-    )
+    teacher = evaluate({"teacher": _load(TEACHER, seed, precision)}, ("ddim",), TEACHER_STEPS)
     what = f"distillation on fashion-16, {size.updates} updates, {size.images} images a cell, seed {seed}"
     settings = {
         "obtained_on": obtained_on,

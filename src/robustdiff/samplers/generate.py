@@ -149,7 +149,7 @@ class Generator:
         return self.unet if self.model is None else self.model
 
     def fingerprint(self) -> str:
-        """Return the sha256 of the UNet's parameters, in their order: the same on every device, in every memory format."""
+        """Return the sha256 of the UNet's parameters, in their order, whatever device and memory format they are in."""
         digest = hashlib.sha256()
         for value in self.unet.state_dict().values():
             digest.update(value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())

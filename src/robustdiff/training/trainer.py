@@ -636,7 +636,8 @@ def train(
             project_config=ProjectConfiguration(project_dir=str(folder), logging_dir=str(folder)),
         )
     except ValueError as error:  # a device that cannot compute so
-        raise InputError(f"precision={recipe.precision} cannot be trained in here ({error}): set precision=auto") from None
+        message = f"precision={recipe.precision} is not for this device: {str(error).rstrip('.')}; set precision=auto"
+        raise InputError(message) from None
     set_seed(recipe.seed)  # before the network is made: all processes start from the same
     trainer = Trainer(recipe, accelerator, dataset, build_model(recipe, dataset))
     if accelerator.is_main_process:
