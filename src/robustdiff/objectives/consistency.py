@@ -432,7 +432,8 @@ class ConsistencyObjective(Objective):
 
     def _fork(self, device: torch.device) -> AbstractContextManager[None]:
         """Leave the generators as they were before the block, so that the target's dropout is the student's."""
-        if not getattr(self.target, "training", True):  # nothing is dropped out, and a CUDA graph cannot be captured with this
+        # Otherwise nothing is dropped out; and states of generators cannot be read while a CUDA graph is captured.
+        if not getattr(self.target, "training", True):
             return nullcontext()
         fork = torch.random.fork_rng
         return fork([]) if device.type == "cpu" else fork([device], device_type=device.type)

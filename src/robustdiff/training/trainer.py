@@ -312,7 +312,7 @@ class Trainer:
         class_cond = self.built.unet.config.num_class_embeds is not None
         while True:
             generator = batch_generator(recipe.seed, self.batch, accelerator.device)
-            t, weight = self.objective.timesteps.draw(recipe.batch_size, generator)
+            t, weight = self.objective.timesteps.draw(recipe.batch_size, generator, accelerator.device)
             noise = torch.randn(
                 (recipe.batch_size, *self.dataset.shape), generator=generator, device=accelerator.device
             )
