@@ -34,7 +34,9 @@ class Transfers(TorchDispatchMode):
         tensors = [x for x in tree_leaves((args, kwargs or {}, out)) if isinstance(x, torch.Tensor)]
         name = func.name().partition(".")[0]
         if name not in ("aten::_to_copy", "aten::copy_"):
-            tensors = [x for x in tensors if x.ndim or x.device == META]  # a number of the host is an argument of a kernel
+            tensors = [
+                x for x in tensors if x.ndim or x.device == META
+            ]  # a number of the host is an argument of a kernel
         devices = {x.device for x in tensors}
         if len(devices) > 1 or (devices == {META} and name in READS):
             self.seen.append(name)
@@ -110,7 +112,9 @@ def teachers(tmp_path_factory):
     folders = {}
     for name, scheduler in {"TEACHER": DDPMScheduler(1000), "EDM": EDMEulerScheduler()}.items():
         folders[name] = tmp_path_factory.mktemp(name)
-        save_pipeline(folders[name], build_unet(ModelConfig(channels=[8], layers=1, groups=4), (1, 8, 8), None), scheduler)
+        save_pipeline(
+            folders[name], build_unet(ModelConfig(channels=[8], layers=1, groups=4), (1, 8, 8), None), scheduler
+        )
     return folders
 
 
@@ -143,5 +147,3 @@ def test_a_draw_without_a_generator_is_made_on_the_device(tiny, on_the_device, t
         draw = objective.draw(x0)
     assert draw.x_t.device == draw.t.device == META
     assert transfers.seen == []
-
-

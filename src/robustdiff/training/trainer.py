@@ -638,6 +638,8 @@ def train(
     except ValueError as error:  # a device that cannot compute so
         message = f"precision={recipe.precision} is not for this device: {str(error).rstrip('.')}; set precision=auto"
         raise InputError(message) from None
+    if recipe.precision == "fp16" and not accelerator.native_amp:  # accelerate would say nothing, and train in fp32
+        raise InputError("precision=fp16 is not for a CPU: set precision=bf16, fp32 or auto")
     set_seed(recipe.seed)  # before the network is made: all processes start from the same
     trainer = Trainer(recipe, accelerator, dataset, build_model(recipe, dataset))
     if accelerator.is_main_process:
