@@ -29,11 +29,12 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from robustdiff.process import DiffusionProcess, broadcast
+from robustdiff.process import DiffusionProcess, Table, broadcast
 
 __all__ = [
     "L1",
@@ -213,8 +214,8 @@ class NoiseLevel(RadiusSchedule):
     def __call__(self, x_t: Tensor, t: Tensor | None, training_step: int | None, norm: Norm) -> Tensor:
         if t is None:
             raise ValueError("a radius by timestep needs t: call adversary(x_t, t)")
-        sigmas = self.process.sigmas.to(x_t.dtype).to(x_t.device)
-        return self.eta * norm.of_ones(x_t[0].numel()) * sigmas[t]
+        sigma = self.process.levels(t, x_t)[1].flatten()
+        return self.eta * norm.of_ones(x_t[0].numel()) * sigma
 
 
 @dataclass(frozen=True)
@@ -249,11 +250,14 @@ class SamplerDistance(RadiusSchedule):
         if not self.eta >= 0:
             raise ValueError(f"eta must be at least 0; got {self.eta}")
 
+    @cached_property
+    def _radii(self) -> Table:
+        return Table(self.distances().clamp_max(self.eta))
+
     def __call__(self, x_t: Tensor, t: Tensor | None, training_step: int | None, norm: Norm) -> Tensor:
         if t is None:
             raise ValueError("a radius by timestep needs t: call adversary(x_t, t)")
-        radius = self.distances().clamp_max(self.eta).to(x_t.device, x_t.dtype)
-        return radius[t] * norm.of_ones(x_t[0].numel())
+        return self._radii.at(self.process.index(t), x_t).flatten() * norm.of_ones(x_t[0].numel())
 
 
 @dataclass(frozen=True)
@@ -278,11 +282,17 @@ class Within(RadiusSchedule):
         if not 0 <= self.low <= self.high:
             raise ValueError(f"the noise levels must be 0 ≤ low ≤ high; got {self.low} and {self.high}")
 
+    @cached_property
+    def _inside(self) -> Table:
+        """1 at the times that are perturbed, and 0 at the others."""
+        sigmas = self.process.sigmas
+        return Table(((sigmas >= self.low) & (sigmas <= self.high)).to(torch.float64))
+
     def __call__(self, x_t: Tensor, t: Tensor | None, training_step: int | None, norm: Norm) -> Tensor:
         if t is None:
             raise ValueError("a radius by timestep needs t: call adversary(x_t, t)")
-        inside = (self.process.sigmas >= self.low) & (self.process.sigmas <= self.high)
-        return self.radius(x_t, t, training_step, norm) * inside.to(x_t.device)[t]
+        inside = self._inside.at(self.process.index(t), x_t).flatten()
+        return self.radius(x_t, t, training_step, norm) * inside
 
 
 @dataclass(frozen=True)

@@ -347,3 +347,16 @@ def test_mistakes_are_named():
             DenoisingObjective(COSINE, **arguments)
     with pytest.raises(ValueError, match="variance-preserving"):
         DenoisingObjective(DiffusionProcess.flow(10), "flow", variance="learned_range")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_losses_of_points_in_half_precision_are_float32(dtype):
+    objective = DenoisingObjective(COSINE, variance="learned_range")
+    x0, noise, delta = (value.to(dtype) for value in tensors())
+    model = Network(4)
+    draw = objective.draw(x0, t=torch.tensor([0, 100, 500, 990]), noise=noise)
+    losses = objective(lambda x, t: model(x.double(), t).sample.to(dtype), draw, 0.1 * delta)
+    assert {value.dtype for value in losses.values()} == {torch.float32}
+    assert all(value.isfinite().all() for value in losses.values())
+    large = objective(lambda x, t: torch.full_like(x, 300.0).repeat(1, 2, 1, 1), draw)  # its square is no float16
+    assert large["mse"].isfinite().all()

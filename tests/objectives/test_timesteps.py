@@ -68,3 +68,21 @@ def test_a_state_continues_where_it_was():
 def test_a_distribution_that_is_nowhere_on_the_levels_is_refused(mean, std, message):
     with pytest.raises(ValueError, match=message):
         LogNormal(torch.tensor([0.002, 1.0, 80.0]), mean, std)
+
+
+def test_a_batch_is_remembered_in_its_order_one_loss_after_the_other():
+    """Also a time that comes more often in it than the history is long."""
+    T, history = 3, 4
+    sampler, generator = LossSecondMoment(T, history), np.random.default_rng(0)
+    expected, counts = np.zeros((T, history)), np.zeros(T, np.int64)
+    for size in (1, 2, 30, 5, 30):
+        times, losses = generator.integers(T, size=size), generator.normal(size=size)
+        losses[generator.random(size) < 0.2] = np.inf
+        for time, loss in zip(times, losses, strict=True):
+            if np.isfinite(loss):
+                expected[time, counts[time] % history] = loss
+                counts[time] += 1
+        sampler.update(torch.from_numpy(times), torch.from_numpy(losses))
+        state = sampler.state_dict()
+        assert np.array_equal(state["losses"], expected)
+        assert np.array_equal(state["counts"], counts)

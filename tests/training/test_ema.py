@@ -178,3 +178,27 @@ def test_a_decay_that_keeps_the_start_is_said_when_starting_and_when_resuming(ro
 def test_a_decay_that_does_not_is_not_spoken_of(tiny, caplog, ema):
     train(tiny(ema=ema, steps=3), cpu=True)
     assert not caplog.records
+
+
+def test_a_step_that_was_not_made_leaves_the_average(parameters):
+    ema, reference = EMA(parameters, 0.75), EMA(parameters, 0.75)
+    with torch.no_grad():
+        for p in parameters:
+            p.add_(1 / 3)
+    ema.update(torch.tensor(False))
+    assert torch.equal(ema.average[0], torch.tensor([1.0, 2.0]))
+    ema.update(torch.tensor(True))
+    reference.update()
+    torch.testing.assert_close(ema.average, reference.average, rtol=1e-6, atol=0)
+
+
+def test_the_state_is_contiguous_whatever_the_memory_format():
+    weight = nn.Parameter(torch.randn(4, 3, 3, 3).to(memory_format=torch.channels_last))
+    ema = EMA([weight], 0.5)
+    assert not ema.average[0].is_contiguous()
+    state = ema.state_dict()
+    assert state["00000"].is_contiguous()
+    ema.average[0].zero_()
+    ema.load_state_dict(state)
+    assert torch.equal(ema.average[0], weight)
+    assert ema.average[0].stride() == weight.stride()

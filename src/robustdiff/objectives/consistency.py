@@ -38,6 +38,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, Literal, get_args
@@ -47,7 +48,7 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from robustdiff.errors import InputError
-from robustdiff.objectives.objective import Draw, Objective, gaussian, precise
+from robustdiff.objectives.objective import Draw, Objective, follow, gaussian, precise
 from robustdiff.objectives.preconditioning import Denoise, Preconditioned, karras_process, karras_sigmas
 from robustdiff.objectives.timesteps import LogNormal, Uniform
 from robustdiff.process import broadcast
@@ -372,12 +373,11 @@ class ConsistencyObjective(Objective):
             condition: What else student, target and teacher are called with, such as ``class_labels``.
         """
         if t is None:
-            t, _ = self.timesteps.draw(len(x0), generator)  # neither distribution has weights
+            t, _ = self.timesteps.draw(len(x0), generator, x0.device)  # neither distribution has weights
             t = t.to(x0.device)
         if noise is None:
             noise = gaussian(x0, generator)
-        sigmas = self.process.sigmas.to(precise(x0.dtype)).to(x0.device)
-        upper, lower = sigmas[t + 1], sigmas[t]
+        upper, lower = self.process.sigmas_at(t + 1, x0), self.process.sigmas_at(t, x0)
         x_next = (x0 + broadcast(upper, x0) * noise).to(x0.dtype)
         if self.teacher is None:
             solved = (x0 + broadcast(lower, x0) * noise).to(x0.dtype)
@@ -410,7 +410,7 @@ class ConsistencyObjective(Objective):
             delta: The perturbation δ, with shape (B, *); none is 0.
 
         Returns:
-            Losses with shape (B,): "loss" (weighted) and "distance".
+            Losses with shape (B,): "loss" (weighted) and "distance", never below float32.
         """
         assert isinstance(draw, ConsistencyDraw)
         x_next, solved = draw.x_next, draw.solved
@@ -422,27 +422,33 @@ class ConsistencyObjective(Objective):
             x_next = x_next + delta
         student = Preconditioned(model, self.sigma_data, self.sigma_min)
         target = Preconditioned(self.target, self.sigma_data, self.sigma_min)
-        device = draw.x0.device
-        # Leaves the generators as they were before, so that the target's dropout is the student's.
-        fork = torch.random.fork_rng
-        with fork([]) if device.type == "cpu" else fork([device], device_type=device.type):
+        with self._fork(draw.x0.device):
             end = student(x_next, draw.upper, **draw.condition)
         with torch.set_grad_enabled(through_target):
             goal = target(solved, draw.lower, **draw.condition)
-        distance = self.distance(end, goal)
+        precision = precise(draw.x0.dtype)
+        distance = self.distance(end.to(precision), goal.to(precision))
         return {"loss": distance if draw.weight is None else draw.weight * distance, "distance": distance}
 
+    def _fork(self, device: torch.device) -> AbstractContextManager[None]:
+        """Leave the generators as they were before the block, so that the target's dropout is the student's."""
+        # Otherwise nothing is dropped out; and states of generators cannot be read while a CUDA graph is captured.
+        if not getattr(self.target, "training", True):
+            return nullcontext()
+        fork = torch.random.fork_rng
+        return fork([]) if device.type == "cpu" else fork([device], device_type=device.type)
+
     @torch.no_grad()
-    def after_update(self, model: nn.Module) -> None:
-        """θ⁻ ← μ θ⁻ + (1 − μ) θ, and the number of levels of the next update. Call it after every optimiser step.
+    def after_update(self, model: nn.Module, stepped: Tensor | None = None) -> None:
+        """Set θ⁻ ← μ θ⁻ + (1 − μ) θ and the number of levels of the next update. Call it after every optimiser step.
 
         Arguments:
             model: The student; its parameters are those of the target, in the same order.
+            stepped: Whether the optimiser made the step, a boolean scalar on the model's device; where it is false θ⁻
+                stays. None: it did.
         """
         _, decay = self.schedule(self.updates)
-        torch._foreach_lerp_(
-            [p.data for p in self.target.parameters()], [p.data for p in model.parameters()], 1 - decay
-        )
+        follow([p.data for p in self.target.parameters()], [p.data for p in model.parameters()], 1 - decay, stepped)
         self.updates += 1
         if self.schedule(self.updates)[0] != len(self.process):
             self._set_scales()

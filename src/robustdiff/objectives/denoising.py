@@ -40,7 +40,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from robustdiff.objectives.objective import Draw, Objective, gaussian, predict
+from robustdiff.objectives.objective import Draw, Objective, gaussian, precise, predict
 from robustdiff.objectives.timesteps import LossSecondMoment, TimestepSampler, Uniform
 from robustdiff.process import PREDICTIONS, DiffusionProcess, Prediction, broadcast
 
@@ -120,7 +120,7 @@ class DenoisingObjective(Objective):
         """
 
         if t is None:
-            t, weight = self.timesteps.draw(len(x0), generator)
+            t, weight = self.timesteps.draw(len(x0), generator, x0.device)
             t, weight = t.to(x0.device), None if weight is None else weight.to(x0.device)
         noise = gaussian(x0, generator) if noise is None else noise
         at = noise
@@ -154,8 +154,8 @@ class DenoisingObjective(Objective):
             delta: The perturbation δ of x_t, with shape (B, *); none is 0.
 
         Returns:
-            Losses with shape (B,): "loss" (weighted), "mse", and "vb" (bits per dimension, before scaling) with a
-            learned variance.
+            Losses with shape (B,), never below float32: "loss" (weighted), "mse", and "vb" (bits per dimension, before
+            scaling) with a learned variance.
 
         Raises:
             ValueError: If the model's output does not have the channels that the objective needs.
@@ -171,15 +171,16 @@ class DenoisingObjective(Objective):
             raise ValueError(
                 f"the model gives {output.shape[1]} channels where variance={self.variance!r} needs {channels}"
             )
-        output = output.to(draw.x0.dtype)
-        prediction = output[:, : draw.x0.shape[1]]
-        target = self.process.target(self.prediction, draw.x0, draw.t, noise)
+        # Losses of points in half precision are not computed in it.
+        precision = precise(draw.x0.dtype)
+        x0, x, noise, output = (value.to(precision) for value in (draw.x0, x, noise, output))
+        prediction, v = output[:, : x0.shape[1]], output[:, x0.shape[1] :]
+        target = self.process.target(self.prediction, x0, draw.t, noise)
         losses = {"mse": (target - prediction).square().flatten(1).mean(1)}
         loss = losses["mse"]
         if self.variance == "learned_range":
-            v = output[:, draw.x0.shape[1] :]
             # As in the target, δ is in the two posteriors only as the point at which we train (x.detach()).
-            losses["vb"] = self._variational_bound(draw.x0, x.detach(), draw.t, prediction.detach(), v)
+            losses["vb"] = self._variational_bound(x0, x.detach(), draw.t, prediction.detach(), v)
             loss = loss + self.vb_scale * losses["vb"]
         return {"loss": loss if draw.weight is None else draw.weight * loss, **losses}
 
@@ -195,7 +196,7 @@ class DenoisingObjective(Objective):
             log_variance - low + (low - log_variance).exp() + (true_mean - mean).square() * (-log_variance).exp() - 1
         )
         nll = -_log_likelihood_of_pixels(x0, mean, log_variance)
-        first = broadcast(t == 0, x0)
+        first = broadcast(self.process.index(t) == 0, x0)
         return torch.where(first, nll, divergence).flatten(1).mean(1) / math.log(2)
 
 

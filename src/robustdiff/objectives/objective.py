@@ -13,7 +13,7 @@ from torch import Tensor
 from robustdiff.objectives.timesteps import TimestepSampler
 from robustdiff.process import DiffusionProcess
 
-__all__ = ["Draw", "Objective", "gaussian", "precise", "predict"]
+__all__ = ["Draw", "Objective", "follow", "gaussian", "precise", "predict"]
 
 
 @dataclass
@@ -57,6 +57,25 @@ def precise(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+@torch.no_grad()
+def follow(average: list[Tensor], values: list[Tensor], weight: float, stepped: Tensor | None = None) -> None:
+    """Move an average towards its parameters in place, a ← (1 − w) a + w θ.
+
+    Arguments:
+        average: a.
+        values: θ, of the same shapes.
+        weight: w in [0, 1]; with 1, a becomes θ exactly.
+        stepped: Whether θ has changed, a boolean scalar on its device; where it is false a stays. None: it has.
+    """
+    if stepped is None or weight == 1:
+        torch._foreach_lerp_(average, values, weight)
+        return
+    # The flag is not read: on a GPU that would wait for everything before it.
+    gaps = torch._foreach_sub(values, average)
+    torch._foreach_mul_(gaps, weight * stepped)
+    torch._foreach_add_(average, gaps)
+
+
 class Objective(ABC):
     """A training loss.
 
@@ -80,8 +99,15 @@ class Objective(ABC):
         """What is random about a batch beside t and ε: arguments of :meth:`draw`, each with a row for each sample."""
         return {}
 
-    def after_update(self, model: torch.nn.Module) -> None:  # noqa: B027  (most objectives have nothing to do)
-        """Called with the model after every optimiser update."""
+    def after_update(  # noqa: B027  (most objectives have nothing to do)
+        self, model: torch.nn.Module, stepped: Tensor | None = None
+    ) -> None:
+        """Follow an optimiser update. Called with the model after each.
+
+        Arguments:
+            model: The model.
+            stepped: Whether the update changed the model, a boolean scalar on its device; None: it did.
+        """
 
     def state(self) -> dict[str, Any]:
         """What a resumed run has to know, as JSON."""

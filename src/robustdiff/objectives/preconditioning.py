@@ -19,6 +19,7 @@ samplers of diffusion models apply.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -26,7 +27,8 @@ import torch
 from torch import Tensor
 
 from robustdiff.objectives.objective import precise, predict
-from robustdiff.process import DiffusionProcess, Prediction, broadcast
+from robustdiff.objectives.timesteps import double
+from robustdiff.process import DiffusionProcess, Prediction, Table, broadcast
 
 __all__ = [
     "Denoise",
@@ -114,42 +116,54 @@ class DiffusionDenoiser:
         prediction: What it predicts; "epsilon", "sample" or "v_prediction".
 
     Raises:
-        ValueError: If the process does not preserve variance.
+        ValueError: If the process does not preserve variance, or the network predicts flow.
     """
 
     def __init__(
         self, network: Callable[..., Any], process: DiffusionProcess, prediction: Prediction = "epsilon"
     ) -> None:
+        if prediction == "flow":
+            raise ValueError("a model that predicts flow has no variance-preserving process")
         if not process.variance_preserving:
             raise ValueError("a denoiser over noise levels can be made of a variance-preserving diffusion model only")
         self.network = network
         self.process = process
         self.prediction: Prediction = prediction
-        self._log_sigmas = (process.sigmas / process.alphas.clamp_min(1e-12)).log()
-        self._times = process.times.to(torch.float64)
+        log_sigmas = (process.sigmas / process.alphas.clamp_min(1e-12)).log()
+        self._log_range = float(log_sigmas[0]), float(log_sigmas[-1])
+        self._log_sigmas, self._times = Table(log_sigmas), Table(process.times.to(torch.float64))
 
     @property
     def sigma_max(self) -> float:
         """The largest level of the table."""
-        return float(self._log_sigmas[-1].exp())
+        return math.exp(self._log_range[1])
 
     def times(self, sigma: Tensor) -> Tensor:
         """The (fractional) times of levels (B,), with shape (B,), float64."""
-        log_sigma = sigma.to("cpu", torch.float64).log().clamp(self._log_sigmas[0], self._log_sigmas[-1])
-        above = torch.searchsorted(self._log_sigmas, log_sigma).clamp(1, len(self._log_sigmas) - 1)
-        low, high = self._log_sigmas[above - 1], self._log_sigmas[above]
-        return torch.lerp(self._times[above - 1], self._times[above], (log_sigma - low) / (high - low))
+        precision = double(sigma.device)
+        log_sigmas = self._log_sigmas.on(sigma.device, precision)
+        times = self._times.on(sigma.device, precision)
+        log_sigma = sigma.to(precision).log().clamp(*self._log_range)
+        above = torch.searchsorted(log_sigmas, log_sigma).clamp(1, len(log_sigmas) - 1)
+        low, high = log_sigmas[above - 1], log_sigmas[above]
+        return torch.lerp(times[above - 1], times[above], (log_sigma - low) / (high - low))
 
     def __call__(self, x: Tensor, sigma: Tensor, **condition: Any) -> Tensor:
         """D(x, σ), with shape (B, *)."""
-        time = self.times(sigma).to(precise(x.dtype)).to(x.device)
-        exact = sigma.to("cpu", torch.float64)
-        # The levels of σ itself, not of the table: split() then takes ε̂ from x as it is.
-        levels = DiffusionProcess((1 + exact**2) ** -0.5, exact * (1 + exact**2) ** -0.5)
-        own = torch.arange(len(sigma), device=x.device)
-        x_t = levels.levels(own, x)[0] * x
+        sigma = sigma.to(x.device)
+        time = self.times(sigma).to(precise(x.dtype))
+        exact = sigma.to(double(x.device))
+        # The levels of σ itself, not of the table, so that x̂_0 is what ε̂ leaves of x as it is.
+        scale = (1 + exact**2) ** -0.5
+        alpha, sigma = (broadcast(level.to(x.dtype), x) for level in (scale, exact * scale))
+        x_t = alpha * x
         output = predict(self.network, x_t, time, condition)[:, : x.shape[1]].to(x.dtype)
-        return levels.split(self.prediction, x_t, own, output)[0]
+        match self.prediction:
+            case "epsilon":
+                return (x_t - sigma * output) / alpha
+            case "v_prediction":
+                return (alpha * x_t - sigma * output) / (alpha**2 + sigma**2)
+        return output
 
 
 class OverTimes:
@@ -164,7 +178,7 @@ class OverTimes:
 
     def __init__(self, denoise: Denoise, sigmas: Tensor) -> None:
         self.denoise = denoise
-        self._log_sigmas = sigmas.to("cpu", torch.float64).log()
+        self._log_sigmas = Table(sigmas.to("cpu", torch.float64).log())
 
     @staticmethod
     def process(sigmas: Tensor) -> DiffusionProcess:
@@ -174,9 +188,10 @@ class OverTimes:
 
     def __call__(self, x_t: Tensor, t: Tensor, **condition: Any) -> Tensor:
         """x̂_0 at x_t = x/√(1 + σ²), with shape (B, *); times in [0, T − 1] with shape (B,)."""
-        position = t.to("cpu", torch.float64).clamp(0, len(self._log_sigmas) - 1)
-        below = position.floor().long().clamp_max(len(self._log_sigmas) - 2)
-        log_sigma = torch.lerp(self._log_sigmas[below], self._log_sigmas[below + 1], position - below)
+        log_sigmas = self._log_sigmas.on(x_t.device, double(x_t.device))
+        position = t.to(log_sigmas).clamp(0, len(log_sigmas) - 1)
+        below = position.floor().long().clamp_max(len(log_sigmas) - 2)
+        log_sigma = torch.lerp(log_sigmas[below], log_sigmas[below + 1], position - below)
         sigma = log_sigma.exp().expand(len(x_t))
-        scale = broadcast((1 + sigma**2).sqrt().to(x_t.dtype).to(x_t.device), x_t)
-        return self.denoise(scale * x_t, sigma.to(precise(x_t.dtype)).to(x_t.device), **condition)
+        scale = broadcast((1 + sigma**2).sqrt().to(x_t.dtype), x_t)
+        return self.denoise(scale * x_t, sigma.to(precise(x_t.dtype)), **condition)

@@ -13,18 +13,25 @@ from when every t has its ten losses; until then p is uniform. ADM's networks we
 
 Models over noise levels σ (Karras et al., 2022; consistency models) have instead a distribution of their own, which is
 a part of the loss and not weighted away: ln σ ~ N(P_mean, P_std²), on the levels of a table.
+
+Probabilities and losses are kept in float64 where times are drawn. On a GPU nothing here is read back.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-__all__ = ["TIMESTEPS", "LogNormal", "LossSecondMoment", "TimestepSampler", "Uniform"]
+from robustdiff.process import Table
+
+__all__ = ["TIMESTEPS", "LogNormal", "LossSecondMoment", "TimestepSampler", "Uniform", "double"]
+
+
+def double(device: torch.device) -> torch.dtype:
+    """Return float64, or float32 on the devices that have nothing wider."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 class TimestepSampler(ABC):
@@ -38,18 +45,25 @@ class TimestepSampler(ABC):
         self.T = T
 
     @abstractmethod
-    def draw(self, n: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor | None]:
-        """n times in [0, T) and the weights of their losses, each with shape (n,), on the generator's device.
+    def draw(
+        self, n: int, generator: torch.Generator | None = None, device: torch.device | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Draw times in [0, T) and the weights of their losses, each with shape (n,). No weights: all are 1.
 
-        No weights means that all are 1.
+        Arguments:
+            n: How many.
+            generator: Where they come from, on its device; torch's global generator by default.
+            device: Where to draw without a generator; the CPU by default.
         """
 
 
 class Uniform(TimestepSampler):
     """Every time is as likely as any other."""
 
-    def draw(self, n: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor | None]:
-        device = generator.device if generator is not None else None
+    def draw(
+        self, n: int, generator: torch.Generator | None = None, device: torch.device | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        device = generator.device if generator is not None else device
         return torch.randint(self.T, (n,), generator=generator, device=device), None
 
 
@@ -85,12 +99,15 @@ class LogNormal(TimestepSampler):
             )
         self.probabilities = shares / shares.sum()
         """p, with shape (T,), float64."""
+        self._cumulative = Table(self.probabilities.cumsum(0))
 
-    def draw(self, n: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor | None]:
-        device = generator.device if generator is not None else None
-        position = torch.rand(n, generator=generator, device=device).to("cpu", torch.float64)
-        t = torch.searchsorted(self.probabilities.cumsum(0), position, right=True).clamp_max(self.T - 1)
-        return t.to(device), None
+    def draw(
+        self, n: int, generator: torch.Generator | None = None, device: torch.device | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        device = generator.device if generator is not None else device
+        position = torch.rand(n, generator=generator, device=device)
+        cumulative = self._cumulative.on(position.device, double(position.device))
+        return torch.searchsorted(cumulative, position.to(cumulative), right=True).clamp_max(self.T - 1), None
 
 
 class LossSecondMoment(TimestepSampler):
@@ -107,25 +124,44 @@ class LossSecondMoment(TimestepSampler):
     def __init__(self, T: int, history: int = 10, uniform_prob: float = 0.001) -> None:
         super().__init__(T)
         self.uniform_prob = uniform_prob
-        self._losses: NDArray[np.float64] = np.zeros((T, history))
-        self._counts: NDArray[np.int64] = np.zeros(T, np.int64)
+        self._losses = torch.zeros(T, history, dtype=torch.float64)
+        self._counts = torch.zeros(T, dtype=torch.int64)
+
+    def _move(self, device: torch.device) -> None:
+        self._losses, self._counts = self._losses.to(device, double(device)), self._counts.to(device)
+
+    @property
+    def _full(self) -> Tensor:
+        """Whether every time has its losses, a boolean scalar."""
+        return (self._counts >= self._losses.shape[1]).all()
 
     @property
     def probabilities(self) -> Tensor:
         """p, with shape (T,), float64."""
-        if (self._counts < self._losses.shape[1]).any():
-            return torch.full((self.T,), 1 / self.T, dtype=torch.float64)
-        moments = torch.from_numpy(np.sqrt(np.mean(self._losses**2, axis=1)))
-        return (1 - self.uniform_prob) * moments / moments.sum() + self.uniform_prob / self.T
+        moments = self._losses.square().mean(1).sqrt()
+        p = (1 - self.uniform_prob) * moments / moments.sum() + self.uniform_prob / self.T
+        return torch.where(self._full, p, 1 / self.T)
 
-    def draw(self, n: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor | None]:
-        if (self._counts < self._losses.shape[1]).any():
+    def draw(
+        self, n: int, generator: torch.Generator | None = None, device: torch.device | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        device = torch.device("cpu" if device is None else device) if generator is None else generator.device
+        self._move(device)
+        readable = device.type == "cpu"
+        if readable and not self._full:
             return Uniform(self.T).draw(n, generator)
-        device = generator.device if generator is not None else None
+        # In fixed point, since sums of integers do not depend on their order, which on a GPU is not always the same.
+        scale = 2.0**53
         p = self.probabilities
-        position = torch.rand(n, generator=generator, device=device).to("cpu", torch.float64)
-        t = torch.searchsorted(p.cumsum(0), position, right=True).clamp_max(self.T - 1)
-        return t.to(device), (1 / (p[t] * self.T)).to(torch.float32).to(device)
+        cumulative = (p * scale).round().long().cumsum(0)
+        position = torch.rand(n, generator=generator, device=device).to(p) * scale
+        t = torch.searchsorted(cumulative, position.long(), right=True).clamp_max(self.T - 1)
+        weight = (1 / (p[t] * self.T)).to(torch.float32)
+        if readable:
+            return t, weight
+        # A GPU is not asked whether the history is full: both are drawn, and the device chooses.
+        uniform, _ = Uniform(self.T).draw(n, generator, device)
+        return torch.where(self._full, t, uniform), torch.where(self._full, weight, 1.0)
 
     def update(self, t: Tensor, losses: Tensor) -> None:
         """Remember the losses of a batch, in its order. A loss that is not finite, as when fp16 overflows, is left out.
@@ -134,19 +170,29 @@ class LossSecondMoment(TimestepSampler):
             t: Their times, with shape (B,).
             losses: The losses, not weighted, with shape (B,).
         """
-        for time, loss in zip(t.tolist(), losses.tolist(), strict=True):
-            if np.isfinite(loss):
-                # The place of the oldest.
-                self._losses[time, self._counts[time] % self._losses.shape[1]] = loss
-                self._counts[time] += 1
+        T, history = self._losses.shape
+        t, losses = t.to(self._counts), losses.detach().to(self._losses)
+        order = t.argsort(stable=True)
+        t, losses = t[order], losses[order]
+        kept = losses.isfinite()
+        before = torch.cat([kept.new_zeros(1, dtype=torch.int64), kept.cumsum(0)])  # how many are kept before each
+        first, end = torch.searchsorted(t, t), torch.searchsorted(t, t, right=True)
+        rank = before[:-1] - before[first]  # among those of the same time
+        # The place of the oldest; of more than the history holds, the last. What has none goes behind the end.
+        last = kept & (before[end] - before[first] - rank <= history)
+        place = torch.where(last, t * history + (self._counts[t] + rank) % history, T * history)
+        flat = torch.cat([self._losses.flatten(), self._losses.new_zeros(1)])
+        flat[place] = losses
+        self._losses = flat[:-1].reshape(T, history)
+        self._counts.index_add_(0, t, kept.long())
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The history."""
-        return {"losses": torch.from_numpy(self._losses.copy()), "counts": torch.from_numpy(self._counts.copy())}
+        """Return the history, on the CPU."""
+        return {"losses": self._losses.to("cpu", torch.float64, copy=True), "counts": self._counts.to("cpu", copy=True)}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Take a history from :meth:`state_dict`."""
-        self._losses, self._counts = state["losses"].numpy().copy(), state["counts"].numpy().copy()
+        self._losses, self._counts = state["losses"].clone(), state["counts"].clone()
 
 
 TIMESTEPS: dict[str, type[TimestepSampler]] = {"uniform": Uniform, "loss-second-moment": LossSecondMoment}

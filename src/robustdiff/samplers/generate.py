@@ -181,10 +181,10 @@ class Generator:
         return self.unet if self.model is None else self.model
 
     def fingerprint(self) -> str:
-        """sha256 of the UNet's parameters, in their order."""
+        """Return the sha256 of the UNet's parameters, in their order, whatever device and memory format they are in."""
         digest = hashlib.sha256()
         for value in self.unet.state_dict().values():
-            digest.update(value.cpu().numpy().tobytes())
+            digest.update(value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 
     @property

@@ -23,6 +23,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from robustdiff.objectives.objective import follow
+
 __all__ = ["EMA", "power_exponent", "sufficient_decay"]
 
 RELATIVE_WIDTH = 0.10  # σ_rel of "auto", the middle of what Karras et al. find best
@@ -75,13 +77,17 @@ class EMA:
         self.updates = 0
         self._exponent = power_exponent(RELATIVE_WIDTH)
 
-    @torch.no_grad()
-    def update(self) -> None:
-        """Take the parameters into the average, after an optimiser step."""
+    def update(self, stepped: Tensor | None = None) -> None:
+        """Take the parameters into the average, after an optimiser step.
+
+        Arguments:
+            stepped: Whether the optimiser made the step, a boolean scalar on the parameters' device; where it is false
+                θ̄ stays. None: it did.
+        """
         self.updates += 1
         power = (1 - 1 / self.updates) ** (self._exponent + 1)
         beta = power if isinstance(self.decay, str) else self.decay
-        torch._foreach_lerp_(self.average, [p.detach() for p in self.parameters], 1 - beta)
+        follow(self.average, [p.detach() for p in self.parameters], 1 - beta, stepped)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
@@ -96,8 +102,8 @@ class EMA:
                 torch._foreach_copy_(values, kept)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The averages by their number."""
-        return {f"{i:05d}": average for i, average in enumerate(self.average)}
+        """Return the averages by their number, contiguous whatever the parameters' memory format is."""
+        return {f"{i:05d}": average.contiguous() for i, average in enumerate(self.average)}
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Tensor]) -> None:

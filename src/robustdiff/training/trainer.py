@@ -8,6 +8,11 @@ microbatch keeps its own δ and the optimiser steps when all of them have been t
                        θ ← AdamW(θ);  θ̄ ← β θ̄ + (1 − β) θ
 
 Checkpoints are taken between batches, where there is no δ to remember.
+
+In fp16 the loss is scaled, and an update whose gradient overflows is left out: θ, θ̄ and a target network stay. It
+counts as one of the run's steps, by which rates and schedules go, and in ``skipped_updates``.
+
+Nothing in a pass waits for a GPU: what is counted stays on the device until a line of metrics is written.
 """
 
 from __future__ import annotations
@@ -78,6 +83,8 @@ logger = logging.getLogger(__name__)
 
 # What may differ between a run and its continuation without changing what has been trained.
 FREE_TO_CHANGE = {"output", "threads", "checkpoint_every", "keep", "log_every", "trackers", "sampler"}
+# These change how it is rounded.
+FREE_TO_CHANGE |= {"compile", "channels_last"}
 
 
 def build_adversary(config: AdversaryConfig, process: DiffusionProcess) -> Adversary:
@@ -237,6 +244,7 @@ class Trainer:
         self.adversary = build_adversary(recipe.adversary, built.process)
         self.step = 0
         self.batch = 0
+        self.skipped_updates: int | Tensor = 0
 
         parts = accelerator.num_processes * recipe.accumulate
         if recipe.batch_size % parts:
@@ -248,13 +256,17 @@ class Trainer:
         cuda = accelerator.device.type == "cuda"
         if cuda if recipe.channels_last is None else recipe.channels_last:
             unet = unet.to(memory_format=torch.channels_last)
-        frozen = copy.deepcopy(unet).requires_grad_(False) if isinstance(built.objective, ConsistencyConfig) else None
-        model, target = (torch.compile(m) if recipe.compile and m is not None else m for m in (unet, frozen))
+        target = copy.deepcopy(unet).requires_grad_(False) if isinstance(built.objective, ConsistencyConfig) else None
+        if recipe.compile:
+            # In place, and not wrapped: names in checkpoints are the same with and without.
+            unet.compile()
+            if target is not None:
+                target.compile()
         # A fused AdamW is one kernel instead of one for each tensor and operation.
         optimizer = torch.optim.AdamW(
             unet.parameters(), lr=recipe.lr, betas=recipe.betas, weight_decay=recipe.weight_decay, fused=True
         )
-        self.model, self.optimizer = accelerator.prepare(model, optimizer)
+        self.model, self.optimizer = accelerator.prepare(unet, optimizer)
         if target is not None:
             # Prepared as well, so that it has the student's precision, is in every checkpoint, and is sharded as the
             # student under FSDP. DDP, which only adds up gradients, takes no module without any.
@@ -290,7 +302,7 @@ class Trainer:
         null_class = (self.built.unet.config.num_class_embeds or 0) - 1
         while True:
             generator = batch_generator(recipe.seed, self.batch, accelerator.device)
-            t, weight = self.objective.timesteps.draw(recipe.batch_size, generator)
+            t, weight = self.objective.timesteps.draw(recipe.batch_size, generator, accelerator.device)
             noise = torch.randn(
                 (recipe.batch_size, *self.dataset.shape), generator=generator, device=accelerator.device
             )
@@ -310,7 +322,7 @@ class Trainer:
                     x0 = torch.where(flip[rows, None, None, None], x0.flip(-1), x0)
                 condition: dict[str, Any] = {}
                 if class_cond and labels is not None:
-                    classes = labels.to(accelerator.device)
+                    classes = labels.to(accelerator.device, non_blocking=True)
                     if dropped is not None:
                         classes = classes.masked_fill(dropped[rows], null_class)
                     condition["class_labels"] = classes
@@ -351,6 +363,20 @@ class Trainer:
 
         return losses
 
+    def _optimizer_step(self) -> Tensor | None:
+        """Make an optimiser step, and return whether it was made, a boolean scalar; None where nothing is scaled."""
+        scaler = self.accelerator.scaler
+        if scaler is None:
+            self.optimizer.step()
+            return None
+        one = torch.ones((), device=self.accelerator.device)
+        # The scale falls when a step is left out, and only then; reading it here would stall a GPU.
+        before = scaler.scale(one)
+        self.optimizer.step()
+        stepped = scaler.scale(one) >= before
+        self.skipped_updates = self.skipped_updates + ~stepped
+        return stepped
+
     def updates(self) -> Iterator[tuple[dict[str, Tensor], Tensor, bool]]:
         """Train until ``recipe.steps`` updates are made.
 
@@ -387,11 +413,11 @@ class Trainer:
                     accelerator.clip_grad_norm_(self.model.parameters(), recipe.clip)
                 for group in self.optimizer.param_groups:
                     group["lr"] = self.learning_rate()
-                self.optimizer.step()
+                stepped = self._optimizer_step()
                 self.optimizer.zero_grad(set_to_none=True)
-                self.objective.after_update(self.model)
+                self.objective.after_update(self.model, stepped)
                 if self.ema is not None:
-                    self.ema.update()
+                    self.ema.update(stepped)
                 self.step += 1
                 size = torch.cat([self.adversary.norm(d.detach()) for d in deltas]).mean()
                 done = k + 1 == self.adversary.passes
@@ -408,22 +434,41 @@ class Trainer:
         Raises:
             RunError: If a parameter is not finite: the last update broke it, and the next loss would show it.
         """
-        if not all(bool(parameter.isfinite().all()) for parameter in self.model.parameters()):
+        if not torch.stack([parameter.isfinite().all() for parameter in self.model.parameters()]).all():
             raise RunError(
                 f"a parameter is not finite after update {self.step}: lower lr or adversary.step_size, or set clip=1; "
                 "checkpoints from before are kept"
             )
         state: dict[str, Any] = {"step": self.step, "batch": self.batch, "skipped": self.adversary.skipped}
+        state["skipped_updates"] = int(self.skipped_updates)
         state["objective"] = self.objective.state()  # as JSON: accelerate would load an object of ours by unpickling it
         save_checkpoint(folder, self.step, self.accelerator, self.ema, state, self.recipe.keep)
 
     def load(self, checkpoint: Path) -> None:
-        """Continue from a checkpoint."""
-        state = load_checkpoint(checkpoint, self.accelerator, self.ema)
+        """Continue from a checkpoint, whatever device and memory format it was made in.
+
+        Raises:
+            InputError: If it is of another network.
+        """
+        try:
+            state = load_checkpoint(checkpoint, self.accelerator, self.ema)
+        except RuntimeError as error:
+            if "state_dict" not in str(error):
+                raise
+            raise InputError(
+                f"the checkpoint {checkpoint} does not fit the recipe's network ({str(error).splitlines()[0]}): "
+                "choose another --set output=…"
+            ) from None
+        for parameter, moments in self.optimizer.state.items():
+            for name, value in moments.items():
+                if value.shape == parameter.shape and value.stride() != parameter.stride():
+                    # A fused optimiser goes through the memory of all of them side by side.
+                    moments[name] = torch.empty_like(parameter).copy_(value)
         self.step, self.batch = state["step"], state["batch"]
         if self.ema is not None:
             self.ema.updates = self.step
         self.adversary.skipped = state["skipped"]
+        self.skipped_updates = state.get("skipped_updates", 0)
         self.objective.load_state(state.get("objective", {}))
 
     def export(self, folder: Path) -> None:
@@ -432,7 +477,7 @@ class Trainer:
         with self.ema.applied() if self.ema is not None else nullcontext():
             state = self.accelerator.get_state_dict(self.model)
             if self.accelerator.is_main_process:  # inside: the state holds the parameters themselves, not copies
-                unet.load_state_dict({name.removeprefix("_orig_mod."): value for name, value in state.items()})
+                unet.load_state_dict(state)
         if self.accelerator.is_main_process:
             with atomic_folder(folder) as temporary:
                 save_pipeline(temporary, unet, self.built.scheduler)
@@ -493,6 +538,7 @@ class _Metrics:
         line["lr"] = self.trainer.optimizer.param_groups[0]["lr"]
         line["epoch"] = trainer.batch * recipe.batch_size / len(trainer.dataset)
         line["skipped"] = trainer.adversary.skipped
+        line["skipped_updates"] = int(trainer.skipped_updates)
         line["images_per_second"] = self.updates * recipe.batch_size / (time.perf_counter() - self.since)
         if not math.isfinite(line["loss"]):
             raise RunError(
@@ -621,12 +667,18 @@ def train(
         torch.set_num_threads(recipe.threads)
     dataset = recipe.data.load()
     AcceleratorState._reset_state()  # another run in this process may have had another precision
-    accelerator = Accelerator(
-        cpu=cpu,
-        mixed_precision="no" if recipe.precision == "fp32" else recipe.precision,
-        log_with=list(recipe.trackers) or None,
-        project_config=ProjectConfiguration(project_dir=str(folder), logging_dir=str(folder)),
-    )
+    try:
+        accelerator = Accelerator(
+            cpu=cpu,
+            mixed_precision="no" if recipe.precision == "fp32" else recipe.precision,
+            log_with=list(recipe.trackers) or None,
+            project_config=ProjectConfiguration(project_dir=str(folder), logging_dir=str(folder)),
+        )
+    except ValueError as error:  # a device that cannot compute so
+        message = f"precision={recipe.precision} is not for this device: {str(error).rstrip('.')}; set precision=auto"
+        raise InputError(message) from None
+    if recipe.precision == "fp16" and not accelerator.native_amp:  # accelerate would say nothing, and train in fp32
+        raise InputError("precision=fp16 is not for a CPU: set precision=bf16, fp32 or auto")
     set_seed(recipe.seed)  # before the network is made: all processes start from the same
     trainer = Trainer(recipe, accelerator, dataset, build_model(recipe, dataset))
     if accelerator.is_main_process:
@@ -676,6 +728,7 @@ def train(
             "loss": metrics.line.get("loss"),
             "delta_norm": metrics.line.get("delta_norm"),
             "skipped": trainer.adversary.skipped,
+            "skipped_updates": int(trainer.skipped_updates),
             "parameters": sum(p.numel() for p in trainer.built.unet.parameters()),
             "data": dataset.name,
             "images": len(dataset),

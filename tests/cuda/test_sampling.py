@@ -1,0 +1,101 @@
+"""A device's samples are the CPU's, and the originals' numbers are met on it."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from robustdiff import ConsistencyObjective, DenoisingObjective, DiffusionProcess, FreeAdversary, load_adm
+from robustdiff.objectives.preconditioning import Preconditioned
+from robustdiff.perturbation import PerDimension
+from robustdiff.samplers.generate import Generator
+
+SAMPLERS = ["ddim", "iddpm", "dpm++", "es", "time-shift"]
+
+
+@pytest.mark.parametrize(("network", "sampler"), [*(("fashion-16", s) for s in SAMPLERS), ("fashion-16-edm", "ddim")])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_samples_are_those_of_the_cpu(device, exact, network, sampler, memory_format):
+    images = []
+    for place in ("cpu", device):
+        generator = Generator.load(network, sampler=sampler, steps=5)
+        generator.unet.to(place, memory_format=memory_format if images else torch.contiguous_format)
+        images.append(generator.sample(range(8), None).cpu())
+    # time-shift chooses among times by numbers that may be as good as equal.
+    torch.testing.assert_close(images[0], images[1], rtol=0, atol=3e-2 if sampler == "time-shift" else 1e-3)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_samples_in_half_precision(device, precision):
+    exact, half = (Generator.load("fashion-16", device, steps=5, precision=p) for p in ("fp32", precision))
+    first, second = (generator.sample(range(8), None) for generator in (exact, half))
+    assert second.dtype == torch.float32
+    assert (first - second).abs().mean() < 0.1
+
+
+def load(path):
+    with np.load(path) as file:
+        return {name: torch.from_numpy(file[name]) for name in file.files}
+
+
+def assert_met(value, expected, tolerance=1e-4):
+    assert (value.cpu() - expected).abs().max() <= tolerance * expected.abs().max() + 1e-12
+
+
+@pytest.mark.parametrize("file", ["cifar_like", "imagenet_like"])
+def test_outputs_of_the_original_network(device, exact, golden, file):
+    flags = json.loads((golden / "config.json").read_text())["models"][file]
+    unet, data = (
+        load_adm(golden / f"adm_{file}.pt", **flags).to(device).eval(),
+        load(golden / f"adm_{file}_forward.npz"),
+    )
+    labels = data["y"].to(device) if "y" in data else None
+    with torch.no_grad():
+        assert_met(unet(data["x"].to(device), data["t"].to(device), class_labels=labels).sample, data["out"])
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_passes_of_the_original_adversarial_training(device, exact, golden, memory_format):
+    config = json.loads((golden / "config.json").read_text())
+    settings, data = config["at_K3"], load(golden / "at_K3.npz")
+    unet = load_adm(golden / settings["init_from"], **{**config["models"]["cifar_like"], "dropout": 0.0}).train()
+    unet.to(device, memory_format=memory_format)
+    objective = DenoisingObjective(DiffusionProcess.cosine(1000), variance="learned_range", vb_scale=1.0)
+    radius = PerDimension(settings["max_norm"])
+    adversary = FreeAdversary(settings["steps"], settings["step_size"], radius, grad_floor=2**20 * 1e-8)
+    optimizer = torch.optim.AdamW(unet.parameters(), **settings["adamw"], fused=True)
+    step = 0
+    for batch in zip(data["x0"], data["noise"], data["t"], strict=True):
+        x0, noise, t = (value.to(device) for value in batch)
+        draw = objective.draw(x0, t=t, noise=noise)
+        for delta in adversary(draw.x_t, t):
+            losses = objective(unet, draw, delta)
+            assert_met(delta.detach(), data["delta"][step], 1e-3)
+            for name in ("mse", "vb", "loss"):
+                assert_met(losses[name].detach(), data[name][step], 1e-3)
+            losses["loss"].mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            step += 1
+    assert step == len(data["delta"])
+
+
+@pytest.mark.parametrize("kind", ["cd", "ct"])
+@pytest.mark.parametrize("perturb", ["solver", "student"])
+def test_losses_of_the_original_consistency_models(device, exact, golden, kind, perturb):
+    flags = json.loads((golden / "config.json").read_text())["cm"]["model"]
+    student, target, teacher = (
+        load_adm(golden / f"cm_{name}.pt", **flags).to(device).eval() for name in ("student", "target", "teacher")
+    )
+    data = load(golden / "cm.npz")
+    objective = ConsistencyObjective(
+        target, Preconditioned(teacher) if kind == "cd" else None, 18, metric="l2", perturb=perturb
+    )
+    # The original counts the levels from the largest, and the pair (n + 1, n) by the first of them.
+    n = 16 - data["N18_l2_indices"]
+    draw = objective.draw(data["N18_l2_x0"].to(device), t=n.to(device), noise=data["N18_l2_noise"].to(device))
+    with torch.no_grad():
+        assert_met(objective(student, draw)["distance"], data[f"N18_l2_{kind}_loss"])
