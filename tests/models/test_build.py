@@ -7,7 +7,15 @@ import json
 import numpy as np
 import pytest
 import torch
-from diffusers import ConsistencyModelPipeline, DDPMPipeline, DDPMScheduler
+from diffusers import (
+    ConsistencyModelPipeline,
+    DDIMScheduler,
+    DDPMPipeline,
+    DDPMScheduler,
+    EDMEulerScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+)
 
 from robustdiff.data import ArrayDataset, load_dataset, to_unit
 from robustdiff.errors import InputError
@@ -15,7 +23,9 @@ from robustdiff.models.build import build_model, build_unet
 from robustdiff.models.pipeline import PRETRAINED, load_pipeline, save_pipeline
 from robustdiff.models.scheduler import denoiser_of, model_of, objective_of, process_of
 from robustdiff.objectives.preconditioning import DiffusionDenoiser, Preconditioned, karras_sigmas
+from robustdiff.process import PREDICTIONS, DiffusionProcess
 from robustdiff.recipe import ModelConfig, Recipe, load_recipe
+from robustdiff.training.trainer import train
 
 SMALL = {"name": "unet", "channels": [8, 16], "groups": 4, "layers": 1}
 
@@ -232,3 +242,120 @@ def test_a_damaged_folder_is_named(tmp_path, digits, damage):
     with pytest.raises(InputError, match=tmp_path.name) as error:
         load_pipeline(tmp_path)
     assert "\n" not in str(error.value)
+
+
+# -- fine-tuning a checkpoint from elsewhere -----------------------------------------------------------------
+
+
+def checkpoint(folder, scheduler, out_channels=1, classes=None):
+    """A pipeline folder of a small network, as diffusers saves it."""
+    torch.manual_seed(0)
+    unet = build_unet(ModelConfig(**SMALL), (1, 8, 8), None, "fixed" if out_channels == 1 else "learned_range")
+    if classes is not None:
+        unet = type(unet).from_config({**unet.config, "num_class_embeds": classes})
+    DDPMPipeline(unet, scheduler).save_pretrained(folder)
+    return {"name": "pretrained", "path": str(folder)}
+
+
+@pytest.mark.parametrize("kind", [DDPMScheduler, DDIMScheduler, EulerDiscreteScheduler])
+def test_what_is_trained_is_what_is_saved(tmp_path, digits, kind):
+    """An ε checkpoint that is trained to predict v is a v checkpoint, and keeps the rest of its scheduler."""
+    model = checkpoint(tmp_path / "given", kind(timestep_spacing="trailing", beta_end=0.015))
+    built = build_model(recipe(model=model, objective={"prediction": "v_prediction"}), digits)
+    save_pipeline(tmp_path / "saved", built.unet, built.scheduler)
+    unet, scheduler = load_pipeline(tmp_path / "saved")
+    assert type(scheduler) is kind
+    assert objective_of(scheduler, unet).prediction == built.objective.prediction == "v_prediction"
+    assert scheduler.config.timestep_spacing == "trailing"
+    torch.testing.assert_close(process_of(scheduler).alphas, process_of(kind(beta_end=0.015)).alphas)
+    assert DDPMPipeline.from_pretrained(tmp_path / "saved").scheduler.config.prediction_type == "v_prediction"
+
+
+def test_the_trained_parameterisation_has_the_smaller_error(tmp_path, digits):
+    """Read as v, the network denoises; read as ε, as the checkpoint's scheduler had it, it does not."""
+    model = checkpoint(tmp_path / "given", DDPMScheduler())
+    run = recipe(
+        model=model,
+        objective={"prediction": "v_prediction"},
+        adversary="none",
+        output=str(tmp_path / "run"),
+        steps=60,
+        batch_size=32,
+        lr=5e-3,
+        threads=1,
+    )
+    train(run, cpu=True)
+    unet, scheduler = load_pipeline(tmp_path / "run")
+    process, x0 = process_of(scheduler), to_unit(digits.__getitems__(range(128))[0])
+    generator = torch.Generator().manual_seed(0)
+    t = torch.randint(1000, (128,), generator=generator)
+    x_t = process.diffuse(x0, t, torch.randn(x0.shape, generator=generator))
+    with torch.no_grad():
+        output = unet(x_t, t).sample
+    errors = {p: (process.split(p, x_t, t, output)[0].clamp(-1, 1) - x0).square().mean() for p in PREDICTIONS}
+    assert objective_of(scheduler, unet).prediction == "v_prediction"
+    assert errors["v_prediction"] < 0.8 * errors["epsilon"]
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "out_channels", "fields", "words"),
+    [
+        (DDPMScheduler(), 1, {"objective": {"prediction": "flow"}}, "is a diffusion model.*process=flow"),
+        (FlowMatchEulerDiscreteScheduler(), 1, {"objective": {"prediction": "epsilon"}}, "of flow matching.*cosine"),
+        (DDPMScheduler(), 1, {"objective": {"variance": "learned_range"}}, "objective.variance=learned_range"),
+        (
+            DDPMScheduler(variance_type="learned_range"),
+            2,
+            {"objective": {"variance": "fixed"}},
+            "objective.variance=fixed",
+        ),
+        (DDPMScheduler(), 1, {"process": "cosine", "objective": {"variance": "learned_range"}}, "objective.variance"),
+        (
+            DDIMScheduler(rescale_betas_zero_snr=True, prediction_type="v_prediction"),
+            1,
+            {"objective": {"prediction": "epsilon"}},
+            "zero terminal SNR",
+        ),
+        (EDMEulerScheduler(), 1, {}, "ln σ/4"),
+        (EDMEulerScheduler(), 1, {"objective": {"name": "consistency"}}, "ln σ/4"),
+    ],
+)
+def test_an_objective_that_the_checkpoint_cannot_have_is_one_line(
+    tmp_path, digits, scheduler, out_channels, fields, words
+):
+    model = checkpoint(tmp_path / "given", scheduler, out_channels)
+    with pytest.raises(InputError, match=words) as error:
+        build_model(recipe(model=model, **fields), digits)
+    assert "\n" not in str(error.value)
+
+
+def test_a_flow_checkpoint_keeps_its_shift(tmp_path, digits):
+    model = checkpoint(tmp_path / "given", FlowMatchEulerDiscreteScheduler(shift=3.0))
+    built = build_model(recipe(model=model), digits)
+    torch.testing.assert_close(built.process.sigmas, DiffusionProcess.flow(shift=3.0).sigmas)
+    assert built.scheduler.config.shift == 3.0
+    own = build_model(recipe(process={"name": "flow", "shift": 3.0}, objective={"prediction": "flow"}), digits)
+    torch.testing.assert_close(process_of(own.scheduler).sigmas, built.process.sigmas)
+
+
+def test_zero_terminal_snr_trains(tmp_path, digits):
+    scheduler = DDIMScheduler(rescale_betas_zero_snr=True, prediction_type="v_prediction", timestep_spacing="trailing")
+    model = checkpoint(tmp_path / "given", scheduler)
+    run = recipe(
+        model=model, adversary="free", output=str(tmp_path / "run"), steps=6, batch_size=64, threads=1, log_every=1
+    )
+    assert np.isfinite(train(run, cpu=True)["loss"])
+    assert load_pipeline(tmp_path / "run")[1].config.rescale_betas_zero_snr
+
+
+def test_a_null_class_is_noted_where_the_data_tells(tmp_path, digits):
+    model = checkpoint(tmp_path / "given", DDPMScheduler(), classes=11)
+    built = build_model(recipe(model={**model, "condition_dropout": 0.1}), digits)
+    assert built.unet.config["_null_class"]
+    save_pipeline(tmp_path / "saved", built.unet, built.scheduler)
+    assert load_pipeline(tmp_path / "saved")[0].config["_null_class"]
+    with pytest.raises(InputError, match="null class after the 10 classes"):
+        build_model(
+            recipe(model={**checkpoint(tmp_path / "ten", DDPMScheduler(), classes=10), "condition_dropout": 0.1}),
+            digits,
+        )

@@ -186,6 +186,7 @@ def build_model(recipe: Recipe, dataset: ImageDataset) -> Built:
         _check_channels(unet, objective, str(recipe.model.path))
         if given is None:
             scheduler = _retargeted(scheduler, own, objective, str(recipe.model.path))
+            objective_of(scheduler, unet)  # raises where the process has no such parameterisation
             process = process_of(scheduler)
         else:
             process, scheduler = build_process(given, objective)
