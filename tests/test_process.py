@@ -194,6 +194,8 @@ def test_an_unknown_prediction_is_named():
 REFUSED = {
     "DDIMInverseScheduler",
     "DDPMWuerstchenScheduler",
+    "EDMDPMSolverMultistepScheduler",
+    "FlowMapEulerDiscreteScheduler",
     "FlowMatchHeunDiscreteScheduler",
     "IPNDMScheduler",
     "KarrasVeScheduler",
@@ -272,7 +274,7 @@ KNOWN = (
             *("DDPM", "DDIM", "PNDM", "LCM", "TCD", "UnCLIP", "CogVideoXDDIM", "CogVideoXDPM", "CMStochasticIterative"),
             *("EulerDiscrete", "EulerAncestralDiscrete", "LMSDiscrete", "HeunDiscrete", "KDPM2Discrete", "EDMEuler"),
             *("KDPM2AncestralDiscrete", "DEISMultistep", "DPMSolverMultistep", "DPMSolverSinglestep", "UniPCMultistep"),
-            *("SASolver", "EDMDPMSolverMultistep", "FlowMatchEulerDiscrete"),
+            *("SASolver", "FlowMatchEulerDiscrete"),
         )
     }
     - REFUSED
@@ -321,6 +323,10 @@ def test_the_scheduler_is_asked_as_it_is():
     assert process.times.tolist() == scheduler.timesteps.tolist()
     assert process.sigmas.tolist() == pytest.approx(scheduler.sigmas[:-1].tolist())
     assert scheduler.step_index is None  # nothing of it has changed
+    silent = diffusers.DPMSolverMultistepScheduler()
+    silent.set_timesteps(10)  # now takes every other timestep for the last of ten
+    with pytest.raises(ValueError, match="DPMSolverMultistepScheduler does not"):
+        DiffusionProcess.from_scheduler(silent)
 
 
 @pytest.mark.parametrize("first", [0.0, 1e-9])

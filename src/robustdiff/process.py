@@ -426,6 +426,8 @@ def _timesteps_of(scheduler: Any) -> list[Tensor]:
     # Some take a timestep that is not in their table for its last one, and say nothing.
     if whole is not None and hasattr(scheduler, "index_for_timestep"):
         whole = whole if table is not None and bool(torch.isin(whole.to(table.dtype), table).all()) else None
+    if whole is None and table is not None and _levels_of(scheduler, table.max() + 1 + torch.arange(3)) is not None:
+        table = None
     return [times for times in (whole, table) if times is not None]
 
 
