@@ -11,6 +11,7 @@ from diffusers import ConsistencyModelPipeline, EDMEulerScheduler
 
 from robustdiff.models.adm import AdmFlags, build_adm
 from robustdiff.models.pipeline import load_pipeline, save_pipeline
+from robustdiff.models.scheduler import mark_as_own
 
 QUICK = ["precision=fp32", "steps=3", "batch_size=8", "threads=1", "accumulate=1", "log_every=1"]
 
@@ -64,7 +65,7 @@ def test_imagenet(robustdiff, tmp_path):
     )  # fmt: skip
     unet = build_adm(flags)
     torch.nn.init.normal_(unet.conv_out.weight, std=0.1)  # it starts at zero, where no gradient reaches δ
-    save_pipeline(tmp_path / "model", unet, EDMEulerScheduler())
+    save_pipeline(tmp_path / "model", unet, mark_as_own(EDMEulerScheduler()))
     images = np.random.default_rng(0).integers(0, 256, (16, 16, 16, 3), dtype=np.uint8)
     np.savez(tmp_path / "images.npz", images=images, labels=np.arange(16) % 4)
     own = [

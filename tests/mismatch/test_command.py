@@ -45,15 +45,17 @@ def test_without_probes_there_is_no_robust_loss(robustdiff, digits_run, tmp_path
     assert {p.name for p in tmp_path.iterdir()} == {"mismatch.json", "mismatch.png"}
 
 
-def test_more_probes_than_images_are_all_images(robustdiff, digits_run, tmp_path, monkeypatch):
+def test_more_probes_than_images_are_refused(robustdiff, digits_run, tmp_path, monkeypatch):
     titles = {}
     monkeypatch.setattr(figures, "save_figure", lambda figure, path: titles.update({path.name: figure.get_suptitle()}))
-    arguments = ["--steps", 2, "--num", 40, "--probes", 50, "--radii", "0.5", "--output", tmp_path]
-    outcome = robustdiff("mismatch", digits_run, *arguments)
+    arguments = ["--steps", 2, "--num", 40, "--radii", "0.5", "--output", tmp_path]
+    outcome = robustdiff("mismatch", digits_run, *arguments, "--probes", 50)
+    assert (outcome.code, "from 2 to num = 40" in outcome.err) == (2, True)
+    outcome = robustdiff("mismatch", digits_run, *arguments, "--probes", 3)
     assert outcome.code == 0, outcome.err
-    assert "at 40 true points" in outcome.out
-    assert titles["robust.png"] == "digits, 40 images, seed 0"
-    assert {r["n"] for r in json.loads((tmp_path / "mismatch.json").read_text())["robustness"]} == {40}
+    assert "at 3 true points" in outcome.out
+    assert titles["robust.png"] == "digits, 3 images, seed 0"
+    assert {r["n"] for r in json.loads((tmp_path / "mismatch.json").read_text())["robustness"]} == {3}
 
 
 def test_numbers_are_written_before_figures(robustdiff, digits_run, tmp_path, monkeypatch):

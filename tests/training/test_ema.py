@@ -12,7 +12,7 @@ from scipy.integrate import quad
 from torch import nn
 
 from robustdiff.data import load_dataset, to_unit
-from robustdiff.models.build import load_pipeline
+from robustdiff.models.pipeline import load_pipeline
 from robustdiff.objectives.denoising import DenoisingObjective
 from robustdiff.process import DiffusionProcess
 from robustdiff.training.ema import EMA, power_exponent, sufficient_decay

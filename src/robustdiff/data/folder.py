@@ -159,7 +159,8 @@ class FolderDataset(ImageDataset):
                 if header.side != size:
                     raise InputError(
                         f"{name}: images differ in size ({printable(self.paths[0].name)}: {size}, "
-                        f"{printable(path.name)}: {header.side} pixels); pass size=PIXELS to resize all"
+                        f"{printable(path.name)}: {header.side} pixels); "
+                        "give images of one size, or set data.size=PIXELS"
                     )
         if channels is None:
             channels = common_channels(headers, self._background)

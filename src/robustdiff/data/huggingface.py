@@ -83,7 +83,7 @@ class HuggingFaceDataset(ImageDataset):
                 if header.side != size:
                     raise InputError(
                         f"{name}: images differ in size (row 0: {size}, row {row}: {header.side} pixels); "
-                        "pass size=PIXELS to resize all"
+                        "give images of one size, or set data.size=PIXELS"
                     )
         mode = table.features[images].mode  # to which `datasets` would convert
         if channels is None:

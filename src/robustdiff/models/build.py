@@ -172,7 +172,10 @@ def build_model(recipe: Recipe, dataset: ImageDataset) -> Built:
     unet, scheduler = load_pipeline(recipe.model.path)
     if given is not None and given.name == "pretrained":
         given = None
-    own = objective_of(scheduler, unet)
+    try:
+        own = objective_of(scheduler, unet)
+    except InputError as error:
+        raise InputError(f"the model {recipe.model.path}: {error}") from None
     objective = recipe.objective or own
     if recipe.objective is None and isinstance(own, ConsistencyConfig):
         raise InputError(f"the model {recipe.model.path} is a consistency model: give the recipe its objective")
@@ -262,10 +265,9 @@ def check_fit(unet: UNet2DModel, shape: tuple[int, int, int], path: str) -> None
     """
     channels, height, width = shape
     if unet.config.in_channels != channels:
-        raise InputError(
-            f"the model {path} takes {unet.config.in_channels} channels and the data has {channels}: "
-            f"set data.channels={unet.config.in_channels}"
-        )
+        wanted = unet.config.in_channels
+        remedy = f"set data.channels={wanted}" if wanted in (1, 3) else "only grey and colour images can be read"
+        raise InputError(f"the model {path} takes {wanted} channels and the data has {channels}: {remedy}")
     size = size_of(unet)
     if size is None:
         multiple = downsampling(unet)

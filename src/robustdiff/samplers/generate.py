@@ -152,7 +152,10 @@ class Generator:
         if settings.get("sampler") is None and settings.get("steps") is None and recipe.is_file():
             sampler = load_recipe(str(recipe)).sampler
             settings = {**settings, "sampler": sampler.name, "steps": sampler.steps}
-        return cls.of(unet.to(device), scheduler, **settings)
+        try:
+            return cls.of(unet.to(device), scheduler, **settings)
+        except InputError as error:
+            raise InputError(f"{path}: {error}") from None
 
     def __post_init__(self) -> None:
         options = self.sampling
@@ -162,13 +165,13 @@ class Generator:
         embedded = self.embedded_classes
         if self.num_classes is not None and self.num_classes not in (embedded, (embedded or 0) - 1):
             raise InputError(
-                f"num_classes is {self.num_classes}, and this model has {embedded or 'no'} classes: give that number, "
-                "or one less where the last is the null class"
+                f"this model has {embedded or 'no'} classes, and {self.num_classes} are to be sampled: give that "
+                "number, or one less where its last is the null class (--classes)"
             )
         if self.guidance is not None and (embedded is None or self.classes == embedded):
             raise InputError(
-                "guidance needs a class-conditional model whose last class is the null class: give its number of "
-                "classes without that one as num_classes, or train it with model.condition_dropout"
+                "guidance needs a class-conditional model whose last class is the null class: say how many classes it "
+                "has without that one (--classes), or train it with model.condition_dropout"
             )
         classes = self.classes
         if self.label is not None and not (classes is not None and 0 <= self.label < classes):
