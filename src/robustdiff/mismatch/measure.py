@@ -44,7 +44,7 @@ from sklearn.decomposition import PCA
 from torch import Tensor
 
 from robustdiff.data import ImageDataset, to_unit
-from robustdiff.errors import InputError
+from robustdiff.errors import InputError, RunError
 from robustdiff.mismatch.distances import (
     BLOCKS,
     Array,
@@ -244,7 +244,7 @@ class _Observer:
         process, t = evaluation.process, evaluation.index
         x_t, other = (process.diffuse(x0, t, noise) for x0, noise in (self.first, self.second))
         seen: list[Evaluation] = []
-        replace(evaluation.denoiser, on_evaluation=seen.append)(x_t, t, process)
+        replace(evaluation.denoiser, on_evaluation=seen.append, finite=None)(x_t, t, process)
         (true,) = seen
         alpha, sigma = process.levels(t, x_t)
         record.time += float(process.times[t.cpu()].double().sum())
@@ -290,6 +290,11 @@ def _summarise(record: _Record, truth: _Truth, num: int, blocks: NDArray[np.bool
         "noise": norm / norm_true - 1,
         **distances(sampled, subsets),
     }
+    if undefined := [name for name, value in values.items() if np.isnan(value).any()]:
+        raise RunError(
+            f"{MEASURES[undefined[0]]}: not a number at time {record.time / num:g}: check the network's weights, or "
+            "measure in fp32"
+        )
     floors = {name: float(floor[0]) for name, floor in distances(second, subsets[:1]).items()}
     floors["delta"] = float((record.second.std(blocks[:1])[0] - std_true[0]) ** 2)
     step = Step(
