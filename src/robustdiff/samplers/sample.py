@@ -269,7 +269,7 @@ def sample(
     finite.append(x.isfinite().all())
     if not all(whole := torch.stack(finite).tolist()):  # read once, and not in every step
         raise RunError(
-            f"{sampler}: the network's output is not finite in step {whole.index(False) + 1} of {evaluations}: check "
-            "its weights, or sample in fp32"
+            f"{sampler}: the network's output is not finite in step {min(whole.index(False) + 1, evaluations)} of "
+            f"{evaluations}: check its weights, or sample in fp32"
         )
     return x
