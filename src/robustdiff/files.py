@@ -31,11 +31,13 @@ from robustdiff.errors import InputError, printable
 __all__ = [
     "atomic_folder",
     "atomic_write",
+    "cache_folder",
     "claim_folder",
     "make_folder",
     "open_regular",
     "read_json",
     "remove_leftovers",
+    "user_key",
 ]
 
 MARKER = ".robustdiff"
@@ -141,7 +143,7 @@ def remove_leftovers(folder: Path, names: str) -> None:
                 path.unlink(missing_ok=True)
 
 
-def open_regular(path: str | os.PathLike[str], mode: Literal["rb", "r+b", "ab", "xb"] = "rb") -> BinaryIO:
+def open_regular(path: str | os.PathLike[str], mode: Literal["rb", "r+b", "ab", "x+b"] = "rb") -> BinaryIO:
     """Open a regular file that may be somebody else's: no link, pipe or device, and nothing that is written is linked.
 
     Nothing is truncated. "ab" makes the file where it is missing, which is what a lock file needs.
@@ -153,7 +155,7 @@ def open_regular(path: str | os.PathLike[str], mode: Literal["rb", "r+b", "ab", 
     Raises:
         InputError: It is not a regular file, or it is to be written and has another name as well, or no file has such
             a name.
-        OSError: It is missing, exists ("xb"), or cannot be opened.
+        OSError: It is missing, exists ("x+b"), or cannot be opened.
     """
 
     def opener(name: str, flags: int) -> int:
@@ -266,3 +268,30 @@ def claim_folder(path: Path, what: str) -> bool:
         with atomic_write(path / MARKER) as file:
             file.write(f"{what} of robustdiff: it replaces and removes what is in this folder\n".encode())
     return bool(names - {MARKER})
+
+
+def cache_folder() -> Path:
+    """Return the folder for what is this user's alone: `$ROBUSTDIFF_CACHE`, or else `~/.cache/robustdiff`."""
+    return Path(os.environ.get("ROBUSTDIFF_CACHE") or Path.home() / ".cache" / "robustdiff")
+
+
+def user_key() -> bytes:
+    """Return 32 random bytes that only this user has, to sign what their own later calls may take up.
+
+    They are made at the first call and kept in the cache; if it cannot be written, each process has others.
+    """
+    path = cache_folder() / "key"
+    key = secrets.token_bytes(32)
+    try:
+        if path.exists():
+            with open_regular(path) as kept:
+                found = kept.read(len(key) + 1)
+            if len(found) == len(key):
+                return found
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(path) as file:
+            os.chmod(file.fileno(), 0o600)
+            file.write(key)
+    except (InputError, OSError):
+        pass
+    return key
