@@ -183,7 +183,10 @@ def test_with_no_whole_checkpoint_the_run_starts_again_when_they_are_removed(tin
     expected = outcome(recipe)
     (Path(recipe.output) / "result.json").unlink()
     truncate(Path(recipe.output) / "checkpoints/step-00000004")
-    with pytest.raises(InputError, match=r"no checkpoint in .* is whole: restore one, or remove them to start again"):
+    with pytest.raises(
+        InputError,
+        match=r"no checkpoint in .* is whole \(step-00000004: .*\): restore one, or remove them to start again",
+    ):
         train(recipe, resume=True, cpu=True)
     shutil.rmtree(Path(recipe.output) / "checkpoints/step-00000004")
     train(recipe, resume=True, cpu=True)

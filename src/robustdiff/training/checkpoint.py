@@ -196,13 +196,16 @@ def newest_checkpoint(folder: Path) -> Path | None:
     Raises:
         InputError: If all are damaged.
     """
-    checkpoints = _checkpoints(folder)
-    for path in reversed(checkpoints):
+    first = None
+    for path in reversed(_checkpoints(folder)):
         if (reason := damage(path)) is None:
             return path
         logger.warning("checkpoint %s is passed over: %s", printable(path), reason)
-    if checkpoints:
-        raise InputError(f"no checkpoint in {printable(folder)} is whole: restore one, or remove them to start again")
+        first = first or f"{path.name}: {reason}"
+    if first is not None:
+        raise InputError(
+            f"no checkpoint in {printable(folder)} is whole ({first}): restore one, or remove them to start again"
+        )
     return None
 
 
