@@ -106,7 +106,8 @@ def teachers(tmp_path_factory):
     """Untrained diffusion models and denoisers of digits, by what a case calls them."""
     from diffusers import DDPMScheduler, EDMEulerScheduler
 
-    from robustdiff.models.build import build_unet, save_pipeline
+    from robustdiff.models.build import build_unet
+    from robustdiff.models.pipeline import save_pipeline
     from robustdiff.recipe import ModelConfig
 
     folders = {}
