@@ -60,7 +60,7 @@ def test_train_writes_a_run_and_resume_finds_it_finished(robustdiff, tiny, tmp_p
     run = tmp_path / "run"
     outcome = robustdiff("train", "digits", *tiny, "--set", f"output={run}")
     assert outcome.code == 0, outcome.err
-    written = {"recipe.yaml", "data.json", "metrics.jsonl", "checkpoints", "model", "result.json"}
+    written = {".robustdiff", "recipe.yaml", "data.json", "metrics.jsonl", "checkpoints", "model", "result.json"}
     assert {p.name for p in run.iterdir()} == written
     recipe = yaml.safe_load((run / "recipe.yaml").read_text())
     assert recipe["adversary"]["name"] == "free"

@@ -5,7 +5,16 @@ import os
 import pytest
 from safetensors import SafetensorError
 
-from robustdiff.files import atomic_folder, atomic_write
+from robustdiff.errors import InputError
+from robustdiff.files import (
+    MARKER,
+    atomic_folder,
+    atomic_write,
+    claim_folder,
+    open_regular,
+    read_json,
+    user_key,
+)
 
 
 def test_write_and_replace(tmp_path):
@@ -50,7 +59,7 @@ def test_a_missing_folder(tmp_path):
 
 
 def fill(path, error=None):
-    with atomic_folder(path) as folder:
+    with atomic_folder(path, replace=True) as folder:
         (folder / "sub").mkdir()
         (folder / "sub" / "a").write_text("new")
         if error is not None:
@@ -106,3 +115,57 @@ def test_a_folder_that_cannot_be_renamed_leaves_the_old_one(tmp_path, monkeypatc
         fill(path)
     assert [p.name for p in path.rglob("*")] == ["old"]
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_folder_that_is_not_to_be_replaced_stays(tmp_path):
+    path = tmp_path / "folder"
+    for make in (path.mkdir, path.touch, lambda: path.symlink_to(tmp_path)):
+        make()
+        with pytest.raises(InputError, match="folder exists already"), atomic_folder(path):
+            pass
+        path.rmdir() if path.is_dir() and not path.is_symlink() else path.unlink()
+    path.symlink_to(tmp_path)
+    with pytest.raises(InputError, match="folder exists already"), atomic_folder(path, replace=True):
+        pass
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_an_empty_folder_is_claimed_once(tmp_path):
+    path = tmp_path / "new" / "run"
+    assert claim_folder(path, "a run") is False
+    assert claim_folder(path, "a run") is False
+    (path / "a").touch()
+    assert claim_folder(path, "a run") is True
+    (path / MARKER).unlink()
+    with pytest.raises(InputError, match="is not empty, and nothing in it says that it is a run of robustdiff"):
+        claim_folder(path, "a run")
+
+
+def test_a_lock_file_is_made_and_not_truncated(tmp_path):
+    for _ in range(2):
+        with open_regular(tmp_path / "lock", "ab") as file:
+            file.write(b"x")
+    assert (tmp_path / "lock").read_bytes() == b"xx"
+    with pytest.raises(InputError, match="is not a regular file"):
+        open_regular(tmp_path)
+    with pytest.raises(InputError, match="cannot be the name of a file"):
+        open_regular("a\0")
+
+
+@pytest.mark.parametrize("text", ["{", "NaN", "1e999", "[" * 100_000, "\x00", '"' + "a" * 200 + '"', "1" * 5000])
+def test_json_that_is_refused(tmp_path, text):
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(InputError, match=r"a\.json (is damaged|has more than 100 bytes)"):
+        read_json(tmp_path / "a.json", 100 if text.startswith('"') else 2**20)
+
+
+def test_the_users_key_is_made_once_and_is_theirs(tmp_path, monkeypatch):
+    monkeypatch.setenv("ROBUSTDIFF_CACHE", str(tmp_path / "cache"))
+    key = user_key()
+    assert len(key) == 32
+    assert user_key() == key
+    assert (tmp_path / "cache/key").stat().st_mode & 0o777 == 0o600
+    (tmp_path / "cache/key").write_bytes(b"short")
+    assert user_key() != key
+    monkeypatch.setenv("ROBUSTDIFF_CACHE", "/dev/null/cache")
+    assert user_key() != user_key()

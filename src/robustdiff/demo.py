@@ -32,6 +32,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from numpy.typing import NDArray
+from pydantic import TypeAdapter
 from torch import Tensor
 
 from robustdiff.data import load_dataset
@@ -39,11 +40,11 @@ from robustdiff.errors import InputError
 from robustdiff.evaluation.features import FeatureExtractor, load_extractor
 from robustdiff.evaluation.fidelity import Reference, reference_statistics
 from robustdiff.evaluation.grid import Cell, Grid, difference, evaluate_cell
-from robustdiff.files import atomic_write
+from robustdiff.files import atomic_write, make_folder, read_json
 from robustdiff.recipe import Recipe, load_recipe
 from robustdiff.report.results import write_results
 from robustdiff.samplers.generate import Generator
-from robustdiff.training.trainer import FREE_TO_CHANGE, Status, train
+from robustdiff.training.trainer import FREE_TO_CHANGE, Status, read_result, train
 from robustdiff.workers import Report, Stopped, Task, available_cores, run_tasks
 
 __all__ = ["FULL", "FULL_CONSISTENCY", "QUICK", "QUICK_CONSISTENCY", "DemoSize", "run_consistency_demo", "run_demo"]
@@ -61,6 +62,7 @@ DISTILLED_STEPS = (1, 2, 4, 8)
 STUDENT, TEACHER = "fashion-16-edm", "fashion-16"
 TEACHER_STEPS = (10, 50)
 DATA = FEATURES = "fashion-16"
+REPLICATES = 200  # of the bootstrap
 BATCH = 64  # images at a time: more do not fit into the cache of a core
 MOST = 8  # processes: each holds torch, half a gigabyte
 UPDATE_WEIGHT = {"denoising": 4, "consistency": 6}  # an update's time for one image, in evaluations of the network
@@ -98,9 +100,9 @@ class _Network:
     def result(self) -> dict[str, Any] | None:
         """What is recorded of its training; None while it is not finished."""
         path = Path(self.path) / "result.json"
-        if self.recipe is None or not path.is_file():
+        if self.recipe is None or not path.exists():
             return None
-        result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        result = read_result(path)
         return result if result["steps"] == self.recipe.steps else None
 
     def generator(self, seed: int, sampler: str, steps: int, device: torch.device | str = "cpu") -> Generator:
@@ -160,17 +162,27 @@ class _CellFile:
 
     def read(self, weights: str | None) -> _Measured | None:
         """What the file holds; None if there is none, or none of these settings and weights."""
-        if weights is None or not self.path.is_file():
+        if weights is None or not self.path.exists():
             return None
         try:
-            record = json.loads(self.path.read_text(encoding="utf-8"))
+            record = read_json(self.path)
             if record["made_of"] != self.made_of(weights, _device().type):
                 return None
-            values = {**record["cell"], "fid_ci": tuple(record["cell"]["fid_ci"])}
-            images = torch.tensor(record["images"], dtype=torch.uint8)
-            return _Measured(Cell(**values), np.array(record["replicates"]), images)
-        except (ValueError, KeyError, TypeError):
+            cell = _CELL.validate_python(record["cell"])
+            replicates = np.array(record["replicates"], dtype=np.float64)
+            images = torch.tensor(record["images"])
+        except (ValueError, KeyError, TypeError, RuntimeError, OverflowError):
             return None  # not whole: it is made again
+        named = (cell.checkpoint, cell.sampler, cell.steps, cell.n) == (
+            self.network.name,
+            self.sampler,
+            self.steps,
+            self.images,
+        )
+        pixels = images.dtype == torch.int64 and images.ndim == 4 and ((images >= 0) & (images <= 255)).all()
+        if not (named and pixels and replicates.shape == (REPLICATES,)):
+            return None
+        return _Measured(cell, replicates, images.to(torch.uint8))
 
     def make(self, report: Report) -> None:
         """Make its images, measure them, and write the file."""
@@ -196,6 +208,9 @@ class _CellFile:
         }
         with atomic_write(self.path) as file:
             file.write(json.dumps(record).encode())
+
+
+_CELL = TypeAdapter(Cell)
 
 
 def _device() -> torch.device:
@@ -282,7 +297,8 @@ def _work(
         if network.recipe is not None:
             _check(output, network.recipe)
     folder = output / "cells"
-    folder.mkdir(parents=True, exist_ok=True)
+    for path in (output, output / "runs", folder):
+        make_folder(path)
     cells = [
         _CellFile(network, sampler, count, size.images, seed, folder / f"{_slug(network.name)}-{sampler}-{count}.json")
         for network in networks

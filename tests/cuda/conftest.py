@@ -121,10 +121,8 @@ def learned() -> Callable[[Recipe], dict[str, torch.Tensor]]:
         folder = Path(recipe.output)
         checkpoint = max((folder / "checkpoints").glob("step-*"))
         files = {"model": folder / "model/unet/diffusion_pytorch_model.safetensors"}
-        files |= {path.stem: path for path in checkpoint.glob("*.safetensors")}
+        files |= {f"{path.stem} now": path for path in checkpoint.glob("[!r]*.safetensors")}  # all but random states
         tensors = {f"{kind}/{name}": value for kind, path in files.items() for name, value in load_file(path).items()}
-        moments = torch.load(checkpoint / "optimizer.bin", weights_only=True, map_location="cpu")["state"]
-        tensors |= {f"optimizer/{i}/{name}": value for i, state in moments.items() for name, value in state.items()}
         return tensors
 
     return read

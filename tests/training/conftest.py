@@ -59,11 +59,9 @@ def outcome():
             f"model/{name}": value
             for name, value in load_file(folder / "model/unet/diffusion_pytorch_model.safetensors").items()
         }
-        tensors |= {f"now/{name}": value for name, value in load_file(checkpoint / "model.safetensors").items()}
-        if (checkpoint / "ema_0.safetensors").exists():
-            tensors |= {f"ema/{name}": value for name, value in load_file(checkpoint / "ema_0.safetensors").items()}
-        moments = torch.load(checkpoint / "optimizer.bin", weights_only=True)["state"]
-        tensors |= {f"optimizer/{i}/{name}": value for i, state in moments.items() for name, value in state.items()}
+        for part in ("model", "target", "ema", "optimizer"):
+            if (file := checkpoint / f"{part}.safetensors").exists():
+                tensors |= {f"{part} now/{name}": value for name, value in load_file(file).items()}
         # Copies: safetensors maps the files, which a test may change.
         return {name: value.clone() for name, value in tensors.items()}
 

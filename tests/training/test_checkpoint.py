@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import random
 import resource
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from robustdiff.errors import InputError
 from robustdiff.training.checkpoint import damage, newest_checkpoint
 from robustdiff.training.trainer import train
 
@@ -137,7 +139,7 @@ def test_a_signal_within_train_returns_none(tiny):
 
 
 def truncate(checkpoint):
-    file = checkpoint / "optimizer.bin"
+    file = checkpoint / "optimizer.safetensors"
     os.truncate(file, file.stat().st_size // 2)
 
 
@@ -153,7 +155,7 @@ def flip_a_bit(checkpoint):
     [
         truncate,
         flip_a_bit,
-        lambda checkpoint: (checkpoint / "ema_0.safetensors").unlink(),
+        lambda checkpoint: (checkpoint / "ema.safetensors").unlink(),
         lambda checkpoint: (checkpoint / "manifest.json").write_bytes(b"\xff\x00{"),
         lambda checkpoint: (checkpoint / "manifest.json").write_text("[1]"),
         lambda checkpoint: (checkpoint / "manifest.json").unlink(),
@@ -175,12 +177,18 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(tiny, outcome, c
     assert damage(folder / "checkpoints/step-00000004") is None  # written anew
 
 
-def test_with_no_whole_checkpoint_the_run_starts_again(tiny, outcome):
+def test_with_no_whole_checkpoint_the_run_starts_again_when_they_are_removed(tiny, outcome):
     recipe = tiny(steps=4)
     train(recipe, cpu=True)
     expected = outcome(recipe)
     (Path(recipe.output) / "result.json").unlink()
     truncate(Path(recipe.output) / "checkpoints/step-00000004")
+    with pytest.raises(
+        InputError,
+        match=r"no checkpoint in .* is whole \(step-00000004: .*\): restore one, or remove them to start again",
+    ):
+        train(recipe, resume=True, cpu=True)
+    shutil.rmtree(Path(recipe.output) / "checkpoints/step-00000004")
     train(recipe, resume=True, cpu=True)
     assert_same(outcome(recipe), expected)
 
@@ -206,12 +214,15 @@ def test_the_newest_are_kept(tiny, keep):
 
 def test_what_a_kill_left_half_written_is_removed(tiny):
     recipe = tiny(steps=2)
-    folder = Path(recipe.output)
-    (folder / "checkpoints/.step-00000002.tmp").mkdir(parents=True)
-    (folder / "checkpoints/.step-00000002.tmp/model.safetensors").write_bytes(b"half")
-    (folder / ".recipe.yaml.0123456789ab.tmp").write_bytes(b"half")
     train(recipe, cpu=True)
-    assert not list(folder.rglob(".*.tmp"))
+    folder = Path(recipe.output)
+    half = folder / "checkpoints/.step-00000002.0123456789ab.tmp"
+    half.mkdir()
+    (half / "model.safetensors").write_bytes(b"half")
+    (folder / ".recipe.yaml.0123456789ab.tmp").write_bytes(b"half")
+    (folder / ".notes.tmp").write_bytes(b"of the user")
+    train(recipe.model_copy(update={"steps": 3}), cpu=True, resume=True)
+    assert [path.name for path in folder.rglob(".*.tmp")] == [".notes.tmp"]
 
 
 def state_of(folder):

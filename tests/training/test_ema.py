@@ -57,15 +57,6 @@ def test_applied_swaps_the_average_in_and_the_same_bits_back_even_after_an_error
     assert parameters[0].grad_fn is None
 
 
-def test_state_goes_round(parameters):
-    ema = EMA(parameters, 0.5)
-    state = {name: value.clone() + 1 for name, value in ema.state_dict().items()}
-    ema.load_state_dict(state)
-    assert torch.equal(ema.average[0], torch.tensor([2.0, 3.0]))
-    with pytest.raises(KeyError):
-        ema.load_state_dict({"00000": state["00000"]})
-
-
 @pytest.mark.parametrize("decay", [-0.1, 1.0, float("nan")])
 def test_decay_out_of_range(parameters, decay):
     with pytest.raises(ValueError, match="decay"):
@@ -190,15 +181,3 @@ def test_a_step_that_was_not_made_leaves_the_average(parameters):
     ema.update(torch.tensor(True))
     reference.update()
     torch.testing.assert_close(ema.average, reference.average, rtol=1e-6, atol=0)
-
-
-def test_the_state_is_contiguous_whatever_the_memory_format():
-    weight = nn.Parameter(torch.randn(4, 3, 3, 3).to(memory_format=torch.channels_last))
-    ema = EMA([weight], 0.5)
-    assert not ema.average[0].is_contiguous()
-    state = ema.state_dict()
-    assert state["00000"].is_contiguous()
-    ema.average[0].zero_()
-    ema.load_state_dict(state)
-    assert torch.equal(ema.average[0], weight)
-    assert ema.average[0].stride() == weight.stride()

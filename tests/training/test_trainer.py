@@ -437,10 +437,10 @@ def test_the_export_is_the_moving_average_as_a_diffusers_pipeline(tiny):
     recipe = tiny(steps=5, ema=0.5)
     train(recipe, cpu=True)
     unet, _ = load_pipeline(recipe.output)
-    averages = load_file(Path(recipe.output) / "checkpoints/step-00000005/ema_0.safetensors")
+    averages = load_file(Path(recipe.output) / "checkpoints/step-00000005/ema.safetensors")
     now = load_file(Path(recipe.output) / "checkpoints/step-00000005/model.safetensors")
-    for i, (name, parameter) in enumerate(unet.named_parameters()):
-        assert torch.equal(parameter, averages[f"{i:05d}"]), name
+    for name, parameter in unet.named_parameters():
+        assert torch.equal(parameter, averages[name]), name
     assert not torch.equal(unet.conv_in.weight, now["conv_in.weight"])
 
     pipeline = DDPMPipeline.from_pretrained(Path(recipe.output) / "model", local_files_only=True)

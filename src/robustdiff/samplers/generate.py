@@ -8,14 +8,15 @@ numbers), and a run that was interrupted goes on where it was.
 from __future__ import annotations
 
 import hashlib
+import hmac
 import json
 import os
-import shutil
 import zipfile
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -26,8 +27,8 @@ from PIL import Image
 from torch import Tensor
 
 from robustdiff.data import to_uint8
-from robustdiff.errors import InputError
-from robustdiff.files import atomic_write
+from robustdiff.errors import InputError, printable
+from robustdiff.files import atomic_write, make_folder, open_regular, user_key
 from robustdiff.models.pipeline import load_pipeline, size_of
 from robustdiff.models.scheduler import model_of, objective_of, process_of, sampling_of
 from robustdiff.process import DiffusionProcess, Prediction
@@ -38,6 +39,8 @@ __all__ = ["Generator", "ImageNoise", "share_of", "write_npz", "write_pngs"]
 
 RECORD = ".robustdiff-samples.json"
 """The file in a folder of PNGs that says how they were made."""
+
+_SIGNATURE = 32  # bytes
 
 _NOISE = 2  # the stream of (seed, stream, number) that images have; training has others
 
@@ -271,8 +274,25 @@ class Generator:
 
 def share_of(num: int, accelerator: Accelerator) -> range:
     """The numbers of the images that this process makes."""
-    rank, processes = accelerator.process_index, accelerator.num_processes
+    return _share(num, accelerator.process_index, accelerator.num_processes)
+
+
+def _share(num: int, rank: int, processes: int) -> range:
     return range(num * rank // processes, num * (rank + 1) // processes)
+
+
+def _signature(batch: range, pixels: bytes, key: str, secret: bytes) -> bytes:
+    """Return what stands behind a batch in a part, and only this user's own call can have put there."""
+    return hmac.digest(secret, f"{key} {batch.start} {batch.stop} ".encode() + pixels, "sha256")
+
+
+def _finished(file: BinaryIO, batches: list[range], size: int, key: str, secret: bytes) -> int:
+    """Return how many of the batches of a part are whole and this user's own; the others are no samples."""
+    for done, batch in enumerate(batches):
+        pixels = file.read(len(batch) * size)
+        if not hmac.compare_digest(file.read(_SIGNATURE), _signature(batch, pixels, key, secret)):
+            return done
+    return len(batches)
 
 
 def write_npz(
@@ -285,7 +305,8 @@ def write_npz(
     """Write ``arr_0``, uint8 (num, H, W, C), and ``arr_1``, the labels if there are any: what ADM's evaluator reads.
 
     The images go to the disk as they come, so that memory does not grow with their number, and the file appears when it
-    is complete. Interrupted, the same call goes on where it was. The archive's comment holds the settings as JSON.
+    is complete. Interrupted, the same call by the same user goes on where it was. The archive's comment holds the
+    settings as JSON.
 
     Arguments:
         generator: Where the images come from.
@@ -309,19 +330,21 @@ def write_npz(
     # Of another network or other settings, what is there is not used.
     key = hashlib.sha256(json.dumps([settings, accelerator.num_processes]).encode()).hexdigest()[:12]
     parts = path.with_name(f".{path.name}.{key}.parts")
-    parts.mkdir(exist_ok=True)
-    share = share_of(num, accelerator)
-    size = channels * height * width
+    make_folder(parts)
     part = parts / f"{accelerator.process_index}.uint8"
-    done = min(part.stat().st_size // size, len(share)) if part.exists() else 0
-    done -= done % generator.batch_size if done < len(share) else 0  # whole batches: rounding may depend on their size
-    on_images(done * accelerator.num_processes)
-    with part.open("r+b" if part.exists() else "xb") as file:
-        file.truncate(done * size)
-        file.seek(done * size)
-        for batch, images in generator.images(range(share.start + done, share.stop)):
-            file.write(images.permute(0, 2, 3, 1).contiguous().numpy().tobytes())
-            on_images(len(batch) * accelerator.num_processes)
+    size = channels * height * width
+    batches = list(generator.batches(share_of(num, accelerator)))
+    secret = user_key()
+    with open_regular(part, "r+b" if os.path.lexists(part) else "x+b") as file:
+        done = _finished(file, batches, size, key, secret)
+        file.seek(sum(len(batch) * size + _SIGNATURE for batch in batches[:done]))
+        file.truncate()
+        on_images(sum(map(len, batches[:done])) * accelerator.num_processes)
+        if done < len(batches):
+            for batch, images in generator.images(range(batches[done].start, batches[-1].stop)):
+                pixels = images.permute(0, 2, 3, 1).contiguous().numpy().tobytes()
+                file.write(pixels + _signature(batch, pixels, key, secret))
+                on_images(len(batch) * accelerator.num_processes)
         file.flush()
         os.fsync(file.fileno())
     accelerator.wait_for_everyone()
@@ -333,12 +356,17 @@ def write_npz(
                 header = {"descr": "|u1", "fortran_order": False, "shape": (num, height, width, channels)}
                 np.lib.format.write_array_header_1_0(member, header)
                 for rank in range(accelerator.num_processes):
-                    with (parts / f"{rank}.uint8").open("rb") as source:
-                        shutil.copyfileobj(source, member, 2**20)
+                    with open_regular(parts / f"{rank}.uint8") as source:
+                        for batch in generator.batches(_share(num, rank, accelerator.num_processes)):
+                            member.write(source.read(len(batch) * size))
+                            source.seek(_SIGNATURE, os.SEEK_CUR)
             if labels is not None:
                 with archive.open("arr_1.npy", "w") as member:
                     np.lib.format.write_array(member, labels.numpy(), allow_pickle=False)
-        shutil.rmtree(parts)
+        for rank in range(accelerator.num_processes):
+            (parts / f"{rank}.uint8").unlink()
+        with suppress(OSError):  # something else is in it, which is not ours to remove
+            parts.rmdir()
     accelerator.wait_for_everyone()
     return True
 
@@ -371,7 +399,7 @@ def write_pngs(
     settings = _settings(generator)
     record = folder / RECORD
     if folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir()):
-        _check_record(folder, record.read_bytes() if record.is_file() else b"", settings)
+        _check_record(folder, _contents(record), settings)
     elif accelerator.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
         with atomic_write(record) as file:
@@ -381,7 +409,7 @@ def write_pngs(
     share = share_of(num, accelerator)
     for start in range(share.start, share.stop, generator.batch_size):
         numbers = range(start, min(start + generator.batch_size, share.stop))
-        missing = {i: path for i in numbers if not (path := folder / f"{i:06d}.png").exists()}
+        missing = {i: path for i in numbers if not _is_there(path := folder / f"{i:06d}.png")}
         if missing:
             made = True
             for batch, images in generator.images(numbers):
@@ -419,10 +447,32 @@ def _settings(generator: Generator) -> dict[str, Any]:
 def _comment(path: Path) -> bytes:
     """Return the comment of a zip archive; nothing where it is no archive."""
     try:
-        with zipfile.ZipFile(path) as archive:
+        with open_regular(path) as file, zipfile.ZipFile(file) as archive:
             return archive.comment
     except (OSError, zipfile.BadZipFile):
         return b""
+
+
+def _contents(record: Path) -> bytes:
+    """Return what a record holds, as far as one can be long; nothing where there is none."""
+    try:
+        with open_regular(record) as file:
+            return file.read(2**20)
+    except FileNotFoundError:
+        return b""
+
+
+def _is_there(path: Path) -> bool:
+    """Whether there is a file at a path.
+
+    Raises:
+        InputError: If there is something else, such as a link.
+    """
+    try:
+        open_regular(path).close()
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def _check_record(path: Path, record: bytes, settings: dict[str, Any]) -> None:
@@ -434,12 +484,12 @@ def _check_record(path: Path, record: bytes, settings: dict[str, Any]) -> None:
     remedy = "give another --output, or remove it"
     try:
         found = json.loads(record)
-    except ValueError:  # that it is not JSON, or not UTF-8
+    except (ValueError, RecursionError):  # that it is not JSON, or not UTF-8
         found = None
     if not isinstance(found, dict):
         raise InputError(f"{path} exists, and does not say that robustdiff sample made it: {remedy}")
     for name in settings:
         if found.get(name) != settings[name]:
-            values = f" ({name} {found.get(name)}, now {settings[name]})"
+            values = f" ({name} {printable(str(found.get(name)))[:80]}, now {settings[name]})"
             other = "another network" if name == "network" else f"other settings{values}"
             raise InputError(f"{path} holds images of {other}: {remedy}")

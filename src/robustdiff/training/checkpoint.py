@@ -1,9 +1,13 @@
-"""Checkpoints that are whole or absent.
+"""Checkpoints that are whole or absent, and that cannot do harm.
 
-A checkpoint is the folder ``checkpoints/step-00001200``: what ``accelerator.save_state`` writes (parameters, optimiser,
-gradient scaler, random states), the moving average, ``state.json``, and ``manifest.json`` with the SHA-256 of each of
-the others. It is written under a temporary name, flushed, and renamed; a folder under its final name whose hashes do
-not agree was damaged later, and the one before it is used.
+A checkpoint is the folder ``checkpoints/step-00001200``: tensors in safetensors, which can hold neither code nor a
+memory layout (the parameters and buffers of the network and of a target network, the optimiser's moments, the moving
+average, torch's random states), ``state.json``, and ``manifest.json`` with the SHA-256 of each of the others. It is
+written under a temporary name, flushed, and renamed.
+
+A folder under its final name whose hashes do not agree was damaged later, and the one before it is used. One whose
+hashes agree is read only if it has exactly what the run needs: its files, and in each of them the names, shapes and
+types of the run's own tensors, into which the values are copied. How the optimiser works is the recipe's alone.
 """
 
 from __future__ import annotations
@@ -11,29 +15,80 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import re
 import shutil
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
-from safetensors.torch import load_file, save_file
+from accelerate.utils import DistributedType, broadcast_object_list
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
 
-from robustdiff.files import atomic_folder
-from robustdiff.training.ema import EMA
+from robustdiff.errors import InputError, printable
+from robustdiff.files import atomic_folder, open_regular, read_json
 
-__all__ = ["damage", "load_checkpoint", "newest_checkpoint", "save_checkpoint"]
+__all__ = [
+    "Scale",
+    "State",
+    "check_moments",
+    "check_objective",
+    "damage",
+    "load_checkpoint",
+    "newest_checkpoint",
+    "save_checkpoint",
+]
 
 logger = logging.getLogger(__name__)
 
 _NAME = re.compile(r"step-(\d{8})")
+_FILE = re.compile(r"state\.json|(?:model|target|optimizer|ema|random)(?:-\d+)?\.safetensors")
+
+_LARGEST_SCALE = torch.finfo(torch.float32).max
+
+
+class Scale(BaseModel):
+    """The scale of the loss in fp16, and the updates since it last changed."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    scale: float = Field(gt=0, le=_LARGEST_SCALE)
+    growth_tracker: NonNegativeInt
+
+
+class State(BaseModel):
+    """What a run has to know besides its tensors: ``state.json``.
+
+    Attributes:
+        step: Optimiser updates made.
+        batch: Batches done with.
+        skipped: Perturbations that were left as they were (:class:`robustdiff.perturbation.Adversary`).
+        skipped_updates: Updates that were left out because their gradient overflowed.
+        objective: What the objective remembers, numbers and lists of them.
+        scaler: The scale of the loss; none but in fp16.
+        processes: How many processes there were.
+    """
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    step: PositiveInt
+    batch: NonNegativeInt
+    skipped: NonNegativeInt
+    skipped_updates: NonNegativeInt
+    objective: dict[str, Any]
+    scaler: Scale | None
+    processes: int = Field(ge=1, le=10_000)
 
 
 def _hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    with open_regular(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
 
 
 def _checkpoints(folder: Path) -> list[Path]:
@@ -41,73 +96,259 @@ def _checkpoints(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("step-*") if _NAME.fullmatch(path.name))
 
 
-def _ema_file(accelerator: Accelerator) -> str:
-    # FSDP's processes hold different shards; elsewhere they all hold the same average.
+def _file(part: str, accelerator: Accelerator) -> str:
+    """The file of a process's tensors. FSDP's hold different shards; elsewhere they all hold the same."""
     sharded = accelerator.distributed_type == DistributedType.FSDP
-    return f"ema_{accelerator.process_index if sharded else 0}.safetensors"
+    return f"{part}-{accelerator.process_index:03d}.safetensors" if sharded else f"{part}.safetensors"
+
+
+def _random_file(process: int) -> str:
+    return f"random-{process:03d}.safetensors"
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """A tensor itself, or the shard of it that this process has."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor.detach()
+
+
+def _random_states(device: torch.device) -> dict[str, Tensor]:
+    states = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    return states
+
+
+# -- writing --------------------------------------------------------------------------------------------------
 
 
 def save_checkpoint(
-    folder: Path, step: int, accelerator: Accelerator, ema: EMA | None, state: dict[str, Any], keep: int
+    folder: Path, state: State, accelerator: Accelerator, tensors: Mapping[str, Mapping[str, Tensor]], keep: int
 ) -> Path:
     """Write ``folder/step-<step>`` atomically, then remove all but the newest ``keep``. Called by every process.
 
     Arguments:
-        folder: The run's ``checkpoints`` folder, which exists.
-        step: The optimiser updates made.
-        accelerator: Whose state is saved.
-        ema: The moving average, if there is one.
-        state: What else the run has to know, as JSON.
+        folder: The run's ``checkpoints`` folder, which exists and has nothing in it that is not the run's.
+        state: What the run has to know.
+        accelerator: Whose processes they are.
+        tensors: The tensors of each part ("model", "target", "optimizer", "ema") by name.
         keep: How many checkpoints to keep, ≥ 1.
 
     Raises:
         OSError: If the disk is full or cannot be written; nothing is left behind.
     """
-    path = folder / f"step-{step:08d}"
+    path = folder / f"step-{state.step:08d}"
+    main = accelerator.is_main_process
     # The other processes write into the folder that the main process makes, names and renames.
-    other = nullcontext(path.with_name(f".{path.name}.tmp"))
-    with atomic_folder(path) if accelerator.is_main_process else other as temporary:
+    with atomic_folder(path, replace=True) if main else nullcontext() as made:
+        (name,) = broadcast_object_list([made.name if made is not None else None])
+        temporary = folder / name
+        for part, values in tensors.items():
+            if main or accelerator.distributed_type == DistributedType.FSDP:
+                contiguous = {key: _local(value).contiguous() for key, value in values.items()}
+                save_file(contiguous, temporary / _file(part, accelerator))
+        save_file(_random_states(accelerator.device), temporary / _random_file(accelerator.process_index))
         accelerator.wait_for_everyone()
-        accelerator.save_state(str(temporary), safe_serialization=True)
-        if ema is not None and (accelerator.is_main_process or not _ema_file(accelerator).endswith("_0.safetensors")):
-            save_file(ema.state_dict(), temporary / _ema_file(accelerator))
-        accelerator.wait_for_everyone()
-        if accelerator.is_main_process:
-            (temporary / "state.json").write_text(json.dumps(state))
-            hashes = {str(f.relative_to(temporary)): _hash(f) for f in sorted(temporary.rglob("*")) if f.is_file()}
+        if main:
+            (temporary / "state.json").write_text(json.dumps(state.model_dump()))
+            hashes = {file.name: _hash(file) for file in sorted(temporary.iterdir())}
             (temporary / "manifest.json").write_text(json.dumps(hashes, indent=1))
     accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
+    if main:
         for old in _checkpoints(folder)[:-keep]:
             shutil.rmtree(old, ignore_errors=True)
     return path
 
 
+# -- reading --------------------------------------------------------------------------------------------------
+
+
 def damage(path: Path) -> str | None:
     """What is wrong with a checkpoint, in words, or None."""
     try:
-        hashes = json.loads((path / "manifest.json").read_text())
+        hashes = _manifest(path)
         for name, expected in hashes.items():
             if _hash(path / name) != expected:
                 return f"{name} does not have the contents it was written with"
-    except (OSError, ValueError, AttributeError) as error:
+    except (InputError, OSError) as error:
         return f"it cannot be read ({error})"
     return None
 
 
+def _manifest(path: Path) -> dict[str, str]:
+    """The hashes of a checkpoint's files, each a file in it.
+
+    Raises:
+        InputError: If there is none that names files of a checkpoint.
+        OSError: If there is none.
+    """
+    hashes = read_json(path / "manifest.json", 2**20)
+    if path.is_symlink() or not isinstance(hashes, dict) or "state.json" not in hashes:
+        raise InputError("manifest.json names no checkpoint of this version")
+    for name in hashes:
+        if not _FILE.fullmatch(name):
+            raise InputError(f"manifest.json names {printable(name)}, which no checkpoint of this version has")
+    return hashes
+
+
 def newest_checkpoint(folder: Path) -> Path | None:
-    """The newest whole checkpoint of a folder; damaged ones are passed over with a warning."""
+    """Return the newest whole checkpoint of a folder, or None if it has none; damaged ones are passed over.
+
+    Raises:
+        InputError: If all are damaged.
+    """
+    first = None
     for path in reversed(_checkpoints(folder)):
         if (reason := damage(path)) is None:
             return path
-        logger.warning("checkpoint %s is passed over: %s", path, reason)
+        logger.warning("checkpoint %s is passed over: %s", printable(path), reason)
+        first = first or f"{path.name}: {reason}"
+    if first is not None:
+        raise InputError(
+            f"no checkpoint in {printable(folder)} is whole ({first}): restore one, or remove them to start again"
+        )
     return None
 
 
-def load_checkpoint(path: Path, accelerator: Accelerator, ema: EMA | None) -> dict[str, Any]:
-    """Put a checkpoint back into the accelerator's objects and the average; returns the run's state."""
-    accelerator.load_state(str(path))
-    if ema is not None:
-        ema.load_state_dict(load_file(path / _ema_file(accelerator)))
-    state: dict[str, Any] = json.loads((path / "state.json").read_text())
+def load_checkpoint(path: Path, accelerator: Accelerator, tensors: Mapping[str, Mapping[str, Tensor]]) -> State:
+    """Copy a checkpoint into the run's tensors, restore the random states, and return the run's state.
+
+    Arguments:
+        path: A whole checkpoint.
+        accelerator: Whose processes they are.
+        tensors: The tensors of each part by name, as :func:`save_checkpoint` was given them, on any device and in any
+            memory format. When this raises, some may have been written.
+
+    Raises:
+        InputError: If it has other files, or they hold other names, shapes or types, or numbers that are not finite.
+    """
+    try:
+        state = State.model_validate(read_json(path / "state.json"))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise _refusal(path / "state.json", f"{printable(where)}: {first['msg']}") from None
+    if f"step-{state.step:08d}" != path.name:
+        raise _refusal(path / "state.json", f"step {state.step} is not that of its folder")
+    sharded = accelerator.distributed_type == DistributedType.FSDP
+    processes = state.processes
+    if sharded and processes != accelerator.num_processes:
+        raise InputError(f"{printable(path)} is of {processes} processes under FSDP: resume with as many")
+    shards = [f"-{i:03d}" for i in range(processes)] if sharded else [""]
+    expected = {f"{part}{shard}.safetensors" for part in tensors for shard in shards}
+    expected |= {"state.json", *map(_random_file, range(processes))}
+    if different := sorted(_manifest(path).keys() ^ expected):
+        raise _refusal(path, f"{different[0]} is {'missing' if different[0] in expected else 'not of such a run'}")
+    for part, values in tensors.items():
+        file = path / _file(part, accelerator)
+        with torch.no_grad():
+            for name, value in _read(file, {name: _local(value) for name, value in values.items()}):
+                _local(values[name]).copy_(value)
+    if (state.scaler is None) != (accelerator.scaler is None):
+        raise _refusal(path / "state.json", "the scale of the loss is not of such a run")
+    if state.scaler is not None:
+        scale = {"scale": state.scaler.scale, "_growth_tracker": state.scaler.growth_tracker}
+        accelerator.scaler.load_state_dict({**accelerator.scaler.state_dict(), **scale})
+    _restore_random(path, accelerator, processes)
     return state
+
+
+def _restore_random(path: Path, accelerator: Accelerator, processes: int) -> None:
+    """Restore torch's random states, as far as the checkpoint is of this device and number of processes."""
+    now = _random_states(accelerator.device)
+    if processes != accelerator.num_processes:
+        logger.warning("%s is of %d processes: random numbers such as dropout's begin anew", printable(path), processes)
+        return
+    file = path / _random_file(accelerator.process_index)
+    saved = _names(file)
+    if saved != now.keys() and saved in ({"cpu"}, {"cpu", "cuda"}):
+        logger.warning("%s is of another device: random numbers such as dropout's begin anew", printable(path))
+        return
+    states = dict(_read(file, now))
+    try:
+        torch.set_rng_state(states["cpu"])
+        if "cuda" in states:
+            torch.cuda.set_rng_state(states["cuda"], accelerator.device)
+    except RuntimeError as error:
+        raise _refusal(file, str(error).splitlines()[0]) from None
+
+
+def _names(path: Path) -> set[str]:
+    with _opened(path) as file:
+        return set(file.keys())
+
+
+def _opened(path: Path) -> Any:
+    try:
+        open_regular(path).close()
+        return safe_open(path, framework="pt", device="cpu")
+    except (SafetensorError, OSError, ValueError) as error:
+        raise _refusal(path, str(error)) from None
+
+
+def _read(path: Path, expected: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a file, when it has those that are expected by name, shape and type, and nothing but numbers.
+
+    Raises:
+        InputError: If it has others.
+    """
+    with _opened(path) as file:
+        if different := sorted(set(file.keys()) ^ expected.keys()):
+            what = "is missing" if different[0] in expected else "is not in the recipe's network"
+            raise _refusal(path, f"{printable(different[0])} {what}")
+        for name, wanted in expected.items():
+            shape = tuple(file.get_slice(name).get_shape())
+            if shape != tuple(wanted.shape):  # before it is read: it may be huge
+                raise _refusal(path, f"{name} has the shape {shape} instead of {tuple(wanted.shape)}")
+            try:
+                value = file.get_tensor(name)
+            except (SafetensorError, ValueError, AttributeError, KeyError) as error:
+                raise _refusal(path, f"{name}: {error}") from None
+            if value.dtype != wanted.dtype:
+                raise _refusal(path, f"{name} has the type {value.dtype} instead of {wanted.dtype}")
+            if not value.isfinite().all():
+                raise _refusal(path, f"{name} has a number that is not finite")
+            yield name, value
+
+
+def check_moments(path: Path, moments: Mapping[str, Tensor], step: int) -> None:
+    """See that AdamW can go on from moments: those of squares are ≥ 0, and the updates whole and at most the run's.
+
+    Arguments:
+        path: The checkpoint.
+        moments: "<parameter>/step", "<parameter>/exp_avg" and "<parameter>/exp_avg_sq".
+        step: The updates of the run.
+
+    Raises:
+        InputError: If it cannot.
+    """
+    for name, value in moments.items():
+        if name.endswith("/exp_avg_sq") and bool((_local(value) < 0).any()):
+            raise _refusal(path, f"optimizer: {name} has a negative number")
+        if name.endswith("/step") and not (0 <= (count := float(value)) <= step and count == math.floor(count)):
+            raise _refusal(path, f"optimizer: {name} is {count:g}, of {step} updates")
+
+
+def check_objective(path: Path, saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """See that what an objective remembers is numbers ≥ 0, in lists of the same lengths as the run's.
+
+    Raises:
+        InputError: If it is not.
+    """
+    if different := sorted(saved.keys() ^ now.keys()):
+        raise _refusal(path / "state.json", f"objective.{printable(different[0])} is not as the recipe's objective has")
+    for name, value in now.items():
+        if not _alike(saved[name], value):
+            raise _refusal(path / "state.json", f"objective.{name} is not as the recipe's objective has it")
+
+
+def _alike(saved: Any, now: Any) -> bool:
+    if isinstance(now, list):
+        return isinstance(saved, list) and len(saved) == len(now) and all(map(_alike, saved, now))
+    return type(saved) is type(now) and bool(0 <= saved < (2**53 if isinstance(now, int) else 1e100))
+
+
+def _refusal(path: Path, reason: str) -> InputError:
+    return InputError(
+        f"{printable(path)} does not fit the recipe ({printable(reason)}): remove its checkpoint to go on from the one "
+        "before, or choose another --set output=…"
+    )

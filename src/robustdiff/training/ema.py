@@ -65,7 +65,7 @@ class EMA:
 
     Attributes:
         average: The averages, in the order of the parameters.
-        updates: How many updates they are of. The power function depends on it: whoever loads a state sets it.
+        updates: How many updates they are of. The power function depends on it: whoever loads averages sets it.
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter], decay: float | Literal["auto"]) -> None:
@@ -100,17 +100,3 @@ class EMA:
                 yield
             finally:
                 torch._foreach_copy_(values, kept)
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """Return the averages by their number, contiguous whatever the parameters' memory format is."""
-        return {f"{i:05d}": average.contiguous() for i, average in enumerate(self.average)}
-
-    @torch.no_grad()
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Take the averages from :meth:`state_dict`.
-
-        Raises:
-            KeyError: If one is missing.
-        """
-        for i, average in enumerate(self.average):
-            average.copy_(state[f"{i:05d}"])

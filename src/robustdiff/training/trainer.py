@@ -22,13 +22,13 @@ import hashlib
 import json
 import logging
 import math
-import shutil
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, BinaryIO
 
 import torch
 from accelerate import Accelerator
@@ -39,8 +39,16 @@ from torch import Tensor
 
 from robustdiff.data import ImageDataset, to_unit
 from robustdiff.data.loader import load_batches, worker_failures
-from robustdiff.errors import InputError, RunError
-from robustdiff.files import atomic_folder, atomic_write
+from robustdiff.errors import InputError, RunError, printable
+from robustdiff.files import (
+    atomic_folder,
+    atomic_write,
+    claim_folder,
+    make_folder,
+    open_regular,
+    read_json,
+    remove_leftovers,
+)
 from robustdiff.interrupt import Interrupt
 from robustdiff.models.build import (
     Built,
@@ -73,11 +81,19 @@ from robustdiff.perturbation import (
 )
 from robustdiff.process import DiffusionProcess
 from robustdiff.recipe import AdversaryConfig, ConsistencyConfig, DenoisingConfig, Recipe, load_recipe
-from robustdiff.training.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
+from robustdiff.training.checkpoint import (
+    Scale,
+    State,
+    check_moments,
+    check_objective,
+    load_checkpoint,
+    newest_checkpoint,
+    save_checkpoint,
+)
 from robustdiff.training.ema import EMA, REMAINDER, sufficient_decay
 from robustdiff.training.stream import BatchIndices, batch_generator
 
-__all__ = ["Status", "Trainer", "build_adversary", "build_objective", "train"]
+__all__ = ["Status", "Trainer", "build_adversary", "build_objective", "read_result", "train"]
 
 logger = logging.getLogger(__name__)
 
@@ -267,11 +283,19 @@ class Trainer:
             unet.parameters(), lr=recipe.lr, betas=recipe.betas, weight_decay=recipe.weight_decay, fused=True
         )
         self.model, self.optimizer = accelerator.prepare(unet, optimizer)
+        for parameter in self.model.parameters():
+            # As AdamW makes them at its first step: they are there for a checkpoint to be copied into.
+            self.optimizer.state[parameter] = {
+                "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+                "exp_avg": torch.zeros_like(parameter, memory_format=torch.preserve_format),
+                "exp_avg_sq": torch.zeros_like(parameter, memory_format=torch.preserve_format),
+            }
         if target is not None:
             # Prepared as well, so that it has the student's precision, is in every checkpoint, and is sharded as the
             # student under FSDP. DDP, which only adds up gradients, takes no module without any.
             sharded = accelerator.distributed_type == DistributedType.FSDP
             target = accelerator.prepare_model(target, evaluation_mode=not sharded)
+        self.target = target
         self.objective = build_objective(recipe, built, dataset, accelerator, target)
         self.ema = EMA(list(self.model.parameters()), recipe.ema) if recipe.ema else None
 
@@ -428,48 +452,75 @@ class Trainer:
 
     # -- in and out ------------------------------------------------------------------------------------------
 
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        """Return all that has been learned, the tensors themselves: part of a checkpoint → name → tensor."""
+        student = self.accelerator.unwrap_model(self.model)
+        parameters = dict(student.named_parameters())
+        tensors = {
+            "model": {**parameters, **dict(student.named_buffers())},
+            "optimizer": {
+                f"{name}/{moment}": value
+                for name, parameter in parameters.items()
+                for moment, value in self.optimizer.state[parameter].items()
+            },
+        }
+        if self.target is not None:
+            target = self.accelerator.unwrap_model(self.target)
+            tensors["target"] = {**dict(target.named_parameters()), **dict(target.named_buffers())}
+        if self.ema is not None:
+            tensors["ema"] = dict(zip(parameters, self.ema.average, strict=True))
+        return tensors
+
     def save(self, folder: Path) -> None:
         """Write a checkpoint into the run's ``checkpoints``. Called by every process, between batches.
 
         Raises:
-            RunError: If a parameter is not finite: the last update broke it, and the next loss would show it.
+            RunError: If a parameter or a moment of the optimiser is not finite: the last update broke it, and the next
+                loss would show it.
         """
-        if not torch.stack([parameter.isfinite().all() for parameter in self.model.parameters()]).all():
-            raise RunError(
-                f"a parameter is not finite after update {self.step}: lower lr or adversary.step_size, or set clip=1; "
-                "checkpoints from before are kept"
-            )
-        state: dict[str, Any] = {"step": self.step, "batch": self.batch, "skipped": self.adversary.skipped}
-        state["skipped_updates"] = int(self.skipped_updates)
-        state["objective"] = self.objective.state()  # as JSON: accelerate would load an object of ours by unpickling it
-        save_checkpoint(folder, self.step, self.accelerator, self.ema, state, self.recipe.keep)
+        tensors = self.tensors()
+        for part, what in (("model", "parameter"), ("optimizer", "moment of the optimiser")):
+            if not torch.stack([value.isfinite().all() for value in tensors[part].values()]).all():
+                raise RunError(
+                    f"a {what} is not finite after update {self.step}: lower lr or adversary.step_size, or set clip=1; "
+                    "checkpoints from before are kept"
+                )
+        scaler, scale = self.accelerator.scaler, None
+        if scaler is not None:
+            saved = scaler.state_dict()
+            scale = Scale(scale=saved["scale"], growth_tracker=saved["_growth_tracker"])
+        state = State(
+            step=self.step,
+            batch=self.batch,
+            skipped=self.adversary.skipped,
+            skipped_updates=int(self.skipped_updates),
+            objective=self.objective.state(),
+            scaler=scale,
+            processes=self.accelerator.num_processes,
+        )
+        save_checkpoint(folder, state, self.accelerator, tensors, self.recipe.keep)
 
     def load(self, checkpoint: Path) -> None:
         """Continue from a checkpoint, whatever device and memory format it was made in.
 
         Raises:
-            InputError: If it is of another network.
+            InputError: If it is of another network, or holds what training does not write.
         """
-        try:
-            state = load_checkpoint(checkpoint, self.accelerator, self.ema)
-        except RuntimeError as error:
-            if "state_dict" not in str(error):
-                raise
+        tensors = self.tensors()
+        state = load_checkpoint(checkpoint, self.accelerator, tensors)
+        check_moments(checkpoint, tensors["optimizer"], state.step)
+        check_objective(checkpoint, state.objective, self.objective.state())
+        if state.step != state.batch * self.adversary.passes:
             raise InputError(
-                f"the checkpoint {checkpoint} does not fit the recipe's network ({str(error).splitlines()[0]}): "
-                "choose another --set output=…"
-            ) from None
-        for parameter, moments in self.optimizer.state.items():
-            for name, value in moments.items():
-                if value.shape == parameter.shape and value.stride() != parameter.stride():
-                    # A fused optimiser goes through the memory of all of them side by side.
-                    moments[name] = torch.empty_like(parameter).copy_(value)
-        self.step, self.batch = state["step"], state["batch"]
+                f"{checkpoint / 'state.json'} does not fit the recipe ({state.step} updates are not those of "
+                f"{state.batch} batches): remove its checkpoint to go on from the one before"
+            )
+        self.step, self.batch = state.step, state.batch
         if self.ema is not None:
             self.ema.updates = self.step
-        self.adversary.skipped = state["skipped"]
-        self.skipped_updates = state.get("skipped_updates", 0)
-        self.objective.load_state(state.get("objective", {}))
+        self.adversary.skipped = state.skipped
+        self.skipped_updates = state.skipped_updates
+        self.objective.load_state(state.objective)
 
     def export(self, folder: Path) -> None:
         """Write the network, by its moving average if there is one, as a diffusers pipeline folder."""
@@ -479,9 +530,16 @@ class Trainer:
             if self.accelerator.is_main_process:  # inside: the state holds the parameters themselves, not copies
                 unet.load_state_dict(state)
         if self.accelerator.is_main_process:
-            with atomic_folder(folder) as temporary:
+            with atomic_folder(folder, replace=True) as temporary:
                 save_pipeline(temporary, unet, self.built.scheduler)
         self.accelerator.wait_for_everyone()
+
+
+_LONGEST_LINE = 2**16
+
+
+def _finite(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) < 1e300
 
 
 class _Metrics:
@@ -491,27 +549,39 @@ class _Metrics:
         self.trainer = trainer
         self.path = path
         self.line: dict[str, float] = {}
-        self.file: TextIO | None = None
+        self.file: BinaryIO | None = None
         if trainer.accelerator.is_main_process:
             self._drop_after(trainer.step)
-            self.file = path.open("a", encoding="utf-8")
+            self.file = open_regular(path, "ab")
         self._restart()
 
     def _drop_after(self, step: int) -> None:
         """Lines that a killed run wrote after its last checkpoint will be written again."""
-        if not self.path.exists():
-            return
-        kept = []
-        for line in self.path.read_text(encoding="utf-8").splitlines():
-            try:
-                values = json.loads(line)
-            except ValueError:  # torn by a kill
-                continue
-            if values["step"] <= step:
-                kept.append(line)
-                self.line = values
-        with atomic_write(self.path) as file:
-            file.write("".join(line + "\n" for line in kept).encode())
+        with atomic_write(self.path) as kept:
+            if not os.path.lexists(self.path):
+                return
+            with open_regular(self.path) as file:
+                while line := file.readline(_LONGEST_LINE):
+                    if not line.endswith(b"\n") and len(line) < _LONGEST_LINE:  # torn by a kill
+                        return
+                    values = self._values(line)
+                    if values["step"] <= step:
+                        kept.write(line)
+                        self.line = values
+
+    def _values(self, line: bytes) -> dict[str, float]:
+        """The numbers of a line.
+
+        Raises:
+            InputError: If it holds anything else.
+        """
+        try:
+            values = json.loads(line)
+        except (ValueError, RecursionError):
+            values = None
+        if not isinstance(values, dict) or not all(_finite(values.get(name)) for name in {"step", *values}):
+            raise InputError(f"{self.path} is damaged: remove it, and resume without the lines that it has")
+        return values
 
     def _restart(self) -> None:
         self.sums: dict[str, Tensor] = {}
@@ -546,7 +616,7 @@ class _Metrics:
                 "checkpoints from before are kept"
             )
         if self.file is not None:
-            self.file.write(json.dumps(line) + "\n")
+            self.file.write(json.dumps(line).encode() + b"\n")
             self.file.flush()
         self.line = line
         trainer.accelerator.log({k: v for k, v in line.items() if k != "step"}, step=trainer.step)
@@ -587,14 +657,18 @@ def _check_data(path: Path, data: dict[str, Any]) -> None:
     if not path.exists():
         return
     try:
-        before = json.loads(path.read_bytes())
+        before = read_json(path, 2**20)
         fingerprint = before["fingerprint"]
-    except (ValueError, KeyError, TypeError):
+    except (InputError, KeyError, TypeError):
         raise InputError(f"{path} is damaged: restore it, or remove it to resume without a check of the data") from None
     if fingerprint == data["fingerprint"]:
         return
     counts = {"number of images": "images", "shape": "shape", "number of classes": "classes"}
-    changes = [f"{what} {before.get(k)} → {data[k]}" for what, k in counts.items() if before.get(k) != data[k]]
+    changes = [
+        f"{what} {printable(str(before.get(k))[:40])} → {data[k]}"
+        for what, k in counts.items()
+        if before.get(k) != data[k]
+    ]
     if not changes and before.get("labels") != data["labels"]:
         changes.append("labels")
     raise InputError(
@@ -604,33 +678,46 @@ def _check_data(path: Path, data: dict[str, Any]) -> None:
 
 
 def _prepare_folder(recipe: Recipe, folder: Path, resume: bool, dataset: ImageDataset) -> None:
-    """Make the run's folder, or see that what is there is the same run."""
-    if (folder / "recipe.yaml").exists():
+    """Make the run's folder, or see that what is there is the same run.
+
+    Raises:
+        InputError: If the folder holds anything that is not this run, or without ``resume`` anything at all.
+    """
+    for source in (recipe.model.path, getattr(recipe.objective, "teacher", None), recipe.data.root):
+        if source and Path(source).is_dir() and folder.resolve().is_relative_to(Path(source).resolve()):
+            raise InputError(f"output {folder} is in {source}, which is read: choose another --set output=…")
+    if claim_folder(folder, "a run"):
         if not resume:
             raise InputError(f"{folder} already holds a run: go on with --resume, or choose another --set output=…")
-        before = load_recipe(str(folder / "recipe.yaml"))
-        # The cosine, and numbers of levels that grow, are of so many steps.
-        fixed = recipe.lr_schedule == "constant" and getattr(recipe.objective, "schedule", "fixed") == "fixed"
-        free = FREE_TO_CHANGE | ({"steps"} if fixed else set())
-        for name in Recipe.model_fields:
-            if name not in free and _fixed(before, name) != _fixed(recipe, name):
-                raise InputError(
-                    f"{folder} was trained with another {name}: resume with the recipe it was started with, "
-                    "or choose another --set output=…"
-                )
+        _check_recipe(recipe, folder)
+    checkpoints = folder / "checkpoints"
+    make_folder(checkpoints)
+    remove_leftovers(folder, r"(?:recipe\.yaml|data\.json|metrics\.jsonl|result\.json|model)")
+    remove_leftovers(checkpoints, r"step-\d{8}")
     data = _describe(dataset)
-    if any((folder / "checkpoints").glob("step-*")):  # otherwise nothing has been learned from other data
+    if any(checkpoints.glob("step-*")):  # otherwise nothing has been learned from other data
         _check_data(folder / "data.json", data)
-    (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-    for leftover in [*folder.glob(".*.tmp"), *(folder / "checkpoints").glob(".*.tmp")]:
-        if leftover.is_dir():
-            shutil.rmtree(leftover, ignore_errors=True)
-        else:
-            leftover.unlink(missing_ok=True)
     with atomic_write(folder / "recipe.yaml") as file:
         file.write(recipe.to_yaml().encode())
     with atomic_write(folder / "data.json") as file:
         file.write(json.dumps(data, indent=1).encode())
+
+
+def _check_recipe(recipe: Recipe, folder: Path) -> None:
+    """See that a folder holds a run of a recipe."""
+    path = folder / "recipe.yaml"
+    if not path.exists():
+        raise InputError(f"{folder} has no recipe.yaml, so it is not known of what it is a run: choose another output")
+    before = load_recipe(str(path))
+    # The cosine, and numbers of levels that grow, are of so many steps.
+    fixed = recipe.lr_schedule == "constant" and getattr(recipe.objective, "schedule", "fixed") == "fixed"
+    free = FREE_TO_CHANGE | ({"steps"} if fixed else set())
+    for name in Recipe.model_fields:
+        if name not in free and _fixed(before, name) != _fixed(recipe, name):
+            raise InputError(
+                f"{folder} was trained with another {name}: resume with the recipe it was started with, "
+                "or choose another --set output=…"
+            )
 
 
 def _fixed(recipe: Recipe, name: str) -> Any:
@@ -685,13 +772,14 @@ def train(
         _prepare_folder(recipe, folder, resume, dataset)
     accelerator.wait_for_everyone()
     finished = folder / "result.json"
-    if finished.exists():
-        result: dict[str, Any] = json.loads(finished.read_text())
-        if result["steps"] >= recipe.steps:
+    if resume and finished.exists():
+        before = read_result(finished)
+        if before["steps"] >= recipe.steps:
+            _check_result(finished, before, trainer)
             logger.info("%s is finished", folder)
-            return result
+            return before
     set_seed(recipe.seed, device_specific=True)  # dropout and random directions differ between processes
-    if (checkpoint := newest_checkpoint(folder / "checkpoints")) is not None:
+    if resume and (checkpoint := newest_checkpoint(folder / "checkpoints")) is not None:
         trainer.load(checkpoint)
     if recipe.trackers:
         accelerator.init_trackers("robustdiff", config={"recipe": recipe.to_yaml()})
@@ -720,11 +808,11 @@ def train(
                 logger.warning("%s: %s is saved at update %d", interrupt.received, folder, trainer.step)
                 return None
         trainer.export(folder / "model")
-        result = {
+        result: dict[str, Any] = {
             "steps": trainer.step,
             "batches": trainer.batch,
             "batch_size": recipe.batch_size,
-            "backward_passes": _backward_passes(trainer),
+            "backward_passes": _backward_passes(trainer, trainer.step),
             "loss": metrics.line.get("loss"),
             "delta_norm": metrics.line.get("delta_norm"),
             "skipped": trainer.adversary.skipped,
@@ -745,7 +833,46 @@ def train(
     return result
 
 
-def _backward_passes(trainer: Trainer) -> int:
+def read_result(path: Path) -> dict[str, Any]:
+    """Return what the ``result.json`` of a run holds.
+
+    Raises:
+        InputError: If it is not as :func:`train` writes it.
+        OSError: If it is missing.
+    """
+    result = read_json(path, 2**20)
+    kinds: dict[str, type] = {"loss": float, "delta_norm": float, "data": str, "device": str, "torch": str}
+    counts = ("steps", "batches", "batch_size", "backward_passes", "skipped", "skipped_updates")
+    kinds |= dict.fromkeys((*counts, "parameters", "images", "processes"), int)
+    if not isinstance(result, dict) or result.keys() != kinds.keys():
+        raise InputError(f"{path} is damaged: remove it, and resume the run")
+    for name, kind in kinds.items():
+        value = result[name]
+        right = type(value) is kind or (kind is float and value is None)
+        if not right or (type(value) is int and value < 0):
+            raise InputError(
+                f"{path} is damaged ({name}: {printable(repr(value)[:40])}): remove it, and resume the run"
+            )
+    return result
+
+
+def _check_result(path: Path, result: dict[str, Any], trainer: Trainer) -> None:
+    """See that a result is of a trainer's recipe and data, and that there is a model with it."""
+    expected = {
+        "batches": result["steps"] // trainer.adversary.passes,
+        "batch_size": trainer.recipe.batch_size,
+        "backward_passes": _backward_passes(trainer, result["steps"]),
+        "parameters": sum(p.numel() for p in trainer.built.unet.parameters()),
+        "images": len(trainer.dataset),
+    }
+    for name, value in expected.items():
+        if result[name] != value:
+            raise InputError(f"{path} is of another run ({name} {result[name]} → {value}): remove it, and resume")
+    if not (path.parent / "model" / "model_index.json").is_file():
+        raise InputError(f"{path.parent} has a result and no model: remove {path}, and resume")
+
+
+def _backward_passes(trainer: Trainer, steps: int) -> int:
     """Backward passes over a batch, counting those that only move δ."""
     extra = trainer.adversary.steps if isinstance(trainer.adversary, PGDAdversary) else 0
-    return trainer.step * (1 + extra)
+    return steps * (1 + extra)
