@@ -50,7 +50,7 @@ def test_a_missing_folder(tmp_path):
 
 
 def fill(path, error=None):
-    with atomic_folder(path) as folder:
+    with atomic_folder(path, replace=True) as folder:
         (folder / "sub").mkdir()
         (folder / "sub" / "a").write_text("new")
         if error is not None:

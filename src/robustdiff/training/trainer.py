@@ -479,7 +479,7 @@ class Trainer:
             if self.accelerator.is_main_process:  # inside: the state holds the parameters themselves, not copies
                 unet.load_state_dict(state)
         if self.accelerator.is_main_process:
-            with atomic_folder(folder) as temporary:
+            with atomic_folder(folder, replace=True) as temporary:
                 save_pipeline(temporary, unet, self.built.scheduler)
         self.accelerator.wait_for_everyone()
 
