@@ -17,6 +17,7 @@ from __future__ import annotations
 import copy
 import itertools
 import json
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
@@ -30,12 +31,12 @@ from scipy.stats import spearmanr
 from scipy.stats import t as student_t
 
 from robustdiff.data.decode import open_image
-from robustdiff.errors import InputError
+from robustdiff.errors import InputError, printable
 from robustdiff.evaluation.fidelity import interval
 from robustdiff.files import atomic_write
 from robustdiff.mismatch.measure import MEASURES
 from robustdiff.report.figures import Line, fid_panels, loss_curves, points, save_figure
-from robustdiff.study import Study, plan, read_cell, read_json, reference_cells
+from robustdiff.study import Study, plan, read_cell, read_failure, read_loss, read_mismatch, reference_cells
 
 __all__ = ["Results", "write_page"]
 
@@ -75,6 +76,11 @@ class Change:
         if self.high < 0 and max(self.seeds) < 0:
             return -1
         return int(self.low > 0 and min(self.seeds) > 0)
+
+
+def _text(words: str) -> str:
+    """Words from a file as they are: in one line, and not as Markdown, HTML or the end of a table's cell."""
+    return re.sub(r"([\\`*_{}\[\]<>#|~$&])", r"\\\1", printable(" ".join(words.split())))
 
 
 def _percent(value: float) -> str:
@@ -118,9 +124,9 @@ class Results:
             if run.missing:
                 self.missing[run.name] = len(run.missing)
             if run.failure.is_file():
-                self.failed[run.name] = read_json(run.failure)["error"]
+                self.failed[run.name] = read_failure(run)
             if (path := run.mismatch_path) is not None and path.is_file():
-                for found in read_json(path)["paths"]:
+                for found in read_mismatch(path):
                     self.mismatch[run.method, run.seed, found["sampler"], found["steps"]] = found
         for cell in reference_cells(study, folder):
             self.planned += 1
@@ -151,7 +157,7 @@ class Results:
         """The mean grey value and FID of each training, by method, of the cells that hold both."""
         found: dict[str, list[tuple[float, float]]] = {}
         for (method, _, *own), record in self.cells.items():
-            if own == [sampler, steps] and "brightness" in record:
+            if own == [sampler, steps] and record["brightness"] is not None:
                 found.setdefault(method, []).append((record["brightness"], record["fid"]))
         return found
 
@@ -774,8 +780,7 @@ def write_page(study: Study, folder: Path, page: Path) -> str:
     curves = {}
     for run in plan(study, folder):
         if run.first and run.path.is_file():
-            curve = read_json(run.path)
-            curves[run.method] = (curve["step"], curve["loss"])
+            curves[run.method] = read_loss(run)
     if curves:
         parts.append(figure("loss", loss_curves(curves, "first seed of each method"), "Training loss"))
     parts.append("## Samples")
