@@ -53,7 +53,7 @@ from robustdiff.files import atomic_write, make_folder, open_regular, read_json
 from robustdiff.mismatch.measure import MEASURES as MISMATCHES
 from robustdiff.mismatch.measure import measure_mismatch
 from robustdiff.models.build import build_model
-from robustdiff.recipe import DataConfig, Precision, Recipe, Section, Text, Times, load_recipe
+from robustdiff.recipe import DataConfig, Precision, Recipe, Section, Text, load_recipe
 from robustdiff.samplers.generate import Generator
 from robustdiff.samplers.sample import SAMPLERS
 from robustdiff.training.trainer import FREE_TO_CHANGE, Status, train
@@ -100,8 +100,11 @@ def _known(name: str) -> str:
 
 
 def _file_name(name: str) -> str:
-    if not re.fullmatch(r"\w[\w.+-]*", name):
-        raise ValueError(f"the name {name[:100]!r} is that of files: use letters, digits and . + - _ only")
+    # One that begins with _ would be left out of a figure's legend, and one with - taken for an option.
+    if not re.fullmatch(r"[^\W_][\w.+-]*", name):
+        raise ValueError(
+            f"the name {name[:100]!r} is that of files: use letters, digits and . + - _ only, a letter or digit first"
+        )
     if len(name.encode()) > 150:
         raise ValueError(f"the name {name[:100]!r}… is that of files: use at most 150 bytes")
     return name
@@ -160,7 +163,9 @@ class Measurement(Section):
     num: int = Field(5000, ge=4, le=10**7, description="images of a cell")
     seed: Seed = Field(0, description="of the images' noise")
     batch_size: int = Field(64, ge=1, le=2**20)
-    mismatch: int = Field(0, ge=0, le=10**7, description="images of the mismatch, measured for the first seed; 0: not measured")
+    mismatch: int = Field(
+        0, ge=0, le=10**7, description="images of the mismatch, measured for the first seed; 0: not measured"
+    )
     mismatch_steps: Counts | None = Field(None, description="at which it is; those of the cells by default")
     mismatch_methods: tuple[Name, ...] | None = Field(None, description="of which it is; all by default")
     features: Text = "fashion-16"
@@ -1035,7 +1040,9 @@ def remaining(study: Study, folder: Path) -> list[Remaining]:
 def _time_training(run: Run) -> float:
     """Seconds for one image in one pass, measured."""
     with tempfile.TemporaryDirectory() as scratch:
-        recipe = run.recipe.model_copy(update={"output": str(Path(scratch) / "run"), "steps": 4, "log_every": 1, "trackers": ()})
+        recipe = run.recipe.model_copy(
+            update={"output": str(Path(scratch) / "run"), "steps": 4, "log_every": 1, "trackers": ()}
+        )
         speeds: list[float] = []
         train(recipe, on_status=lambda status: speeds.append(status.images_per_second))
     passes = _image_passes(run.recipe) / (run.recipe.steps * run.recipe.batch_size)

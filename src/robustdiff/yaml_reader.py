@@ -22,6 +22,7 @@ MOST_VALUES = 20_000  # with every alias written out
 DEEPEST = 40
 LONGEST_NUMBER = 100  # characters: Python's integers have no bound, and the time that they take is quadratic
 
+
 class _Refused(yaml.YAMLError):
     """YAML that is well-formed, but not read here."""
 
@@ -44,7 +45,7 @@ class _Loader(yaml.SafeLoader):
         self._extents: dict[int, tuple[int, int]] = {}  # number of values and height of each node that is composed
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        event: Any = self.peek_event()  # type: ignore[no-untyped-call]
+        event: Any = self.peek_event()
         mark = event.start_mark
         if getattr(event, "tag", None) not in (None, "!"):
             raise _Refused(f"the tag {event.tag[:100]} is not read here: leave it out", mark)
@@ -53,7 +54,7 @@ class _Loader(yaml.SafeLoader):
         if isinstance(event, yaml.AliasEvent):
             node = super().compose_node(parent, index)
             if id(node) not in self._extents:
-                raise _Refused(f"*{event.anchor[:100]} stands within its own anchor", mark)
+                raise _Refused(f"*{str(event.anchor)[:100]} stands within its own anchor", mark)
             values, height = self._extents[id(node)]
             self._values += values
             self._reached = self._depth - 1 + height
@@ -86,7 +87,7 @@ class _Loader(yaml.SafeLoader):
                 if not isinstance(key, yaml.ScalarNode):
                     raise _Refused("a key that is a list or a mapping", key.start_mark)
                 merge = key.tag == "tag:yaml.org,2002:merge"
-                name = "<<" if merge else self.construct_object(key)  # type: ignore[no-untyped-call]
+                name = "<<" if merge else self.construct_object(key)
                 if name in keys:
                     raise _Refused(f"the key {str(name)[:100]!r} is given twice", key.start_mark)
                 keys.add(name)
@@ -112,9 +113,9 @@ def parse_yaml(text: str | bytes, source: str) -> Any:
         decoded = text.decode("utf-8") if isinstance(text, bytes) else text
         loader = _Loader(decoded)
         try:
-            return loader.get_single_data()  # type: ignore[no-untyped-call]
+            return loader.get_single_data()
         finally:
-            loader.dispose()  # type: ignore[no-untyped-call]
+            loader.dispose()
     except _Refused as error:
         raise InputError(f"{source}: not YAML that is read here: {printable(str(error))}") from None
     except yaml.MarkedYAMLError as error:
