@@ -218,8 +218,6 @@ def load_study(path: Path) -> Study:
     Raises:
         InputError: If there is no such file, or a field is unknown or out of its range.
     """
-    if not path.is_file():
-        raise InputError(f"no study file {printable(path)}: give a YAML file, as in benchmarks/studies")
     try:
         study = Study.model_validate(read_yaml(path))
     except ValidationError as error:

@@ -134,7 +134,7 @@ def read_yaml(path: Path) -> Any:
     source = printable(path)
     try:
         if not path.is_file():  # a pipe would wait for its other end
-            raise InputError(f"no file {source}")
+            raise InputError(f"no file {source}: give a YAML file")
         with path.open("rb") as file:
             raw = file.read(MOST_BYTES + 1)
     except OSError as error:
