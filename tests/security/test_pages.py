@@ -131,20 +131,23 @@ def test_settings_of_the_working_folder_are_not_read(tmp_path):
     code = f"(lambda: __import__('pathlib').Path('{pwned}').touch())()"
     (folder / "evil.py").write_text(f"import pathlib\npathlib.Path({str(pwned)!r}).touch()\n")
     rc = f"text.usetex: True\nbackend: module://evil\naxes.prop_cycle: cycler('color', [{code}])\naxes.facecolor: red\n"
-    (folder / "matplotlibrc").write_bytes(rc.encode() + b"\xff\xfe\n")
-    (folder / "draw.py").write_text(
-        "import sys; from pathlib import Path\n"
+    (folder / "matplotlibrc").write_text(rc)
+    draw = (
+        "from pathlib import Path\n"
         "from robustdiff.report.figures import loss_curves, save_figure\n"
-        "save_figure(loss_curves({'plain': ([1, 2], [2.0, 1.0])}, 'title'), Path(sys.argv[1]))\n"
+        f"save_figure(loss_curves({{'plain': ([1, 2], [2.0, 1.0])}}, 'title'), Path({str(tmp_path / 'there.png')!r}))\n"
     )
-    drawn = []
-    for where in (folder, tmp_path):
+
+    def python(code: str) -> subprocess.CompletedProcess[str]:
         environment = {**os.environ, "PYTHONPATH": str(SRC), "PATH": f"{latex}:{os.environ['PATH']}"}
-        command = [sys.executable, "-P", str(folder / "draw.py"), str(tmp_path / "figure.png")]
-        done = subprocess.run(command, cwd=where, env=environment, capture_output=True, text=True, check=False)
-        assert (done.returncode, done.stderr) == (0, "")
-        drawn.append((tmp_path / "figure.png").read_bytes())
-    assert drawn[0] == drawn[1]
+        command = [sys.executable, "-P", "-c", code]
+        return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+
+    assert python("import matplotlib; print(matplotlib.rcParams['text.usetex'])").stdout == "True\n", "it would have"
+    done = python(draw)
+    assert (done.returncode, done.stderr) == (0, "")
+    save_figure(loss_curves({"plain": ([1, 2], [2.0, 1.0])}, "title"), tmp_path / "here.png")
+    assert (tmp_path / "there.png").read_bytes() == (tmp_path / "here.png").read_bytes()
     assert not pwned.exists()
 
 
