@@ -49,11 +49,13 @@ MOST_PARAMETERS = 20_000_000_000  # of a new network
 def _one_line(text: str) -> str:
     # What stands for a byte of a file's name that is not UTF-8 may be in it, since it can be in a path.
     if not all(c.isprintable() or "\udc80" <= c <= "\udcff" for c in text):
-        raise ValueError(f"control characters are in {printable(text[:200])!r}: take them out")
+        raise ValueError(
+            f"{printable(text[:200])!r} has control characters: it cannot be the name of a folder or of anything else"
+        )
     return text
 
 
-Text = Annotated[str, Field(max_length=4096), AfterValidator(_one_line)]
+Text = Annotated[str, Field(max_length=8192), AfterValidator(_one_line)]
 Width = Annotated[int, Field(ge=1, le=65_536)]
 Times = Annotated[int, Field(ge=1, le=100_000)]
 

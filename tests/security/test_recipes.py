@@ -122,7 +122,7 @@ def test_what_looks_like_a_date_is_a_name(tmp_path, date):
         'output="a\\0b"',
         'output="\\e[31mred"',
         'output="\\ud800"',
-        f"output={'x' * 5000}",
+        f"output={'x' * 10_000}",
         "data.root=[a]",
         "objective.name=[denoising]",
         "objective.1=2",
