@@ -22,10 +22,8 @@ from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 from scipy import stats
 from scipy.linalg import eigh_tridiagonal
 from scipy.optimize import minimize_scalar
@@ -45,7 +43,7 @@ from robustdiff.mismatch.exact import (
     step_divergence,
 )
 from robustdiff.perturbation import NORMS, NoAdversary
-from robustdiff.report.figures import save_figure
+from robustdiff.report.figures import Figure, matplotlib, save_figure
 
 PROCESS = DiffusionProcess.linear(1000)
 THREE = GaussianMixture(

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 import typer
 from rich.console import Console
 
-from robustdiff.errors import InputError, RunError
+from robustdiff.errors import InputError, RunError, printable
 
 if TYPE_CHECKING:
     from robustdiff.data import ImageDataset
@@ -77,8 +77,8 @@ Weights = Annotated[Path | None, typer.Option(help="Inception's weights file.")]
 
 
 def _say(message: str, console: Console = out) -> None:
-    """Print one line as it is: paths are neither broken at the width of the terminal nor read as markup."""
-    console.print(message, markup=False, soft_wrap=True)
+    """Print one line as it is: paths are neither broken at the width of the terminal nor read as markup or escapes."""
+    console.print(printable(message), markup=False, emoji=False, soft_wrap=True)
 
 
 def _native(precision: str) -> str:
@@ -502,9 +502,9 @@ def solver_error(
         "errors": [asdict(error) for error in errors],
     }
     title = f"One step of the solver on {Path(teacher).name}, {num} images of {dataset.name}"
-    save_figure(solver_error_figure(errors, title), output / "solver-error.png")
     with atomic_write(output / "result.json") as file:
         file.write(json.dumps(record, indent=1).encode())
+    save_figure(solver_error_figure(errors, title), output / "solver-error.png")
     _say(f"the figure and result.json are in {output}")
 
 
@@ -799,5 +799,5 @@ def main() -> None:
 
 def _fail(message: str, code: int) -> int:
     """One line on stderr."""
-    print("robustdiff: " + " ".join(message.split()), file=sys.stderr)
+    print("robustdiff: " + printable(" ".join(message.split())), file=sys.stderr)
     return code

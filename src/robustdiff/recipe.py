@@ -3,10 +3,14 @@
 A recipe is a YAML file whose fields are those of :class:`Recipe`. A section may be given by its name alone
 (``data: digits`` for ``data: {name: digits}``); on the command line ``--set adversary.step_size=0.5`` overrides one
 field. A recipe shipped with the package is named without its path.
+
+A recipe may be somebody else's. Its numbers have bounds that no training comes near, so that none of them can ask for
+more memory or time than a machine has before anything is refused.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from importlib.resources import files
@@ -16,6 +20,7 @@ from typing import Annotated, Any, Literal, get_args
 import torch
 import yaml
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -23,18 +28,36 @@ from pydantic import (
     Field,
     Tag,
     ValidationError,
+    ValidationInfo,
     WrapValidator,
     field_validator,
     model_validator,
 )
 
 from robustdiff.data import ImageDataset, load_dataset
-from robustdiff.errors import InputError
+from robustdiff.errors import InputError, printable
 from robustdiff.process import Prediction
+from robustdiff.yaml_reader import parse_yaml, read_yaml
 
 __all__ = ["Recipe", "load_data_config", "load_recipe", "shipped_recipes"]
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+MOST_UPDATES = 10**9
+MOST_PARAMETERS = 20_000_000_000  # of a new network
+
+
+def _one_line(text: str) -> str:
+    # What stands for a byte of a file's name that is not UTF-8 may be in it, since it can be in a path.
+    if not all(c.isprintable() or "\udc80" <= c <= "\udcff" for c in text):
+        raise ValueError(
+            f"{printable(text[:200])!r} has control characters: it cannot be the name of a folder or of anything else"
+        )
+    return text
+
+
+Text = Annotated[str, Field(max_length=8192), AfterValidator(_one_line)]
+Width = Annotated[int, Field(ge=1, le=65_536)]
+Times = Annotated[int, Field(ge=1, le=100_000)]
 
 
 def _decay(value: Any, number_or_auto: Callable[[Any], float | str]) -> float | str:
@@ -76,6 +99,15 @@ class Section(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_value_as_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        if isinstance(value, bool) and info.field_name is not None:
+            annotation = cls.model_fields[info.field_name].annotation
+            if bool not in (annotation, *get_args(annotation)):
+                raise ValueError(f"no truth value: got {str(value).lower()}")
+        return value
+
 
 class Named(Section):
     """A section that may be given by its name alone."""
@@ -89,16 +121,16 @@ class Named(Section):
 class DataConfig(Named):
     """What to train on."""
 
-    name: str = Field("fashion-16", description="a dataset by name, or hf:NAME")
-    root: str | None = Field(None, description="the folder or file of the data, where the dataset needs one")
-    size: int | None = Field(None, ge=1, description="resize to this many pixels a side")
+    name: Text = Field("fashion-16", description="a dataset by name, or hf:NAME")
+    root: Text | None = Field(None, description="the folder or file of the data, where the dataset needs one")
+    size: int | None = Field(None, ge=1, le=16_384, description="resize to this many pixels a side")
     channels: Literal[1, 3] | None = Field(None, description="convert to grey (1) or colour (3)")
-    split: str = Field("train", description="which part of the dataset")
-    background: str = Field("white", description="imagefolder, hf: the colour behind transparent pixels")
-    image_column: str | None = Field(None, description="hf: the column of the images, where several may be it")
-    label_column: str | None = Field(None, description="hf: the column of the labels, likewise")
+    split: Text = Field("train", description="which part of the dataset")
+    background: Text = Field("white", description="imagefolder, hf: the colour behind transparent pixels")
+    image_column: Text | None = Field(None, description="hf: the column of the images, where several may be it")
+    label_column: Text | None = Field(None, description="hf: the column of the labels, likewise")
     flip: bool = Field(False, description="mirror every other image at random")
-    workers: int = Field(0, ge=0, description="processes that load images ahead")
+    workers: int = Field(0, ge=0, le=256, description="processes that load images ahead")
 
     @field_validator("background", mode="before")
     @classmethod
@@ -129,16 +161,18 @@ class ModelConfig(Named):
     """What to train: a new network, or one that is fine-tuned."""
 
     name: Literal["unet", "pretrained"] = "unet"
-    path: str | None = Field(
+    path: Text | None = Field(
         None, description="pretrained: a run, a pipeline folder, or a model shipped with the package"
     )
-    channels: tuple[Annotated[int, Field(ge=1)], ...] = Field(
-        (64, 128, 128), min_length=1, description="unet: the width of each level"
+    channels: tuple[Width, ...] = Field(
+        (64, 128, 128), min_length=1, max_length=16, description="unet: the width of each level"
     )
-    layers: int = Field(2, ge=1, description="unet: residual blocks in a level")
-    attention: tuple[bool, ...] | None = Field(None, description="unet: which levels have attention; none by default")
-    head_width: int = Field(32, ge=1, description="unet: channels of an attention head")
-    groups: int = Field(32, ge=1, description="unet: groups of a group norm; every width must be a multiple")
+    layers: int = Field(2, ge=1, le=64, description="unet: residual blocks in a level")
+    attention: tuple[bool, ...] | None = Field(
+        None, max_length=16, description="unet: which levels have attention; none by default"
+    )
+    head_width: Width = Field(32, description="unet: channels of an attention head")
+    groups: Width = Field(32, description="unet: groups of a group norm; every width must be a multiple")
     dropout: Fraction = Field(0.0, description="unet: dropout in the residual blocks")
     class_cond: bool = Field(False, description="unet: condition on the labels of the data")
     condition_dropout: Fraction = Field(
@@ -158,6 +192,13 @@ class ModelConfig(Named):
         for width in self.channels:
             if width % self.groups:
                 raise ValueError(f"model.channels {width} is not a multiple of model.groups {self.groups}")
+        # Two 3×3 convolutions a block on the way down and on the way up, and the embedding of the time.
+        size = sum(2 * (2 * self.layers + 1) * 9 * width**2 for width in self.channels) + 20 * self.channels[0] ** 2
+        if size > MOST_PARAMETERS:
+            raise ValueError(
+                f"model.channels and model.layers make a network of some {size:.0e} parameters, and at most "
+                f"{MOST_PARAMETERS:.0e} are made: choose smaller ones"
+            )
         return self
 
 
@@ -167,7 +208,7 @@ class ProcessConfig(Named):
     name: Literal["cosine", "linear", "flow", "pretrained"] = Field(
         "cosine", description="pretrained: the one that the checkpoint was trained with"
     )
-    T: int = Field(1000, ge=1, description="the number of times")
+    T: Times = Field(1000, description="the number of times")
     shift: float = Field(1.0, gt=0, description="flow: above 1 more of the times are noisy")
 
     @model_validator(mode="after")
@@ -222,7 +263,7 @@ class EdmConfig(OverLevels):
     levels: int = Field(1000, ge=2, le=100_000, description="the number of levels")
     mean: float = Field(-1.2, description="P_mean of ln σ")
     std: float = Field(1.2, gt=0, description="P_std of ln σ")
-    teacher: str | None = Field(
+    teacher: Text | None = Field(
         None, description="a run, a pipeline folder, or a shipped model, whose denoiser is learned; none: from the data"
     )
     teacher_below: float = Field(5.0, gt=0, description="the levels at which it is; above, from the data")
@@ -238,7 +279,7 @@ class ConsistencyConfig(OverLevels):
     """Consistency distillation, or training without a teacher."""
 
     name: Literal["consistency"]
-    teacher: str | None = Field(
+    teacher: Text | None = Field(
         None, description="a run, a pipeline folder, or a shipped model, of diffusion or edm; none: no teacher"
     )
     solver: Literal["heun", "euler"] = Field("heun", description="of the teacher's ODE")
@@ -304,8 +345,8 @@ class RadiusConfig(Section):
 
     value: float | None = Field(None, ge=0, description="a number, in units of the norm")
     eta: float | None = Field(None, ge=0, description="η·‖(1, …, 1)‖; in ℓ2 η√d")
-    sampler_steps: int | None = Field(
-        None, ge=1, description="with eta: no more than a sampler of so many steps covers in one"
+    sampler_steps: Times | None = Field(
+        None, description="with eta: no more than a sampler of so many steps covers in one"
     )
     by_noise: bool = Field(False, description="with eta: η·σ_t·‖(1, …, 1)‖, in proportion to the noise")
     within: tuple[float, float] | None = Field(
@@ -334,11 +375,11 @@ class AdversaryConfig(Named):
     """What perturbs the noisy points."""
 
     name: Literal["none", "free", "pgd", "random"] = "none"
-    steps: int = Field(3, ge=1, description="K")
+    steps: int = Field(3, ge=1, le=1000, description="K")
     step_size: float = Field(0.1, gt=0, description="α, in units of the norm")
     norm: Literal["l2", "linf", "l1"] = "l2"
     radius: RadiusConfig | None = Field(None, description="none: no projection")
-    ramp: int = Field(0, ge=0, description="updates over which the radius grows from 0")
+    ramp: int = Field(0, ge=0, le=MOST_UPDATES, description="updates over which the radius grows from 0")
 
     @model_validator(mode="after")
     def _consistent(self) -> AdversaryConfig:
@@ -350,8 +391,8 @@ class AdversaryConfig(Named):
 class SamplerConfig(Named):
     """How ``robustdiff sample`` makes the run's images, where it is not told otherwise."""
 
-    name: str | None = Field(None, description="a sampler; by default one that suits the model")
-    steps: Annotated[int, Field(ge=1)] | str | None = Field(
+    name: Text | None = Field(None, description="a sampler; by default one that suits the model")
+    steps: Times | Text | None = Field(
         None, description="network evaluations for one image, or a string that the sampler takes"
     )
 
@@ -369,13 +410,15 @@ class Recipe(Section):
     )
     adversary: AdversaryConfig = AdversaryConfig()
     sampler: SamplerConfig = SamplerConfig()
-    output: str = Field("runs/run", description="the run's folder")
-    steps: int = Field(1000, ge=1, description="optimiser updates")
-    batch_size: int = Field(128, ge=1, description="images of one update, over all processes and microbatches")
-    accumulate: int = Field(1, ge=1, description="microbatches of one update")
+    output: Text = Field("runs/run", description="the run's folder")
+    steps: int = Field(1000, ge=1, le=MOST_UPDATES, description="optimiser updates")
+    batch_size: int = Field(
+        128, ge=1, le=2**20, description="images of one update, over all processes and microbatches"
+    )
+    accumulate: int = Field(1, ge=1, le=2**20, description="microbatches of one update")
     lr: float = Field(1e-4, gt=0, description="AdamW's learning rate")
     lr_schedule: Literal["constant", "cosine"] = Field("constant", description="after the warm-up; cosine ends at 0")
-    warmup: int = Field(0, ge=0, description="updates over which the learning rate grows from 0")
+    warmup: int = Field(0, ge=0, le=MOST_UPDATES, description="updates over which the learning rate grows from 0")
     weight_decay: float = Field(0.0, ge=0)
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
     clip: float | None = Field(None, gt=0, description="the largest norm of the gradient; none: not clipped")
@@ -387,12 +430,14 @@ class Recipe(Section):
     )
     compile: bool = Field(False, description="torch.compile the network")
     channels_last: bool | None = Field(None, description="memory layout; by default on CUDA only, where it helps")
-    seed: int = Field(0, ge=0)
-    threads: int | None = Field(None, ge=1, description="CPU threads of torch")
-    checkpoint_every: int = Field(1000, ge=1, description="updates between checkpoints")
-    keep: int = Field(2, ge=1, description="checkpoints to keep")
-    log_every: int = Field(10, ge=1, description="updates between lines of metrics.jsonl")
-    trackers: tuple[Literal["tensorboard", "wandb"], ...] = Field((), description="also log there, through accelerate")
+    seed: int = Field(0, ge=0, lt=2**63)
+    threads: int | None = Field(None, ge=1, le=1024, description="CPU threads of torch")
+    checkpoint_every: int = Field(1000, ge=1, le=MOST_UPDATES, description="updates between checkpoints")
+    keep: int = Field(2, ge=1, le=MOST_UPDATES, description="checkpoints to keep")
+    log_every: int = Field(10, ge=1, le=MOST_UPDATES, description="updates between lines of metrics.jsonl")
+    trackers: tuple[Literal["tensorboard", "wandb"], ...] = Field(
+        (), max_length=2, description="also log there, through accelerate"
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
@@ -430,14 +475,17 @@ def _explain(error: ValidationError, source: str) -> InputError:
     loc = [str(part) for part in first["loc"]]
     # The name of the kind of objective, which pydantic counts as a level and no recipe spells.
     kind = OBJECTIVES[loc.pop(1)] if loc[:1] == ["objective"] and len(loc) > 1 else None
-    where = " ".join(".".join(loc).split())  # a key may hold a line break
+    if loc[:2] == ["sampler", "steps"]:  # pydantic adds which of its types
+        loc = loc[:2]
+    where = printable(" ".join(".".join(loc).split())[:200])  # a key may hold a line break
+    source = printable(source)
     if first["type"] == "extra_forbidden":
         section: Any = Recipe
         for part in loc[:-1]:
             annotation = section.model_fields[part].annotation
             section = kind or next(a for a in (annotation, *get_args(annotation)) if hasattr(a, "model_fields"))
         return InputError(f"{source}: unknown field {where}; known here: {', '.join(section.model_fields)}")
-    message = first["msg"].removeprefix("Value error, ")
+    message = printable(first["msg"].removeprefix("Value error, ")[:1000])
     message = message[:1].lower() + message[1:]
     return InputError(f"{source}: {where}: {message}" if where else f"{source}: {message}")
 
@@ -447,15 +495,15 @@ def _override(values: dict[str, Any], assignment: str) -> None:
     key, separator, text = assignment.partition("=")
     if not separator or not all(key.split(".")):
         raise InputError(f"--set {assignment}: write it as key=value, as in --set adversary.step_size=0.5")
-    try:
-        # A colour such as #808080 would be a comment.
-        value = text if text.startswith("#") else yaml.safe_load(text)
-        if isinstance(value, str):
+    # A colour such as #808080 would be a comment.
+    _assign(values, key, text if text.startswith("#") else parse_yaml(text, f"--set {assignment}"))
+
+
+def _assign(values: dict[str, Any], key: str, value: Any) -> None:
+    """Set the field of a dotted name."""
+    if isinstance(value, str):
+        with contextlib.suppress(ValueError):
             value = float(value)  # YAML 1.1 reads 1e-4 as a string
-    except yaml.YAMLError:
-        raise InputError(f"--set {assignment}: {text!r} is not YAML") from None
-    except ValueError:
-        pass
     *sections, last = key.split(".")
     for section in sections:
         inner = values.get(section)
@@ -469,33 +517,39 @@ def _override(values: dict[str, Any], assignment: str) -> None:
         values[last] = value
 
 
-def load_recipe(source: str, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(source: str, overrides: Sequence[str] = (), changes: Mapping[str, Any] | None = None) -> Recipe:
     """Read and validate a recipe.
 
     Arguments:
         source: A YAML file, or the name of a shipped recipe.
         overrides: Assignments ``key.key=value``, in the order in which they apply.
+        changes: More of them, by key.
 
     Raises:
-        InputError: If there is no such recipe, or a field is unknown or out of its range.
+        InputError: If there is no such recipe, it is not YAML that is read here, or a field is unknown or out of its
+            range.
     """
     path = Path(source)
     if path.suffix in (".yaml", ".yml"):
-        if not path.is_file():
-            raise InputError(f"no recipe file {source}; shipped recipes: {', '.join(shipped_recipes())}")
-        raw = path.read_bytes()
+        try:
+            there = path.is_file()
+        except OSError:  # a path that is too long
+            there = False
+        if not there:
+            raise InputError(f"no recipe file {printable(source)}; shipped recipes: {', '.join(shipped_recipes())}")
+        values = read_yaml(path)
     elif source in shipped_recipes():
-        raw = (files("robustdiff") / "recipes" / f"{source}.yaml").read_bytes()
+        values = parse_yaml((files("robustdiff") / "recipes" / f"{source}.yaml").read_bytes(), source)
     else:
         raise InputError(f"unknown recipe {source!r}: give a .yaml file, or one of {', '.join(shipped_recipes())}")
-    try:
-        values = yaml.safe_load(raw.decode("utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{source}: not YAML: {str(error).splitlines()[0]}") from None
+    if values is None:
+        values = {}
     if not isinstance(values, dict):
-        raise InputError(f"{source}: a recipe is a mapping of fields, such as 'data: digits'")
+        raise InputError(f"{printable(source)}: a recipe is a mapping of fields, such as 'data: digits'")
     for assignment in overrides:
         _override(values, assignment)
+    for key, value in (changes or {}).items():
+        _assign(values, key, value)
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:

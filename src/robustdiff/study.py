@@ -17,6 +17,9 @@ All cells start from the same noise (:mod:`robustdiff.samplers.generate`), all r
 times and noise (:mod:`robustdiff.training.stream`). A cell keeps its bootstrap replicates of FID, so that the interval
 of any difference can be had later from two files, and the whole recipe, so that it can be made again from its file
 alone: :func:`reproduce`.
+
+Study files and cells may be somebody else's: names are those of files in the study's folder and nothing else, numbers
+are finite and bounded, and what is written goes into that folder, through no symbolic link.
 """
 
 from __future__ import annotations
@@ -32,28 +35,29 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import numpy as np
 import torch
-import yaml
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from PIL import Image
-from pydantic import AfterValidator, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from robustdiff.data.pixels import tile
-from robustdiff.errors import InputError, RunError
+from robustdiff.errors import InputError, RunError, printable
 from robustdiff.evaluation.features import load_extractor
-from robustdiff.evaluation.fidelity import reference_statistics
+from robustdiff.evaluation.fidelity import REPLICATES, reference_statistics
 from robustdiff.evaluation.grid import evaluate_cell
-from robustdiff.files import atomic_write
+from robustdiff.files import atomic_write, make_folder, open_regular, read_json
+from robustdiff.mismatch.measure import MEASURES as MISMATCHES
 from robustdiff.mismatch.measure import measure_mismatch
 from robustdiff.models.build import build_model
-from robustdiff.recipe import DataConfig, Precision, Recipe, Section, load_recipe
+from robustdiff.recipe import DataConfig, Precision, Recipe, Section, Text, load_recipe
 from robustdiff.samplers.generate import Generator
 from robustdiff.samplers.sample import SAMPLERS
 from robustdiff.training.trainer import FREE_TO_CHANGE, Status, train
+from robustdiff.yaml_reader import parse_yaml, read_yaml
 
 __all__ = [
     "MEASURES",
@@ -68,7 +72,9 @@ __all__ = [
     "load_study",
     "plan",
     "read_cell",
-    "read_json",
+    "read_failure",
+    "read_loss",
+    "read_mismatch",
     "reference_cells",
     "remaining",
     "reproduce",
@@ -77,6 +83,8 @@ __all__ = [
 
 MEASURES = ("fid", "kid", "precision", "recall")
 PICTURED = 8  # images of a cell in its picture
+MOST_METHODS = 256
+MOST_CELLS = 100_000
 
 
 def _distinct(values: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -85,23 +93,39 @@ def _distinct(values: tuple[Any, ...]) -> tuple[Any, ...]:
     return values
 
 
-def _known(samplers: tuple[str, ...]) -> tuple[str, ...]:
-    for name in samplers:
-        if name not in SAMPLERS:
-            raise ValueError(f"unknown sampler {name!r}: use {', '.join(SAMPLERS)}")
-    return samplers
+def _known(name: str) -> str:
+    if name not in SAMPLERS:
+        raise ValueError(f"unknown sampler {name[:100]!r}: use {', '.join(SAMPLERS)}")
+    return name
+
+
+def _file_name(name: str) -> str:
+    # One that begins with _ would be left out of a figure's legend, and one with - taken for an option.
+    if not re.fullmatch(r"[^\W_][\w.+-]*", name):
+        raise ValueError(
+            f"the name {name[:100]!r} is that of files: use letters, digits and . + - _ only, a letter or digit first"
+        )
+    if len(name.encode()) > 150:
+        raise ValueError(f"the name {name[:100]!r}… is that of files: use at most 150 bytes")
+    return name
 
 
 def _of_methods(values: dict[str, Any]) -> dict[str, Any]:
-    for name in ("seed", "output"):
-        if name in values:
-            raise ValueError(f"{name} is the study's own: seeds are listed, and the folder is that of the study")
+    for name in values:
+        if not re.fullmatch(r"\w+(\.\w+)*", name):
+            raise ValueError(f"{name[:100]!r} is no dotted name of a field, such as adversary.step_size")
+        if (field := name.split(".")[0]) in ("seed", "output"):
+            raise ValueError(f"{field} is the study's own: seeds are listed, and the folder is that of the study")
     return values
 
 
-Seeds = Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1), AfterValidator(_distinct)]
-Counts = Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1), AfterValidator(_distinct)]
-Samplers = Annotated[tuple[str, ...], Field(min_length=1), AfterValidator(_distinct), AfterValidator(_known)]
+Name = Annotated[str, AfterValidator(_file_name)]
+Sampler = Annotated[str, AfterValidator(_known)]
+Seed = Annotated[int, Field(strict=True, ge=0, lt=2**63)]
+Count = Annotated[int, Field(strict=True, ge=1, le=100_000)]
+Seeds = Annotated[tuple[Seed, ...], Field(min_length=1, max_length=10_000), AfterValidator(_distinct)]
+Counts = Annotated[tuple[Count, ...], Field(min_length=1, max_length=1000), AfterValidator(_distinct)]
+Samplers = Annotated[tuple[Sampler, ...], Field(min_length=1, max_length=100), AfterValidator(_distinct)]
 Changes = Annotated[dict[str, Any], AfterValidator(_of_methods)]
 
 
@@ -111,8 +135,8 @@ class Method(Section):
     set: Changes = Field({}, description="fields by their dotted names, such as adversary.step_size: 0.5")
     seeds: Seeds = (0,)
     steps: Counts | None = Field(None, description="numbers of evaluations; those of the study by default")
-    seed_steps: dict[int, Counts] = Field({}, description="the same for a seed that has others")
-    baseline: str | None = Field(None, description="the method it is compared with; the study's by default")
+    seed_steps: dict[Seed, Counts] = Field({}, description="the same for a seed that has others")
+    baseline: Name | None = Field(None, description="the method it is compared with; the study's by default")
 
     @model_validator(mode="after")
     def _of_its_seeds(self) -> Method:
@@ -125,7 +149,7 @@ class Method(Section):
 class Reference(Section):
     """A network that is measured as it is, beside the methods."""
 
-    path: str = Field(description="a run, a pipeline folder, or a model shipped with the package")
+    path: Text = Field(description="a run, a pipeline folder, or a model shipped with the package")
     samplers: Samplers
     steps: Counts
     precision: Precision = "fp32"
@@ -136,14 +160,16 @@ class Measurement(Section):
 
     samplers: Samplers = ("iddpm", "ddim", "es", "dpm++")
     steps: Counts = (5, 8, 10, 20, 50)
-    num: int = Field(5000, ge=4, description="images of a cell")
-    seed: int = Field(0, ge=0, description="of the images' noise")
-    batch_size: int = Field(64, ge=1)
-    mismatch: int = Field(0, ge=0, description="images of the mismatch, measured for the first seed; 0: not measured")
+    num: int = Field(5000, ge=4, le=10**7, description="images of a cell")
+    seed: Seed = Field(0, description="of the images' noise")
+    batch_size: int = Field(64, ge=1, le=2**20)
+    mismatch: int = Field(
+        0, ge=0, le=10**7, description="images of the mismatch, measured for the first seed; 0: not measured"
+    )
     mismatch_steps: Counts | None = Field(None, description="at which it is; those of the cells by default")
-    mismatch_methods: tuple[str, ...] | None = Field(None, description="of which it is; all by default")
-    features: str = "fashion-16"
-    weights: str | None = Field(None, description="Inception's weights file")
+    mismatch_methods: tuple[Name, ...] | None = Field(None, description="of which it is; all by default")
+    features: Text = "fashion-16"
+    weights: Text | None = Field(None, description="Inception's weights file")
     data: DataConfig | None = Field(None, description="the real images; those of the recipe by default")
 
     @model_validator(mode="after")
@@ -156,21 +182,18 @@ class Measurement(Section):
 class Study(Section):
     """A study file."""
 
-    title: str
-    recipe: str = Field(description="a recipe that comes with the package, or a file")
+    title: Annotated[str, Field(max_length=1000)]
+    recipe: Text = Field(description="a recipe that comes with the package, or a file")
     set: Changes = Field({}, description="what all methods change in the recipe")
-    baseline: str = Field(description="the method that the others are compared with")
-    compare: tuple[tuple[str, str], ...] = Field((), description="more pairs: a method, and what it is compared with")
-    methods: dict[str, Method] = Field(min_length=1)
-    references: dict[str, Reference] = Field({})
+    baseline: Name = Field(description="the method that the others are compared with")
+    compare: tuple[tuple[Name, Name], ...] = Field((), description="more pairs: a method, and what it is compared with")
+    methods: dict[Name, Method] = Field(min_length=1, max_length=MOST_METHODS)
+    references: dict[Name, Reference] = Field({}, max_length=MOST_METHODS)
     measure: Measurement = Measurement()
     cut: str = Field("", description="what was left out, and why")
 
     @model_validator(mode="after")
     def _consistent(self) -> Study:
-        for name in (*self.methods, *self.references):
-            if not re.fullmatch(r"\w[\w.+-]*", name):
-                raise ValueError(f"the name {name!r} is that of files: use letters, digits and . + - _ only")
         for key, names in {
             "baseline": (self.baseline, *(m.baseline for m in self.methods.values() if m.baseline is not None)),
             "compare": tuple(itertools.chain(*self.compare)),
@@ -180,6 +203,12 @@ class Study(Section):
                 if name not in self.methods:
                     raise ValueError(f"{key}: {name!r} is not one of the methods {', '.join(self.methods)}")
         _distinct((*self.references, *(f"{name}-s{seed}" for name, m in self.methods.items() for seed in m.seeds)))
+        cells = sum(len(r.samplers) * len(r.steps) for r in self.references.values())
+        for method in self.methods.values():
+            steps = [len(method.seed_steps.get(s) or method.steps or self.measure.steps) for s in method.seeds]
+            cells += sum(steps) * len(self.measure.samplers)
+        if cells > MOST_CELLS:
+            raise ValueError(f"methods, seeds, samplers and steps make {cells:,} cells; at most {MOST_CELLS:,} are run")
         return self
 
 
@@ -189,19 +218,21 @@ def load_study(path: Path) -> Study:
     Raises:
         InputError: If there is no such file, or a field is unknown or out of its range.
     """
-    if not path.is_file():
-        raise InputError(f"no study file {path}: give a YAML file, as in benchmarks/studies")
     try:
-        study = Study.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not YAML: {str(error).splitlines()[0]}") from None
+        study = Study.model_validate(read_yaml(path))
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise InputError(f"{path}: {where or 'the file'}: {first['msg'].removeprefix('Value error, ')}") from None
+        raise InputError(f"{printable(path)}: {_first_mistake(error)}") from None
     for run in plan(study, Path()):
-        run.recipe  # noqa: B018  (it is validated on the way)
+        if run.first:  # other seeds have the same recipe
+            run.recipe  # noqa: B018  (it is validated on the way)
     return study
+
+
+def _first_mistake(error: ValidationError) -> str:
+    """What is wrong first, and where, in one line."""
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"] if part != "[key]")
+    return printable(f"{where[:200] or 'the file'}: {first['msg'].removeprefix('Value error, ')[:1000]}")
 
 
 @dataclass(frozen=True)
@@ -229,9 +260,8 @@ class Run:
     @property
     def recipe(self) -> Recipe:
         """Raises InputError if a field is unknown or out of its range."""
-        changes = {**self.study.set, **self.study.methods[self.method].set, "seed": self.seed}
-        assignments = [f"{key}={json.dumps(value, default=str)}" for key, value in changes.items()]
-        return load_recipe(self.study.recipe, [*assignments, f"output={json.dumps(str(self.output))}"])
+        changes = {**self.study.set, **self.study.methods[self.method].set}
+        return load_recipe(self.study.recipe, changes={**changes, "seed": self.seed, "output": str(self.output)})
 
     @property
     def path(self) -> Path:
@@ -340,17 +370,140 @@ def _measured(measure: Measurement) -> dict[str, Any]:
     )
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A file of a study.
+Number = Annotated[float, Field(strict=True, ge=-1e12, le=1e12)]
+Whole = Annotated[int, Field(strict=True, ge=0, lt=2**63)]
+
+
+class _Record(BaseModel):
+    """What a file of a study must hold; more than that is left out."""
+
+    model_config = ConfigDict(frozen=True, allow_inf_nan=False)
+
+
+class _Training(_Record):
+    """What a cell says of its training; all but the updates is only for the page."""
+
+    steps: Whole
+    batches: Whole | None = None
+    backward_passes: Whole | None = None
+    images: Whole | None = None
+    delta_norm: Number | None = None
+    data: Text | None = None
+
+
+class _Network(_Record):
+    """What a cell says of a reference."""
+
+    name: Name
+    path: Text
+    precision: Precision = "fp32"
+    data: DataConfig | None = None
+
+
+class _CellRecord(_Record):
+    """A cell's numbers and settings; those that have a default are only for the page or to make it again."""
+
+    method: Name | None = None
+    seed: Seed | None = None
+    sampler: Sampler | None = None
+    steps: Count | None = None
+    fid: Number
+    kid: Number
+    precision: Number
+    recall: Number
+    replicates: Annotated[tuple[Number, ...], Field(min_length=REPLICATES, max_length=REPLICATES)]
+    measure: Measurement
+    fid_ci: tuple[Number, Number] | None = None
+    brightness: Number | None = None
+    n: Annotated[Whole, Field(ge=1)] | None = None
+    seconds: Annotated[Number, Field(ge=0)] | None = None
+    threads: Annotated[Whole, Field(ge=1, le=1024)] | None = None
+    device: Text | None = None
+    torch: Text | None = None
+    weights: Text | None = None
+    training: _Training | None = None
+    recipe: Recipe | None = None
+    reference: _Network | None = None
+
+
+class _Loss(_Record):
+    """The file of a training."""
+
+    seconds: Annotated[Number, Field(ge=0)]
+    step: Annotated[tuple[Whole, ...], Field(min_length=1, max_length=1000)]
+    loss: Annotated[tuple[Number, ...], Field(max_length=1000)]
+
+    @model_validator(mode="after")
+    def _paired(self) -> _Loss:
+        if len(self.step) != len(self.loss):
+            raise ValueError(f"{len(self.loss)} values of the loss at {len(self.step)} updates")
+        return self
+
+
+class _Failure(_Record):
+    error: str
+
+
+class _Estimate(_Record):
+    value: Number
+    floor: Number | None
+
+
+class _Path(_Record):
+    sampler: Sampler
+    steps: Count
+    mean: dict[str, _Estimate]
+
+    @model_validator(mode="after")
+    def _whole(self) -> _Path:
+        if missing := [name for name in MISMATCHES if name not in self.mean]:
+            raise ValueError(f"{missing[0]} is missing")
+        return self
+
+
+class _MismatchRecord(_Record):
+    paths: tuple[_Path, ...]
+
+
+_Kind = TypeVar("_Kind", bound=_Record)
+
+
+def _read(path: Path, kind: type[_Kind]) -> _Kind:
+    """A file of a study. Raises InputError if it is not whole."""
+    try:
+        return kind.model_validate(read_json(path, limit=2**22))
+    except ValidationError as error:
+        raise InputError(f"{printable(path)}: {_first_mistake(error)}: delete it, and run the study again") from None
+    except InputError as error:
+        raise InputError(f"{error}: delete it, and run the study again") from None
+
+
+def read_loss(run: Run) -> tuple[tuple[int, ...], tuple[float, ...]]:
+    """The updates and losses of a training that is finished.
 
     Raises:
-        InputError: If it is not whole.
+        InputError: If its file is not whole.
     """
-    try:
-        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        raise InputError(f"{path} cannot be read: delete it, and run the study again") from None
-    return record
+    record = _read(run.path, _Loss)
+    return record.step, record.loss
+
+
+def read_failure(run: Run) -> str:
+    """Why a training failed.
+
+    Raises:
+        InputError: If its file is not whole.
+    """
+    return _read(run.failure, _Failure).error
+
+
+def read_mismatch(path: Path) -> list[dict[str, Any]]:
+    """The mismatch of each sampler and number of steps.
+
+    Raises:
+        InputError: If the file is not whole.
+    """
+    return [found.model_dump() for found in _read(path, _MismatchRecord).paths]
 
 
 def read_cell(cell: Cell, study: Study, run: Run | None) -> dict[str, Any]:
@@ -361,25 +514,29 @@ def read_cell(cell: Cell, study: Study, run: Run | None) -> dict[str, Any]:
         study: Its study.
         run: The run that it measures; none for a reference.
 
+    Returns:
+        Its numbers, which are finite, and its settings.
+
     Raises:
         InputError: If it is not whole, or was made with other settings than the study's.
     """
-    record = read_json(cell.path)
     remedy = "restore them, delete the file, or choose another --output"
-    try:
-        before = Measurement.model_validate(record["measure"])
-        same = _measured(before) == _measured(study.measure)
-        if run is not None:
-            recipe = Recipe.model_validate({**record["recipe"], "output": ""})
-            same = same and _shape(recipe) == _shape(run.recipe) and record["training"]["steps"] == recipe.steps
-        else:
-            same = same and record["reference"]["path"] == study.references[cell.network].path
-        if not same:
-            raise InputError(f"{cell.path} was made with other settings than the study's: {remedy}")
-        record["fid"], record["replicates"], record["kid"], record["precision"], record["recall"]
-    except (KeyError, TypeError, ValidationError):
-        raise InputError(f"{cell.path} is not a cell of this study: {remedy}") from None
-    return record
+    record = _read(cell.path, _CellRecord)
+    same = _measured(record.measure) == _measured(study.measure)
+    if run is not None:
+        if record.recipe is None or record.training is None:
+            raise InputError(f"{printable(cell.path)} is not a cell of this study: {remedy}")
+        own = (run.method, run.seed, cell.sampler, cell.steps)
+        said = (record.method, record.seed, record.sampler, record.steps)
+        same = same and all(value in (None, mine) for value, mine in zip(said, own, strict=True))
+        same = same and _shape(record.recipe) == _shape(run.recipe) and record.training.steps == record.recipe.steps
+    else:
+        if record.reference is None:
+            raise InputError(f"{printable(cell.path)} is not a cell of this study: {remedy}")
+        same = same and record.reference.path == study.references[cell.network].path
+    if not same:
+        raise InputError(f"{printable(cell.path)} was made with other settings than the study's: {remedy}")
+    return record.model_dump(mode="json")
 
 
 def check_results(study: Study, folder: Path) -> None:
@@ -408,8 +565,8 @@ def _held(path: Path) -> Iterator[bool]:
     """Whether this process, and no other, works on something while the block lasts."""
     import fcntl  # only here, since not every system has it
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:
+    make_folder(path.parent)
+    with open_regular(path, "ab") as file:  # nothing is written into it
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -499,6 +656,7 @@ def _train(
     cpu: bool = False,
 ) -> bool:
     """Train or go on with a run. False when a signal stopped it."""
+    make_folder(Path(recipe.output))  # before anything is loaded: it may be a link out of the study's folder
     on_part(f"training {Path(recipe.output).name}", recipe.steps)
 
     def on_status(status: Status) -> None:
@@ -507,22 +665,36 @@ def _train(
     return train(recipe, resume=True, cpu=cpu, on_status=on_status) is not None
 
 
+class _Metrics(_Record):
+    """A line of a run's metrics."""
+
+    step: Whole
+    loss: Number
+    images_per_second: Annotated[Number, Field(gt=0)]
+
+
 def _record_training(run: Run) -> None:
     """Keep of a finished run what outlives its folder: the loss, at most 100 times, and how long it took."""
-    lines = [json.loads(line) for line in (run.output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    path = run.output / "metrics.jsonl"
+    try:
+        with open_regular(path) as file:
+            lines = [_Metrics.model_validate(json.loads(line)) for line in file]
+    except (ValueError, RecursionError) as error:
+        reason = _first_mistake(error) if isinstance(error, ValidationError) else printable(str(error))
+        raise InputError(f"{printable(path)} is damaged ({reason}): delete {printable(run.output)}") from None
     seconds, before = 0.0, 0
     for line in lines:
-        seconds += (line["step"] - before) * run.recipe.batch_size / line["images_per_second"]
-        before = line["step"]
+        seconds += (line.step - before) * run.recipe.batch_size / line.images_per_second
+        before = line.step
     thinned = lines[:: -(-len(lines) // 100)]
     record = {
         "method": run.method,
         "seed": run.seed,
         "seconds": round(seconds, 1),
-        "step": [line["step"] for line in thinned],
-        "loss": [round(line["loss"], 5) for line in thinned],
+        "step": [line.step for line in thinned],
+        "loss": [round(line.loss, 5) for line in thinned],
     }
-    run.path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(run.path.parent)
     with atomic_write(run.path) as file:
         file.write(json.dumps(record).encode())
 
@@ -557,7 +729,8 @@ def run_study(
     runs = plan(study, folder)
     check_results(study, folder)
     _check_samplers(study, runs[0])
-    (folder / "cells").mkdir(parents=True, exist_ok=True)
+    for part in ("cells", "locks", "mismatch", "runs", "trainings"):  # none of them may be a link out of the folder
+        make_folder(folder / part)
     evaluators: dict[str, _Evaluator] = {}
 
     def evaluator(data: DataConfig) -> _Evaluator:
@@ -610,7 +783,7 @@ def run_study(
         if not missing:
             failed = [run.failure for run in runs if run.failure.is_file()]
             if failed:
-                reason = read_json(failed[0])["error"]
+                reason = _read(failed[0], _Failure).error
                 raise RunError(f"the rest is done, but {len(failed)} trainings failed; {failed[0]}: {reason}")
             return True
         if not worked:
@@ -632,9 +805,15 @@ def _set_threads(recipe: Recipe) -> None:
         torch.set_num_threads(recipe.threads)
 
 
-def _settings(recipe: Recipe, result: dict[str, Any]) -> dict[str, Any]:
+def _settings(recipe: Recipe) -> dict[str, Any]:
     """What a cell's file says of how its network was made."""
-    return {"training": result, "recipe": {**yaml.safe_load(recipe.to_yaml()), "output": ""}}
+    path = Path(recipe.output) / "result.json"
+    result = read_json(path, limit=2**20)
+    try:
+        _Training.model_validate(result)
+    except ValidationError as error:
+        raise InputError(f"{printable(path)}: {_first_mistake(error)}: delete the run {recipe.output}") from None
+    return {"training": result, "recipe": {**parse_yaml(recipe.to_yaml(), "the recipe"), "output": ""}}
 
 
 def _measure(run: Run, cell: Cell, evaluator: _Evaluator, on_progress: Callable[[float, str], None]) -> None:
@@ -646,8 +825,7 @@ def _measure(run: Run, cell: Cell, evaluator: _Evaluator, on_progress: Callable[
     if run.first:
         with atomic_write(cell.path.with_suffix(".png")) as file:
             Image.fromarray(tile(images, PICTURED).squeeze()).save(file, format="png")
-    result = read_json(run.output / "result.json")
-    _write(cell.path, {"method": run.method, "seed": run.seed, **record, **_settings(recipe, result)})
+    _write(cell.path, {"method": run.method, "seed": run.seed, **record, **_settings(recipe)})
 
 
 def _measure_reference(
@@ -663,9 +841,13 @@ def _measure_reference(
 
 
 def _write(path: Path, record: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
+    try:
+        text = json.dumps(record, indent=1, allow_nan=False)
+    except ValueError:
+        raise RunError(f"{printable(path)} is not written: a number in it is not finite") from None
     with atomic_write(path) as file:
-        file.write(json.dumps(record, indent=1).encode())
+        file.write(text.encode())
 
 
 def _measure_mismatch(
@@ -745,30 +927,46 @@ def reproduce(
     Raises:
         InputError: If the file is not a cell.
     """
-    try:
-        before = json.loads(path.read_text(encoding="utf-8"))
-        cpu = before["device"] == "cpu"
-        measure = Measurement.model_validate(before["measure"])
-        sampler, steps = before["sampler"], before["steps"]
-        if "reference" in before:
-            reference = before["reference"]
-            name, recipe = reference["path"], None
-            data, precision = DataConfig.model_validate(reference["data"]), reference["precision"]
-        else:
-            name = str(folder / f"{before['method']}-s{before['seed']}")
-            recipe = Recipe.model_validate({**before["recipe"], "output": name})
-            data, precision = recipe.data, recipe.precision
-        torch.set_num_threads(before["threads"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path} is not a cell of a study: {str(error).splitlines()[0]}") from None
+    before = read_json(path, limit=2**22)
+    cell = _reproducible(before, path)
+    measure, sampler, steps = cell.measure, cell.sampler, cell.steps
+    assert sampler is not None
+    assert steps is not None
+    assert cell.threads is not None
+    cpu = cell.device == "cpu"
+    torch.set_num_threads(cell.threads)
     after = {}
-    if recipe is not None:
+    if cell.reference is not None:
+        assert cell.reference.data is not None
+        name, data, precision = cell.reference.path, cell.reference.data, cell.reference.precision
+    else:
+        assert cell.recipe is not None
+        name = str(folder / f"{cell.method}-s{cell.seed}")
+        # The run is nobody's to track but whoever made the cell.
+        recipe = cell.recipe.model_copy(update={"output": name, "trackers": ()})
+        data, precision = recipe.data, recipe.precision
         if not _train(recipe, on_part, on_progress, cpu):
             return None
-        after = _settings(recipe, read_json(Path(name) / "result.json"))
+        after = _settings(recipe)
     on_part(path.stem, measure.num)
     record, _ = _Evaluator(measure, data, cpu)(name, measure, sampler, steps, precision, on_progress)
     return before, {**before, **record, **after}
+
+
+def _reproducible(record: Any, path: Path) -> _CellRecord:
+    """A cell that holds what it takes to make it again."""
+    try:
+        cell = _CellRecord.model_validate(record)
+    except ValidationError as error:
+        raise InputError(f"{printable(path)} is not a cell of a study: {_first_mistake(error)}") from None
+    needed = ["sampler", "steps", "threads", "device", "weights"]
+    if cell.reference is None:
+        needed += ["method", "seed", "recipe"]
+    elif cell.reference.data is None:
+        needed += ["reference.data"]
+    if missing := [name for name in needed if getattr(cell, name, None) is None]:
+        raise InputError(f"{printable(path)} is not a cell of a study: {missing[0]} is missing")
+    return cell
 
 
 @dataclass(frozen=True)
@@ -801,8 +999,9 @@ def remaining(study: Study, folder: Path) -> list[Remaining]:
     to measure it.
     """
     runs = plan(study, folder)
-    trained = [(run, read_json(run.path)["seconds"]) for run in runs if run.path.is_file()]
-    measured = [read_json(cell.path) for run in runs for cell in run.cells if cell.done]
+    trained = [(run, _read(run.path, _Loss).seconds) for run in runs if run.path.is_file()]
+    measured = [read_cell(cell, study, run) for run in runs for cell in run.cells if cell.done]
+    measured = [record for record in measured if None not in (record["seconds"], record["n"], record["steps"])]
     if trained:
         training = sum(seconds for _, seconds in trained) / sum(_image_passes(run.recipe) for run, _ in trained)
     else:
@@ -839,7 +1038,9 @@ def remaining(study: Study, folder: Path) -> list[Remaining]:
 def _time_training(run: Run) -> float:
     """Seconds for one image in one pass, measured."""
     with tempfile.TemporaryDirectory() as scratch:
-        recipe = run.recipe.model_copy(update={"output": str(Path(scratch) / "run"), "steps": 4, "log_every": 1})
+        recipe = run.recipe.model_copy(
+            update={"output": str(Path(scratch) / "run"), "steps": 4, "log_every": 1, "trackers": ()}
+        )
         speeds: list[float] = []
         train(recipe, on_status=lambda status: speeds.append(status.images_per_second))
     passes = _image_passes(run.recipe) / (run.recipe.steps * run.recipe.batch_size)

@@ -73,6 +73,7 @@ Array = NDArray[np.float64]
 
 LIMIT = 10_000  # features kept for KID and for precision and recall, whose cost is the square of it
 GOLDEN = (5**0.5 - 1) / 2
+REPLICATES = 200  # of the bootstrap
 FEWEST = 4  # images of which KID has a standard error
 
 
@@ -247,7 +248,7 @@ def frechet_distance(mean1: Array, cov1: Array, mean2: Array, cov2: Array) -> fl
     return max(float(distance[0]), 0.0)
 
 
-def bootstrap_frechet(moments: Moments, reference: Gaussian, replicates: int = 200, seed: int = 0) -> Array:
+def bootstrap_frechet(moments: Moments, reference: Gaussian, replicates: int = REPLICATES, seed: int = 0) -> Array:
     """Bootstrap replicates of the FID, the reference held fixed.
 
     The weights depend on the seed and the number of non-empty blocks alone. So two sets of equally many

@@ -1,28 +1,43 @@
-"""Figures: FID against steps, and samples on common noise side by side."""
+"""Figures: FID against steps, and samples on common noise side by side.
+
+All of the package's figures are made through this module, the only one that imports matplotlib: on import, matplotlib
+reads a file ``matplotlibrc`` of the working folder, which may be somebody else's, and its settings can start programs
+(LaTeX). It is imported from another folder here, and figures are drawn under its default settings.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import matplotlib
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from torch import Tensor
 
 from robustdiff.data.pixels import tile
+from robustdiff.errors import printable
 from robustdiff.evaluation.grid import Cell
 from robustdiff.files import atomic_write
+
+with contextlib.chdir(Path(__file__).parent):
+    import matplotlib
+    from matplotlib.axes import Axes
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
 
 __all__ = [
     "COLOURS",
     "MARKERS",
+    "Axes",
+    "Figure",
     "Line",
+    "default_settings",
     "fid_against_steps",
     "fid_panels",
+    "label",
     "loss_curves",
+    "matplotlib",
     "points",
     "sample_grid",
     "save_figure",
@@ -32,6 +47,24 @@ COLOURS = matplotlib.colormaps["tab10"].colors  # type: ignore[attr-defined]
 MARKERS = "osD^vP*X"
 
 
+@contextlib.contextmanager
+def default_settings() -> Iterator[None]:
+    """Draw under matplotlib's default settings, whatever the process has; also a decorator."""
+    defaults = matplotlib.rcParamsDefault
+    # The backend is not used, and asking for it would choose one.
+    with matplotlib.rc_context({name: defaults[name] for name in defaults if not name.startswith("backend")}):
+        yield
+
+
+def label(name: str) -> str:
+    """Return a name from a file as a figure shows it: its dollar signs are no formula, and a legend has it."""
+    shown = printable(name)
+    shown = shown if len(shown) <= 200 else shown[:199] + "…"
+    # Matplotlib leaves what begins with _ out of legends.
+    return (" " if shown.startswith("_") else "") + shown.replace("$", r"\$")
+
+
+@default_settings()
 def save_figure(figure: Figure, path: Path) -> None:
     """Write a PNG atomically."""
     FigureCanvasAgg(figure)
@@ -49,6 +82,7 @@ class Line:
     high: Sequence[float]
 
 
+@default_settings()
 def fid_panels(panels: dict[str, dict[str, list[Line]]], title: str, levels: Mapping[str, float] = {}) -> Figure:
     """FID against steps: panels by title, lines by label, one colour for all of a label; both axes logarithmic.
 
@@ -57,23 +91,23 @@ def fid_panels(panels: dict[str, dict[str, list[Line]]], title: str, levels: Map
         title: Above them all.
         levels: Dashed lines across each panel, by label.
     """
-    labels = list(dict.fromkeys(label for groups in panels.values() for label in groups))
+    labels = list(dict.fromkeys(name for groups in panels.values() for name in groups))
     steps = sorted({x for groups in panels.values() for lines in groups.values() for line in lines for x in line.x})
     figure = Figure(figsize=(3 + 3.2 * len(panels), 3.6), layout="constrained")
     axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     for panel, (heading, groups) in zip(axes, panels.items(), strict=True):
-        for label, lines in groups.items():
-            i = labels.index(label)
+        for name, lines in groups.items():
+            i = labels.index(name)
             colour = COLOURS[i % len(COLOURS)]
             marker = MARKERS[i % len(MARKERS)]
             for j, line in enumerate(lines):
-                once = label if j == 0 else None
+                once = label(name) if j == 0 else None
                 panel.plot(line.x, line.y, marker=marker, color=colour, label=once, markersize=5, linewidth=1.5)
                 edges = np.maximum([line.low, line.high], 1e-3)
                 panel.fill_between(line.x, *edges, color=colour, alpha=0.15, linewidth=0)
-        for (label, level), grey in zip(levels.items(), np.linspace(0.2, 0.6, len(levels)), strict=True):
-            panel.axhline(level, color=str(grey), linestyle="--", linewidth=1, label=label)
-        panel.set_title(heading)
+        for (name, level), grey in zip(levels.items(), np.linspace(0.2, 0.6, len(levels)), strict=True):
+            panel.axhline(level, color=str(grey), linestyle="--", linewidth=1, label=label(name))
+        panel.set_title(label(heading))
         panel.set_xscale("log")
         panel.set_yscale("log")
         panel.set_xticks(steps, [f"{s:g}" for s in steps])
@@ -85,10 +119,11 @@ def fid_panels(panels: dict[str, dict[str, list[Line]]], title: str, levels: Map
     ticks = [m * 10.0**e for e in range(-3, 5) for m in (1, 2, 5) if low <= m * 10.0**e <= high]
     axes[0].set_yticks(ticks, [f"{tick:g}" for tick in ticks])
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", frameon=False)
-    figure.suptitle(title, fontsize=10)
+    figure.suptitle(label(title), fontsize=10)
     return figure
 
 
+@default_settings()
 def fid_against_steps(cells: Sequence[Cell], title: str) -> Figure:
     """One panel for each sampler, one line for each checkpoint, with intervals; images without steps are levels."""
     panels: dict[str, dict[str, list[Line]]] = {}
@@ -110,43 +145,46 @@ def fid_against_steps(cells: Sequence[Cell], title: str) -> Figure:
     return fid_panels(panels, title, {cell.checkpoint: cell.fid for cell in cells if cell.steps is None})
 
 
-def loss_curves(curves: dict[str, tuple[Sequence[float], Sequence[float]]], title: str) -> Figure:
+@default_settings()
+def loss_curves(curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], title: str) -> Figure:
     """The training loss of each run, (steps, losses) by its label, smoothed over ten values; logarithmic."""
     figure = Figure(figsize=(8.4, 3.6), layout="constrained")
     panel = figure.subplots()
-    for i, (label, (steps, losses)) in enumerate(curves.items()):
+    for i, (name, (steps, losses)) in enumerate(curves.items()):
         width = min(10, len(losses))
         smooth = np.convolve(losses, np.full(width, 1 / width), "valid")
         style = {"color": COLOURS[i % len(COLOURS)], "linestyle": "-" if i < len(COLOURS) else "--"}
-        panel.plot(steps[width - 1 :], smooth, label=label, linewidth=1.2, **style)
+        panel.plot(steps[width - 1 :], smooth, label=label(name), linewidth=1.2, **style)
     panel.set_xlabel("optimiser updates")
     panel.set_ylabel("loss, at δ where there is one")
     panel.set_yscale("log")
     panel.grid(alpha=0.3, which="both")
     figure.legend(loc="outside right center", frameon=False, fontsize="x-small")
-    figure.suptitle(title, fontsize=10)
+    figure.suptitle(label(title), fontsize=10)
     return figure
 
 
+@default_settings()
 def points(panels: dict[str, dict[str, list[tuple[float, float]]]], xlabel: str, ylabel: str, title: str) -> Figure:
     """Points (x, y) by label, one panel for each title, each with axes of its own."""
-    labels = list(dict.fromkeys(label for found in panels.values() for label in found))
+    labels = list(dict.fromkeys(name for found in panels.values() for name in found))
     figure = Figure(figsize=(3 + 3.2 * len(panels), 3.6), layout="constrained")
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     for panel, (heading, found) in zip(axes, panels.items(), strict=True):
-        for i, label in enumerate(labels):
+        for i, name in enumerate(labels):
             style = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)]}
-            x, y = np.reshape(found.get(label, []), (-1, 2)).T
-            panel.scatter(x, y, label=label, s=30, **style)
-        panel.set_title(heading)
+            x, y = np.reshape(found.get(name, []), (-1, 2)).T
+            panel.scatter(x, y, label=label(name), s=30, **style)
+        panel.set_title(label(heading))
         panel.set_xlabel(xlabel)
         panel.grid(alpha=0.3)
     axes[0].set_ylabel(ylabel)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize="small")
-    figure.suptitle(title, fontsize=10)
+    figure.suptitle(label(title), fontsize=10)
     return figure
 
 
+@default_settings()
 def sample_grid(
     samples: dict[tuple[str, str, int], Tensor],
     checkpoints: Sequence[str],
@@ -165,6 +203,6 @@ def sample_grid(
             panel.set_yticks([])
         row[0].set_ylabel(f"{count} steps", fontsize=9)
     for panel, checkpoint in zip(panels[0], checkpoints, strict=True):
-        panel.set_title(checkpoint, fontsize=10)
-    figure.suptitle(title, fontsize=10)
+        panel.set_title(label(checkpoint), fontsize=10)
+    figure.suptitle(label(title), fontsize=10)
     return figure

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from rich import box
 from rich.table import Table
+from rich.text import Text
 
 from robustdiff.mismatch.measure import MEASURES, Mismatch
-from robustdiff.report.figures import COLOURS, MARKERS
+from robustdiff.report.figures import COLOURS, MARKERS, Axes, Figure, default_settings, label
+from robustdiff.report.tables import shown
 
 __all__ = ["mismatch_figure", "mismatch_table", "robustness_figure", "robustness_table"]
 
@@ -42,23 +42,25 @@ def mismatch_table(mismatch: Mismatch) -> Table:
     table.add_column("mean over steps", no_wrap=True)
     table.add_column("floor", justify="right", no_wrap=True)
     for checkpoint in checkpoints:
-        table.add_column(checkpoint, justify="right", no_wrap=True)
+        table.add_column(shown(checkpoint), justify="right", no_wrap=True)
     for sampler, steps in dict.fromkeys((p.sampler, p.steps) for p in mismatch.paths):
-        table.add_row(f"[bold]{sampler} {steps}[/]")
+        table.add_row(Text(f"{sampler} {steps}", style="bold"))
         for i, (measure, meaning) in enumerate(MEASURES.items()):
             floor = paths[checkpoints[0], sampler, steps].mean[measure].floor
-            row = [f" {meaning}", "0" if floor is None else f"{floor:.2g}"]
+            row: list[str | Text] = [f" {meaning}", "0" if floor is None else f"{floor:.2g}"]
             for checkpoint in checkpoints:
                 cell = paths[checkpoint, sampler, steps].mean[measure]
-                text = f"{cell.value:.3g} ±{(cell.high - cell.low) / 2:.2g}"
+                text = Text(f"{cell.value:.3g} ±{(cell.high - cell.low) / 2:.2g}")
                 difference = differences.get((checkpoint, checkpoints[0], sampler, steps, measure))
                 if difference is not None and measure not in _SIGNED:
                     style = "green" if difference.high < 0 else "red" if difference.low > 0 else "dim"
-                    text = f"[{style}]{text}[/]"
+                    text.stylize(style)
                 row.append(text)
             table.add_row(*row, end_section=i + 1 == len(MEASURES))
     if len(checkpoints) > 1:
-        table.caption = f"green and red: lower and higher than {checkpoints[0]} beyond the interval of the difference"
+        table.caption = shown(
+            f"green and red: lower and higher than {checkpoints[0]} beyond the interval of the difference"
+        )
     return table
 
 
@@ -77,7 +79,7 @@ def robustness_table(mismatch: Mismatch) -> Table:
             losses = zip([r.loss, *r.robust], [r.loss_se, *r.robust_se], strict=True)
             table.add_row(
                 *((str(index), f"{r.sigma:.2f}") if i == 0 else ("", "")),
-                r.checkpoint,
+                shown(r.checkpoint),
                 *(f"{loss:.3g} ±{1.96 * se:.1g}" for loss, se in losses),
                 f"{r.lipschitz:.3g} ±{1.96 * r.lipschitz_se:.1g}",
                 f"{r.lipschitz_max:.3g}",
@@ -86,6 +88,7 @@ def robustness_table(mismatch: Mismatch) -> Table:
     return table
 
 
+@default_settings()
 def mismatch_figure(mismatch: Mismatch, title: str) -> Figure:
     """A row for each measure, a column for each sampler and number of steps, a line for each checkpoint, by time.
 
@@ -105,7 +108,9 @@ def mismatch_figure(mismatch: Mismatch, title: str) -> Figure:
                 times = [step.time for step in path]
                 estimates = [step.estimates[measure] for step in path]
                 style = {"color": COLOURS[k % len(COLOURS)], "marker": MARKERS[k % len(MARKERS)]}
-                panel.plot(times, [e.value for e in estimates], label=checkpoint, markersize=4, linewidth=1.4, **style)
+                panel.plot(
+                    times, [e.value for e in estimates], label=label(checkpoint), markersize=4, linewidth=1.4, **style
+                )
                 low, high = (np.array([getattr(e, end) for e in estimates]) for end in ("low", "high"))
                 panel.fill_between(times, low, high, color=style["color"], alpha=0.15, linewidth=0)
                 if checkpoint == checkpoints[-1]:
@@ -119,10 +124,11 @@ def mismatch_figure(mismatch: Mismatch, title: str) -> Figure:
     for i, measure in enumerate(MEASURES):
         panels[i, 0].set_ylabel(_LABELS[measure], fontsize=9)
     panels[0, 0].legend(frameon=False, fontsize=8)
-    figure.suptitle(title, fontsize=10)
+    figure.suptitle(label(title), fontsize=10)
     return figure
 
 
+@default_settings()
 def robustness_figure(mismatch: Mismatch, title: str) -> Figure:
     """The clean loss, the robust loss of each radius, and the Lipschitz constant, against time."""
     checkpoints = list(dict.fromkeys(r.checkpoint for r in mismatch.robustness))
@@ -141,7 +147,9 @@ def robustness_figure(mismatch: Mismatch, title: str) -> Figure:
         curves.append(([r.lipschitz for r in line], [r.lipschitz_se for r in line]))
         for panel, (values, errors) in zip(panels, curves, strict=True):
             bars = 1.96 * np.array(errors)
-            panel.errorbar(times, values, bars, label=checkpoint, markersize=4, linewidth=1.4, capsize=2, **style)
+            panel.errorbar(
+                times, values, bars, label=label(checkpoint), markersize=4, linewidth=1.4, capsize=2, **style
+            )
         largest = [r.lipschitz_max for r in line]
         panels[-1].plot(times, largest, color=style["color"], linestyle=":", label="largest" if k == 0 else None)
     titles = ["loss at x_t", *(f"robust loss, ‖δ‖ ≤ {r:g}" for r in radii), "Lipschitz constant of ε̂"]
@@ -153,5 +161,5 @@ def robustness_figure(mismatch: Mismatch, title: str) -> Figure:
         panel.grid(alpha=0.3)
     panels[0].legend(frameon=False, fontsize=8)
     panels[-1].legend(frameon=False, fontsize=8)
-    figure.suptitle(title, fontsize=10)
+    figure.suptitle(label(title), fontsize=10)
     return figure

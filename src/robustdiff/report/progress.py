@@ -8,6 +8,8 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from robustdiff.errors import printable
+
 __all__ = ["Bar"]
 
 _LINE_EVERY = 30.0  # seconds, where there is no terminal
@@ -36,7 +38,7 @@ class Bar:
             console=console,
             disable=quiet or not console.is_terminal,
         )
-        self._task = self._progress.add_task(description, total=total, note="")
+        self._task = self._progress.add_task(printable(description), total=total, note="")
         self._started = self._shown = time.monotonic()
 
     def __enter__(self) -> Bar:
@@ -50,12 +52,14 @@ class Bar:
 
     def describe(self, description: str, total: float | None = None) -> None:
         """Go on to another part of the work; with a total, from 0."""
+        description = printable(description)
         self._progress.update(self._task, description=description, total=total, note="")
         if total is not None:
             self._progress.reset(self._task, total=total, description=description, note="")
 
     def update(self, completed: float, note: str = "") -> None:
         """Set how much is done."""
+        note = printable(note)
         self._progress.update(self._task, completed=completed, note=note)
         now = time.monotonic()
         if not self.quiet and not self.console.is_terminal and now - self._shown > _LINE_EVERY:
@@ -65,6 +69,7 @@ class Bar:
                 f"{task.description}: {completed:g} of {task.total:g} in {now - self._started:.0f} s  {note}",
                 highlight=False,
                 markup=False,
+                emoji=False,
             )
 
     def advance(self, amount: float, note: str = "") -> None:

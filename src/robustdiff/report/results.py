@@ -18,7 +18,7 @@ __all__ = ["write_results"]
 def write_results(
     folder: Path, grid: Grid, title: str, settings: dict[str, Any], beside: Sequence[Cell] = ()
 ) -> dict[str, Any]:
-    """Write the figures, and the numbers with what they were obtained on; images that were there already have none.
+    """Write the numbers with what they were obtained on, and then figures; images that were there already have none.
 
     Arguments:
         folder: Where to; made if it is not there.
@@ -31,13 +31,6 @@ def write_results(
         What ``result.json`` holds.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    if grid.samples:
-        save_figure(fid_against_steps([*grid.cells, *beside], title), folder / "fid.png")
-    checkpoints = list(dict.fromkeys(checkpoint for checkpoint, _, _ in grid.samples))
-    steps = list(dict.fromkeys(steps for _, _, steps in grid.samples))
-    for sampler in dict.fromkeys(sampler for _, sampler, _ in grid.samples):
-        figure = sample_grid(grid.samples, checkpoints, sampler, steps, f"{sampler}: the same noise in every column")
-        save_figure(figure, folder / f"samples-{sampler.replace('+', 'p')}.png")
     record = {
         **settings,
         "cells": [asdict(cell) for cell in grid.cells],
@@ -45,4 +38,11 @@ def write_results(
     }
     with atomic_write(folder / "result.json") as file:
         file.write(json.dumps(record, indent=1, allow_nan=False).encode())
+    if grid.samples:
+        save_figure(fid_against_steps([*grid.cells, *beside], title), folder / "fid.png")
+    checkpoints = list(dict.fromkeys(checkpoint for checkpoint, _, _ in grid.samples))
+    steps = list(dict.fromkeys(steps for _, _, steps in grid.samples))
+    for sampler in dict.fromkeys(sampler for _, sampler, _ in grid.samples):
+        figure = sample_grid(grid.samples, checkpoints, sampler, steps, f"{sampler}: the same noise in every column")
+        save_figure(figure, folder / f"samples-{sampler.replace('+', 'p')}.png")
     return record

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import matplotlib
 import numpy as np
-from matplotlib.figure import Figure
 from rich import box
 from rich.table import Table
 
 from robustdiff.mismatch.solver_error import LocalError, fitted_order
+from robustdiff.report.figures import Figure, default_settings, label, matplotlib
 
 __all__ = ["solver_error_figure", "solver_error_table"]
 
@@ -51,6 +50,7 @@ def solver_error_table(errors: Sequence[LocalError]) -> Table:
     return table
 
 
+@default_settings()
 def solver_error_figure(errors: Sequence[LocalError], title: str) -> Figure:
     """RMS against σ, one panel for each solver and one line for each N; the reference's own error is dotted."""
     grouped = _by_solver(errors)
@@ -72,5 +72,5 @@ def solver_error_figure(errors: Sequence[LocalError], title: str) -> Figure:
         panel.grid(alpha=0.3)
     panels[0].set_ylabel("RMS of the local error per dimension")
     panels[0].legend(frameon=False, fontsize="small")
-    figure.suptitle(f"{title}\nbands: 5 to 95 % of images; dotted: the reference's own error", fontsize=9)
+    figure.suptitle(f"{label(title)}\nbands: 5 to 95 % of images; dotted: the reference's own error", fontsize=9)
     return figure

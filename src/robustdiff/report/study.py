@@ -17,25 +17,35 @@ from __future__ import annotations
 import copy
 import itertools
 import json
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
-from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from scipy.stats import spearmanr
 from scipy.stats import t as student_t
 
 from robustdiff.data.decode import open_image
-from robustdiff.errors import InputError
+from robustdiff.errors import InputError, printable
 from robustdiff.evaluation.fidelity import interval
-from robustdiff.files import atomic_write
+from robustdiff.files import atomic_write, make_folder
 from robustdiff.mismatch.measure import MEASURES
-from robustdiff.report.figures import Line, fid_panels, loss_curves, points, save_figure
-from robustdiff.study import Study, plan, read_cell, read_json, reference_cells
+from robustdiff.report.figures import (
+    Figure,
+    Line,
+    default_settings,
+    fid_panels,
+    label,
+    loss_curves,
+    points,
+    save_figure,
+)
+from robustdiff.study import Study, plan, read_cell, read_failure, read_loss, read_mismatch, reference_cells
 
 __all__ = ["Results", "write_page"]
 
@@ -75,6 +85,18 @@ class Change:
         if self.high < 0 and max(self.seeds) < 0:
             return -1
         return int(self.low > 0 and min(self.seeds) > 0)
+
+
+def _text(words: str) -> str:
+    """Words from a file as they are: in one line, and not as Markdown, HTML or the end of a table's cell."""
+    return re.sub(r"([\\`*_{}\[\]<>#|~$&])", r"\\\1", printable(" ".join(words.split())))
+
+
+def _code(word: str) -> str:
+    """A word from a file in a code span, within more backticks than it has."""
+    fence = "`" * (1 + max(map(len, re.findall("`+", word)), default=0))
+    space = " " if len(fence) > 1 else ""
+    return f"{fence}{space}{printable(word)}{space}{fence}"
 
 
 def _percent(value: float) -> str:
@@ -118,9 +140,9 @@ class Results:
             if run.missing:
                 self.missing[run.name] = len(run.missing)
             if run.failure.is_file():
-                self.failed[run.name] = read_json(run.failure)["error"]
+                self.failed[run.name] = read_failure(run)
             if (path := run.mismatch_path) is not None and path.is_file():
-                for found in read_json(path)["paths"]:
+                for found in read_mismatch(path):
                     self.mismatch[run.method, run.seed, found["sampler"], found["steps"]] = found
         for cell in reference_cells(study, folder):
             self.planned += 1
@@ -151,7 +173,7 @@ class Results:
         """The mean grey value and FID of each training, by method, of the cells that hold both."""
         found: dict[str, list[tuple[float, float]]] = {}
         for (method, _, *own), record in self.cells.items():
-            if own == [sampler, steps] and "brightness" in record:
+            if own == [sampler, steps] and record["brightness"] is not None:
                 found.setdefault(method, []).append((record["brightness"], record["fid"]))
         return found
 
@@ -208,6 +230,10 @@ def _log_fid(record: Record) -> Array:
     centred = replicates - replicates.mean() + record["fid"]
     # An FID near 0 has replicates below it.
     return np.log(np.maximum([record["fid"], *centred], 1e-3))
+
+
+def _log(fid: float) -> float:
+    return float(np.log(max(fid, 1e-3)))
 
 
 def _table(heading: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -350,7 +376,7 @@ def _at_equal_brightness(results: Results, steps: int) -> list[str]:
     rows: dict[tuple[str, str], dict[str, str]] = {pair: {} for pair in results.pairs}
     for sampler in results.samplers:
         found = results.brightness(sampler, steps)
-        logs = {method: np.array([(grey, np.log(fid)) for grey, fid in own]) for method, own in found.items()}
+        logs = {method: np.array([(grey, _log(fid)) for grey, fid in own]) for method, own in found.items()}
         means = {method: own.mean(axis=0) for method, own in logs.items()}
         freedom = sum(len(own) - 1 for own in logs.values()) - 1
         if freedom < 2:
@@ -418,7 +444,7 @@ def _mismatch(results: Results) -> list[str]:
         amounts = {key: _excess(results.mismatch[key], name) for key in keys}
         fids = {key: results.cells[key]["fid"] for key in keys}
         levels.append(_rank_correlation([(fids[key], amounts[key]) for key in keys]))
-        moved = [(float(np.log(fids[key] / fids[pair])), amounts[key] - amounts[pair]) for key, pair in pairs]
+        moved = [(_log(fids[key]) - _log(fids[pair]), amounts[key] - amounts[pair]) for key, pair in pairs]
         changes.append(_rank_correlation(moved))
         agreement.append(f"{sum((fid < 0) == (amount < 0) for fid, amount in moved)} of {len(moved)}")
     summary = _table(
@@ -468,6 +494,7 @@ def _cost(results: Results) -> str:
     return _table(["", "updates", "backward passes", "images drawn", "last ‖δ‖, in the method's norm"], rows)
 
 
+@default_settings()
 def _sensitivity(results: Results, steps: int) -> tuple[str, Figure] | None:
     """The α × K map of free adversarial training in ℓ2 without a radius."""
     # With one seed for all: a mean of several beside a single one would compare seeds.
@@ -505,7 +532,7 @@ def _sensitivity(results: Results, steps: int) -> tuple[str, Figure] | None:
     panel.set_yticks(range(len(counts)), [str(k) for k in counts])
     panel.set_xlabel("step size α (ℓ2 units of one image)")
     panel.set_ylabel("passes K")
-    figure.colorbar(image, ax=panel, label=f"FID against {results.study.baseline}, %")
+    figure.colorbar(image, ax=panel, label=label(f"FID against {results.study.baseline}, %"))
     figure.suptitle(f"{steps} steps, mean over {', '.join(results.samplers)}; first seed", fontsize=10)
     return table, figure
 
@@ -535,6 +562,20 @@ def _without_band(fids: dict[int, float]) -> Line:
     return Line(list(fids), *[list(fids.values())] * 3)
 
 
+def _picture(path: Path) -> NDArray[np.uint8]:
+    """The pixels of a cell's picture."""
+    try:
+        with open_image(path) as image:
+            if image.width * image.height > 2**26:
+                raise InputError(f"{printable(path)} is a picture of {image.width}×{image.height} pixels: remove it")
+            return np.asarray(image.convert("L" if image.mode == "L" else "RGB"))
+    except InputError:
+        raise
+    except Exception as error:  # Pillow's decoders raise nearly all there are on damaged files
+        raise InputError(f"{printable(path)} is no picture ({printable(str(error))}): remove it") from None
+
+
+@default_settings()
 def _pictures(results: Results, folder: Path, sampler: str, steps: int) -> Figure | None:
     """The first images of each method, all from the same noise."""
     rows = []
@@ -542,8 +583,7 @@ def _pictures(results: Results, folder: Path, sampler: str, steps: int) -> Figur
         for cell in run.cells if run.first else ():
             path = cell.path.with_suffix(".png")
             if (cell.sampler, cell.steps) == (sampler, steps) and path.is_file():
-                with open_image(path) as image:
-                    rows.append((run.method, np.asarray(image)))
+                rows.append((run.method, _picture(path)))
     if not rows:
         return None
     figure = Figure(figsize=(6.4, 0.72 * len(rows) + 0.5), layout="constrained")
@@ -551,7 +591,7 @@ def _pictures(results: Results, folder: Path, sampler: str, steps: int) -> Figur
         panel.imshow(pixels, cmap="gray", vmin=0, vmax=255)
         panel.set_xticks([])
         panel.set_yticks([])
-        panel.set_ylabel(method, rotation=0, ha="right", va="center", fontsize=8)
+        panel.set_ylabel(label(method), rotation=0, ha="right", va="center", fontsize=8)
     figure.suptitle(f"{sampler}, {steps} steps, the same noise in every row", fontsize=10)
     return figure
 
@@ -566,7 +606,7 @@ def _chance(results: Results, steps: int) -> dict[str, tuple[float, float]]:
     for method in results.methods:
         seeds = set.intersection(*(set(results.seeds(method, sampler, steps)) for sampler in results.samplers))
         if len(seeds) > 1:
-            logs = [[np.log(results.cells[method, s, own, steps]["fid"]) for own in results.samplers] for s in seeds]
+            logs = [[_log(results.cells[method, s, own, steps]["fid"]) for own in results.samplers] for s in seeds]
             found = len(seeds) - 1, float(np.var(np.mean(logs, axis=1), ddof=1))
             variances.setdefault(method if method in baselines else results.baseline(method), []).append(found)
     levels = {}
@@ -679,11 +719,28 @@ def _obtained_on(results: Results) -> str:
     records = [*results.cells.values(), *results.references.values()]
     measure = results.study.measure
     data = measure.data.name if measure.data is not None else next(iter(results.cells.values()))["training"]["data"]
-    machines = sorted({f"{r['threads']} thread(s) of a {r['device']}, torch {r['torch']}" for r in records})
+    machines = sorted({_text(f"{r['threads']} thread(s) of a {r['device']}, torch {r['torch']}") for r in records})
     return (
-        f"{measure.num:,} images a cell from common noise, against the images of {data} on the features "
-        f"`{measure.features}`; {'; '.join(machines)}. {len(records)} of {results.planned} planned cells are there."
+        f"{measure.num:,} images a cell from common noise, against the images of {_text(data)} on the features "
+        f"{_code(measure.features)}; {'; '.join(machines)}. "
+        f"{len(records)} of {results.planned} planned cells are there."
     )
+
+
+def _check_settings(results: Results) -> None:
+    """See that the cells say what the page says of how they were made."""
+    for (method, *key), record in results.cells.items():
+        needed = {name: record[name] for name in ("threads", "device", "torch")}
+        needed |= {f"training.{name}": value for name, value in record["training"].items()}
+        _check_given(f"{method}-s{'-'.join(map(str, key))}", needed)
+    for (name, *key), record in results.references.items():
+        of_reference = {part: record[part] for part in ("threads", "device", "torch", "fid_ci")}
+        _check_given("-".join(map(str, (name, *key))), of_reference)
+
+
+def _check_given(cell: str, settings: Record) -> None:
+    if missing := [name for name, value in settings.items() if value is None]:
+        raise InputError(f"the cell {cell} does not say its {missing[0]}: delete its file, and run the study again")
 
 
 def write_page(study: Study, folder: Path, page: Path) -> str:
@@ -703,19 +760,21 @@ def write_page(study: Study, folder: Path, page: Path) -> str:
     if page.suffix != ".md":
         raise InputError(f"{page}: give a file that ends in .md")
     results = Results(study, folder)
+    _check_settings(results)
     figures = page.with_suffix("")
-    figures.mkdir(parents=True, exist_ok=True)
+    make_folder(figures)
 
     def figure(name: str, made: Figure, caption: str) -> str:
         save_figure(made, figures / f"{name}.png")
-        return f"![{caption}]({figures.name}/{name}.png)"
+        return f"![{caption}]({quote(figures.name)}/{name}.png)"
 
     several = len(results.samplers) > 1
     recipe, training = (results.record(study.baseline)[part] for part in ("recipe", "training"))
     middle = 10 if 10 in results.steps else results.steps[len(results.steps) // 2]
     parts = [
-        f"# {study.title}",
-        f"Trained on {training['data']}, {training['images']:,} images. Base: {recipe['model']['path'] or 'none'}. "
+        f"# {_text(study.title)}",
+        f"Trained on {_text(training['data'])}, {training['images']:,} images. "
+        f"Base: {_text(recipe['model']['path'] or 'none')}. "
         f"{recipe['steps']:,} optimiser updates of batch {recipe['batch_size']}, learning rate {recipe['lr']:g} "
         f"({recipe['lr_schedule']}), moving average {recipe['ema']}, {recipe['precision']}, unless a method says "
         f"otherwise. {_obtained_on(results)} This page is made by `robustdiff study` from the files of the cells.",
@@ -774,8 +833,7 @@ def write_page(study: Study, folder: Path, page: Path) -> str:
     curves = {}
     for run in plan(study, folder):
         if run.first and run.path.is_file():
-            curve = read_json(run.path)
-            curves[run.method] = (curve["step"], curve["loss"])
+            curves[run.method] = read_loss(run)
     if curves:
         parts.append(figure("loss", loss_curves(curves, "first seed of each method"), "Training loss"))
     parts.append("## Samples")
@@ -790,9 +848,8 @@ def write_page(study: Study, folder: Path, page: Path) -> str:
         missing = ", ".join(f"{name} ({n})" for name, n in results.missing.items())
         parts.append(f"Of what the study file plans, by run and number of files: {missing}.")
     for name, error in results.failed.items():
-        parts.append(f"The training {name} failed: {error}.")
-    if study.cut:
-        parts.append(study.cut.strip())
+        parts.append(f"The training {name} failed: {_text(error)}.")
+    parts += [_text(paragraph) for paragraph in re.split(r"\n\s*\n", study.cut) if paragraph.strip()]
     text = "\n\n".join(parts) + "\n"
     with atomic_write(page) as file:
         file.write(text.encode())

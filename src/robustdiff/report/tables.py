@@ -7,13 +7,19 @@ from typing import Any
 
 from rich import box
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
+from robustdiff.errors import printable
 from robustdiff.evaluation.grid import FILE, Cell, Grid
 from robustdiff.study import MEASURES, Remaining
 
-__all__ = ["cell_table", "grid_table", "print_whole", "remaining_table", "reproduced_table"]
+__all__ = ["cell_table", "grid_table", "print_whole", "remaining_table", "reproduced_table", "shown"]
+
+
+def shown(name: str) -> Text:
+    """Return a name from a file or the command line as it is: without markup, emoji codes or control characters."""
+    return Text(printable(name))
 
 
 def print_whole(console: Console, table: Table) -> None:
@@ -33,7 +39,7 @@ def cell_table(cells: Sequence[Cell]) -> Table:
         table.add_column(heading, justify="right", no_wrap=True)
     for cell in cells:
         table.add_row(
-            escape(cell.checkpoint),
+            shown(cell.checkpoint),
             "—" if cell.sampler == FILE else cell.sampler,
             "—" if cell.steps is None else str(cell.steps),
             str(cell.n),
@@ -60,12 +66,12 @@ def grid_table(grid: Grid, baseline: str) -> Table:
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), collapse_padding=True, caption_justify="left")
     table.add_column("", no_wrap=True)
     for checkpoint in checkpoints:
-        table.add_column(checkpoint, justify="right", no_wrap=True)
+        table.add_column(shown(checkpoint), justify="right", no_wrap=True)
         if checkpoint != baseline:
-            table.add_column(f"to {baseline}", justify="right", no_wrap=True)
+            table.add_column(shown(f"to {baseline}"), justify="right", no_wrap=True)
     rows = list(dict.fromkeys((c.sampler, c.steps) for c in grid.cells))
     for i, (sampler, steps) in enumerate(rows):
-        row = [f"{sampler} {steps}"]
+        row: list[str | Text] = [f"{sampler} {steps}"]
         for checkpoint in checkpoints:
             cell = cells[checkpoint, sampler, steps]
             row.append(f"{cell.fid:.2f} ±{(cell.fid_ci[1] - cell.fid_ci[0]) / 2:.2g}")
@@ -78,7 +84,7 @@ def grid_table(grid: Grid, baseline: str) -> Table:
                 else:
                     low, high = (100 * end / cells[baseline, sampler, steps].fid for end in difference.fid_ci)
                     text = f"{difference.relative:+.0%} ({low:+.0f}…{high:+.0f})"
-                row.append(f"[{style}]{text}[/]")
+                row.append(Text(text, style=style))
         table.add_row(*row, end_section=i + 1 < len(rows) and rows[i + 1][0] != sampler)
     if len(checkpoints) > 1:
         table.caption = "green and red: the interval of the difference excludes 0"
@@ -94,7 +100,7 @@ def remaining_table(parts: Sequence[Remaining]) -> Table:
     table.add_column("cells to measure", str(cells), justify="right")
     table.add_column("hours of one process", f"{seconds / 3600:.2f}", justify="right")
     for part in parts:
-        table.add_row(part.method, str(part.runs), str(part.cells), f"{part.seconds / 3600:.2f}")
+        table.add_row(shown(part.method), str(part.runs), str(part.cells), f"{part.seconds / 3600:.2f}")
     return table
 
 
@@ -105,6 +111,6 @@ def reproduced_table(before: dict[str, Any], after: dict[str, Any]) -> Table:
         table.add_column(heading, no_wrap=True)
     for name in (*MEASURES, "weights"):
         same = before[name] == after[name]
-        values = [str(record[name])[:20] for record in (before, after)]
-        table.add_row(name, *values, "same" if same else "[red]differs[/]")
+        values = [shown(str(record[name])[:20]) for record in (before, after)]
+        table.add_row(name, *values, Text("same") if same else Text("differs", style="red"))
     return table

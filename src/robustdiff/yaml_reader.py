@@ -1,0 +1,144 @@
+"""YAML that somebody else may have written, read within bounds.
+
+YAML can say much in few bytes, since aliases expand exponentially, and can say what a program takes in another sense
+than a reader does, such as a key that is given twice. Here a text is read to dictionaries, lists, strings, numbers,
+truth values and None, or it is refused in one line. Nothing in it is executed, and tags are not read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from robustdiff.errors import InputError, printable
+
+__all__ = ["parse_yaml", "read_yaml"]
+
+MOST_BYTES = 2**18
+MOST_VALUES = 20_000  # with every alias written out
+DEEPEST = 40
+LONGEST_NUMBER = 100  # characters: Python's integers have no bound, and the time that they take is quadratic
+
+
+class _Refused(yaml.YAMLError):
+    """YAML that is well-formed, but not read here."""
+
+    def __init__(self, message: str, mark: Any) -> None:
+        super().__init__(f"{message} (line {mark.line + 1})")
+
+
+class _Loader(yaml.SafeLoader):
+    """A safe loader that counts what aliases expand to, and refuses what would be lost or change its type."""
+
+    # A date is a string here: as a name it stays what was written, and no field is a date.
+    yaml_implicit_resolvers = {  # noqa: RUF012  (PyYAML's own attribute)
+        first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self._values = self._depth = self._reached = 0
+        self._extents: dict[int, tuple[int, int]] = {}  # number of values and height of each node that is composed
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        event: Any = self.peek_event()
+        mark = event.start_mark
+        if getattr(event, "tag", None) not in (None, "!"):
+            raise _Refused(f"the tag {event.tag[:100]} is not read here: leave it out", mark)
+        before, outer, self._reached = self._values, self._reached, self._depth
+        self._depth += 1
+        if isinstance(event, yaml.AliasEvent):
+            node = super().compose_node(parent, index)
+            if id(node) not in self._extents:
+                raise _Refused(f"*{str(event.anchor)[:100]} stands within its own anchor", mark)
+            values, height = self._extents[id(node)]
+            self._values += values
+            self._reached = self._depth - 1 + height
+            self._bound(mark)
+        else:
+            self._values += 1
+            self._reached = self._depth
+            self._bound(mark)
+            node = super().compose_node(parent, index)
+            self._extents[id(node)] = self._values - before, self._reached - (self._depth - 1)
+            self._check(node)
+        self._depth -= 1
+        self._reached = max(self._reached, outer)
+        return node
+
+    def _bound(self, mark: Any) -> None:
+        if self._values > MOST_VALUES:
+            raise _Refused(f"more than {MOST_VALUES:,} values, with aliases written out", mark)
+        if self._reached > DEEPEST:
+            raise _Refused(f"nested more than {DEEPEST} deep", mark)
+
+    def _check(self, node: yaml.Node | None) -> None:
+        """Refuse keys that are given twice or are no scalars, and numbers of many digits."""
+        if isinstance(node, yaml.ScalarNode) and node.tag.endswith((":int", ":float")):
+            if len(node.value) > LONGEST_NUMBER:
+                raise _Refused(f"a number of {len(node.value)} characters", node.start_mark)
+        elif isinstance(node, yaml.MappingNode):
+            keys: set[Hashable] = set()
+            for key, _ in node.value:
+                if not isinstance(key, yaml.ScalarNode):
+                    raise _Refused("a key that is a list or a mapping", key.start_mark)
+                merge = key.tag == "tag:yaml.org,2002:merge"
+                name = "<<" if merge else self.construct_object(key)
+                if name in keys:
+                    raise _Refused(f"the key {str(name)[:100]!r} is given twice", key.start_mark)
+                keys.add(name)
+
+
+def _short(message: str) -> str:
+    return printable(message[:200])
+
+
+def parse_yaml(text: str | bytes, source: str) -> Any:
+    """Return what a YAML text says: a dictionary, list, string, number, truth value, or None.
+
+    Arguments:
+        text: The text.
+        source: What error messages call it.
+
+    Raises:
+        InputError: If it is not YAML, or has tags, keys that are given twice, aliases that expand beyond bounds, or
+            nesting beyond them.
+    """
+    source = printable(source)
+    try:
+        decoded = text.decode("utf-8") if isinstance(text, bytes) else text
+        loader = _Loader(decoded)
+        try:
+            return loader.get_single_data()
+        finally:
+            loader.dispose()
+    except _Refused as error:
+        raise InputError(f"{source}: not YAML that is read here: {printable(str(error))}") from None
+    except yaml.MarkedYAMLError as error:
+        where = "" if error.problem_mark is None else f" (line {error.problem_mark.line + 1})"
+        raise InputError(f"{source}: not YAML: {_short(error.problem or str(error))}{where}") from None
+    except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:  # a number such as 0x_, a byte
+        raise InputError(f"{source}: not YAML: {_short(str(error).splitlines()[0])}") from None
+
+
+def read_yaml(path: Path) -> Any:
+    """Return what a YAML file says, as :func:`parse_yaml` does; an empty one says None.
+
+    Raises:
+        InputError: If there is no such file, it cannot be read, it is larger than 256 KiB, or it is refused.
+    """
+    source = printable(path)
+    try:
+        if not path.is_file():  # a pipe would wait for its other end
+            raise InputError(f"no file {source}: give a YAML file")
+        with path.open("rb") as file:
+            raw = file.read(MOST_BYTES + 1)
+    except OSError as error:
+        raise InputError(f"{source} cannot be read: {error.strerror}") from None
+    if len(raw) > MOST_BYTES:
+        raise InputError(f"{source} has more than {MOST_BYTES:,} bytes: a file of this kind has few lines")
+    return parse_yaml(raw, source)
