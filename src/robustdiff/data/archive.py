@@ -35,14 +35,14 @@ def expands_too_far(compressed: int, expanded: int) -> bool:
     return expanded > max(FREE_BYTES, MOST_TIMES * compressed)
 
 
-def read_into(file: IO[bytes], size: int) -> NDArray[np.uint8]:
+def read_into(file: Any, size: int) -> NDArray[np.uint8]:
     """Return the next bytes of a file, (size,) or fewer where it ends.
 
-    Memory is touched as bytes arrive, so that a size that is not there costs none.
+    Memory is touched as bytes arrive, so that a size that is not there costs none. `file` has `readinto`.
     """
     data = np.empty(size, np.uint8)
     done = 0
-    while done < size and (count := file.readinto(data[done : done + 2**20].data)):  # type: ignore[attr-defined]
+    while done < size and (count := file.readinto(data[done : done + 2**20].data)):
         done += count
     return data[:done]
 

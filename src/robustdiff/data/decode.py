@@ -1,9 +1,11 @@
 """Encoded pictures to pixels, for every dataset that holds files or their bytes.
 
 Pillow is restricted to six formats wherever a picture is opened: it would start Ghostscript for an EPS file whatever
-the file's name says. What would take minutes or gigabytes to open is refused. The first frame or page is read, EXIF's
-orientation is applied, the largest centred square is taken, and transparency is composed on one background colour before
-anything is resized, so that the colours hidden under transparent pixels never show.
+the file's name says. What would take minutes or gigabytes to open is refused.
+
+The first frame or page is read, EXIF's orientation is applied, the largest centred square is taken, and transparency is
+composed on one background colour before anything is resized, so that the colours hidden under transparent pixels never
+show.
 """
 
 from __future__ import annotations
@@ -95,11 +97,11 @@ def file_source(path: str | os.PathLike[str]) -> Source:
     """Return what opens a file; it raises OSError for a device or a pipe, which may have no end."""
 
     def opened() -> BinaryIO:
-        file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-            file.close()
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            os.close(descriptor)
             raise OSError(errno.EINVAL, "it is not a regular file", os.fspath(path))
-        return file
+        return os.fdopen(descriptor, "rb")
 
     return opened
 

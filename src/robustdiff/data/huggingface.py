@@ -63,7 +63,8 @@ class HuggingFaceDataset(ImageDataset):
 
     Raises:
         InputError: No such column, or several that might be it; no rows; a row without an image or a label; an image
-            that cannot be read, is elsewhere than in `folders`, or has to be fetched; sides that differ while `size` is None. Later, on access: corrupt pixels.
+            that cannot be read, is elsewhere than in `folders`, or has to be fetched; sides that differ while `size` is
+            None. Later, on access: corrupt pixels.
     """
 
     def __init__(

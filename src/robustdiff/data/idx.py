@@ -63,7 +63,9 @@ def read_idx(path: str | os.PathLike[str]) -> NDArray[np.uint8]:
         raise InputError(f"{name}: cannot be read ({printable(str(error))}); fetch the file again") from error
 
 
-def _read_values(file: IO[bytes], name: str, stored: int, length: int | None = None) -> NDArray[np.uint8]:
+def _read_values(
+    file: IO[bytes] | gzip.GzipFile, name: str, stored: int, length: int | None = None
+) -> NDArray[np.uint8]:
     """Read header and values.
 
     Args:

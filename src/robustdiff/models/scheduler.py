@@ -25,6 +25,7 @@ from typing import Any, Literal
 
 import torch
 from diffusers.models.unets.unet_2d import UNet2DModel
+from pydantic import ValidationError
 from torch import Tensor
 
 from robustdiff.errors import InputError
@@ -132,9 +133,16 @@ def objective_of(scheduler: Any, unet: UNet2DModel) -> ObjectiveConfig:
         if kind == "edm" and given != "epsilon":
             raise InputError(f"prediction_type={given} of an EDM scheduler is not supported: only epsilon is")
         levels = {name: config[name] for name in ("sigma_min", "sigma_max", "rho", "sigma_data")}
-        if kind == "edm":
-            return EdmConfig(name="edm", levels=config.num_train_timesteps, **levels)
-        return ConsistencyConfig(name="consistency", scales=config.num_train_timesteps, **levels)
+        try:
+            if kind == "edm":
+                return EdmConfig(name="edm", levels=config.num_train_timesteps, **levels)
+            return ConsistencyConfig(name="consistency", scales=config.num_train_timesteps, **levels)
+        except ValidationError as error:
+            first = error.errors()[0]
+            name = ".".join(map(str, first["loc"])) or "its levels"
+            raise InputError(
+                f"{type(scheduler).__name__}: {name}: {first['msg']}: correct scheduler_config.json"
+            ) from None
     if kind == "flow":
         if config.get("prediction_type", "flow_prediction") != "flow_prediction":
             raise InputError(f"prediction_type={given} with flow sigmas is not supported: only flow_prediction is")
