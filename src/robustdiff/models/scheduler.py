@@ -86,7 +86,14 @@ def _sigmas_of(scheduler: Any) -> Tensor:
         raise InputError(
             f"sigma_schedule={config.sigma_schedule} is not supported: use karras in scheduler_config.json"
         )
-    return karras_sigmas(config.num_train_timesteps, config.sigma_min, config.sigma_max, config.rho)
+    try:
+        return karras_sigmas(config.num_train_timesteps, config.sigma_min, config.sigma_max, config.rho)
+    except (ValueError, TypeError, ArithmeticError) as error:
+        raise _incorrect(scheduler, error) from None
+
+
+def _incorrect(scheduler: Any, error: Exception) -> InputError:
+    return InputError(f"{type(scheduler).__name__}: {error}: correct scheduler_config.json")
 
 
 def process_of(scheduler: Any) -> DiffusionProcess:
@@ -108,8 +115,11 @@ def process_of(scheduler: Any) -> DiffusionProcess:
                         f"{name}=true in scheduler_config.json is not supported: set a fixed shift instead"
                     )
             shift = config.get("shift", config.get("flow_shift"))
-            flow = DiffusionProcess.flow(config.num_train_timesteps, 1.0 if shift is None else float(shift))
-            return DiffusionProcess(flow.alphas, flow.sigmas, config.num_train_timesteps * flow.sigmas)
+            try:
+                flow = DiffusionProcess.flow(config.num_train_timesteps, 1.0 if shift is None else float(shift))
+                return DiffusionProcess(flow.alphas, flow.sigmas, config.num_train_timesteps * flow.sigmas)
+            except (ValueError, TypeError, ArithmeticError) as error:
+                raise _incorrect(scheduler, error) from None
     try:
         return DiffusionProcess.from_alphas_cumprod(scheduler.alphas_cumprod)
     except ValueError:
