@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -697,13 +698,40 @@ def _given(**options: Any) -> dict[str, Any]:
 
 
 def _real_images(run: str | None, data: str | None, root: str | None, overrides: list[str]) -> DataConfig:
-    """The data section of a run's recipe, or else of fashion-16, changed as the options say."""
+    """The data section of a run's recipe, or else of fashion-16, changed as the options say.
+
+    A run may come from others. What its recipe has this command read is said first; nothing is fetched and no folder
+    above the working folder is searched because a recipe says so.
+    """
+    from accelerate import PartialState
+
+    from robustdiff.data.huggingface import is_remote
     from robustdiff.recipe import load_data_config
 
     recipe = None if run is None else Path(run) / "recipe.yaml"
-    return load_data_config(
-        "fashion-16" if recipe is None or not recipe.is_file() else str(recipe), overrides, data, root
-    )
+    if recipe is None or not recipe.is_file():
+        return load_data_config("fashion-16", overrides, data, root)
+    config = load_data_config(str(recipe), overrides, data, root)
+    fields = {assignment.partition("=")[0] for assignment in overrides}
+    named = data is not None or not fields.isdisjoint({"data", "data.name"})
+    rooted = root is not None or "data.root" in fields
+    remote = config.name.startswith("hf:")
+    if named or not (remote or (config.root is not None and not rooted)):
+        return config
+    if remote and is_remote(config.name):
+        raise InputError(
+            f"{recipe} names the data {config.name}, which is fetched from the network: add --data {config.name} if "
+            "that is wanted, or name other images by --data"
+        )
+    folder = Path(config.name.removeprefix("hf:") if remote else str(config.root)).resolve()
+    if folder in Path.cwd().parents:
+        raise InputError(
+            f"{recipe} names the data {folder}, which this folder lies in: add --root {folder} if all of it is meant, "
+            "or name other images by --data and --root"
+        )
+    if PartialState().is_main_process:
+        _say(printable(f"{recipe} names the data: reading {folder}"), err)
+    return config
 
 
 def _extractor(features: str | None, weights: Path | None, data: str | None, device: Any) -> FeatureExtractor:
@@ -789,15 +817,19 @@ def main() -> None:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             sys.exit(_fail(f"the disk is full ({error.filename or error}): free some space; --resume goes on", 1))
-        if isinstance(
-            error, FileNotFoundError | PermissionError | IsADirectoryError | NotADirectoryError | FileExistsError
-        ):
-            sys.exit(_fail(f"{error.filename}: {error.strerror}: give another path", 2))
-        raise
+        if error.filename is None or error.errno == errno.EIO:
+            raise
+        sys.exit(_fail(f"{os.fsdecode(error.filename)}: {error.strerror}: give another path", 2))
+    except ValueError as error:  # what Python raises for names that the system cannot have
+        if isinstance(error, UnicodeEncodeError) and error.reason == "surrogates not allowed":
+            sys.exit(_fail(f"{error.object!r} holds a character that no text has: correct the path or the name", 2))
+        if "embedded null" not in str(error):
+            raise
+        sys.exit(_fail("a path holds a null byte: correct it", 2))
     sys.exit(code if isinstance(code, int) else 0)
 
 
 def _fail(message: str, code: int) -> int:
-    """One line on stderr."""
+    """One line on stderr, without what would move the cursor or hide text."""
     print("robustdiff: " + printable(" ".join(message.split())), file=sys.stderr)
     return code

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import zipfile
 import zlib
-from collections.abc import Container
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,36 +17,128 @@ from robustdiff.data.dataset import ArrayDataset
 from robustdiff.data.pixels import fit_array
 from robustdiff.errors import InputError, printable
 
-__all__ = ["npz", "read_npz"]
+__all__ = ["expands_too_far", "list_npz", "npz", "read_into", "read_npz"]
 
 logger = logging.getLogger(__name__)
 
-# What numpy, zipfile and zlib raise for a file that is not what it should be.
-UNREADABLE = (OSError, EOFError, ValueError, KeyError, NotImplementedError, zipfile.BadZipFile, zlib.error)
+# What numpy, zipfile and the decompressors raise for a file that is not what it should be; lzma's own error is caught
+# as an Exception where members are read.
+UNREADABLE = (OSError, EOFError, ValueError, KeyError, RuntimeError, zipfile.BadZipFile, zlib.error)
+
+# Compressed data that expands further than any images do, and to more than this many bytes, is there to fill memory.
+MOST_TIMES = 200
+FREE_BYTES = 2**28
 
 
-def read_npz(path: str | os.PathLike[str], names: Container[str] | None = None) -> dict[str, NDArray[Any]]:
-    """Read the arrays of an `.npz` file, none of them pickled.
+def expands_too_far(compressed: int, expanded: int) -> bool:
+    """Return whether so many bytes would come from so few."""
+    return expanded > max(FREE_BYTES, MOST_TIMES * compressed)
+
+
+def read_into(file: Any, size: int) -> NDArray[np.uint8]:
+    """Return the next bytes of a file, (size,) or fewer where it ends.
+
+    Memory is touched as bytes arrive, so that a size that is not there costs none. `file` has `readinto`.
+    """
+    data = np.empty(size, np.uint8)
+    done = 0
+    while done < size and (count := file.readinto(data[done : done + 2**20].data)):
+        done += count
+    return data[:done]
+
+
+def _open(path: str | os.PathLike[str]) -> zipfile.ZipFile:
+    """Open an `.npz` file. Raises InputError or what zipfile raises."""
+    name = printable(path)
+    if not os.path.isfile(path):
+        raise InputError(f"{name}: no such file; correct the path of the .npz file")
+    with open(path, "rb") as file:
+        if file.read(6) == b"\x93NUMPY":
+            raise InputError(f"{name}: a single array, not an .npz file; make it with numpy.savez(path, images=…)")
+    return zipfile.ZipFile(path)
+
+
+def _unreadable(path: str | os.PathLike[str], error: Exception) -> InputError:
+    message = printable(str(error).splitlines()[0]) if str(error) else type(error).__name__
+    return InputError(f"{printable(path)}: not a readable .npz file ({message}); make it with numpy.savez")
+
+
+def list_npz(path: str | os.PathLike[str]) -> list[str]:
+    """Return the names of the arrays in an `.npz` file, without reading one.
+
+    Raises:
+        InputError: No such file, or not an `.npz` file.
+    """
+    try:
+        with _open(path) as archive:
+            return [name.removesuffix(".npy") for name in archive.namelist()]
+    except InputError:
+        raise
+    except UNREADABLE as error:
+        raise _unreadable(path, error) from error
+
+
+def read_npz(path: str | os.PathLike[str], names: Sequence[str]) -> dict[str, NDArray[Any]]:
+    """Read arrays of numbers out of an `.npz` file.
+
+    An array is read if its header and the size of its member agree, so that no header makes numpy reserve memory.
+    `numpy.load` is not used: it reserves first, and it unpickles where it is told to.
 
     Args:
         path: The file.
-        names: Which arrays to read; by default all. Those that the file lacks are left out.
+        names: Which arrays to read. Those that the file lacks are left out; others are not looked at.
+
+    Returns:
+        The arrays, in the machine's byte order.
 
     Raises:
-        InputError: No such file, or not a whole `.npz` file of plain arrays.
+        InputError: No such file, or not a whole `.npz` file, or an array of other than numbers.
     """
-    name = printable(path)
-    if not Path(path).is_file():
-        raise InputError(f"{name}: no such file; correct the path of the .npz file")
     try:
-        loaded = np.load(path, allow_pickle=False)
-        if isinstance(loaded, np.lib.npyio.NpzFile):
-            with loaded:
-                return {name: loaded[name] for name in loaded.files if names is None or name in names}
-    except UNREADABLE as error:
-        message = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"{name}: not a readable .npz file ({message}); make it with numpy.savez") from error
-    raise InputError(f"{name}: a single array, not an .npz file; make it with numpy.savez(path, images=…)")
+        with _open(path) as archive:
+            members = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
+            return {name: _read_member(archive, members[name]) for name in names if name in members}
+    except InputError:
+        raise
+    except MemoryError as error:
+        raise InputError(f"{printable(path)}: larger than the memory of this machine; make it smaller") from error
+    except Exception as error:  # damaged members: what numpy's header, zipfile, lzma and bz2 raise
+        raise _unreadable(path, error) from error
+
+
+def _read_member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> NDArray[Any]:
+    """Raises ValueError or what zipfile raises."""
+    name = info.filename
+    with archive.open(info) as file:
+        shape, fortran, dtype = _read_header(file)
+        if dtype.kind not in "biufc":
+            raise ValueError(f"{name} holds {'objects' if dtype.hasobject else dtype}, not numbers")
+        if any(side < 0 for side in shape) or len(shape) > 32:
+            raise ValueError(f"{name} has {len(shape)} dimensions {shape[:4]}")
+        size = math.prod(shape) * dtype.itemsize
+        if size != info.file_size - file.tell():
+            raise ValueError(
+                f"{name} has {info.file_size - file.tell()} bytes where {dtype} of shape {shape} has {size}"
+            )
+        stored = info.compress_type == zipfile.ZIP_STORED
+        if expands_too_far(info.compress_size, size) or (stored and info.compress_size != info.file_size):
+            raise ValueError(f"{name} expands from {info.compress_size} bytes to {size}, as no array does")
+        data = read_into(file, size)
+        if len(data) != size or file.read(1):  # at its end the checksum is compared
+            raise ValueError(f"{name} is truncated or too long")
+    array: NDArray[Any] = data.view(dtype)
+    array = array.reshape(shape[::-1]).T if fortran else array.reshape(shape)
+    return array.astype(dtype.newbyteorder("="), copy=False)
+
+
+def _read_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+    """Return shape, whether the first axis varies fastest, and type, from the header of an `.npy` file."""
+    version = np.lib.format.read_magic(file)
+    if version == (1, 0):
+        return np.lib.format.read_array_header_1_0(file)
+    if version == (2, 0):
+        return np.lib.format.read_array_header_2_0(file)
+    raise ValueError(f"version {version[0]}.{version[1]} of the format, which numbers do not need")
 
 
 def npz(*, root: str | os.PathLike[str] | None, size: int | None, channels: int | None, split: str) -> ArrayDataset:
@@ -58,20 +150,19 @@ def npz(*, root: str | os.PathLike[str] | None, size: int | None, channels: int 
         raise InputError("npz needs root, the path of the .npz file")
     if split != "train":
         raise InputError(f"npz has no split {split!r}; give the file of that split as root")
-    name, arrays = printable(root), read_npz(root)
-    images = arrays.pop("images", None)
-    images = arrays.pop("arr_0", None) if images is None else images
-    labels = arrays.pop("labels", None)
-    labels = arrays.pop("arr_1", None) if labels is None else labels
-    if images is None:
-        names = ", ".join(map(printable, arrays)) or "nothing"
-        raise InputError(f"{name}: no array images or arr_0 (it has: {names}); rename the array")
-    if arrays:
+    name, names = printable(root), list_npz(root)
+    chosen = [next((n for n in pair if n in names), None) for pair in (("images", "arr_0"), ("labels", "arr_1"))]
+    if chosen[0] is None:
+        listed = ", ".join(map(printable, names)) or "nothing"
+        raise InputError(f"{name}: no array images or arr_0 (it has: {listed}); rename the array")
+    if others := [n for n in names if n not in chosen]:
         logger.warning(
             "%s: passed over %s; what is read is images or arr_0, and labels or arr_1",
             name,
-            ", ".join(map(printable, arrays)),
+            ", ".join(map(printable, others)),
         )
+    arrays = read_npz(root, [n for n in chosen if n is not None])
+    images, labels = arrays[chosen[0]], None if chosen[1] is None else arrays[chosen[1]]
     dataset = ArrayDataset(name, images, labels)  # checks dtype and shape before anything is resized
     if size is None and channels is None:
         return dataset

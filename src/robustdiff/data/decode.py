@@ -1,20 +1,24 @@
 """Encoded pictures to pixels, for every dataset that holds files or their bytes.
 
 Pillow is restricted to six formats wherever a picture is opened: it would start Ghostscript for an EPS file whatever
-the file's name says. The first frame or page is read, EXIF's orientation is applied, the largest centred square is
-taken, and transparency is composed on one background colour before anything is resized, so that the colours hidden
-under transparent pixels never show.
+the file's name says. What would take minutes or gigabytes to open is refused.
+
+The first frame or page is read, EXIF's orientation is applied, the largest centred square is taken, and transparency is
+composed on one background colour before anything is resized, so that the colours hidden under transparent pixels never
+show.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
+import stat
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import IO, BinaryIO
+from typing import IO, BinaryIO, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,9 +47,18 @@ Source = Callable[[], BinaryIO]
 GREY = ("1", "L", "LA", "La")
 SIXTEEN_BITS = ("I;16", "I;16B", "I;16L", "I;16N")
 MODES = (*GREY, *SIXTEEN_BITS, "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV")
+TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+TIFF_BYTES = (1, 2, 6, 7)  # types of which a tag may have many: profiles, thumbnails, text
 # Grey of fewer than 8 bits is scaled by Pillow, the transparent value that goes with it is not.
 PNG_SCALE = {"L;2": 85, "L;4": 17}
 SAMPLE = 4096
+STRIP = 256
+
+# Pictures beyond these are made to take time and memory, or are none to train on.
+MOST_PIXELS_A_SIDE = 2**16
+MOST_TIFF_VALUES = 2**18  # strips or tiles, above all
+MOST_PNG_CHUNKS = 10_000  # other than those of pixels and frames
+MOST_JPEG_SCANS = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,13 +94,67 @@ def parse_colour(text: str) -> Colour:
 
 
 def file_source(path: str | os.PathLike[str]) -> Source:
-    """Return what opens a file."""
-    return lambda: open(path, "rb")
+    """Return what opens a file; it raises OSError for a device or a pipe, which may have no end."""
+
+    def opened() -> BinaryIO:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            os.close(descriptor)
+            raise OSError(errno.EINVAL, "it is not a regular file", os.fspath(path))
+        return os.fdopen(descriptor, "rb")
+
+    return opened
 
 
 def open_image(source: str | os.PathLike[str] | IO[bytes]) -> Image.Image:
     """Open a picture by its content, in one of `FORMATS` only. Raises what `PIL.Image.open` raises."""
-    return Image.open(source, formats=FORMATS)
+    if isinstance(source, str | os.PathLike):
+        with file_source(source)() as file:
+            _check_structure(file)
+    else:
+        _check_structure(source)
+    image = Image.open(source, formats=FORMATS)
+    if max(image.size) > MOST_PIXELS_A_SIDE:
+        raise ValueError(f"{image.width}×{image.height} pixels, more than {MOST_PIXELS_A_SIDE} a side")
+    return image
+
+
+def _check_structure(file: IO[bytes]) -> None:
+    """Refuse files that Pillow would take minutes over, or gigabytes, before it knows their size in pixels."""
+    head = file.read(16)
+    if head[:8] == b"\x89PNG\r\n\x1a\n":
+        _check_png(file)
+    elif head[:4] in TIFF:
+        _check_tiff(file, head)
+    file.seek(0)
+
+
+def _check_png(file: IO[bytes]) -> None:
+    others, position, end = 0, 8, file.seek(0, os.SEEK_END)
+    while position + 8 <= end:
+        file.seek(position)
+        head = file.read(8)
+        others += head[4:] not in (b"IDAT", b"fdAT", b"fcTL")
+        if others > MOST_PNG_CHUNKS:
+            raise ValueError(f"more than {MOST_PNG_CHUNKS} chunks beside its pixels")
+        position += 12 + int.from_bytes(head[:4], "big")
+
+
+def _check_tiff(file: IO[bytes], head: bytes) -> None:
+    """Look at the first directory of a TIFF or BigTIFF file."""
+    order: Literal["little", "big"] = "little" if head[:2] == b"II" else "big"
+    big = 43 in head[2:4]
+    count_bytes, entry, value = (8, 20, 8) if big else (2, 12, 4)
+    start = int.from_bytes(head[8:16] if big else head[4:8], order)
+    file.seek(min(start, file.seek(0, os.SEEK_END)))
+    entries = int.from_bytes(file.read(count_bytes), order)
+    for _ in range(min(entries, 2**16)):
+        field = file.read(entry)
+        kind, count = int.from_bytes(field[2:4], order), int.from_bytes(field[4 : 4 + value], order)
+        if kind not in TIFF_BYTES and count > MOST_TIFF_VALUES:
+            raise ValueError(
+                f"{count} values in its TIFF tag {int.from_bytes(field[:2], order)}, such as strips or tiles"
+            )
 
 
 @contextmanager
@@ -197,7 +264,18 @@ def decode_image(source: Source, name: str, size: int, channels: int, background
     with _reading(name), source() as file:
         image = open_image(file)
         _check(image, name)
+        if image.format == "JPEG":
+            _check_scans(file)
         return fit_image(_flatten(image, background), size, channels)
+
+
+def _check_scans(file: BinaryIO) -> None:
+    """Refuse a JPEG file of many scans, each of which goes over all pixels."""
+    position = file.tell()
+    file.seek(0)
+    if file.read().count(b"\xff\xda") > MOST_JPEG_SCANS:
+        raise ValueError(f"more than {MOST_JPEG_SCANS} scans")
+    file.seek(position)
 
 
 def _flatten(image: Image.Image, background: Colour) -> Image.Image:
@@ -209,7 +287,8 @@ def _flatten(image: Image.Image, background: Colour) -> Image.Image:
     transparent = _transparent(image)
     tags = getattr(image, "tag_v2", {})  # of TIFF
     bits, inverted = tags.get(258, (16,))[0], tags.get(262) == 0
-    image = crop_square(ImageOps.exif_transpose(image))
+    ImageOps.exif_transpose(image, in_place=True)
+    image = crop_square(image)
     if image.mode == "1":
         image = image.convert("L")
     pixels = np.asarray(image) if key is not None or image.mode.startswith("I") else None
@@ -225,5 +304,9 @@ def _flatten(image: Image.Image, background: Colour) -> Image.Image:
     for premultiplied, straight in (("La", "LA"), ("RGBa", "RGBA")):
         if image.mode == premultiplied:
             image = image.convert(straight)
-    canvas = Image.new("RGBA", image.size, (*background, 255))
-    return Image.alpha_composite(canvas, image.convert("RGBA")).convert("RGB")
+    result = Image.new("RGB", image.size)
+    for top in range(0, image.height, STRIP):  # a strip at a time: whole copies of a large picture are gigabytes
+        strip = image.crop((0, top, image.width, min(top + STRIP, image.height))).convert("RGBA")
+        canvas = Image.new("RGBA", strip.size, (*background, 255))
+        result.paste(Image.alpha_composite(canvas, strip).convert("RGB"), (0, top))
+    return result

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import pkgutil
+import re
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import yaml
 from torch import Tensor
 
 from robustdiff.data.dataset import ImageDataset, check_labels
@@ -31,7 +33,15 @@ from robustdiff.data.decode import (
 )
 from robustdiff.errors import InputError, printable
 
-__all__ = ["HuggingFaceDataset", "hf"]
+__all__ = ["HuggingFaceDataset", "hf", "is_remote"]
+
+CARD_BYTES = 2**22
+MOST_CARD_VALUES = 100_000
+
+
+def is_remote(name: str) -> bool:
+    """Return whether `hf:NAME` is not a folder on this machine, so that loading it uses the network."""
+    return not os.path.isdir(name.removeprefix("hf:"))
 
 
 class HuggingFaceDataset(ImageDataset):
@@ -49,10 +59,12 @@ class HuggingFaceDataset(ImageDataset):
         background: The colour that shows where an image is transparent.
         image_column: The column of the images, where it is not to be found by the rule above.
         label_column: The column of the labels, likewise.
+        folders: Where the files may lie that rows give the paths of; None: anywhere on this machine.
 
     Raises:
         InputError: No such column, or several that might be it; no rows; a row without an image or a label; an image
-            that cannot be read; sides that differ while `size` is None. Later, on access: corrupt pixels.
+            that cannot be read, is elsewhere than in `folders`, or has to be fetched; sides that differ while `size` is
+            None. Later, on access: corrupt pixels.
     """
 
     def __init__(
@@ -64,8 +76,10 @@ class HuggingFaceDataset(ImageDataset):
         background: str = "white",
         image_column: str | None = None,
         label_column: str | None = None,
+        folders: Sequence[Path] | None = None,
     ) -> None:
         name = printable(name)
+        self._folders = folders
         self._background = parse_colour(background)
         images = _image_column(name, table.features, image_column)
         labels = _label_column(name, table.features, label_column)
@@ -106,7 +120,6 @@ class HuggingFaceDataset(ImageDataset):
 
     def _source(self, row: int, value: Any) -> Source:
         """How the encoded image of a row is opened. No bytes are copied: Arrow maps the file."""
-        import fsspec
         import pyarrow
 
         data = value["bytes"] if value.is_valid else None
@@ -115,9 +128,21 @@ class HuggingFaceDataset(ImageDataset):
             return partial(pyarrow.BufferReader, data.as_buffer())
         if path is None:
             raise InputError(f"{self._row(row)} has no image; filter such rows out")
-        if "://" in path:
-            return fsspec.open(path, "rb").open
-        return file_source(path)
+        return file_source(self._checked_path(row, path))
+
+    def _checked_path(self, row: int, path: str) -> Path:
+        """The file of a row, if it is one of the dataset's own: rows of a downloaded table can name any file."""
+        remedy = "store the images themselves in the table, as its save_to_disk does with rows of pixels or bytes"
+        if "://" in path or "::" in path or "\0" in path:
+            raise InputError(f"{self._row(row)} is at {printable(path[:200])}, which is not fetched; {remedy}")
+        if self._folders is None:
+            return Path(path)
+        file = self._folders[0] / path  # an absolute path stays one
+        if not any(file.resolve().is_relative_to(folder.resolve()) for folder in self._folders):
+            raise InputError(
+                f"{self._row(row)} is the file {printable(path[:200])}, outside the folder of the dataset; {remedy}"
+            )
+        return file
 
     def __len__(self) -> int:
         return len(self._table)
@@ -260,10 +285,13 @@ def hf(
     name = f"hf:{printable(root)}"
     try:
         import datasets
+        from huggingface_hub import constants
     except ImportError as error:
         raise InputError(f"{name} needs Hugging Face's datasets; run: pip install datasets") from error
-    if int(datasets.__version__.partition(".")[0]) < 4:
-        raise InputError(f"{name} needs datasets 4 or later, which runs no scripts; run: pip install -U datasets")
+    if tuple(map(int, re.findall(r"\d+", datasets.__version__)[:2])) < (5, 2):
+        raise InputError(
+            f"{name} needs datasets 5.2 or later, which runs no scripts and no pickles; run: pip install -U datasets"
+        )
     _check_name(root)
     try:
         table = _load_table(datasets, name, root, split)
@@ -272,13 +300,49 @@ def hf(
     except Exception as error:  # whatever its readers raise on what they find
         message = printable(str(error).splitlines()[0]) if str(error) else type(error).__name__
         raise InputError(f"{name}: cannot be loaded ({message}); check the name, the split and the network") from error
-    return HuggingFaceDataset(name, table, size, channels, background, image_column, label_column)
+    # What `datasets` downloads or unpacks lies in its cache.
+    cache = [Path(datasets.config.HF_DATASETS_CACHE), Path(constants.HF_HUB_CACHE)]
+    folders = [Path(root), *cache] if os.path.isdir(root) else cache
+    return HuggingFaceDataset(name, table, size, channels, background, image_column, label_column, folders)
+
+
+def _check_card(name: str, folder: Path) -> None:
+    """Refuse a folder whose card has `datasets` read files elsewhere, on this machine or in the network."""
+    for path in (folder / "README.md", folder / ".huggingface.yaml"):
+        if not path.is_file():
+            continue
+        if path.stat().st_size > CARD_BYTES:
+            raise InputError(f"{printable(path)} has more than {CARD_BYTES >> 20} MiB: remove it")
+        text = path.read_text(encoding="utf-8", errors="replace")
+        if path.suffix == ".md":
+            text = text[3:].partition("\n---")[0] if text.startswith("---") else ""
+        try:
+            configs = yaml.safe_load(text).get("configs")
+        except (yaml.YAMLError, ValueError, RecursionError, AttributeError):  # `datasets` does not read it either
+            continue
+        stack, seen = [configs], 0
+        while stack:
+            value = stack.pop()
+            seen += 1
+            if seen > MOST_CARD_VALUES:
+                raise InputError(
+                    f"{printable(path)} lists more than {MOST_CARD_VALUES} values under configs: shorten it"
+                )
+            if isinstance(value, dict | list):
+                stack += value.values() if isinstance(value, dict) else value
+            elif isinstance(value, str) and (":" in value or value.startswith(("/", "~")) or ".." in value.split("/")):
+                raise InputError(
+                    f"{name}: {path.name} names data outside the folder ({printable(value[:200])}), which is not read; "
+                    "remove it from the file's configs"
+                )
 
 
 def _load_table(datasets: Any, name: str, root: str, split: str) -> Any:
     """The rows of one split."""
     folder = Path(root)
     if not ((folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()):
+        if folder.is_dir():
+            _check_card(name, folder)
         return datasets.load_dataset(root, split=split)
     table = datasets.load_from_disk(root)
     if isinstance(table, datasets.DatasetDict):

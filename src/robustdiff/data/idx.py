@@ -15,18 +15,22 @@ import os
 import struct
 import zlib
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 from numpy.typing import NDArray
 
+from robustdiff.data.archive import expands_too_far, read_into
 from robustdiff.data.dataset import ArrayDataset
 from robustdiff.data.pixels import fit_array
-from robustdiff.errors import InputError
+from robustdiff.errors import InputError, printable
 
 __all__ = ["FASHION_MNIST_ROOT", "fashion_mnist", "read_fashion_mnist", "read_idx"]
 
 # Where Debian's package dataset-fashion-mnist puts them.
 FASHION_MNIST_ROOT = Path("/usr/share/datasets/fashion-mnist")
+
+MOST_DIMENSIONS = 8
 
 
 def read_idx(path: str | os.PathLike[str]) -> NDArray[np.uint8]:
@@ -41,27 +45,56 @@ def read_idx(path: str | os.PathLike[str]) -> NDArray[np.uint8]:
     Raises:
         InputError: No such file, not IDX, another type than unsigned byte, truncated, or longer than it says.
     """
+    name = printable(path)
+    if not os.path.isfile(path):
+        raise InputError(f"{name}: no such file; give the folder of the IDX files as root")
     try:
-        data = Path(path).read_bytes()
-        if data[:2] == b"\x1f\x8b":
-            data = gzip.decompress(data)
-    except FileNotFoundError as error:
-        raise InputError(f"{path}: no such file; give the folder of the IDX files as root") from error
+        with open(path, "rb") as file:
+            gzipped = file.read(2) == b"\x1f\x8b"
+            file.seek(0)
+            stored = os.fstat(file.fileno()).st_size
+            if not gzipped:
+                return _read_values(file, name, stored, stored)
+            with gzip.GzipFile(fileobj=file) as expanded:
+                return _read_values(expanded, name, stored)
+    except MemoryError as error:
+        raise InputError(f"{name}: larger than the memory of this machine; make it smaller") from error
     except (OSError, EOFError, zlib.error) as error:
-        raise InputError(f"{path}: cannot be read ({error}); fetch the file again") from error
-    if len(data) < 4 or data[:3] != b"\x00\x00\x08":
-        raise InputError(f"{path}: not an IDX file of unsigned bytes (it starts with {data[:4].hex() or 'nothing'})")
-    dimensions = data[3]
-    start = 4 + 4 * dimensions
-    if dimensions == 0 or len(data) < start:
-        raise InputError(f"{path}: the IDX header is truncated; fetch the file again")
-    shape = struct.unpack(f">{dimensions}I", data[4:start])
-    if len(data) - start != math.prod(shape):
-        raise InputError(
-            f"{path}: {len(data) - start} bytes of values where its header {shape} needs {math.prod(shape)}; "
-            "fetch the file again"
-        )
-    return np.frombuffer(data, np.uint8, offset=start).reshape(shape)
+        raise InputError(f"{name}: cannot be read ({printable(str(error))}); fetch the file again") from error
+
+
+def _read_values(
+    file: IO[bytes] | gzip.GzipFile, name: str, stored: int, length: int | None = None
+) -> NDArray[np.uint8]:
+    """Read header and values.
+
+    Args:
+        file: Where to read; its length, if that is known, is `length`.
+        name: What to call it in messages.
+        stored: The bytes that it takes on the disk.
+        length: Its bytes, if it is not gzipped.
+    """
+    head = file.read(4)
+    if len(head) < 4 or head[:3] != b"\x00\x00\x08":
+        raise InputError(f"{name}: not an IDX file of unsigned bytes (it starts with {head.hex() or 'nothing'})")
+    dimensions = head[3]
+    if dimensions > MOST_DIMENSIONS:
+        raise InputError(f"{name}: {dimensions} dimensions, where images and labels have 4 or fewer; fetch it again")
+    sizes = file.read(4 * dimensions)
+    if dimensions == 0 or len(sizes) < 4 * dimensions:
+        raise InputError(f"{name}: the IDX header is truncated; fetch the file again")
+    shape = struct.unpack(f">{dimensions}I", sizes)
+    size, start = math.prod(shape), 4 + 4 * dimensions
+    if expands_too_far(stored, size) and length is None:
+        raise InputError(f"{name}: {stored} bytes that expand to {size}, as no images do; fetch the file again")
+    if length is not None and length - start != size:
+        found = str(length - start)
+    else:
+        data = read_into(file, size)
+        if len(data) == size and not file.read(1):
+            return data.reshape(shape)
+        found = f"more than {size}" if len(data) == size else str(len(data))
+    raise InputError(f"{name}: {found} bytes of values where its header {shape} needs {size}; fetch the file again")
 
 
 def read_fashion_mnist(root: str | os.PathLike[str], split: str) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:

@@ -17,8 +17,10 @@ __all__ = ["crop_square", "fit_array", "fit_image", "tile"]
 
 
 def crop_square(image: Image.Image) -> Image.Image:
-    """Return the largest centred square of an image."""
+    """Return the largest centred square of an image; the image itself if it is one."""
     side = min(image.size)
+    if image.size == (side, side):
+        return image
     left, top = (image.width - side) // 2, (image.height - side) // 2
     return image.crop((left, top, left + side, top + side))
 
@@ -34,7 +36,9 @@ def fit_image(image: Image.Image, size: int | None, channels: int) -> NDArray[np
     Returns:
         uint8 (size, size, channels).
     """
-    image = crop_square(image.convert("L" if channels == 1 else "RGB"))
+    image, mode = crop_square(image), "L" if channels == 1 else "RGB"
+    if image.mode != mode:
+        image = image.convert(mode)
     if size is not None and size != image.width:
         image = image.resize((size, size), Image.Resampling.BICUBIC)
     return np.asarray(image, dtype=np.uint8).reshape(image.height, image.width, channels)

@@ -31,13 +31,13 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from robustdiff.data.dataset import to_unit
-from robustdiff.errors import InputError
+from robustdiff.errors import InputError, printable
 from robustdiff.files import atomic_write
-from robustdiff.models.weights import read_file
+from robustdiff.models.weights import check_weights, read_file
 
 __all__ = [
     "EXTRACTORS",
@@ -174,10 +174,20 @@ class Classifier(nn.Module):
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
                 weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, not a dict
-            classifier = cls(**json.loads(metadata["classifier"])["architecture"])
-            classifier.load_state_dict(weights)
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
-            message = str(error).splitlines()[0] if str(error) else type(error).__name__
+            architecture = json.loads(metadata["classifier"])["architecture"]
+            numbers = [*architecture["widths"], *(v for k, v in architecture.items() if k != "widths")]
+            if len(numbers) > 100 or not all(type(n) is int and 0 < n <= 2**20 for n in numbers):
+                raise ValueError("an architecture of numbers that are not from 1 to a million")
+            with torch.device("meta"):  # no memory for what the file does not hold
+                classifier = cls(**architecture)
+            expected = {key: value.shape for key, value in classifier.state_dict().items()}
+            if {key: value.shape for key, value in weights.items()} != expected:
+                raise ValueError("tensors of other names or shapes than its architecture has")
+            classifier.load_state_dict(check_weights(weights, path, torch.float32), assign=True)
+        except InputError:
+            raise
+        except Exception as error:  # what safetensors, JSON of any kind and torch raise
+            message = printable(str(error).splitlines()[0]) if str(error) else type(error).__name__
             raise InputError(
                 f"{path}: not weights of a classifier ({message}); give a file that Classifier.save wrote"
             ) from error

@@ -48,7 +48,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from robustdiff.data.archive import read_npz
+from robustdiff.data.archive import list_npz, read_npz
 from robustdiff.data.dataset import ImageDataset
 from robustdiff.errors import InputError, RunError
 from robustdiff.evaluation.features import FeatureExtractor
@@ -202,7 +202,7 @@ class Moments:
             InputError: No such file, or not such a file.
         """
         try:
-            return cls.from_state(read_npz(path))
+            return cls.from_state(read_npz(path, ("count", "total", "outer")))
         except InputError:
             raise
         except (KeyError, ValueError) as error:
@@ -512,7 +512,7 @@ def load_reference(path: str | os.PathLike[str], extractor: FeatureExtractor) ->
     """
     arrays = read_npz(path, ("mu", "sigma"))
     if missing := [name for name in ("mu", "sigma") if name not in arrays]:
-        if "arr_0" in _names(path):
+        if "arr_0" in list_npz(path):
             raise InputError(f"{path}: images (arr_0) and no statistics of them; give it as --data npz --root {path}")
         raise InputError(
             f"{path}: no array {' and no '.join(missing)}; give statistics that pytorch-fid or guided-diffusion wrote"
@@ -531,11 +531,6 @@ def load_reference(path: str | os.PathLike[str], extractor: FeatureExtractor) ->
     if np.abs(cov - cov.T).max() > 1e-4 * scale or np.linalg.eigvalsh(cov + cov.T).min() < -1e-4 * scale:
         raise InputError(f"{path}: sigma is not a covariance (symmetric, no negative eigenvalues); make the file again")
     return Reference(mean, (cov + cov.T) / 2, extractor.fingerprint)
-
-
-def _names(path: str | os.PathLike[str]) -> list[str]:
-    with np.load(path, allow_pickle=False) as archive:
-        return list(archive.files)
 
 
 def check_finite(what: str, values: Mapping[str, float | None]) -> None:
@@ -627,7 +622,7 @@ def reference_statistics(
 
 
 def _read_reference(path: Path, dataset: ImageDataset, extractor: FeatureExtractor) -> Reference:
-    arrays = read_npz(path)
+    arrays = read_npz(path, ("count", "total", "outer", "features"))
     moments, features = Moments.from_state(arrays), arrays["features"]
     sampled = min(len(dataset), LIMIT)
     if moments.n != len(dataset) or moments.dim != extractor.dim or features.shape != (sampled, extractor.dim):

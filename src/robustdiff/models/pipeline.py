@@ -67,7 +67,8 @@ _WEIGHTS = re.compile(
 
 _JSON_BYTES = 2**24
 _LARGEST_SIZE = 2**14
-_LARGEST_T = 10**6
+_LARGEST_T = 10**5
+_LARGEST_INTEGER = 10**6
 
 
 def load_pipeline(path: str | Path, size: int | None = None) -> tuple[UNet2DModel, Any]:
@@ -226,11 +227,24 @@ def _shown(value: Any) -> str:
 
 
 def _load_scheduler(path: Path, kind: type[SchedulerMixin]) -> Any:
-    config = {name: value for name, value in _read_json(path).items() if name not in _OF_OLD}
+    defaults = _parameters(kind)
+    # A null where the class has a default of another kind says nothing.
+    config = {
+        name: value
+        for name, value in _read_json(path).items()
+        if name not in _OF_OLD and (value is not None or defaults.get(name) is None)
+    }
     T = config.get("num_train_timesteps")
     if T is not None and not (type(T) is int and 1 <= T <= _LARGEST_T):
         raise InputError(f"{path}: num_train_timesteps={_shown(T)} is not a number of times from 1 to {_LARGEST_T}")
-    scheduler = _from_config(kind, config, path, _parameters(kind))
+    betas = config.get("trained_betas")
+    if betas is not None and not (
+        isinstance(betas, list)
+        and 1 <= len(betas) <= _LARGEST_T
+        and all(type(beta) in (int, float) and 0 <= beta <= 1 for beta in betas)
+    ):
+        raise InputError(f"{path}: trained_betas={_shown(betas)} is not a list of 1 to {_LARGEST_T} numbers in [0, 1]")
+    scheduler = _from_config(kind, config, path, defaults)
     # A configuration also keeps what schedulers that it was converted from had.
     others = [kind, DDPMScheduler, *getattr(scheduler, "compatibles", []), *DDPMScheduler().compatibles]
     _check_names(config, {name for other in others for name in _parameters(other)}, path, kind)
@@ -287,6 +301,10 @@ def _check_names(config: Mapping[str, Any], known: set[str], path: Path, kind: t
 
 def _from_config(kind: Any, config: Mapping[str, Any], path: Path, defaults: Mapping[str, Any]) -> Any:
     """Return an instance of a class of diffusers' from a configuration of unknown origin."""
+    for name, value in config.items():
+        for number in value if isinstance(value, list) else [value]:
+            if type(number) is int and abs(number) > _LARGEST_INTEGER:
+                raise InputError(f"{path}: {name}={_shown(value)} is beyond {_LARGEST_INTEGER}: correct it")
     for name, default in defaults.items():
         if not _like(config.get(name), default):
             raise InputError(

@@ -25,6 +25,7 @@ from typing import Any, Literal
 
 import torch
 from diffusers.models.unets.unet_2d import UNet2DModel
+from pydantic import ValidationError
 from torch import Tensor
 
 from robustdiff.errors import InputError
@@ -85,7 +86,14 @@ def _sigmas_of(scheduler: Any) -> Tensor:
         raise InputError(
             f"sigma_schedule={config.sigma_schedule} is not supported: use karras in scheduler_config.json"
         )
-    return karras_sigmas(config.num_train_timesteps, config.sigma_min, config.sigma_max, config.rho)
+    try:
+        return karras_sigmas(config.num_train_timesteps, config.sigma_min, config.sigma_max, config.rho)
+    except (ValueError, TypeError, ArithmeticError) as error:
+        raise _incorrect(scheduler, error) from None
+
+
+def _incorrect(scheduler: Any, error: Exception) -> InputError:
+    return InputError(f"{type(scheduler).__name__}: {error}: correct scheduler_config.json")
 
 
 def process_of(scheduler: Any) -> DiffusionProcess:
@@ -107,8 +115,11 @@ def process_of(scheduler: Any) -> DiffusionProcess:
                         f"{name}=true in scheduler_config.json is not supported: set a fixed shift instead"
                     )
             shift = config.get("shift", config.get("flow_shift"))
-            flow = DiffusionProcess.flow(config.num_train_timesteps, 1.0 if shift is None else float(shift))
-            return DiffusionProcess(flow.alphas, flow.sigmas, config.num_train_timesteps * flow.sigmas)
+            try:
+                flow = DiffusionProcess.flow(config.num_train_timesteps, 1.0 if shift is None else float(shift))
+                return DiffusionProcess(flow.alphas, flow.sigmas, config.num_train_timesteps * flow.sigmas)
+            except (ValueError, TypeError, ArithmeticError) as error:
+                raise _incorrect(scheduler, error) from None
     try:
         return DiffusionProcess.from_alphas_cumprod(scheduler.alphas_cumprod)
     except ValueError:
@@ -132,9 +143,16 @@ def objective_of(scheduler: Any, unet: UNet2DModel) -> ObjectiveConfig:
         if kind == "edm" and given != "epsilon":
             raise InputError(f"prediction_type={given} of an EDM scheduler is not supported: only epsilon is")
         levels = {name: config[name] for name in ("sigma_min", "sigma_max", "rho", "sigma_data")}
-        if kind == "edm":
-            return EdmConfig(name="edm", levels=config.num_train_timesteps, **levels)
-        return ConsistencyConfig(name="consistency", scales=config.num_train_timesteps, **levels)
+        try:
+            if kind == "edm":
+                return EdmConfig(name="edm", levels=config.num_train_timesteps, **levels)
+            return ConsistencyConfig(name="consistency", scales=config.num_train_timesteps, **levels)
+        except ValidationError as error:
+            first = error.errors()[0]
+            name = ".".join(map(str, first["loc"])) or "its levels"
+            raise InputError(
+                f"{type(scheduler).__name__}: {name}: {first['msg']}: correct scheduler_config.json"
+            ) from None
     if kind == "flow":
         if config.get("prediction_type", "flow_prediction") != "flow_prediction":
             raise InputError(f"prediction_type={given} with flow sigmas is not supported: only flow_prediction is")

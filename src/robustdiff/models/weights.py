@@ -101,6 +101,7 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def _read_pickle(path: Path) -> Any:
+    _check_zip(path)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -115,6 +116,19 @@ def _read_pickle(path: Path) -> Any:
             f"{path} is not a checkpoint that PyTorch can read: it is damaged, truncated, or holds other than tensors; "
             "download it again, or save the network's state_dict()"
         ) from None
+
+
+def _check_zip(path: Path) -> None:
+    """Refuse members that expand, which ``torch.save`` never writes: a small file could fill the memory."""
+    try:
+        if not zipfile.is_zipfile(path):
+            return
+        with zipfile.ZipFile(path) as archive:
+            expanded = [m.filename for m in archive.infolist() if m.compress_type or m.compress_size != m.file_size]
+    except Exception:  # not a zip file after all, or a damaged one: torch decides
+        return
+    if expanded:
+        raise InputError(f"{path} has compressed members, as {expanded[0][:100]!r}: save it by torch.save as it is")
 
 
 def _open(held: Any, path: str | os.PathLike[str], depth: int = 0) -> dict[str, Tensor]:
