@@ -285,8 +285,9 @@ class Trainer:
         self.model, self.optimizer = accelerator.prepare(unet, optimizer)
         for parameter in self.model.parameters():
             # As AdamW makes them at its first step: they are there for a checkpoint to be copied into.
+            counted_on = parameter.device if self.optimizer.defaults["fused"] else None
             self.optimizer.state[parameter] = {
-                "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+                "step": torch.zeros((), dtype=torch.float32, device=counted_on),
                 "exp_avg": torch.zeros_like(parameter, memory_format=torch.preserve_format),
                 "exp_avg_sq": torch.zeros_like(parameter, memory_format=torch.preserve_format),
             }
