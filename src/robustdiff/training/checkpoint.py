@@ -42,6 +42,7 @@ __all__ = [
     "damage",
     "load_checkpoint",
     "newest_checkpoint",
+    "remove_before",
     "save_checkpoint",
 ]
 
@@ -154,9 +155,14 @@ def save_checkpoint(
             (temporary / "manifest.json").write_text(json.dumps(hashes, indent=1))
     accelerator.wait_for_everyone()
     if main:
-        for old in _checkpoints(folder)[:-keep]:
-            shutil.rmtree(old, ignore_errors=True)
+        remove_before(path, keep)
     return path
+
+
+def remove_before(checkpoint: Path, keep: int) -> None:
+    """Remove the checkpoints before a whole one but for ``keep``, it among them: a killed run may have left some."""
+    for old in [path for path in _checkpoints(checkpoint.parent) if path.name <= checkpoint.name][:-keep]:
+        shutil.rmtree(old, ignore_errors=True)
 
 
 # -- reading --------------------------------------------------------------------------------------------------

@@ -41,6 +41,7 @@ from robustdiff.data import ImageDataset, to_unit
 from robustdiff.data.loader import load_batches, worker_failures
 from robustdiff.errors import InputError, RunError, printable
 from robustdiff.files import (
+    MARKER,
     atomic_folder,
     atomic_write,
     claim_folder,
@@ -88,6 +89,7 @@ from robustdiff.training.checkpoint import (
     check_objective,
     load_checkpoint,
     newest_checkpoint,
+    remove_before,
     save_checkpoint,
 )
 from robustdiff.training.ema import EMA, REMAINDER, sufficient_decay
@@ -687,19 +689,19 @@ def _prepare_folder(recipe: Recipe, folder: Path, resume: bool, dataset: ImageDa
     for source in (recipe.model.path, getattr(recipe.objective, "teacher", None), recipe.data.root):
         if source and Path(source).is_dir() and folder.resolve().is_relative_to(Path(source).resolve()):
             raise InputError(f"output {folder} is in {source}, which is read: choose another --set output=…")
-    if claim_folder(folder, "a run"):
+    claim_folder(folder, "a run")
+    remove_leftovers(folder, r"(?:recipe\.yaml|data\.json|metrics\.jsonl|result\.json|model)")
+    if any(path.name != MARKER for path in folder.iterdir()):
         if not resume:
             raise InputError(f"{folder} already holds a run: go on with --resume, or choose another --set output=…")
         _check_recipe(recipe, folder)
-    checkpoints = folder / "checkpoints"
-    make_folder(checkpoints)
-    remove_leftovers(folder, r"(?:recipe\.yaml|data\.json|metrics\.jsonl|result\.json|model)")
-    remove_leftovers(checkpoints, r"step-\d{8}")
-    data = _describe(dataset)
+    data, checkpoints = _describe(dataset), folder / "checkpoints"
     if any(checkpoints.glob("step-*")):  # otherwise nothing has been learned from other data
         _check_data(folder / "data.json", data)
-    with atomic_write(folder / "recipe.yaml") as file:
+    with atomic_write(folder / "recipe.yaml") as file:  # first: what follows is a run's only with it
         file.write(recipe.to_yaml().encode())
+    make_folder(checkpoints)
+    remove_leftovers(checkpoints, r"step-\d{8}")
     with atomic_write(folder / "data.json") as file:
         file.write(json.dumps(data, indent=1).encode())
 
@@ -782,6 +784,8 @@ def train(
     set_seed(recipe.seed, device_specific=True)  # dropout and random directions differ between processes
     if resume and (checkpoint := newest_checkpoint(folder / "checkpoints")) is not None:
         trainer.load(checkpoint)
+        if accelerator.is_main_process:
+            remove_before(checkpoint, recipe.keep)
     if recipe.trackers:
         accelerator.init_trackers("robustdiff", config={"recipe": recipe.to_yaml()})
     if accelerator.is_main_process:
