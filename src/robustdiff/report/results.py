@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from robustdiff.evaluation.grid import Cell, Grid
-from robustdiff.files import atomic_write
+from robustdiff.files import atomic_write, remove_leftovers
 from robustdiff.report.figures import fid_against_steps, sample_grid, save_figure
 
 __all__ = ["write_results"]
@@ -31,6 +31,7 @@ def write_results(
         What ``result.json`` holds.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(folder, r"result\.json|fid\.png|samples-[\w.-]+\.png")
     record = {
         **settings,
         "cells": [asdict(cell) for cell in grid.cells],

@@ -11,6 +11,7 @@ import hashlib
 import hmac
 import json
 import os
+import re
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -28,7 +29,7 @@ from torch import Tensor
 
 from robustdiff.data import to_uint8
 from robustdiff.errors import InputError, printable
-from robustdiff.files import atomic_write, make_folder, open_regular, user_key
+from robustdiff.files import atomic_write, make_folder, open_regular, remove_leftovers, user_key
 from robustdiff.models.pipeline import load_pipeline, size_of
 from robustdiff.models.scheduler import model_of, objective_of, process_of, sampling_of
 from robustdiff.process import DiffusionProcess, Prediction
@@ -323,13 +324,17 @@ def write_npz(
     """
     channels, height, width = generator.shape
     settings = {**_settings(generator), "num": num}
-    if path.exists():
-        _check_record(path, _comment(path), settings)
-        on_images(num)
-        return False
     # Of another network or other settings, what is there is not used.
     key = hashlib.sha256(json.dumps([settings, accelerator.num_processes]).encode()).hexdigest()[:12]
     parts = path.with_name(f".{path.name}.{key}.parts")
+    if accelerator.is_main_process:
+        remove_leftovers(path.parent, re.escape(path.name))
+    if path.exists():
+        _check_record(path, _comment(path), settings)
+        if accelerator.is_main_process and parts.is_dir():  # a call was killed after the file appeared
+            _remove_parts(parts, accelerator.num_processes)
+        on_images(num)
+        return False
     make_folder(parts)
     part = parts / f"{accelerator.process_index}.uint8"
     size = channels * height * width
@@ -363,12 +368,16 @@ def write_npz(
             if labels is not None:
                 with archive.open("arr_1.npy", "w") as member:
                     np.lib.format.write_array(member, labels.numpy(), allow_pickle=False)
-        for rank in range(accelerator.num_processes):
-            (parts / f"{rank}.uint8").unlink()
-        with suppress(OSError):  # something else is in it, which is not ours to remove
-            parts.rmdir()
+        _remove_parts(parts, accelerator.num_processes)
     accelerator.wait_for_everyone()
     return True
+
+
+def _remove_parts(folder: Path, processes: int) -> None:
+    for rank in range(processes):
+        (folder / f"{rank}.uint8").unlink(missing_ok=True)
+    with suppress(OSError):  # something else is in it, which is not ours to remove
+        folder.rmdir()
 
 
 def write_pngs(
@@ -400,6 +409,8 @@ def write_pngs(
     record = folder / RECORD
     if folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir()):
         _check_record(folder, _contents(record), settings)
+        if accelerator.is_main_process:
+            remove_leftovers(folder, r"\d{6,}\.png")
     elif accelerator.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
         with atomic_write(record) as file:
