@@ -248,7 +248,7 @@ def test_readers_are_not_handed_the_working_folder(name, tmp_path, monkeypatch):
 
 def test_a_library_that_runs_scripts_is_refused(monkeypatch):
     monkeypatch.setattr(datasets, "__version__", "3.6.0")
-    with pytest.raises(InputError, match="needs datasets 5.2 or later"):
+    with pytest.raises(InputError, match=r"needs datasets 5\.2 or later"):
         load_dataset("hf:ylecun/mnist")
 
 
