@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test lint clean
+.PHONY: setup demo test oldest lint clean
 
 setup: $(VENV)/ready
 
@@ -21,10 +21,22 @@ demo: setup
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --cov --cov-report=term-missing:skip-covered --cov-fail-under=90
 
+# The lower bounds of pyproject.toml, together, but for torch: its oldest wheels are gigabytes, so that it is the main
+# environment's. The core of the suite, what reads files above all.
+OLDEST := .venv-oldest/bin
+CORE := tests/test_recipe.py tests/data tests/models/test_weights.py tests/models/test_pipeline.py \
+	tests/evaluation/test_fidelity.py tests/report tests/training/test_trainer.py tests/security/test_pipelines.py
+
+oldest:
+	$(PYTHON) -m venv .venv-oldest
+	$(PYTHON) scripts/oldest_constraints.py > .venv-oldest/constraints.txt
+	$(OLDEST)/pip install --quiet -c constraints.txt -c .venv-oldest/constraints.txt -e '.[test]'
+	OMP_NUM_THREADS=1 $(OLDEST)/python -m pytest -q -n 2 -p no:cacheprovider $(CORE)
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) runs robustdiff-demo
+	rm -rf $(VENV) .venv-oldest runs robustdiff-demo

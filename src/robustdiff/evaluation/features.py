@@ -37,7 +37,7 @@ from torch import Tensor, nn
 from robustdiff.data.dataset import to_unit
 from robustdiff.errors import InputError, printable
 from robustdiff.files import atomic_write
-from robustdiff.models.weights import check_weights, read_file
+from robustdiff.models.weights import FLOATS, read_file
 
 __all__ = [
     "EXTRACTORS",
@@ -183,9 +183,10 @@ class Classifier(nn.Module):
             expected = {key: value.shape for key, value in classifier.state_dict().items()}
             if {key: value.shape for key, value in weights.items()} != expected:
                 raise ValueError("tensors of other names or shapes than its architecture has")
-            classifier.load_state_dict(check_weights(weights, path, torch.float32), assign=True)
-        except InputError:
-            raise
+            if wrong := [key for key, value in weights.items() if value.dtype not in FLOATS]:
+                raise ValueError(f"{wrong[0]} is {weights[wrong[0]].dtype}")
+            copies = {key: value.to(torch.float32, copy=True) for key, value in weights.items()}
+            classifier.load_state_dict(copies, assign=True)
         except Exception as error:  # what safetensors, JSON of any kind and torch raise
             message = printable(str(error).splitlines()[0]) if str(error) else type(error).__name__
             raise InputError(

@@ -237,6 +237,9 @@ def _load_scheduler(path: Path, kind: type[SchedulerMixin]) -> Any:
     T = config.get("num_train_timesteps")
     if T is not None and not (type(T) is int and 1 <= T <= _LARGEST_T):
         raise InputError(f"{path}: num_train_timesteps={_shown(T)} is not a number of times from 1 to {_LARGEST_T}")
+    for name, default in defaults.items():
+        if isinstance(default, int | float) and isinstance(config.get(name), list):
+            raise InputError(f"{path}: {name}={_shown(config[name])} is a list, where {kind.__name__} has {default!r}")
     betas = config.get("trained_betas")
     if betas is not None and not (
         isinstance(betas, list)
