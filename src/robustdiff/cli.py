@@ -729,7 +729,7 @@ def _real_images(run: str | None, data: str | None, root: str | None, overrides:
             f"{recipe} names the data {folder}, which this folder lies in: add --root {folder} if all of it is meant, "
             "or name other images by --data and --root"
         )
-    if PartialState().is_main_process:
+    if os.path.exists(folder) and PartialState().is_main_process:
         _say(printable(f"{recipe} names the data: reading {folder}"), err)
     return config
 

@@ -106,6 +106,7 @@ def idx(shape: tuple[int, ...], values: bytes = b"") -> bytes:
     ("data", "words"),
     [
         (idx((1,) * 100, b"\0"), "100 dimensions"),
+        (idx((2**31, 2**31, 2**31, 0)), "is empty"),
         (idx((2**32 - 1,) * 8), "bytes of values"),
         (gzip.compress(idx((2**32 - 1,) * 4)), "expand"),
         (gzip.compress(idx((3,), bytes(10**7))), "more than 3 bytes"),

@@ -147,3 +147,20 @@ def test_pickled_weights_of_inception_are_not_run(tmp_path):
     with pytest.raises(InputError):
         load_extractor("inception", weights=tmp_path / "w.pth")
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_a_name_of_any_length_is_refused_at_once(tmp_path, legacy):
+    torch.save({"w": torch.zeros(4)}, tmp_path / "whole.pt", _use_new_zipfile_serialization=not legacy)
+    name = b"ctorch.F" + b'{"a":' * 10**5 + b"\nx\n"
+    if legacy:
+        data = (tmp_path / "whole.pt").read_bytes()
+        place = data.index(b"ctorch._utils\n")
+        (tmp_path / "w.pt").write_bytes(data[:place] + name + data[place:])
+    else:
+        with zipfile.ZipFile(tmp_path / "whole.pt") as whole, zipfile.ZipFile(tmp_path / "w.pt", "w") as long:
+            for info in whole.infolist():
+                data = whole.read(info)
+                long.writestr(info, data.replace(b"ctorch._utils\n", name) if info.filename.endswith("pkl") else data)
+    with pytest.raises(InputError, match="more than 500 characters"):
+        read_weights(tmp_path / "w.pt")

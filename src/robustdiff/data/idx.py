@@ -85,6 +85,8 @@ def _read_values(
         raise InputError(f"{name}: the IDX header is truncated; fetch the file again")
     shape = struct.unpack(f">{dimensions}I", sizes)
     size, start = math.prod(shape), 4 + 4 * dimensions
+    if size == 0:
+        raise InputError(f"{name}: its header {shape} says that it is empty; fetch the file again")
     if expands_too_far(stored, size) and length is None:
         raise InputError(f"{name}: {stored} bytes that expand to {size}, as no images do; fetch the file again")
     if length is not None and length - start != size:

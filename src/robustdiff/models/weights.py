@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import os
+import pickletools
 import re
 import warnings
 import zipfile
@@ -30,6 +31,9 @@ _log = logging.getLogger(__name__)
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 """The types that weights may have."""
+
+_LONGEST_NAME = 500
+_LEGACY_PICKLES = 4  # of which a file from before the zip format consists, before the tensors
 
 # Where training scripts keep a moving average, and where the weights themselves; the first that is there is taken.
 _AVERAGES = (
@@ -102,12 +106,13 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 
 def _read_pickle(path: Path) -> Any:
     _check_zip(path)
+    _check_names(path)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return torch.load(str(path), map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # what a damaged or foreign file raises in the unpickler is anything
-        if (found := re.search(r"GLOBAL ([\w.]+)", str(error))) is not None:
+        if (found := re.search(r"GLOBAL ([\w.]+)", str(error)[:1000])) is not None:
             raise InputError(
                 f"{path} is not a checkpoint that PyTorch can read without running code: it holds {found[1]}, not only "
                 "tensors; where it was made, save the network's state_dict() alone"
@@ -129,6 +134,29 @@ def _check_zip(path: Path) -> None:
         return
     if expanded:
         raise InputError(f"{path} has compressed members, as {expanded[0][:100]!r}: save it by torch.save as it is")
+
+
+def _check_names(path: Path) -> None:
+    """Refuse pickles with names that are too long to be any: torch takes minutes over the message that refuses them."""
+    names: list[str] = []
+    try:
+        with path.open("rb") as file:
+            pickled: list[Any] = [file] * _LEGACY_PICKLES
+            if zipfile.is_zipfile(file):
+                with zipfile.ZipFile(file) as archive:
+                    pickled = [archive.read(name) for name in archive.namelist() if name.endswith("data.pkl")]
+            file.seek(0)
+            for source in pickled:
+                for code, argument, _ in pickletools.genops(source):
+                    if code.name in ("GLOBAL", "INST"):
+                        names.append(str(argument))
+    except Exception:  # where the file is damaged torch stops as well
+        pass
+    if any(len(name) > _LONGEST_NAME for name in names):
+        raise InputError(
+            f"{path} is not a checkpoint that PyTorch can read: it has names of more than {_LONGEST_NAME} characters; "
+            "download it again, or save the network's state_dict()"
+        )
 
 
 def _open(held: Any, path: str | os.PathLike[str], depth: int = 0) -> dict[str, Tensor]:
