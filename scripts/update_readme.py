@@ -47,7 +47,7 @@ def demo_section(record: dict[str, Any]) -> str:
             f"{on['torch']}, seed {record['seed']}: the shipped checkpoint is fine-tuned plainly, with a random "
             f"perturbation, and with free AT (K = {adversary['steps']}, α = {adversary['step_size']:g}, ℓ2), each for "
             f"{training['steps']} optimiser updates of batch {training['batch_size']} "
-            f"(moving average {training['recipe']['ema']:g}) with one backward pass each, on "
+            f"(moving average {training['recipe']['ema']}) with one backward pass each, on "
             f"the same sequence of batches. FID of {record['cells'][0]['n']} images a cell on the features "
             f"`{on['features']}`, from common noise, with 95 % bootstrap intervals (of the images: one training seed):",
             "",

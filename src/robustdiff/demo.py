@@ -240,8 +240,7 @@ def _fine_tune(recipe: Recipe, report: Report) -> None:
             stopping = True
             signal.raise_signal(signal.SIGTERM)  # at the first of which train saves and stops
 
-    # Of its warnings, that a short run's average holds much of the start is the same for all methods, and that a
-    # stopped one is saved the command line says of the whole.
+    # That a stopped one is saved the command line says of the whole.
     log = logging.getLogger(train.__module__)
     level = log.level
     log.setLevel(logging.ERROR)
@@ -394,7 +393,7 @@ def run_demo(
             output,
             method,
             "fashion-16-at",
-            [f"adversary.name={adversary}", f"steps={size.updates}", f"seed={seed}"],
+            [f"adversary.name={adversary}", f"steps={size.updates}", f"seed={seed}", "ema=auto"],
             (SAMPLERS, STEPS),
         )
         for method, adversary in METHODS.items()
@@ -436,7 +435,7 @@ def run_consistency_demo(
     """
     processes = processes or _default_processes()
     start = [f"model.path={STUDENT}", f"objective.teacher={TEACHER}"]
-    rest = [f"steps={size.updates}", f"seed={seed}"]
+    rest = [f"steps={size.updates}", f"seed={seed}", "ema=auto"]
     networks = [
         _network(
             output,
