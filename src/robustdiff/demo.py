@@ -87,7 +87,7 @@ FULL_CONSISTENCY = DemoSize(updates=6000, images=5000)
 
 @dataclass(frozen=True)
 class _Network:
-    """What is sampled from: the network of a training, or one that there is. Attributes: as of a generator."""
+    """A network that is sampled from: that of a training, or an existing one. Attributes: as of a generator."""
 
     name: str
     path: str
@@ -98,7 +98,7 @@ class _Network:
 
     @property
     def result(self) -> dict[str, Any] | None:
-        """What is recorded of its training; None while it is not finished."""
+        """Return the record of its training; None while that is not finished."""
         path = Path(self.path) / "result.json"
         if self.recipe is None or not path.exists():
             return None
@@ -106,7 +106,7 @@ class _Network:
         return result if result["steps"] == self.recipe.steps else None
 
     def generator(self, seed: int, sampler: str, steps: int, device: torch.device | str = "cpu") -> Generator:
-        """How its images are made."""
+        """Return the generator of its images."""
         return Generator.load(
             self.path,
             device,
@@ -119,7 +119,7 @@ class _Network:
 
     @property
     def fingerprint(self) -> str | None:
-        """That of its parameters; None while they are not trained."""
+        """Return the fingerprint of its parameters; None while they are not trained."""
         if self.recipe is not None and self.result is None:
             return None
         return self.generator(0, self.samplers[0], self.steps[0]).fingerprint()
@@ -146,7 +146,7 @@ class _CellFile:
     path: Path
 
     def made_of(self, weights: str, device: str) -> dict[str, Any]:
-        """What decides its numbers."""
+        """Return all settings that its numbers depend on."""
         return {
             "weights": weights,
             "sampler": self.sampler,
@@ -161,7 +161,7 @@ class _CellFile:
         }
 
     def read(self, weights: str | None) -> _Measured | None:
-        """What the file holds; None if there is none, or none of these settings and weights."""
+        """Read the file; None if there is none, or it is of other settings or weights."""
         if weights is None or not self.path.exists():
             return None
         try:
@@ -265,7 +265,7 @@ def _check(output: Path, recipe: Recipe) -> None:
 
 
 def _tasks(networks: list[_Network], cells: list[_CellFile]) -> list[Task]:
-    """What is not done yet: the trainings first, then the largest cells."""
+    """Return the tasks that are left: the trainings first, then the largest cells."""
     tasks = []
     for network in networks:
         if network.recipe is not None and network.result is None:
@@ -330,7 +330,7 @@ def _grid(networks: list[_Network], measured: dict[tuple[str, str, int], _Measur
 
 
 def _settings(networks: list[_Network], seed: int, processes: int) -> dict[str, Any]:
-    """What ``result.json`` says before the numbers."""
+    """Return the settings that ``result.json`` says before the numbers."""
     training = {n.name: {"recipe": n.recipe.model_dump(mode="json"), **(n.result or {})} for n in networks if n.recipe}
     return {
         "obtained_on": {

@@ -229,7 +229,7 @@ def load_study(path: Path) -> Study:
 
 
 def _first_mistake(error: ValidationError) -> str:
-    """What is wrong first, and where, in one line."""
+    """Return the first fault and its place, in one line."""
     first = error.errors()[0]
     where = ".".join(str(part) for part in first["loc"] if part != "[key]")
     return printable(f"{where[:200] or 'the file'}: {first['msg'].removeprefix('Value error, ')[:1000]}")
@@ -375,13 +375,13 @@ Whole = Annotated[int, Field(strict=True, ge=0, lt=2**63)]
 
 
 class _Record(BaseModel):
-    """What a file of a study must hold; more than that is left out."""
+    """The required contents of a file of a study; further fields are left out."""
 
     model_config = ConfigDict(frozen=True, allow_inf_nan=False)
 
 
 class _Training(_Record):
-    """What a cell says of its training; all but the updates is only for the page."""
+    """A cell's record of its training; all but the updates is only for the page."""
 
     steps: Whole
     batches: Whole | None = None
@@ -392,7 +392,7 @@ class _Training(_Record):
 
 
 class _Network(_Record):
-    """What a cell says of a reference."""
+    """A cell's record of a reference."""
 
     name: Name
     path: Text

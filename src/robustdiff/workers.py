@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
 
 Report = Callable[[float], bool]
-"""What a task calls now and then with the part of it that is done, in [0, 1]; returns whether it has to stop."""
+"""A function that a task calls with the share that is done, in [0, 1]; it returns whether the task has to stop."""
 
 
 class Stopped(Exception):
@@ -173,7 +173,7 @@ class _Worker:
 
 
 class _Schedule:
-    """What is done, and by whom the rest."""
+    """The finished tasks, and the workers of the others."""
 
     def __init__(self, tasks: Sequence[Task], on_progress: Callable[[float, str], None]) -> None:
         self.tasks = list(tasks)

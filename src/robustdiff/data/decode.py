@@ -63,7 +63,7 @@ MOST_JPEG_SCANS = 100
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """What is known of a picture without decoding its pixels.
+    """The properties of a picture that are known without decoding its pixels.
 
     Attributes:
         side: Side of the centred square, in pixels.
@@ -204,7 +204,7 @@ def _check(image: Image.Image, name: str) -> None:
 
 
 def _raw_mode(image: Image.Image) -> str:
-    """How the pixels are stored in the file; "" when they are decoded."""
+    """Return Pillow's name of the layout of the pixels in the file; "" when they are decoded."""
     tile = getattr(image, "tile", None)
     arguments = tile[0][3] if tile else ""
     return str(arguments[0] if isinstance(arguments, tuple) else arguments)

@@ -119,7 +119,7 @@ class HuggingFaceDataset(ImageDataset):
         return f"{self._name}: row {row}"
 
     def _source(self, row: int, value: Any) -> Source:
-        """How the encoded image of a row is opened. No bytes are copied: Arrow maps the file."""
+        """Return a function that opens the encoded image of a row. No bytes are copied: Arrow maps the file."""
         import pyarrow
 
         data = value["bytes"] if value.is_valid else None

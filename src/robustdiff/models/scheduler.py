@@ -1,4 +1,4 @@
-r"""What the diffusers scheduler of a checkpoint says of its network: process, parameterisation, and how it is sampled.
+r"""Read from the diffusers scheduler of a checkpoint: process, parameterisation, and settings of sampling.
 
     diffusion     any scheduler with ᾱ_t (DDPM, DDIM, Euler, DPM-Solver, …), of its prediction_type
     flow          FlowMatch…, and any with use_flow_sigmas, of any fixed shift

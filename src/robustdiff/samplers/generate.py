@@ -114,7 +114,7 @@ class Generator:
 
     @classmethod
     def of(cls, unet: UNet2DModel, scheduler: Any, *, data_classes: int | None = None, **settings: Any) -> Generator:
-        """Of a network and the scheduler that says what it is, as a pipeline folder has them.
+        """Make a generator of a network and its scheduler, as a pipeline folder has them.
 
         Arguments:
             unet: The network.
@@ -140,7 +140,7 @@ class Generator:
     def load(
         cls, path: str | Path, device: torch.device | str = "cpu", *, size: int | None = None, **settings: Any
     ) -> Generator:
-        """Of a run, a pipeline folder, or a model shipped with the package.
+        """Load a generator from a run, a pipeline folder, or a model shipped with the package.
 
         Arguments:
             path: Where the network is.
@@ -184,7 +184,7 @@ class Generator:
 
     @property
     def network(self) -> Callable[..., Any]:
-        """What samplers call: the UNet, or the denoiser or consistency function that it is part of."""
+        """Return the callable for samplers: the UNet, or the denoiser or consistency function that it is part of."""
         return self.unet if self.model is None else self.model
 
     def fingerprint(self) -> str:
@@ -196,8 +196,8 @@ class Generator:
 
     @property
     def sampling(self) -> dict[str, Any]:
-        """What :func:`robustdiff.sample` is called with: of what the checkpoint says that which the sampler takes, and
-        the options."""
+        """Return the arguments of :func:`robustdiff.sample`: the checkpoint's settings that the sampler takes, and over
+        them the options."""
         takes = ("clip", "spacing", "steps_offset", *SAMPLERS[self.sampler].options) if self.sampler in SAMPLERS else ()
         checkpoint = {name: value for name, value in (self.checkpoint or {}).items() if name in takes}
         return {**checkpoint, **(self.options or {})}

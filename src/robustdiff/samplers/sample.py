@@ -26,7 +26,7 @@ __all__ = ["SAMPLERS", "Clip", "Sampler", "TimeSpacing", "check_options", "check
 
 Clip = bool | float | DynamicThreshold
 TimeSpacing = Spacing | Callable[[int, int], Tensor]
-"""How the times of a number of steps are chosen: by name, or (S, T) ↦ S ascending indices (for euler, or levels σ)."""
+"""The choice of S times out of T: a name, or a function (S, T) ↦ S ascending indices (for euler also levels σ)."""
 
 
 @dataclass(frozen=True)

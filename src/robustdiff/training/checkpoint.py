@@ -64,7 +64,7 @@ class Scale(BaseModel):
 
 
 class State(BaseModel):
-    """What a run has to know besides its tensors: ``state.json``.
+    """The state of a run besides its tensors: ``state.json``.
 
     Attributes:
         step: Optimiser updates made.
@@ -169,7 +169,7 @@ def remove_before(checkpoint: Path, keep: int) -> None:
 
 
 def damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint, in words, or None."""
+    """Return the fault of a damaged checkpoint in words, or None."""
     try:
         hashes = _manifest(path)
         for name, expected in hashes.items():

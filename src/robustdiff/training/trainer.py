@@ -643,7 +643,7 @@ def _warn_of_the_start(recipe: Recipe) -> None:
 
 
 def _describe(dataset: ImageDataset) -> dict[str, Any]:
-    """What a run remembers of its data, as ``data.json`` holds it."""
+    """Return the description of a dataset that ``data.json`` holds."""
     labels = dataset.labels
     return {
         "name": dataset.name,
