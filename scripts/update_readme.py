@@ -46,7 +46,8 @@ def demo_section(record: dict[str, Any]) -> str:
             f"Measured by `make demo` on {on['data']}, {on['threads']} processes of one thread on a "
             f"{on['device'].upper()}, torch {on['torch']}, seed {record['seed']}: the shipped checkpoint is fine-tuned "
             f"plainly, with a random perturbation, and with free AT (K = {adversary['steps']}, "
-            f"α = {adversary['step_size']:g}, ℓ2), each for {training['steps']} optimiser updates of batch {training['batch_size']} "
+            f"α = {adversary['step_size']:g}, ℓ2), each for {training['steps']} optimiser updates of batch "
+            f"{training['batch_size']} "
             f"(moving average {training['recipe']['ema']}) with one backward pass each, on "
             f"the same sequence of batches. FID of {record['cells'][0]['n']} images a cell on the features "
             f"`{on['features']}`, from common noise, with 95 % bootstrap intervals (of the images: one training seed):",
