@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import gzip
+import hashlib
 import io
 import json
 import os
@@ -23,6 +24,8 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -34,11 +37,13 @@ from robustdiff.data.decode import decode_image, read_header
 from robustdiff.data.idx import read_idx
 from robustdiff.errors import InputError
 from robustdiff.evaluation.features import Classifier
+from robustdiff.models.build import build_model
 from robustdiff.models.pipeline import load_pipeline
 from robustdiff.models.scheduler import objective_of, process_of, sampling_of
 from robustdiff.models.weights import read_weights
 from robustdiff.recipe import load_recipe, shipped_recipes
 from robustdiff.training.checkpoint import newest_checkpoint
+from robustdiff.training.trainer import Trainer, train
 
 EXAMPLES = {"ci": 200, "nightly": 10_000}[os.environ.get("HYPOTHESIS_PROFILE", "ci")]
 SECONDS = 5.0  # of this process's own time, however busy the machine is
@@ -193,6 +198,40 @@ def test_checkpoints(folder, data):
     path.mkdir(parents=True, exist_ok=True)
     (path / "state.json").write_bytes(b"{}")
     check(path / "manifest.json", data, lambda path: newest_checkpoint(path.parents[1]))
+
+
+@pytest.fixture(scope="module")
+def trainer(tmp_path_factory) -> Any:
+    """A trainer, with a whole checkpoint of its own in ``checkpoints/step-00000002``."""
+    folder = tmp_path_factory.mktemp("run")
+    small = ["model.channels=[8]", "model.groups=4", "batch_size=4", "threads=1", "adversary=none", "warmup=0"]
+    recipe = load_recipe("digits", [*small, "steps=2", f"output={folder / 'run'}"])
+    train(recipe, cpu=True)
+    AcceleratorState._reset_state()
+    dataset = recipe.data.load()
+    return Trainer(recipe, Accelerator(cpu=True), dataset, build_model(recipe, dataset))
+
+
+@fuzz
+@given(st.data())
+def test_what_a_checkpoint_holds(trainer, data):
+    """Each file damaged in turn, under a manifest that agrees with it, as a stranger would write one."""
+    checkpoint = Path(trainer.recipe.output) / "checkpoints/step-00000002"
+    whole = {path.name: path.read_bytes() for path in checkpoint.iterdir()}
+    name = data.draw(st.sampled_from(sorted(whole.keys() - {"manifest.json"})))
+    contents = damaged([whole[name]])
+    if name == "state.json":
+        contents |= edited(json.loads(whole[name])).map(lambda values: json.dumps(values).encode())
+    try:
+        (checkpoint / name).write_bytes(data.draw(contents))
+        hashes = {n: hashlib.sha256((checkpoint / n).read_bytes()).hexdigest() for n in whole if n != "manifest.json"}
+        (checkpoint / "manifest.json").write_text(json.dumps(hashes))
+        with guard():
+            trainer.load(checkpoint)
+            assert all(parameter.isfinite().all() for parameter in trainer.model.parameters())
+    finally:
+        for n, before in whole.items():
+            (checkpoint / n).write_bytes(before)
 
 
 # ------------------------------------------------------------------------------------------------ pictures, arrays
