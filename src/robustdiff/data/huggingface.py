@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from torch import Tensor
 
 from robustdiff.data.dataset import ImageDataset, check_labels
@@ -32,6 +31,7 @@ from robustdiff.data.decode import (
     read_header,
 )
 from robustdiff.errors import InputError, printable
+from robustdiff.yaml_reader import parse_yaml
 
 __all__ = ["HuggingFaceDataset", "hf", "is_remote"]
 
@@ -316,11 +316,8 @@ def _check_card(name: str, folder: Path) -> None:
         text = path.read_text(encoding="utf-8", errors="replace")
         if path.suffix == ".md":
             text = text[3:].partition("\n---")[0] if text.startswith("---") else ""
-        try:
-            configs = yaml.safe_load(text).get("configs")
-        except (yaml.YAMLError, ValueError, RecursionError, AttributeError):  # `datasets` does not read it either
-            continue
-        stack, seen = [configs], 0
+        card = parse_yaml(text, str(path))
+        stack, seen = [card.get("configs") if isinstance(card, dict) else None], 0
         while stack:
             value = stack.pop()
             seen += 1

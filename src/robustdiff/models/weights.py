@@ -32,7 +32,11 @@ _log = logging.getLogger(__name__)
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 """The types that weights may have."""
 
-_LONGEST_NAME = 500
+_LONGEST_NAME = 100
+_DAMAGED = (
+    "is not a checkpoint that PyTorch can read: it is damaged, truncated, or holds other than tensors; download it "
+    "again, or save the network's state_dict()"
+)
 _LEGACY_PICKLES = 4  # of which a file from before the zip format consists, before the tensors
 
 # Where training scripts keep a moving average, and where the weights themselves; the first that is there is taken.
@@ -117,10 +121,7 @@ def _read_pickle(path: Path) -> Any:
                 f"{path} is not a checkpoint that PyTorch can read without running code: it holds {found[1]}, not only "
                 "tensors; where it was made, save the network's state_dict() alone"
             ) from None
-        raise InputError(
-            f"{path} is not a checkpoint that PyTorch can read: it is damaged, truncated, or holds other than tensors; "
-            "download it again, or save the network's state_dict()"
-        ) from None
+        raise InputError(f"{path} {_DAMAGED}") from None
 
 
 def _check_zip(path: Path) -> None:
@@ -139,6 +140,7 @@ def _check_zip(path: Path) -> None:
 def _check_names(path: Path) -> None:
     """Refuse pickles with names that are too long to be any: torch takes minutes over the message that refuses them."""
     names: list[str] = []
+    damaged = False
     try:
         with path.open("rb") as file:
             pickled: list[Any] = [file] * _LEGACY_PICKLES
@@ -150,13 +152,15 @@ def _check_names(path: Path) -> None:
                 for code, argument, _ in pickletools.genops(source):
                     if code.name in ("GLOBAL", "INST"):
                         names.append(str(argument))
-    except Exception:  # where the file is damaged torch stops as well
-        pass
+    except Exception:  # of what cannot be looked through, torch would read on in a way of its own
+        damaged = True
     if any(len(name) > _LONGEST_NAME for name in names):
         raise InputError(
             f"{path} is not a checkpoint that PyTorch can read: it has names of more than {_LONGEST_NAME} characters; "
             "download it again, or save the network's state_dict()"
         )
+    if damaged:
+        raise InputError(f"{path} {_DAMAGED}")
 
 
 def _open(held: Any, path: str | os.PathLike[str], depth: int = 0) -> dict[str, Tensor]:
