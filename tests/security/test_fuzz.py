@@ -201,7 +201,7 @@ def test_checkpoints(folder, data):
 
 
 @pytest.fixture(scope="module")
-def trainer(tmp_path_factory) -> Any:
+def trainer(tmp_path_factory) -> Iterator[Any]:
     """A trainer, with a whole checkpoint of its own in ``checkpoints/step-00000002``."""
     folder = tmp_path_factory.mktemp("run")
     small = ["model.channels=[8]", "model.groups=4", "batch_size=4", "threads=1", "adversary=none", "warmup=0"]
@@ -209,7 +209,8 @@ def trainer(tmp_path_factory) -> Any:
     train(recipe, cpu=True)
     AcceleratorState._reset_state()
     dataset = recipe.data.load()
-    return Trainer(recipe, Accelerator(cpu=True), dataset, build_model(recipe, dataset))
+    yield Trainer(recipe, Accelerator(cpu=True), dataset, build_model(recipe, dataset))
+    AcceleratorState._reset_state(reset_partial_state=True)  # accelerate keeps its first precision for the process
 
 
 @fuzz
