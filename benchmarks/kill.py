@@ -43,7 +43,7 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: a process with threads cannot be forked
 
 KINDS = ("operation", "time", "write", "operation", "time", "start", "operation", "time", "write", "operation")
-"""What the kills are, in turns."""
+"""The kinds of kill, taken in turns."""
 
 MOST = 4  # kills of one trial
 TRAIN = [
@@ -120,7 +120,7 @@ STAGES = {
     "study.py:run_study": "a study's other work",
     "study.py:load_study": "read of a study",
 }
-"""What a function of the package does, for the innermost one that is being executed and listed here."""
+"""The stage of a program by the innermost of these functions that is being executed."""
 
 TIMES = ("seconds", "images_per_second")
 OPERATION = "file operation: "
@@ -239,7 +239,7 @@ class Process:
 
     @property
     def stage(self):
-        """What the process was doing when it ended."""
+        """Return the stage that the process was in when it ended."""
         frames = re.findall(r'File "(.*?)", line \d+ in (\S+)', "\n".join(self.lines))
         package = str(Path(sys.modules["robustdiff"].__file__).parent)
         own = [(Path(path).name, function) for path, function in frames if path.startswith(package)]

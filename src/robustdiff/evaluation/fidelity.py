@@ -52,7 +52,7 @@ from robustdiff.data.archive import list_npz, read_npz
 from robustdiff.data.dataset import ImageDataset
 from robustdiff.errors import InputError, RunError
 from robustdiff.evaluation.features import FeatureExtractor
-from robustdiff.files import atomic_write
+from robustdiff.files import atomic_write, cache_folder
 
 __all__ = [
     "Fidelity",
@@ -582,7 +582,7 @@ def reference_statistics(
     Args:
         dataset: The real images.
         extractor: φ.
-        cache_dir: The folder; by default `$ROBUSTDIFF_CACHE`, or else `~/.cache/robustdiff`.
+        cache_dir: The folder; by default :func:`robustdiff.files.cache_folder`.
         batch_size: Images at a time.
 
     Returns:
@@ -594,11 +594,9 @@ def reference_statistics(
     """
     if len(dataset) < FEWEST:
         raise InputError(f"{dataset.name}: {len(dataset)} real images; give {FEWEST} or more, better thousands")
-    if cache_dir is None:
-        cache_dir = os.environ.get("ROBUSTDIFF_CACHE") or Path.home() / ".cache" / "robustdiff"
     content = _dataset_hash(dataset, batch_size)
     key = hashlib.sha256(f"{content} {extractor.fingerprint}".encode()).hexdigest()
-    path = Path(cache_dir) / f"reference-{key}.npz"
+    path = Path(cache_folder() if cache_dir is None else cache_dir) / f"reference-{key}.npz"
     if path.exists():
         try:
             return _read_reference(path, dataset, extractor)

@@ -1,4 +1,4 @@
-"""Networks by name, and pipeline folders in and out.
+"""Networks and processes that a recipe names, new or from a pipeline folder.
 
 Everything that this project trains is a diffusers pipeline folder: ``unet/`` and ``scheduler/``, with
 ``model_index.json`` beside them, which ``DDPMPipeline.from_pretrained`` reads, or for a consistency model
