@@ -24,7 +24,7 @@ test: setup
 # The lower bounds of pyproject.toml, together, but for torch: its oldest wheels are gigabytes, so that it is the main
 # environment's. The core of the suite, what reads files above all.
 OLDEST := .venv-oldest/bin
-CORE := tests/test_recipe.py tests/data tests/models/test_weights.py tests/models/test_pipeline.py \
+CORE := tests/test_recipe.py tests/data tests/backbones/test_weights.py tests/backbones/test_pipeline.py \
 	tests/evaluation/test_fidelity.py tests/report tests/training/test_trainer.py tests/security/test_pipelines.py
 
 oldest:

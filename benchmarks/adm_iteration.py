@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from robustdiff import DenoisingObjective, DiffusionProcess, FreeAdversary
-from robustdiff.models.adm import AdmFlags, build_adm
+from robustdiff.backbones.adm import AdmFlags, build_adm
 from robustdiff.perturbation import PerDimension
 from robustdiff.training.ema import EMA
 

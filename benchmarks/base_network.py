@@ -27,13 +27,13 @@ from torch import nn
 from torch.nn import functional as F
 
 from robustdiff import DenoisingObjective, DiffusionProcess
+from robustdiff.backbones.build import build_unet
 from robustdiff.data import load_dataset, to_uint8, to_unit
 from robustdiff.evaluation.features import load_extractor
 from robustdiff.evaluation.fidelity import Fidelity, reference_statistics
-from robustdiff.models.build import build_unet
+from robustdiff.evaluation.generate import ImageNoise
 from robustdiff.recipe import ModelConfig
 from robustdiff.samplers import sample
-from robustdiff.samplers.generate import ImageNoise
 from robustdiff.training.ema import EMA
 from robustdiff.training.stream import BatchIndices, batch_generator
 

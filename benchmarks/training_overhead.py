@@ -22,8 +22,8 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 
+from robustdiff.backbones.build import build_model
 from robustdiff.data import load_dataset
-from robustdiff.models.build import build_model
 from robustdiff.recipe import Recipe
 from robustdiff.training.trainer import Trainer
 

@@ -19,10 +19,10 @@ from diffusers.schedulers.scheduling_consistency_models import CMStochasticItera
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from robustdiff.backbones.pipeline import load_pipeline, save_pipeline
 from robustdiff.data import load_dataset
 from robustdiff.evaluation.features import Classifier, load_extractor
 from robustdiff.evaluation.fidelity import reference_statistics
-from robustdiff.models.pipeline import load_pipeline, save_pipeline
 
 ONE = [sys.executable, "-m", "robustdiff"]
 # accelerate's own launcher starts a single process when it is told --cpu.
@@ -198,7 +198,7 @@ def images(digits_run, tmp_path) -> Path:
     """The first 30 images of the run in one step: images.npz, and beside it the folder images."""
     from accelerate import Accelerator
 
-    from robustdiff.samplers.generate import Generator, write_npz, write_pngs
+    from robustdiff.evaluation.generate import Generator, write_npz, write_pngs
 
     generator = Generator.load(digits_run, sampler="ddim", steps=1)
     write_npz(generator, 30, tmp_path / "images.npz", Accelerator(cpu=True))

@@ -19,9 +19,9 @@ from robustdiff.data import load_dataset
 from robustdiff.errors import InputError
 from robustdiff.evaluation.features import load_extractor
 from robustdiff.evaluation.fidelity import reference_statistics
+from robustdiff.evaluation.generate import Generator
 from robustdiff.evaluation.grid import evaluate_grid
 from robustdiff.recipe import load_recipe
-from robustdiff.samplers.generate import Generator
 from robustdiff.training.trainer import train
 from robustdiff.workers import Stopped
 

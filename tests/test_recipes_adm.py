@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from robustdiff.models.adm import PRESETS, build_adm, save_adm
-from robustdiff.models.convert import convert
+from robustdiff.backbones.adm import PRESETS, build_adm, save_adm
+from robustdiff.backbones.convert import convert
 
 BASELINES = {
     "at": [],

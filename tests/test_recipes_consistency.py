@@ -9,9 +9,9 @@ import pytest
 import torch
 from diffusers import ConsistencyModelPipeline, EDMEulerScheduler
 
-from robustdiff.models.adm import AdmFlags, build_adm
-from robustdiff.models.pipeline import load_pipeline, save_pipeline
-from robustdiff.models.scheduler import mark_as_own
+from robustdiff.backbones.adm import AdmFlags, build_adm
+from robustdiff.backbones.pipeline import load_pipeline, save_pipeline
+from robustdiff.backbones.scheduler import mark_as_own
 
 QUICK = ["precision=fp32", "steps=3", "batch_size=8", "threads=1", "accumulate=1", "log_every=1"]
 

@@ -10,7 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from robustdiff.models.adm import load_adm, save_adm
+    from robustdiff.backbones.adm import load_adm, save_adm
     from robustdiff.objectives.consistency import ConsistencyObjective
     from robustdiff.objectives.denoising import DenoisingObjective
     from robustdiff.perturbation import FreeAdversary, PGDAdversary, RandomAdversary
@@ -40,9 +40,9 @@ _HOME = {
     "PGDAdversary": "robustdiff.perturbation",
     "RandomAdversary": "robustdiff.perturbation",
     "absorb": "robustdiff.process",
-    "load_adm": "robustdiff.models.adm",
+    "load_adm": "robustdiff.backbones.adm",
     "sample": "robustdiff.samplers",
-    "save_adm": "robustdiff.models.adm",
+    "save_adm": "robustdiff.backbones.adm",
 }
 
 

@@ -21,8 +21,8 @@ from robustdiff.errors import InputError, RunError, printable
 if TYPE_CHECKING:
     from robustdiff.data import ImageDataset
     from robustdiff.evaluation.features import FeatureExtractor
+    from robustdiff.evaluation.generate import Generator
     from robustdiff.recipe import DataConfig
-    from robustdiff.samplers.generate import Generator
 
 __all__ = ["app", "main"]
 
@@ -85,7 +85,7 @@ def _say(message: str, console: Console = out) -> None:
 def _native(precision: str) -> str:
     if precision != "auto":  # without importing torch while arguments are parsed
         return precision
-    from robustdiff.recipe import native_precision
+    from robustdiff.section import native_precision
 
     return native_precision()
 
@@ -124,7 +124,7 @@ def demo(
     two CPU cores. Interrupted, the same command goes on where it was.
     """
     from robustdiff import demo as demonstrations
-    from robustdiff.report.progress import Bar
+    from robustdiff.report.bar import Bar
     from robustdiff.report.tables import grid_table, print_whole
 
     folder = output or Path("robustdiff-demo-consistency" if consistency else "robustdiff-demo")
@@ -163,7 +163,7 @@ def train(
     from accelerate import PartialState
 
     from robustdiff.recipe import load_recipe
-    from robustdiff.report.progress import Bar
+    from robustdiff.report.bar import Bar
     from robustdiff.training.trainer import train as run
 
     settings = load_recipe(recipe, overrides)
@@ -218,8 +218,8 @@ def sample(
     """
     from accelerate import Accelerator
 
-    from robustdiff.report.progress import Bar
-    from robustdiff.samplers.generate import Generator, write_npz, write_pngs
+    from robustdiff.evaluation.generate import Generator, write_npz, write_pngs
+    from robustdiff.report.bar import Bar
 
     accelerator = Accelerator(cpu=cpu)
     generator = Generator.load(
@@ -288,7 +288,7 @@ def evaluate(
     from robustdiff.evaluation.fidelity import load_reference, reference_statistics
     from robustdiff.evaluation.grid import evaluate_grid, evaluate_images
     from robustdiff.evaluation.images import check_size, load_images, number_of_images
-    from robustdiff.report.progress import Bar
+    from robustdiff.report.bar import Bar
     from robustdiff.report.results import write_results
     from robustdiff.report.tables import cell_table, grid_table, print_whole
 
@@ -388,11 +388,11 @@ def search_times(
     """
     from accelerate import Accelerator
 
+    from robustdiff.backbones.build import check_fit
     from robustdiff.evaluation.fidelity import Fidelity, check_finite, reference_statistics
+    from robustdiff.evaluation.generate import Generator
     from robustdiff.files import atomic_write
-    from robustdiff.models.build import check_fit
-    from robustdiff.report.progress import Bar
-    from robustdiff.samplers.generate import Generator
+    from robustdiff.report.bar import Bar
     from robustdiff.samplers.time_search import search_times as search
 
     device = Accelerator(cpu=cpu).device
@@ -446,15 +446,15 @@ def solver_error(
     """Measure how far one solver step of distillation is from the teacher's trajectory, level by level."""
     from accelerate import Accelerator
 
+    from robustdiff.backbones.build import check_classes, check_fit
+    from robustdiff.backbones.pipeline import load_pipeline
+    from robustdiff.backbones.scheduler import denoiser_of
     from robustdiff.data import to_unit
     from robustdiff.files import atomic_write
     from robustdiff.mismatch.solver_error import fitted_order, measure_solver_error
-    from robustdiff.models.build import check_classes, check_fit
-    from robustdiff.models.pipeline import load_pipeline
-    from robustdiff.models.scheduler import denoiser_of
     from robustdiff.objectives.consistency import SOLVERS
+    from robustdiff.report.bar import Bar
     from robustdiff.report.figures import save_figure
-    from robustdiff.report.progress import Bar
     from robustdiff.report.solver_error import solver_error_figure, solver_error_table
     from robustdiff.report.tables import print_whole
 
@@ -541,9 +541,9 @@ def mismatch(
 
     from robustdiff.files import atomic_write
     from robustdiff.mismatch.measure import measure_mismatch
+    from robustdiff.report.bar import Bar
     from robustdiff.report.figures import save_figure
     from robustdiff.report.mismatch import mismatch_figure, mismatch_table, robustness_figure, robustness_table
-    from robustdiff.report.progress import Bar
     from robustdiff.report.tables import print_whole
 
     samplers, counts = _samplers(sampler), _counts(steps)
@@ -607,8 +607,8 @@ def convert(
     The flags that the checkpoint was trained with come from --preset, from --flags "…", or one by one as
     guided-diffusion spells them: robustdiff convert model.pt OUT --image_size 64 --num_channels 192 …
     """
-    from robustdiff.models.convert import convert as run
-    from robustdiff.models.convert import read_flags
+    from robustdiff.backbones.convert import convert as run
+    from robustdiff.backbones.convert import read_flags
 
     text = " ".join([flags, *context.args])
     if source.is_dir() and preset is None and not text.strip():
@@ -632,7 +632,7 @@ def study(
     Each result is a file; only what is missing is computed. Start the same command several times, and the processes
     share the work.
     """
-    from robustdiff.report.progress import Bar
+    from robustdiff.report.bar import Bar
     from robustdiff.report.study import write_page
     from robustdiff.report.tables import print_whole, remaining_table
     from robustdiff.study import load_study, remaining, run_study
@@ -660,7 +660,7 @@ def reproduce(
     output: Annotated[Path, typer.Option(help="Where the run goes.")] = Path("reproduced"),
 ) -> None:
     """Make one cell of a study again, from the settings in its file alone, and compare."""
-    from robustdiff.report.progress import Bar
+    from robustdiff.report.bar import Bar
     from robustdiff.report.tables import print_whole, reproduced_table
     from robustdiff.study import MEASURES
     from robustdiff.study import reproduce as run
@@ -788,8 +788,8 @@ def _generators(
     Raises:
         InputError: If a run makes images of another shape than the dataset's.
     """
-    from robustdiff.models.build import check_fit
-    from robustdiff.samplers.generate import Generator
+    from robustdiff.backbones.build import check_fit
+    from robustdiff.evaluation.generate import Generator
 
     settings |= {"sampler": samplers[0] if samplers else None, "steps": counts[0]}
     classes = None if dataset is None else dataset.num_classes

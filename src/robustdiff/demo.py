@@ -39,11 +39,11 @@ from robustdiff.data import load_dataset
 from robustdiff.errors import InputError
 from robustdiff.evaluation.features import FeatureExtractor, load_extractor
 from robustdiff.evaluation.fidelity import Reference, reference_statistics
+from robustdiff.evaluation.generate import Generator
 from robustdiff.evaluation.grid import Cell, Grid, difference, evaluate_cell
 from robustdiff.files import atomic_write, make_folder, read_json
 from robustdiff.recipe import Recipe, load_recipe
 from robustdiff.report.results import write_results
-from robustdiff.samplers.generate import Generator
 from robustdiff.training.trainer import FREE_TO_CHANGE, Status, read_result, train
 from robustdiff.workers import Report, Stopped, Task, available_cores, run_tasks
 

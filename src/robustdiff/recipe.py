@@ -3,119 +3,38 @@
 A recipe is a YAML file whose fields are those of :class:`Recipe`. A section may be given by its name alone
 (``data: digits`` for ``data: {name: digits}``); on the command line ``--set adversary.step_size=0.5`` overrides one
 field. A recipe shipped with the package is named without its path.
-
-A recipe may be somebody else's. Its numbers have bounds that no training comes near, so that none of them can ask for
-more memory or time than a machine has before anything is refused.
 """
 
 from __future__ import annotations
 
 import contextlib
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-import torch
 import yaml
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Discriminator,
-    Field,
-    Tag,
-    ValidationError,
-    ValidationInfo,
-    WrapValidator,
-    field_validator,
-    model_validator,
-)
+from pydantic import Discriminator, Field, Tag, ValidationError, field_validator, model_validator
 
 from robustdiff.data import ImageDataset, load_dataset
 from robustdiff.errors import InputError, printable
 from robustdiff.process import Prediction
+from robustdiff.section import (
+    MOST_PARAMETERS,
+    MOST_UPDATES,
+    Decay,
+    Fraction,
+    Named,
+    Precision,
+    Section,
+    Text,
+    Times,
+    Width,
+    given,
+)
 from robustdiff.yaml_reader import parse_yaml, read_yaml
 
 __all__ = ["Recipe", "load_data_config", "load_recipe", "shipped_recipes"]
-
-Fraction = Annotated[float, Field(ge=0, lt=1)]
-MOST_UPDATES = 10**9
-MOST_PARAMETERS = 20_000_000_000  # of a new network
-
-
-def _one_line(text: str) -> str:
-    # What stands for a byte of a file's name that is not UTF-8 may be in it, since it can be in a path.
-    if not all(c.isprintable() or "\udc80" <= c <= "\udcff" for c in text):
-        raise ValueError(
-            f"{printable(text[:200])!r} has control characters: it cannot be the name of a folder or of anything else"
-        )
-    return text
-
-
-Text = Annotated[str, Field(max_length=8192), AfterValidator(_one_line)]
-Width = Annotated[int, Field(ge=1, le=65_536)]
-Times = Annotated[int, Field(ge=1, le=100_000)]
-
-
-def _decay(value: Any, number_or_auto: Callable[[Any], float | str]) -> float | str:
-    try:
-        decay = number_or_auto(value)
-    except ValidationError:
-        decay = math.nan
-    if isinstance(decay, float) and not 0 <= decay < 1:
-        raise ValueError(f"must be a number in [0, 1) or auto; got {value!r}")
-    return decay
-
-
-Decay = Annotated[float | Literal["auto"], WrapValidator(_decay)]
-
-
-def native_precision() -> str:
-    """What "auto" stands for: bf16 where the GPU, or without one the CPU, computes in it, else fp32.
-
-    A CPU without instructions for it trains a UNet more than ten times slower in bf16 than in fp32. A recipe that says
-    "auto" becomes one that says which before anything is made of it, so a run's folder holds what it was trained in.
-    """
-    if torch.cuda.is_available():
-        native = torch.cuda.get_device_capability() >= (8, 0)
-    else:
-        # An older torch does not tell.
-        instructions: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-        native = instructions.get("avx512_bf16", False) or instructions.get("amx_bf16", False)
-    return "bf16" if native else "fp32"
-
-
-Precision = Annotated[
-    Literal["fp32", "bf16", "fp16"],
-    BeforeValidator(lambda precision: native_precision() if precision == "auto" else precision),
-]
-
-
-class Section(BaseModel):
-    """A part of a recipe: unknown fields and infinite numbers are errors, and nothing changes after validation."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _no_truth_value_as_a_number(cls, value: Any, info: ValidationInfo) -> Any:
-        if isinstance(value, bool) and info.field_name is not None:
-            annotation = cls.model_fields[info.field_name].annotation
-            if bool not in (annotation, *get_args(annotation)):
-                raise ValueError(f"no truth value: got {str(value).lower()}")
-        return value
-
-
-class Named(Section):
-    """A section that may be given by its name alone."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _from_name(cls, value: Any) -> Any:
-        return {"name": value} if isinstance(value, str) else value
 
 
 class DataConfig(Named):
@@ -151,7 +70,7 @@ class DataConfig(Named):
             size=self.size,
             channels=self.channels,
             split=self.split,
-            background=self.background if _given(self, "background") else None,
+            background=self.background if given(self, "background") else None,
             image_column=self.image_column,
             label_column=self.label_column,
         )
@@ -250,12 +169,6 @@ class OverLevels(Named):
         return self
 
 
-def _given(section: Section, name: str) -> bool:
-    """Whether a field is not its default. A recipe that was written whole has the defaults, too."""
-    default: Any = type(section).model_fields[name].default
-    return bool(getattr(section, name) != default)
-
-
 class EdmConfig(OverLevels):
     """The denoising loss of Karras et al."""
 
@@ -270,7 +183,7 @@ class EdmConfig(OverLevels):
 
     @model_validator(mode="after")
     def _taught(self) -> EdmConfig:
-        if self.teacher is None and _given(self, "teacher_below"):
+        if self.teacher is None and given(self, "teacher_below"):
             raise ValueError("teacher_below has a meaning only with a teacher: set objective.teacher, or leave it out")
         return self
 
@@ -306,9 +219,9 @@ class ConsistencyConfig(OverLevels):
 
     @model_validator(mode="after")
     def _used(self) -> ConsistencyConfig:
-        if self.teacher is None and _given(self, "solver"):
+        if self.teacher is None and given(self, "solver"):
             raise ValueError("solver has a meaning only with a teacher: set objective.teacher, or leave it out")
-        if self.times == "uniform" and (_given(self, "mean") or _given(self, "std")):
+        if self.times == "uniform" and (given(self, "mean") or given(self, "std")):
             raise ValueError(
                 "mean and std have a meaning only with objective.times=log-normal: set it, or leave them out"
             )

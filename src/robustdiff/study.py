@@ -13,7 +13,7 @@ error, not a result. Files are written atomically, trainings resume, and so an i
 study goes on where it was. A piece that is being worked on is held by a lock of the operating system (flock), which
 goes away with the process that holds it: any number of processes share a study, and none waits for a dead one.
 
-All cells start from the same noise (:mod:`robustdiff.samplers.generate`), all runs of one seed read the same batches,
+All cells start from the same noise (:mod:`robustdiff.evaluation.generate`), all runs of one seed read the same batches,
 times and noise (:mod:`robustdiff.training.stream`). A cell keeps its bootstrap replicates of FID, so that the interval
 of any difference can be had later from two files, and the whole recipe, so that it can be made again from its file
 alone: :func:`reproduce`.
@@ -44,18 +44,19 @@ from accelerate.state import AcceleratorState
 from PIL import Image
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from robustdiff.backbones.build import build_model
 from robustdiff.data.pixels import tile
 from robustdiff.errors import InputError, RunError, printable
 from robustdiff.evaluation.features import load_extractor
 from robustdiff.evaluation.fidelity import REPLICATES, reference_statistics
+from robustdiff.evaluation.generate import Generator
 from robustdiff.evaluation.grid import evaluate_cell
 from robustdiff.files import atomic_write, make_folder, open_regular, read_json
 from robustdiff.mismatch.measure import MEASURES as MISMATCHES
 from robustdiff.mismatch.measure import measure_mismatch
-from robustdiff.models.build import build_model
-from robustdiff.recipe import DataConfig, Precision, Recipe, Section, Text, load_recipe
-from robustdiff.samplers.generate import Generator
+from robustdiff.recipe import DataConfig, Recipe, load_recipe
 from robustdiff.samplers.sample import SAMPLERS
+from robustdiff.section import Precision, Section, Text
 from robustdiff.training.trainer import FREE_TO_CHANGE, Status, train
 from robustdiff.yaml_reader import parse_yaml, read_yaml
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from robustdiff import ConsistencyObjective, DenoisingObjective, DiffusionProcess, FreeAdversary
-from robustdiff.models.build import build_unet
+from robustdiff.backbones.build import build_unet
 from robustdiff.objectives.edm import EDMObjective
 from robustdiff.objectives.preconditioning import DiffusionDenoiser
 from robustdiff.objectives.timesteps import LossSecondMoment

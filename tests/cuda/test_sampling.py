@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from robustdiff import ConsistencyObjective, DenoisingObjective, DiffusionProcess, FreeAdversary, load_adm
+from robustdiff.evaluation.generate import Generator
 from robustdiff.objectives.preconditioning import Preconditioned
 from robustdiff.perturbation import PerDimension
-from robustdiff.samplers.generate import Generator
 
 SAMPLERS = ["ddim", "iddpm", "dpm++", "es", "time-shift"]
 

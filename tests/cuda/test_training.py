@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 
 from robustdiff.errors import InputError
-from robustdiff.samplers.generate import Generator
+from robustdiff.evaluation.generate import Generator
 from robustdiff.training import trainer as module
 from robustdiff.training.trainer import train
 

@@ -15,8 +15,8 @@ from robustdiff.errors import InputError
 from robustdiff.evaluation import fidelity
 from robustdiff.evaluation.features import load_extractor
 from robustdiff.evaluation.fidelity import interval, reference_statistics
+from robustdiff.evaluation.generate import Generator
 from robustdiff.evaluation.grid import Grid, difference, evaluate_cell, evaluate_grid, evaluate_images
-from robustdiff.samplers.generate import Generator
 
 NUM = 60
 

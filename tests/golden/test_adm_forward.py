@@ -12,7 +12,7 @@ import torch
 from diffusers.models.unets.unet_2d import UNet2DModel
 from torch import Tensor
 
-from robustdiff.models.adm import load_adm, save_adm
+from robustdiff.backbones.adm import load_adm, save_adm
 
 FILES = ("adm_cifar_like", "adm_imagenet_like", "cm_student", "cm_target", "cm_teacher")
 

@@ -15,10 +15,10 @@ from torch import Tensor
 from robustdiff.data import load_dataset
 from robustdiff.data.dataset import ArrayDataset
 from robustdiff.errors import InputError
+from robustdiff.evaluation.generate import Generator, ImageNoise
 from robustdiff.mismatch.distances import random_directions
 from robustdiff.mismatch.measure import MEASURES, measure_mismatch
 from robustdiff.process import DiffusionProcess
-from robustdiff.samplers.generate import Generator, ImageNoise
 
 S = 0.25  # the standard deviation of the data below
 T = 200

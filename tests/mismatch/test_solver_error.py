@@ -12,8 +12,8 @@ import torch
 from diffusers import CMStochasticIterativeScheduler, DDPMScheduler
 from diffusers.models.unets.unet_2d import UNet2DModel
 
+from robustdiff.backbones.pipeline import save_pipeline
 from robustdiff.mismatch.solver_error import LocalError, fitted_order, integrate, measure_solver_error
-from robustdiff.models.pipeline import save_pipeline
 from robustdiff.objectives.preconditioning import karras_sigmas
 from robustdiff.report.solver_error import solver_error_figure, solver_error_table
 

@@ -11,8 +11,8 @@ from PIL import Image
 from rich.console import Console
 
 from robustdiff.evaluation.grid import Cell, Difference, Grid
+from robustdiff.report.bar import Bar
 from robustdiff.report.figures import Line, fid_against_steps, fid_panels, points, sample_grid, save_figure
-from robustdiff.report.progress import Bar
 from robustdiff.report.tables import cell_table, grid_table
 
 

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from robustdiff.errors import InputError
+from robustdiff.evaluation.generate import Generator
 from robustdiff.process import DiffusionProcess
 from robustdiff.recipe import load_recipe
 from robustdiff.samplers import sample
-from robustdiff.samplers.generate import Generator
 from robustdiff.training.trainer import train
 
 LINEAR = DiffusionProcess.linear(1000)

@@ -12,11 +12,11 @@ from diffusers import CMStochasticIterativeScheduler, ConsistencyModelPipeline, 
 from diffusers.models.unets.unet_2d import UNet2DModel
 
 from robustdiff import DiffusionProcess, sample
+from robustdiff.backbones.pipeline import save_pipeline
 from robustdiff.data import to_uint8
 from robustdiff.errors import InputError
-from robustdiff.models.pipeline import save_pipeline
+from robustdiff.evaluation.generate import Generator, ImageNoise
 from robustdiff.objectives.preconditioning import Preconditioned, karras_process, karras_sigmas
-from robustdiff.samplers.generate import Generator, ImageNoise
 from robustdiff.samplers.multistep import scale_numbers
 
 

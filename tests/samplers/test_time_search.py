@@ -12,8 +12,8 @@ from diffusers.models.unets.unet_2d import UNet2DModel
 from hypothesis import given
 from hypothesis import strategies as st
 
+from robustdiff.backbones.pipeline import save_pipeline
 from robustdiff.errors import InputError
-from robustdiff.models.pipeline import save_pipeline
 from robustdiff.samplers.time_search import search_times
 
 

@@ -32,15 +32,15 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from robustdiff import study
+from robustdiff.backbones.build import build_model
+from robustdiff.backbones.pipeline import load_pipeline
+from robustdiff.backbones.scheduler import objective_of, process_of, sampling_of
+from robustdiff.backbones.weights import read_weights
 from robustdiff.data.archive import npz
 from robustdiff.data.decode import decode_image, read_header
 from robustdiff.data.idx import read_idx
 from robustdiff.errors import InputError
 from robustdiff.evaluation.features import Classifier
-from robustdiff.models.build import build_model
-from robustdiff.models.pipeline import load_pipeline
-from robustdiff.models.scheduler import objective_of, process_of, sampling_of
-from robustdiff.models.weights import read_weights
 from robustdiff.recipe import load_recipe, shipped_recipes
 from robustdiff.training.checkpoint import newest_checkpoint
 from robustdiff.training.trainer import Trainer, train
@@ -350,7 +350,7 @@ def pipeline(folder: Path) -> Path:
     from diffusers import DDPMScheduler
     from diffusers.models.unets.unet_2d import UNet2DModel
 
-    from robustdiff.models.pipeline import save_pipeline
+    from robustdiff.backbones.pipeline import save_pipeline
 
     unet = UNet2DModel(
         sample_size=4,
@@ -378,7 +378,7 @@ def load_all(path: Path) -> None:
 def test_pipelines(pipeline, name, monkeypatch):
     if not name.startswith("unet"):  # which takes longer to load than all else
         unet, _ = load_pipeline(pipeline)
-        monkeypatch.setattr("robustdiff.models.pipeline._load_unet", lambda *_: unet)
+        monkeypatch.setattr("robustdiff.backbones.pipeline._load_unet", lambda *_: unet)
     path = pipeline / name
     original = path.read_bytes()
     changed = edited(json.loads(original)).map(lambda values: json.dumps(values).encode())

@@ -22,8 +22,8 @@ from rich.console import Console
 from robustdiff.errors import InputError
 from robustdiff.evaluation.grid import Cell, Difference, Grid
 from robustdiff.report import results as results_module
+from robustdiff.report.bar import Bar
 from robustdiff.report.figures import Line, fid_panels, label, loss_curves, points, sample_grid, save_figure
-from robustdiff.report.progress import Bar
 from robustdiff.report.results import write_results
 from robustdiff.report.study import write_page
 from robustdiff.report.tables import cell_table, grid_table, print_whole, remaining_table, reproduced_table
@@ -76,7 +76,7 @@ def test_tables_show_names_as_they_are(name):
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("terminal", [True, False])
 def test_a_bar_shows_names_as_they_are(monkeypatch, name, terminal):
-    monkeypatch.setattr("robustdiff.report.progress._LINE_EVERY", -1.0)
+    monkeypatch.setattr("robustdiff.report.bar._LINE_EVERY", -1.0)
     console = Console(file=io.StringIO(), force_terminal=terminal, color_system=None, width=300, legacy_windows=False)
     with Bar(console, name, 2) as bar:
         bar.describe(name, 3)

@@ -11,9 +11,9 @@ import pytest
 from diffusers import DDPMScheduler
 from diffusers.models.unets.unet_2d import UNet2DModel
 
+from robustdiff.backbones.pipeline import load_pipeline, save_pipeline
+from robustdiff.backbones.scheduler import objective_of, process_of
 from robustdiff.errors import InputError
-from robustdiff.models.pipeline import load_pipeline, save_pipeline
-from robustdiff.models.scheduler import objective_of, process_of
 
 FILES = {
     "index": "model_index.json",

@@ -13,15 +13,15 @@ import torch
 from accelerate import Accelerator
 from diffusers import CMStochasticIterativeScheduler, ConsistencyModelPipeline, EDMEulerScheduler
 
+from robustdiff.backbones.build import build_model
+from robustdiff.backbones.pipeline import load_pipeline
 from robustdiff.data import ArrayDataset, load_dataset
 from robustdiff.errors import InputError
-from robustdiff.models.build import build_model
-from robustdiff.models.pipeline import load_pipeline
+from robustdiff.evaluation.generate import Generator
 from robustdiff.objectives.consistency import METRICS, DoublingScales, FixedScales, GrowingScales, euler_step
 from robustdiff.objectives.edm import EDMObjective
 from robustdiff.objectives.preconditioning import DiffusionDenoiser, Preconditioned, karras_sigmas
 from robustdiff.recipe import ConsistencyConfig, EdmConfig
-from robustdiff.samplers.generate import Generator
 from robustdiff.training.trainer import Trainer, train
 
 CD = {"name": "consistency", "metric": "l2", "decay": 0.8, "scales": 10}

@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 from scipy.integrate import quad
 from torch import nn
 
+from robustdiff.backbones.pipeline import load_pipeline
 from robustdiff.data import load_dataset, to_unit
-from robustdiff.models.pipeline import load_pipeline
 from robustdiff.objectives.denoising import DenoisingObjective
 from robustdiff.process import DiffusionProcess
 from robustdiff.training.ema import EMA, power_exponent, sufficient_decay

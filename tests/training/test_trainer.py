@@ -17,10 +17,10 @@ from diffusers import DDPMPipeline, FlowMatchEulerDiscreteScheduler
 from PIL import Image
 from safetensors.torch import load_file
 
+from robustdiff.backbones.build import build_model
+from robustdiff.backbones.pipeline import load_pipeline
 from robustdiff.data import load_dataset
 from robustdiff.errors import InputError, RunError
-from robustdiff.models.build import build_model
-from robustdiff.models.pipeline import load_pipeline
 from robustdiff.training.trainer import Trainer, train
 
 

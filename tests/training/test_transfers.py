@@ -14,8 +14,8 @@ from accelerate import Accelerator, PartialState
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from robustdiff.backbones.build import build_model
 from robustdiff.data import load_dataset
-from robustdiff.models.build import build_model
 from robustdiff.training.trainer import Trainer
 
 META = torch.device("meta")
@@ -106,8 +106,8 @@ def teachers(tmp_path_factory):
     """Untrained diffusion models and denoisers of digits, by what a case calls them."""
     from diffusers import DDPMScheduler, EDMEulerScheduler
 
-    from robustdiff.models.build import build_unet
-    from robustdiff.models.pipeline import save_pipeline
+    from robustdiff.backbones.build import build_unet
+    from robustdiff.backbones.pipeline import save_pipeline
     from robustdiff.recipe import ModelConfig
 
     folders = {}

@@ -1,7 +1,7 @@
 r"""The grid: checkpoint × sampler × number of function evaluations (NFE).
 
 Every cell is made from the same random numbers: image i of each has the same x_T and step noise
-(:mod:`robustdiff.samplers.generate`). A cell has a bootstrap interval, and each pair of checkpoints has, at equal
+(:mod:`robustdiff.evaluation.generate`). A cell has a bootstrap interval, and each pair of checkpoints has, at equal
 sampler and NFE, an interval of its difference, from replicates that resample the same images of both. Common random
 numbers make that interval narrower than the two intervals suggest.
 
@@ -26,7 +26,7 @@ from torch import Tensor
 from robustdiff.data import ImageDataset
 from robustdiff.evaluation.features import FeatureExtractor
 from robustdiff.evaluation.fidelity import Fidelity, Reference, bootstrap_frechet, check_finite, interval
-from robustdiff.samplers.generate import Generator, share_of
+from robustdiff.evaluation.generate import Generator, share_of
 
 __all__ = ["FILE", "Cell", "Difference", "Grid", "difference", "evaluate_cell", "evaluate_grid", "evaluate_images"]
 

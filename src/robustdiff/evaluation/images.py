@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from robustdiff.backbones.pipeline import PRETRAINED
 from robustdiff.data import ArrayDataset, ImageDataset, load_dataset
 from robustdiff.data.archive import read_npz
 from robustdiff.errors import InputError
 from robustdiff.evaluation.fidelity import FEWEST
-from robustdiff.models.pipeline import PRETRAINED
 
 __all__ = ["check_size", "load_images", "number_of_images"]
 
@@ -24,7 +24,7 @@ def load_images(source: str) -> ImageDataset | None:
     """Load the images of a folder or an ``.npz`` file.
 
     Arguments:
-        source: A folder or a file, or else something that :func:`robustdiff.models.build.load_pipeline` takes.
+        source: A folder or a file, or else something that :func:`robustdiff.backbones.build.load_pipeline` takes.
 
     Returns:
         The images, uint8; None where the source is a run, a pipeline folder or the name of a shipped model.

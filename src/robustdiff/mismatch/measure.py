@@ -22,7 +22,7 @@ q(x_t). What happens outside it these two do not see; sliced Wasserstein and ene
 Projecting can only lower KL, so this is an estimate of a lower bound; four dimensions are what nearest neighbours can
 bear at a few thousand images (:mod:`robustdiff.mismatch.distances`).
 
-**Common random numbers.** x_T and the step noise of image i are what :class:`robustdiff.samplers.generate.ImageNoise`
+**Common random numbers.** x_T and the step noise of image i are what :class:`robustdiff.evaluation.generate.ImageNoise`
 has for it; image i of q has one x_0 and one ε, the same at all times, samplers and checkpoints. Classes, where there
 are any, are those of the real image i on both sides. Replicates leave out the same images everywhere, so means over
 steps and differences of checkpoints have intervals of their own.
@@ -43,8 +43,10 @@ from numpy.typing import NDArray
 from sklearn.decomposition import PCA
 from torch import Tensor
 
+from robustdiff.backbones.build import check_fit
 from robustdiff.data import ImageDataset, to_unit
 from robustdiff.errors import InputError, RunError
+from robustdiff.evaluation.generate import Generator, ImageNoise
 from robustdiff.mismatch.distances import (
     BLOCKS,
     Array,
@@ -60,9 +62,7 @@ from robustdiff.mismatch.distances import (
 )
 from robustdiff.mismatch.exposure import BlockMoments
 from robustdiff.mismatch.robustness import Robustness, measure_robustness
-from robustdiff.models.build import check_fit
 from robustdiff.samplers.denoiser import Evaluation
-from robustdiff.samplers.generate import Generator, ImageNoise
 
 __all__ = ["MEASURES", "Difference", "Mismatch", "Path", "Step", "measure_mismatch"]
 

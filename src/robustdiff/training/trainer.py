@@ -37,6 +37,15 @@ from accelerate.utils import DistributedType, ProjectConfiguration, set_seed
 from diffusers import EDMEulerScheduler
 from torch import Tensor
 
+from robustdiff.backbones.build import (
+    Built,
+    build_model,
+    check_classes,
+    check_fit,
+    scale_schedule,
+)
+from robustdiff.backbones.pipeline import load_pipeline, save_pipeline
+from robustdiff.backbones.scheduler import denoiser_of
 from robustdiff.data import ImageDataset, to_unit
 from robustdiff.data.loader import load_batches, worker_failures
 from robustdiff.errors import InputError, RunError, printable
@@ -51,15 +60,6 @@ from robustdiff.files import (
     remove_leftovers,
 )
 from robustdiff.interrupt import Interrupt
-from robustdiff.models.build import (
-    Built,
-    build_model,
-    check_classes,
-    check_fit,
-    scale_schedule,
-)
-from robustdiff.models.pipeline import load_pipeline, save_pipeline
-from robustdiff.models.scheduler import denoiser_of
 from robustdiff.objectives.consistency import ConsistencyObjective
 from robustdiff.objectives.denoising import DenoisingObjective
 from robustdiff.objectives.edm import EDMObjective

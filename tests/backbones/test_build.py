@@ -17,11 +17,11 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
 )
 
+from robustdiff.backbones.build import build_model, build_unet
+from robustdiff.backbones.pipeline import PRETRAINED, load_pipeline, save_pipeline
+from robustdiff.backbones.scheduler import denoiser_of, model_of, objective_of, process_of
 from robustdiff.data import ArrayDataset, load_dataset, to_unit
 from robustdiff.errors import InputError
-from robustdiff.models.build import build_model, build_unet
-from robustdiff.models.pipeline import PRETRAINED, load_pipeline, save_pipeline
-from robustdiff.models.scheduler import denoiser_of, model_of, objective_of, process_of
 from robustdiff.objectives.preconditioning import DiffusionDenoiser, Preconditioned, karras_sigmas
 from robustdiff.process import PREDICTIONS, DiffusionProcess
 from robustdiff.recipe import ModelConfig, Recipe, load_recipe

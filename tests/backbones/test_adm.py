@@ -27,8 +27,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from robustdiff.errors import InputError
-from robustdiff.models.adm import (
+from robustdiff.backbones.adm import (
     PRESETS,
     AdmFlags,
     AdmUNet2DModel,
@@ -37,6 +36,7 @@ from robustdiff.models.adm import (
     parse_flags,
     save_adm,
 )
+from robustdiff.errors import InputError
 
 State = dict[str, Tensor]
 

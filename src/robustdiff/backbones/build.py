@@ -3,7 +3,7 @@
 Everything that this project trains is a diffusers pipeline folder: ``unet/`` and ``scheduler/``, with
 ``model_index.json`` beside them, which ``DDPMPipeline.from_pretrained`` reads, or for a consistency model
 ``ConsistencyModelPipeline.from_pretrained``. Its scheduler says what the network is
-(:mod:`robustdiff.models.scheduler`).
+(:mod:`robustdiff.backbones.scheduler`).
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from diffusers import (
 )
 from diffusers.models.unets.unet_2d import UNet2DModel
 
+from robustdiff.backbones.pipeline import downsampling, load_pipeline, size_of
+from robustdiff.backbones.scheduler import mark_as_own, objective_of, process_of
 from robustdiff.data import ImageDataset
 from robustdiff.errors import InputError
-from robustdiff.models.pipeline import downsampling, load_pipeline, size_of
-from robustdiff.models.scheduler import mark_as_own, objective_of, process_of
 from robustdiff.objectives.consistency import DoublingScales, FixedScales, GrowingScales, ScaleSchedule
 from robustdiff.objectives.denoising import Variance
 from robustdiff.objectives.preconditioning import karras_process, karras_sigmas

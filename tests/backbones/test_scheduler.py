@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from robustdiff.backbones.scheduler import kind_of, mark_as_own, model_of, objective_of, process_of, sampling_of
 from robustdiff.errors import InputError
-from robustdiff.models.scheduler import kind_of, mark_as_own, model_of, objective_of, process_of, sampling_of
+from robustdiff.evaluation.generate import Generator, ImageNoise
 from robustdiff.objectives.preconditioning import Preconditioned
 from robustdiff.process import DiffusionProcess
-from robustdiff.samplers.generate import Generator, ImageNoise
 
 ONE = torch.device("cpu")
 

@@ -13,11 +13,11 @@ from typing import Any, Literal
 
 from diffusers import CMStochasticIterativeScheduler, DDPMScheduler, EDMEulerScheduler
 
+from robustdiff.backbones.adm import PRESETS, AdmFlags, load_adm, parse_flags, save_adm
+from robustdiff.backbones.pipeline import load_pipeline, save_pipeline
+from robustdiff.backbones.scheduler import mark_as_own
 from robustdiff.errors import InputError
 from robustdiff.files import atomic_folder
-from robustdiff.models.adm import PRESETS, AdmFlags, load_adm, parse_flags, save_adm
-from robustdiff.models.pipeline import load_pipeline, save_pipeline
-from robustdiff.models.scheduler import mark_as_own
 
 __all__ = ["Schedule", "convert", "read_flags"]
 
@@ -37,7 +37,7 @@ def read_flags(preset: str | None, text: str) -> tuple[AdmFlags, Schedule]:
     """The flags of a network and its schedule, from a preset's name or from guided-diffusion's own flags.
 
     Arguments:
-        preset: A key of :data:`robustdiff.models.adm.PRESETS`.
+        preset: A key of :data:`robustdiff.backbones.adm.PRESETS`.
         text: Flags as guided-diffusion spells them, such as ``--image_size 64 --class_cond True``.
 
     Raises:

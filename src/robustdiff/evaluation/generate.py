@@ -27,11 +27,11 @@ from diffusers.models.unets.unet_2d import UNet2DModel
 from PIL import Image
 from torch import Tensor
 
+from robustdiff.backbones.pipeline import load_pipeline, size_of
+from robustdiff.backbones.scheduler import model_of, objective_of, process_of, sampling_of
 from robustdiff.data import to_uint8
 from robustdiff.errors import InputError, printable
 from robustdiff.files import atomic_write, make_folder, open_regular, remove_leftovers, user_key
-from robustdiff.models.pipeline import load_pipeline, size_of
-from robustdiff.models.scheduler import model_of, objective_of, process_of, sampling_of
 from robustdiff.process import DiffusionProcess, Prediction
 from robustdiff.recipe import load_recipe
 from robustdiff.samplers.sample import SAMPLERS, check_options, check_sampler, sample, suited
@@ -89,9 +89,9 @@ class Generator:
             guidance; known of networks that this package trained with ``model.condition_dropout``.
         guidance: The scale of classifier-free guidance; none is no guidance.
         options: What else the sampler takes, such as ``eps_scale``.
-        model: How samplers call the network (:func:`robustdiff.models.scheduler.model_of`); the network itself by
+        model: How samplers call the network (:func:`robustdiff.backbones.scheduler.model_of`); the network itself by
         default. checkpoint: What the checkpoint's scheduler says of sampling
-            (:func:`robustdiff.models.scheduler.sampling_of`); ``options`` come before it.
+            (:func:`robustdiff.backbones.scheduler.sampling_of`); ``options`` come before it.
 
     Raises:
         InputError: If the sampler is unknown or does not suit the process, or the label does not exist.

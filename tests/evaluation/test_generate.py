@@ -16,8 +16,8 @@ from accelerate import Accelerator
 from PIL import Image
 
 from robustdiff.errors import InputError
+from robustdiff.evaluation.generate import RECORD, Generator, ImageNoise, share_of, write_npz, write_pngs
 from robustdiff.process import DiffusionProcess
-from robustdiff.samplers.generate import RECORD, Generator, ImageNoise, share_of, write_npz, write_pngs
 
 
 @pytest.fixture
@@ -57,7 +57,7 @@ def test_noise_is_standard_normal():
 
 def test_samplers_start_from_the_same_noise(generator, monkeypatch):
     starts = []
-    from robustdiff.samplers import generate
+    from robustdiff.evaluation import generate
 
     def record(model, process, sampler, steps, **arguments):
         starts.append(arguments["latents"])

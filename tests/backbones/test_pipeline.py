@@ -15,13 +15,13 @@ from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, DPMSolverMulti
 from diffusers.models.unets.unet_2d import UNet2DModel
 from safetensors.torch import load_file, save_file
 
+from robustdiff.backbones.adm import AdmFlags, AdmUNet2DModel, build_adm
+from robustdiff.backbones.build import build_model, check_fit
+from robustdiff.backbones.pipeline import load_pipeline, save_pipeline, size_of
 from robustdiff.data import ArrayDataset
 from robustdiff.errors import InputError
-from robustdiff.models.adm import AdmFlags, AdmUNet2DModel, build_adm
-from robustdiff.models.build import build_model, check_fit
-from robustdiff.models.pipeline import load_pipeline, save_pipeline, size_of
+from robustdiff.evaluation.generate import Generator
 from robustdiff.recipe import Recipe
-from robustdiff.samplers.generate import Generator
 
 NAME = "diffusion_pytorch_model"
 
@@ -190,7 +190,7 @@ def test_loaded_weights_do_not_depend_on_the_file(pipeline, unet):
         ({"scheduler": [None, None]}, ["names no scheduler"]),
         ({"unet": ["diffusers", "UNet2DConditionModel"]}, ["UNet2DConditionModel", "UNet2DModel"]),
         ({"unet": ["evil_module", "UNet2DModel"]}, ["evil_module"]),
-        ({"unet": ["robustdiff.models.adm", "AdmFlags"]}, ["AdmFlags"]),
+        ({"unet": ["robustdiff.backbones.adm", "AdmFlags"]}, ["AdmFlags"]),
         ({"unet": ["diffusers", ["UNet2DModel"]]}, ["unet", "not a library and a class"]),
         ({"unet": "UNet2DModel"}, ["unet", "not a library and a class"]),
         ({"scheduler": ["evil_module", "DDPMScheduler"]}, ["scheduler", "evil_module"]),

@@ -28,18 +28,19 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import logging as diffusers_logging
 from torch import Tensor
 
+from robustdiff.backbones.adm import AdmUNet2DModel
+from robustdiff.backbones.weights import check_weights, read_state, strip_prefixes
 from robustdiff.errors import InputError
-from robustdiff.models.adm import AdmUNet2DModel
-from robustdiff.models.weights import check_weights, read_state, strip_prefixes
 
 __all__ = ["PRETRAINED", "downsampling", "load_pipeline", "save_pipeline", "size_of"]
 
-PRETRAINED = files("robustdiff.models") / "pretrained"
+PRETRAINED = files("robustdiff.backbones") / "pretrained"
 """Where the models shipped with the package are."""
 
 _UNETS: dict[tuple[str, str], type[UNet2DModel]] = {
     ("diffusers", "UNet2DModel"): UNet2DModel,
     (AdmUNet2DModel.__module__, "AdmUNet2DModel"): AdmUNet2DModel,
+    ("robustdiff.models.adm", "AdmUNet2DModel"): AdmUNet2DModel,  # where it was before
 }
 
 _SUPPORTED = "only pipelines of a pixel-space UNet2DModel and a scheduler are supported"

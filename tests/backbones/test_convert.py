@@ -12,11 +12,11 @@ import torch
 from diffusers import ConsistencyModelPipeline, DDPMPipeline
 from safetensors.torch import save_file
 
+from robustdiff.backbones.adm import AdmFlags, build_adm, load_adm, save_adm
+from robustdiff.backbones.convert import read_flags
+from robustdiff.backbones.pipeline import load_pipeline
+from robustdiff.backbones.scheduler import denoiser_of, objective_of, process_of
 from robustdiff.errors import InputError
-from robustdiff.models.adm import AdmFlags, build_adm, load_adm, save_adm
-from robustdiff.models.convert import read_flags
-from robustdiff.models.pipeline import load_pipeline
-from robustdiff.models.scheduler import denoiser_of, objective_of, process_of
 from robustdiff.objectives.preconditioning import Preconditioned
 from robustdiff.process import DiffusionProcess
 
