@@ -1,0 +1,43 @@
+"""Noise is added to the pixels themselves."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from robustdiff.codecs.codec import CODECS, Codec, CodecSection, Shape
+from robustdiff.errors import InputError
+
+__all__ = ["Pixels", "PixelsSection"]
+
+
+class Pixels(Codec):
+    """The identity: latents are the images."""
+
+    clip = 1.0
+
+    def encoded_shape(self, images: Shape) -> Shape:
+        return images
+
+    def decoded_shape(self, latents: Shape) -> Shape:
+        return latents
+
+    def encode(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        return images
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return latents
+
+
+@CODECS.register("pixels")
+class PixelsSection(CodecSection):
+    """No codec: noise is added to pixels."""
+
+    name: Literal["pixels"] = "pixels"
+
+    def build(self, own: Codec | None) -> Codec:
+        if own is not None and not isinstance(own, Pixels):
+            raise InputError("codec=pixels does not suit a model of latents: leave codec out")
+        return Pixels()

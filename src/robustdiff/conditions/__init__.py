@@ -1,0 +1,1 @@
+"""Conditions: what a network is called with beside x_t and t."""

@@ -1,0 +1,58 @@
+"""What a condition is: what a network is called with beside x_t and t, in training and in sampling.
+
+In training a share of the conditions is dropped: replaced by the empty one, which classifier-free guidance (Ho &
+Salimans, 2022, arXiv 2207.12598) needs in sampling.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+__all__ = ["Condition"]
+
+
+class Condition(ABC):
+    """What a network is called with beside x_t and t.
+
+    Attributes:
+        components: The parts that it has in a pipeline folder, by their names, such as a text encoder.
+    """
+
+    @property
+    def components(self) -> dict[str, Any]:
+        return {}
+
+    @abstractmethod
+    def batch(self, labels: Tensor | None, captions: Sequence[str] | None, dropped: Tensor | None) -> dict[str, Any]:
+        """Return the arguments of the network for a batch of the data.
+
+        Arguments:
+            labels: The classes, with shape (B,), on the device of the network; None where the data has none.
+            captions: The captions; None where the data has none.
+            dropped: The samples whose condition is the empty one, booleans (B,); None: none of them.
+        """
+
+    @abstractmethod
+    def empty(self) -> dict[str, Any]:
+        """Return the empty condition by the names of the arguments: tensors with one row, or a number for all samples.
+
+        Raises:
+            InputError: If the network has none, so that it cannot be guided.
+        """
+
+    @abstractmethod
+    def check(self, num_classes: int | None, captions: bool, path: str) -> None:
+        """Check that data has what the network needs.
+
+        Arguments:
+            num_classes: The number of the data's classes; None without labels.
+            captions: Whether the data has captions.
+            path: The model's name, for messages.
+
+        Raises:
+            InputError: If it has not.
+        """

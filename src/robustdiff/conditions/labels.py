@@ -1,0 +1,55 @@
+"""Classes as the condition. With a null class, after the data's, the condition can be dropped and the network guided."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from robustdiff.conditions.condition import Condition
+from robustdiff.errors import InputError
+
+__all__ = ["Labels"]
+
+
+@dataclass(frozen=True)
+class Labels(Condition):
+    """The condition of a network that is called with ``class_labels``.
+
+    Arguments:
+        embedded: How many classes the network embeds, a null class among them.
+        null: Whether the last of them is the null class.
+    """
+
+    embedded: int
+    null: bool = False
+
+    @property
+    def classes(self) -> int:
+        """The number of classes without the null class."""
+        return self.embedded - self.null
+
+    def batch(self, labels: Tensor | None, captions: Sequence[str] | None, dropped: Tensor | None) -> dict[str, Any]:
+        assert labels is not None
+        if dropped is not None:
+            labels = labels.masked_fill(dropped, self.classes)
+        return {"class_labels": labels}
+
+    def empty(self) -> dict[str, Any]:
+        if not self.null:
+            raise InputError(
+                "guidance needs a class-conditional model whose last class is the null class: say how many classes it "
+                "has without that one (--classes), or train it with model.condition_dropout"
+            )
+        return {"class_labels": self.classes}
+
+    def check(self, num_classes: int | None, captions: bool, path: str) -> None:
+        if num_classes is None:
+            raise InputError(f"the model {path} needs class labels, and this data has none: choose data that has them")
+        if num_classes > self.classes:
+            raise InputError(
+                f"the model {path} knows {self.classes} classes and the data has {num_classes}: choose data of no more "
+                "classes"
+            )
