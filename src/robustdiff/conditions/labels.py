@@ -1,4 +1,4 @@
-"""Classes as the condition. With a null class, after the data's, the condition can be dropped and the network guided."""
+"""Classes as the condition; with a null class after the data's it can be dropped, and the network guided."""
 
 from __future__ import annotations
 
