@@ -112,8 +112,9 @@ def test_mixed_precision_trains_close_to_float32(device, eager, recipe, train_cu
     full, run = recipe(name, "full"), recipe(name, "mixed", *MIXED[mixed])
     train(full, cpu=device == "cpu")
     train_cut(run)
-    # The first updates in fp16 may be left out, until the scale has fallen.
-    assert losses(run) == pytest.approx(losses(full), rel=0.5 if "fp16" in mixed else 0.2)
+    # The first updates in fp16 may be left out, until the scale has fallen: those losses are of other weights.
+    first = 1 if "fp16" in mixed else 0
+    assert losses(run)[first:] == pytest.approx(losses(full)[first:], rel=0.5 if "fp16" in mixed else 0.2)
 
 
 def test_a_compiled_consistency_model_trains_in_mixed_precision(device, eager, recipe):
