@@ -88,7 +88,7 @@ def test_memory_formats_and_compiled_networks_train_alike_and_resume_each_other(
 def test_the_fingerprint_is_of_the_numbers_alone(device, eager):
     generator = Generator.load("fashion-16")
     expected = generator.fingerprint()
-    unet = generator.unet.to(device, memory_format=torch.channels_last)
+    unet = generator.model.network.to(device, memory_format=torch.channels_last)
     assert not unet.conv_in.weight.is_contiguous() or unet.conv_in.in_channels == 1
     assert generator.fingerprint() == expected
     unet.compile()
