@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from robustdiff.backbones.adm import load_adm, save_adm
+    from robustdiff.backbones.model import load_model
     from robustdiff.objectives.consistency import ConsistencyObjective
     from robustdiff.objectives.denoising import DenoisingObjective
     from robustdiff.perturbation import FreeAdversary, PGDAdversary, RandomAdversary
@@ -28,6 +29,7 @@ __all__ = [
     "RandomAdversary",
     "absorb",
     "load_adm",
+    "load_model",
     "sample",
     "save_adm",
 ]
@@ -41,6 +43,7 @@ _HOME = {
     "RandomAdversary": "robustdiff.perturbation",
     "absorb": "robustdiff.process",
     "load_adm": "robustdiff.backbones.adm",
+    "load_model": "robustdiff.backbones.model",
     "sample": "robustdiff.samplers",
     "save_adm": "robustdiff.backbones.adm",
 }

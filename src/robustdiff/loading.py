@@ -76,7 +76,10 @@ def read_index(folder: Path) -> dict[str, tuple[str, str]]:
         raise InputError(f"{path}: the pipeline has code of its own, which is not run: give a pipeline of diffusers")
     components: dict[str, tuple[str, str]] = {}
     for name, value in index.items():
-        if name.startswith("_") or value is None or value == [None, None] or isinstance(value, bool | dict):
+        if name.startswith("_") or value is None or value == [None, None]:
+            continue
+        if isinstance(value, bool | dict):  # a setting of the pipeline
+            components[name] = (path.name, shown(value))
             continue
         if not (isinstance(value, list) and len(value) == 2 and all(isinstance(part, str) for part in value)):
             raise InputError(f"{path}: {name} is {shown(value)}, not a library and a class: save the pipeline again")

@@ -54,12 +54,12 @@ def test_a_unet_takes_the_images_and_gives_what_is_predicted(variance):
 @pytest.mark.parametrize(("shape", "word"), [((1, 9, 9), "data.size"), ((1, 8, 16), "8×16")])
 def test_images_that_a_unet_cannot_halve_are_named(shape, word):
     with pytest.raises(InputError, match=word):
-        UNetSection(**SMALL).build(shape, None, False).network
+        UNetSection(**SMALL).build(shape, None, False)
 
 
 def test_labels_that_are_missing_are_named():
     with pytest.raises(InputError, match="class_cond"):
-        UNetSection(**SMALL, class_cond=True).build((1, 8, 8), None, False).network
+        UNetSection(**SMALL, class_cond=True).build((1, 8, 8), None, False)
 
 
 @pytest.mark.parametrize(
@@ -212,7 +212,7 @@ def test_classes_that_a_checkpoint_does_not_know_are_named(tmp_path, known, labe
     data = ArrayDataset("data", images, None if labels is None else np.array(labels))
     tuned = recipe(model={"name": "pretrained", "path": str(tmp_path)})
     if message is None:
-        assert build_model(tuned, data).unet.config.num_class_embeds == known
+        assert build_model(tuned, data).model.network.config.num_class_embeds == known
         return
     with pytest.raises(InputError, match=message) as error:
         build_model(tuned, data)
@@ -259,11 +259,7 @@ def test_a_damaged_folder_is_named(tmp_path, digits, damage):
 def checkpoint(folder, scheduler, out_channels=1, classes=None):
     """A pipeline folder of a small network, as diffusers saves it."""
     torch.manual_seed(0)
-    unet = (
-        UNetSection(**SMALL)
-        .build((1, 8, 8), None, "fixed" if out_channels == 1 else "learned_range" == "learned_range")
-        .network
-    )
+    unet = UNetSection(**SMALL).build((1, 8, 8), None, out_channels == 2).network
     if classes is not None:
         unet = type(unet).from_config({**unet.config, "num_class_embeds": classes})
     DDPMPipeline(unet, scheduler).save_pretrained(folder)
@@ -350,7 +346,7 @@ def test_a_flow_checkpoint_keeps_its_shift(tmp_path, digits):
     torch.testing.assert_close(built.process.sigmas, DiffusionProcess.flow(shift=3.0).sigmas)
     assert built.model.scheduler.config.shift == 3.0
     own = build_model(recipe(process={"name": "flow", "shift": 3.0}, objective={"prediction": "flow"}), digits)
-    torch.testing.assert_close(process_of(own.scheduler).sigmas, built.process.sigmas)
+    torch.testing.assert_close(process_of(own.model.scheduler).sigmas, built.process.sigmas)
 
 
 def test_zero_terminal_snr_trains(tmp_path, digits):

@@ -15,6 +15,8 @@ import yaml
 from accelerate import Accelerator
 from PIL import Image
 
+from robustdiff.backbones.model import Model
+from robustdiff.backbones.unet2d import UNet2D
 from robustdiff.errors import InputError
 from robustdiff.evaluation.generate import RECORD, Generator, ImageNoise, share_of, write_npz, write_pngs
 from robustdiff.process import DiffusionProcess
@@ -81,6 +83,18 @@ class Stop(Exception):
     """An interruption."""
 
 
+class Calls:
+    """A progress that hands on how much more is done."""
+
+    def __init__(self, on_advance) -> None:
+        self.on_advance = on_advance
+
+    def begin(self, description: str, total: float) -> None: ...
+
+    def advance(self, amount: float, note: str = "") -> None:
+        self.on_advance(amount)
+
+
 def test_an_interrupted_npz_goes_on_and_ends_the_same(generator, accelerator, tmp_path):
     write_npz(generator, 11, tmp_path / "whole.npz", accelerator)
     made: list[int] = []
@@ -91,10 +105,10 @@ def test_an_interrupted_npz_goes_on_and_ends_the_same(generator, accelerator, tm
             raise Stop
 
     with pytest.raises(Stop):
-        write_npz(generator, 11, tmp_path / "parts.npz", accelerator, stop_at_second_batch)
+        write_npz(generator, 11, tmp_path / "parts.npz", accelerator, Calls(stop_at_second_batch))
     assert not (tmp_path / "parts.npz").exists()
     resumed: list[int] = []
-    write_npz(generator, 11, tmp_path / "parts.npz", accelerator, resumed.append)
+    write_npz(generator, 11, tmp_path / "parts.npz", accelerator, Calls(resumed.append))
     assert resumed[0] > 0, "what was there is counted, not made again"
     assert sum(resumed) == 11
     whole, parts = (np.load(tmp_path / f"{name}.npz", allow_pickle=False)["arr_0"] for name in ("whole", "parts"))
@@ -108,13 +122,13 @@ def test_parts_of_another_network_are_not_used(generator, accelerator, tmp_path)
             raise Stop
 
     with pytest.raises(Stop):
-        write_npz(generator, 8, tmp_path / "a.npz", accelerator, stop)
-    other = replace(generator, unet=copy.deepcopy(generator.model.network))
+        write_npz(generator, 8, tmp_path / "a.npz", accelerator, Calls(stop))
+    other = replace(generator, model=copy.deepcopy(generator.model))
     with torch.no_grad():
-        other.unet.conv_out.bias.add_(1.0)
+        other.model.network.conv_out.bias.add_(1.0)
     assert other.fingerprint() != generator.fingerprint()
     counts: list[int] = []
-    write_npz(other, 8, tmp_path / "a.npz", accelerator, counts.append)
+    write_npz(other, 8, tmp_path / "a.npz", accelerator, Calls(counts.append))
     assert counts[0] == 0
 
 
@@ -132,7 +146,7 @@ def test_a_finished_npz_is_made_once_and_kept_from_other_settings(generator, acc
     path = tmp_path / "a.npz"
     assert write_npz(generator, 6, path, accelerator)
     before, counts = path.read_bytes(), []
-    assert not write_npz(generator, 6, path, accelerator, counts.append)
+    assert not write_npz(generator, 6, path, accelerator, Calls(counts.append))
     assert counts == [6]
     for other, num in ((generator, 7), (replace(generator, steps=2), 6), (replace(generator, seed=1), 6)):
         with pytest.raises(InputError, match=r"a.npz holds images of other settings .*--output"):
@@ -174,13 +188,14 @@ def test_pngs_of_other_settings_are_refused(generator, accelerator, tmp_path, ch
 
 def test_pngs_of_another_network_or_process_are_refused(generator, accelerator, tmp_path):
     write_pngs(generator, 2, tmp_path / "png", accelerator)
-    other = replace(generator, unet=copy.deepcopy(generator.model.network))
+    other = replace(generator, model=copy.deepcopy(generator.model))
     with torch.no_grad():
-        other.unet.conv_out.bias.add_(1.0)
+        other.model.network.conv_out.bias.add_(1.0)
     with pytest.raises(InputError, match="png holds images of another network"):
         write_pngs(other, 2, tmp_path / "png", accelerator)
+    other = Model(generator.model.backbone, process=DiffusionProcess.linear(1000), prediction="epsilon")
     with pytest.raises(InputError, match=r"png holds images of other settings \(process"):
-        write_pngs(replace(generator, process=DiffusionProcess.linear(1000)), 2, tmp_path / "png", accelerator)
+        write_pngs(replace(generator, model=other), 2, tmp_path / "png", accelerator)
 
 
 @pytest.mark.parametrize("name", ["000000.png", "notes.txt", RECORD])
@@ -214,7 +229,9 @@ def test_classes_take_turns_and_are_written(accelerator, tmp_path):
         norm_num_groups=4,
         num_class_embeds=3,
     )
-    generator = Generator(unet, DiffusionProcess.cosine(10), "epsilon", steps=1, batch_size=4)
+    generator = Generator(
+        Model(UNet2D(unet), process=DiffusionProcess.cosine(10), prediction="epsilon"), steps=1, batch_size=4
+    )
     write_npz(generator, 7, tmp_path / "c.npz", accelerator)
     assert np.load(tmp_path / "c.npz", allow_pickle=False)["arr_1"].tolist() == [0, 1, 2, 0, 1, 2, 0]
     assert replace(generator, label=2).labels(range(3)).tolist() == [2, 2, 2]

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, replace
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from diffusers.configuration_utils import FrozenDict
 from scipy.special import gammaln
 from torch import Tensor
 
+from robustdiff.backbones.model import Model
+from robustdiff.backbones.unet2d import UNet2D
 from robustdiff.data import load_dataset
 from robustdiff.data.dataset import ArrayDataset
 from robustdiff.errors import InputError
@@ -31,7 +33,7 @@ class Exact(torch.nn.Module):
 
     def __init__(self, error: float = 1.0, classes: int | None = None) -> None:
         super().__init__()
-        self.config = SimpleNamespace(sample_size=4, in_channels=1, num_class_embeds=classes)
+        self.config = FrozenDict(sample_size=4, in_channels=1, num_class_embeds=classes)
         self.device = torch.device("cpu")
         self.error = error
         self.labels: list[Tensor] = []
@@ -51,7 +53,7 @@ def gaussian_data() -> ArrayDataset:
 
 
 def generator_of(network: torch.nn.Module, **settings) -> Generator:
-    return Generator(network, PROCESS, "epsilon", batch_size=500, **settings)
+    return Generator(Model(UNet2D(network), process=PROCESS, prediction="epsilon"), batch_size=500, **settings)
 
 
 def spread(step) -> float:
@@ -245,12 +247,13 @@ def test_classes_are_those_of_the_real_images_on_both_sides(gaussian_data):
         assert labels.tolist() == (order[:3] % 10).tolist()
 
 
-def test_a_network_is_called_as_samplers_call_it(gaussian_data):
+def test_a_network_is_called_as_samplers_call_it(gaussian_data, monkeypatch):
     """Where a network needs a wrapping, as a consistency model does, it is the wrapping that is measured."""
-    network = Exact()
-    network.forward = None  # type: ignore[assignment]
+    generator = generator_of(Exact())
+    monkeypatch.setattr(generator.model.backbone, "bind", lambda _: Exact())
+    generator.model.network.forward = None
     settings = {"radii": [0.1], "probes": 3, "times": [0.5]}
-    wrapped = small({"a": generator_of(network, model=Exact())}, gaussian_data, ["ddim"], [2], **settings)
+    wrapped = small({"a": generator}, gaussian_data, ["ddim"], [2], **settings)
     assert wrapped == small({"a": generator_of(Exact())}, gaussian_data, ["ddim"], [2], **settings)
 
 
@@ -263,7 +266,9 @@ def test_a_consistency_model_is_measured_on_its_own_scales(gaussian_data):
 
     sigmas = torch.logspace(-2.7, 1.9, 40, dtype=torch.float64)
     process = DiffusionProcess(torch.ones(40), sigmas)
-    generator = Generator(Consistency(), process, "sample", "multistep", 2, batch_size=500)
+    generator = Generator(
+        Model(UNet2D(Consistency()), process=process, prediction="sample"), "multistep", 2, batch_size=500
+    )
     (path,) = measure_mismatch({"a": generator}, gaussian_data, ["multistep"], [4], 1000, probes=0).paths
     assert [step.sigma for step in path.path] == pytest.approx(sigmas[[39, 29, 19, 9]].tolist(), rel=1e-6)
     for step in path.path:

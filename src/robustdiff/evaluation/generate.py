@@ -155,6 +155,7 @@ class Generator:
         options = self.sampling
         spacing = {name: options.pop(name, default) for name, default in (("spacing", None), ("steps_offset", 0))}
         options.pop("clip", None)
+        self.model.prediction  # noqa: B018  (raises where the checkpoint contradicts itself)
         evaluations = check_sampler(self.sampler, self.steps, self.model.process, **spacing)
         check_options(self.sampler, evaluations, **options)
         condition = self.condition
