@@ -37,6 +37,6 @@ class PixelsSection(CodecSection):
     name: Literal["pixels"] = "pixels"
 
     def build(self, own: Codec | None) -> Codec:
-        if own is not None and not isinstance(own, Pixels):
+        if own is not None and own.components:
             raise InputError("codec=pixels does not suit a model of latents: leave codec out")
         return Pixels()
