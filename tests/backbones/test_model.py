@@ -57,7 +57,7 @@ def test_classes_are_the_condition():
 
 
 def test_process_and_prediction_may_be_given():
-    process = DiffusionProcess.linear(10)
+    process = DiffusionProcess.cosine(10)
     model = Model(UNet2D(network()), process=process, prediction="sample")
     assert model.process is process
     assert model.prediction == "sample"
@@ -78,12 +78,12 @@ def test_a_saved_model_is_the_same(tmp_path):
 
 
 def test_other_networks_are_refused():
-    with pytest.raises(InputError, match="Linear is not supported: use one of .*UNet2DModel"):
+    with pytest.raises(InputError, match=r"Linear is not supported: use one of .*UNet2DModel"):
         Model.of(torch.nn.Linear(1, 1), DDIMScheduler())
 
 
 def test_a_model_without_a_size_says_so():
     model = Model.of(network(), DDIMScheduler(), path="here")
     model.network.register_to_config(sample_size=None)
-    with pytest.raises(InputError, match="the model here does not say the size of its images .* --size"):
+    with pytest.raises(InputError, match=r"the model here does not say the size of its images .* --size"):
         model.shape  # noqa: B018
