@@ -40,7 +40,8 @@ PRETRAINED = files("robustdiff.backbones") / "pretrained"
 _UNETS: dict[tuple[str, str], type[UNet2DModel]] = {
     ("diffusers", "UNet2DModel"): UNet2DModel,
     (AdmUNet2DModel.__module__, "AdmUNet2DModel"): AdmUNet2DModel,
-    ("robustdiff.models.adm", "AdmUNet2DModel"): AdmUNet2DModel,  # where it was before
+    ("robustdiff.backbones.adm", "AdmUNet2DModel"): AdmUNet2DModel,  # where it was before
+    ("robustdiff.models.adm", "AdmUNet2DModel"): AdmUNet2DModel,  # and before that
 }
 
 _SUPPORTED = "only pipelines of a pixel-space UNet2DModel and a scheduler are supported"
