@@ -30,14 +30,14 @@ __all__ = ["build_adm", "load_adm", "save_adm"]
 
 
 def _split_qkv(qkv: Tensor, heads: int, new_order: bool) -> Tensor:
-    """(3·heads·channels, *) in the file's order → (3, heads·channels, *), heads within each of q, k and v."""
+    """Reorder (3·heads·channels, *) in the file's order → (3, heads·channels, *), heads within each of q, k and v."""
     if new_order:
         return qkv.unflatten(0, (3, -1))
     return qkv.unflatten(0, (heads, 3, -1)).transpose(0, 1).flatten(1, 2)
 
 
 def _join_qkv(qkv: Tensor, heads: int, new_order: bool) -> Tensor:
-    """The inverse of :func:`_split_qkv`."""
+    """Invert :func:`_split_qkv`."""
     if new_order:
         return qkv.flatten(0, 1)
     return qkv.unflatten(1, (heads, -1)).transpose(0, 1).flatten(0, 2)

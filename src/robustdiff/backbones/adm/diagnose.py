@@ -19,7 +19,7 @@ __all__ = ["Mismatch", "explanation", "first_mismatch"]
 
 
 class Mismatch(NamedTuple):
-    """The first place where a file and its flags part. The shape is None where the tensor is not."""
+    """The first tensor that a file and its flags disagree about; a shape is None where the tensor is missing."""
 
     place: int  # how many tensors agree before it
     tensor: str
