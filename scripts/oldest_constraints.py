@@ -1,4 +1,4 @@
-"""Print pyproject.toml's lower bounds as constraints for pip: `>=` becomes `==`, and torch is that of constraints.txt."""
+"""Print pyproject.toml's lower bounds as constraints for pip: `>=` becomes `==`. torch is constraints.txt's."""
 
 from __future__ import annotations
 

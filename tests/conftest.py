@@ -7,10 +7,12 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from diffusers.models.unets.unet_2d import UNet2DModel
 
 from robustdiff import cli
 
@@ -67,6 +69,28 @@ def robustdiff(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[st
 def tiny() -> list[str]:
     """Arguments for `robustdiff train digits` that make it take a second."""
     return [argument for override in TINY for argument in ("--set", override)]
+
+
+@pytest.fixture(scope="session")
+def make_unet() -> Callable[..., UNet2DModel]:
+    """make_unet(num_class_embeds=3, …): a small UNet for images (1, 8, 8), each time with the same weights."""
+
+    def make(block_out_channels: tuple[int, ...] = (8, 8), **changes: Any) -> UNet2DModel:
+        torch.manual_seed(0)
+        levels = len(block_out_channels)
+        arguments = {
+            "sample_size": 8,
+            "in_channels": 1,
+            "out_channels": 1,
+            "layers_per_block": 1,
+            "block_out_channels": block_out_channels,
+            "down_block_types": ("DownBlock2D",) * levels,
+            "up_block_types": ("UpBlock2D",) * levels,
+            "norm_num_groups": 4,
+        }
+        return UNet2DModel(**{**arguments, **changes}).eval()
+
+    return make
 
 
 @pytest.fixture(scope="session")
