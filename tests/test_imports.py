@@ -12,6 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "src" / "robustdiff"
 
 ORDER = [
     {"errors", "files", "interrupt", "progress", "registry", "section", "workers", "yaml_reader"},
+    {"loading", "weights"},
     {"process"},
     {"perturbation"},
     {"objectives"},
