@@ -30,7 +30,7 @@ CORE := tests/test_recipe.py tests/data tests/backbones/test_weights.py tests/ba
 oldest:
 	$(PYTHON) -m venv .venv-oldest
 	$(PYTHON) scripts/oldest_constraints.py > .venv-oldest/constraints.txt
-	$(OLDEST)/pip install --quiet -c constraints.txt -c .venv-oldest/constraints.txt -e '.[test]'
+	$(OLDEST)/pip install --quiet -c .venv-oldest/constraints.txt -e '.[test]'
 	OMP_NUM_THREADS=1 $(OLDEST)/python -m pytest -q -n 2 -p no:cacheprovider $(CORE)
 
 lint: setup

@@ -49,8 +49,7 @@ def commands(path: Path) -> list[list[str]]:
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
 def test_every_command_runs(path, robustdiff, tmp_path, monkeypatch):
     from robustdiff import demo
-    from robustdiff.backbones import convert
-    from robustdiff.backbones.adm import PRESETS, AdmFlags, build_adm, save_adm
+    from robustdiff.backbones.adm import PRESETS, AdmFlags, build_adm, convert, save_adm
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(demo, "QUICK", demo.DemoSize(updates=3, images=20))

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from robustdiff.backbones.adm import PRESETS, build_adm, save_adm
-from robustdiff.backbones.convert import convert
+from robustdiff.backbones.adm.convert import convert
 
 BASELINES = {
     "at": [],

@@ -602,8 +602,8 @@ def convert(
     The flags that the checkpoint was trained with come from --preset, from --flags "…", or one by one as
     guided-diffusion spells them: robustdiff convert model.pt OUT --image_size 64 --num_channels 192 …
     """
-    from robustdiff.backbones.convert import convert as run
-    from robustdiff.backbones.convert import read_flags
+    from robustdiff.backbones.adm.convert import convert as run
+    from robustdiff.backbones.adm.convert import read_flags
 
     text = " ".join([flags, *context.args])
     if source.is_dir() and preset is None and not text.strip():

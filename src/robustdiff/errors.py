@@ -1,4 +1,4 @@
-"""The errors that a user sees as one line: a mistake in the input (exit code 2), a run that failed (1)."""
+"""Errors that a user sees as one line: a mistake in the input (exit code 2), a run that failed (1)."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ __all__ = ["InputError", "RunError", "printable"]
 
 
 class InputError(ValueError):
-    """Bad input: the message names the thing and the remedy, in one line."""
+    """An error in the input: the message names the thing and the remedy, in one line."""
 
 
 class RunError(RuntimeError):
-    """A run that cannot go on, such as a loss that is no longer finite: the message says what to do, in one line."""
+    """A failed run, such as one whose loss is no longer finite: the message says the remedy, in one line."""
 
 
 def printable(name: str | os.PathLike[str]) -> str:

@@ -213,7 +213,7 @@ def read_json(path: str | os.PathLike[str], limit: int = _JSON_BYTES) -> Any:
 
 
 def make_folder(path: Path) -> None:
-    """Make a folder and its parents, or see that there is one and that it is no link.
+    """Make a folder and its parents, or check that there is one and that it is no link.
 
     Raises:
         InputError: It is something else, or no folder can have such a name.
@@ -236,7 +236,7 @@ def make_folder(path: Path) -> None:
 
 
 def claim_folder(path: Path, what: str) -> bool:
-    """Make a folder that is this package's to write in, or see that it is one, by the file :data:`MARKER` in it.
+    """Make a folder that is this package's to write in, or check that it is one, by the file :data:`MARKER` in it.
 
     An empty folder becomes one. What is in it belongs to this package from then on.
 
@@ -271,12 +271,12 @@ def claim_folder(path: Path, what: str) -> bool:
 
 
 def cache_folder() -> Path:
-    """Return the folder for what is this user's alone: `$ROBUSTDIFF_CACHE`, or else `~/.cache/robustdiff`."""
+    """Return the folder for files of this user alone: `$ROBUSTDIFF_CACHE`, or else `~/.cache/robustdiff`."""
     return Path(os.environ.get("ROBUSTDIFF_CACHE") or Path.home() / ".cache" / "robustdiff")
 
 
 def user_key() -> bytes:
-    """Return 32 random bytes that only this user has, to sign what their own later calls may take up.
+    """Return 32 random bytes that only this user has, to sign files that their own later calls reuse.
 
     They are made at the first call and kept in the cache; if it cannot be written, each process has others.
     """

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as a flag, so that work stops where it can be gone on with."""
+"""Ctrl-C and SIGTERM as a flag, so that work stops where it can be resumed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,11 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class Interrupt:
-    """Turns the first SIGTERM or Ctrl-C into a flag that a loop looks at; a second one acts as usual."""
+    """A context in which the first SIGTERM or Ctrl-C only sets ``received``, for a loop to check; a second one acts.
+
+    Attributes:
+        received: The name of the signal, or None.
+    """
 
     def __init__(self) -> None:
         self.received: str | None = None

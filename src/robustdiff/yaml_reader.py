@@ -98,7 +98,7 @@ def _short(message: str) -> str:
 
 
 def parse_yaml(text: str | bytes, source: str) -> Any:
-    """Return what a YAML text says: a dictionary, list, string, number, truth value, or None.
+    """Parse a YAML text into a dictionary, list, string, number, truth value, or None.
 
     Arguments:
         text: The text.
@@ -126,7 +126,7 @@ def parse_yaml(text: str | bytes, source: str) -> Any:
 
 
 def read_yaml(path: Path) -> Any:
-    """Return what a YAML file says, as :func:`parse_yaml` does; an empty one says None.
+    """Parse a YAML file as :func:`parse_yaml` does; an empty one is None.
 
     Raises:
         InputError: If there is no such file, it cannot be read, it is larger than 256 KiB, or it is refused.

@@ -33,20 +33,12 @@ from robustdiff.backbones.adm import (
     AdmUNet2DModel,
     build_adm,
     load_adm,
-    parse_flags,
     save_adm,
 )
+from robustdiff.backbones.adm.flags import parse_flags
 from robustdiff.errors import InputError
 
 State = dict[str, Tensor]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 # An ADM, straight from its state dict -----------------------------------------------------------------------

@@ -13,7 +13,7 @@ from diffusers import ConsistencyModelPipeline, DDPMPipeline
 from safetensors.torch import save_file
 
 from robustdiff.backbones.adm import AdmFlags, build_adm, load_adm, save_adm
-from robustdiff.backbones.convert import read_flags
+from robustdiff.backbones.adm.convert import read_flags
 from robustdiff.backbones.model import load_model
 from robustdiff.backbones.scheduler import denoiser_of, objective_of, process_of
 from robustdiff.backbones.unet2d import UNet2D
@@ -220,6 +220,22 @@ def test_nothing_is_overwritten(robustdiff, checkpoint, tmp_path):
 )
 def test_presets_know_their_schedule(preset, schedule):
     assert read_flags(preset, "")[1] == schedule
+
+
+@pytest.mark.parametrize(
+    ("flags", "schedule"),
+    [
+        ("--noise_schedule=cosine", "cosine"),
+        ("--noise_schedule  cosine", "cosine"),
+        ("--noise_schedule 'cosine'", "cosine"),
+        ("--noise_schedule linear", "linear"),
+        ("", "linear"),
+        ("--training_mode  edm --weight_schedule karras", "edm"),
+        ("--training_mode=consistency_distillation", "consistency"),
+    ],
+)
+def test_flags_say_the_schedule(flags, schedule):
+    assert read_flags(None, f"{TEXT} {flags}")[1] == schedule
 
 
 def test_flags_and_preset_exclude_each_other():

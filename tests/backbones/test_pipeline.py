@@ -152,10 +152,14 @@ def test_a_scheduler_keeps_what_it_was_converted_from(pipeline):
     assert type(load_model(pipeline).scheduler) is DDIMScheduler
 
 
-def test_networks_of_ours_come_back(tmp_path):
+@pytest.mark.parametrize("earlier", ["robustdiff.models.adm", "robustdiff.backbones.adm", None])
+def test_networks_of_ours_come_back(tmp_path, earlier):
     flags = {"image_size": 16, "num_channels": 64, "num_res_blocks": 1, "channel_mult": "0.5,1", "num_heads": 1}
     unet = build_adm(AdmFlags(**flags, attention_resolutions="8", num_head_channels=-1))
     Model.of(unet, DDPMScheduler()).save(tmp_path / "p")
+    if earlier is not None:  # the module's name when the pipeline was saved
+        index = tmp_path / "p" / "model_index.json"
+        index.write_text(json.dumps({**json.loads(index.read_text()), "unet": [earlier, "AdmUNet2DModel"]}))
     loaded = assert_loads(tmp_path / "p", unet)
     assert type(loaded) is AdmUNet2DModel
     assert loaded.config["_adm"] == unet.config["_adm"]

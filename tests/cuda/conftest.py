@@ -69,16 +69,6 @@ def eager(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def golden() -> Path:
-    """The folder of golden data, $ROBUSTDIFF_GOLDEN, else shared/golden next to the repository."""
-    default = Path(__file__).resolve().parents[3] / "shared" / "golden"
-    folder = Path(os.environ.get("ROBUSTDIFF_GOLDEN") or default)
-    if not folder.is_dir():
-        pytest.skip(f"no golden data at {folder}: set ROBUSTDIFF_GOLDEN")
-    return folder
-
-
-@pytest.fixture
 def recipe(tmp_path: Path) -> Callable[..., Recipe]:
     """recipe(name, output, "key=value", …): a shipped recipe that makes six updates of sixteen images."""
 

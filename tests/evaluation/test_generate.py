@@ -215,20 +215,8 @@ def test_a_folder_without_images_may_be_used(generator, accelerator, tmp_path):
     assert json.loads((tmp_path / RECORD).read_text())["sampler"] == "iddpm"
 
 
-def test_classes_take_turns_and_are_written(accelerator, tmp_path):
-    from diffusers import UNet2DModel
-
-    unet = UNet2DModel(
-        sample_size=8,
-        in_channels=1,
-        out_channels=1,
-        layers_per_block=1,
-        block_out_channels=(8,),
-        down_block_types=("DownBlock2D",),
-        up_block_types=("UpBlock2D",),
-        norm_num_groups=4,
-        num_class_embeds=3,
-    )
+def test_classes_take_turns_and_are_written(make_unet, accelerator, tmp_path):
+    unet = make_unet(num_class_embeds=3)
     generator = Generator(
         Model(UNet2D(unet), process=DiffusionProcess.cosine(10), prediction="epsilon"), steps=1, batch_size=4
     )

@@ -48,19 +48,9 @@ def test_flows_and_consistency_models_too(sampler, process):
 
 
 @pytest.fixture(scope="module")
-def overflowing(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def overflowing(make_unet, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A pipeline whose weights are finite and whose outputs are not."""
-    torch.manual_seed(0)
-    unet = diffusers.UNet2DModel(
-        sample_size=8,
-        in_channels=1,
-        out_channels=1,
-        layers_per_block=1,
-        block_out_channels=(8, 8),
-        down_block_types=("DownBlock2D",) * 2,
-        up_block_types=("UpBlock2D",) * 2,
-        norm_num_groups=4,
-    )
+    unet = make_unet()
     with torch.no_grad():
         unet.conv_out.weight.fill_(3e38)
     folder = tmp_path_factory.mktemp("overflowing") / "model"

@@ -62,22 +62,12 @@ def test_guidance_that_is_not_possible_is_refused(arguments, words):
         sample(by_class, LINEAR, "ddim", 2, shape=(1, 1, 4, 4), **arguments)
 
 
-def conditional(classes: int | None) -> diffusers.UNet2DModel:
-    torch.manual_seed(0)
-    return diffusers.UNet2DModel(
-        sample_size=8,
-        in_channels=1,
-        out_channels=1,
-        layers_per_block=1,
-        block_out_channels=(8, 8),
-        down_block_types=("DownBlock2D",) * 2,
-        up_block_types=("UpBlock2D",) * 2,
-        norm_num_groups=4,
-        num_class_embeds=classes,
-    )
+@pytest.fixture
+def conditional(make_unet):
+    return lambda classes: make_unet(num_class_embeds=classes)
 
 
-def test_a_null_class_is_not_sampled_where_it_is_known():
+def test_a_null_class_is_not_sampled_where_it_is_known(conditional):
     scheduler, network = diffusers.DDPMScheduler(), conditional(4)
     assert Generator.of(Model.of(network, scheduler)).labels(range(8)).tolist() == [0, 1, 2, 3] * 2
     assert Generator.of(Model.of(network, scheduler), num_classes=3).labels(range(6)).tolist() == [0, 1, 2] * 2
@@ -88,7 +78,7 @@ def test_a_null_class_is_not_sampled_where_it_is_known():
 
 
 @pytest.mark.parametrize(("classes", "words"), [(2, "one less"), (5, "one less"), (None, "null class")])
-def test_guidance_without_a_null_class_is_refused(classes, words):
+def test_guidance_without_a_null_class_is_refused(conditional, classes, words):
     with pytest.raises(InputError, match=words):
         Generator.of(Model.of(conditional(4), diffusers.DDPMScheduler()), guidance=2.0, num_classes=classes)
 

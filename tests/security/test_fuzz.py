@@ -347,18 +347,12 @@ def test_classifiers(folder, data):
 
 
 @pytest.fixture(scope="module")
-def pipeline(folder: Path) -> Path:
+def pipeline(make_unet, folder: Path) -> Path:
     from diffusers import DDPMScheduler
-    from diffusers.models.unets.unet_2d import UNet2DModel
 
-    unet = UNet2DModel(
+    unet = make_unet(
+        (4,),
         sample_size=4,
-        in_channels=1,
-        out_channels=1,
-        layers_per_block=1,
-        block_out_channels=(4,),
-        down_block_types=("DownBlock2D",),
-        up_block_types=("UpBlock2D",),
         norm_num_groups=2,
         attention_head_dim=4,
     )

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 from diffusers import DDPMScheduler
-from diffusers.models.unets.unet_2d import UNet2DModel
 
 from robustdiff.backbones.model import Model, load_model
 from robustdiff.backbones.scheduler import objective_of, process_of
@@ -24,19 +23,9 @@ FILES = {
 
 
 @pytest.fixture
-def pipeline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def pipeline(make_unet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A pipeline folder that is the working folder, with modules in it that leave a mark when they are imported."""
-    unet = UNet2DModel(
-        sample_size=4,
-        in_channels=1,
-        out_channels=1,
-        layers_per_block=1,
-        block_out_channels=(4,),
-        down_block_types=("DownBlock2D",),
-        up_block_types=("UpBlock2D",),
-        norm_num_groups=2,
-        attention_head_dim=4,
-    )
+    unet = make_unet((4,), sample_size=4, norm_num_groups=2, attention_head_dim=4)
     folder = tmp_path / "p"
     Model.of(unet, DDPMScheduler()).save(folder)
     code = f"open({str(tmp_path / 'ran')!r}, 'w').close()\nclass Evil: pass\nclass EvilScheduler: pass\n"

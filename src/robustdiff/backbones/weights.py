@@ -77,7 +77,7 @@ def read_state(path: str | os.PathLike[str]) -> dict[str, Tensor]:
 
 
 def read_file(path: str | os.PathLike[str]) -> Any:
-    """Return what a file of safetensors or of ``torch.save`` holds, if that is tensors and plain containers only.
+    """Load a file of safetensors or of ``torch.save``, if it holds tensors and plain containers only.
 
     Raises:
         InputError: There is no such file, or it is damaged, or it holds pickled objects.
@@ -194,7 +194,7 @@ def _open(held: Any, path: str | os.PathLike[str], depth: int = 0) -> dict[str, 
 
 
 def strip_prefixes(state: Mapping[str, Tensor], path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """Return weights under the names that the bare network has, whatever it was wrapped in when they were saved.
+    """Return weights by the names of the bare network, without the prefixes of wrappers that they were saved with.
 
     Arguments:
         state: The weights. `n_averaged` of torch's ``AveragedModel`` is left out.
@@ -218,7 +218,7 @@ def strip_prefixes(state: Mapping[str, Tensor], path: str | os.PathLike[str]) ->
 def check_weights(
     state: Mapping[str, Tensor], path: str | os.PathLike[str], dtype: torch.dtype | None = None
 ) -> dict[str, Tensor]:
-    """Return weights if each is a dense tensor of finite floating-point numbers.
+    """Check and return weights: each is a dense tensor of finite floating-point numbers.
 
     Arguments:
         state: The weights by name.

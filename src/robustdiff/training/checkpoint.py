@@ -93,12 +93,12 @@ def _hash(path: Path) -> str:
 
 
 def _checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints under their final names, the oldest first."""
+    """Return the checkpoints under their final names, the oldest first."""
     return sorted(path for path in folder.glob("step-*") if _NAME.fullmatch(path.name))
 
 
 def _file(part: str, accelerator: Accelerator) -> str:
-    """The file of a process's tensors. FSDP's hold different shards; elsewhere they all hold the same."""
+    """Return the file of a process's tensors. FSDP's hold different shards; elsewhere they all hold the same."""
     sharded = accelerator.distributed_type == DistributedType.FSDP
     return f"{part}-{accelerator.process_index:03d}.safetensors" if sharded else f"{part}.safetensors"
 
@@ -108,7 +108,7 @@ def _random_file(process: int) -> str:
 
 
 def _local(tensor: Tensor) -> Tensor:
-    """A tensor itself, or the shard of it that this process has."""
+    """Return a tensor itself, or the shard of it that this process has."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor.detach()
 
 
@@ -181,7 +181,7 @@ def damage(path: Path) -> str | None:
 
 
 def _manifest(path: Path) -> dict[str, str]:
-    """The hashes of a checkpoint's files, each a file in it.
+    """Return the hashes of a checkpoint's files, each a file in it.
 
     Raises:
         InputError: If there is none that names files of a checkpoint.
@@ -292,7 +292,7 @@ def _opened(path: Path) -> Any:
 
 
 def _read(path: Path, expected: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a file, when it has those that are expected by name, shape and type, and nothing but numbers.
+    """Return the tensors of a file, if it has those that are expected by name, shape and type, and only numbers.
 
     Raises:
         InputError: If it has others.
@@ -317,7 +317,7 @@ def _read(path: Path, expected: Mapping[str, Tensor]) -> Iterator[tuple[str, Ten
 
 
 def check_moments(path: Path, moments: Mapping[str, Tensor], step: int) -> None:
-    """See that AdamW can go on from moments: those of squares are ≥ 0, and the updates whole and at most the run's.
+    """Check that AdamW can go on: second moments are ≥ 0, and the updates whole and at most the run's.
 
     Arguments:
         path: The checkpoint.
@@ -335,7 +335,7 @@ def check_moments(path: Path, moments: Mapping[str, Tensor], step: int) -> None:
 
 
 def check_objective(path: Path, saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """See that what an objective remembers is numbers ≥ 0, in lists of the same lengths as the run's.
+    """Check that the state of an objective is numbers ≥ 0, in lists of the same lengths as the run's.
 
     Raises:
         InputError: If it is not.

@@ -65,7 +65,7 @@ class EMA:
 
     Attributes:
         average: The averages, in the order of the parameters.
-        updates: How many updates they are of. The power function depends on it: whoever loads averages sets it.
+        updates: The number of updates averaged. The power function depends on it, so set it when averages are loaded.
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter], decay: float | Literal["auto"]) -> None:
@@ -78,11 +78,11 @@ class EMA:
         self._exponent = power_exponent(RELATIVE_WIDTH)
 
     def update(self, stepped: Tensor | None = None) -> None:
-        """Take the parameters into the average, after an optimiser step.
+        """Update the average by the parameters, after an optimiser step.
 
         Arguments:
-            stepped: Whether the optimiser made the step, a boolean scalar on the parameters' device; where it is false
-                θ̄ stays. None: it did.
+            stepped: A boolean scalar on the parameters' device, false where the optimiser left the step out: θ̄ then
+                stays. None is true.
         """
         self.updates += 1
         power = (1 - 1 / self.updates) ** (self._exponent + 1)
@@ -91,7 +91,7 @@ class EMA:
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Inside the block the parameters hold the average."""
+        """Replace the parameters by the average within the block."""
         with torch.no_grad():
             values: list[Tensor] = [p.detach() for p in self.parameters]
             kept = [value.clone() for value in values]

@@ -1,4 +1,4 @@
-r"""What is random about a batch, as a function of (seed, batch number) alone.
+r"""The random numbers of a batch, as a function of (seed, batch number) alone.
 
 Batch b of a run holds the rows b·B … (b+1)·B − 1 of an endless list of indices, in which every epoch is a new
 permutation of the data; its times, noise and flips come from a generator that is seeded anew for each batch. So
@@ -23,13 +23,13 @@ _ORDER, _NOISE = range(2)
 
 
 def batch_generator(seed: int, batch: int, device: torch.device | str) -> torch.Generator:
-    """The generator of the times, noise and flips of one batch."""
+    """Return the generator of the times, noise and flips of one batch."""
     state = np.random.SeedSequence([seed, _NOISE, batch]).generate_state(1, np.uint64)[0]
     return torch.Generator(device).manual_seed(int(state >> np.uint64(1)))
 
 
 class BatchIndices:
-    """The indices of successive microbatches, as torch's DataLoader takes them (``batch_sampler``).
+    """A ``batch_sampler`` for torch's DataLoader: the indices of successive microbatches.
 
     Arguments:
         length: The number N of images.
@@ -55,7 +55,7 @@ class BatchIndices:
         self.rank, self.processes, self.accumulate = rank, processes, accumulate
 
     def rows(self, microbatch: int) -> slice:
-        """Which rows of a batch belong to this process's microbatch."""
+        """Return the rows of a batch that belong to this process's microbatch."""
         n = self.batch_size // (self.processes * self.accumulate)
         first = (microbatch * self.processes + self.rank) * n
         return slice(first, first + n)

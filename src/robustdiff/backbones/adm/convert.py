@@ -6,14 +6,14 @@ the flags: with a preset, or from ``--noise_schedule`` among them, or guided-dif
 
 from __future__ import annotations
 
-import re
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from diffusers import CMStochasticIterativeScheduler, DDPMScheduler, EDMEulerScheduler
 
-from robustdiff.backbones.adm import PRESETS, AdmFlags, load_adm, parse_flags, save_adm
+from robustdiff.backbones.adm.checkpoint import load_adm, save_adm
+from robustdiff.backbones.adm.flags import PRESETS, AdmFlags, parse_flags, read_command
 from robustdiff.backbones.model import Model, load_model
 from robustdiff.backbones.scheduler import mark_as_own
 from robustdiff.errors import InputError
@@ -30,14 +30,14 @@ _SCHEDULES: dict[str, Schedule] = {
     "imagenet64-cm": "consistency",
     "lsun256-cm": "consistency",
 }
-"""Of the presets; the others are linear."""
+"""Schedules of the presets; the others are linear."""
 
 
 def read_flags(preset: str | None, text: str) -> tuple[AdmFlags, Schedule]:
-    """The flags of a network and its schedule, from a preset's name or from guided-diffusion's own flags.
+    """Return the flags of a network and its schedule, by a preset's name or from guided-diffusion's own flags.
 
     Arguments:
-        preset: A key of :data:`robustdiff.backbones.adm.PRESETS`.
+        preset: A key of :data:`robustdiff.backbones.adm.flags.PRESETS`.
         text: Flags as guided-diffusion spells them, such as ``--image_size 64 --class_cond True``.
 
     Raises:
@@ -49,13 +49,13 @@ def read_flags(preset: str | None, text: str) -> tuple[AdmFlags, Schedule]:
         if preset not in PRESETS:
             raise InputError(f"unknown preset {preset!r}: use one of {', '.join(PRESETS)}")
         return PRESETS[preset], _SCHEDULES.get(preset, "linear")
-    flags = parse_flags(text)
-    if "--training_mode" in text or "--weight_schedule" in text:
-        return flags, "edm" if re.search(r"--training_mode[ =]edm\b", text) else "consistency"
-    given = re.search(r"--noise_schedule[ =](\w+)", text)
-    if given is not None and given[1] not in ("linear", "cosine"):
-        raise InputError(f"unknown --noise_schedule {given[1]}: use linear or cosine")
-    return flags, "cosine" if given is not None and given[1] == "cosine" else "linear"
+    command = read_command(text)
+    schedule = command.get("noise_schedule", "linear")
+    if "training_mode" in command or "weight_schedule" in command:
+        schedule = "edm" if command.get("training_mode") == "edm" else "consistency"
+    elif schedule not in ("linear", "cosine"):
+        raise InputError(f"unknown --noise_schedule {schedule}: use linear or cosine")
+    return parse_flags(text), cast(Schedule, schedule)
 
 
 def convert(source: Path, output: Path, flags: AdmFlags | None = None, schedule: Schedule = "linear") -> None:

@@ -1,0 +1,222 @@
+"""ADM networks: built, loaded from a checkpoint of guided-diffusion, and saved as one.
+
+Three things that the way back needs and no field of a `UNet2DModel`'s config holds are kept in the config under
+`_adm`, which `save_pretrained` writes and `from_pretrained` restores: the attention order, the dimension of the qkv
+convolutions, and the types of tensors that are not float32. A file in half precision is loaded in float32 and
+written in half precision again.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.models.unets.unet_2d import UNet2DModel
+from torch import Tensor, nn
+
+from robustdiff.backbones.adm.diagnose import explanation, first_mismatch
+from robustdiff.backbones.adm.flags import AdmFlags
+from robustdiff.backbones.adm.layout import INPUT, NO_COUNTERPART, OUTPUT, QKV, TIME, Layout
+from robustdiff.backbones.weights import FLOATS, read_weights
+from robustdiff.errors import InputError
+from robustdiff.files import atomic_write
+
+__all__ = ["build_adm", "load_adm", "save_adm"]
+
+
+def _split_qkv(qkv: Tensor, heads: int, new_order: bool) -> Tensor:
+    """Reorder (3·heads·channels, *) in the file's order → (3, heads·channels, *), heads within each of q, k and v."""
+    if new_order:
+        return qkv.unflatten(0, (3, -1))
+    return qkv.unflatten(0, (heads, 3, -1)).transpose(0, 1).flatten(1, 2)
+
+
+def _join_qkv(qkv: Tensor, heads: int, new_order: bool) -> Tensor:
+    """Invert :func:`_split_qkv`."""
+    if new_order:
+        return qkv.flatten(0, 1)
+    return qkv.unflatten(1, (heads, -1)).transpose(0, 1).flatten(0, 2)
+
+
+def build_adm(flags: AdmFlags, in_channels: int = 3) -> UNet2DModel:
+    """Return an untrained ADM network, initialised as guided-diffusion does.
+
+    It has PyTorch's initialisation everywhere, except that the last layer of every residual block, of every
+    attention block and of the network is zero: at first the blocks only pass on and the output is 0.
+
+    Args:
+        flags: The network (:data:`PRESETS` has the published ones).
+        in_channels: Channels of the images; the output has as many, or twice with `learn_sigma`.
+
+    Returns:
+        The UNet in train mode.
+    """
+    unet = Layout.from_flags(flags, in_channels).unet(flags.image_size, flags.dropout)
+    for name, parameter in unet.named_parameters():
+        if name.rsplit(".", 1)[0].endswith((".conv2", ".to_out.0", "conv_out")):
+            nn.init.zeros_(parameter)
+    unet.register_to_config(_adm=_way_back(flags.use_new_attention_order))
+    return unet
+
+
+def _way_back(new_order: bool, qkv_dims: int = 1, dtypes: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """Return the config's `_adm`."""
+    return {"use_new_attention_order": new_order, "qkv_dims": qkv_dims, "dtypes": dict(dtypes or {})}
+
+
+def _recorded(unet: UNet2DModel) -> tuple[dict[str, Any], dict[str, torch.dtype]]:
+    """Return the way back and the types in the config of a `UNet2DModel`, possibly from a file of unknown origin."""
+    recorded = unet.config.get("_adm", {})
+    way_back = {**_way_back(new_order=True), **(recorded if isinstance(recorded, Mapping) else {})}
+    types = {str(dtype).removeprefix("torch."): dtype for dtype in FLOATS}
+    dtypes = way_back["dtypes"]
+    if not (
+        isinstance(recorded, Mapping)
+        and isinstance(way_back["use_new_attention_order"], bool)
+        and way_back["qkv_dims"] in (1, 2)
+        and isinstance(dtypes, Mapping)
+        and all(isinstance(name, str) and name in types for name in dtypes.values())
+    ):
+        raise InputError("the UNet's config has an _adm that save_adm does not write: remove it, or convert again")
+    return way_back, {name: types[dtype] for name, dtype in dtypes.items()}
+
+
+def _working_type(dtypes: Iterable[torch.dtype]) -> torch.dtype:
+    """Return the type to compute in: float32, unless there is something wider."""
+    return functools.reduce(torch.promote_types, dtypes, torch.float32)
+
+
+def _types(state: Mapping[str, Tensor]) -> dict[str, str]:
+    """Return the types if not all are float32: the most common one under "*", the others by tensor."""
+    names = {name: str(value.dtype).removeprefix("torch.") for name, value in state.items()}
+    [(common, _)] = Counter(names.values()).most_common(1)
+    rare = {name: dtype for name, dtype in names.items() if dtype != common}
+    return rare if common == "float32" else {"*": common, **rare}
+
+
+def _read_state(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    state = read_weights(path)
+    for tensor, ndims in ((TIME, (2,)), (INPUT, (4,)), (OUTPUT, (4,)), (QKV, (3, 4))):
+        if tensor not in state or state[tensor].ndim not in ndims:
+            raise InputError(f"{path} is not a guided-diffusion UNet checkpoint: no image UNet's {tensor}")
+    # Three channels of the image, three of its low resolution.
+    if state[INPUT].shape[1] == 6 and state[OUTPUT].shape[0] in (3, 6):
+        raise InputError(f"{path} is a super-resolution checkpoint, which is another network")
+    return state
+
+
+def load_adm(
+    path: str | os.PathLike[str],
+    image_size: int = 32,
+    num_channels: int = 128,
+    num_res_blocks: int = 3,
+    channel_mult: str = "",
+    attention_resolutions: str = "16,8",
+    num_heads: int = 4,
+    num_head_channels: int = 32,
+    use_scale_shift_norm: bool = True,
+    resblock_updown: bool = True,
+    use_new_attention_order: bool = True,
+    learn_sigma: bool = True,
+    class_cond: bool = False,
+    num_classes: int | None = None,
+    dropout: float = 0.3,
+    num_heads_upsample: int = -1,
+    conv_resample: bool = True,
+) -> UNet2DModel:
+    """Read a guided-diffusion checkpoint (Dhariwal & Nichol 2021) as a diffusers UNet with the same outputs.
+
+    The flags are those of :class:`AdmFlags`; here they default to `PRESETS["cifar10-adm"]`. With others in
+    hand, write `load_adm(path, **dataclasses.asdict(flags))`.
+
+    The shapes of the tensors confirm the flags, except those that leave no trace in them: the attention
+    order, the number of heads, and the rate of dropout. With a wrong attention order or number of heads the
+    network runs and its outputs are wrong; only the training command can tell.
+
+    The number of image channels is the file's, and so is the number of classes unless it is given.
+
+    Args:
+        path: The `.pt` or `.safetensors` file: a state dict (an EMA file is one too), or a training script's dict that
+            holds one, of which the moving average is read. Prefixes of wrappers are stripped.
+
+    Returns:
+        The UNet in eval mode, in float32; call it as `unet(x, t, class_labels=y).sample`. It is a plain
+        `UNet2DModel`, or for rare networks its subclass :class:`AdmUNet2DModel`.
+
+    Raises:
+        InputError: There is no such file, it is not a guided-diffusion UNet, or the flags do not fit it. The
+            message then names the first tensor that differs and the flag that most likely explains it.
+    """
+    flags = AdmFlags(**{name: value for name, value in locals().items() if name != "path"})
+    state = _read_state(path)
+    shapes = {name: tuple(value.shape) for name, value in state.items()}
+    if (mismatch := first_mismatch(shapes, flags)) is not None:
+        raise InputError(f"{os.fspath(path)} does not fit its flags: {explanation(shapes, flags, mismatch)}")
+    layout = Layout.from_shapes(flags, shapes)
+    working = _working_type(value.dtype for value in state.values())
+    weights: dict[str, Tensor] = {}
+    for tensor in layout.tensors():
+        value = state[tensor.adm].to(working, copy=True)  # the file's may be mapped from it
+        if tensor.heads:
+            parts = _split_qkv(value, tensor.heads, use_new_attention_order)
+            # Each on memory of its own, as the parameters of a UNet are.
+            weights |= {name: part.clone() for name, part in zip(tensor.unet, parts, strict=True)}
+        else:
+            weights[tensor.unet[0]] = value
+    with torch.device("meta"):
+        unet = layout.unet(flags.image_size, flags.dropout)
+    # A convolution of width 1 in the file is a linear layer in the UNet.
+    reshaped = {name: weights[name].reshape(parameter.shape) for name, parameter in unet.named_parameters()}
+    unet.load_state_dict(reshaped, assign=True)
+    unet.register_to_config(_adm=_way_back(use_new_attention_order, layout.qkv_dims, _types(state)))
+    return unet.eval()
+
+
+def save_adm(unet: UNet2DModel, path: str | os.PathLike[str]) -> None:
+    """Write a UNet as a guided-diffusion checkpoint; the inverse of :func:`load_adm`.
+
+    A UNet that `load_adm` made, whether or not it was trained or went through `save_pretrained` and
+    `from_pretrained`, is written in the attention order and the tensor types of the file it came from, and in
+    guided-diffusion's order of tensors. Any other `UNet2DModel` of ADM's structure is written in the new
+    attention order and its own tensor types.
+
+    Args:
+        unet: The network. Parameters that were cast, for example by `unet.half()`, are written as they are.
+        path: The file to create or replace; it appears whole or not at all.
+
+    Raises:
+        InputError: ADM has no counterpart of this UNet, or the folder of `path` does not exist.
+    """
+    if not isinstance(unet, UNet2DModel):
+        raise InputError(f"save_adm needs a diffusers UNet2DModel, got a {type(unet).__name__}")
+    if not Path(path).parent.is_dir():
+        raise InputError(f"cannot write {path}: the folder {Path(path).parent} does not exist")
+    way_back, dtypes = _recorded(unet)
+    layout = Layout.from_unet(unet, way_back["qkv_dims"])
+    working = _working_type(dtypes.values())
+    weights = {name: value.detach().cpu() for name, value in unet.state_dict().items()}
+    state: dict[str, Tensor] = {}
+    for tensor in layout.tensors():
+        try:
+            parts = [weights.pop(name) for name in tensor.unet]
+        except KeyError as error:
+            raise InputError(f"{NO_COUNTERPART}: it lacks {error}, {tensor.adm} in ADM") from None
+        value = parts[0]
+        if tensor.heads:
+            value = _join_qkv(torch.stack(parts), tensor.heads, way_back["use_new_attention_order"])
+        if value.numel() != torch.Size(tensor.shape).numel():
+            raise InputError(
+                f"{NO_COUNTERPART}: {tensor.unet[0]} is {tuple(parts[0].shape)}, and {tensor.adm} {tensor.shape}"
+            )
+        # Only what loading widened is narrowed again.
+        dtype = dtypes.get(tensor.adm, dtypes.get("*", working)) if value.dtype == working else value.dtype
+        state[tensor.adm] = value.reshape(tensor.shape).to(dtype).contiguous()
+    if weights:
+        raise InputError(f"{NO_COUNTERPART}: it has a tensor {next(iter(weights))}")
+    with atomic_write(path) as file:
+        torch.save(state, file)
