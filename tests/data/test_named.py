@@ -190,7 +190,7 @@ def test_unknown_name_lists_the_known():
         ({"name": "npz", "root": "x", "split": "test"}, "no split"),
         (
             {"name": "digits", "background": "black"},
-            "takes no background; leave it out; it is for imagefolder, hf:NAME",
+            "takes no background; leave it out; it is for hf:NAME, imagefolder",
         ),
         (
             {"name": "imagefolder", "root": "x", "image_column": "a"},

@@ -11,40 +11,23 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from diffusers import (
-    CMStochasticIterativeScheduler,
-    DDPMScheduler,
-    EDMEulerScheduler,
-    FlowMatchEulerDiscreteScheduler,
-)
 from diffusers.models.unets.unet_2d import UNet2DModel
 
 from robustdiff.backbones.pipeline import downsampling, load_pipeline, size_of
-from robustdiff.backbones.scheduler import mark_as_own, objective_of, process_of
+from robustdiff.backbones.scheduler import kind_of, mark_as_own, objective_of, process_of
 from robustdiff.data import ImageDataset
 from robustdiff.errors import InputError
-from robustdiff.objectives.consistency import DoublingScales, FixedScales, GrowingScales, ScaleSchedule
 from robustdiff.objectives.denoising import Variance
-from robustdiff.objectives.preconditioning import karras_process, karras_sigmas
+from robustdiff.objectives.objective import OBJECTIVES, ObjectiveConfig
 from robustdiff.process import DiffusionProcess
-from robustdiff.recipe import (
-    ConsistencyConfig,
-    DenoisingConfig,
-    EdmConfig,
-    ModelConfig,
-    ObjectiveConfig,
-    ProcessConfig,
-    Recipe,
-)
+from robustdiff.recipe import ModelConfig, Recipe
 
 __all__ = [
     "Built",
     "build_model",
-    "build_process",
     "build_unet",
     "check_classes",
     "check_fit",
-    "scale_schedule",
 ]
 
 
@@ -92,49 +75,6 @@ def build_unet(
     )
 
 
-def build_process(config: ProcessConfig, objective: DenoisingConfig) -> tuple[DiffusionProcess, Any]:
-    """A process by name, and the diffusers scheduler that goes into the pipeline folder with it."""
-    if (config.name == "flow") != (objective.prediction == "flow"):
-        raise InputError("process=flow and objective.prediction=flow go together: set both, or neither")
-    if config.name == "flow":
-        # A flow's time is continuous: T is how finely it is drawn, and the scheduler has always 1000 t.
-        scheduler: Any = FlowMatchEulerDiscreteScheduler(shift=config.shift)
-        return DiffusionProcess.flow(config.T, config.shift), mark_as_own(scheduler)
-    scheduler = DDPMScheduler(
-        config.T,
-        beta_schedule={"cosine": "squaredcos_cap_v2", "linear": "linear"}[config.name],
-        beta_start=0.0001 * 1000 / config.T,
-        beta_end=0.02 * 1000 / config.T,
-        prediction_type=objective.prediction,
-        variance_type={"fixed": "fixed_small"}.get(objective.variance, objective.variance),
-    )
-    process = DiffusionProcess.cosine(config.T) if config.name == "cosine" else DiffusionProcess.linear(config.T)
-    return process, mark_as_own(scheduler)
-
-
-def scale_schedule(config: ConsistencyConfig, steps: int) -> ScaleSchedule:
-    """The schedule of the numbers of levels over so many optimiser updates."""
-    if config.start_scales is None:
-        return FixedScales(config.scales, config.decay)
-    kind = GrowingScales if config.schedule == "growing" else DoublingScales
-    return kind(config.start_scales, config.scales, config.decay, steps)
-
-
-def _build_levels(objective: EdmConfig | ConsistencyConfig, steps: int) -> tuple[DiffusionProcess, Any]:
-    """The process over noise levels when training ends, and its diffusers scheduler."""
-    levels = objective.levels if isinstance(objective, EdmConfig) else scale_schedule(objective, steps)(steps)[0]
-    kind = EDMEulerScheduler if isinstance(objective, EdmConfig) else CMStochasticIterativeScheduler
-    scheduler = kind(
-        num_train_timesteps=levels,
-        sigma_min=objective.sigma_min,
-        sigma_max=objective.sigma_max,
-        sigma_data=objective.sigma_data,
-        rho=objective.rho,
-    )
-    sigmas = karras_sigmas(levels, objective.sigma_min, objective.sigma_max, objective.rho)
-    return karras_process(sigmas), mark_as_own(scheduler)
-
-
 @dataclass
 class Built:
     """What a recipe trains.
@@ -160,14 +100,12 @@ def build_model(recipe: Recipe, dataset: ImageDataset) -> Built:
     """
     given = recipe.process
     if recipe.model.name == "unet":
-        if given is not None and given.name == "pretrained":
-            raise InputError("process=pretrained needs model.name=pretrained: choose cosine, linear or flow")
-        objective: ObjectiveConfig = recipe.objective or DenoisingConfig()
-        variance = objective.variance if isinstance(objective, DenoisingConfig) else "fixed"
-        process, scheduler = _build_process_of(objective, given, recipe.steps)
+        objective = recipe.objective or OBJECTIVES["denoising"].model_validate({})
+        process, scheduler = objective.new_process(given, recipe.steps)
+        variance: Variance = "learned_range" if objective.learned_variance else "fixed"
         unet = build_unet(recipe.model, dataset.shape, dataset.num_classes, variance)
         _note_null_class(unet, dataset)
-        return Built(unet, process, scheduler, objective)
+        return Built(unet, process, mark_as_own(scheduler), objective)
     assert recipe.model.path is not None  # the recipe's own validation
     unet, scheduler = load_pipeline(recipe.model.path)
     if given is not None and given.name == "pretrained":
@@ -177,24 +115,26 @@ def build_model(recipe: Recipe, dataset: ImageDataset) -> Built:
     except InputError as error:
         raise InputError(f"the model {recipe.model.path}: {error}") from None
     objective = recipe.objective or own
-    if recipe.objective is None and isinstance(own, ConsistencyConfig):
+    if recipe.objective is None and own.needs_target:
         raise InputError(f"the model {recipe.model.path} is a consistency model: give the recipe its objective")
-    if isinstance(own, EdmConfig) and scheduler.config.get("_time_scale") is None:
+    if kind_of(scheduler) == "edm" and scheduler.config.get("_time_scale") is None:
         raise InputError(
             f"the model {recipe.model.path} is called at ln σ/4, and training over noise levels calls networks at "
             "250 ln σ: it can be sampled and be a teacher, but not be trained"
         )
-    if isinstance(own, DenoisingConfig) and isinstance(objective, DenoisingConfig):
-        objective = own.model_copy(update={name: getattr(objective, name) for name in objective.model_fields_set})
+    objective = objective.adopt(own)
+    if not (own.over_levels or objective.over_levels):
         _check_channels(unet, objective, str(recipe.model.path))
         if given is None:
             scheduler = _retargeted(scheduler, own, objective, str(recipe.model.path))
             objective_of(scheduler, unet)  # raises where the process has no such parameterisation
             process = process_of(scheduler)
         else:
-            process, scheduler = build_process(given, objective)
+            process, scheduler = objective.new_process(given, recipe.steps)
+            mark_as_own(scheduler)
     else:
-        process, scheduler = _build_process_of(objective, given, recipe.steps)
+        process, scheduler = objective.new_process(given, recipe.steps)
+        mark_as_own(scheduler)
     check_fit(unet, dataset.shape, str(recipe.model.path))
     check_classes(unet, dataset.num_classes, str(recipe.model.path))
     if recipe.model.condition_dropout and unet.config.num_class_embeds != (dataset.num_classes or 0) + 1:
@@ -203,7 +143,7 @@ def build_model(recipe: Recipe, dataset: ImageDataset) -> Built:
             f"classes of the data, and the model {recipe.model.path} has {unet.config.num_class_embeds or 'none'}: "
             "leave it out"
         )
-    if not isinstance(objective, DenoisingConfig) and unet.config.out_channels != unet.config.in_channels:
+    if objective.over_levels and unet.config.out_channels != unet.config.in_channels:
         raise InputError(
             f"the model {recipe.model.path} has a learned variance, which objective={objective.name} has no use for"
         )
@@ -217,18 +157,19 @@ def _note_null_class(unet: UNet2DModel, dataset: ImageDataset) -> None:
         unet.register_to_config(_null_class=True)
 
 
-def _check_channels(unet: UNet2DModel, objective: DenoisingConfig, path: str) -> None:
+def _check_channels(unet: UNet2DModel, objective: ObjectiveConfig, path: str) -> None:
     """Raise InputError if a network does not have the output channels of an objective."""
     learned = unet.config.out_channels == 2 * unet.config.in_channels
-    if learned != (objective.variance == "learned_range"):
+    if learned != objective.learned_variance:
+        variance = "learned_range" if objective.learned_variance else "fixed"
         raise InputError(
-            f"objective.variance={objective.variance} does not go with the model {path}, which has "
+            f"objective.variance={variance} does not go with the model {path}, which has "
             f"{unet.config.in_channels} input and {unet.config.out_channels} output channels: leave "
             "objective.variance out"
         )
 
 
-def _retargeted(scheduler: Any, own: DenoisingConfig, objective: DenoisingConfig, path: str) -> Any:
+def _retargeted(scheduler: Any, own: ObjectiveConfig, objective: ObjectiveConfig, path: str) -> Any:
     """Return a checkpoint's scheduler with the parameterisation that is trained, for the pipeline folder.
 
     Raises:
@@ -244,17 +185,6 @@ def _retargeted(scheduler: Any, own: DenoisingConfig, objective: DenoisingConfig
             "as well"
         )
     return type(scheduler).from_config(scheduler.config, prediction_type=objective.prediction)
-
-
-def _build_process_of(
-    objective: ObjectiveConfig, config: ProcessConfig | None, steps: int
-) -> tuple[DiffusionProcess, Any]:
-    """The process that an objective is over, where it is not the checkpoint's, and its diffusers scheduler."""
-    if isinstance(objective, DenoisingConfig):
-        return build_process(config or ProcessConfig(), objective)
-    if config is not None:
-        raise InputError(f"objective={objective.name} has levels of its own: leave process out")
-    return _build_levels(objective, steps)
 
 
 def check_fit(unet: UNet2DModel, shape: tuple[int, int, int], path: str) -> None:
