@@ -1,4 +1,4 @@
-"""Adversaries, objectives and datasets of an installed package are trained with by their names, and with their options."""
+"""Adversaries, objectives and datasets of an installed package: recipes name them, with fields of their own."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import yaml
 
 SRC = Path(__file__).resolve().parent.parent / "src"
 
-MODULE = '''
+MODULE = """
 from __future__ import annotations
 
 from typing import Annotated, ClassVar, Literal
@@ -75,7 +75,12 @@ def stripes(
     rows = np.arange(8)[:, None] // width % 2 * (100 if dark else 255)
     images = np.broadcast_to(rows, (16, 8, 8))[..., None].astype(np.uint8)
     return ArrayDataset("stripes", images)
-'''
+
+
+@DATASETS.register("murky")
+def murky(*, size: int | None, channels: int | None, split: str, dark: Darkness = None) -> ArrayDataset:
+    raise NotImplementedError
+"""
 ENTRY_POINTS = """
 [robustdiff.adversaries]
 constant = theirs
@@ -96,85 +101,78 @@ TINY = {
 }
 
 
-@pytest.fixture
-def command(tmp_path):
-    """Run the command line in a fresh process, with the package installed."""
-    site = tmp_path / "site"
-    info = site / "theirs-1.0.dist-info"
-    info.mkdir(parents=True)
-    (site / "theirs.py").write_text(MODULE)
+MISTAKES = {
+    "adversary.shift=-1": ["adversary.shift"],
+    "adversary.steps=2": ["unknown field adversary.steps", "known here: name, shift"],
+    "adversary=strong": ["adversary.name", "constant, free, none, pgd, random"],
+    "objective.prediction=epsilon": ["unknown field objective.prediction", "known here: name, factor"],
+    "objective.name=loss": ["objective.name", "absolute, consistency, denoising, edm"],
+    "data.width=0": ["data.width"],
+    "data.width=true": ["data.width", "no truth value"],
+    "data.colour=red": ["data.colour", "workers, width, dark"],
+    "data.background=black": ["stripes takes no background", "imagefolder", "workers, width, dark"],
+    "data=digits": ["digits takes no width", "stripes"],
+    "data.root=x": ["stripes takes no root"],
+    "data=murky": ["theirs.murky", "Darkness", "annotate"],
+}
+READ = """
+import json, sys
+from robustdiff.errors import InputError
+from robustdiff.recipe import load_recipe
+
+messages = {}
+for assignment in sys.argv[2:]:
+    try:
+        recipe = load_recipe(sys.argv[1], [assignment])
+        recipe.data.load()
+        messages[assignment] = recipe.model_dump(mode="json")
+    except InputError as error:
+        messages[assignment] = str(error)
+print(json.dumps(messages))
+"""
+
+
+@pytest.fixture(scope="module")
+def python(tmp_path_factory):
+    """Run a fresh Python, with the package installed, in a folder with a recipe that names what it has."""
+    folder = tmp_path_factory.mktemp("theirs")
+    info = folder / "theirs-1.0.dist-info"
+    info.mkdir()
+    (folder / "theirs.py").write_text(MODULE)
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: theirs\nVersion: 1.0\n")
     (info / "entry_points.txt").write_text(ENTRY_POINTS)
-    (tmp_path / "r.yaml").write_text(yaml.safe_dump(TINY))
+    (folder / "r.yaml").write_text(yaml.safe_dump(TINY))
 
-    def run(*overrides):
-        words = [word for value in (f"output={tmp_path / 'run'}", *overrides) for word in ("--set", value)]
-        return subprocess.run(
-            [sys.executable, "-m", "robustdiff", "train", tmp_path / "r.yaml", "--resume", *words],
-            env={**os.environ, "PYTHONPATH": f"{SRC}:{site}", "CUDA_VISIBLE_DEVICES": ""},
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-        )
+    def run(*words):
+        env = {**os.environ, "PYTHONPATH": f"{SRC}:{folder}", "CUDA_VISIBLE_DEVICES": ""}
+        outcome = subprocess.run([sys.executable, *words], env=env, cwd=folder, capture_output=True, text=True)
+        assert outcome.returncode == 0, outcome.stderr
+        return outcome.stdout
 
-    return run
+    return run, folder
 
 
-def test_two_updates_and_two_more(command, tmp_path):
-    outcome = command()
-    assert outcome.returncode == 0, outcome.stderr
-    result = json.loads((tmp_path / "run" / "result.json").read_text())
+def test_two_updates(python):
+    run, folder = python
+    run("-m", "robustdiff", "train", "r.yaml", "--set", "output=run")
+    result = json.loads((folder / "run" / "result.json").read_text())
     assert (result["steps"], result["backward_passes"], result["data"]) == (2, 2, "stripes")
     assert result["delta_norm"] == pytest.approx(0.5 * 8)
-    for line in map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()):
+    for line in map(json.loads, (folder / "run" / "metrics.jsonl").read_text().splitlines()):
         assert line["loss"] == pytest.approx(3 * line["mse"])
         assert line["absolute"] > 0
-    written = yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())
+    written = yaml.safe_load((folder / "run" / "recipe.yaml").read_text())
     assert written["adversary"] == {"name": "constant", "shift": 0.5}
     assert written["objective"] == {"name": "absolute", "factor": 3.0}
     assert (written["data"]["width"], written["data"]["dark"]) == (3, False)
-    outcome = command("steps=4")
-    assert outcome.returncode == 0, outcome.stderr
-    assert json.loads((tmp_path / "run" / "result.json").read_text())["steps"] == 4
-    outcome = command("steps=4", "data.width=2")
-    assert (outcome.returncode, "another data" in outcome.stderr) == (2, True)
 
 
-@pytest.mark.parametrize(
-    ("assignment", "words"),
-    [
-        ("adversary.shift=-1", ["adversary.shift"]),
-        ("adversary.steps=2", ["unknown field adversary.steps", "known here: name, shift"]),
-        ("adversary=strong", ["adversary.name", "constant, free, none, pgd, random"]),
-        ("objective.prediction=epsilon", ["unknown field objective.prediction", "known here: name, factor"]),
-        ("objective.name=loss", ["objective.name", "absolute, consistency, denoising, edm"]),
-        ("data.width=0", ["data.width"]),
-        ("data.width=true", ["data.width"]),
-        ("data.colour=red", ["data.colour", "workers, width, dark"]),
-        ("data.background=black", ["stripes takes no background", "imagefolder", "workers, width, dark"]),
-        ("data=digits", ["digits takes no width", "stripes"]),
-        ("data.root=x", ["stripes takes no root"]),
-    ],
-)
-def test_a_mistake_is_named(command, assignment, words):
-    outcome = command(assignment)
-    assert outcome.returncode == 2
-    assert len(outcome.stderr.strip().splitlines()) == 1
-    for word in words:
-        assert word in outcome.stderr
-
-
-def test_its_adversary_is_switched_off_by_name(command, tmp_path):
-    outcome = command("adversary=none")
-    assert outcome.returncode == 0, outcome.stderr
-    assert json.loads((tmp_path / "run" / "result.json").read_text())["delta_norm"] == 0
-
-
-def test_an_option_that_is_no_type_is_named(command, tmp_path):
-    module = tmp_path / "site" / "theirs.py"
-    module.write_text(module.read_text().replace("dark: bool", "dark: Darkness"))
-    outcome = command()
-    assert outcome.returncode == 2
-    assert len(outcome.stderr.strip().splitlines()) == 1
-    for word in ("theirs.stripes", "Darkness", "annotate"):
-        assert word in outcome.stderr
+def test_recipes_of_its_kinds(python):
+    run, _ = python
+    read = json.loads(run("-c", READ, "r.yaml", *MISTAKES, "adversary=none", "data={name: digits, background: white}"))
+    for assignment, words in MISTAKES.items():
+        assert isinstance(read[assignment], str), assignment
+        for word in words:
+            assert word in read[assignment]
+    assert read["adversary=none"]["adversary"]["name"] == "none", "and its own fields go with it"
+    assert "background" not in read["data={name: digits, background: white}"]["data"], "as older recipes have it"

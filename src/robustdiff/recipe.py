@@ -93,7 +93,7 @@ else:
 
 
 class SamplerConfig(Named):
-    """How ``robustdiff sample`` makes the run's images, where it is not told otherwise."""
+    """The section ``sampler``: the sampler of ``robustdiff sample``, where the command names none."""
 
     name: Text | None = Field(None, description="a sampler; by default one that suits the model")
     steps: Times | Text | None = Field(

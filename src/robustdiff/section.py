@@ -101,7 +101,7 @@ Precision = Annotated[
 
 def refusal(field: Any, message: str, kind: str = "refused") -> ValidationError:
     """Return an error for a validator of a section to raise: the message is said of the field, not of the section."""
-    error = PydanticCustomError(kind, message)  # type: ignore[arg-type]  # a literal string, since it may be a template
+    error = PydanticCustomError(kind, message)
     return ValidationError.from_exception_data("recipe", [{"type": error, "loc": (field,), "input": None}])
 
 

@@ -109,7 +109,9 @@ class DataConfig(Named):
     @model_validator(mode="before")
     @classmethod
     def _all_known(cls, value: Any) -> Any:
-        if not isinstance(value, dict) or not isinstance(name := value.get("name", "fashion-16"), str):
+        if not isinstance(value, dict) or not isinstance(
+            name := value.get("name", cls.model_fields["name"].default), str
+        ):
             return value
         try:
             options = _section(_find(name)[0])
@@ -119,8 +121,8 @@ class DataConfig(Named):
         own = {field: v for field, v in value.items() if field not in shared}
         for field in own.keys() - options.model_fields.keys():
             # A recipe that was written whole, when all datasets shared one section, has the defaults of others.
-            fields = [_section(function).model_fields for function in DATASETS.values()]
-            if own.pop(field) not in [others[field].default for others in fields if field in others]:
+            others = [_options(function) for function in DATASETS.values()]
+            if own.pop(field) not in [other[field].default for other in others if field in other]:
                 message = f"{_refuse(name, field)}; known here: {', '.join([*cls.model_fields, *options.model_fields])}"
                 raise refusal(field, message)
         return {**shared, **dict(options.model_validate(own))}

@@ -167,7 +167,7 @@ METRICS: dict[str, Callable[[], Callable[[Tensor, Tensor], Tensor]]] = {
     "pseudo-huber": lambda: _pseudo_huber,
     "lpips": _LPIPS,
 }
-"""What makes d: (B, *), (B, *) ↦ (B,). l1 and l2 are means over the elements of |a − b| and (a − b)²."""
+"""Functions that make d: (B, *), (B, *) ↦ (B,). l1 and l2 are means over the elements of |a − b| and (a − b)²."""
 
 
 # -- how many scales -----------------------------------------------------------------------------------------
@@ -211,13 +211,13 @@ class FixedScales(ScaleSchedule):
 
 
 @dataclass(frozen=True)
-class GrowingScales(ScaleSchedule):
-    """Song et al. (2023), appendix C, as printed; their code has N(k) − 1 in the place of N(k) in μ(k).
+class _MoreScales(ScaleSchedule):
+    """More levels from s_0 to s_1, so that the last N is s_1 + 1.
 
     Arguments:
-        start: s_0 ≥ 2, the first N.
-        end: s_1 ≥ s_0; the last N is s_1 + 1.
-        decay: μ_0 in [0, 1); 0 is 0 throughout.
+        start: s_0 ≥ 1; 2 where the levels are growing.
+        end: s_1 ≥ s_0.
+        decay: μ in [0, 1); where the levels are growing μ_0, and 0 is 0 throughout.
         total: K ≥ 1.
 
     Raises:
@@ -228,13 +228,21 @@ class GrowingScales(ScaleSchedule):
     end: int
     decay: float
     total: int
+    least: ClassVar[int]
 
     def __post_init__(self) -> None:
         _check_decay(self.decay)
-        if not (2 <= self.start <= self.end and self.total >= 1):
+        if not (self.least <= self.start <= self.end and self.total >= 1):
             raise ValueError(
-                f"a growing schedule needs 2 ≤ start ≤ end and total ≥ 1; got {self.start}, {self.end}, {self.total}"
+                f"the numbers of levels need {self.least} ≤ start ≤ end and total ≥ 1; got {self.start}, {self.end}, "
+                f"{self.total}"
             )
+
+
+class GrowingScales(_MoreScales):
+    """Song et al. (2023), appendix C, as printed; their code has N(k) − 1 in the place of N(k) in μ(k)."""
+
+    least = 2
 
     def __call__(self, updates: int) -> tuple[int, float]:
         progress = min(updates, self.total) / self.total
@@ -243,31 +251,10 @@ class GrowingScales(ScaleSchedule):
         return scales, math.exp(self.start * math.log(self.decay) / scales) if self.decay else 0.0
 
 
-@dataclass(frozen=True)
-class DoublingScales(ScaleSchedule):
-    """Song & Dhariwal (2024), section 3.4.
+class DoublingScales(_MoreScales):
+    """Song & Dhariwal (2024), section 3.4; the first N is s_0 + 1."""
 
-    Arguments:
-        start: s_0 ≥ 1; the first N is s_0 + 1.
-        end: s_1 ≥ s_0; the last N is s_1 + 1.
-        decay: μ in [0, 1).
-        total: K ≥ 1.
-
-    Raises:
-        ValueError: If an argument is out of its range.
-    """
-
-    start: int
-    end: int
-    decay: float
-    total: int
-
-    def __post_init__(self) -> None:
-        _check_decay(self.decay)
-        if not (1 <= self.start <= self.end and self.total >= 1):
-            raise ValueError(
-                f"a doubling schedule needs 1 ≤ start ≤ end and total ≥ 1; got {self.start}, {self.end}, {self.total}"
-            )
+    least = 1
 
     def __call__(self, updates: int) -> tuple[int, float]:
         length = max(int(self.total / (math.log2(self.end // self.start) + 1)), 1)

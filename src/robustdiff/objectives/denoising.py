@@ -40,9 +40,11 @@ from typing import Any, Literal, get_args
 import torch
 from pydantic import Field
 from torch import Tensor
+from torch.nn import Module
 
 from robustdiff.errors import InputError
 from robustdiff.objectives.objective import OBJECTIVES, Draw, Objective, ObjectiveConfig, gaussian, precise, predict
+from robustdiff.objectives.preconditioning import Denoise
 from robustdiff.objectives.timesteps import TIMESTEPS, LossSecondMoment, TimestepSampler, Uniform
 from robustdiff.process import PREDICTIONS, DiffusionProcess, Prediction, ProcessConfig, broadcast
 
@@ -261,11 +263,7 @@ class DenoisingConfig(ObjectiveConfig):
         )
 
     def build(
-        self,
-        process: DiffusionProcess,
-        steps: int,
-        target: torch.nn.Module | None = None,
-        teacher: Callable[..., Tensor] | None = None,
+        self, process: DiffusionProcess, steps: int, target: Module | None = None, teacher: Denoise | None = None
     ) -> DenoisingObjective:
         try:
             return DenoisingObjective(

@@ -24,6 +24,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
+from torch.nn import Module
 
 from robustdiff.objectives.denoising import DenoisingObjective
 from robustdiff.objectives.levels import LevelsConfig
@@ -126,11 +127,7 @@ class EdmConfig(LevelsConfig):
         return self.levels
 
     def build(
-        self,
-        process: DiffusionProcess,
-        steps: int,
-        target: torch.nn.Module | None = None,
-        teacher: Denoise | None = None,
+        self, process: DiffusionProcess, steps: int, target: Module | None = None, teacher: Denoise | None = None
     ) -> EDMObjective:
         return EDMObjective(
             self.levels,

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn import Module
 
 from robustdiff.objectives.timesteps import TimestepSampler
 from robustdiff.process import DiffusionProcess, Prediction, ProcessConfig
@@ -175,7 +176,7 @@ class ObjectiveConfig(Named):
         self,
         process: DiffusionProcess,
         steps: int,
-        target: torch.nn.Module | None = None,
+        target: Module | None = None,
         teacher: Callable[..., Tensor] | None = None,
     ) -> Objective:
         """Make the objective.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -82,12 +82,7 @@ class Adversary(ABC):
 
     @abstractmethod
     def __call__(
-        self,
-        x_t: Tensor,
-        t: Tensor | None = None,
-        *,
-        loss: LossOfDelta | None = None,
-        training_step: int | None = None,
+        self, x_t: Tensor, t: Tensor | None = None, *, loss: LossOfDelta | None = None, training_step: int | None = None
     ) -> Iterator[Tensor]:
         """Yield the perturbations of a batch, in order, each like ``x_t``.
 
@@ -150,8 +145,13 @@ ADVERSARIES: Registry[type[AdversaryConfig]] = Registry("adversary", "adversarie
 
 
 class AscentConfig(AdversaryConfig):
-    """The section of an adversary that makes K steps of a length within a ball."""
+    """The section of an adversary that makes K steps of a length within a ball.
 
+    Attributes:
+        adversary: The class of the adversary, which takes K, α, the radius and the norm.
+    """
+
+    adversary: ClassVar[type[Adversary]]
     steps: int = Field(3, ge=1, le=1000, description="K")
     step_size: float = Field(0.1, gt=0, description="α, in units of the norm")
     norm: Literal["l2", "linf", "l1"] = "l2"
@@ -168,7 +168,8 @@ class AscentConfig(AdversaryConfig):
     def by_level(self) -> bool:
         return self.radius is not None and self.radius.by_level
 
-    def build_radius(self, process: DiffusionProcess) -> RadiusSchedule | None:
-        """Make the radius; None is no projection."""
+    def build(self, process: DiffusionProcess) -> Adversary:
         radius = None if self.radius is None else self.radius.build(process)
-        return Ramp(radius, self.ramp) if radius is not None and self.ramp else radius
+        if radius is not None and self.ramp:
+            radius = Ramp(radius, self.ramp)
+        return self.adversary(self.steps, self.step_size, radius, self.norm)

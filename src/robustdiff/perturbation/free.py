@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from robustdiff.perturbation.adversary import ADVERSARIES, Adversary, AscentConfig, LossOfDelta
-from robustdiff.process import DiffusionProcess
 
 __all__ = ["FreeAdversary", "FreeConfig"]
 
@@ -26,12 +25,7 @@ class FreeAdversary(Adversary):
     """
 
     def __call__(
-        self,
-        x_t: Tensor,
-        t: Tensor | None = None,
-        *,
-        loss: LossOfDelta | None = None,
-        training_step: int | None = None,
+        self, x_t: Tensor, t: Tensor | None = None, *, loss: LossOfDelta | None = None, training_step: int | None = None
     ) -> Iterator[Tensor]:
         delta = torch.zeros_like(x_t)
         for k in range(self.steps):
@@ -49,7 +43,5 @@ class FreeAdversary(Adversary):
 class FreeConfig(AscentConfig):
     """Free adversarial training: one backward pass trains and moves δ."""
 
+    adversary: ClassVar[type[Adversary]] = FreeAdversary
     name: Literal["free"] = "free"
-
-    def build(self, process: DiffusionProcess) -> FreeAdversary:
-        return FreeAdversary(self.steps, self.step_size, self.build_radius(process), self.norm)

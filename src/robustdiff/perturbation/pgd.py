@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from robustdiff.perturbation.adversary import ADVERSARIES, Adversary, AscentConfig, LossOfDelta
-from robustdiff.process import DiffusionProcess
 
 __all__ = ["PGDAdversary", "PGDConfig"]
 
@@ -28,12 +27,7 @@ class PGDAdversary(Adversary):
         return 1
 
     def __call__(
-        self,
-        x_t: Tensor,
-        t: Tensor | None = None,
-        *,
-        loss: LossOfDelta | None = None,
-        training_step: int | None = None,
+        self, x_t: Tensor, t: Tensor | None = None, *, loss: LossOfDelta | None = None, training_step: int | None = None
     ) -> Iterator[Tensor]:
         if loss is None:
             raise ValueError("PGDAdversary needs the loss as a function of delta: adversary(x_t, t, loss=…)")
@@ -50,11 +44,9 @@ class PGDAdversary(Adversary):
 class PGDConfig(AscentConfig):
     """K ascents, then one update."""
 
+    adversary: ClassVar[type[Adversary]] = PGDAdversary
     name: Literal["pgd"] = "pgd"
 
     @property
     def backward_passes(self) -> int:
         return 1 + self.steps
-
-    def build(self, process: DiffusionProcess) -> PGDAdversary:
-        return PGDAdversary(self.steps, self.step_size, self.build_radius(process), self.norm)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from robustdiff.perturbation.adversary import ADVERSARIES, Adversary, AscentConfig, LossOfDelta
 from robustdiff.perturbation.radii import RadiusSchedule
-from robustdiff.process import DiffusionProcess
 
 __all__ = ["RandomAdversary", "RandomConfig"]
 
@@ -38,12 +37,7 @@ class RandomAdversary(Adversary):
         self.generator = generator
 
     def __call__(
-        self,
-        x_t: Tensor,
-        t: Tensor | None = None,
-        *,
-        loss: LossOfDelta | None = None,
-        training_step: int | None = None,
+        self, x_t: Tensor, t: Tensor | None = None, *, loss: LossOfDelta | None = None, training_step: int | None = None
     ) -> Iterator[Tensor]:
         gaussian = torch.randn(x_t.shape, generator=self.generator, device=x_t.device, dtype=x_t.dtype)
         direction = self.norm.ascent(gaussian)
@@ -55,7 +49,5 @@ class RandomAdversary(Adversary):
 class RandomConfig(AscentConfig):
     """Steps of the same length in a random direction."""
 
+    adversary: ClassVar[type[Adversary]] = RandomAdversary
     name: Literal["random"] = "random"
-
-    def build(self, process: DiffusionProcess) -> RandomAdversary:
-        return RandomAdversary(self.steps, self.step_size, self.build_radius(process), self.norm)
