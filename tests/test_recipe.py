@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from robustdiff.errors import InputError
+from robustdiff.objectives.objective import OBJECTIVES
+from robustdiff.perturbation import ADVERSARIES, AdversaryConfig
 from robustdiff.recipe import DataConfig, Recipe, load_data_config, load_recipe, shipped_recipes
 
 
@@ -159,8 +162,8 @@ def test_the_forms_of_a_radius(radius, expected):
         ("objective: {loss: 1}\n", ["objective.loss", "prediction"]),
         ("objective: {name: edm, prediction: epsilon}\n", ["unknown field objective.prediction", "levels"]),
         ("objective: {name: consistency, levels: 10}\n", ["unknown field objective.levels", "scales"]),
-        ("objective: diffusion\n", ["objective", "denoising, edm, consistency"]),
-        ("objective: 3\n", ["objective", "denoising, edm, consistency"]),
+        ("objective: diffusion\n", ["objective", "consistency, denoising, edm"]),
+        ("objective: 3\n", ["objective", "consistency, denoising, edm"]),
         ("objective: {name: edm, sigma_min: 90}\n", ["objective: ", "sigma_min 90", "sigma_max 80"]),
         ("objective: {name: edm, std: 0}\n", ["objective.std"]),
         ("objective: {name: consistency, metric: l3}\n", ["objective.metric", "pseudo-huber"]),
@@ -284,6 +287,47 @@ def test_an_assignment_that_is_none_is_named(tmp_path, assignment):
 def test_a_recipe_that_is_not_there_is_named_with_those_that_are(source):
     with pytest.raises(InputError, match=r"nothing.*digits"):
         load_recipe(source)
+
+
+@pytest.mark.parametrize(
+    ("assignments", "word"),
+    [
+        (["adversary.radius={eta: 0.1, sampler_steps: 2000}"], "radius.sampler_steps is 2000: give at most 1000"),
+        (["objective.vb_scale=1"], "objective: vb_scale has a meaning only with"),
+        (["process=flow", "objective={prediction: flow, variance: learned_range}"], "objective: a learned variance"),
+        (["process=flow"], "process=flow and objective.prediction=flow go together"),
+        (["process=pretrained"], "process=pretrained needs model.name=pretrained"),
+        (["objective=edm", "process=cosine"], "objective=edm has levels of its own"),
+    ],
+)
+def test_sections_that_do_not_go_together(assignments, word):
+    def build(recipe):
+        objective = recipe.objective or OBJECTIVES["denoising"]()
+        process, _ = objective.new_process(recipe.process, recipe.steps)
+        return recipe.adversary.build(process), objective.build(process, recipe.steps)
+
+    build(load_recipe("digits"))
+    recipe = load_recipe("digits", assignments)
+    with pytest.raises(InputError, match=word):
+        build(recipe)
+
+
+def test_a_kind_that_is_registered_later_is_found(monkeypatch):
+    class Nudge(AdversaryConfig):
+        name: Literal["nudge"]
+        by: float = 1.0
+
+    monkeypatch.setitem(ADVERSARIES._entries, "nudge", Nudge)
+    recipe = load_recipe("digits", ["adversary={name: nudge, by: 2}"])
+    assert recipe.adversary == Nudge(name="nudge", by=2.0)
+    assert Recipe(adversary=recipe.adversary) == Recipe(adversary={"name": "nudge", "by": 2})
+    assert yaml.safe_load(recipe.to_yaml())["adversary"] == {"name": "nudge", "by": 2.0}
+
+
+@pytest.mark.parametrize("name", ["none", "free", "pgd", "random"])
+def test_backward_passes(name):
+    passes = load_recipe("digits", [f"adversary.name={name}", "adversary.steps=4"]).adversary.backward_passes
+    assert passes == (5 if name == "pgd" else 1)
 
 
 def test_nothing_changes_after_validation():

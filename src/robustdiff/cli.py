@@ -19,10 +19,9 @@ from rich.console import Console
 from robustdiff.errors import InputError, RunError, printable
 
 if TYPE_CHECKING:
-    from robustdiff.data import ImageDataset
+    from robustdiff.data import DataConfig, ImageDataset
     from robustdiff.evaluation.features import FeatureExtractor
     from robustdiff.evaluation.generate import Generator
-    from robustdiff.recipe import DataConfig
 
 __all__ = ["app", "main"]
 

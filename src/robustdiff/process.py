@@ -31,9 +31,13 @@ from functools import cached_property
 from typing import Any, Literal, get_args
 
 import torch
+from pydantic import Field, model_validator
 from torch import Tensor
 
-__all__ = ["PREDICTIONS", "DiffusionProcess", "Prediction", "Table", "absorb", "broadcast"]
+from robustdiff.errors import InputError
+from robustdiff.section import Named, Times
+
+__all__ = ["PREDICTIONS", "DiffusionProcess", "Prediction", "ProcessConfig", "Table", "absorb", "broadcast"]
 
 Prediction = Literal["epsilon", "sample", "v_prediction", "flow"]
 PREDICTIONS: tuple[str, ...] = get_args(Prediction)
@@ -453,3 +457,34 @@ def _levels_of(scheduler: Any, times: Tensor) -> tuple[Tensor, Tensor] | None:
     except Exception:  # a scheduler that is asked for what it does not have raises anything
         return None
     return (alpha[:, 0], sigma[:, 0]) if linear else None
+
+
+class ProcessConfig(Named):
+    """The section ``process`` of a recipe."""
+
+    name: Literal["cosine", "linear", "flow", "pretrained"] = Field(
+        "cosine", description="pretrained: the one that the checkpoint was trained with"
+    )
+    T: Times = Field(1000, description="the number of times")
+    shift: float = Field(1.0, gt=0, description="flow: above 1 more of the times are noisy")
+
+    @model_validator(mode="after")
+    def _shifted(self) -> ProcessConfig:
+        if self.shift != 1 and self.name != "flow":
+            raise ValueError("process.shift is for process.name=flow")
+        return self
+
+    def build(self) -> DiffusionProcess:
+        """Make the process.
+
+        Raises:
+            InputError: If it is that of a checkpoint.
+        """
+        match self.name:
+            case "cosine":
+                return DiffusionProcess.cosine(self.T)
+            case "linear":
+                return DiffusionProcess.linear(self.T)
+            case "flow":
+                return DiffusionProcess.flow(self.T, self.shift)
+        raise InputError("process=pretrained needs model.name=pretrained: choose cosine, linear or flow")

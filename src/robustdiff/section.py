@@ -1,4 +1,4 @@
-"""What the sections of a recipe are made of: a base class, types of fields, and the choice among registered kinds.
+"""Sections of a recipe: a base class, types of fields, and the choice among registered kinds.
 
 A recipe may be somebody else's. Its numbers have bounds that no training comes near, so that none of them can ask for
 more memory or time than a machine has before anything is refused.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Annotated, Any, Literal, Union, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import torch
 from pydantic import (
@@ -16,15 +16,15 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
-    Discriminator,
     Field,
-    Tag,
+    SerializeAsAny,
     ValidationError,
     ValidationInfo,
     WrapValidator,
     field_validator,
     model_validator,
 )
+from pydantic_core import PydanticCustomError
 
 from robustdiff.errors import printable
 
@@ -42,6 +42,7 @@ __all__ = [
     "choice",
     "given",
     "native_precision",
+    "refusal",
 ]
 
 MOST_UPDATES = 10**9
@@ -78,7 +79,7 @@ Decay = Annotated[float | Literal["auto"], WrapValidator(_decay)]
 
 
 def native_precision() -> str:
-    """What "auto" stands for: bf16 where the GPU, or without one the CPU, computes in it, else fp32.
+    """Return what "auto" stands for: bf16 where the GPU, or without one the CPU, computes in it, else fp32.
 
     A CPU without instructions for it trains a UNet more than ten times slower in bf16 than in fp32. A recipe that says
     "auto" becomes one that says which before anything is made of it, so a run's folder holds what it was trained in.
@@ -98,10 +99,25 @@ Precision = Annotated[
 ]
 
 
+def refusal(field: Any, message: str, kind: str = "refused") -> ValidationError:
+    """Return an error for a validator of a section to raise: the message is said of the field, not of the section."""
+    error = PydanticCustomError(kind, message)
+    return ValidationError.from_exception_data("recipe", [{"type": error, "loc": (field,), "input": None}])
+
+
 class Section(BaseModel):
     """A part of a recipe: unknown fields and infinite numbers are errors, and nothing changes after validation."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _all_known(cls, value: Any) -> Any:
+        if isinstance(value, dict):
+            for name in value:
+                if isinstance(name, str) and name not in cls.model_fields:
+                    raise refusal(name, f"unknown field; known here: {', '.join(cls.model_fields)}", "unknown_field")
+        return value
 
     @field_validator("*", mode="before")
     @classmethod
@@ -128,43 +144,36 @@ def given(section: Section, name: str) -> bool:
     return bool(getattr(section, name) != default)
 
 
-def choice(what: str, kinds: Mapping[str, type[Named]], default: str) -> Any:
+def choice(what: str, kinds: Mapping[str, type[Named]], default: str, merged: bool = True) -> Any:
     """Return the type of a field that holds one of several sections, told apart by their ``name``.
 
-    A recipe that was written whole, when all kinds shared one section, has the fields of other kinds at their defaults:
-    those are left out.
+    A kind that is registered later is found as well.
 
     Arguments:
         what: The field, for messages.
         kinds: The sections by their names.
         default: The kind of a section without a name.
+        merged: Whether all kinds once shared one section. A recipe that was written whole then has the fields of other
+            kinds at their defaults: those are left out.
     """
 
-    def name_of(value: Any) -> Any:
-        if isinstance(value, dict):
-            return value.get("name", default)
-        return value if isinstance(value, str) else getattr(value, "name", None)
-
-    def without_defaults_of_others(value: Any) -> Any:
-        if not isinstance(value, dict) or (kind := kinds.get(name_of(value))) is None:
-            return value
-        defaults: dict[str, list[Any]] = {}
+    def choose(value: Any) -> Any:
+        name = value.get("name", default) if isinstance(value, dict) else getattr(value, "name", value)
+        if not isinstance(name, str) or name not in kinds:
+            shown = printable(repr(name)[:100])
+            raise refusal("name", f"unknown {what} {shown}: use one of {', '.join(kinds)}")
+        if not merged or not isinstance(value, dict):
+            return kinds[name].model_validate(value)
+        known, defaults = kinds[name].model_fields, dict[str, list[Any]]()
         for other in kinds.values():
-            for name, field in other.model_fields.items():
-                if name not in kind.model_fields:
-                    defaults.setdefault(name, []).append(field.get_default())
-        return {n: v for n, v in value.items() if not any(_same(v, d) for d in defaults.get(n, ()))}
+            for field, info in other.model_fields.items():
+                if field not in known:
+                    defaults.setdefault(field, []).append(info.get_default())
+        return kinds[name].model_validate(
+            {n: v for n, v in value.items() if not any(_same(v, d) for d in defaults.get(n, ()))}
+        )
 
-    union: Any = Union[tuple(Annotated[kind, Tag(name)] for name, kind in kinds.items())]  # noqa: UP007
-    return Annotated[
-        union,
-        Discriminator(
-            name_of,
-            custom_error_type=f"unknown_{what}",
-            custom_error_message=f"unknown {what}: use one of {', '.join(kinds)}",
-        ),
-        BeforeValidator(without_defaults_of_others),
-    ]
+    return Annotated[SerializeAsAny[Named], BeforeValidator(choose)]
 
 
 def _same(value: Any, default: Any) -> bool:

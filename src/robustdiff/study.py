@@ -44,6 +44,7 @@ from accelerate.state import AcceleratorState
 from PIL import Image
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from robustdiff.data import DataConfig
 from robustdiff.data.pixels import tile
 from robustdiff.errors import InputError, RunError, printable
 from robustdiff.evaluation.features import load_extractor
@@ -53,7 +54,7 @@ from robustdiff.evaluation.grid import evaluate_cell
 from robustdiff.files import atomic_write, make_folder, open_regular, read_json
 from robustdiff.mismatch.measure import MEASURES as MISMATCHES
 from robustdiff.mismatch.measure import measure_mismatch
-from robustdiff.recipe import DataConfig, Recipe, load_recipe
+from robustdiff.recipe import Recipe, load_recipe
 from robustdiff.samplers.sample import SAMPLERS
 from robustdiff.section import Precision, Section, Text
 from robustdiff.training.build import build_model
@@ -995,8 +996,7 @@ class Remaining:
 
 def _image_passes(recipe: Recipe) -> float:
     """Images that go through forward and backward in a training."""
-    extra = recipe.adversary.steps if recipe.adversary.name == "pgd" else 0
-    return recipe.steps * recipe.batch_size * (1.0 + extra)
+    return float(recipe.steps * recipe.batch_size * recipe.adversary.backward_passes)
 
 
 def remaining(study: Study, folder: Path) -> list[Remaining]:

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from robustdiff.data import DATASETS, load_dataset
+from robustdiff.data import DATASETS, DataConfig, load_dataset
 from robustdiff.data.idx import FASHION_MNIST_ROOT, read_fashion_mnist, read_idx
 from robustdiff.errors import InputError
 
@@ -174,6 +174,17 @@ def test_unknown_name_lists_the_known():
         assert name in str(caught.value)
 
 
+def test_what_follows_a_prefix_is_the_root(monkeypatch):
+    def echo(*, size, channels, split, root, lines: int = 1):
+        return root, lines
+
+    monkeypatch.setitem(DATASETS._entries, "echo:NAME", echo)
+    assert load_dataset("echo:a:b", lines=2) == ("a:b", 2)
+    assert DataConfig(name="echo:c").load() == ("c", 1)
+    with pytest.raises(InputError, match=r"unknown dataset 'ech:x'.*echo:NAME"):
+        load_dataset("ech:x")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -190,7 +201,7 @@ def test_unknown_name_lists_the_known():
         ({"name": "npz", "root": "x", "split": "test"}, "no split"),
         (
             {"name": "digits", "background": "black"},
-            "takes no background; leave it out; it is for imagefolder, hf:NAME",
+            "takes no background; leave it out; it is for hf:NAME, imagefolder",
         ),
         (
             {"name": "imagefolder", "root": "x", "image_column": "a"},

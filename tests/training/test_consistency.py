@@ -17,10 +17,16 @@ from robustdiff.backbones.model import Model, load_model
 from robustdiff.data import ArrayDataset, load_dataset
 from robustdiff.errors import InputError
 from robustdiff.evaluation.generate import Generator
-from robustdiff.objectives.consistency import METRICS, DoublingScales, FixedScales, GrowingScales, euler_step
-from robustdiff.objectives.edm import EDMObjective
+from robustdiff.objectives.consistency import (
+    METRICS,
+    ConsistencyConfig,
+    DoublingScales,
+    FixedScales,
+    GrowingScales,
+    euler_step,
+)
+from robustdiff.objectives.edm import EdmConfig, EDMObjective
 from robustdiff.objectives.preconditioning import DiffusionDenoiser, Preconditioned, karras_sigmas
-from robustdiff.recipe import ConsistencyConfig, EdmConfig
 from robustdiff.training.build import build_model
 from robustdiff.training.trainer import Trainer, train
 

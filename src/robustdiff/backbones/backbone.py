@@ -7,7 +7,7 @@ A network lives in a diffusers pipeline folder, whose scheduler says its process
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -21,7 +21,7 @@ from robustdiff.loading import Components
 from robustdiff.registry import Registry
 from robustdiff.section import Fraction, Named, Text
 
-__all__ = ["BACKBONES", "Backbone", "BackboneSection", "PretrainedSection"]
+__all__ = ["BACKBONES", "SECTIONS", "Backbone", "BackboneSection", "PretrainedSection"]
 
 
 class BackboneSection(Named):
@@ -181,3 +181,22 @@ class Backbone(ABC):
 
 BACKBONES: Registry[type[Backbone]] = Registry("model", "backbones")
 """The families of networks by name."""
+
+
+class _Sections(Mapping[str, type[BackboneSection]]):
+    def _all(self) -> dict[str, type[BackboneSection]]:
+        new = {name: family.section for name, family in BACKBONES.items() if family.section is not None}
+        return {"pretrained": PretrainedSection, **new}
+
+    def __getitem__(self, name: str) -> type[BackboneSection]:
+        return self._all()[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._all())
+
+    def __len__(self) -> int:
+        return len(self._all())
+
+
+SECTIONS: Mapping[str, type[BackboneSection]] = _Sections()
+"""The sections ``model`` of a recipe by name: a pretrained network, and a new one of each family."""

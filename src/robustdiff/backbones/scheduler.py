@@ -29,6 +29,10 @@ from torch import Tensor
 
 from robustdiff.backbones.backbone import Backbone
 from robustdiff.errors import InputError
+from robustdiff.objectives.consistency import ConsistencyConfig
+from robustdiff.objectives.denoising import DenoisingConfig
+from robustdiff.objectives.edm import EdmConfig
+from robustdiff.objectives.objective import ObjectiveConfig
 from robustdiff.objectives.preconditioning import (
     Denoise,
     DiffusionDenoiser,
@@ -38,7 +42,6 @@ from robustdiff.objectives.preconditioning import (
     karras_sigmas,
 )
 from robustdiff.process import PREDICTIONS, DiffusionProcess
-from robustdiff.recipe import ConsistencyConfig, DenoisingConfig, EdmConfig, ObjectiveConfig
 from robustdiff.samplers.denoiser import DynamicThreshold
 from robustdiff.samplers.spacing import scheduled
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -13,6 +14,7 @@ from robustdiff.errors import InputError
 __all__ = ["Unconditional"]
 
 
+@dataclass(frozen=True)
 class Unconditional(Condition):
     """The condition of a network that is called with x_t and t alone."""
 

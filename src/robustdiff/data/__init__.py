@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from robustdiff.data.dataset import ArrayDataset, ImageDataset, to_uint8, to_unit
-from robustdiff.data.registry import DATASETS, load_dataset
+from robustdiff.data.registry import DATASETS, DataConfig, load_dataset
 
-__all__ = ["DATASETS", "ArrayDataset", "ImageDataset", "load_dataset", "to_uint8", "to_unit"]
+__all__ = ["DATASETS", "ArrayDataset", "DataConfig", "ImageDataset", "load_dataset", "to_uint8", "to_unit"]

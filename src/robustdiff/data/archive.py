@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from robustdiff.data.dataset import ArrayDataset
 from robustdiff.data.pixels import fit_array
+from robustdiff.data.registry import DATASETS
 from robustdiff.errors import InputError, printable
 
 __all__ = ["expands_too_far", "list_npz", "npz", "read_into", "read_npz"]
@@ -141,7 +142,10 @@ def _read_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]
     raise ValueError(f"version {version[0]}.{version[1]} of the format, which numbers do not need")
 
 
-def npz(*, root: str | os.PathLike[str] | None, size: int | None, channels: int | None, split: str) -> ArrayDataset:
+@DATASETS.register("npz")
+def npz(
+    *, root: str | os.PathLike[str] | None = None, size: int | None, channels: int | None, split: str
+) -> ArrayDataset:
     """Load the file `root`: uint8 `images` (N, H, W, C) and perhaps integer `labels` (N,).
 
     guided-diffusion's names `arr_0` and `arr_1` are understood too.

@@ -18,17 +18,20 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import IO, BinaryIO, Literal
+from typing import IO, Annotated, Any, BinaryIO, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageColor, ImageOps, UnidentifiedImageError
+from pydantic import BeforeValidator
 
 from robustdiff.data.pixels import crop_square, fit_image
 from robustdiff.errors import InputError, printable
+from robustdiff.section import Text
 
 __all__ = [
     "FORMATS",
+    "Background",
     "Header",
     "allow_large",
     "common_channels",
@@ -42,6 +45,16 @@ __all__ = [
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
 
 Colour = tuple[int, int, int]
+
+
+def _quoted(value: Any) -> Any:
+    if value is None:  # to YAML, what follows a # is a comment
+        raise ValueError("no colour: a code such as '#808080' needs quotes")
+    return value
+
+
+Background = Annotated[Text, BeforeValidator(_quoted)]
+"""The name or code of a colour, as an option of a dataset."""
 Source = Callable[[], BinaryIO]
 
 GREY = ("1", "L", "LA", "La")

@@ -8,28 +8,21 @@ padded with zeros to 32 × 32, then y_ij = round(¼ Σ x over the block). `scrip
 
 from __future__ import annotations
 
-import os
 from importlib.resources import as_file, files
 
 import numpy as np
 
 from robustdiff.data.dataset import ArrayDataset
 from robustdiff.data.pixels import fit_array
+from robustdiff.data.registry import DATASETS
 from robustdiff.errors import InputError
 
 __all__ = ["digits", "fashion_16"]
 
 
-def _no_root(name: str, root: str | os.PathLike[str] | None) -> None:
-    if root is not None:
-        raise InputError(f"{name} comes with the package and takes no root; leave root out")
-
-
-def fashion_16(
-    *, root: str | os.PathLike[str] | None, size: int | None, channels: int | None, split: str
-) -> ArrayDataset:
+@DATASETS.register("fashion-16")
+def fashion_16(*, size: int | None, channels: int | None, split: str) -> ArrayDataset:
     """Load Fashion-MNIST at 16 × 16 grey: 60,000 training and 10,000 test images, 10 classes."""
-    _no_root("fashion-16", root)
     if split not in ("train", "test"):
         raise InputError(f"fashion-16 has no split {split!r}; use one of: train, test")
     with (
@@ -40,11 +33,11 @@ def fashion_16(
     return ArrayDataset("fashion-16", fit_array(images[..., None], size, channels), labels, num_classes=10)
 
 
-def digits(*, root: str | os.PathLike[str] | None, size: int | None, channels: int | None, split: str) -> ArrayDataset:
+@DATASETS.register("digits")
+def digits(*, size: int | None, channels: int | None, split: str) -> ArrayDataset:
     """Load scikit-learn's 1,797 digits, 8 × 8 grey, 10 classes; the values 0 … 16 become 0 … 255."""
     from sklearn.datasets import load_digits
 
-    _no_root("digits", root)
     if split != "train":
         raise InputError(f"digits has no split {split!r}; it has one: train")
     bunch = load_digits()

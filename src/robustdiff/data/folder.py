@@ -23,6 +23,7 @@ from torch import Tensor
 
 from robustdiff.data.dataset import ImageDataset
 from robustdiff.data.decode import (
+    Background,
     Header,
     allow_large,
     common_channels,
@@ -31,6 +32,7 @@ from robustdiff.data.decode import (
     parse_colour,
     read_header,
 )
+from robustdiff.data.registry import DATASETS
 from robustdiff.errors import InputError, printable
 
 __all__ = ["FolderDataset", "imagefolder"]
@@ -211,13 +213,14 @@ class FolderDataset(ImageDataset):
         return self._contents
 
 
+@DATASETS.register("imagefolder")
 def imagefolder(
     *,
-    root: str | os.PathLike[str] | None,
+    root: str | os.PathLike[str] | None = None,
     size: int | None,
     channels: int | None,
     split: str,
-    background: str = "white",
+    background: Background = "white",
 ) -> FolderDataset:
     """Load the images under the folder `root`; see `FolderDataset`."""
     if root is None:

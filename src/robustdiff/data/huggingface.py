@@ -21,6 +21,7 @@ from torch import Tensor
 
 from robustdiff.data.dataset import ImageDataset, check_labels
 from robustdiff.data.decode import (
+    Background,
     Header,
     Source,
     allow_large,
@@ -30,7 +31,9 @@ from robustdiff.data.decode import (
     parse_colour,
     read_header,
 )
+from robustdiff.data.registry import DATASETS
 from robustdiff.errors import InputError, printable
+from robustdiff.section import Text
 from robustdiff.yaml_reader import parse_yaml
 
 __all__ = ["HuggingFaceDataset", "hf", "is_remote"]
@@ -253,15 +256,16 @@ def _check_name(name: str) -> None:
         )
 
 
+@DATASETS.register("hf:NAME")
 def hf(
     *,
-    root: str | os.PathLike[str] | None,
+    root: str | os.PathLike[str],
     size: int | None,
     channels: int | None,
     split: str,
-    background: str = "white",
-    image_column: str | None = None,
-    label_column: str | None = None,
+    background: Background = "white",
+    image_column: Text | None = None,
+    label_column: Text | None = None,
 ) -> HuggingFaceDataset:
     """Load a dataset through Hugging Face's `datasets`.
 
@@ -281,7 +285,7 @@ def hf(
     Raises:
         InputError: `datasets` is not installed, or there is no such dataset, split or image column.
     """
-    root = "" if root is None else str(root)
+    root = str(root)
     name = f"hf:{printable(root)}"
     try:
         import datasets

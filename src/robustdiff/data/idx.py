@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from robustdiff.data.archive import expands_too_far, read_into
 from robustdiff.data.dataset import ArrayDataset
 from robustdiff.data.pixels import fit_array
+from robustdiff.data.registry import DATASETS
 from robustdiff.errors import InputError, printable
 
 __all__ = ["FASHION_MNIST_ROOT", "fashion_mnist", "read_fashion_mnist", "read_idx"]
@@ -129,9 +130,10 @@ def read_fashion_mnist(root: str | os.PathLike[str], split: str) -> tuple[NDArra
     return images, labels
 
 
+@DATASETS.register("fashion-mnist")
 def fashion_mnist(
-    *, root: str | os.PathLike[str] | None, size: int | None, channels: int | None, split: str
+    *, root: str | os.PathLike[str] = FASHION_MNIST_ROOT, size: int | None, channels: int | None, split: str
 ) -> ArrayDataset:
     """Load Fashion-MNIST, 28 × 28 grey, 60,000 training and 10,000 test images, from its IDX files."""
-    images, labels = read_fashion_mnist(FASHION_MNIST_ROOT if root is None else root, split)
+    images, labels = read_fashion_mnist(root, split)
     return ArrayDataset("fashion-mnist", fit_array(images[..., None], size, channels), labels, num_classes=10)

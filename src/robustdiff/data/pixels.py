@@ -45,7 +45,7 @@ def fit_image(image: Image.Image, size: int | None, channels: int) -> NDArray[np
 
 
 def fit_array(images: NDArray[np.uint8], size: int | None, channels: int | None) -> NDArray[np.uint8]:
-    """`fit_image` for all of an array; nothing is copied, cropped or converted when it fits already.
+    """Fit all images of an array, as `fit_image` does; nothing is copied, cropped or converted when it fits already.
 
     Args:
         images: uint8 (N, H, W, C), C = 1 or 3.
@@ -67,7 +67,7 @@ def fit_array(images: NDArray[np.uint8], size: int | None, channels: int | None)
 
 
 def tile(images: Tensor, columns: int, scale: int = 1) -> NDArray[np.uint8]:
-    """Images uint8 (n, C, H, W) as one, (rows·H·scale, columns·W·scale, C), with a line of white between them."""
+    """Return images uint8 (n, C, H, W) as one, (rows·H·scale, columns·W·scale, C), with white lines between them."""
     pixels = images.permute(0, 2, 3, 1).numpy().repeat(scale, 1).repeat(scale, 2)
     pixels = np.pad(pixels, ((0, -len(pixels) % columns), (1, 1), (1, 1), (0, 0)), constant_values=255)
     n, height, width, channels = pixels.shape

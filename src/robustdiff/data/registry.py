@@ -1,31 +1,53 @@
-"""Datasets by name: one name, one function.
+"""Datasets by name: one name, one function, and the section ``data`` of a recipe.
 
-A function takes `root`, `size`, `channels` and `split` by name, and any options that are its own.
+A function takes `size`, `channels` and `split` by name, and any options that are its own, `root` (the folder or file of
+the data) among them. Each option is a field of the section, of the type that the function gives it::
+
+    @DATASETS.register("stripes")
+    def stripes(*, size: int | None, channels: int | None, split: str, width: int = 3) -> ImageDataset:
+        ...                                  # data: {name: stripes, width: 5}
+
+A function that is registered as `PREFIX:NAME` is for all names that begin so; what follows is its `root`.
 """
 
 from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import cache
+from typing import Any, Literal, get_type_hints
 
-from robustdiff.data.archive import npz
+from pydantic import ConfigDict, Field, create_model, model_validator
+
 from robustdiff.data.dataset import ImageDataset
-from robustdiff.data.embedded import digits, fashion_16
-from robustdiff.data.folder import imagefolder
-from robustdiff.data.huggingface import hf
-from robustdiff.data.idx import fashion_mnist
-from robustdiff.errors import InputError
+from robustdiff.errors import InputError, printable
+from robustdiff.registry import Registry
+from robustdiff.section import Named, Section, Text, refusal
 
-__all__ = ["DATASETS", "load_dataset"]
+__all__ = ["DATASETS", "DataConfig", "load_dataset"]
 
-DATASETS: dict[str, Callable[..., ImageDataset]] = {
-    "fashion-16": fashion_16,
-    "digits": digits,
-    "fashion-mnist": fashion_mnist,
-    "imagefolder": imagefolder,
-    "npz": npz,
-}
+DATASETS: Registry[Callable[..., ImageDataset]] = Registry("dataset", "datasets", folder="data")
+
+
+def _find(name: str) -> tuple[Callable[..., ImageDataset], str | None]:
+    """Return the function of a dataset and, for one that is registered as `PREFIX:NAME`, what the name has for NAME."""
+    prefix, colon, root = name.partition(":")
+    if colon and f"{prefix}:NAME" in DATASETS:
+        return DATASETS[f"{prefix}:NAME"], root
+    return DATASETS[name], None
+
+
+def _options(function: Callable[..., ImageDataset]) -> Mapping[str, inspect.Parameter]:
+    """Return the options that are a dataset's own, `root` among them."""
+    parameters = inspect.signature(function).parameters
+    return {name: parameters[name] for name in parameters if name not in ("size", "channels", "split")}
+
+
+def _refuse(name: str, option: str) -> InputError:
+    users = [known for known, function in DATASETS.items() if option in _options(function)]
+    remedy = f"leave it out; it is for {', '.join(users)}" if users else "leave it out"
+    return InputError(f"{printable(name)} takes no {printable(option)}; {remedy}")
 
 
 def load_dataset(
@@ -35,7 +57,7 @@ def load_dataset(
     size: int | None = None,
     channels: int | None = None,
     split: str = "train",
-    **options: str | None,
+    **options: Any,
 ) -> ImageDataset:
     """Load a dataset by its name.
 
@@ -45,9 +67,8 @@ def load_dataset(
         size: Side in pixels: the centred square is resized to it. None keeps the images' own.
         channels: 1 (grey) or 3 (RGB). None keeps the images' own.
         split: "train", or where there is one "test"; for `hf:` its own names.
-        options: What only some datasets take, None where it is not given: `background` (`imagefolder`, `hf:`), the
-            colour that shows where an image is transparent, white by default; `image_column` and `label_column`
-            (`hf:`).
+        options: The dataset's own, None where one is not given: `background` (`imagefolder`, `hf:`), the colour that
+            shows where an image is transparent, white by default; `image_column` and `label_column` (`hf:`).
 
     Returns:
         The dataset.
@@ -56,27 +77,90 @@ def load_dataset(
         InputError: An unknown name, an option that the dataset does not take, or data that is missing or malformed;
             the message says what to do.
     """
-    function: Callable[..., ImageDataset]
     if size is not None and size < 1:
         raise InputError(f"size is {size}; give the side of the images in pixels, 1 or more")
     if channels not in (None, 1, 3):
         raise InputError(f"channels is {channels}; use 1 for grey or 3 for colour")
-    if name.startswith("hf:"):
-        if root is not None:
-            raise InputError(f"{name} takes no root; put the path into the name: hf:PATH")
-        function, root = hf, name.removeprefix("hf:")
-    elif name in DATASETS:
-        function = DATASETS[name]
-    else:
-        raise InputError(f"unknown dataset {name!r}; use one of: {', '.join(DATASETS)}, hf:NAME")
-    given = {option: value for option, value in options.items() if value is not None}
+    function, named = _find(name)
+    if named is not None and root is not None:
+        raise InputError(f"{name} takes no root; put it into the name: {name.partition(':')[0]}:PATH")
+    given = {option: value for option, value in {"root": root, **options}.items() if value is not None}
     for option in given:
-        if not _takes(function, option):
-            users = [known for known, other in {**DATASETS, "hf:NAME": hf}.items() if _takes(other, option)]
-            remedy = f"leave it out; it is for {', '.join(users)}" if users else "leave it out"
-            raise InputError(f"{name} takes no {option}; {remedy}")
-    return function(root=root, size=size, channels=channels, split=split, **given)
+        if option not in _options(function):
+            raise _refuse(name, option)
+    if named is not None:
+        given["root"] = named
+    return function(size=size, channels=channels, split=split, **given)
 
 
-def _takes(function: Callable[..., ImageDataset], option: str) -> bool:
-    return option in inspect.signature(function).parameters
+class DataConfig(Named):
+    """The section ``data`` of a recipe. The options of the dataset that it names are fields of it as well."""
+
+    model_config = ConfigDict(extra="allow")
+
+    name: Text = Field("fashion-16", description="a dataset by name, or hf:NAME")
+    root: Text | None = Field(None, description="the folder or file of the data, where the dataset needs one")
+    size: int | None = Field(None, ge=1, le=16_384, description="resize to this many pixels a side")
+    channels: Literal[1, 3] | None = Field(None, description="convert to grey (1) or colour (3)")
+    split: Text = Field("train", description="which part of the dataset")
+    flip: bool = Field(False, description="mirror every other image at random")
+    workers: int = Field(0, ge=0, le=256, description="processes that load images ahead")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _all_known(cls, value: Any) -> Any:
+        if not isinstance(value, dict) or not isinstance(
+            name := value.get("name", cls.model_fields["name"].default), str
+        ):
+            return value
+        try:
+            options = _section(_find(name)[0])
+        except InputError as error:
+            raise refusal("name", str(error)) from None
+        shared = {field: v for field, v in value.items() if field in cls.model_fields or not isinstance(field, str)}
+        own = {field: v for field, v in value.items() if field not in shared}
+        for field in own.keys() - options.model_fields.keys():
+            # A recipe that was written whole, when all datasets shared one section, has the defaults of others.
+            others = [_options(function) for function in DATASETS.values()]
+            if own.pop(field) not in [other[field].default for other in others if field in other]:
+                message = f"{_refuse(name, field)}; known here: {', '.join([*cls.model_fields, *options.model_fields])}"
+                raise refusal(field, message)
+        return {**shared, **dict(options.model_validate(own))}
+
+    def load(self) -> ImageDataset:
+        """Load the images.
+
+        Raises:
+            InputError: If the dataset is unknown, missing or malformed, or does not take ``root`` where it is given.
+        """
+        return load_dataset(
+            self.name,
+            root=self.root,
+            size=self.size,
+            channels=self.channels,
+            split=self.split,
+            **(self.model_extra or {}),
+        )
+
+
+@cache
+def _section(function: Callable[..., ImageDataset]) -> type[Section]:
+    """Return a section of the options of a dataset that not all have.
+
+    Raises:
+        InputError: If their annotations are no types that a recipe's fields can have.
+    """
+    try:
+        types = get_type_hints(function, include_extras=True)
+        fields: dict[str, Any] = {
+            name: (types.get(name, Any), ... if option.default is option.empty else option.default)
+            for name, option in _options(function).items()
+            if name not in DataConfig.model_fields
+        }
+        return create_model("Options", __base__=Section, **fields)
+    except Exception as error:  # whatever the annotations of somebody else's code raise
+        reason = printable((str(error).splitlines() or [""])[0])
+        raise InputError(
+            f"the options of the dataset function {function.__module__}.{function.__qualname__} are no fields of a "
+            f"recipe ({reason}): annotate them with types such as int, float, bool or str"
+        ) from None

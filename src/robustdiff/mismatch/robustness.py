@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from robustdiff.objectives.denoising import predict
+from robustdiff.objectives.objective import predict
 from robustdiff.perturbation import PGDAdversary
 from robustdiff.process import DiffusionProcess, Prediction, broadcast
 

@@ -41,23 +41,27 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from robustdiff.errors import InputError
-from robustdiff.objectives.objective import Draw, Objective, follow, gaussian, precise
+from robustdiff.objectives.levels import LevelsConfig
+from robustdiff.objectives.objective import OBJECTIVES, Draw, Objective, follow, gaussian, precise
 from robustdiff.objectives.preconditioning import Denoise, Preconditioned, karras_process, karras_sigmas
 from robustdiff.objectives.timesteps import LogNormal, Uniform
-from robustdiff.process import broadcast
+from robustdiff.process import DiffusionProcess, broadcast
+from robustdiff.section import Fraction, given
 
 __all__ = [
     "METRICS",
     "PERTURBED",
     "SOLVERS",
     "WEIGHTINGS",
+    "ConsistencyConfig",
     "ConsistencyDraw",
     "ConsistencyObjective",
     "DoublingScales",
@@ -84,7 +88,7 @@ WEIGHTINGS: tuple[str, ...] = get_args(Weighting)
 
 
 def euler_step(denoise: Denoise, x: Tensor, sigma: Tensor, lower: Tensor) -> Tensor:
-    """One step of dx/dσ = (x − D(x, σ))/σ, with one call of D.
+    """Make one step of dx/dσ = (x − D(x, σ))/σ, with one call of D.
 
     Arguments:
         denoise: D.
@@ -97,7 +101,7 @@ def euler_step(denoise: Denoise, x: Tensor, sigma: Tensor, lower: Tensor) -> Ten
 
 
 def heun_step(denoise: Denoise, x: Tensor, sigma: Tensor, lower: Tensor) -> Tensor:
-    """The same with the mean of the slopes at both ends, in two calls of D; ``lower`` must be positive."""
+    """Make a step with the mean of the slopes at both ends, in two calls of D; ``lower`` must be positive."""
     slope = (x - denoise(x, sigma)) / broadcast(sigma, x)
     gap = broadcast(lower - sigma, x)
     end = (x + gap * slope).to(x.dtype)
@@ -163,7 +167,7 @@ METRICS: dict[str, Callable[[], Callable[[Tensor, Tensor], Tensor]]] = {
     "pseudo-huber": lambda: _pseudo_huber,
     "lpips": _LPIPS,
 }
-"""What makes d: (B, *), (B, *) ↦ (B,). l1 and l2 are means over the elements of |a − b| and (a − b)²."""
+"""Functions that make d: (B, *), (B, *) ↦ (B,). l1 and l2 are means over the elements of |a − b| and (a − b)²."""
 
 
 # -- how many scales -----------------------------------------------------------------------------------------
@@ -174,7 +178,7 @@ class ScaleSchedule(ABC):
 
     @abstractmethod
     def __call__(self, updates: int) -> tuple[int, float]:
-        """(N, μ) when so many optimiser updates have been made."""
+        """Return (N, μ) when so many optimiser updates have been made."""
 
 
 def _check_decay(decay: float) -> None:
@@ -184,7 +188,11 @@ def _check_decay(decay: float) -> None:
 
 @dataclass(frozen=True)
 class FixedScales(ScaleSchedule):
-    """The same throughout. Arguments: scales: N ≥ 2. decay: μ in [0, 1).
+    """The same throughout.
+
+    Arguments:
+        scales: N ≥ 2.
+        decay: μ in [0, 1).
 
     Raises:
         ValueError: If an argument is out of its range.
@@ -203,13 +211,13 @@ class FixedScales(ScaleSchedule):
 
 
 @dataclass(frozen=True)
-class GrowingScales(ScaleSchedule):
-    """Song et al. (2023), appendix C, as printed; their code has N(k) − 1 in the place of N(k) in μ(k).
+class _MoreScales(ScaleSchedule):
+    """More levels from s_0 to s_1, so that the last N is s_1 + 1.
 
     Arguments:
-        start: s_0 ≥ 2, the first N.
-        end: s_1 ≥ s_0; the last N is s_1 + 1.
-        decay: μ_0 in [0, 1); 0 is 0 throughout.
+        start: s_0 ≥ 1; 2 where the levels are growing.
+        end: s_1 ≥ s_0.
+        decay: μ in [0, 1); where the levels are growing μ_0, and 0 is 0 throughout.
         total: K ≥ 1.
 
     Raises:
@@ -220,13 +228,21 @@ class GrowingScales(ScaleSchedule):
     end: int
     decay: float
     total: int
+    least: ClassVar[int]
 
     def __post_init__(self) -> None:
         _check_decay(self.decay)
-        if not (2 <= self.start <= self.end and self.total >= 1):
+        if not (self.least <= self.start <= self.end and self.total >= 1):
             raise ValueError(
-                f"a growing schedule needs 2 ≤ start ≤ end and total ≥ 1; got {self.start}, {self.end}, {self.total}"
+                f"the numbers of levels need {self.least} ≤ start ≤ end and total ≥ 1; got {self.start}, {self.end}, "
+                f"{self.total}"
             )
+
+
+class GrowingScales(_MoreScales):
+    """Song et al. (2023), appendix C, as printed; their code has N(k) − 1 in the place of N(k) in μ(k)."""
+
+    least = 2
 
     def __call__(self, updates: int) -> tuple[int, float]:
         progress = min(updates, self.total) / self.total
@@ -235,31 +251,10 @@ class GrowingScales(ScaleSchedule):
         return scales, math.exp(self.start * math.log(self.decay) / scales) if self.decay else 0.0
 
 
-@dataclass(frozen=True)
-class DoublingScales(ScaleSchedule):
-    """Song & Dhariwal (2024), section 3.4.
+class DoublingScales(_MoreScales):
+    """Song & Dhariwal (2024), section 3.4; the first N is s_0 + 1."""
 
-    Arguments:
-        start: s_0 ≥ 1; the first N is s_0 + 1.
-        end: s_1 ≥ s_0; the last N is s_1 + 1.
-        decay: μ in [0, 1).
-        total: K ≥ 1.
-
-    Raises:
-        ValueError: If an argument is out of its range.
-    """
-
-    start: int
-    end: int
-    decay: float
-    total: int
-
-    def __post_init__(self) -> None:
-        _check_decay(self.decay)
-        if not (1 <= self.start <= self.end and self.total >= 1):
-            raise ValueError(
-                f"a doubling schedule needs 1 ≤ start ≤ end and total ≥ 1; got {self.start}, {self.end}, {self.total}"
-            )
+    least = 1
 
     def __call__(self, updates: int) -> tuple[int, float]:
         length = max(int(self.total / (math.log2(self.end // self.start) + 1)), 1)
@@ -271,7 +266,7 @@ class DoublingScales(ScaleSchedule):
 
 @dataclass(kw_only=True)
 class ConsistencyDraw(Draw):
-    """What one batch is trained on. ``x_t`` is what δ moves, and ``t`` the index of its level.
+    """A batch to train on. ``x_t`` is what δ moves, and ``t`` the index of its level.
 
     Attributes:
         x_next: x_{n+1}, with shape (B, *).
@@ -402,7 +397,7 @@ class ConsistencyObjective(Objective):
         )
 
     def __call__(self, model: Callable[..., Any], draw: Draw, delta: Tensor | None = None) -> dict[str, Tensor]:
-        """The losses with δ added to ``draw.x_t``.
+        """Return the losses with δ added to ``draw.x_t``.
 
         Arguments:
             model: The student, called as diffusers calls it.
@@ -454,9 +449,82 @@ class ConsistencyObjective(Objective):
             self._set_scales()
 
     def state(self) -> dict[str, Any]:
-        """The updates made. The target's parameters are the caller's to keep."""
+        """Return the updates made. The target's parameters are the caller's to keep."""
         return {"updates": self.updates}
 
     def load_state(self, state: dict[str, Any]) -> None:
         self.updates = state["updates"]
         self._set_scales()
+
+
+@OBJECTIVES.register("consistency")
+class ConsistencyConfig(LevelsConfig):
+    """Consistency distillation, or training without a teacher."""
+
+    needs_target: ClassVar[bool] = True
+    scheduler: ClassVar[str] = "CMStochasticIterativeScheduler"
+
+    name: Literal["consistency"] = "consistency"
+    solver: Solver = Field("heun", description="of the teacher's ODE")
+    perturb: Perturbed = Field("solver", description="what the adversary moves")
+    metric: Metric = Field("pseudo-huber", description="the distance")
+    weighting: Weighting = Field("uniform", description="inverse-gap: 1/(σ_{n+1} − σ_n)")
+    times: Literal["uniform", "log-normal"] = Field("uniform", description="how pairs of levels are drawn")
+    mean: float = Field(-1.1, description="log-normal: P_mean")
+    std: float = Field(2.0, gt=0, description="log-normal: P_std")
+    schedule: Literal["fixed", "growing", "doubling"] = Field("fixed", description="of the number of levels")
+    scales: int = Field(
+        18, ge=2, le=100_000, description="fixed: the number N of levels; otherwise s_1, the last N − 1"
+    )
+    start_scales: int | None = Field(None, ge=2, description="growing, doubling: s_0")
+    decay: Fraction = Field(0.95, description="μ of the target network, growing: μ_0; 0: the student itself")
+
+    @model_validator(mode="after")
+    def _scheduled(self) -> ConsistencyConfig:
+        if (self.schedule == "fixed") != (self.start_scales is None):
+            raise ValueError("start_scales goes with schedule growing or doubling: give both, or neither")
+        if self.start_scales is not None and self.start_scales > self.scales:
+            raise ValueError(f"start_scales {self.start_scales} is more than scales {self.scales}")
+        return self
+
+    @model_validator(mode="after")
+    def _used(self) -> ConsistencyConfig:
+        self._needs_teacher("solver")
+        if self.times == "uniform" and (given(self, "mean") or given(self, "std")):
+            raise ValueError(
+                "mean and std have a meaning only with objective.times=log-normal: set it, or leave them out"
+            )
+        return self
+
+    @property
+    def fixed_levels(self) -> bool:
+        return self.schedule == "fixed"
+
+    def scale_schedule(self, steps: int) -> ScaleSchedule:
+        """Return the schedule of the numbers of levels over so many optimiser updates."""
+        if self.start_scales is None:
+            return FixedScales(self.scales, self.decay)
+        kind = GrowingScales if self.schedule == "growing" else DoublingScales
+        return kind(self.start_scales, self.scales, self.decay, steps)
+
+    def last_levels(self, steps: int) -> int:
+        return self.scale_schedule(steps)(steps)[0]
+
+    def build(
+        self, process: DiffusionProcess, steps: int, target: nn.Module | None = None, teacher: Denoise | None = None
+    ) -> ConsistencyObjective:
+        assert target is not None
+        try:
+            return ConsistencyObjective(
+                target,
+                teacher,
+                self.scale_schedule(steps),
+                solver=self.solver,
+                metric=self.metric,
+                perturb=self.perturb,
+                weighting=self.weighting,
+                times=(self.mean, self.std) if self.times == "log-normal" else None,
+                **self.arguments,
+            )
+        except ValueError as error:  # levels that the log-normal times never fall between
+            raise InputError(str(error)) from None

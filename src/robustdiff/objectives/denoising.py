@@ -38,13 +38,17 @@ from collections.abc import Callable
 from typing import Any, Literal, get_args
 
 import torch
+from pydantic import Field
 from torch import Tensor
+from torch.nn import Module
 
-from robustdiff.objectives.objective import Draw, Objective, gaussian, precise, predict
-from robustdiff.objectives.timesteps import LossSecondMoment, TimestepSampler, Uniform
-from robustdiff.process import PREDICTIONS, DiffusionProcess, Prediction, broadcast
+from robustdiff.errors import InputError
+from robustdiff.objectives.objective import OBJECTIVES, Draw, Objective, ObjectiveConfig, gaussian, precise, predict
+from robustdiff.objectives.preconditioning import Denoise
+from robustdiff.objectives.timesteps import TIMESTEPS, LossSecondMoment, TimestepSampler, Uniform
+from robustdiff.process import PREDICTIONS, DiffusionProcess, Prediction, ProcessConfig, broadcast
 
-__all__ = ["VARIANCES", "DenoisingObjective", "Draw", "Variance", "predict"]
+__all__ = ["VARIANCES", "DenoisingConfig", "DenoisingObjective", "Variance"]
 
 Variance = Literal["fixed", "learned_range"]
 VARIANCES: tuple[str, ...] = get_args(Variance)
@@ -129,13 +133,13 @@ class DenoisingObjective(Objective):
         return Draw(x0, t, noise, self.process.diffuse(x0, t, at), weight, condition)
 
     def more_noise(self, shape: tuple[int, ...], generator: torch.Generator) -> dict[str, Tensor]:
-        """The ξ of input perturbation, if there is any."""
+        """Draw the ξ of input perturbation, if there is any."""
         if not self.input_perturbation:
             return {}
         return {"input_noise": torch.randn(shape, generator=generator, device=generator.device)}
 
     def state(self) -> dict[str, Any]:
-        """The losses that the sampler of times remembers."""
+        """Return the losses that the sampler of times remembers."""
         if not isinstance(self.timesteps, LossSecondMoment):
             return {}
         return {name: value.tolist() for name, value in self.timesteps.state_dict().items()}
@@ -146,7 +150,7 @@ class DenoisingObjective(Objective):
             self.timesteps.load_state_dict({"losses": losses, "counts": torch.tensor(state["counts"])})
 
     def __call__(self, model: Callable[..., Any], draw: Draw, delta: Tensor | None = None) -> dict[str, Tensor]:
-        """The losses at x_t + δ.
+        """Return the losses at x_t + δ.
 
         Arguments:
             model: Called as diffusers calls it; it is given ``process.times[t]``.
@@ -215,3 +219,61 @@ def _log_likelihood_of_pixels(x0: Tensor, mean: Tensor, log_variance: Tensor) ->
     above = cdf(inverse_std * (centered + 1 / 255))
     probability = torch.where(x0 < -0.999, above, torch.where(x0 > 0.999, 1 - below, above - below))
     return probability.clamp_min(1e-12).log()
+
+
+@OBJECTIVES.register("denoising")
+class DenoisingConfig(ObjectiveConfig):
+    """The denoising loss of a diffusion model or of flow matching."""
+
+    name: Literal["denoising"] = "denoising"
+    prediction: Prediction = "epsilon"  # type: ignore[misc]
+    variance: Variance = "fixed"
+    vb_scale: float | None = Field(None, gt=0, description="factor of the variational bound; learned_range only")
+    timesteps: Literal["uniform", "loss-second-moment"] = Field("uniform", description="how times are drawn")
+    input_perturbation: float = Field(0.0, ge=0, description="γ of input perturbation; 0: none")
+    through_target: bool = Field(False, description="whether the gradient that moves δ goes through the target as well")
+
+    @property
+    def learned_variance(self) -> bool:
+        return self.variance == "learned_range"
+
+    def adopt(self, own: ObjectiveConfig) -> ObjectiveConfig:
+        if own.over_levels:
+            return self
+        of_network = {"prediction": own.prediction, "variance": "learned_range" if own.learned_variance else "fixed"}
+        return self.model_copy(update={n: v for n, v in of_network.items() if n not in self.model_fields_set})
+
+    def new_process(self, process: ProcessConfig | None, steps: int) -> tuple[DiffusionProcess, Any]:
+        from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
+
+        process = process or ProcessConfig()
+        table = process.build()
+        if (process.name == "flow") != (self.prediction == "flow"):
+            raise InputError("process=flow and objective.prediction=flow go together: set both, or neither")
+        if process.name == "flow":
+            # A flow's time is continuous: T is how finely it is drawn, and the scheduler has always 1000 t.
+            return table, FlowMatchEulerDiscreteScheduler(shift=process.shift)
+        return table, DDPMScheduler(
+            process.T,
+            beta_schedule={"cosine": "squaredcos_cap_v2"}.get(process.name, process.name),
+            beta_start=0.0001 * 1000 / process.T,
+            beta_end=0.02 * 1000 / process.T,
+            prediction_type=self.prediction,
+            variance_type={"fixed": "fixed_small"}.get(self.variance, self.variance),
+        )
+
+    def build(
+        self, process: DiffusionProcess, steps: int, target: Module | None = None, teacher: Denoise | None = None
+    ) -> DenoisingObjective:
+        try:
+            return DenoisingObjective(
+                process,
+                self.prediction,
+                self.variance,
+                vb_scale=self.vb_scale,
+                timesteps=TIMESTEPS[self.timesteps](len(process)),
+                input_perturbation=self.input_perturbation,
+                through_target=self.through_target,
+            )
+        except ValueError as error:  # a variance that is not learned, or that the process cannot have
+            raise InputError(f"objective: {error}") from None

@@ -19,18 +19,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import torch
+from pydantic import Field, model_validator
 from torch import Tensor
+from torch.nn import Module
 
 from robustdiff.objectives.denoising import DenoisingObjective
-from robustdiff.objectives.objective import Draw, precise
+from robustdiff.objectives.levels import LevelsConfig
+from robustdiff.objectives.objective import OBJECTIVES, Draw, precise
 from robustdiff.objectives.preconditioning import Denoise, Preconditioned, karras_process, karras_sigmas
 from robustdiff.objectives.timesteps import LogNormal
-from robustdiff.process import Table, broadcast
+from robustdiff.process import DiffusionProcess, Table, broadcast
 
-__all__ = ["EDMObjective"]
+__all__ = ["EDMObjective", "EdmConfig"]
 
 
 class EDMObjective(DenoisingObjective):
@@ -93,7 +96,44 @@ class EDMObjective(DenoisingObjective):
         return replace(draw, x0=torch.where(below, taught, draw.x0))
 
     def __call__(self, model: Callable[..., Any], draw: Draw, delta: Tensor | None = None) -> dict[str, Tensor]:
-        """The losses at x_t + δ: "loss" is λ(σ) · "mse", each with shape (B,)."""
+        """Return the losses at x_t + δ: "loss" is λ(σ) · "mse", each with shape (B,)."""
         losses = super().__call__(Preconditioned(model, self.sigma_data), draw, delta)
         loss = losses["loss"].to(precise(losses["loss"].dtype))
         return {**losses, "loss": self._weights.take(draw.t, loss.dtype) * loss}
+
+
+@OBJECTIVES.register("edm")
+class EdmConfig(LevelsConfig):
+    """The denoising loss of Karras et al."""
+
+    scheduler: ClassVar[str] = "EDMEulerScheduler"
+
+    name: Literal["edm"] = "edm"
+    levels: int = Field(1000, ge=2, le=100_000, description="the number of levels")
+    mean: float = Field(-1.2, description="P_mean of ln σ")
+    std: float = Field(1.2, gt=0, description="P_std of ln σ")
+    teacher_below: float = Field(5.0, gt=0, description="the levels that the teacher gives; above, from the data")
+
+    @model_validator(mode="after")
+    def _taught(self) -> EdmConfig:
+        self._needs_teacher("teacher_below")
+        return self
+
+    @property
+    def teacher_sigma_max(self) -> float:
+        return min(self.sigma_max, self.teacher_below)
+
+    def last_levels(self, steps: int) -> int:
+        return self.levels
+
+    def build(
+        self, process: DiffusionProcess, steps: int, target: Module | None = None, teacher: Denoise | None = None
+    ) -> EDMObjective:
+        return EDMObjective(
+            self.levels,
+            mean=self.mean,
+            std=self.std,
+            teacher=teacher,
+            teacher_below=self.teacher_below,
+            **self.arguments,
+        )

@@ -1,24 +1,28 @@
-"""What an objective is: a loss that is drawn once for a batch and evaluated in every pass over it."""
+"""The base class of objectives, losses that are drawn once for a batch and evaluated in every pass over it, and of
+their sections in a recipe."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn import Module
 
 from robustdiff.objectives.timesteps import TimestepSampler
-from robustdiff.process import DiffusionProcess
+from robustdiff.process import DiffusionProcess, Prediction, ProcessConfig
+from robustdiff.registry import Registry
+from robustdiff.section import Named
 
-__all__ = ["Draw", "Objective", "follow", "gaussian", "precise", "predict"]
+__all__ = ["OBJECTIVES", "Draw", "Objective", "ObjectiveConfig", "follow", "gaussian", "precise", "predict"]
 
 
 @dataclass
 class Draw:
-    """What one batch is trained on, the same in all its passes.
+    """A batch to train on, the same in all its passes.
 
     Attributes:
         x0: Clean samples, with shape (B, *).
@@ -38,7 +42,7 @@ class Draw:
 
 
 def gaussian(like: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Standard normal noise like a tensor, drawn where the generator is, or else where the tensor is."""
+    """Return standard normal noise like a tensor, drawn where the generator is, or else where the tensor is."""
     device = generator.device if generator is not None else like.device
     return torch.randn(like.shape, generator=generator, device=device, dtype=like.dtype).to(like.device)
 
@@ -50,7 +54,7 @@ def predict(model: Callable[..., Any], x: Tensor, t: Tensor, condition: dict[str
 
 
 def precise(dtype: torch.dtype) -> torch.dtype:
-    """The precision of levels, times and weights beside points of some precision: never below float32.
+    """Return the precision of levels, times and weights beside points of some precision: never below float32.
 
     250 ln σ would be rounded to steps of 8 in bfloat16, and neighbouring levels to the same number.
     """
@@ -93,10 +97,10 @@ class Objective(ABC):
 
     @abstractmethod
     def __call__(self, model: Callable[..., Any], draw: Draw, delta: Tensor | None = None) -> dict[str, Tensor]:
-        """The losses (B,) at x_t + δ by name, "loss" among them."""
+        """Return the losses (B,) at x_t + δ by name, "loss" among them."""
 
     def more_noise(self, shape: tuple[int, ...], generator: torch.Generator) -> dict[str, Tensor]:
-        """What is random about a batch beside t and ε: arguments of :meth:`draw`, each with a row for each sample."""
+        """Draw what is random about a batch beside t and ε: arguments of :meth:`draw`, with a row for each sample."""
         return {}
 
     def after_update(  # noqa: B027  (most objectives have nothing to do)
@@ -110,8 +114,84 @@ class Objective(ABC):
         """
 
     def state(self) -> dict[str, Any]:
-        """What a resumed run has to know, as JSON."""
+        """Return what a resumed run has to know, as JSON."""
         return {}
 
     def load_state(self, state: dict[str, Any]) -> None:  # noqa: B027
         """Take what :meth:`state` gave."""
+
+
+class ObjectiveConfig(Named):
+    """The section ``objective`` of a recipe. Every kind has a ``name``, and says what its network predicts.
+
+    Attributes:
+        over_levels: Whether the objective has noise levels σ of its own. Otherwise it is over the process of the
+            recipe, or of the checkpoint.
+        needs_target: Whether it needs a target network, a copy of the student.
+        prediction: The parameterisation of the network.
+    """
+
+    over_levels: ClassVar[bool] = False
+    needs_target: ClassVar[bool] = False
+    prediction: ClassVar[Prediction]
+    name: Any
+
+    @property
+    def learned_variance(self) -> bool:
+        """Whether the network has 2C output channels, the second half a variance."""
+        return False
+
+    @property
+    def fixed_levels(self) -> bool:
+        """Whether the times or noise levels are the same throughout a training."""
+        return True
+
+    @property
+    def teacher_path(self) -> str | None:
+        """The model to learn from: a run, a pipeline folder, or a shipped model."""
+        return None
+
+    @property
+    def teacher_sigma_max(self) -> float:
+        """The highest noise level at which the teacher is asked."""
+        return 0.0
+
+    def adopt(self, own: ObjectiveConfig) -> ObjectiveConfig:
+        """Return this section with what it does not say taken from the objective that a checkpoint was trained by."""
+        return self
+
+    def new_process(self, process: ProcessConfig | None, steps: int) -> tuple[DiffusionProcess, Any]:
+        """Return the process of a new network when training ends, and the diffusers scheduler that describes it.
+
+        Arguments:
+            process: The section ``process`` of the recipe.
+            steps: The optimiser updates of the training.
+
+        Raises:
+            InputError: If the section does not suit the objective.
+        """
+        raise NotImplementedError
+
+    def build(
+        self,
+        process: DiffusionProcess,
+        steps: int,
+        target: Module | None = None,
+        teacher: Callable[..., Tensor] | None = None,
+    ) -> Objective:
+        """Make the objective.
+
+        Arguments:
+            process: The network's process.
+            steps: The optimiser updates of the training.
+            target: The target network, where one is needed.
+            teacher: The denoiser D(x, σ) to learn from, where there is one.
+
+        Raises:
+            InputError: If the settings do not suit the process or one another.
+        """
+        raise NotImplementedError
+
+
+OBJECTIVES: Registry[type[ObjectiveConfig]] = Registry("objective", "objectives")
+"""The sections by the names of the objectives."""

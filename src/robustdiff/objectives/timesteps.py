@@ -1,4 +1,4 @@
-r"""How the times of a batch are drawn, and what makes the loss unbiased when they are not drawn uniformly.
+r"""Distributions of the times of a batch, and the weights that make the loss unbiased where they are not uniform.
 
 The loss is a mean over t = 0 … T − 1. Drawn with probabilities p_t, each sample is weighted by 1/(p_t T):
 

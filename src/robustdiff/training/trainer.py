@@ -51,30 +51,12 @@ from robustdiff.files import (
     remove_leftovers,
 )
 from robustdiff.interrupt import Interrupt
-from robustdiff.objectives.consistency import ConsistencyObjective
-from robustdiff.objectives.denoising import DenoisingObjective
-from robustdiff.objectives.edm import EDMObjective
 from robustdiff.objectives.objective import Draw, Objective
 from robustdiff.objectives.preconditioning import Denoise
-from robustdiff.objectives.timesteps import TIMESTEPS, LossSecondMoment
-from robustdiff.perturbation import (
-    Adversary,
-    Constant,
-    FreeAdversary,
-    NoAdversary,
-    NoiseLevel,
-    PerDimension,
-    PGDAdversary,
-    RadiusSchedule,
-    Ramp,
-    RandomAdversary,
-    SamplerDistance,
-    Within,
-)
-from robustdiff.process import DiffusionProcess
+from robustdiff.objectives.timesteps import LossSecondMoment
 from robustdiff.progress import SILENT, Progress
-from robustdiff.recipe import AdversaryConfig, ConsistencyConfig, DenoisingConfig, Recipe, load_recipe
-from robustdiff.training.build import Built, build_model, scale_schedule
+from robustdiff.recipe import Recipe, load_recipe
+from robustdiff.training.build import Built, build_model
 from robustdiff.training.checkpoint import (
     Scale,
     State,
@@ -88,7 +70,7 @@ from robustdiff.training.checkpoint import (
 from robustdiff.training.ema import EMA, REMAINDER, sufficient_decay
 from robustdiff.training.stream import BatchIndices, batch_generator
 
-__all__ = ["Trainer", "build_adversary", "build_objective", "read_result", "train"]
+__all__ = ["Trainer", "build_objective", "read_result", "train"]
 
 logger = logging.getLogger(__name__)
 
@@ -98,40 +80,8 @@ FREE_TO_CHANGE = {"output", "threads", "checkpoint_every", "keep", "log_every", 
 FREE_TO_CHANGE |= {"compile", "channels_last"}
 
 
-def build_adversary(config: AdversaryConfig, process: DiffusionProcess) -> Adversary:
-    """The adversary of a recipe.
-
-    Raises:
-        InputError: If the radius is a sampler's distance and the process does not preserve variance.
-    """
-    if config.name == "none":
-        return NoAdversary()
-    radius: RadiusSchedule | None = None
-    if config.radius is not None:
-        if config.radius.value is not None:
-            radius = Constant(config.radius.value)
-        elif config.radius.eta is not None and config.radius.sampler_steps is not None:
-            if not process.variance_preserving:
-                raise InputError("radius.sampler_steps is for variance-preserving processes: give radius.eta alone")
-            radius = SamplerDistance(process, config.radius.eta, config.radius.sampler_steps)
-        elif config.radius.eta is not None and config.radius.by_noise:
-            radius = NoiseLevel(process, config.radius.eta)
-        elif config.radius.eta is not None:
-            radius = PerDimension(config.radius.eta)
-        if radius is not None and config.radius.within is not None:
-            radius = Within(radius, process, *config.radius.within)
-        if radius is not None and config.ramp:
-            radius = Ramp(radius, config.ramp)
-    kinds: dict[str, type[Adversary]] = {
-        "free": FreeAdversary,
-        "pgd": PGDAdversary,
-        "random": RandomAdversary,
-    }
-    return kinds[config.name](config.steps, config.step_size, radius, config.norm)
-
-
 def _build_teacher(path: str, highest: float, built: Built, dataset: ImageDataset, accelerator: Accelerator) -> Denoise:
-    """The denoiser that is learned from, at levels up to the highest, in the precision of the student."""
+    """Return the denoiser that is learned from, at levels up to the highest, in the precision of the student."""
     model = load_model(path)
     model.check_data(dataset)
     if model.condition != built.model.condition:
@@ -154,60 +104,22 @@ def _build_teacher(path: str, highest: float, built: Built, dataset: ImageDatase
 def build_objective(
     recipe: Recipe, built: Built, dataset: ImageDataset, accelerator: Accelerator, target: torch.nn.Module | None
 ) -> Objective:
-    """The loss of a recipe.
+    """Make the loss of a recipe.
 
     Arguments:
         recipe: The configuration.
         built: The network and what it predicts.
         dataset: What is trained on.
         accelerator: Where a teacher goes, and its precision.
-        target: The target network of a consistency model.
+        target: The target network, where the objective needs one.
 
     Raises:
         InputError: If there is no such teacher, or it does not fit.
     """
-    config = built.objective
-    if isinstance(config, DenoisingConfig):
-        return DenoisingObjective(
-            built.process,
-            config.prediction,
-            config.variance,
-            vb_scale=config.vb_scale,
-            timesteps=TIMESTEPS[config.timesteps](len(built.process)),
-            input_perturbation=config.input_perturbation,
-            through_target=config.through_target,
-        )
-    levels: dict[str, float] = {n: getattr(config, n) for n in ("sigma_min", "sigma_max", "rho", "sigma_data")}
-    teacher = None
-    if config.teacher is not None:
-        highest = (
-            config.sigma_max if isinstance(config, ConsistencyConfig) else min(config.sigma_max, config.teacher_below)
-        )
-        teacher = _build_teacher(config.teacher, highest, built, dataset, accelerator)
-    if not isinstance(config, ConsistencyConfig):
-        return EDMObjective(
-            config.levels,
-            mean=config.mean,
-            std=config.std,
-            teacher=teacher,
-            teacher_below=config.teacher_below,
-            **levels,
-        )
-    assert target is not None
-    try:
-        return ConsistencyObjective(
-            target,
-            teacher,
-            scale_schedule(config, recipe.steps),
-            solver=config.solver,
-            metric=config.metric,
-            perturb=config.perturb,
-            weighting=config.weighting,
-            times=(config.mean, config.std) if config.times == "log-normal" else None,
-            **levels,
-        )
-    except ValueError as error:  # levels that the log-normal times never fall between
-        raise InputError(str(error)) from None
+    config, teacher = built.objective, None
+    if config.teacher_path is not None:
+        teacher = _build_teacher(config.teacher_path, config.teacher_sigma_max, built, dataset, accelerator)
+    return config.build(built.process, recipe.steps, target, teacher)
 
 
 class Trainer:
@@ -228,7 +140,7 @@ class Trainer:
         self.accelerator = accelerator
         self.dataset = dataset
         self.built = built
-        self.adversary = build_adversary(recipe.adversary, built.process)
+        self.adversary = recipe.adversary.build(built.process)
         self.step = 0
         self.batch = 0
         self.skipped_updates: int | Tensor = 0
@@ -243,7 +155,7 @@ class Trainer:
         cuda = accelerator.device.type == "cuda"
         if cuda if recipe.channels_last is None else recipe.channels_last:
             unet = unet.to(memory_format=torch.channels_last)
-        target = copy.deepcopy(unet).requires_grad_(False) if isinstance(built.objective, ConsistencyConfig) else None
+        target = copy.deepcopy(unet).requires_grad_(False) if built.objective.needs_target else None
         if recipe.compile:
             # In place, and not wrapped: names in checkpoints are the same with and without.
             unet.compile()
@@ -657,7 +569,8 @@ def _prepare_folder(recipe: Recipe, folder: Path, resume: bool, dataset: ImageDa
     Raises:
         InputError: If the folder holds anything that is not this run, or without ``resume`` anything at all.
     """
-    for source in (recipe.model.source, getattr(recipe.objective, "teacher", None), recipe.data.root):
+    teacher = None if recipe.objective is None else recipe.objective.teacher_path
+    for source in (recipe.model.source, teacher, recipe.data.root):
         if source and Path(source).is_dir() and folder.resolve().is_relative_to(Path(source).resolve()):
             raise InputError(f"output {folder} is in {source}, which is read: choose another --set output=…")
     claim_folder(folder, "a run")
@@ -684,7 +597,7 @@ def _check_recipe(recipe: Recipe, folder: Path) -> None:
         raise InputError(f"{folder} has no recipe.yaml, so it is not known of what it is a run: choose another output")
     before = load_recipe(str(path))
     # The cosine, and numbers of levels that grow, are of so many steps.
-    fixed = recipe.lr_schedule == "constant" and getattr(recipe.objective, "schedule", "fixed") == "fixed"
+    fixed = recipe.lr_schedule == "constant" and (recipe.objective is None or recipe.objective.fixed_levels)
     free = FREE_TO_CHANGE | ({"steps"} if fixed else set())
     for name in Recipe.model_fields:
         if name not in free and _fixed(before, name) != _fixed(recipe, name):
@@ -851,5 +764,4 @@ def _check_result(path: Path, result: dict[str, Any], trainer: Trainer) -> None:
 
 def _backward_passes(trainer: Trainer, steps: int) -> int:
     """Backward passes over a batch, counting those that only move δ."""
-    extra = trainer.adversary.steps if isinstance(trainer.adversary, PGDAdversary) else 0
-    return steps * (1 + extra)
+    return steps * trainer.recipe.adversary.backward_passes

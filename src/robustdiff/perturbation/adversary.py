@@ -1,0 +1,175 @@
+"""The base class of adversaries, and of their sections in a recipe."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from robustdiff.perturbation.norms import NORMS
+from robustdiff.perturbation.radii import Constant, RadiusConfig, RadiusSchedule, Ramp
+from robustdiff.process import DiffusionProcess, broadcast
+from robustdiff.registry import Registry
+from robustdiff.section import MOST_UPDATES, Named
+
+__all__ = ["ADVERSARIES", "Adversary", "AdversaryConfig", "AscentConfig", "LossOfDelta"]
+
+LossOfDelta = Callable[[Tensor], Tensor]
+
+
+class Adversary(ABC):
+    """A way of moving δ.
+
+    Arguments:
+        steps: The number K of steps, ≥ 1.
+        step_size: The length α > 0 of one step, in units of the norm.
+        radius: None for no projection, a number in units of the norm, or a :class:`RadiusSchedule`.
+        norm: The norm, by name: "l2", "linf" or "l1".
+        grad_floor: A gradient whose ℓ2 norm is below it makes a step that is shorter in proportion, α·‖∇‖₂/grad_floor.
+            0 for full steps always. (The authors' code in float32 has 2²⁰·10⁻⁸ for the gradient of the mean loss: it
+            undoes a loss scale that was not applied before it bounds the norm below by 10⁻⁸. In fp16 it has none to
+            speak of.)
+
+    A sample whose gradient is zero or not finite (as when fp16 overflows) keeps its δ, and is counted in ``skipped``.
+
+    Raises:
+        ValueError: If an argument is out of its range or the norm is unknown.
+    """
+
+    def __init__(
+        self,
+        steps: int = 3,
+        step_size: float = 0.1,
+        radius: float | RadiusSchedule | None = None,
+        norm: str = "l2",
+        grad_floor: float = 0.0,
+    ) -> None:
+        if steps < 1:
+            raise ValueError(f"steps must be at least 1; got {steps}")
+        if not (step_size > 0 and math.isfinite(step_size)):
+            raise ValueError(f"step_size must be positive and finite; got {step_size}")
+        if norm not in NORMS:
+            raise ValueError(f"unknown norm {norm!r}: use one of {', '.join(NORMS)}")
+        if isinstance(radius, int | float):
+            radius = Constant(float(radius))
+        if not (grad_floor >= 0 and math.isfinite(grad_floor)):
+            raise ValueError(f"grad_floor must be at least 0 and finite; got {grad_floor}")
+        self.grad_floor = grad_floor
+        self.steps = steps
+        self.step_size = step_size
+        self.radius = radius
+        self.norm = NORMS[norm]
+        self._skipped: int | Tensor = 0
+
+    @property
+    def skipped(self) -> int:
+        """The number of single ascents left out so far: the gradient of that sample was zero or not finite."""
+        return int(self._skipped)
+
+    @skipped.setter
+    def skipped(self, count: int) -> None:
+        self._skipped = count
+
+    @property
+    def passes(self) -> int:
+        """The number of perturbations yielded for one batch: the optimiser updates that it is trained on."""
+        return self.steps
+
+    @abstractmethod
+    def __call__(
+        self, x_t: Tensor, t: Tensor | None = None, *, loss: LossOfDelta | None = None, training_step: int | None = None
+    ) -> Iterator[Tensor]:
+        """Yield the perturbations of a batch, in order, each like ``x_t``.
+
+        Arguments:
+            x_t: The noisy points, with shape (B, *).
+            t: Their time indices, with shape (B,); for a radius by timestep.
+            loss: δ ↦ the losses (B,), or their sum or mean, at x_t + δ; for adversaries that ascend on their own.
+            training_step: The optimiser updates made so far; for a ramped radius.
+        """
+
+    def _project(self, delta: Tensor, x_t: Tensor, t: Tensor | None, training_step: int | None) -> Tensor:
+        if self.radius is None:
+            return delta
+        return self.norm.project(delta, self.radius(x_t, t, training_step, self.norm))
+
+    @torch.no_grad()
+    def _ascend(self, delta: Tensor, grad: Tensor, x_t: Tensor, t: Tensor | None, training_step: int | None) -> Tensor:
+        """Return Π_r(δ + α d); a sample whose gradient is zero or not finite keeps its δ and is counted."""
+        flat = grad.flatten(1)
+        usable = flat.isfinite().all(1) & (flat != 0).any(1)
+        # A harmless stand-in where the gradient is unusable: the result there is thrown away.
+        safe = torch.where(broadcast(usable, grad), grad, torch.ones_like(grad))
+        step = self.step_size * self.norm.ascent(safe)
+        if self.grad_floor > 0:
+            step = step * broadcast((safe.flatten(1).norm(dim=1) / self.grad_floor).clamp_max(1), step)
+        moved = self._project(delta + step, x_t, t, training_step)
+        self._skipped = self._skipped + (~usable).sum()  # stays on the device: reading it here would stall a GPU
+        return torch.where(broadcast(usable, delta), moved, delta)
+
+
+class AdversaryConfig(Named):
+    """The section ``adversary`` of a recipe. Every kind has a ``name``."""
+
+    name: Any
+
+    @property
+    def backward_passes(self) -> int:
+        """The number of backward passes for one optimiser update, those included that only move δ."""
+        return 1
+
+    @property
+    def by_level(self) -> bool:
+        """Whether the noise level σ_t says how far δ moves."""
+        return False
+
+    def build(self, process: DiffusionProcess) -> Adversary:
+        """Make the adversary.
+
+        Arguments:
+            process: The process of the noisy points.
+
+        Raises:
+            InputError: If it does not suit the process.
+        """
+        raise NotImplementedError
+
+
+ADVERSARIES: Registry[type[AdversaryConfig]] = Registry("adversary", "adversaries", folder="perturbation")
+"""The sections by the names of the adversaries."""
+
+
+class AscentConfig(AdversaryConfig):
+    """The section of an adversary that makes K steps of a length within a ball.
+
+    Attributes:
+        adversary: The class of the adversary, which takes K, α, the radius and the norm.
+    """
+
+    adversary: ClassVar[type[Adversary]]
+    steps: int = Field(3, ge=1, le=1000, description="K")
+    step_size: float = Field(0.1, gt=0, description="α, in units of the norm")
+    norm: Literal["l2", "linf", "l1"] = "l2"
+    radius: RadiusConfig | None = Field(None, description="none: no projection")
+    ramp: int = Field(0, ge=0, le=MOST_UPDATES, description="updates over which the radius grows from 0")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> AscentConfig:
+        if self.ramp and self.radius is None:
+            raise ValueError("adversary.ramp needs adversary.radius: there is nothing else to ramp")
+        return self
+
+    @property
+    def by_level(self) -> bool:
+        return self.radius is not None and self.radius.by_level
+
+    def build(self, process: DiffusionProcess) -> Adversary:
+        radius = None if self.radius is None else self.radius.build(process)
+        if radius is not None and self.ramp:
+            radius = Ramp(radius, self.ramp)
+        return self.adversary(self.steps, self.step_size, radius, self.norm)

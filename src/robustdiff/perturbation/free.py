@@ -1,0 +1,47 @@
+"""Free adversarial training (Shafahi et al., 2019; Wang et al., 2025, Algorithm 1)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from robustdiff.perturbation.adversary import ADVERSARIES, Adversary, AscentConfig, LossOfDelta
+
+__all__ = ["FreeAdversary", "FreeConfig"]
+
+
+class FreeAdversary(Adversary):
+    """Free adversarial training: K passes over one batch, each of which trains and ascends with one backward.
+
+    Yields δ⁰ = 0, δ¹, …, δ^{K−1}. The caller calls backward and steps the optimiser in every pass; the gradient
+    that the same backward left in ``delta.grad`` moves δ for the next one (Wang et al., 2025, Algorithm 1).
+
+    Raises:
+        RuntimeError: If ``delta.grad`` is missing when the body is left and another pass follows: the loss was not
+            computed at x_t + delta, or backward was not called.
+    """
+
+    def __call__(
+        self, x_t: Tensor, t: Tensor | None = None, *, loss: LossOfDelta | None = None, training_step: int | None = None
+    ) -> Iterator[Tensor]:
+        delta = torch.zeros_like(x_t)
+        for k in range(self.steps):
+            delta = delta.detach().requires_grad_()
+            yield delta
+            if k + 1 < self.steps:
+                if delta.grad is None:
+                    raise RuntimeError(
+                        "delta has no gradient: compute the loss at x_t + delta and call backward in the loop's body"
+                    )
+                delta = self._ascend(delta, delta.grad, x_t, t, training_step)
+
+
+@ADVERSARIES.register("free")
+class FreeConfig(AscentConfig):
+    """Free adversarial training: one backward pass trains and moves δ."""
+
+    adversary: ClassVar[type[Adversary]] = FreeAdversary
+    name: Literal["free"] = "free"

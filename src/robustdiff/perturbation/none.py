@@ -1,0 +1,45 @@
+"""Ordinary training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import torch
+from pydantic import model_validator
+from torch import Tensor
+
+from robustdiff.perturbation.adversary import ADVERSARIES, Adversary, AscentConfig, LossOfDelta
+from robustdiff.process import DiffusionProcess
+
+__all__ = ["NoAdversary", "NoConfig"]
+
+
+class NoAdversary(Adversary):
+    """Ordinary training: one pass at δ = 0."""
+
+    def __init__(self) -> None:
+        super().__init__(steps=1)
+
+    def __call__(
+        self, x_t: Tensor, t: Tensor | None = None, *, loss: LossOfDelta | None = None, training_step: int | None = None
+    ) -> Iterator[Tensor]:
+        yield torch.zeros_like(x_t)
+
+
+@ADVERSARIES.register("none")
+class NoConfig(AscentConfig):
+    """No perturbation. The settings of another adversary may stay beside the name, which alone switches it off."""
+
+    name: Literal["none"] = "none"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _switched_off(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        others = {name for kind in ADVERSARIES.values() for name in kind.model_fields} - cls.model_fields.keys()
+        return {name: setting for name, setting in value.items() if name not in others}
+
+    def build(self, process: DiffusionProcess) -> NoAdversary:
+        return NoAdversary()

@@ -1,0 +1,52 @@
+"""Projected gradient ascent before every update (Madry et al., 2018)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from robustdiff.perturbation.adversary import ADVERSARIES, Adversary, AscentConfig, LossOfDelta
+
+__all__ = ["PGDAdversary", "PGDConfig"]
+
+
+class PGDAdversary(Adversary):
+    """Projected gradient ascent, then one update: K forwards and backwards that compute no parameter gradients.
+
+    Yields δ^K once. It ascends on its own, so it must be given ``loss``.
+
+    Raises:
+        ValueError: If ``loss`` is not given.
+    """
+
+    @property
+    def passes(self) -> int:
+        return 1
+
+    def __call__(
+        self, x_t: Tensor, t: Tensor | None = None, *, loss: LossOfDelta | None = None, training_step: int | None = None
+    ) -> Iterator[Tensor]:
+        if loss is None:
+            raise ValueError("PGDAdversary needs the loss as a function of delta: adversary(x_t, t, loss=…)")
+        delta = torch.zeros_like(x_t)
+        for _ in range(self.steps):
+            delta = delta.detach().requires_grad_()
+            with torch.enable_grad():
+                (grad,) = torch.autograd.grad(loss(delta).sum(), delta)
+            delta = self._ascend(delta, grad, x_t, t, training_step)
+        yield delta
+
+
+@ADVERSARIES.register("pgd")
+class PGDConfig(AscentConfig):
+    """K ascents, then one update."""
+
+    adversary: ClassVar[type[Adversary]] = PGDAdversary
+    name: Literal["pgd"] = "pgd"
+
+    @property
+    def backward_passes(self) -> int:
+        return 1 + self.steps

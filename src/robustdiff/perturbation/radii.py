@@ -1,0 +1,258 @@
+"""Radii of the ball in which δ stays, and the section ``adversary.radius`` of a recipe."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from robustdiff.errors import InputError
+from robustdiff.perturbation.norms import Norm
+from robustdiff.process import DiffusionProcess, Table
+from robustdiff.section import Section, Times
+
+__all__ = [
+    "Constant",
+    "NoiseLevel",
+    "PerDimension",
+    "RadiusConfig",
+    "RadiusSchedule",
+    "Ramp",
+    "SamplerDistance",
+    "Within",
+]
+
+
+class RadiusSchedule(ABC):
+    """A radius r of the ball for each sample, which may depend on the timestep and on the updates made."""
+
+    @abstractmethod
+    def __call__(self, x_t: Tensor, t: Tensor | None, training_step: int | None, norm: Norm) -> Tensor:
+        """Return the radius for each of the noisy points (B, *), with shape (B,).
+
+        Raises:
+            ValueError: If the schedule needs ``t`` or ``training_step`` and it is not given.
+        """
+
+
+@dataclass(frozen=True)
+class Constant(RadiusSchedule):
+    """The same radius everywhere.
+
+    Arguments:
+        radius: ≥ 0, in units of the norm.
+    """
+
+    radius: float
+
+    def __post_init__(self) -> None:
+        if not self.radius >= 0:
+            raise ValueError(f"radius must be at least 0; got {self.radius}")
+
+    def __call__(self, x_t: Tensor, t: Tensor | None, training_step: int | None, norm: Norm) -> Tensor:
+        return x_t.new_full((len(x_t),), self.radius)
+
+
+@dataclass(frozen=True)
+class PerDimension(RadiusSchedule):
+    """η·‖(1, …, 1)‖: in ℓ2 the paper's η√d, in ℓ∞ η, in ℓ1 ηd, with d the elements of one sample.
+
+    Arguments:
+        eta: η ≥ 0, in units of x_t (0.1 in the reference implementation).
+    """
+
+    eta: float
+
+    def __post_init__(self) -> None:
+        if not self.eta >= 0:
+            raise ValueError(f"eta must be at least 0; got {self.eta}")
+
+    def __call__(self, x_t: Tensor, t: Tensor | None, training_step: int | None, norm: Norm) -> Tensor:
+        return x_t.new_full((len(x_t),), self.eta * norm.of_ones(x_t[0].numel()))
+
+
+@dataclass(frozen=True)
+class NoiseLevel(RadiusSchedule):
+    """η·σ_t·‖(1, …, 1)‖: the noise ε + δ/σ_t moves by at most η‖(1, …, 1)‖, at every timestep alike.
+
+    In ℓ2 that is η per dimension in root mean square, in ℓ∞ the most that any moves.
+
+    Where the radius does not shrink with σ_t, the least noisy points are moved by many times their noise.
+
+    Arguments:
+        process: The process.
+        eta: η ≥ 0, in units of the noise.
+    """
+
+    process: DiffusionProcess
+    eta: float
+
+    def __post_init__(self) -> None:
+        if not self.eta >= 0:
+            raise ValueError(f"eta must be at least 0; got {self.eta}")
+
+    def __call__(self, x_t: Tensor, t: Tensor | None, training_step: int | None, norm: Norm) -> Tensor:
+        if t is None:
+            raise ValueError("a radius by timestep needs t: call adversary(x_t, t)")
+        sigma = self.process.levels(t, x_t)[1].flatten()
+        return self.eta * norm.of_ones(x_t[0].numel()) * sigma
+
+
+@dataclass(frozen=True)
+class SamplerDistance(RadiusSchedule):
+    r"""The distance that a sampler covers in one step at t, at most η, per dimension:
+
+        r_t = min( √(2 − 2√(ᾱ_t/ᾱ_s)), η ) · ‖(1, …, 1)‖,
+
+    with s the time one step before t in a schedule of ``steps`` steps (ᾱ_s = 1 past the end). For data of unit
+    variance E‖x_t − x_s‖² = (2 − 2√(ᾱ_t/ᾱ_s))·d.
+
+    Arguments:
+        process: The (variance-preserving) process.
+        eta: The largest radius per dimension.
+        steps: The number of steps of the schedule.
+    """
+
+    process: DiffusionProcess
+    eta: float
+    steps: int = 50
+
+    def distances(self) -> Tensor:
+        """Return √(2 − 2√(ᾱ_t/ᾱ_s)) for every t, with shape (T,), float64, before the cap."""
+        a = self.process.alphas_cumprod
+        stride = len(a) // self.steps
+        before = torch.cat([a.new_ones(stride), a[: len(a) - stride]])
+        return (2 - 2 * (a / before).sqrt()).clamp_min(0).sqrt()
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.steps <= len(self.process):
+            raise ValueError(f"steps must be between 1 and {len(self.process)}; got {self.steps}")
+        if not self.eta >= 0:
+            raise ValueError(f"eta must be at least 0; got {self.eta}")
+
+    @cached_property
+    def _radii(self) -> Table:
+        return Table(self.distances().clamp_max(self.eta))
+
+    def __call__(self, x_t: Tensor, t: Tensor | None, training_step: int | None, norm: Norm) -> Tensor:
+        if t is None:
+            raise ValueError("a radius by timestep needs t: call adversary(x_t, t)")
+        return self._radii.at(self.process.index(t), x_t).flatten() * norm.of_ones(x_t[0].numel())
+
+
+@dataclass(frozen=True)
+class Within(RadiusSchedule):
+    """Another radius at the times whose noise σ_t is between two levels, and 0 at all others.
+
+    Where the radius is 0 all K passes train at the noisy point itself.
+
+    Arguments:
+        radius: The radius between the levels.
+        process: The process.
+        low: The lowest σ_t that is perturbed, ≥ 0.
+        high: The highest, ≥ low.
+    """
+
+    radius: RadiusSchedule
+    process: DiffusionProcess
+    low: float
+    high: float
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.low <= self.high:
+            raise ValueError(f"the noise levels must be 0 ≤ low ≤ high; got {self.low} and {self.high}")
+
+    @cached_property
+    def _inside(self) -> Table:
+        """1 at the times that are perturbed, and 0 at the others."""
+        sigmas = self.process.sigmas
+        return Table(((sigmas >= self.low) & (sigmas <= self.high)).to(torch.float64))
+
+    def __call__(self, x_t: Tensor, t: Tensor | None, training_step: int | None, norm: Norm) -> Tensor:
+        if t is None:
+            raise ValueError("a radius by timestep needs t: call adversary(x_t, t)")
+        inside = self._inside.at(self.process.index(t), x_t).flatten()
+        return self.radius(x_t, t, training_step, norm) * inside
+
+
+@dataclass(frozen=True)
+class Ramp(RadiusSchedule):
+    """Another radius, times min(1, (training_step + 1)/steps): a warm-up from almost nothing.
+
+    Arguments:
+        radius: The radius at the end.
+        steps: The optimiser updates that the warm-up takes, ≥ 1.
+    """
+
+    radius: RadiusSchedule
+    steps: int
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise ValueError(f"steps must be at least 1; got {self.steps}")
+
+    def __call__(self, x_t: Tensor, t: Tensor | None, training_step: int | None, norm: Norm) -> Tensor:
+        if training_step is None:
+            raise ValueError("a ramped radius needs the training step: call adversary(x_t, t, training_step=step)")
+        return self.radius(x_t, t, training_step, norm) * min(1.0, (training_step + 1) / self.steps)
+
+
+class RadiusConfig(Section):
+    """The radius of the ball: exactly one way of giving it."""
+
+    value: float | None = Field(None, ge=0, description="a number, in units of the norm")
+    eta: float | None = Field(None, ge=0, description="η·‖(1, …, 1)‖; in ℓ2 η√d")
+    sampler_steps: Times | None = Field(
+        None, description="with eta: no more than a sampler of so many steps covers in one"
+    )
+    by_noise: bool = Field(False, description="with eta: η·σ_t·‖(1, …, 1)‖, in proportion to the noise")
+    within: tuple[float, float] | None = Field(
+        None, description="the lowest and the highest σ_t that are perturbed; none: all"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_number(cls, value: Any) -> Any:
+        return {"value": value} if isinstance(value, int | float) and not isinstance(value, bool) else value
+
+    @model_validator(mode="after")
+    def _one_way(self) -> RadiusConfig:
+        if (self.value is None) == (self.eta is None):
+            raise ValueError("a radius is given by a number or by eta")
+        if self.sampler_steps is not None and self.eta is None:
+            raise ValueError("radius.sampler_steps needs radius.eta, the most per dimension")
+        if self.by_noise and (self.eta is None or self.sampler_steps is not None):
+            raise ValueError("radius.by_noise needs radius.eta, and does not go with radius.sampler_steps")
+        if self.within is not None and not 0 <= self.within[0] <= self.within[1]:
+            raise ValueError(f"radius.within must be two levels 0 ≤ low ≤ high; got {list(self.within)}")
+        return self
+
+    @property
+    def by_level(self) -> bool:
+        """Whether the radius depends on σ_t."""
+        return self.by_noise or self.within is not None
+
+    def build(self, process: DiffusionProcess) -> RadiusSchedule:
+        """Make the radius.
+
+        Raises:
+            InputError: If it is a sampler's distance, and the process does not preserve variance or has fewer times.
+        """
+        radius: RadiusSchedule
+        if self.eta is None:
+            assert self.value is not None
+            radius = Constant(self.value)
+        elif self.sampler_steps is not None:
+            if not process.variance_preserving:
+                raise InputError("radius.sampler_steps is for variance-preserving processes: give radius.eta alone")
+            if self.sampler_steps > len(process):
+                raise InputError(f"radius.sampler_steps is {self.sampler_steps}: give at most {len(process)}")
+            radius = SamplerDistance(process, self.eta, self.sampler_steps)
+        else:
+            radius = NoiseLevel(process, self.eta) if self.by_noise else PerDimension(self.eta)
+        return radius if self.within is None else Within(radius, process, *self.within)
