@@ -34,7 +34,7 @@ from robustdiff.errors import InputError, printable
 from robustdiff.files import atomic_write, make_folder, open_regular, remove_leftovers, user_key
 from robustdiff.process import DiffusionProcess, Prediction
 from robustdiff.recipe import load_recipe
-from robustdiff.samplers.sample import SAMPLERS, check_options, check_sampler, sample, suited
+from robustdiff.samplers.sample import SAMPLERS, check_sampler, sample, suited
 
 __all__ = ["Generator", "ImageNoise", "share_of", "write_npz", "write_pngs"]
 
@@ -120,8 +120,8 @@ class Generator:
             unet: The network.
             scheduler: The scheduler.
             data_classes: The number of classes of the data. A network that embeds one more has a null class.
-            settings: The other fields. By default, or where they are None, the sampler is ddim, euler for flow matching
-                and multistep for a consistency model, and the steps are 20, with multistep 2.
+            settings: The other fields. By default, or where they are None, the sampler is the default of its kind of
+                model, and the steps are the sampler's default.
 
         Raises:
             InputError: If a setting does not suit the network.
@@ -129,7 +129,7 @@ class Generator:
         process = process_of(scheduler)
         sampler = settings.pop("sampler", None) or suited(process)[0]
         if settings.get("steps") is None:
-            settings["steps"] = 2 if sampler == "multistep" else 20
+            settings["steps"] = SAMPLERS[sampler].default_steps
         prediction = objective_of(scheduler, unet).prediction
         if data_classes is not None and unet.config.num_class_embeds == data_classes + 1:
             settings = {"num_classes": data_classes, **settings}
@@ -163,9 +163,8 @@ class Generator:
 
     def __post_init__(self) -> None:
         options = self.sampling
-        spacing = {name: options.pop(name, default) for name, default in (("spacing", None), ("steps_offset", 0))}
         options.pop("clip", None)
-        check_options(self.sampler, check_sampler(self.sampler, self.steps, self.process, **spacing), **options)
+        check_sampler(self.sampler, self.steps, self.process, **options)
         embedded = self.embedded_classes
         if self.num_classes is not None and self.num_classes not in (embedded, (embedded or 0) - 1):
             raise InputError(
@@ -198,7 +197,7 @@ class Generator:
     def sampling(self) -> dict[str, Any]:
         """Return the arguments of :func:`robustdiff.sample`: the checkpoint's settings that the sampler takes, and over
         them the options."""
-        takes = ("clip", "spacing", "steps_offset", *SAMPLERS[self.sampler].options) if self.sampler in SAMPLERS else ()
+        takes = ("clip", "spacing", "steps_offset", *SAMPLERS[self.sampler].model_fields)
         checkpoint = {name: value for name, value in (self.checkpoint or {}).items() if name in takes}
         return {**checkpoint, **(self.options or {})}
 

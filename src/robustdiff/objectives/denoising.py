@@ -41,7 +41,7 @@ import torch
 from torch import Tensor
 
 from robustdiff.objectives.objective import Draw, Objective, gaussian, precise, predict
-from robustdiff.objectives.timesteps import LossSecondMoment, TimestepSampler, Uniform
+from robustdiff.objectives.timesteps import LossSecondMoment, TimestepSampler, uniform
 from robustdiff.process import PREDICTIONS, DiffusionProcess, Prediction, broadcast
 
 __all__ = ["VARIANCES", "DenoisingObjective", "Draw", "Variance", "predict"]
@@ -90,7 +90,7 @@ class DenoisingObjective(Objective):
         if not input_perturbation >= 0:
             raise ValueError(f"input_perturbation must be at least 0; got {input_perturbation}")
         self.process = process
-        self.timesteps = Uniform(len(process)) if timesteps is None else timesteps
+        self.timesteps = uniform(process) if timesteps is None else timesteps
         self.input_perturbation = input_perturbation
         self.through_target = through_target
         self.prediction: Prediction = prediction
@@ -111,7 +111,7 @@ class DenoisingObjective(Objective):
 
         Arguments:
             x0: Clean samples in [−1, 1], with shape (B, *).
-            t: Time indices, with shape (B,); from ``timesteps`` by default, and their weights with them.
+            t: Time indices, or times, with shape (B,); from ``timesteps`` by default, and their weights with them.
             noise: The noise ε, with shape (B, *); standard normal by default.
             generator: Where what is not given comes from.
             weight: The weights of given times, with shape (B,); none is 1.

@@ -182,7 +182,7 @@ def build_objective(
             config.prediction,
             config.variance,
             vb_scale=config.vb_scale,
-            timesteps=TIMESTEPS[config.timesteps](len(built.process)),
+            timesteps=TIMESTEPS[config.timesteps](built.process),
             input_perturbation=config.input_perturbation,
             through_target=config.through_target,
         )
