@@ -292,19 +292,14 @@ class DiffusionProcess:
         return of_x0.at(index, x0) * x0 + of_x_t.at(index, x_t) * x_t
 
     def respace(self, t: Tensor) -> DiffusionProcess:
-        """Return the process at some of its times only: the table of a sampler with fewer steps.
-
-        Arguments:
-            t: Time indices in [0, T), or times, with shape (S,).
+        """Return the process at some of its times only, indices or times (S,): the table of a sampler with fewer steps.
 
         Raises:
             ValueError: If the process has no such time.
         """
-        if self._is_continuous(t):
-            alphas, sigmas = self._levels(t.double())
-            return DiffusionProcess(alphas, sigmas, t, levels_at=self.levels_at)
-        index = self.index(t.cpu())
-        return DiffusionProcess(self.alphas[index], self.sigmas[index], self.times[index], levels_at=self.levels_at)
+        t = t.cpu()
+        levels, like = self._levels(t, t.device, torch.float64), torch.empty((), dtype=torch.float64)
+        return DiffusionProcess(*levels, self.times_at(t, like), levels_at=self.levels_at)
 
     def at(self, u: Tensor) -> Tensor:
         """Return the times at fractions u in (0, 1] of the process, (B,): indices ⌈uT⌉ − 1 where time is discrete."""
@@ -343,21 +338,19 @@ class DiffusionProcess:
             )
         return torch.where(found, order.on(t.device, torch.int64)[nearest], len(self))
 
-    def _levels(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Return α and σ (B,) of times, which continuous times need not have in the table; NaN where there is none."""
-        assert self.levels_at is not None
+    def _levels(self, t: Tensor, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Return α_t and σ_t, each (B,); where a GPU has no such time, NaN."""
+        if self.levels_at is None or not t.is_floating_point():
+            index = self.index(t).to(device)
+            return self._alphas.take(index, dtype), self._sigmas.take(index, dtype)
         t = t.reshape(-1).to(torch.promote_types(t.dtype, torch.float32))
         alphas, sigmas = self.levels_at(t)
         known = (sigmas > 0) & (alphas >= 0) & sigmas.isfinite()
         if t.device.type == "cpu" and not bool(known.all()):
-            raise ValueError(
-                f"there is no time {float(t[~known][0]):g} in this process, whose noisiest is "
-                f"{float(self.times.max()):g}: times are above 0, and indices are whole numbers"
-            )
-        return torch.where(known, alphas, math.nan), torch.where(known, sigmas, math.nan)
-
-    def _is_continuous(self, t: Tensor) -> bool:
-        return self.levels_at is not None and t.is_floating_point()
+            most = "" if self.alphas.min() > 0 else f" and at most {float(self.times.max()):g}"
+            raise ValueError(f"there is no time {float(t[~known][0]):g} in this process: its times are above 0{most}")
+        alphas, sigmas = (torch.where(known, level, math.nan).to(device, dtype) for level in (alphas, sigmas))
+        return alphas, sigmas
 
     def times_at(self, t: Tensor, like: Tensor) -> Tensor:
         """Return what a network is given as the times of points ``like`` (B, *), with shape (B,), on their device.
@@ -367,32 +360,21 @@ class DiffusionProcess:
         dtype = self.times.dtype
         if self.times.is_floating_point():
             dtype = torch.promote_types(like.dtype, torch.float32)
-        if self._is_continuous(t):
+        if self.levels_at is not None and t.is_floating_point():
             return t.reshape(-1).to(like.device, dtype)
         return self._times.take(self.index(t).to(like.device), dtype)
 
     def levels(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """Return α_t and σ_t shaped (B, 1, …, 1), on the device and in the precision of ``like`` (B, *).
 
-        Arguments:
-            t: Time indices in [0, T), or times, with shape (B,).
-            like: Points, with shape (B, *).
-
-        Raises:
-            ValueError: If the process has no such time.
+        Times (B,) are indices, or floating-point times: any where time is continuous, elsewhere those of the table.
         """
-        if self._is_continuous(t):
-            alphas, sigmas = (level.to(like.device, like.dtype) for level in self._levels(t))
-            return broadcast(alphas, like), broadcast(sigmas, like)
-        index = self.index(t)
-        return self._alphas.at(index, like), self._sigmas.at(index, like)
+        alphas, sigmas = self._levels(t, like.device, like.dtype)
+        return broadcast(alphas, like), broadcast(sigmas, like)
 
     def sigmas_at(self, t: Tensor, like: Tensor) -> Tensor:
         """Return σ_t with shape (B,), on the device of ``like`` and never below float32, in which levels differ."""
-        precision = torch.promote_types(like.dtype, torch.float32)
-        if self._is_continuous(t):
-            return self._levels(t)[1].to(like.device, precision)
-        return self._sigmas.take(self.index(t).to(like.device), precision)
+        return self._levels(t, like.device, torch.promote_types(like.dtype, torch.float32))[1]
 
     @cached_property
     def _alphas(self) -> Table:

@@ -19,7 +19,6 @@ from robustdiff.data import ArrayDataset, load_dataset
 from robustdiff.errors import InputError
 from robustdiff.evaluation.generate import Generator
 from robustdiff.objectives.consistency import METRICS, DoublingScales, FixedScales, GrowingScales, euler_step
-from robustdiff.objectives.edm import EDMObjective
 from robustdiff.objectives.preconditioning import DiffusionDenoiser, Preconditioned, karras_sigmas
 from robustdiff.recipe import ConsistencyConfig, EdmConfig
 from robustdiff.training.trainer import Trainer, train
@@ -248,8 +247,8 @@ EDM = [
     ({"teacher": "edm", "teacher_below": 3.0}, lambda o: (type(o.teacher), o.teacher_below), (Preconditioned, 3.0)),
     (
         {"mean": -0.5, "std": 0.8},
-        lambda o: o.timesteps.probabilities.tolist(),
-        EDMObjective(mean=-0.5, std=0.8).timesteps.probabilities.tolist(),
+        lambda o: (o.timesteps.mean, o.timesteps.std),
+        (-0.5, 0.8),
     ),
     (
         {"levels": 50, "sigma_min": 0.01, "sigma_max": 40.0, "rho": 5.0, "sigma_data": 0.7},

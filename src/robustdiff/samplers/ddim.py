@@ -5,7 +5,6 @@ No term divides by α, so a schedule that ends without any signal (zero terminal
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import ClassVar
 
 from pydantic import Field
@@ -26,7 +25,5 @@ class DDIM(Sampler):
     set_alpha_to_one: bool = Field(True, description="whether the last step ends at x̂_0, or at the noise of index 0")
 
     def along(self, times: Tensor, process: DiffusionProcess) -> Path:
-        path = super().along(times, process)
-        if self.set_alpha_to_one:
-            return path
-        return replace(path, end=(float(process.alphas[0]), float(process.sigmas[0])))
+        end = (1.0, 0.0) if self.set_alpha_to_one else (float(process.alphas[0]), float(process.sigmas[0]))
+        return Path(process.respace(times), process, times, end)

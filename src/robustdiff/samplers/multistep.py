@@ -12,7 +12,6 @@ S the last is (S − 1)⌊N/S⌋. A string reaches them.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -75,8 +74,8 @@ class Multistep(Sampler):
         if spacing is not None and spacing != "own":
             raise InputError(f"multistep has scales of its own, not spacing={spacing}: give them as steps: 0,22,39")
         numbers = torch.tensor(scale_numbers(steps, len(process)))
-        path = self.along((len(process) - 1 - numbers).flip(0), process)
-        return replace(path, end=(1.0, float(process.sigmas[0])))
+        indices = (len(process) - 1 - numbers).flip(0)
+        return Path(process.respace(indices), process, indices, end=(1.0, float(process.sigmas[0])))
 
     def start(self, x: Tensor, path: Path) -> Tensor:
         return float(path.points.sigmas[-1]) * x

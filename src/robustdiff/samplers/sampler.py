@@ -58,6 +58,11 @@ class Path:
     def __len__(self) -> int:
         return len(self.points)
 
+    @property
+    def levels(self) -> list[tuple[float, float]]:
+        """Return (α, σ) at the end and at the S points, in ascending noise."""
+        return [self.end, *zip(self.points.alphas.tolist(), self.points.sigmas.tolist(), strict=True)]
+
 
 @dataclass
 class Step:
@@ -67,11 +72,11 @@ class Step:
         x: x_t, with shape (B, C, H, W).
         denoised: The network's x̂_0 and ε̂ there.
         path: The path.
-        index: The position of t in it; the step at 0 is the last.
+        index: The position of t in it; the last step is that at 0.
         before: (α_t, σ_t).
         after: (α_s, σ_s).
-        noises: The source of noise: the next one, (B, C, H, W), is that of this step.
-        previous: The step before this one; None in the first.
+        noises: Standard normal noise: the next, (B, C, H, W), is that of this step.
+        previous: The step before this one, if any.
     """
 
     x: Tensor
@@ -85,18 +90,17 @@ class Step:
 
 
 class Sampler(Section):
-    """A sampler; its fields are its own options. This class is DDIM over a stride of the times.
+    """A sampler; its fields are its own options. The rule and the times of this class are DDIM's.
 
     Attributes:
         model: The kind of model that it samples, for messages.
         needs: The condition on the process, for messages.
         default: Whether it is taken for its kind of model where no sampler is asked for.
         strings: Whether guided-diffusion's respacing strings are for it.
-        clips: Whether x̂_0 may be clipped to a range; otherwise dynamic thresholding alone applies.
-        linear_scale: Whether ``eps_scale`` may be (k, b).
+        clips: Whether x̂_0 may be clipped to a range, and not by dynamic thresholding only.
+        linear_scale: Whether ``eps_scale`` may be (k, b), for k·i + b at the i-th point.
         default_steps: The number of steps where none is asked for.
-        grid_steps: The numbers of steps of a comparison where none are asked for.
-        eps_scale: What ε̂ is divided by: a positive number, or (k, b) for k·i + b at the i-th point.
+        grid_steps: The same for a comparison of several.
     """
 
     model: ClassVar[str] = "diffusion model"
@@ -143,30 +147,22 @@ class Sampler(Section):
         Raises:
             InputError: If the sampler cannot have these steps, or they are not of this spacing.
         """
+        T = len(process)
         if isinstance(spacing, str) and spacing not in SPACINGS:
             raise InputError(f"unknown spacing {spacing!r}: use one of {', '.join(SPACINGS)}")
         if isinstance(steps, str):
+            if not self.strings:
+                others = ", ".join(name for name, kind in SAMPLERS.items() if kind.strings)
+                raise InputError(f"steps {steps!r} are for {others}: give this sampler a number of steps")
             if isinstance(spacing, str) and spacing != "own":
                 raise InputError(f"steps {steps!r} say the times themselves: leave spacing={spacing} out")
-            return self.named(steps, process)
+            return self.along(respaced(steps, T), process)
         if spacing is None or spacing == "own":
             return self.own(steps, process)
         if isinstance(spacing, str):
-            return self.along(scheduled(spacing, steps, len(process), steps_offset), process)
-        check_steps(steps, None if process.time_at else len(process))
-        return self.along(spacing(steps, len(process)), process)
-
-    def named(self, steps: str, process: DiffusionProcess) -> Path:
-        """Return the path of a string: guided-diffusion's respacing.
-
-        Raises:
-            InputError: If strings are not for the sampler, or this one is none.
-        """
-        if not self.strings:
-            (name,) = [name for name, kind in SAMPLERS.items() if kind is type(self)]
-            others = ", ".join(other for other, kind in SAMPLERS.items() if kind.strings)
-            raise InputError(f"{name} takes a number of steps, not {steps!r}: those are for {others}")
-        return self.along(respaced(steps, len(process)), process)
+            return self.along(scheduled(spacing, steps, T, steps_offset), process)
+        check_steps(steps, None if process.time_at else T)
+        return self.along(spacing(steps, T), process)
 
     def start(self, x: Tensor, path: Path) -> Tensor:
         """Return the first state from standard normal noise (B, C, H, W)."""
@@ -182,22 +178,14 @@ class Sampler(Section):
         return alpha * step.denoised.x0 + sigma * step.denoised.noise
 
     def run(self, denoiser: Denoiser, path: Path, x: Tensor, noises: Iterator[Tensor]) -> Tensor:
-        """Sample from standard normal noise (B, C, H, W) to the end of a path.
-
-        Arguments:
-            denoiser: The network.
-            path: The points at which it is called.
-            x: The noise.
-            noises: The noise of the steps that take any, each (B, C, H, W).
-        """
-        points, previous = path.points, None
-        levels = [path.end, *zip(points.alphas.tolist(), points.sigmas.tolist(), strict=True)]
+        """Sample from standard normal noise x (B, C, H, W) to the end of a path."""
+        levels, previous = path.levels, None
         x = self.start(x, path)
         for index in reversed(range(len(path))):
             denoised = self.denoise(denoiser, x, index, path)
             step = Step(x, denoised, path, index, levels[index + 1], levels[index], noises, previous)
             x = self.step(step)
-            previous, step.previous = step, None
+            previous, step.previous = step, None  # two steps back nothing is kept
         return x
 
 
