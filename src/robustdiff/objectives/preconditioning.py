@@ -30,14 +30,7 @@ from robustdiff.objectives.objective import precise, predict
 from robustdiff.objectives.timesteps import double
 from robustdiff.process import DiffusionProcess, Prediction, Table, broadcast
 
-__all__ = [
-    "Denoise",
-    "DiffusionDenoiser",
-    "OverTimes",
-    "Preconditioned",
-    "karras_process",
-    "karras_sigmas",
-]
+__all__ = ["Denoise", "DiffusionDenoiser", "OverTimes", "Preconditioned", "karras_process", "karras_sigmas"]
 
 Denoise = Callable[..., Tensor]
 """(x (B, *), σ (B,), **condition) ↦ x̂_0 (B, *)."""
