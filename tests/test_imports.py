@@ -35,7 +35,6 @@ ORDER = [
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
 
 NOT_YET = {
-    ("backbones/scheduler.py", "recipe"),
     ("loading.py", "backbones"),
 }
 """(module, import) that are still in the wrong direction."""

@@ -100,6 +100,40 @@ def test_flow_is_a_straight_line():
     assert not process.variance_preserving
 
 
+@pytest.mark.parametrize("shift", [1.0, 3.0, 0.5])
+def test_a_flow_is_continuous_in_time(shift):
+    process = DiffusionProcess.flow(4, shift)
+    u = torch.tensor([1e-6, 0.1, 0.25, 0.777, 1.0], dtype=torch.float64)
+    sigma = shift * u / (1 + (shift - 1) * u)
+    t = process.at(u)
+    torch.testing.assert_close(t, 1000 * sigma)
+    torch.testing.assert_close(process.at(torch.arange(1, 5).double() / 4), process.times)
+    x0, noise, delta = (gaussian(i, 5, 3) for i in range(3))
+    x_t = process.diffuse(x0, t, noise)
+    torch.testing.assert_close(x_t, (1 - sigma[:, None]) * x0 + sigma[:, None] * noise)
+    torch.testing.assert_close(process.diffuse(x0, t, process.absorb(noise, t, delta)), x_t + delta)
+    torch.testing.assert_close(process.sigmas_at(t.float(), x0.half()), sigma.float())
+    assert torch.equal(process.times_at(t, x0), t)
+    few = process.respace(t)
+    assert few.times.tolist() == t.tolist()
+    torch.testing.assert_close(few.sigmas, sigma)
+
+
+def test_fractions_of_discrete_times_are_indices():
+    for T in (7, 100, 1000):
+        u = torch.arange(1, T + 1, dtype=torch.float64) / T
+        assert PROCESSES["linear"].respace(torch.arange(T)).at(u).tolist() == list(range(T))
+    assert PROCESSES["linear"].at(torch.tensor([1e-9, 0.5, 0.50001, 1.0])).tolist() == [0, 499, 500, 999]
+
+
+@pytest.mark.parametrize("t", [0.0, -1.0, 1000.1, math.nan, math.inf])
+def test_a_continuous_time_that_does_not_exist_is_refused(t):
+    x = torch.zeros(2, 3)
+    for call in (PROCESSES["flow"].levels, PROCESSES["flow"].sigmas_at):
+        with pytest.raises(ValueError, match=f"there is no time {t:g}.*above 0 and at most 1000"):
+            call(torch.tensor([500.5, t]), x)
+
+
 def test_the_posterior_is_gaussian_conditioning():
     """q(x_{t−1} | x_t, x_0) from the joint covariance of (x_{t−1}, x_t) given x_0, for two neighbouring times."""
     process = PROCESSES["linear"]
@@ -306,8 +340,9 @@ def test_a_flow_has_the_times_of_a_shifted_scheduler():
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
     process = DiffusionProcess.flow(shift=3.0)
     torch.testing.assert_close(process.times.flip(0), scheduler.timesteps.double(), rtol=1e-6, atol=1e-6)
-    with pytest.raises(ValueError, match="there is no time 999"):
-        DiffusionProcess.flow().absorb(torch.zeros(1, 2), scheduler.timesteps[1:2], torch.zeros(1, 2))
+    # σ is a thousandth of the time, whatever the shift that it was drawn with.
+    sigma = DiffusionProcess.flow().levels(scheduler.timesteps, torch.zeros(1, 2).double())[1]
+    torch.testing.assert_close(sigma.flatten(), scheduler.sigmas.double(), rtol=1e-6, atol=0)
 
 
 def test_an_euler_scheduler_has_no_factor_before_the_image():

@@ -1,8 +1,10 @@
 r"""The forward (noising) process, and what a perturbation of a noisy point means in it.
 
-A process is a table of signal and noise levels, one pair for each of T discrete times,
+A process gives each time t its signal and noise levels,
 
-    q(x_t | x_0) = N(α_t x_0, σ_t² I),        x_t = α_t x_0 + σ_t ε,   ε ~ N(0, I).
+    q(x_t | x_0) = N(α_t x_0, σ_t² I),        x_t = α_t x_0 + σ_t ε,   ε ~ N(0, I),
+
+in a table of T times, and where time is continuous (flow matching, EDM) at every time as well, by functions.
 
 Moving the noisy point by δ is exactly a change of its noise:
 
@@ -27,6 +29,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
 from functools import cached_property
 from typing import Any, Literal, get_args
 
@@ -107,19 +110,31 @@ def absorb(noise: Tensor, delta: Tensor, sigma: Tensor | float) -> Tensor:
 
 
 class DiffusionProcess:
-    """A discrete-time Gaussian noising process.
+    """A Gaussian noising process.
 
     Arguments:
         alphas: The signal levels α_t, with shape (T,).
         sigmas: The noise levels σ_t > 0, with shape (T,).
-        times: What the network is given as the time of index t, with shape (T,); the index itself by default.
+        times: The times that the network is given, by index, with shape (T,); the indices themselves by default.
+        levels_at: Where time is continuous, the function that gives floating-point times (B,), as the network is given
+            them, their levels (α, σ), each with shape (B,). Floating-point times need then not be in the table.
+        time_at: Where time is continuous and drawn uniformly, the function that gives fractions u in (0, 1], with shape
+            (B,), their floating-point times; 1 is the noisiest.
 
     Raises:
         ValueError: If the tables differ in shape, are empty, or hold a level that is not finite, an α_t < 0
             or a σ_t ≤ 0 (a step without noise cannot absorb a perturbation).
     """
 
-    def __init__(self, alphas: Tensor, sigmas: Tensor, times: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        alphas: Tensor,
+        sigmas: Tensor,
+        times: Tensor | None = None,
+        *,
+        levels_at: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None,
+        time_at: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
         alphas = torch.as_tensor(alphas, dtype=torch.float64, device="cpu")
         sigmas = torch.as_tensor(sigmas, dtype=torch.float64, device="cpu")
         if alphas.ndim != 1 or alphas.shape != sigmas.shape or len(alphas) == 0:
@@ -132,12 +147,13 @@ class DiffusionProcess:
         self.alphas = alphas
         self.sigmas = sigmas
         self.times = torch.arange(len(alphas)) if times is None else torch.as_tensor(times, device="cpu")
+        self.levels_at, self.time_at = levels_at, time_at
 
     # -- by name ---------------------------------------------------------------------------------------------
 
     @classmethod
     def from_betas(cls, betas: Tensor) -> DiffusionProcess:
-        """The variance-preserving process of Ho et al. (2020): ᾱ_t = Π(1 − β_s), α_t = √ᾱ_t, σ_t = √(1 − ᾱ_t).
+        """Return the variance-preserving process of Ho et al. (2020): ᾱ_t = Π(1 − β_s), α_t = √ᾱ_t, σ_t = √(1 − ᾱ_t).
 
         Arguments:
             betas: The variances β_t in (0, 1], with shape (T,).
@@ -152,13 +168,13 @@ class DiffusionProcess:
 
     @classmethod
     def linear(cls, T: int = 1000) -> DiffusionProcess:
-        """Linear β_t from 0.0001 to 0.02, scaled by 1000/T (Ho et al., 2020, as in ADM)."""
+        """Return the process of β_t from 0.0001 to 0.02, linear, scaled by 1000/T (Ho et al., 2020, as in ADM)."""
         scale = 1000 / T
         return cls.from_betas(torch.linspace(scale * 0.0001, scale * 0.02, T, dtype=torch.float64))
 
     @classmethod
     def cosine(cls, T: int = 1000) -> DiffusionProcess:
-        """ᾱ(t) ∝ cos²(π/2 · (t + 0.008)/1.008), with β_t ≤ 0.999 (Nichol & Dhariwal, 2021, equation 17)."""
+        """Return that of ᾱ(t) ∝ cos²(π/2 · (t + 0.008)/1.008), β_t ≤ 0.999 (Nichol & Dhariwal, 2021, equation 17)."""
 
         def alpha_bar(t: float) -> float:
             return math.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2
@@ -167,21 +183,32 @@ class DiffusionProcess:
         return cls.from_betas(torch.tensor(betas, dtype=torch.float64))
 
     @classmethod
-    def flow(cls, T: int = 1000, shift: float = 1.0) -> DiffusionProcess:
-        """Rectified flow (Liu et al., 2023; Lipman et al., 2023): α = 1 − σ at σ = s u/(1 + (s − 1) u), u = 1/T, …, 1.
+    def flow(cls, T: int = 1000, shift: float = 1.0, time_scale: float = 1000.0) -> DiffusionProcess:
+        """Return rectified flow (Liu et al., 2023; Lipman et al., 2023): α = 1 − σ, σ = s u/(1 + (s − 1) u), 0 < u ≤ 1.
 
-        The network is given 1000·σ, as diffusers' flow-matching schedulers give it. Indices ascend with the noise; the
-        positions in ``scheduler.timesteps`` descend (:meth:`from_scheduler`).
+        Time is continuous: the network is given 1000·σ, as diffusers' flow-matching schedulers give it, for any u. The
+        table has u = 1/T, …, 1; its indices ascend with the noise, and the positions in ``scheduler.timesteps``
+        descend (:meth:`from_scheduler`).
 
         Arguments:
-            T: The number of times.
+            T: The number of times of the table.
             shift: s > 0; above 1 it moves the times towards the noise (Esser et al., 2024, equation 23).
+            time_scale: The time that the network is given at σ = 1.
         """
         if not (shift > 0 and math.isfinite(shift)):
             raise ValueError(f"shift must be positive and finite; got {shift}")
-        u = torch.arange(1, T + 1, dtype=torch.float64) / T
-        sigmas = shift * u / (1 + (shift - 1) * u)
-        return cls(1.0 - sigmas, sigmas, times=1000.0 * sigmas)
+
+        def shifted(u: Tensor) -> Tensor:
+            return shift * u / (1 + (shift - 1) * u)
+
+        sigmas = shifted(torch.arange(1, T + 1, dtype=torch.float64) / T)
+        return cls(
+            1.0 - sigmas,
+            sigmas,
+            time_scale * sigmas,
+            levels_at=lambda t: (1 - t / time_scale, t / time_scale),
+            time_at=lambda u: time_scale * shifted(u),
+        )
 
     @classmethod
     def from_scheduler(cls, scheduler: Any) -> DiffusionProcess:
@@ -225,30 +252,30 @@ class DiffusionProcess:
 
     @property
     def variance_preserving(self) -> bool:
-        """Whether α_t² + σ_t² = 1 at every t."""
+        """Return whether α_t² + σ_t² = 1 at every t."""
         return bool(torch.allclose(self.alphas**2 + self.sigmas**2, torch.ones_like(self.alphas)))
 
     @property
     def alphas_cumprod(self) -> Tensor:
-        """ᾱ_t = α_t²/(α_t² + σ_t²), with shape (T,): the signal's share of the variance."""
+        """Return ᾱ_t = α_t²/(α_t² + σ_t²), with shape (T,): the signal's share of the variance."""
         return self.alphas**2 / (self.alphas**2 + self.sigmas**2)
 
     @property
     def betas(self) -> Tensor:
-        """β_t = 1 − ᾱ_t/ᾱ_{t−1}, with ᾱ_{−1} = 1 and shape (T,): the variance of one step q(x_t | x_{t−1})."""
+        """Return β_t = 1 − ᾱ_t/ᾱ_{t−1}, with ᾱ_{−1} = 1 and shape (T,): the variance of one step q(x_t | x_{t−1})."""
         a = self.alphas_cumprod
         return 1 - a / torch.cat([a.new_ones(1), a[:-1]])
 
     @property
     def posterior_variance(self) -> Tensor:
-        """β̃_t = β_t (1 − ᾱ_{t−1})/(1 − ᾱ_t), with shape (T,): the variance of q(x_{t−1} | x_t, x_0); 0 at t = 0."""
+        """Return β̃_t = β_t (1 − ᾱ_{t−1})/(1 − ᾱ_t), (T,): the variance of q(x_{t−1} | x_t, x_0); 0 at t = 0."""
         a = self.alphas_cumprod
         before = torch.cat([a.new_ones(1), a[:-1]])
         return self.betas * (1 - before) / (1 - a)
 
     @property
     def log_variance_range(self) -> tuple[Tensor, Tensor]:
-        """(log β̃_t, log β_t), each with shape (T,): the two ends between which a learned variance lies.
+        """Return (log β̃_t, log β_t), each with shape (T,): the two ends between which a learned variance lies.
 
         β̃_0 = 0 is replaced by β̃_1 (Nichol & Dhariwal, 2021, section 3.1, as in their code).
         """
@@ -263,21 +290,29 @@ class DiffusionProcess:
         return low.at(index, like), high.at(index, like)
 
     def posterior_mean(self, x0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """The mean of q(x_{t−1} | x_t, x_0) of a variance-preserving process (Ho et al., 2020, equation 7), (B, *)."""
+        """Return the mean (B, *) of q(x_{t−1} | x_t, x_0), variance-preserving (Ho et al., 2020, equation 7)."""
         index = self.index(t)
         of_x0, of_x_t = self._posterior
         return of_x0.at(index, x0) * x0 + of_x_t.at(index, x_t) * x_t
 
-    def respace(self, indices: Tensor) -> DiffusionProcess:
-        """The process seen at some of its times only: the table of a sampler with fewer steps.
+    def respace(self, t: Tensor) -> DiffusionProcess:
+        """Return the process at some of its times only, indices or times (S,): the table of a sampler with fewer steps.
 
-        Arguments:
-            indices: Time indices in [0, T), with shape (S,).
+        Raises:
+            ValueError: If the process has no such time.
         """
-        return DiffusionProcess(self.alphas[indices], self.sigmas[indices], self.times[indices])
+        t = t.cpu()
+        levels, like = self._levels(t, t.device, torch.float64), torch.empty((), dtype=torch.float64)
+        return DiffusionProcess(*levels, self.times_at(t, like), levels_at=self.levels_at)
+
+    def at(self, u: Tensor) -> Tensor:
+        """Return the times at fractions u in (0, 1] of the process, (B,): indices ⌈uT⌉ − 1 where time is discrete."""
+        if self.time_at is not None:
+            return self.time_at(u)
+        return (u * len(self) * (1 - 1e-7)).ceil().long() - 1  # less than whole numbers that were rounded up
 
     def index(self, t: Tensor) -> Tensor:
-        """Return the indices (B,), int64, that ``t`` means: whole numbers are indices, others are found in ``times``.
+        """Return the indices (B,), int64, of times in the table: whole numbers are indices, others are in ``times``.
 
         A tensor on a GPU is not read back. There an index that is out of range is an error of the device, and a time
         that the process does not have makes NaN of all that is computed from it.
@@ -307,6 +342,20 @@ class DiffusionProcess:
             )
         return torch.where(found, order.on(t.device, torch.int64)[nearest], len(self))
 
+    def _levels(self, t: Tensor, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Return α_t and σ_t, each (B,); where a GPU has no such time, NaN."""
+        if self.levels_at is None or not t.is_floating_point():
+            index = self.index(t).to(device)
+            return self._alphas.take(index, dtype), self._sigmas.take(index, dtype)
+        t = t.reshape(-1).to(torch.promote_types(t.dtype, torch.float32))
+        alphas, sigmas = self.levels_at(t)
+        known = (sigmas > 0) & (alphas >= 0) & sigmas.isfinite()
+        if t.device.type == "cpu" and not bool(known.all()):
+            most = "" if self.alphas.min() > 0 else f" and at most {float(self.times.max()):g}"
+            raise ValueError(f"there is no time {float(t[~known][0]):g} in this process: its times are above 0{most}")
+        alphas, sigmas = (torch.where(known, level, math.nan).to(device, dtype) for level in (alphas, sigmas))
+        return alphas, sigmas
+
     def times_at(self, t: Tensor, like: Tensor) -> Tensor:
         """Return what a network is given as the times of points ``like`` (B, *), with shape (B,), on their device.
 
@@ -315,17 +364,21 @@ class DiffusionProcess:
         dtype = self.times.dtype
         if self.times.is_floating_point():
             dtype = torch.promote_types(like.dtype, torch.float32)
+        if self.levels_at is not None and t.is_floating_point():
+            return t.reshape(-1).to(like.device, dtype)
         return self._times.take(self.index(t).to(like.device), dtype)
 
     def levels(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-        """α_t and σ_t shaped (B, 1, …, 1), on the device and in the precision of ``like`` (B, *)."""
-        index = self.index(t)
-        return self._alphas.at(index, like), self._sigmas.at(index, like)
+        """Return α_t and σ_t shaped (B, 1, …, 1), on the device and in the precision of ``like`` (B, *).
+
+        Times (B,) are indices, or floating-point times: any where time is continuous, elsewhere those of the table.
+        """
+        alphas, sigmas = self._levels(t, like.device, like.dtype)
+        return broadcast(alphas, like), broadcast(sigmas, like)
 
     def sigmas_at(self, t: Tensor, like: Tensor) -> Tensor:
         """Return σ_t with shape (B,), on the device of ``like`` and never below float32, in which levels differ."""
-        precision = torch.promote_types(like.dtype, torch.float32)
-        return self._sigmas.take(self.index(t).to(like.device), precision)
+        return self._levels(t, like.device, torch.promote_types(like.dtype, torch.float32))[1]
 
     @cached_property
     def _alphas(self) -> Table:
@@ -355,14 +408,14 @@ class DiffusionProcess:
 
     @cached_property
     def _posterior(self) -> tuple[Table, Table]:
-        """The factors of x_0 and x_t in :meth:`posterior_mean`."""
+        """Return the factors of x_0 and x_t in :meth:`posterior_mean`."""
         a = self.alphas_cumprod
         before = torch.cat([a.new_ones(1), a[:-1]])
         of_x0 = before.sqrt() * self.betas / (1 - a)
         return Table(of_x0), Table((1 - self.betas).sqrt() * (1 - before) / (1 - a))
 
     def diffuse(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-        """x_t = α_t x_0 + σ_t ε.
+        """Return x_t = α_t x_0 + σ_t ε, with shape (B, *).
 
         Arguments:
             x0: Clean samples, with shape (B, *).
@@ -373,22 +426,22 @@ class DiffusionProcess:
         return alpha * x0 + sigma * noise
 
     def absorb(self, noise: Tensor, t: Tensor, delta: Tensor) -> Tensor:
-        """The noise ε' = ε + δ/σ_t at which x_t + δ is an ordinary noisy point.
+        """Return the noise ε' = ε + δ/σ_t at which x_t + δ is an ordinary noisy point.
 
         δ is detached: it is the point at which we train, not a variable of the target.
 
         Arguments:
             noise: The noise ε, with shape (B, *).
-            t: Time indices in [0, T), or times (:meth:`index`), with shape (B,).
+            t: Time indices in [0, T), or times, with shape (B,).
             delta: The perturbation δ of x_t, with shape (B, *).
 
         Raises:
             ValueError: If the process has no such time.
         """
-        return noise + delta.detach() / self._sigmas.at(self.index(t), noise)
+        return noise + delta.detach() / self.levels(t, noise)[1]
 
     def target(self, prediction: Prediction, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-        """What a model of the given parameterisation should predict at x_t = α_t x_0 + σ_t ε, with shape (B, *)."""
+        """Return what a model of a parameterisation is to predict at x_t = α_t x_0 + σ_t ε, with shape (B, *)."""
         alpha, sigma = self.levels(t, x0)
         match prediction:
             case "epsilon":
@@ -402,7 +455,7 @@ class DiffusionProcess:
         raise ValueError(f"unknown prediction {prediction!r}: use one of {', '.join(PREDICTIONS)}")
 
     def split(self, prediction: Prediction, x_t: Tensor, t: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
-        """The (x_0, ε) that a model's output means at x_t, each with shape (B, *): the inverse of :meth:`target`.
+        """Return the (x_0, ε) that a model's output means at x_t, each (B, *): the inverse of :meth:`target`.
 
         x_t = α x_0 + σ ε and output = target(x_0, ε) are two linear equations in x_0 and ε.
         """

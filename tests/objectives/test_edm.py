@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from scipy.stats import norm
+from scipy.stats import kstest, norm
 
 from robustdiff.objectives.edm import EDMObjective
 from robustdiff.perturbation import FreeAdversary
@@ -83,15 +83,23 @@ def test_adversaries_ascend_on_it():
     assert (losses[2] > losses[1]).all()
 
 
-def test_levels_are_drawn_by_their_log_normal_share():
-    objective = EDMObjective(levels=50, mean=-0.5, std=0.8)
-    logs = objective.process.sigmas.log().numpy()
-    edges = [-float("inf"), *((logs[:-1] + logs[1:]) / 2), float("inf")]
-    expected = torch.from_numpy(norm.cdf(edges[1:], -0.5, 0.8) - norm.cdf(edges[:-1], -0.5, 0.8))
-    torch.testing.assert_close(objective.timesteps.probabilities, expected, atol=1e-12, rtol=1e-6)
-    t = objective.draw(torch.zeros(20000, 1), generator=torch.Generator().manual_seed(0)).t
-    frequencies = torch.bincount(t, minlength=50) / 20000
-    assert (frequencies - expected).abs().max() < 4 * (expected.max() / 20000).sqrt()
+def test_levels_are_drawn_from_the_log_normal_distribution_itself():
+    objective = EDMObjective(levels=3, sigma_min=0.3, sigma_max=1.0, mean=-0.5, std=0.8)
+    x0 = torch.zeros(20000, 1)
+    draw = objective.draw(x0, generator=torch.Generator().manual_seed(0))
+    assert kstest(draw.t.log().numpy(), norm(-0.5, 0.8).cdf).pvalue > 0.01
+    assert draw.t.min() < 0.3 < 1.0 < draw.t.max(), "it is not truncated"
+    torch.testing.assert_close(draw.x_t, draw.t[:, None] * draw.noise)
+
+
+def test_a_level_by_its_index_and_by_itself_has_the_same_loss():
+    objective = EDMObjective(sigma_data=0.7)
+    x0, noise, delta = tensors()
+    by_index, by_level = (
+        objective(network, objective.draw(x0, t=t, noise=noise), delta)["loss"]
+        for t in (T, objective.process.sigmas[T])
+    )
+    torch.testing.assert_close(by_index, by_level)
 
 
 def test_levels_that_make_no_sense_are_refused():

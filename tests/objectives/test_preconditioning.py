@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -115,7 +117,7 @@ def test_times_and_levels_of_bfloat16_points_are_not_rounded():
     outputs = [
         Preconditioned(network)(x, sigmas.float()),
         DiffusionDenoiser(network, process)(x, sigmas.float()),
-        OverTimes(denoise, sigmas)(x, torch.arange(40)),
+        OverTimes(denoise)(x, sigmas),
     ]
     assert [o.dtype for o in outputs] == [torch.bfloat16] * 3
     assert all(s.dtype == torch.float32 for s in (*seen, *levels))
@@ -178,15 +180,31 @@ def test_flow_matching_is_no_denoiser_over_levels():
 
 def test_over_times_is_the_denoiser_at_the_level_of_the_time():
     sigmas = karras_sigmas(20)
-    network, process = OverTimes(gaussian, sigmas), OverTimes.process(sigmas)
+    network, process = OverTimes(gaussian), OverTimes.process(sigmas)
     assert process.variance_preserving
-    t = torch.tensor([0, 3, 12, 18, 19])
     x = points()
-    scale = (1 + sigmas[t] ** 2).sqrt()[:, None, None, None]
-    torch.testing.assert_close(network(x / scale, t), gaussian(x, sigmas[t]))
-    between = network(x / scale, torch.full((5,), 4.5))
-    expected = gaussian((1 + sigmas[4] * sigmas[5]).sqrt() * x / scale, (sigmas[4] * sigmas[5]).sqrt().expand(5))
-    torch.testing.assert_close(between, expected)
+    for sigma in (process.times[[0, 3, 12, 18, 19]], torch.tensor([0.001, 0.3, 1.0, 40.0, 100.0]).double()):
+        alpha, level = process.levels(sigma, x)
+        torch.testing.assert_close(level / alpha, sigma[:, None, None, None])
+        torch.testing.assert_close(network(alpha * x, process.times_at(sigma, x)), gaussian(x, sigma))
+
+
+def test_a_denoiser_is_sampled_at_levels_between_those_of_the_table():
+    """Euler's method by hand, over levels of the caller's own."""
+    process, z = OverTimes.process(karras_sigmas(3)), points()
+    levels = torch.tensor([0.01, 0.5, 7.0, 60.0]).double()
+    x = z * (1 + levels[-1] ** 2).sqrt()
+    for sigma, after in itertools.pairwise([*levels.flip(0).tolist(), 0.0]):
+        x = x + (after - sigma) * (x - gaussian(x, torch.full((5,), sigma))) / sigma
+    settings = {"latents": z, "clip": False, "prediction": "sample"}
+    out = sample(OverTimes(gaussian), process, "ddim", 3, spacing=lambda S, T: levels, **settings)
+    torch.testing.assert_close(out, x, rtol=1e-6, atol=1e-9)
+    # Its own points are of the levels at which the network is called, also where the table is coarse.
+    seen = []
+    sample(OverTimes(gaussian), process, "dpm++", 3, on_evaluation=seen.append, **settings)
+    for e in seen:
+        alpha, sigma = e.process.levels(e.index, e.x_t)
+        torch.testing.assert_close((sigma / alpha).flatten(), e.process.times_at(e.index, e.x_t))
 
 
 def test_ddim_over_times_is_euler_over_levels():
@@ -197,7 +215,7 @@ def test_ddim_over_times_is_euler_over_levels():
     for t, after in zip(times, [*times[1:], None], strict=True):
         x0 = gaussian(x, sigmas[t].expand(5))
         x = x0 if after is None else x + (sigmas[after] - sigmas[t]) * (x - x0) / sigmas[t]
-    network, process = OverTimes(gaussian, sigmas), OverTimes.process(sigmas)
+    network, process = OverTimes(gaussian), OverTimes.process(sigmas)
     out = sample(network, process, "ddim", steps, latents=z, clip=False, prediction="sample")
     torch.testing.assert_close(out, x, rtol=1e-4, atol=1e-6)
 
@@ -205,7 +223,7 @@ def test_ddim_over_times_is_euler_over_levels():
 @pytest.mark.parametrize(("sampler", "steps", "tolerance"), [("ddim", 500, 0.02), ("dpm++", 60, 0.005)])
 def test_a_denoiser_is_sampled_by_the_samplers_of_diffusion_models(sampler, steps, tolerance):
     sigmas = karras_sigmas(1000)
-    network, process = OverTimes(gaussian, sigmas), OverTimes.process(sigmas)
+    network, process = OverTimes(gaussian), OverTimes.process(sigmas)
     z = points().float()
     out = sample(network, process, sampler, steps, latents=z, clip=False, prediction="sample")
     # The flow of a Gaussian is a scaling, from the standard deviation 1 of the start to STD.

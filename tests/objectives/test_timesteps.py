@@ -5,8 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from scipy.stats import kstest
 
-from robustdiff.objectives.timesteps import LogNormal, LossSecondMoment, Uniform
+from robustdiff.errors import InputError
+from robustdiff.objectives.timesteps import Continuous, LogNormal, LogNormalLevels, LossSecondMoment, Uniform, uniform
+from robustdiff.process import DiffusionProcess
 
 
 def filled(T: int = 6, history: int = 3) -> tuple[LossSecondMoment, np.ndarray]:
@@ -86,3 +89,24 @@ def test_a_batch_is_remembered_in_its_order_one_loss_after_the_other():
         state = sampler.state_dict()
         assert np.array_equal(state["losses"], expected)
         assert np.array_equal(state["counts"], counts)
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_the_times_of_a_flow_are_drawn_at_all_fractions(shift):
+    """σ = s u/(1 + (s − 1) u) of a uniform u, in (0, 1]: its inverse is uniform again."""
+    process = DiffusionProcess.flow(5, shift)
+    sampler = uniform(process)
+    assert isinstance(sampler, Continuous)
+    t, weight = sampler.draw(20_000, torch.Generator().manual_seed(0))
+    assert weight is None
+    sigma = t.double() / 1000
+    u = sigma / (shift - (shift - 1) * sigma)
+    assert kstest(u.numpy(), "uniform").pvalue > 0.01
+    assert len(t.unique()) > 19_000
+    assert isinstance(uniform(DiffusionProcess.cosine(5)), Uniform)
+
+
+@pytest.mark.parametrize(("mean", "std"), [(100.0, 1.0), (-1.2, 5.0), (0.0, 0.0), (float("nan"), 1.0)])
+def test_levels_without_a_finite_loss_are_refused(mean, std):
+    with pytest.raises(InputError, match="levels below 1e-12 or above 1e12"):
+        LogNormalLevels(mean, std)

@@ -300,6 +300,15 @@ def test_a_radius_within_levels_is_zero_outside():
     assert 0 < sum(r > 0 for r in expected) < 1000
 
 
+def test_radii_by_noise_take_times_between_those_of_a_table():
+    process, t = DiffusionProcess.flow(4), torch.tensor([100.0, 333.3, 999.9])
+    x = torch.zeros(3, 2)
+    radius = NoiseLevel(process, 0.3)
+    assert radius(x, t, None, NORMS["linf"]).tolist() == pytest.approx([0.03, 0.09999, 0.29997])
+    inside = Within(radius, process, 0.2, 0.5)(x, t, None, NORMS["linf"])
+    assert inside.tolist() == pytest.approx([0, 0.09999, 0])
+
+
 def test_outside_its_levels_the_passes_of_free_training_are_clean():
     process, t = DiffusionProcess.cosine(1000), torch.tensor([50, 900])
     adversary = FreeAdversary(step_size=0.3, radius=Within(Constant(9.0), process, 0.0, 0.5))

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from robustdiff.errors import InputError
-from robustdiff.samplers.spacing import check_steps, evenly_spaced, respaced, strided
+from robustdiff.samplers.spacing import evenly_spaced, respaced, strided
 
 
 @pytest.mark.parametrize(
@@ -44,7 +44,7 @@ def test_times_are_ascending_and_as_many_as_asked(T, fraction):
     for spacing in (evenly_spaced, strided):
         times = spacing(steps, T).tolist()
         assert times == sorted(set(times))
-        assert len(times) == steps == check_steps(steps, T)
+        assert len(times) == steps
         assert times[0] >= 0
         assert times[-1] < T
 

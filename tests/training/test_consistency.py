@@ -25,7 +25,7 @@ from robustdiff.objectives.consistency import (
     GrowingScales,
     euler_step,
 )
-from robustdiff.objectives.edm import EdmConfig, EDMObjective
+from robustdiff.objectives.edm import EdmConfig
 from robustdiff.objectives.preconditioning import DiffusionDenoiser, Preconditioned, karras_sigmas
 from robustdiff.training.build import build_model
 from robustdiff.training.trainer import Trainer, train
@@ -255,8 +255,8 @@ EDM = [
     ({"teacher": "edm", "teacher_below": 3.0}, lambda o: (type(o.teacher), o.teacher_below), (Preconditioned, 3.0)),
     (
         {"mean": -0.5, "std": 0.8},
-        lambda o: o.timesteps.probabilities.tolist(),
-        EDMObjective(mean=-0.5, std=0.8).timesteps.probabilities.tolist(),
+        lambda o: (o.timesteps.mean, o.timesteps.std),
+        (-0.5, 0.8),
     ),
     (
         {"levels": 50, "sigma_min": 0.01, "sigma_max": 40.0, "rho": 5.0, "sigma_data": 0.7},

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from robustdiff.backbones.backbone import BACKBONES, Backbone
-from robustdiff.backbones.scheduler import denoiser_of, kind_of, model_of, objective_of, process_of, sampling_of
+from robustdiff.backbones.scheduler import denoiser_of, model_of, objective_of, process_of, sampling_of
 from robustdiff.codecs.codec import Codec, Shape
 from robustdiff.codecs.pixels import Pixels
 from robustdiff.conditions.condition import Condition
@@ -121,11 +121,6 @@ class Model:
     def sampling(self) -> Mapping[str, Any]:
         """The settings of sampling that the scheduler says: arguments of :func:`robustdiff.sample`."""
         return {} if self.scheduler is None else sampling_of(self.scheduler)
-
-    @property
-    def consistency(self) -> bool:
-        """Whether it is a consistency model."""
-        return self.scheduler is not None and kind_of(self.scheduler) == "consistency"
 
     @property
     def shape(self) -> Shape:

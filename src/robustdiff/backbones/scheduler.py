@@ -119,8 +119,8 @@ def process_of(scheduler: Any) -> DiffusionProcess:
                     )
             shift = config.get("shift", config.get("flow_shift"))
             try:
-                flow = DiffusionProcess.flow(config.num_train_timesteps, 1.0 if shift is None else float(shift))
-                return DiffusionProcess(flow.alphas, flow.sigmas, config.num_train_timesteps * flow.sigmas)
+                T = config.num_train_timesteps
+                return DiffusionProcess.flow(T, 1.0 if shift is None else float(shift), time_scale=T)
             except (ValueError, TypeError, ArithmeticError) as error:
                 raise _incorrect(scheduler, error) from None
     try:
@@ -188,7 +188,7 @@ def model_of(scheduler: Any, network: Callable[..., Any]) -> Callable[..., Any]:
         case "consistency":
             return Preconditioned(network, config.sigma_data, config.sigma_min)
         case "edm":
-            return OverTimes(_preconditioned(scheduler, network), _sigmas_of(scheduler))
+            return OverTimes(_preconditioned(scheduler, network))
     return network
 
 

@@ -34,7 +34,7 @@ from robustdiff.errors import InputError, printable
 from robustdiff.files import atomic_write, make_folder, open_regular, remove_leftovers, user_key
 from robustdiff.progress import SILENT, Progress
 from robustdiff.recipe import load_recipe
-from robustdiff.samplers.sample import SAMPLERS, check_options, check_sampler, sample
+from robustdiff.samplers.sample import SAMPLERS, check_sampler, sample
 
 __all__ = ["Generator", "ImageNoise", "share_of", "write_npz", "write_pngs"]
 
@@ -114,14 +114,14 @@ class Generator:
             model: The model.
             data_classes: The number of classes of the data. A network that embeds one more has a null class.
             settings: The other fields. By default, or where they are None, the sampler is the first that suits the
-                model, and the steps are 20, or 2 for a consistency model.
+                model, and the steps are the sampler's default.
 
         Raises:
             InputError: If a setting does not suit the model.
         """
         sampler = settings.pop("sampler", None) or model.samplers[0]
         if settings.get("steps") is None:
-            settings["steps"] = 2 if model.consistency else 20
+            settings["steps"] = SAMPLERS[sampler].default_steps
         if data_classes is not None and getattr(model.condition, "embedded", None) == data_classes + 1:
             settings = {"num_classes": data_classes, **settings}
         return cls(model, sampler, **settings)
@@ -153,11 +153,9 @@ class Generator:
 
     def __post_init__(self) -> None:
         options = self.sampling
-        spacing = {name: options.pop(name, default) for name, default in (("spacing", None), ("steps_offset", 0))}
         options.pop("clip", None)
         self.model.prediction  # noqa: B018  (raises where the checkpoint contradicts itself)
-        evaluations = check_sampler(self.sampler, self.steps, self.model.process, **spacing)
-        check_options(self.sampler, evaluations, **options)
+        check_sampler(self.sampler, self.steps, self.model.process, **options)
         condition = self.condition
         if self.guidance is not None:
             condition.empty()
@@ -180,7 +178,7 @@ class Generator:
     def sampling(self) -> dict[str, Any]:
         """The arguments of :func:`robustdiff.sample`: the checkpoint's settings that the sampler takes, and over them
         the options."""
-        takes = ("clip", "spacing", "steps_offset", *SAMPLERS[self.sampler].options) if self.sampler in SAMPLERS else ()
+        takes = ("clip", "spacing", "steps_offset", *SAMPLERS[self.sampler].model_fields)
         checkpoint = {name: value for name, value in self.model.sampling.items() if name in takes}
         return {**checkpoint, **(self.options or {})}
 
@@ -242,7 +240,7 @@ class Generator:
                 prediction=model.prediction,
                 guidance=self.guidance,
                 unconditional=None if self.guidance is None else self.condition.empty(),
-                **{"clip": model.codec.clip or False, **self.sampling},
+                **self.sampling,
                 **more,
             )
 

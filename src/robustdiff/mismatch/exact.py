@@ -42,7 +42,9 @@ from torch import Tensor
 
 from robustdiff.errors import InputError
 from robustdiff.process import DiffusionProcess
-from robustdiff.samplers.spacing import evenly_spaced, strided
+from robustdiff.samplers.denoiser import Denoised
+from robustdiff.samplers.sample import check_sampler
+from robustdiff.samplers.sampler import Step as SamplerStep
 
 __all__ = [
     "Density",
@@ -83,12 +85,12 @@ class Posterior:
 
     @property
     def mean(self) -> Tensor:
-        """E[z | y], with shape (B, d)."""
+        """Return E[z | y], with shape (B, d)."""
         return torch.einsum("bk,bkd->bd", self.weights, self.means)
 
     @property
     def total_variance(self) -> Tensor:
-        """tr Cov[z | y], with shape (B,)."""
+        """Return tr Cov[z | y], with shape (B,)."""
         around = (self.means - self.mean[:, None]).square().sum(2) + self.variances.sum(1)
         return (self.weights * around).sum(1)
 
@@ -141,17 +143,17 @@ class GaussianMixture:
 
     @property
     def dim(self) -> int:
-        """d."""
+        """Return d."""
         return self.means.shape[1]
 
     @property
     def mean(self) -> Tensor:
-        """E[x], with shape (d,)."""
+        """Return E[x], with shape (d,)."""
         return self.weights @ self.means
 
     @property
     def covariance(self) -> Tensor:
-        """Cov[x], with shape (d, d)."""
+        """Return Cov[x], with shape (d, d)."""
         if self.axes is None:
             within = torch.diag(self.weights @ self.variances)
         else:
@@ -160,33 +162,33 @@ class GaussianMixture:
         return within + torch.einsum("k,ki,kj->ij", self.weights, around, around)
 
     def at(self, alpha: float, sigma: float) -> GaussianMixture:
-        """The law of α x + σ ε: q(x_t) at the levels (α, σ)."""
+        """Return the law of α x + σ ε: q(x_t) at the levels (α, σ)."""
         return self._like(alpha * self.means, alpha**2 * self.variances + sigma**2)
 
     def _along_axes(self, x: Tensor) -> Tensor:
-        """(B, K, d) in the eigenvectors of each component."""
+        """Return points (B, d) in the eigenvectors of each component, with shape (B, K, d)."""
         return x if self.axes is None else torch.einsum("bki,kid->bkd", x, self.axes)
 
     def _from_axes(self, x: Tensor) -> Tensor:
         return x if self.axes is None else torch.einsum("bkd,kid->bki", x, self.axes)
 
     def _log_joint(self, x: Tensor) -> Tensor:
-        """log w_k N(x; m_k, S_k), with shape (B, K)."""
+        """Return log w_k N(x; m_k, S_k), with shape (B, K)."""
         along = self._along_axes(x[:, None] - self.means)
         log_normal = -0.5 * (along.square() / self.variances + (2 * math.pi * self.variances).log()).sum(2)
         return self.weights.log() + log_normal
 
     def log_prob(self, x: Tensor) -> Tensor:
-        """log q(x), for x (B, d), with shape (B,)."""
+        """Return log q(x), for x (B, d), with shape (B,)."""
         return self._log_joint(x).logsumexp(1)
 
     def score(self, x: Tensor) -> Tensor:
-        """∇ log q(x), for x (B, d), with shape (B, d)."""
+        """Return ∇ log q(x), for x (B, d), with shape (B, d)."""
         pull = self._from_axes(self._along_axes(self.means - x[:, None]) / self.variances)
         return torch.einsum("bk,bkd->bd", self._log_joint(x).softmax(1), pull)
 
     def posterior(self, y: Tensor, a: float, b: float) -> Posterior:
-        """What y = a z + b ξ says of z, a draw of this mixture: q(z | y).
+        """Return q(z | y) for observations y = a z + b ξ of draws z of this mixture.
 
         Arguments:
             y: Observations, with shape (B, d).
@@ -199,7 +201,7 @@ class GaussianMixture:
         return Posterior(observed._log_joint(y).softmax(1), means, b**2 * self.variances / observed.variances)
 
     def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        """n draws, with shape (n, d)."""
+        """Draw n points, with shape (n, d)."""
         k = torch.multinomial(self.weights, n, replacement=True, generator=generator)
         x = torch.randn(n, self.dim, dtype=torch.float64, generator=generator) * self.variances[k].sqrt()
         if self.axes is not None:
@@ -208,7 +210,7 @@ class GaussianMixture:
         return self.means[k] + x
 
     def cdf(self, x: Tensor) -> Tensor:
-        """P(X ≤ x) in one dimension, for x (B,), with shape (B,)."""
+        """Return P(X ≤ x) in one dimension, for x (B,), with shape (B,)."""
         z = (x[:, None] - self.means[:, 0]) / self.variances[:, 0].sqrt()
         return torch.from_numpy(ndtr(z.numpy())) @ self.weights
 
@@ -231,7 +233,7 @@ class ExactModel:
         self.process = process
 
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
-        """ε* at x (B, *) with d elements each and times t (B,), in the precision of x, with shape (B, *)."""
+        """Return ε* at x (B, *) with d elements each and times t (B,), in the precision of x, with shape (B, *)."""
         times = self.process.times.double().numpy()
         flat = x.reshape(len(x), -1).double()
         noise = torch.empty_like(flat)
@@ -261,7 +263,7 @@ class ShiftedModel:
     offset: Tensor | float = 0.0
 
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
-        """ε̂, with shape (B, *)."""
+        """Return ε̂, with shape (B, *)."""
         return (1 + self.scale) * self.model(x, t) + self.offset
 
 
@@ -289,18 +291,18 @@ class Step:
     after: tuple[float, float]
 
     def mean(self, model: NoiseModel, x: Tensor) -> Tensor:
-        """c_x x + c_ε ε̂(x, t), with shape (B, d)."""
+        """Return c_x x + c_ε ε̂(x, t), with shape (B, d)."""
         return self.of_x * x + self.of_noise * model(x, torch.full((len(x),), self.time, dtype=torch.float64))
 
     @property
     def transition(self) -> tuple[float, float]:
-        """(a, b) of the forward step q(x_t | x_s) = N(a x_s, b² I)."""
+        """Return (a, b) of the forward step q(x_t | x_s) = N(a x_s, b² I)."""
         a = self.before[0] / self.after[0]
         return a, math.sqrt(self.before[1] ** 2 - a**2 * self.after[1] ** 2)
 
 
 def sampler_steps(process: DiffusionProcess, sampler: str, steps: int) -> list[Step]:
-    """The steps of ``robustdiff.sample(…, clip=False)`` from the noisiest time down to x_0, where (α, σ) = (1, 0).
+    """Return the steps of ``robustdiff.sample(…, clip=False)`` from the noisiest time to x_0, where (α, σ) = (1, 0).
 
     Arguments:
         process: A variance-preserving process.
@@ -315,25 +317,16 @@ def sampler_steps(process: DiffusionProcess, sampler: str, steps: int) -> list[S
         raise InputError(f"the density of {sampler!r} is not followed here: use ddim or iddpm")
     if not process.variance_preserving:
         raise InputError("the density is followed for a variance-preserving process: use .linear or .cosine")
-    times = (strided if sampler == "ddim" else evenly_spaced)(steps, len(process))
-    respaced = process.respace(times)
-    levels = [(1.0, 0.0), *zip(respaced.alphas.tolist(), respaced.sigmas.tolist(), strict=True)]
-    result = []
-    for i in reversed(range(len(respaced))):
-        (alpha_s, sigma_s), (alpha_t, sigma_t) = levels[i], levels[i + 1]
-        variance = float(respaced.posterior_variance[i]) if sampler == "iddpm" else 0.0
-        # Both are x_s = α_s x̂_0 + √(σ_s² − v) ε̂ + √v z (Song et al., ICLR 2021, equation 12), x̂_0 = (x − σ_t ε̂)/α_t.
-        direction = math.sqrt(max(sigma_s**2 - variance, 0.0))
-        result.append(
-            Step(
-                time=float(respaced.times[i]),
-                of_x=alpha_s / alpha_t,
-                of_noise=direction - alpha_s * sigma_t / alpha_t,
-                variance=variance,
-                before=(alpha_t, sigma_t),
-                after=(alpha_s, sigma_s),
-            )
-        )
+    plan = check_sampler(sampler, steps, process)
+    points, levels, result = plan.path.points, plan.path.levels, []
+    # A step is linear in x, ε̂ and z: what it makes of each alone is its coefficient.
+    x, noise, z = torch.eye(3, dtype=torch.float64)[:, :, None]
+    for i in reversed(range(len(points))):
+        x0, _ = points.split("epsilon", x, torch.full((3,), i), noise)
+        before, after, denoised = levels[i + 1], levels[i], Denoised(x0, noise, None)
+        step = plan.sampler.step(SamplerStep(x, denoised, plan.path, i, before, after, iter([z])))
+        of_x, of_noise, deviation = step.flatten().tolist()
+        result.append(Step(float(points.times[i]), of_x, of_noise, deviation**2, before, after))
     return result
 
 
@@ -341,7 +334,7 @@ def sampler_steps(process: DiffusionProcess, sampler: str, steps: int) -> list[S
 
 
 def gaussian_kl(mean0: Tensor, cov0: Tensor, mean1: Tensor, cov1: Tensor) -> float:
-    """D_KL(N(μ₀, C₀) ‖ N(μ₁, C₁)), for means (d,) and covariances (d, d), both positive definite.
+    """Return D_KL(N(μ₀, C₀) ‖ N(μ₁, C₁)), for means (d,) and covariances (d, d), both positive definite.
 
     The Wasserstein distance of the same two is the root of :func:`robustdiff.evaluation.fidelity.frechet_distance`.
     """
@@ -356,7 +349,7 @@ def gaussian_kl(mean0: Tensor, cov0: Tensor, mean1: Tensor, cov1: Tensor) -> flo
 
 
 def affine_map(model: NoiseModel, time: float, d: int) -> tuple[Tensor, Tensor]:
-    """(M, c) of a model with ε̂(x, t) = M x + c, with shapes (d, d) and (d,).
+    """Return (M, c) of a model with ε̂(x, t) = M x + c, with shapes (d, d) and (d,).
 
     Raises:
         ValueError: If the model is not affine there.
@@ -373,7 +366,7 @@ def affine_map(model: NoiseModel, time: float, d: int) -> tuple[Tensor, Tensor]:
 
 
 def push_gaussian(step: Step, model: NoiseModel, mean: Tensor, cov: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean (d,) and covariance (d, d) of the state after a step of an affine model, from those before.
+    """Return mean (d,) and covariance (d, d) of the state after a step of an affine model, from those before.
 
     Raises:
         ValueError: If the model is not affine.
@@ -388,7 +381,7 @@ def push_gaussian(step: Step, model: NoiseModel, mean: Tensor, cov: Tensor) -> t
 
 
 def change_of_variables(step: Step, model: NoiseModel, x: Tensor) -> tuple[Tensor, Tensor]:
-    """The point that a step without noise makes of x, and the determinant of its Jacobian there.
+    """Return the point that a step without noise makes of x, and the determinant of its Jacobian there.
 
     Where the determinant is not positive the step has folded space: log p − log |det| is then that of one branch.
 
@@ -413,7 +406,7 @@ def change_of_variables(step: Step, model: NoiseModel, x: Tensor) -> tuple[Tenso
 
 
 def _reach(q: GaussianMixture, deviations: float) -> tuple[Tensor, Tensor]:
-    """The corners, each with shape (d,), of a box that so many standard deviations around each component fit in."""
+    """Return the corners (d,) of a box that so many standard deviations around each component fit in."""
     reach = deviations * q.variances.amax(1, keepdim=True).sqrt()
     return (q.means - reach).amin(0), (q.means + reach).amax(0)
 
@@ -438,7 +431,7 @@ class Density:
     def on_lattice(
         cls, log_prob: Callable[[Tensor], Tensor], low: list[float], high: list[float], size: int
     ) -> Density:
-        """A density given by its logarithm (B, d) ↦ (B,), on a regular lattice of size^d points from low to high.
+        """Make a density of its logarithm (B, d) ↦ (B,), on a regular lattice of size^d points from low to high.
 
         Raises:
             InputError: If d is not 1 or 2, or the size is below 3.
@@ -452,16 +445,16 @@ class Density:
 
     @property
     def masses(self) -> Tensor:
-        """What each cell holds, with shape (n^d,)."""
+        """Return the mass of each cell, with shape (n^d,)."""
         return self.volumes * self.log_density.exp()
 
     @property
     def mass(self) -> float:
-        """∫ p: 1 as long as the lattice is fine and wide enough."""
+        """Return ∫ p: 1 as long as the lattice is fine and wide enough."""
         return float(self.masses.sum())
 
     def push(self, step: Step, model: NoiseModel, cover: GaussianMixture | None = None) -> Density:
-        """p_θ(x_s) from p_θ(x_t).
+        """Return p_θ(x_s), from p_θ(x_t).
 
         A step without noise carries the lattice along. One with noise is integrated on a new regular lattice, as wide
         as the means of what has any mass, with six standard deviations around them, and as ``cover``. The rectangle
@@ -518,7 +511,7 @@ class Density:
         return Density.on_lattice(log_prob, low.tolist(), high.tolist(), self.size)
 
     def _edge(self) -> Tensor:
-        """Whether a point is the outermost, along some axis, at which the density is known; with shape (n^d,)."""
+        """Return whether a point is the outermost along some axis at which the density is known, with shape (n^d,)."""
         d = self.points.shape[1]
         known = self.log_density.isfinite().reshape(*(self.size,) * d)
         inner = torch.ones_like(known)
@@ -530,7 +523,7 @@ class Density:
         return (known & ~inner).flatten()
 
     def kl_from(self, q: GaussianMixture) -> float:
-        """D_KL(q ‖ p), over the lattice of p.
+        """Return D_KL(q ‖ p), over the lattice of p.
 
         Raises:
             ValueError: If the lattice misses, or sums wrongly, more than 10⁻⁴ of q, or 10⁻⁸ of q is where p is unknown.
@@ -547,7 +540,7 @@ class Density:
         return float((masses * (log_q - self.log_density))[known].sum())
 
     def displacement(self, q: GaussianMixture) -> Tensor:
-        """How far optimal transport from p to q moves each point, with shape (n,); in one dimension.
+        """Return how far optimal transport from p to q moves each point, with shape (n,); in one dimension.
 
         It is the increasing map Q⁻¹∘P of the two distribution functions, and W₂² = Σ mass · displacement².
 
@@ -564,7 +557,7 @@ class Density:
         return torch.from_numpy(np.interp(below.numpy(), cdf, fine.numpy()[first])) - x
 
     def w2(self, q: GaussianMixture) -> float:
-        """W₂(p, q), in one dimension.
+        """Return W₂(p, q), in one dimension.
 
         Raises:
             ValueError: In two dimensions.
@@ -573,7 +566,7 @@ class Density:
 
 
 def step_divergence(mixture: GaussianMixture, step: Step, model: NoiseModel, size: int = 2001) -> float:
-    """E_{q(x_t)} D_KL( q(x_s | x_t) ‖ N(c_x x_t + c_ε ε̂(x_t), v I) ), for a step with noise.
+    """Return E_{q(x_t)} D_KL( q(x_s | x_t) ‖ N(c_x x_t + c_ε ε̂(x_t), v I) ), for a step with noise.
 
     With H the entropies, b² the variance of q(x_t | x_s) and μ(x) the mean of the step, it is
 
@@ -621,6 +614,6 @@ def step_divergence(mixture: GaussianMixture, step: Step, model: NoiseModel, siz
 
 
 def _lattice_of(q: GaussianMixture, size: int) -> Density:
-    """q itself on a lattice nine standard deviations wide."""
+    """Return q itself on a lattice nine standard deviations wide."""
     low, high = _reach(q, 9)
     return Density.on_lattice(q.log_prob, low.tolist(), high.tolist(), size)

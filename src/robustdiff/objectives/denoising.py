@@ -45,7 +45,7 @@ from torch.nn import Module
 from robustdiff.errors import InputError
 from robustdiff.objectives.objective import OBJECTIVES, Draw, Objective, ObjectiveConfig, gaussian, precise, predict
 from robustdiff.objectives.preconditioning import Denoise
-from robustdiff.objectives.timesteps import TIMESTEPS, LossSecondMoment, TimestepSampler, Uniform
+from robustdiff.objectives.timesteps import TIMESTEPS, LossSecondMoment, TimestepSampler, uniform
 from robustdiff.process import PREDICTIONS, DiffusionProcess, Prediction, ProcessConfig, broadcast
 
 __all__ = ["VARIANCES", "DenoisingConfig", "DenoisingObjective", "Variance"]
@@ -94,7 +94,7 @@ class DenoisingObjective(Objective):
         if not input_perturbation >= 0:
             raise ValueError(f"input_perturbation must be at least 0; got {input_perturbation}")
         self.process = process
-        self.timesteps = Uniform(len(process)) if timesteps is None else timesteps
+        self.timesteps = uniform(process) if timesteps is None else timesteps
         self.input_perturbation = input_perturbation
         self.through_target = through_target
         self.prediction: Prediction = prediction
@@ -115,7 +115,7 @@ class DenoisingObjective(Objective):
 
         Arguments:
             x0: Clean samples in [−1, 1], with shape (B, *).
-            t: Time indices, with shape (B,); from ``timesteps`` by default, and their weights with them.
+            t: Time indices, or times, with shape (B,); from ``timesteps`` by default, and their weights with them.
             noise: The noise ε, with shape (B, *); standard normal by default.
             generator: Where what is not given comes from.
             weight: The weights of given times, with shape (B,); none is 1.
@@ -271,7 +271,7 @@ class DenoisingConfig(ObjectiveConfig):
                 self.prediction,
                 self.variance,
                 vb_scale=self.vb_scale,
-                timesteps=TIMESTEPS[self.timesteps](len(process)),
+                timesteps=TIMESTEPS[self.timesteps](process),
                 input_perturbation=self.input_perturbation,
                 through_target=self.through_target,
             )

@@ -11,8 +11,8 @@ bound is D̂(x_0 + σ ε, σ) ≈ E[x_0 | x_0 + σ ε] in the place of x_0: at �
 x_0 given x_t in the gradient. (With an adversary the two may differ, for its δ depends on the target.) Above the bound
 it is x_0, since a network that predicts ε has its error times σ in D̂.
 
-σ is one of T levels (:func:`karras_sigmas`), drawn by the log-normal share of what is nearest to it in ln σ. That keeps
-the time of a draw an index, as it is for every other process; a thousand levels lie about 0.01 apart in ln σ.
+σ is any level, drawn from the log-normal distribution itself, as Karras et al. draw it: it is not truncated to
+[σ_min, σ_max], the levels of sampling, outside of which the default distribution has a share of 2·10⁻⁵.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from torch.nn import Module
 
 from robustdiff.objectives.denoising import DenoisingObjective
 from robustdiff.objectives.levels import LevelsConfig
-from robustdiff.objectives.objective import OBJECTIVES, Draw, precise
+from robustdiff.objectives.objective import OBJECTIVES, Draw
 from robustdiff.objectives.preconditioning import Denoise, Preconditioned, karras_process, karras_sigmas
-from robustdiff.objectives.timesteps import LogNormal
-from robustdiff.process import DiffusionProcess, Table, broadcast
+from robustdiff.objectives.timesteps import LogNormalLevels
+from robustdiff.process import DiffusionProcess, broadcast
 
 __all__ = ["EDMObjective", "EdmConfig"]
 
@@ -40,7 +40,7 @@ class EDMObjective(DenoisingObjective):
     """Karras et al.'s loss, as a callable. The model is F: called with (c_in x, 250 ln σ), as diffusers calls it.
 
     Arguments:
-        levels: T.
+        levels: T, the number of levels in the table of the process; training does not depend on it.
         sigma_min: The smallest level.
         sigma_max: The largest level.
         rho: ρ of the levels.
@@ -51,7 +51,8 @@ class EDMObjective(DenoisingObjective):
         teacher_below: The bound of the levels at which the teacher gives the target.
 
     Raises:
-        ValueError: If the levels are not ascending and positive.
+        ValueError: If the levels are not ascending and positive, or the distribution reaches levels without a finite
+            loss.
     """
 
     def __init__(
@@ -66,14 +67,11 @@ class EDMObjective(DenoisingObjective):
         teacher: Denoise | None = None,
         teacher_below: float = 5.0,
     ) -> None:
-        sigmas = karras_sigmas(levels, sigma_min, sigma_max, rho)
-        middles = (sigmas[:-1] * sigmas[1:]).sqrt()
-        edges = torch.cat([middles.new_zeros(1), middles, middles.new_full((1,), torch.inf)])
-        super().__init__(karras_process(sigmas), prediction="sample", timesteps=LogNormal(edges, mean, std))
+        process = karras_process(karras_sigmas(levels, sigma_min, sigma_max, rho))
+        super().__init__(process, prediction="sample", timesteps=LogNormalLevels(mean, std))
         self.sigma_data = sigma_data
         self.teacher = teacher
         self.teacher_below = teacher_below
-        self._weights = Table((sigmas**2 + sigma_data**2) / (sigmas * sigma_data) ** 2)
 
     @torch.no_grad()
     def draw(
@@ -98,8 +96,9 @@ class EDMObjective(DenoisingObjective):
     def __call__(self, model: Callable[..., Any], draw: Draw, delta: Tensor | None = None) -> dict[str, Tensor]:
         """Return the losses at x_t + δ: "loss" is λ(σ) · "mse", each with shape (B,)."""
         losses = super().__call__(Preconditioned(model, self.sigma_data), draw, delta)
-        loss = losses["loss"].to(precise(losses["loss"].dtype))
-        return {**losses, "loss": self._weights.take(draw.t, loss.dtype) * loss}
+        sigma = self.process.sigmas_at(draw.t, losses["loss"])
+        weight = (sigma**2 + self.sigma_data**2) / (sigma * self.sigma_data) ** 2
+        return {**losses, "loss": weight * losses["loss"]}
 
 
 @OBJECTIVES.register("edm")

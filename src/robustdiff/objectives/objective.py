@@ -26,7 +26,7 @@ class Draw:
 
     Attributes:
         x0: Clean samples, with shape (B, *).
-        t: Time indices, with shape (B,).
+        t: Time indices, or where time is continuous times, with shape (B,).
         noise: The noise ε, with shape (B, *).
         x_t: The noisy points that δ moves, with shape (B, *).
         weight: What multiplies the loss of each sample, with shape (B,); none is 1.

@@ -13,8 +13,8 @@ is what the networks of Song et al. are given, and diffusers' ``CMStochasticIter
 
 A denoiser D(x, σ) ↦ x̂_0 is the common language. Dividing x by √(1 + σ²) makes the process variance-preserving, with
 α = 1/√(1 + σ²) and the same signal-to-noise ratio. So a network over discrete times is a denoiser
-(:class:`DiffusionDenoiser`), and a denoiser is a network over discrete times (:class:`OverTimes`), to which the
-samplers of diffusion models apply.
+(:class:`DiffusionDenoiser`), and a denoiser is a network over the times σ of such a process (:class:`OverTimes`), to
+which the samplers of diffusion models apply.
 """
 
 from __future__ import annotations
@@ -30,21 +30,14 @@ from robustdiff.objectives.objective import precise, predict
 from robustdiff.objectives.timesteps import double
 from robustdiff.process import DiffusionProcess, Prediction, Table, broadcast
 
-__all__ = [
-    "Denoise",
-    "DiffusionDenoiser",
-    "OverTimes",
-    "Preconditioned",
-    "karras_process",
-    "karras_sigmas",
-]
+__all__ = ["Denoise", "DiffusionDenoiser", "OverTimes", "Preconditioned", "karras_process", "karras_sigmas"]
 
 Denoise = Callable[..., Tensor]
 """(x (B, *), σ (B,), **condition) ↦ x̂_0 (B, *)."""
 
 
 def karras_sigmas(N: int, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0) -> Tensor:
-    """N levels from σ_min up to σ_max, uniform in σ^{1/ρ}, with shape (N,), float64.
+    """Return N levels from σ_min up to σ_max, uniform in σ^{1/ρ}, with shape (N,), float64.
 
     Raises:
         ValueError: If not N ≥ 2, 0 < σ_min < σ_max and ρ > 0.
@@ -61,8 +54,8 @@ def karras_sigmas(N: int, sigma_min: float = 0.002, sigma_max: float = 80.0, rho
 
 
 def karras_process(sigmas: Tensor) -> DiffusionProcess:
-    """The process x = x_0 + σ ε at some levels (T,), whose network is given σ itself."""
-    return DiffusionProcess(torch.ones_like(sigmas), sigmas, times=sigmas)
+    """Return the process x = x_0 + σ ε at any σ > 0, whose network is given σ itself, with a table of levels (T,)."""
+    return DiffusionProcess(torch.ones_like(sigmas), sigmas, sigmas, levels_at=lambda s: (torch.ones_like(s), s))
 
 
 class Preconditioned:
@@ -84,7 +77,7 @@ class Preconditioned:
         self.sigma_min = sigma_min
 
     def __call__(self, x: Tensor, sigma: Tensor, **condition: Any) -> Tensor:
-        """f(x, σ), with shape (B, *).
+        """Return f(x, σ), with shape (B, *).
 
         Arguments:
             x: Noisy points, with shape (B, *).
@@ -135,11 +128,11 @@ class DiffusionDenoiser:
 
     @property
     def sigma_max(self) -> float:
-        """The largest level of the table."""
+        """Return the largest level of the table."""
         return math.exp(self._log_range[1])
 
     def times(self, sigma: Tensor) -> Tensor:
-        """The (fractional) times of levels (B,), with shape (B,), float64."""
+        """Return the (fractional) times of levels (B,), with shape (B,), float64."""
         precision = double(sigma.device)
         log_sigmas = self._log_sigmas.on(sigma.device, precision)
         times = self._times.on(sigma.device, precision)
@@ -149,7 +142,7 @@ class DiffusionDenoiser:
         return torch.lerp(times[above - 1], times[above], (log_sigma - low) / (high - low))
 
     def __call__(self, x: Tensor, sigma: Tensor, **condition: Any) -> Tensor:
-        """D(x, σ), with shape (B, *)."""
+        """Return D(x, σ), with shape (B, *)."""
         sigma = sigma.to(x.device)
         time = self.times(sigma).to(precise(x.dtype))
         exact = sigma.to(double(x.device))
@@ -169,29 +162,28 @@ class DiffusionDenoiser:
 class OverTimes:
     """A denoiser as a network that predicts x_0 over the times of :meth:`process`, which preserves variance.
 
-    Between two times ln σ is linear.
+    Its time is σ, any positive number.
 
     Arguments:
         denoise: D.
-        sigmas: The levels of the times, ascending, with shape (T,).
     """
 
-    def __init__(self, denoise: Denoise, sigmas: Tensor) -> None:
+    def __init__(self, denoise: Denoise) -> None:
         self.denoise = denoise
-        self._log_sigmas = Table(sigmas.to("cpu", torch.float64).log())
 
     @staticmethod
     def process(sigmas: Tensor) -> DiffusionProcess:
-        """The variance-preserving process of some levels (T,): α = 1/√(1 + σ²) and σα."""
-        scale = (1 + sigmas.to(torch.float64) ** 2).sqrt()
-        return DiffusionProcess(1 / scale, sigmas / scale)
+        """Return the process of α = 1/√(1 + σ²) and σα at any σ > 0, with a table of levels (T,)."""
 
-    def __call__(self, x_t: Tensor, t: Tensor, **condition: Any) -> Tensor:
-        """x̂_0 at x_t = x/√(1 + σ²), with shape (B, *); times in [0, T − 1] with shape (B,)."""
-        log_sigmas = self._log_sigmas.on(x_t.device, double(x_t.device))
-        position = t.to(log_sigmas).clamp(0, len(log_sigmas) - 1)
-        below = position.floor().long().clamp_max(len(log_sigmas) - 2)
-        log_sigma = torch.lerp(log_sigmas[below], log_sigmas[below + 1], position - below)
-        sigma = log_sigma.exp().expand(len(x_t))
+        def levels(sigmas: Tensor) -> tuple[Tensor, Tensor]:
+            scale = (1 + sigmas**2).sqrt()
+            return 1 / scale, sigmas / scale
+
+        sigmas = sigmas.to("cpu", torch.float64)
+        return DiffusionProcess(*levels(sigmas), sigmas, levels_at=levels)
+
+    def __call__(self, x_t: Tensor, sigma: Tensor, **condition: Any) -> Tensor:
+        """Return x̂_0 at x_t = x/√(1 + σ²), with shape (B, *), for levels σ (B,)."""
+        sigma = sigma.to(x_t.device, precise(x_t.dtype)).expand(len(x_t))
         scale = broadcast((1 + sigma**2).sqrt().to(x_t.dtype), x_t)
-        return self.denoise(scale * x_t, sigma.to(precise(x_t.dtype)), **condition)
+        return self.denoise(scale * x_t, sigma, **condition)

@@ -12,21 +12,35 @@ the last ten losses at every t, and mixed with a little of the uniform distribut
 from when every t has its ten losses; until then p is uniform. ADM's networks were trained so.
 
 Models over noise levels σ (Karras et al., 2022; consistency models) have instead a distribution of their own, which is
-a part of the loss and not weighted away: ln σ ~ N(P_mean, P_std²), on the levels of a table.
+a part of the loss and not weighted away: ln σ ~ N(P_mean, P_std²). Where time is continuous (flow matching, EDM) times
+are floating-point numbers; elsewhere they are indices.
 
 Probabilities and losses are kept in float64 where times are drawn. On a GPU nothing here is read back.
 """
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from robustdiff.process import Table
+from robustdiff.errors import InputError
+from robustdiff.process import DiffusionProcess, Table
 
-__all__ = ["TIMESTEPS", "LogNormal", "LossSecondMoment", "TimestepSampler", "Uniform", "double"]
+__all__ = [
+    "TIMESTEPS",
+    "Continuous",
+    "LogNormal",
+    "LogNormalLevels",
+    "LossSecondMoment",
+    "TimestepSampler",
+    "Uniform",
+    "double",
+    "uniform",
+]
 
 
 def double(device: torch.device) -> torch.dtype:
@@ -35,20 +49,13 @@ def double(device: torch.device) -> torch.dtype:
 
 
 class TimestepSampler(ABC):
-    """A distribution over times.
-
-    Arguments:
-        T: The number of times.
-    """
-
-    def __init__(self, T: int) -> None:
-        self.T = T
+    """A distribution over times."""
 
     @abstractmethod
     def draw(
         self, n: int, generator: torch.Generator | None = None, device: torch.device | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """Draw times in [0, T) and the weights of their losses, each with shape (n,). No weights: all are 1.
+        """Draw times (indices, or floating-point) and the weights of their losses, each (n,). No weights: all are 1.
 
         Arguments:
             n: How many.
@@ -58,13 +65,63 @@ class TimestepSampler(ABC):
 
 
 class Uniform(TimestepSampler):
-    """Every time is as likely as any other."""
+    """Every index is as likely as any other.
+
+    Arguments:
+        T: The number of times.
+    """
+
+    def __init__(self, T: int) -> None:
+        self.T = T
 
     def draw(
         self, n: int, generator: torch.Generator | None = None, device: torch.device | None = None
     ) -> tuple[Tensor, Tensor | None]:
         device = generator.device if generator is not None else device
         return torch.randint(self.T, (n,), generator=generator, device=device), None
+
+
+class Continuous(TimestepSampler):
+    """Every fraction u in (0, 1] of a process is as likely as any other.
+
+    Arguments:
+        process: A process whose time is continuous.
+    """
+
+    def __init__(self, process: DiffusionProcess) -> None:
+        self.process = process
+
+    def draw(
+        self, n: int, generator: torch.Generator | None = None, device: torch.device | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        device = generator.device if generator is not None else device
+        return self.process.at(1 - torch.rand(n, generator=generator, device=device)), None
+
+
+class LogNormalLevels(TimestepSampler):
+    """Levels σ of ln σ ~ N(P_mean, P_std²), not truncated, as Karras et al. (2022) draw them.
+
+    Arguments:
+        mean: P_mean.
+        std: P_std > 0.
+
+    Raises:
+        InputError: If six standard deviations reach levels below 10⁻¹² or above 10¹², which have no finite loss.
+    """
+
+    def __init__(self, mean: float, std: float) -> None:
+        if not (std > 0 and abs(mean) + 6 * std <= math.log(1e12)):
+            raise InputError(
+                f"ln σ ~ N({mean:g}, {std:g}²) reaches levels below 1e-12 or above 1e12: set another mean, or a "
+                "smaller std > 0"
+            )
+        self.mean, self.std = mean, std
+
+    def draw(
+        self, n: int, generator: torch.Generator | None = None, device: torch.device | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        device = generator.device if generator is not None else device
+        return (self.mean + self.std * torch.randn(n, generator=generator, device=device)).exp(), None
 
 
 class LogNormal(TimestepSampler):
@@ -84,7 +141,7 @@ class LogNormal(TimestepSampler):
     def __init__(self, edges: Tensor, mean: float, std: float) -> None:
         if not std > 0:
             raise ValueError(f"std must be positive; got {std}")
-        super().__init__(len(edges) - 1)
+        self.T = len(edges) - 1
         z = (edges.to("cpu", torch.float64).log() - mean) / std
         # Differences of the upper tail where it is the smaller one, for the precision of both tails.
         shares = torch.where(
@@ -122,7 +179,7 @@ class LossSecondMoment(TimestepSampler):
     """
 
     def __init__(self, T: int, history: int = 10, uniform_prob: float = 0.001) -> None:
-        super().__init__(T)
+        self.T = T
         self.uniform_prob = uniform_prob
         self._losses = torch.zeros(T, history, dtype=torch.float64)
         self._counts = torch.zeros(T, dtype=torch.int64)
@@ -132,12 +189,12 @@ class LossSecondMoment(TimestepSampler):
 
     @property
     def _full(self) -> Tensor:
-        """Whether every time has its losses, a boolean scalar."""
+        """Return whether every time has its losses, a boolean scalar."""
         return (self._counts >= self._losses.shape[1]).all()
 
     @property
     def probabilities(self) -> Tensor:
-        """p, with shape (T,), float64."""
+        """Return p, with shape (T,), float64."""
         moments = self._losses.square().mean(1).sqrt()
         p = (1 - self.uniform_prob) * moments / moments.sum() + self.uniform_prob / self.T
         return torch.where(self._full, p, 1 / self.T)
@@ -195,4 +252,12 @@ class LossSecondMoment(TimestepSampler):
         self._losses, self._counts = state["losses"].clone(), state["counts"].clone()
 
 
-TIMESTEPS: dict[str, type[TimestepSampler]] = {"uniform": Uniform, "loss-second-moment": LossSecondMoment}
+def uniform(process: DiffusionProcess) -> TimestepSampler:
+    """Return the uniform distribution over the times of a process."""
+    return Uniform(len(process)) if process.time_at is None else Continuous(process)
+
+
+TIMESTEPS: dict[str, Callable[[DiffusionProcess], TimestepSampler]] = {
+    "uniform": uniform,
+    "loss-second-moment": lambda process: LossSecondMoment(len(process)),
+}

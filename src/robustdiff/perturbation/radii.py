@@ -167,17 +167,11 @@ class Within(RadiusSchedule):
         if not 0 <= self.low <= self.high:
             raise ValueError(f"the noise levels must be 0 ≤ low ≤ high; got {self.low} and {self.high}")
 
-    @cached_property
-    def _inside(self) -> Table:
-        """1 at the times that are perturbed, and 0 at the others."""
-        sigmas = self.process.sigmas
-        return Table(((sigmas >= self.low) & (sigmas <= self.high)).to(torch.float64))
-
     def __call__(self, x_t: Tensor, t: Tensor | None, training_step: int | None, norm: Norm) -> Tensor:
         if t is None:
             raise ValueError("a radius by timestep needs t: call adversary(x_t, t)")
-        inside = self._inside.at(self.process.index(t), x_t).flatten()
-        return self.radius(x_t, t, training_step, norm) * inside
+        sigmas = self.process.sigmas_at(t, x_t)
+        return self.radius(x_t, t, training_step, norm) * ((sigmas >= self.low) & (sigmas <= self.high))
 
 
 @dataclass(frozen=True)

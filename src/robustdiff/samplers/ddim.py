@@ -5,37 +5,25 @@ No term divides by α, so a schedule that ends without any signal (zero terminal
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from typing import ClassVar
 
+from pydantic import Field
 from torch import Tensor
 
 from robustdiff.process import DiffusionProcess
-from robustdiff.samplers.denoiser import Denoiser
+from robustdiff.samplers.sampler import SAMPLERS, Path, Sampler
 
-__all__ = ["ddim"]
+__all__ = ["DDIM"]
 
 
-def ddim(
-    denoiser: Denoiser,
-    process: DiffusionProcess,
-    times: Tensor,
-    x: Tensor,
-    noises: Iterator[Tensor],
-    *,
-    set_alpha_to_one: bool = True,
-) -> Tensor:
-    """Sample from x_T (B, C, H, W) to x_0; no noise is used.
+@SAMPLERS.register("ddim")
+class DDIM(Sampler):
+    """DDIM."""
 
-    Arguments:
-        times: Indices in [0, T), ascending, with shape (S,).
-        set_alpha_to_one: Whether the last step ends at x̂_0; otherwise at the noise level of index 0, as diffusers'
-            option of this name has it.
-    """
-    path = process.respace(times)
-    end = (1.0, 0.0) if set_alpha_to_one else (float(process.alphas[0]), float(process.sigmas[0]))
-    levels = [end, *zip(path.alphas.tolist(), path.sigmas.tolist(), strict=True)]
-    for index in reversed(range(len(path))):
-        denoised = denoiser(x, index, path)
-        alpha, sigma = levels[index]
-        x = alpha * denoised.x0 + sigma * denoised.noise
-    return x
+    default: ClassVar[bool] = True
+
+    set_alpha_to_one: bool = Field(True, description="whether the last step ends at x̂_0, or at the noise of index 0")
+
+    def along(self, times: Tensor, process: DiffusionProcess) -> Path:
+        end = (1.0, 0.0) if self.set_alpha_to_one else (float(process.alphas[0]), float(process.sigmas[0]))
+        return Path(process.respace(times), process, times, end)

@@ -47,7 +47,7 @@ class DynamicThreshold:
 
 @dataclass(frozen=True)
 class Denoised:
-    """What a network says at x_t; each with shape (B, C, H, W).
+    """A prediction of a network at x_t; each with shape (B, C, H, W).
 
     Attributes:
         x0: x̂_0.

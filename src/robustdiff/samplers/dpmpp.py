@@ -8,7 +8,8 @@ The first step has D_0 in the last bracket, and so has the last one where there 
 Points are by default those of its authors on a discrete process. Times with logSNR λ below −5.1 are cut off, which
 leaves N of T. Index i is then t = (i + 1)/N in continuous time, log α is linear between the indices, σ = √(1 − α²). The
 points are uniform in λ between t = 0.992 and t = 1/N, where sampling ends. The network is called at the time
-T·(t − 1/N), which, as in the original, differs from the index N·t − 1 by up to T − N where something was cut off.
+T·(t − 1/N), which, as in the original, differs from the index N·t − 1 by up to T − N where something was cut off. Where
+time is continuous, the levels are those of that time.
 
 At given times of the process (as a checkpoint's scheduler may ask for) sampling ends at x̂_0.
 
@@ -18,8 +19,7 @@ x̂_0 is not clipped to a range, in which the correction of second order would b
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import replace
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -27,9 +27,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from robustdiff.process import DiffusionProcess
-from robustdiff.samplers.denoiser import Denoiser, DynamicThreshold
+from robustdiff.samplers.sampler import SAMPLERS, Path, Sampler, Step
+from robustdiff.samplers.spacing import check_steps
 
-__all__ = ["dpmpp"]
+__all__ = ["DPMSolver"]
 
 _LAST = 0.992
 _LEAST_LOGSNR = -5.1
@@ -39,43 +40,43 @@ def _logsnr(log_alpha: NDArray[np.float64]) -> NDArray[np.float64]:
     return log_alpha - 0.5 * np.log(-np.expm1(2 * log_alpha))
 
 
-def _continuous(process: DiffusionProcess, steps: int) -> DiffusionProcess:
-    """Return the process at S + 1 points that are uniform in logSNR, from the noisiest down."""
-    log_alphas = np.log(process.alphas.clamp_min(1e-12).numpy())
-    log_alphas = log_alphas[_logsnr(log_alphas) >= _LEAST_LOGSNR]
-    t = np.arange(1, len(log_alphas) + 1) / len(log_alphas)
-    first = np.interp(_LAST, t, log_alphas)
-    lambdas = np.linspace(_logsnr(first), _logsnr(log_alphas[0]), steps + 1)
-    # α from λ = log(α/σ) with α² + σ² = 1; then the t at which the (descending) table has this α.
-    log_alpha = -0.5 * np.logaddexp(0, -2 * lambdas)
-    times = len(process) * (np.interp(-log_alpha, -log_alphas, t) - t[0])
-    alphas = torch.from_numpy(np.exp(log_alpha))
-    return DiffusionProcess(alphas, (1 - alphas**2).sqrt(), torch.from_numpy(times))
+def _h(step: Step) -> float:
+    """Return λ_s − λ_t; from no signal, or to no noise, it is infinite."""
+    (alpha_t, sigma_t), (alpha_s, sigma_s) = step.before, step.after
+    return math.log(alpha_s * sigma_t / (alpha_t * sigma_s)) if alpha_t * sigma_s > 0 else math.inf
 
 
-def dpmpp(
-    denoiser: Denoiser, process: DiffusionProcess, times: Tensor | int, x: Tensor, noises: Iterator[Tensor]
-) -> Tensor:
-    """Sample from x_T (B, C, H, W); no noise is used.
+@SAMPLERS.register("dpm++")
+class DPMSolver(Sampler):
+    """DPM-Solver++ (2M)."""
 
-    Arguments:
-        times: The number S of steps between its authors' points, or indices in [0, T), ascending, with shape (S,).
-    """
-    if not isinstance(denoiser.clip, DynamicThreshold):
-        denoiser = replace(denoiser, clip=None)
-    path = _continuous(process, times) if isinstance(times, int) else process.respace(times.flip(0))
-    levels = list(zip(path.alphas.tolist(), path.sigmas.tolist(), strict=True))
-    if not isinstance(times, int):
-        levels.append((1.0, 0.0))
-    steps = len(levels) - 1
-    before: tuple[Tensor, float] | None = None  # x̂_0 of the last step, and its h
-    for i in range(steps):
-        (alpha_t, sigma_t), (alpha_s, sigma_s) = levels[i], levels[i + 1]
-        x0 = denoiser(x, i, path).x0
-        # h = λ_s − λ_t; from no signal, or to no noise, it is infinite.
-        h = math.log(alpha_s * sigma_t / (alpha_t * sigma_s)) if alpha_t * sigma_s > 0 else math.inf
-        first_order = before is None or math.isinf(h) or math.isinf(before[1]) or (i == steps - 1 and steps < 10)
-        direction = x0 if first_order or before is None else x0 + h / (2 * before[1]) * (x0 - before[0])
-        x = sigma_s / sigma_t * x - alpha_s * math.expm1(-h) * direction
-        before = x0, h
-    return x
+    strings: ClassVar[bool] = False
+    clips: ClassVar[bool] = False
+
+    def own(self, steps: int, process: DiffusionProcess) -> Path:
+        """Return the path over points that are uniform in logSNR."""
+        check_steps(steps, len(process))
+        log_alphas = np.log(process.alphas.clamp_min(1e-12).numpy())
+        log_alphas = log_alphas[_logsnr(log_alphas) >= _LEAST_LOGSNR]
+        t = np.arange(1, len(log_alphas) + 1) / len(log_alphas)
+        first = np.interp(_LAST, t, log_alphas)
+        lambdas = np.linspace(_logsnr(first), _logsnr(log_alphas[0]), steps + 1)[::-1]
+        # α from λ = log(α/σ) with α² + σ² = 1; then the t at which the (descending) table has this α.
+        log_alpha = -0.5 * np.logaddexp(0, -2 * lambdas)
+        positions = len(process) * (np.interp(-log_alpha, -log_alphas, t) - t[0])
+        times = torch.from_numpy(np.interp(positions, np.arange(len(process)), process.times.numpy()))
+        alphas = torch.from_numpy(np.exp(log_alpha))
+        points = DiffusionProcess(alphas, (1 - alphas**2).sqrt(), times)
+        if process.levels_at is not None:
+            points = process.respace(times)
+        end = float(points.alphas[0]), float(points.sigmas[0])
+        return Path(points.respace(torch.arange(1, steps + 1)), process, times[1:], end)
+
+    def step(self, step: Step) -> Tensor:
+        (_, sigma_t), (alpha_s, sigma_s) = step.before, step.after
+        h, x0, previous = _h(step), step.denoised.x0, step.previous
+        if previous is not None and (step.index > 0 or len(step.path) >= 10):
+            ratio = h / (2 * _h(previous))
+            if math.isfinite(ratio):
+                x0 = x0 + ratio * (x0 - previous.denoised.x0)
+        return sigma_s / sigma_t * step.x - alpha_s * math.expm1(-h) * x0

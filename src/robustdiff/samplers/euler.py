@@ -1,35 +1,48 @@
-"""Euler's method on the probability-flow ODE of flow matching, x_s = x_t + (s − t)(ε̂ − x̂_0), at uniform times."""
+"""Euler's method on the probability-flow ODE of flow matching, x_s = x_t + (s − t)(ε̂ − x̂_0), with t = σ."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from robustdiff.process import DiffusionProcess
-from robustdiff.samplers.denoiser import Denoiser
+from robustdiff.samplers.sampler import SAMPLERS, Path, Sampler, Step
+from robustdiff.samplers.spacing import check_steps
 
-__all__ = ["euler", "uniform"]
-
-
-def uniform(steps: int | str, T: int) -> Tensor:
-    """Return the indices of S times with equal gaps from the noisiest on, the last a whole gap above 0; ascending."""
-    return T - 1 - (torch.arange(int(steps)) * T // int(steps)).flip(0)
+__all__ = ["Euler"]
 
 
-def euler(denoiser: Denoiser, process: DiffusionProcess, times: Tensor, x: Tensor, noises: Iterator[Tensor]) -> Tensor:
-    """Sample from x_1 (B, C, H, W) to x_0; no noise is used.
+@SAMPLERS.register("euler")
+class Euler(Sampler):
+    """Euler's method at fractions of the process with equal gaps, from the noisiest on, the last a whole gap above 0.
 
-    Arguments:
-        times: Indices in [0, T), ascending, with shape (S,); or levels σ in (0, 1], floating-point, descending.
+    Times are continuous where the process's are: any number of steps can be taken.
     """
-    if times.is_floating_point():
-        sigmas = times.to(torch.float64)
-        path = DiffusionProcess(1 - sigmas, sigmas, sigmas * (process.times[-1] / process.sigmas[-1]))
-    else:
-        path = process.respace(times.flip(0))
-    for index, (t, s) in enumerate(zip(path.sigmas.tolist(), [*path.sigmas.tolist()[1:], 0.0], strict=True)):
-        denoised = denoiser(x, index, path)
-        x = x + (s - t) * (denoised.noise - denoised.x0)
-    return x
+
+    model: ClassVar[str] = "flow-matching model"
+    needs: ClassVar[str] = "α + σ = 1"
+    default: ClassVar[bool] = True
+    strings: ClassVar[bool] = False
+
+    @classmethod
+    def suits(cls, process: DiffusionProcess) -> bool:
+        return bool(torch.allclose(process.alphas + process.sigmas, torch.ones_like(process.sigmas), atol=1e-5))
+
+    def own(self, steps: int, process: DiffusionProcess) -> Path:
+        check_steps(steps, None if process.time_at else len(process))
+        times = process.at(torch.arange(1, steps + 1, dtype=torch.float64) / steps)
+        return Path(process.respace(times), process, times)
+
+    def along(self, times: Tensor, process: DiffusionProcess) -> Path:
+        """Return the path over ascending indices, or over levels σ in (0, 1], floating-point, descending."""
+        if not times.is_floating_point():
+            return super().along(times, process)
+        sigmas = times.to("cpu", torch.float64).flip(0)
+        times = sigmas * (process.times[-1] / process.sigmas[-1])
+        return Path(DiffusionProcess(1 - sigmas, sigmas, times), process, times)
+
+    def step(self, step: Step) -> Tensor:
+        (_, t), (_, s) = step.before, step.after
+        return step.x + (s - t) * (step.denoised.noise - step.denoised.x0)

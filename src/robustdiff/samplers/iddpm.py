@@ -4,52 +4,43 @@ r"""Ancestral sampling of DDPM and IDDPM (Ho et al., 2020; Nichol & Dhariwal, 20
 
 with v = β̃ of the respaced process ("fixed_small") or its β ("fixed_large"), or, where the network has learned it,
 between the two. (diffusers' DDPMScheduler is the same but takes no noise from outside; the tests compare the two.)
-
-The sampler ``es`` is this one with ε̂ scaled (Ning et al., ICLR 2024; :mod:`robustdiff.samplers.denoiser`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from robustdiff.process import DiffusionProcess
-from robustdiff.samplers.denoiser import Denoiser
+from robustdiff.samplers.sampler import SAMPLERS, Path, Sampler, Step
+from robustdiff.samplers.spacing import evenly_spaced
 
-__all__ = ["FIXED_VARIANCES", "FixedVariance", "iddpm"]
-
-FixedVariance = Literal["fixed_small", "fixed_large"]
-FIXED_VARIANCES: tuple[str, ...] = get_args(FixedVariance)
+__all__ = ["IDDPM"]
 
 
-def iddpm(
-    denoiser: Denoiser,
-    process: DiffusionProcess,
-    times: Tensor,
-    x: Tensor,
-    noises: Iterator[Tensor],
-    *,
-    variance: FixedVariance = "fixed_small",
-) -> Tensor:
-    """Sample from x_T (B, C, H, W) to x_0, with one of ``noises`` (B, C, H, W) in each step but the last.
+@SAMPLERS.register("iddpm")
+class IDDPM(Sampler):
+    """Ancestral sampling."""
 
-    Arguments:
-        times: Indices in [0, T), ascending, with shape (S,).
-        variance: v, where the network has not learned it.
-    """
-    path = process.respace(times)
-    for index in reversed(range(len(path))):
-        t = torch.full((len(x),), index, device=x.device)
-        denoised = denoiser(x, index, path)
-        x = path.posterior_mean(denoised.x0, x, t)
-        if index > 0:
-            low, high = path.log_variances(t, x)
-            log_variance = high if variance == "fixed_large" else low
-            if denoised.variance is not None:
-                fraction = (denoised.variance + 1) / 2
-                log_variance = fraction * high + (1 - fraction) * low
-            x = x + (0.5 * log_variance).exp() * next(noises)
-    return x
+    variance: Literal["fixed_small", "fixed_large"] = Field(
+        "fixed_small", description="the variance where the network has not learned it"
+    )
+
+    def own(self, steps: int, process: DiffusionProcess) -> Path:
+        return self.along(evenly_spaced(steps, len(process)), process)
+
+    def step(self, step: Step) -> Tensor:
+        points, denoised = step.path.points, step.denoised
+        t = torch.full((len(step.x),), step.index, device=step.x.device)
+        x = points.posterior_mean(denoised.x0, step.x, t)
+        if step.index == 0:
+            return x
+        low, high = points.log_variances(t, x)
+        log_variance = high if self.variance == "fixed_large" else low
+        if denoised.variance is not None:
+            fraction = (denoised.variance + 1) / 2
+            log_variance = fraction * high + (1 - fraction) * low
+        return x + (0.5 * log_variance).exp() * next(step.noises)

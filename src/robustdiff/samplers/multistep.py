@@ -12,19 +12,21 @@ S the last is (S − 1)⌊N/S⌋. A string reaches them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from typing import Any, ClassVar
 
+import torch
+from pydantic import field_validator
 from torch import Tensor
 
 from robustdiff.errors import InputError
 from robustdiff.process import DiffusionProcess
-from robustdiff.samplers.denoiser import Denoiser
+from robustdiff.samplers.sampler import SAMPLERS, Path, Sampler, Step, TimeSpacing
 
-__all__ = ["multistep", "scale_numbers"]
+__all__ = ["Multistep", "scale_numbers"]
 
 
 def scale_numbers(steps: int | str, N: int) -> list[int]:
-    """The numbers of the scales at which the network is evaluated, ascending: from the noisiest on.
+    """Return the numbers of the scales at which the network is evaluated, ascending: from the noisiest on.
 
     Raises:
         InputError: If they are not ascending numbers from 0 to N − 1, or there are more than N − 1.
@@ -46,15 +48,38 @@ def scale_numbers(steps: int | str, N: int) -> list[int]:
     return numbers[:-1] if numbers[-1] == last else numbers
 
 
-def multistep(
-    denoiser: Denoiser, process: DiffusionProcess, steps: int | str, x: Tensor, noises: Iterator[Tensor]
-) -> Tensor:
-    """Sample from z (B, C, H, W) to x_0, with one of ``noises`` (B, C, H, W) before each evaluation but the first."""
-    sigmas = process.sigmas.tolist()
-    indices = [len(process) - 1 - number for number in scale_numbers(steps, len(process))]
-    x = sigmas[indices[0]] * x
-    for index, after in zip(indices, [*indices[1:], None], strict=True):
-        x = denoiser(x, index, process).x0
-        if after is not None:
-            x = x + (sigmas[after] ** 2 - sigmas[0] ** 2) ** 0.5 * next(noises)
-    return x
+@SAMPLERS.register("multistep")
+class Multistep(Sampler):
+    """Multistep consistency sampling."""
+
+    model: ClassVar[str] = "consistency model"
+    needs: ClassVar[str] = "α = 1"
+    default: ClassVar[bool] = True
+    strings: ClassVar[bool] = False
+    default_steps: ClassVar[int] = 2
+    grid_steps: ClassVar[tuple[int, ...]] = (1, 2, 4, 8)
+
+    @field_validator("eps_scale")
+    @classmethod
+    def _unscaled(cls, value: Any) -> Any:
+        raise ValueError("it has no predicted noise to scale: leave it out")
+
+    @classmethod
+    def suits(cls, process: DiffusionProcess) -> bool:
+        return bool((process.alphas == 1).all())
+
+    def path(
+        self, steps: int | str, process: DiffusionProcess, spacing: TimeSpacing | None = None, steps_offset: int = 0
+    ) -> Path:
+        if spacing is not None and spacing != "own":
+            raise InputError(f"multistep has scales of its own, not spacing={spacing}: give them as steps: 0,22,39")
+        numbers = torch.tensor(scale_numbers(steps, len(process)))
+        indices = (len(process) - 1 - numbers).flip(0)
+        return Path(process.respace(indices), process, indices, end=(1.0, float(process.sigmas[0])))
+
+    def start(self, x: Tensor, path: Path) -> Tensor:
+        return float(path.points.sigmas[-1]) * x
+
+    def step(self, step: Step) -> Tensor:
+        x0, (_, sigma), (_, sigma_min) = step.denoised.x0, step.after, step.path.end
+        return x0 if step.index == 0 else x0 + (sigma**2 - sigma_min**2) ** 0.5 * next(step.noises)

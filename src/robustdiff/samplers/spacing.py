@@ -1,4 +1,4 @@
-"""Which of the T training times a sampler visits, ascending: guided-diffusion's respacing, and diffusers' spacings.
+"""The T training times that a sampler visits, ascending: guided-diffusion's respacing, and diffusers' spacings.
 
 Steps are a number S, spaced as the sampler's authors did or as a checkpoint's scheduler says (:func:`scheduled`), or
 one of guided-diffusion's strings, which mean the same times for every sampler: "10" (evenly over all times), "10,20,30"
@@ -23,17 +23,18 @@ SPACINGS: tuple[str, ...] = get_args(Spacing)
 """own: as the sampler's authors space its times."""
 
 
-def check_steps(steps: int | str, T: int) -> int:
-    """The number of network evaluations of some steps. Raises InputError if a sampler cannot have them."""
-    if isinstance(steps, str):
-        return len(respaced(steps, T))
-    if not 1 <= steps <= T:
-        raise InputError(f"steps must be between 1 and {T}; got {steps}")
-    return steps
+def check_steps(steps: int, T: int | None) -> None:
+    """Check a number of network evaluations, in [1, T], or any where time is continuous.
+
+    Raises:
+        InputError: If it is out of range.
+    """
+    if steps < 1 or (T is not None and steps > T):
+        raise InputError(f"steps must be {'at least 1' if T is None else f'between 1 and {T}'}; got {steps}")
 
 
 def _section(steps: int, size: int) -> list[int]:
-    """S positions from 0 to size − 1 with equal (rounded) gaps."""
+    """Return S positions from 0 to size − 1 with equal (rounded) gaps."""
     stride = (size - 1) / (steps - 1) if steps > 1 else 1
     times, position = [], 0.0
     for _ in range(steps):
@@ -43,7 +44,7 @@ def _section(steps: int, size: int) -> list[int]:
 
 
 def respaced(spacing: str, T: int) -> Tensor:
-    """The times of a respacing string: ``space_timesteps(T, spacing)`` of Nichol & Dhariwal (2021).
+    """Return the times of a respacing string: ``space_timesteps(T, spacing)`` of Nichol & Dhariwal (2021).
 
     A single step is at the noisiest time (there the original would visit only time 0, and leave noise as it is).
 
@@ -75,16 +76,17 @@ def respaced(spacing: str, T: int) -> Tensor:
 
 
 def evenly_spaced(steps: int | str, T: int) -> Tensor:
-    """S times from 0 to T − 1 with equal (rounded) gaps, as iddpm has them; or those of a string."""
-    check_steps(steps, T)
+    """Return S times from 0 to T − 1 with equal (rounded) gaps; or those of a string."""
+    if isinstance(steps, int):
+        check_steps(steps, T)
     return respaced(str(steps), T)
 
 
 def strided(steps: int | str, T: int) -> Tensor:
-    """Every (T/S)-th time from 0 on: the original's "ddimS", its nearest where S does not divide T; or a string's."""
-    check_steps(steps, T)
+    """Return every (T/S)-th time from 0 on: "ddimS", its nearest where S does not divide T; or those of a string."""
     if isinstance(steps, str):
         return respaced(steps, T)
+    check_steps(steps, T)
     return torch.arange(steps) * T // steps
 
 

@@ -17,7 +17,7 @@ __all__ = ["TimeSearch", "search_times"]
 
 @dataclass(frozen=True)
 class TimeSearch:
-    """What was found.
+    """The result of a search.
 
     Attributes:
         numbers: The scales τ_1 … τ_S, ascending, counted from the noisiest: ``steps`` of the sampler multistep.
@@ -31,7 +31,7 @@ class TimeSearch:
 
 
 def search_times(objective: Callable[[tuple[int, ...]], float], steps: int, N: int) -> TimeSearch:
-    """The S scales that minimise an objective, one after the other.
+    """Find the S scales that minimise an objective, one after the other.
 
     Arguments:
         objective: (τ_1, …, τ_k) ↦ what is to be small, such as an FID; called once for each tuple.

@@ -13,53 +13,28 @@ the cut-off, are not shifted; nor is the first, where x is the prior's own noise
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
+from pydantic import Field
 from torch import Tensor
 
-from robustdiff.errors import InputError
-from robustdiff.process import DiffusionProcess
-from robustdiff.samplers.denoiser import Denoiser
+from robustdiff.samplers.denoiser import Denoised, Denoiser
+from robustdiff.samplers.sampler import SAMPLERS, Path, Sampler
 
-__all__ = ["time_shift"]
-
-
-def _matching_time(x: Tensor, time: int, window: int, process: DiffusionProcess) -> Tensor:
-    """The time around a given one at which the noise has the variance of each of x (B, C, H, W), with shape (B,)."""
-    first = max(time - window // 2, 0)
-    variances = process.sigmas[first : time + window // 2 + 1].to(x) ** 2
-    return first + (x.flatten(1).var(1)[:, None] - variances).abs().argmin(1)
+__all__ = ["TimeShift"]
 
 
-def time_shift(
-    denoiser: Denoiser,
-    process: DiffusionProcess,
-    times: Tensor,
-    x: Tensor,
-    noises: Iterator[Tensor],
-    *,
-    window: int = 30,
-    cutoff: int = 300,
-) -> Tensor:
-    """Sample from x_T (B, C, H, W) to x_0; no noise is used.
+@SAMPLERS.register("time-shift")
+class TimeShift(Sampler):
+    """DDIM whose network is called at the time that the variance of x suggests."""
 
-    Arguments:
-        times: Indices in [0, T), ascending, with shape (S,).
-        window: The width w ≥ 0 of the window, in training times; 0 is DDIM.
-        cutoff: t_c ≥ 0, a training time.
+    window: int = Field(30, ge=0, description="the width w of the window, in training times; 0 is DDIM")
+    cutoff: int = Field(300, ge=0, description="t_c, the training time from which on down nothing is shifted")
 
-    Raises:
-        InputError: If the window or the cut-off is negative.
-    """
-    if window < 0 or cutoff < 0:
-        raise InputError(f"time-shift needs window ≥ 0 and cutoff ≥ 0; got {window} and {cutoff}")
-    *earlier, last = times.tolist()
-    t = torch.full((len(x),), last, device=x.device)
-    for after in reversed(earlier):
-        denoised = denoiser(x, t, process)
-        alpha, sigma = float(process.alphas[after]), float(process.sigmas[after])
-        x = alpha * denoised.x0 + sigma * denoised.noise
-        shifted = window > 0 and after > cutoff
-        t = _matching_time(x, after, window, process) if shifted else torch.full_like(t, after)
-    return denoiser(x, t, process).x0
+    def denoise(self, denoiser: Denoiser, x: Tensor, index: int, path: Path) -> Denoised:
+        process, time = path.process, int(path.process.index(path.times)[index])
+        t = torch.full((len(x),), time, device=x.device)
+        if self.window > 0 and time > self.cutoff and index + 1 < len(path):
+            first = max(time - self.window // 2, 0)
+            variances = process.sigmas[first : time + self.window // 2 + 1].to(x) ** 2
+            t = first + (x.flatten(1).var(1)[:, None] - variances).abs().argmin(1)
+        return denoiser(x, t, process)
