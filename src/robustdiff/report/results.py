@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from robustdiff.evaluation.grid import Cell, Grid
-from robustdiff.files import atomic_write, remove_leftovers
+from robustdiff.evaluation.sources import Evaluation
+from robustdiff.files import remove_leftovers, write_json
 from robustdiff.report.figures import fid_against_steps, sample_grid, save_figure
 
-__all__ = ["write_results"]
+__all__ = ["write_evaluation", "write_results"]
 
 
 def write_results(
@@ -37,8 +37,7 @@ def write_results(
         "cells": [asdict(cell) for cell in grid.cells],
         "differences": [asdict(difference) for difference in grid.differences],
     }
-    with atomic_write(folder / "result.json") as file:
-        file.write(json.dumps(record, indent=1, allow_nan=False).encode())
+    write_json(folder / "result.json", record)
     if grid.samples:
         save_figure(fid_against_steps([*grid.cells, *beside], title), folder / "fid.png")
     checkpoints = list(dict.fromkeys(checkpoint for checkpoint, _, _ in grid.samples))
@@ -47,3 +46,10 @@ def write_results(
         figure = sample_grid(grid.samples, checkpoints, sampler, steps, f"{sampler}: the same noise in every column")
         save_figure(figure, folder / f"samples-{sampler.replace('+', 'p')}.png")
     return record
+
+
+def write_evaluation(folder: Path, evaluation: Evaluation) -> None:
+    """Write an evaluation as :func:`write_results` does, images that were there already among its cells."""
+    grid = replace(evaluation.grid, cells=[*evaluation.grid.cells, *evaluation.images])
+    title = f"{evaluation.target.name}, {evaluation.num} images a cell, seed {evaluation.seed}"
+    write_results(folder, grid, title, {**evaluation.target.record, "seed": evaluation.seed})

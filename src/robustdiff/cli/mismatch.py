@@ -1,0 +1,89 @@
+"""The command `robustdiff mismatch`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from robustdiff.cli import app, err, out, say
+from robustdiff.cli.options import (
+    BatchSize,
+    Cpu,
+    Data,
+    Guidance,
+    Precision,
+    Root,
+    Samplers,
+    Seed,
+    SetData,
+    Spacing,
+    given,
+    parse_counts,
+    parse_numbers,
+    parse_samplers,
+    real_images,
+)
+
+if TYPE_CHECKING:
+    from robustdiff.mismatch.measure import Mismatch
+
+
+@app.command()
+def mismatch(
+    runs: Annotated[list[str], typer.Argument(help="Runs, pipeline folders or shipped models.")],
+    sampler: Samplers = None,
+    steps: Annotated[str, typer.Option(help="Numbers of network evaluations, with commas.")] = "10",
+    num: Annotated[
+        int | None, typer.Option(min=1, help="Images; by default 2000, or half of the real ones if they are fewer.")
+    ] = None,
+    radii: Annotated[str, typer.Option(help="ℓ2 radii of the robust loss, with commas.")] = "0.1,0.3,1.0",
+    probes: Annotated[
+        int | None, typer.Option(min=0, help="Images of the robust loss, by default 32; 0 leaves it out.")
+    ] = None,
+    data: Data = None,
+    root: Root = None,
+    overrides: SetData = [],  # noqa: B006
+    output: Annotated[Path, typer.Option(help="A folder for mismatch.json and figures.")] = Path("mismatch"),
+    seed: Seed = 0,
+    batch_size: BatchSize = 128,
+    precision: Precision = "fp32",
+    spacing: Spacing = None,
+    guidance: Guidance = None,
+    cpu: Cpu = False,
+) -> None:
+    """Measure how far a sampler's points are from those that the network was trained on, step by step.
+
+    Spread (exposure bias), sliced Wasserstein, energy and Fréchet distance and KL divergence along the sampler's path,
+    with intervals and floors; robust loss and Lipschitz constant at true points, in fp32. All on common random numbers.
+    """
+    from accelerate import Accelerator
+
+    from robustdiff.mismatch.measure import measure_runs
+    from robustdiff.report.bar import Bar
+    from robustdiff.report.mismatch import write_mismatch
+
+    cells = parse_samplers(sampler), parse_counts(steps), num, probes
+    sizes = parse_numbers(radii, "--radii", "give numbers with commas, such as 0.1,0.3,1.0")
+    real = real_images(runs[0], data, root, overrides)
+    options = given(spacing=spacing)
+    settings = given(seed=seed, batch_size=batch_size, precision=precision, guidance=guidance, options=options)
+    with Bar(err) as bar:
+        device = Accelerator(cpu=cpu).device
+        result = measure_runs(runs, real.load(), device, *cells, radii=sizes, progress=bar, **settings)
+    _show(result)
+    write_mismatch(output, result)
+    say(f"figures and mismatch.json are in {output}")
+
+
+def _show(result: Mismatch) -> None:
+    from robustdiff.report.mismatch import mismatch_table, robustness_table
+    from robustdiff.report.tables import print_whole
+
+    say(f"p(x_t) of {result.paths[0].n} images against q(x_t) of {result.data}, with 95 % intervals:")
+    print_whole(out, mismatch_table(result))
+    if result.robustness:
+        n = result.robustness[0].n
+        say(f"robust loss and Lipschitz constant of the predicted noise at {n} true points:")
+        print_whole(out, robustness_table(result))
