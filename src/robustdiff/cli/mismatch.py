@@ -7,24 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from robustdiff.cli import app, err, out, say
-from robustdiff.cli.options import (
-    BatchSize,
-    Cpu,
-    Data,
-    Guidance,
-    Precision,
-    Root,
-    Samplers,
-    Seed,
-    SetData,
-    Spacing,
-    given,
-    parse_counts,
-    parse_numbers,
-    parse_samplers,
-    real_images,
-)
+from robustdiff.cli import app, err, options, out, say
 
 if TYPE_CHECKING:
     from robustdiff.mismatch.measure import Mismatch
@@ -33,7 +16,7 @@ if TYPE_CHECKING:
 @app.command()
 def mismatch(
     runs: Annotated[list[str], typer.Argument(help="Runs, pipeline folders or shipped models.")],
-    sampler: Samplers = None,
+    sampler: options.Samplers = None,
     steps: Annotated[str, typer.Option(help="Numbers of network evaluations, with commas.")] = "10",
     num: Annotated[
         int | None, typer.Option(min=1, help="Images; by default 2000, or half of the real ones if they are fewer.")
@@ -42,16 +25,16 @@ def mismatch(
     probes: Annotated[
         int | None, typer.Option(min=0, help="Images of the robust loss, by default 32; 0 leaves it out.")
     ] = None,
-    data: Data = None,
-    root: Root = None,
-    overrides: SetData = [],  # noqa: B006
+    data: options.Data = None,
+    root: options.Root = None,
+    overrides: options.SetData = [],  # noqa: B006
     output: Annotated[Path, typer.Option(help="A folder for mismatch.json and figures.")] = Path("mismatch"),
-    seed: Seed = 0,
-    batch_size: BatchSize = 128,
-    precision: Precision = "fp32",
-    spacing: Spacing = None,
-    guidance: Guidance = None,
-    cpu: Cpu = False,
+    seed: options.Seed = 0,
+    batch_size: options.BatchSize = 128,
+    precision: options.Precision = "fp32",
+    spacing: options.Spacing = None,
+    guidance: options.Guidance = None,
+    cpu: options.Cpu = False,
 ) -> None:
     """Measure how far a sampler's points are from those that the network was trained on, step by step.
 
@@ -60,25 +43,26 @@ def mismatch(
     """
     from accelerate import Accelerator
 
-    from robustdiff.mismatch.measure import measure_runs
+    from robustdiff.evaluation.sources import load_generators, name_sources
+    from robustdiff.mismatch.measure import measure_mismatch
     from robustdiff.report.bar import Bar
-    from robustdiff.report.mismatch import write_mismatch
 
-    cells = parse_samplers(sampler), parse_counts(steps), num, probes
-    sizes = parse_numbers(radii, "--radii", "give numbers with commas, such as 0.1,0.3,1.0")
-    real = real_images(runs[0], data, root, overrides)
-    options = given(spacing=spacing)
-    settings = given(seed=seed, batch_size=batch_size, precision=precision, guidance=guidance, options=options)
+    cells = options.parse_samplers(sampler), options.parse_counts(steps)
+    sizes = options.parse_numbers(radii, "--radii", "give numbers with commas, such as 0.1,0.3,1.0")
+    device, named = Accelerator(cpu=cpu).device, name_sources(runs)
+    dataset = options.real_images(runs[0], data, root, overrides).load()
+    chosen = options.given(spacing=spacing)
+    settings = options.given(batch_size=batch_size, precision=precision, guidance=guidance, options=chosen)
+    generators = load_generators(named, device, dataset, *cells, **settings)
+    numbers = options.given(num=num, radii=sizes, probes=probes, seed=seed)
     with Bar(err) as bar:
-        device = Accelerator(cpu=cpu).device
-        result = measure_runs(runs, real.load(), device, *cells, radii=sizes, progress=bar, **settings)
-    _show(result)
-    write_mismatch(output, result)
-    say(f"figures and mismatch.json are in {output}")
+        result = measure_mismatch(generators, dataset, *cells, **numbers, progress=bar)
+    _show(result, output)
 
 
-def _show(result: Mismatch) -> None:
-    from robustdiff.report.mismatch import mismatch_table, robustness_table
+def _show(result: Mismatch, output: Path) -> None:
+    """Print the tables, and write the results into a folder."""
+    from robustdiff.report.mismatch import mismatch_table, robustness_table, write_mismatch
     from robustdiff.report.tables import print_whole
 
     say(f"p(x_t) of {result.paths[0].n} images against q(x_t) of {result.data}, with 95 % intervals:")
@@ -87,3 +71,5 @@ def _show(result: Mismatch) -> None:
         n = result.robustness[0].n
         say(f"robust loss and Lipschitz constant of the predicted noise at {n} true points:")
         print_whole(out, robustness_table(result))
+    write_mismatch(output, result)
+    say(f"figures and mismatch.json are in {output}")

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from robustdiff.cli import app, err, say
-from robustdiff.cli.options import BatchSize, Cpu, Guidance, Precision, Seed, Spacing, given, parse_numbers
+from robustdiff.cli import app, err, options, say
 from robustdiff.errors import InputError
 
 if TYPE_CHECKING:
@@ -28,9 +27,9 @@ def sample(
         str | None,
         typer.Option(help='Network evaluations for one image; or "10,20,30", "ddim25"; multistep: scales "0,22,39".'),
     ] = None,
-    seed: Seed = 0,
-    batch_size: BatchSize = 128,
-    precision: Precision = "fp32",
+    seed: options.Seed = 0,
+    batch_size: options.BatchSize = 128,
+    precision: options.Precision = "fp32",
     label: Annotated[
         int | None, typer.Option("--class", help="The class of all images; all in turn by default.")
     ] = None,
@@ -39,8 +38,8 @@ def sample(
     ] = None,
     window: Annotated[int | None, typer.Option(help="time-shift: the window's width, in training times.")] = None,
     cutoff: Annotated[int | None, typer.Option(help="time-shift: the time down from which nothing is shifted.")] = None,
-    spacing: Spacing = None,
-    guidance: Guidance = None,
+    spacing: options.Spacing = None,
+    guidance: options.Guidance = None,
     classes: Annotated[
         int | None,
         typer.Option(min=1, help="The number of classes to sample; one less than the model's, if its last is null."),
@@ -48,7 +47,7 @@ def sample(
     size: Annotated[
         int | None, typer.Option(min=1, help="Pixels a side, if the model does not say it, or another size.")
     ] = None,
-    cpu: Cpu = False,
+    cpu: options.Cpu = False,
 ) -> None:
     """Sample images into an .npz (arr_0: uint8 NHWC, as ADM's evaluator reads it) or into PNGs.
 
@@ -61,9 +60,9 @@ def sample(
     from robustdiff.report.bar import Bar
 
     accelerator = Accelerator(cpu=cpu)
-    options = given(eps_scale=_scale(eps_scale), window=window, cutoff=cutoff, spacing=spacing)
-    settings = given(sampler=sampler, steps=_steps(steps), label=label, num_classes=classes, guidance=guidance)
-    settings |= {"size": size, "seed": seed, "batch_size": batch_size, "precision": precision, "options": options}
+    chosen = options.given(eps_scale=_scale(eps_scale), window=window, cutoff=cutoff, spacing=spacing)
+    settings = options.given(sampler=sampler, steps=_steps(steps), label=label, num_classes=classes, guidance=guidance)
+    settings |= {"size": size, "seed": seed, "batch_size": batch_size, "precision": precision, "options": chosen}
     generator = Generator.load(run, accelerator.device, **settings)
     _prepare(output, generator, run)
     write = write_npz if output.suffix == ".npz" else write_pngs
@@ -78,7 +77,7 @@ def _scale(text: str | None) -> float | tuple[float, float] | None:
     """Return a constant epsilon scale, or the (k, b) of a linear one."""
     if text is None:
         return None
-    numbers = parse_numbers(text, "--eps-scale", "give a number, or k,b for k·i + b", most=2)
+    numbers = options.parse_numbers(text, "--eps-scale", "give a number, or k,b for k·i + b", most=2)
     return numbers[0] if len(numbers) == 1 else (numbers[0], numbers[1])
 
 

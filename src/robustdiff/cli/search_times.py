@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from robustdiff.cli import app, err, say
-from robustdiff.cli.options import BatchSize, Cpu, Data, Features, Precision, Root, Seed, SetData, Weights, real_images
+from robustdiff.cli import app, err, options, say
 from robustdiff.files import write_json
 
 if TYPE_CHECKING:
@@ -20,16 +19,16 @@ def search_times(
     run: Annotated[str, typer.Argument(help="A consistency model: a run or a pipeline folder.")],
     steps: Annotated[int, typer.Option(min=2, help="Network evaluations for one image.")] = 4,
     num: Annotated[int, typer.Option(min=4, help="Images for each candidate.")] = 2000,
-    data: Data = None,
-    root: Root = None,
-    overrides: SetData = [],  # noqa: B006
-    features: Features = None,
-    weights: Weights = None,
+    data: options.Data = None,
+    root: options.Root = None,
+    overrides: options.SetData = [],  # noqa: B006
+    features: options.Features = None,
+    weights: options.Weights = None,
     output: Annotated[Path | None, typer.Option(help="A .json for the scales and all candidates.")] = None,
-    seed: Seed = 0,
-    batch_size: BatchSize = 128,
-    precision: Precision = "fp32",
-    cpu: Cpu = False,
+    seed: options.Seed = 0,
+    batch_size: options.BatchSize = 128,
+    precision: options.Precision = "fp32",
+    cpu: options.Cpu = False,
 ) -> None:
     """Find the scales at which a consistency model is sampled best in so many steps: greedily, by FID.
 
@@ -42,10 +41,10 @@ def search_times(
     from robustdiff.evaluation.time_search import search_times_by_fid
     from robustdiff.report.bar import Bar
 
-    accelerator = Accelerator(cpu=cpu)
-    target = load_target(real_images(run, data, root, overrides), features, weights, accelerator.device)
-    settings = {"sampler": "multistep", "seed": seed, "batch_size": batch_size, "precision": precision}
-    (generator,) = load_generators({run: run}, accelerator.device, target.dataset, **settings).values()
+    accelerator, real = Accelerator(cpu=cpu), options.real_images(run, data, root, overrides)
+    target = load_target(real, features, weights, accelerator.device)
+    sampling = {run: run}, accelerator.device, target.dataset, ["multistep"], [None]
+    (generator,) = load_generators(*sampling, seed=seed, batch_size=batch_size, precision=precision).values()
     with Bar(err) as bar:
         reference = target.statistics(accelerator, bar)
         best = search_times_by_fid(generator, steps, num, target.extractor, reference, bar)

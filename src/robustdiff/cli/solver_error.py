@@ -7,8 +7,7 @@ from typing import Annotated
 
 import typer
 
-from robustdiff.cli import app, err, out, say
-from robustdiff.cli.options import BatchSize, Cpu, Data, Root, SetData, given, parse_counts, real_images
+from robustdiff.cli import app, err, options, out, say
 
 
 @app.command()
@@ -21,13 +20,13 @@ def solver_error(
     num: Annotated[int, typer.Option(min=2, help="The number of images.")] = 256,
     points: Annotated[int, typer.Option(min=2, help="Pairs of levels of each N, evenly spaced.")] = 8,
     substeps: Annotated[int, typer.Option(min=2, help="Heun steps of the reference between two levels.")] = 32,
-    data: Data = None,
-    root: Root = None,
-    overrides: SetData = [],  # noqa: B006
+    data: options.Data = None,
+    root: options.Root = None,
+    overrides: options.SetData = [],  # noqa: B006
     output: Annotated[Path, typer.Option(help="A folder for result.json and the figure.")] = Path("solver-error"),
     seed: Annotated[int, typer.Option(min=0, help="The seed of the noise.")] = 0,
-    batch_size: BatchSize = 128,
-    cpu: Cpu = False,
+    batch_size: options.BatchSize = 128,
+    cpu: options.Cpu = False,
 ) -> None:
     """Measure how far one solver step of distillation is from the teacher's trajectory, level by level."""
     from accelerate import Accelerator
@@ -37,9 +36,9 @@ def solver_error(
     from robustdiff.report.solver_error import solver_error_table, write_solver_error
     from robustdiff.report.tables import print_whole
 
-    levels = parse_counts(scales, "--scales", "18,40,80,160")
-    real = real_images(teacher, data, root, overrides)
-    settings = given(points=points, substeps=substeps, seed=seed, batch_size=batch_size)
+    levels = options.parse_counts(scales, "--scales", "18,40,80,160")
+    real = options.real_images(teacher, data, root, overrides)
+    settings = options.given(points=points, substeps=substeps, seed=seed, batch_size=batch_size)
     with Bar(err) as bar:
         method = Accelerator(cpu=cpu).device, levels, solver.split(","), num
         result = measure_teacher(teacher, real, *method, progress=bar, **settings)

@@ -6,8 +6,7 @@ from typing import Annotated
 
 import typer
 
-from robustdiff.cli import app, err, say
-from robustdiff.cli.options import Cpu
+from robustdiff.cli import app, err, options, say
 
 
 @app.command()
@@ -17,7 +16,7 @@ def train(
         list[str], typer.Option("--set", metavar="KEY=VALUE", help="Override a field: --set adversary.step_size=0.5")
     ] = [],  # noqa: B006  (typer reads it and does not change it)
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint; start if none.")] = False,
-    cpu: Cpu = False,
+    cpu: options.Cpu = False,
 ) -> None:
     """Train a recipe: pretraining or fine-tuning, plain or adversarial.
 

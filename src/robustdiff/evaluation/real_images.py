@@ -35,7 +35,7 @@ def choose_real_images(
     recipe says so.
 
     Arguments:
-        run: A run; without a recipe in it, as in a pipeline folder, or without a run, the images are fashion-16.
+        run: A run, or a model without a recipe.
         name: Another dataset.
         root: Another folder or file.
         overrides: Assignments ``data.key=value``.
@@ -43,8 +43,7 @@ def choose_real_images(
             names.
 
     Raises:
-        InputError: If a field is unknown or out of its range, or the recipe alone names images that are fetched or lie
-            in a folder above the working folder.
+        InputError: If a field is unknown or out of its range, or the recipe names images that it may not.
     """
     recipe = None if run is None else Path(run) / "recipe.yaml"
     if recipe is None or not recipe.is_file():
@@ -74,13 +73,7 @@ def choose_real_images(
 
 @dataclass(frozen=True)
 class Target:
-    """Real images, or an ``.npz`` file of their statistics, and the features that images are compared with them by.
-
-    Attributes:
-        source: The configuration of the images, or the file.
-        dataset: The images; None for a file of statistics.
-        extractor: The features.
-    """
+    """Real images, or an ``.npz`` file of their statistics, and the features by which images are compared with them."""
 
     source: DataConfig | Path
     dataset: ImageDataset | None
@@ -99,7 +92,7 @@ class Target:
         return {"data": data, "reference": source, "features": self.extractor.name}
 
     def statistics(self, accelerator: Accelerator, progress: Progress = SILENT) -> Reference:
-        """Return the statistics of the real images under the features, from the cache where they are in it.
+        """Return the statistics of the real images under the features, from the cache if they are in it.
 
         Raises:
             InputError: If images cannot be read, or the file is malformed or holds statistics of other features.
@@ -112,19 +105,12 @@ class Target:
 
 
 def load_target(source: DataConfig | Path, features: str | None, weights: Path | None, device: torch.device) -> Target:
-    """Load the images that others are compared with, and features.
-
-    Arguments:
-        source: The images, or an ``.npz`` file of their statistics.
-        features: As :func:`load_extractor` takes them; by default those that are made for the images.
-        weights: The weights file of Inception.
-        device: The device of the features' network.
+    """Load real images, and the features of a name or else those that are made for the images.
 
     Raises:
         InputError: If the images cannot be loaded, or the features are not known, not given, or lack their weights.
     """
-    dataset = source.load() if isinstance(source, DataConfig) else None
-    data = source.name if isinstance(source, DataConfig) else None
+    dataset, data = (source.load(), source.name) if isinstance(source, DataConfig) else (None, None)
     if features is None and data is None:
         raise InputError("--reference needs the features that it is of: give --features inception --weights FILE")
     if features is None and data not in SHIPPED:

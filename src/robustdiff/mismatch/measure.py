@@ -36,7 +36,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -48,7 +47,6 @@ from robustdiff.backbones.build import check_fit
 from robustdiff.data import ImageDataset, to_unit
 from robustdiff.errors import InputError, RunError
 from robustdiff.evaluation.generate import Generator, ImageNoise
-from robustdiff.evaluation.sources import load_generators, name_sources
 from robustdiff.mismatch.distances import (
     BLOCKS,
     Array,
@@ -67,7 +65,7 @@ from robustdiff.mismatch.robustness import Robustness, measure_robustness
 from robustdiff.progress import SILENT, Progress
 from robustdiff.samplers.denoiser import Evaluation
 
-__all__ = ["MEASURES", "Difference", "Mismatch", "Path", "Step", "measure_mismatch", "measure_runs"]
+__all__ = ["MEASURES", "Difference", "Mismatch", "Path", "Step", "measure_mismatch"]
 
 MEASURES: dict[str, str] = {
     "delta": "δ_t: difference of standard deviations, squared",
@@ -341,12 +339,12 @@ def _mean_over_steps(path: list[Step], values: list[dict[str, Array]]) -> tuple[
 def measure_mismatch(
     generators: Mapping[str, Generator],
     dataset: ImageDataset,
-    samplers: Sequence[str] = ("ddim",),
+    samplers: Sequence[str] = (),
     steps: Sequence[int] = (10,),
-    num: int = 2000,
+    num: int | None = None,
     *,
     radii: Sequence[float] = (0.1, 0.3, 1.0),
-    probes: int = 32,
+    probes: int | None = None,
     times: Sequence[float] = (0.1, 0.3, 0.5, 0.7, 0.9),
     seed: int = 0,
     reservoir: int = RESERVOIR,
@@ -358,22 +356,25 @@ def measure_mismatch(
         generators: By the checkpoint's name; their sampler, steps and seed are replaced, the rest is used as it is;
             their precision is that of the paths, and robustness is measured without autocast.
         dataset: The real images.
-        samplers: Names of samplers.
+        samplers: Names of samplers; by default that of the first generator.
         steps: Numbers of network evaluations.
-        num: Images n of each path, in [40, half of the dataset]. The network is called twice an image and step.
+        num: Images n of each path, in [40, half of the dataset]; by default 2000, or half of the dataset if that is
+            less. The network is called twice an image and step.
         radii: ℓ2 radii of the robust loss, in units of x_t; none for no robust loss. The paper's is η√d, with η = 0.1.
-        probes: Images of the robust loss and the Lipschitz constant, in [2, n]; 0 leaves both out.
+        probes: Images of the robust loss and the Lipschitz constant, in [2, n], by default 32; 0 leaves both out.
         times: Times of the robust loss and the Lipschitz constant, as fractions of T, in [0, 1).
         seed: The seed of images and noise.
         reservoir: The most states of each step that are kept for distances.
-        progress: Is told of the images of each path, and of the times of the robust loss.
+        progress: The receiver of the progress.
 
     Raises:
         InputError: If a sampler or steps do not suit a checkpoint, the images do not suit it or lack classes, or a
             number is out of range.
         RunError: If a measure is not a number.
     """
-    cells = list(itertools.product(samplers, steps))
+    cells = list(itertools.product(samplers or [next(iter(generators.values())).sampler], steps))
+    num = min(2000, len(dataset) // 2) if num is None else num
+    probes = min(32, num) if probes is None else probes
     _check_generators(generators, dataset, cells)
     _check_numbers(dataset, num, radii, probes, times, reservoir)
     kept, blocks = min(num, reservoir), half_samples(seed=seed)
@@ -441,46 +442,3 @@ def _check_numbers(
         raise InputError(f"radii are {', '.join(map(str, radii))}; each must be positive and finite")
     if not all(0 <= f < 1 for f in times):
         raise InputError(f"times are {', '.join(map(str, times))}; each must be in [0, 1)")
-
-
-def measure_runs(
-    runs: Sequence[str],
-    dataset: ImageDataset,
-    device: torch.device,
-    samplers: Sequence[str],
-    steps: Sequence[int],
-    num: int | None = None,
-    probes: int | None = None,
-    *,
-    radii: Sequence[float],
-    seed: int = 0,
-    progress: Progress = SILENT,
-    **settings: Any,
-) -> Mismatch:
-    """Load runs and measure their mismatch, as :func:`measure_mismatch` does.
-
-    Arguments:
-        runs: Runs, pipeline folders or shipped models.
-        dataset: The real images.
-        device: The device of the networks.
-        samplers: Names of samplers; none for one that suits the first run.
-        steps: Numbers of network evaluations.
-        num: Images of each path; by default 2000, or half of the real ones if they are fewer.
-        probes: Images of the robust loss; by default 32, or all of a path if they are fewer.
-        radii: ℓ2 radii of the robust loss.
-        seed: The seed of images and noise.
-        progress: Is told of the images of each path, and of the times of the robust loss.
-        settings: Other fields of the generators.
-
-    Raises:
-        InputError: If a run cannot be loaded, or as :func:`measure_mismatch` raises it.
-        RunError: If a measure is not a number.
-    """
-    settings |= {"sampler": samplers[0] if samplers else None, "steps": steps[0]}
-    generators = load_generators(name_sources(runs), device, dataset, **settings)
-    samplers = samplers or [next(iter(generators.values())).sampler]
-    num = min(2000, len(dataset) // 2) if num is None else num
-    probes = min(32, num) if probes is None else probes
-    return measure_mismatch(
-        generators, dataset, samplers, steps, num, radii=radii, probes=probes, seed=seed, progress=progress
-    )

@@ -192,7 +192,7 @@ def measure_robustness(
         restarts: Random starts.
         iterations: Steps of the power iteration.
         seed: The seed of the random starts and vectors.
-        progress: Is told of each of the times.
+        progress: The receiver of the progress, one for each of the times.
     """
     channels, condition, radii = x0.shape[1], condition or {}, sorted(radii)
     result = []

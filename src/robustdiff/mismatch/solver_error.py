@@ -125,7 +125,7 @@ def measure_solver_error(
         sigma_min: The smallest level.
         sigma_max: The largest level.
         rho: ρ of the levels.
-        progress: Is told of the images of each pair of levels.
+        progress: The receiver of the progress.
     """
     noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(seed)).to(images)
 
@@ -185,18 +185,7 @@ def fitted_order(errors: Sequence[LocalError]) -> float | None:
 
 @dataclass(frozen=True)
 class SolverError:
-    """The local errors of solvers on a teacher's ODE.
-
-    Attributes:
-        teacher: The run, folder or name of the teacher.
-        data: The name of the real images.
-        num: The number of images.
-        dimensions: d.
-        substeps: M of the reference.
-        seed: The seed of the noise.
-        orders: The order in N that is fitted to each solver's errors.
-        errors: The errors.
-    """
+    """The local errors of solvers on a teacher's ODE, and the order in N that is fitted to those of each solver."""
 
     teacher: str
     data: str
@@ -220,18 +209,7 @@ def measure_teacher(
     seed: int = 0,
     **settings: Any,
 ) -> SolverError:
-    """Load a teacher and real images, and measure the local errors of solvers.
-
-    Arguments:
-        teacher: A run, a pipeline folder, or a shipped model, of diffusion or edm.
-        source: The real images.
-        device: The device of the teacher.
-        scales: The numbers N ≥ 2 of levels.
-        solvers: Names of solvers.
-        num: The number of images, from the first.
-        substeps: M of the reference.
-        seed: The seed of the noise.
-        settings: Other arguments of :func:`measure_solver_error`.
+    """Load a teacher and the first ``num`` real images, and measure as :func:`measure_solver_error` does.
 
     Raises:
         InputError: If the teacher or the images cannot be loaded or do not suit each other, there are fewer images, a

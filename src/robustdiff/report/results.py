@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from robustdiff.evaluation.grid import Cell, Grid
-from robustdiff.evaluation.sources import Evaluation
 from robustdiff.files import remove_leftovers, write_json
 from robustdiff.report.figures import fid_against_steps, sample_grid, save_figure
 
-__all__ = ["write_evaluation", "write_results"]
+__all__ = ["write_results"]
 
 
 def write_results(
@@ -46,10 +45,3 @@ def write_results(
         figure = sample_grid(grid.samples, checkpoints, sampler, steps, f"{sampler}: the same noise in every column")
         save_figure(figure, folder / f"samples-{sampler.replace('+', 'p')}.png")
     return record
-
-
-def write_evaluation(folder: Path, evaluation: Evaluation) -> None:
-    """Write an evaluation as :func:`write_results` does, images that were there already among its cells."""
-    grid = replace(evaluation.grid, cells=[*evaluation.grid.cells, *evaluation.images])
-    title = f"{evaluation.target.name}, {evaluation.num} images a cell, seed {evaluation.seed}"
-    write_results(folder, grid, title, {**evaluation.target.record, "seed": evaluation.seed})
