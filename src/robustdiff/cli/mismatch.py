@@ -38,8 +38,9 @@ def mismatch(
 ) -> None:
     """Measure how far a sampler's points are from those that the network was trained on, step by step.
 
-    Spread (exposure bias), sliced Wasserstein, energy and Fréchet distance and KL divergence along the sampler's path,
-    with intervals and floors; robust loss and Lipschitz constant at true points, in fp32. All on common random numbers.
+    Along the sampler's path: spread (exposure bias), sliced Wasserstein, energy and Fréchet distance and KL divergence,
+    with intervals and floors. Besides: robust loss and Lipschitz constant at true points, in fp32. All checkpoints are
+    measured on common random numbers.
     """
     from accelerate import Accelerator
 

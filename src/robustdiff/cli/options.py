@@ -1,4 +1,4 @@
-"""Options that several commands take, and how their values are read."""
+"""Options that several commands take, and parsers of their values."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ def given(**options: Any) -> dict[str, Any]:
 
 
 def parse_counts(text: str | None, option: str = "--steps", example: str = "5,10,20,50") -> list[int]:
-    """Return whole numbers that stand with commas between them; none for None.
+    """Return the whole numbers of a comma-separated text; an empty list for None.
 
     Raises:
-        InputError: If they are something else, or a number stands there twice.
+        InputError: If a part is not a whole number, or a number is given twice.
     """
     try:
         counts = [] if text is None else [int(part) for part in text.split(",")]
@@ -35,10 +35,10 @@ def parse_counts(text: str | None, option: str = "--steps", example: str = "5,10
 
 
 def parse_samplers(text: str | None) -> list[str]:
-    """Return the names that stand with commas between them; none for None.
+    """Return the names of a comma-separated text; an empty list for None.
 
     Raises:
-        InputError: If a name stands there twice.
+        InputError: If a name is given twice.
     """
     return [] if text is None else _distinct(text.split(","), "--sampler")
 
@@ -50,10 +50,10 @@ def _distinct(values: list[_T], option: str) -> list[_T]:
 
 
 def parse_numbers(text: str, option: str, remedy: str, most: int | None = None) -> list[float]:
-    """Return numbers that stand with commas between them.
+    """Return the numbers of a comma-separated text.
 
     Raises:
-        InputError: If they are something else, or more than ``most``; the remedy ends its message.
+        InputError: If a part is not a number, or there are more than ``most``; the message ends with the remedy.
     """
     try:
         numbers = [float(part) for part in text.split(",")]
