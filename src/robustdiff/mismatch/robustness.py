@@ -48,7 +48,7 @@ class Robustness:
         sigma: σ_t.
         n: Samples.
         loss: The clean loss, with its standard error ``loss_se``.
-        radii: The radii, ascending, in units of the norm of x_t.
+        radii: The ℓ2 radii, ascending, in units of x_t.
         robust: The robust loss of each, with standard errors ``robust_se``.
         lipschitz: The mean over samples of the local Lipschitz constant, with its standard error ``lipschitz_se``.
         lipschitz_max: The largest of all samples.
@@ -168,7 +168,6 @@ def measure_robustness(
     radii: Sequence[float],
     *,
     condition: dict[str, Any] | None = None,
-    norm: str = "l2",
     ascents: int = 10,
     restarts: int = 1,
     iterations: int = 20,
@@ -185,9 +184,8 @@ def measure_robustness(
         x0: Real images in [−1, 1], with shape (B, C, H, W).
         noise: ε, with shape (B, C, H, W).
         indices: Times in [0, T).
-        radii: In units of the norm of x_t, > 0.
+        radii: ℓ2 radii > 0, in units of x_t.
         condition: Other arguments that the model is called with.
-        norm: "l2", "linf" or "l1".
         ascents: Gradient steps of each start.
         restarts: Random starts.
         iterations: Steps of the power iteration.
@@ -214,7 +212,7 @@ def measure_robustness(
 
         with torch.no_grad():
             clean = loss(torch.zeros_like(x_t))
-        losses = robust_loss(loss, x_t, radii, norm, ascents, restarts, seed) if radii else clean.new_empty((0, len(t)))
+        losses = robust_loss(loss, x_t, radii, "l2", ascents, restarts, seed) if radii else ()
         constants = lipschitz(predicted_noise, x_t, iterations, seed)
         (mean, se), (constant, constant_se) = _mean(clean), _mean(constants)
         robust = [_mean(one) for one in losses]
