@@ -26,7 +26,7 @@ from typing import Any, BinaryIO, Literal
 
 from safetensors import SafetensorError
 
-from robustdiff.errors import InputError, printable
+from robustdiff.errors import InputError, RunError, printable
 
 __all__ = [
     "atomic_folder",
@@ -38,6 +38,7 @@ __all__ = [
     "read_json",
     "remove_leftovers",
     "user_key",
+    "write_json",
 ]
 
 MARKER = ".robustdiff"
@@ -210,6 +211,22 @@ def read_json(path: str | os.PathLike[str], limit: int = _JSON_BYTES) -> Any:
         return json.loads(contents, parse_constant=finite, parse_float=finite)
     except (ValueError, RecursionError) as error:
         raise InputError(f"{printable(path)} is damaged: it cannot be read as JSON ({printable(str(error))})") from None
+
+
+def write_json(path: Path, record: Any) -> None:
+    """Write a result as JSON, and make the folder of the file if there is none.
+
+    Raises:
+        RunError: A number in it is not finite; nothing is written.
+        OSError: The folder cannot be made or written.
+    """
+    try:
+        text = json.dumps(record, indent=1, allow_nan=False)
+    except ValueError:
+        raise RunError(f"{printable(path)} is not written: a number in it is not finite") from None
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(path) as file:
+        file.write(text.encode())
 
 
 def make_folder(path: Path) -> None:

@@ -871,17 +871,17 @@ def _measure_mismatch(
         batch_size=measure.batch_size,
         precision=recipe.precision,
     )
-    done = 0
 
-    def begin(description: str, total: float) -> None:
-        nonlocal done
-        done = 0
-        on_part(description, total)
+    class Parts:  # what measure_mismatch tells, as run_study does
+        done = 0.0
 
-    def on_more(amount: int) -> None:
-        nonlocal done
-        done += amount
-        on_progress(done, "images")
+        def begin(self, description: str, total: float) -> None:
+            self.done = 0.0
+            on_part(description, total)
+
+        def advance(self, amount: float, note: str = "") -> None:
+            self.done += amount
+            on_progress(self.done, "images")
 
     mismatch = measure_mismatch(
         {run.name: generator},
@@ -891,8 +891,7 @@ def _measure_mismatch(
         measure.mismatch,
         probes=0,
         seed=measure.seed,
-        on_part=begin,
-        on_progress=on_more,
+        progress=Parts(),
     )
     record = {
         "method": run.method,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from unittest.mock import Mock, call
 
 import numpy as np
 import pytest
@@ -148,11 +149,9 @@ def test_the_constant_of_a_unet_is_the_largest_singular_value_of_its_jacobian():
 def test_a_prediction_of_x0_that_does_not_move_has_the_same_loss_everywhere():
     zero = Linear(torch.zeros(D, D).double())
     x0, noise = gaussian(3, *SHAPE), gaussian(3, *SHAPE, seed=1)
-    seen: list[int] = []
-    results = measure_robustness(
-        "m", zero, PROCESS, "sample", x0, noise, [3, 50], [1.0], on_time=lambda: seen.append(1)
-    )
+    progress = Mock()
+    results = measure_robustness("m", zero, PROCESS, "sample", x0, noise, [3, 50], [1.0], progress=progress)
     for result in results:
         assert result.lipschitz == pytest.approx(1 / result.sigma)  # ε̂ = (x − α x̂_0)/σ
         assert result.robust == [pytest.approx(result.loss)]
-    assert len(seen) == 2
+    assert progress.advance.mock_calls == [call(1), call(1)]

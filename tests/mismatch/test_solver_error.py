@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from diffusers import CMStochasticIterativeScheduler, DDPMScheduler
-from diffusers.models.unets.unet_2d import UNet2DModel
 
-from robustdiff.backbones.model import Model
 from robustdiff.mismatch.solver_error import LocalError, fitted_order, integrate, measure_solver_error
 from robustdiff.objectives.preconditioning import karras_sigmas
 from robustdiff.report.solver_error import solver_error_figure, solver_error_table
@@ -145,59 +141,3 @@ def test_table_and_figure():
     figure = solver_error_figure(errors, "title")
     assert [axis.get_title().split(":")[0] for axis in figure.axes] == ["euler", "heun"]
     assert len(figure.axes[0].get_lines()) == 4
-
-
-# -- the command ----------------------------------------------------------------------------------------------
-
-
-def test_the_command(robustdiff, digits_run, tmp_path):
-    words = ["--num", 6, "--scales", "4,8", "--points", 3, "--substeps", 2, "--cpu", "--output", tmp_path / "out"]
-    outcome = robustdiff("solver-error", digits_run, *words)
-    assert outcome.code == 0, outcome.err
-    for word in ("heun N=4", "euler N=8", "σ ≈ 0.002"):
-        assert word in outcome.out
-    record = json.loads((tmp_path / "out" / "result.json").read_text())
-    assert (record["data"], record["num"], record["dimensions"]) == ("digits", 6, 64)
-    assert len(record["errors"]) == 2 * 2 * 3
-    assert all(e["rms"] > 0 for e in record["errors"])
-    assert (tmp_path / "out" / "solver-error.png").stat().st_size > 1000
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (["--solver", "rk4"], ["rk4", "heun"]),
-        (["--scales", "18,x"], ["--scales", "18,x"]),
-        (["--scales", "1"], ["two levels"]),
-        (["--num", "2000"], ["--num 2000", "1797"]),
-        (["--data", "fashion-16"], ["8×8", "16×16"]),
-    ],
-)
-def test_mistakes_are_one_line(robustdiff, digits_run, tmp_path, arguments, words):
-    outcome = robustdiff("solver-error", digits_run, "--num", 4, "--output", tmp_path / "out", *arguments)
-    assert outcome.code == 2
-    for word in words:
-        assert word in outcome.err
-    assert not (tmp_path / "out").exists()
-
-
-def unet(classes=None):
-    return UNet2DModel(
-        sample_size=8, in_channels=1, out_channels=1, layers_per_block=1, block_out_channels=(8,),
-        down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",), norm_num_groups=4, attention_head_dim=8,
-        num_class_embeds=classes,
-    )  # fmt: skip
-
-
-def test_a_teacher_of_fewer_classes_than_the_data_is_named(robustdiff, tmp_path):
-    Model.of(unet(3), DDPMScheduler()).save(tmp_path / "three")
-    outcome = robustdiff("solver-error", tmp_path / "three", "--data", "digits", "--output", tmp_path / "out")
-    assert outcome.code == 2
-    assert "three knows 3 classes and the data has 10" in outcome.err
-
-
-def test_a_consistency_model_has_no_trajectory(robustdiff, tmp_path):
-    Model.of(unet(), CMStochasticIterativeScheduler()).save(tmp_path / "cm")
-    outcome = robustdiff("solver-error", tmp_path / "cm", "--output", tmp_path / "out")
-    assert outcome.code == 2
-    assert "a consistency model cannot be a teacher" in outcome.err

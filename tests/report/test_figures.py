@@ -11,7 +11,6 @@ from PIL import Image
 from rich.console import Console
 
 from robustdiff.evaluation.grid import Cell, Difference, Grid
-from robustdiff.report.bar import Bar
 from robustdiff.report.figures import Line, fid_against_steps, fid_panels, points, sample_grid, save_figure
 from robustdiff.report.tables import cell_table, grid_table
 
@@ -87,20 +86,3 @@ def test_images_without_steps_are_levels_of_the_figure():
     figure = fid_against_steps([*CELLS, replace(CELLS[0], checkpoint="a.npz", sampler="file", steps=None)], "title")
     assert [axes.get_title() for axes in figure.axes] == ["ddim", "iddpm"]
     assert set(figure.axes[0].get_lines()[-1].get_ydata()) == {25.0}
-
-
-def test_a_bar_without_a_terminal_prints_lines(monkeypatch):
-    from robustdiff.report import progress
-
-    monkeypatch.setattr(progress, "_LINE_EVERY", -1.0)
-    console = Console(force_terminal=False, width=80, record=True)
-    with console.capture() as capture, Bar(console, "work", 10) as bar:
-        bar.update(4, "note")
-        bar.advance(2)
-        bar.describe("more", 5)
-        bar.update(1)
-    text = capture.get()
-    assert "work: 4 of 10" in text
-    assert "note" in text
-    assert "work: 6 of 10" in text
-    assert "more: 1 of 5" in text

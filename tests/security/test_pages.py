@@ -78,9 +78,9 @@ def test_tables_show_names_as_they_are(name):
 def test_a_bar_shows_names_as_they_are(monkeypatch, name, terminal):
     monkeypatch.setattr("robustdiff.report.bar._LINE_EVERY", -1.0)
     console = Console(file=io.StringIO(), force_terminal=terminal, color_system=None, width=300, legacy_windows=False)
-    with Bar(console, name, 2) as bar:
-        bar.describe(name, 3)
-        bar.update(1, name)
+    with Bar(console) as bar:
+        bar.begin(name, 3)
+        bar.advance(1, name)
     text = re.sub(r"\x1b\[[0-9?]*[A-Za-z]", "", console.file.getvalue()) if terminal else console.file.getvalue()
     assert "\x1b" not in text
     assert "\x07" not in text

@@ -176,13 +176,25 @@ class Model:
         """
         return denoiser_of(self.scheduler, self.backbone, network)
 
+    def check_shape(self, shape: Shape, path: str | None = None) -> None:
+        """Check that the network takes images of a shape, (C, H, W); one without a size gets theirs.
+
+        Arguments:
+            shape: The shape.
+            path: The model's name, for messages; its own by default.
+
+        Raises:
+            InputError: If it does not take them.
+        """
+        self.backbone.check_shape(shape, self.codec, self.path if path is None else path)
+
     def check_data(self, dataset: ImageDataset) -> None:
         """Check that the network takes the images and has the classes of a dataset; one without a size gets theirs.
 
         Raises:
             InputError: If it does not.
         """
-        self.backbone.check_shape(dataset.shape, self.codec, self.path)
+        self.check_shape(dataset.shape)
         self.condition.check(dataset.num_classes, False, self.path)
 
     def fingerprint(self) -> str:

@@ -1,1 +1,1 @@
-"""How far p_θ(x_t), what a sampler feeds the network, is from q(x_t), what the network was trained on."""
+"""The distance of p_θ(x_t), the law of a sampler's states, from q(x_t), the law that the network was trained on."""

@@ -23,7 +23,7 @@ k-th neighbour among the x,
     KL(q‖p) ≈ d/n Σ_i log(ν_i/ρ_i) + log(n/(n − 1)).
 
 It tends to the truth as n grows, but slowly, and ever more slowly with d: it takes the two densities as constant over
-balls whose radius is n^(−1/d) of the spread. This bias is not in the interval, and not of one sign. Where p is narrower
+balls whose radius is n^(−1/d) of the spread. This bias is not in the interval, and not of one sign. If p is narrower
 than q, neighbours of a point in the tails of q are found on the near side only, and the estimate is too low. For
 Gaussians, k = 2, n = 2000 and p narrower by a fifth in each of 4 dimensions it is 0.04 on average instead of 0.23, in 8
 dimensions −0.14 instead of 0.46. In 4 dimensions a p wider by a fifth gives 0.16 instead of 0.12, and a shift of 0.7
@@ -36,8 +36,8 @@ replacement, the same for x and y. For a mean the spread of such half-samples is
 delete-half jackknife; Shao & Wu, Annals of Statistics 17, 1989), and no image is in a half-sample twice, where the ties
 of a bootstrap would set nearest-neighbour distances to zero. The interval is value ± t_{K−1}·(standard deviation of the
 replicates). It says how the value would vary with other images, at this n: a bias that depends on n (of SW₂, Fréchet
-and KL) is in the value and not in the interval. What the statistic is between two samples of q itself, of the same n,
-is its floor.
+and KL) is in the value and not in the interval. The floor of a statistic is its value between two samples of q, of the
+same n.
 """
 
 from __future__ import annotations
@@ -79,9 +79,9 @@ class Estimate:
 
     Attributes:
         value: The statistic of all images.
-        low: The interval's lower end.
-        high: Its upper end.
-        floor: The same statistic between two samples of q of the same size; None where it is zero in expectation.
+        low: The lower end of the interval.
+        high: The upper end of the interval.
+        floor: The same statistic between two samples of q of the same size; None if it is zero in expectation.
     """
 
     value: float
@@ -91,26 +91,26 @@ class Estimate:
 
 
 def half_samples(replicates: int = 40, seed: int = 0) -> Subsets:
-    """All blocks, then half of them at random, again and again: (1 + replicates, K)."""
+    """Return all blocks, and then random halves of them: (1 + replicates, K)."""
     generator = np.random.default_rng(seed)
     halves = [generator.permutation(BLOCKS) < BLOCKS // 2 for _ in range(replicates)]
     return np.stack([np.ones(BLOCKS, np.bool_), *halves])
 
 
 def block_of(indices: NDArray[np.int64]) -> NDArray[np.int64]:
-    """The block of each image, by its number: what is drawn at random has no order that a block could follow."""
+    """Return the block of each image, by its number: images drawn at random have no order that a block could follow."""
     return indices % BLOCKS
 
 
 def estimate(values: NDArray[Any], floor: float | None = None) -> Estimate:
-    """An interval from the statistic of all images, values[0], and of half-samples, values[1:]."""
+    """Return the interval from the statistic of all images, values[0], and of half-samples, values[1:]."""
     value = float(values[0])
     half = float(stats.t.ppf(0.975, BLOCKS - 1) * np.std(values[1:], ddof=1))
     return Estimate(value, value - half, value + half, floor)
 
 
 def _given(x: NDArray[Any], y: NDArray[Any], subsets: Subsets | None) -> tuple[Array, Array, Subsets]:
-    """The samples in double precision, and one subset that is all of them by default."""
+    """Return the samples in double precision, and one subset that is all of them by default."""
     x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
     if x.shape != y.shape or x.ndim != 2 or len(x) < 4:
         raise InputError(f"samples of shapes {x.shape} and {y.shape}: give as many of each, 4 or more, as (n, d)")
@@ -118,19 +118,19 @@ def _given(x: NDArray[Any], y: NDArray[Any], subsets: Subsets | None) -> tuple[A
 
 
 def random_directions(d: int, number: int = 128, seed: int = 0) -> Array:
-    """Directions that are uniform on the unit sphere, (number, d)."""
+    """Draw directions that are uniform on the unit sphere, (number, d)."""
     gaussian = np.random.default_rng(seed).standard_normal((number, d))
     return np.asarray(gaussian / np.linalg.norm(gaussian, axis=1, keepdims=True))
 
 
 def sliced_wasserstein(x: NDArray[Any], y: NDArray[Any], directions: Array, subsets: Subsets | None = None) -> Array:
-    """SW₂ along given directions, in units of x per dimension. Biased upwards, by the distance of two samples of q.
+    """Return SW₂ along given directions, in units of x per dimension, biased upwards by the distance of samples of q.
 
     Arguments:
         x: Samples of p, with shape (n, d).
         y: Samples of q, with shape (n, d).
         directions: Unit vectors, with shape (L, d).
-        subsets: Which images count in each of S evaluations, with shape (S, n); all by default.
+        subsets: The images that count in each of S evaluations, with shape (S, n); all by default.
 
     Returns:
         (S,).
@@ -146,14 +146,14 @@ def sliced_wasserstein(x: NDArray[Any], y: NDArray[Any], directions: Array, subs
         sides.append((np.take_along_axis(along, order, axis=1), order))
     result = np.empty(len(subsets))
     for i, subset in enumerate(subsets):
-        # What is sorted stays sorted when some of it is left out.
+        # Sorted points stay sorted when some of them are left out.
         a, b = (along[subset[order]].reshape(len(directions), -1) for along, order in sides)
         result[i] = np.sqrt(((a - b) ** 2).mean())
     return result
 
 
 def energy_distance(x: NDArray[Any], y: NDArray[Any], subsets: Subsets | None = None) -> Array:
-    """The energy distance, in units of x, without bias: between samples of one law it is zero in expectation.
+    """Return the energy distance, in units of x, without bias: between samples of one law it is zero in expectation.
 
     Arguments and errors are those of :func:`sliced_wasserstein`. Memory: n² numbers at a time.
     """
@@ -168,7 +168,7 @@ def energy_distance(x: NDArray[Any], y: NDArray[Any], subsets: Subsets | None = 
 
 
 def frechet(x: NDArray[Any], y: NDArray[Any], subsets: Subsets | None = None) -> Array:
-    """The squared Fréchet distance of the Gaussians with the samples' moments, in squared units of x.
+    """Return the squared Fréchet distance of the Gaussians with the samples' moments, in squared units of x.
 
     It sees means and covariances alone, and is biased upwards by some d²/n of the variance of a dimension.
     Arguments and errors are those of :func:`sliced_wasserstein`.
@@ -183,12 +183,12 @@ def frechet(x: NDArray[Any], y: NDArray[Any], subsets: Subsets | None = None) ->
 
 
 def kl_divergence(x: NDArray[Any], y: NDArray[Any], k: int = 2, subsets: Subsets | None = None) -> Array:
-    """KL(q‖p) by k nearest neighbours, in nats: of the law of y from that of x, the sampler's. See above on its bias.
+    """Return KL(q‖p) of the law of y from that of x by k nearest neighbours, in nats; the module states its bias.
 
     Arguments and errors are those of :func:`sliced_wasserstein`, and
 
     Arguments:
-        k: Which neighbour, ≥ 1: more of them vary less and are more biased.
+        k: The number of the neighbour, ≥ 1: more of them vary less and are more biased.
 
     Raises:
         InputError: Also if the subsets have k points or fewer, or points of y coincide.

@@ -1,5 +1,5 @@
 r"""Exposure bias as Ning et al. measure it ("Elucidating the Exposure Bias in Diffusion Models", ICLR 2024, arXiv
-2308.15321): are the sampler's states as wide as the points that the network was trained on?
+2308.15321), by comparing the spread of the sampler's states with that of the points the network was trained on.
 
 Let std be the standard deviation over images, averaged over the elements of x. Training has x_t ~ q(x_t), the sampler
 makes x̂_t ~ p_θ(x_t), and
@@ -38,7 +38,7 @@ __all__ = ["BlockMoments"]
 
 
 class BlockMoments:
-    """Streaming mean and variance of each element over images, by blocks.
+    """A streaming mean and variance of each element over images, by blocks.
 
     Arguments:
         d: The number of elements. Memory is 16·K·d bytes.
@@ -50,7 +50,7 @@ class BlockMoments:
         self._squares = np.zeros((BLOCKS, d))
 
     def update(self, values: Tensor, indices: range) -> None:
-        """Add images: (B, *), and their numbers."""
+        """Add the images (B, *) with the given numbers."""
         flat = values.flatten(1).double().cpu().numpy()
         blocks: NDArray[np.bool_] = block_of(np.asarray(indices)) == np.arange(BLOCKS)[:, None]
         self._count += blocks.sum(1)
@@ -58,11 +58,11 @@ class BlockMoments:
         self._squares += blocks @ flat**2
 
     def mean(self, subsets: Subsets) -> Array:
-        """The mean over images and elements, for subsets of the blocks (S, K): (S,)."""
+        """Return the mean over images and elements, for subsets of the blocks (S, K): (S,)."""
         return np.asarray((subsets @ self._total).mean(1) / (subsets @ self._count))
 
     def std(self, subsets: Subsets) -> Array:
-        """The standard deviation over images, averaged over elements, for subsets of the blocks (S, K): (S,)."""
+        """Return the standard deviation over images, averaged over elements, for subsets of blocks (S, K): (S,)."""
         n = (subsets @ self._count)[:, None]
         mean = subsets @ self._total / n
         variance = (subsets @ self._squares / n - mean**2) * n / (n - 1)

@@ -1,11 +1,11 @@
-r"""How far p_θ(x_t) is from q(x_t) along a sampler's own path, for checkpoints on common random numbers.
+r"""The distance of p_θ(x_t) from q(x_t) along a sampler's own path, for checkpoints on common random numbers.
 
 A network is trained on x_t ~ q(x_t), x_t = α_t x_0 + σ_t ε, and is called by a sampler on states x̂_t of its own making,
-the law of which is p_θ(x_t) (Wang et al., 2025, arXiv 2502.17099, section 4.1). Wherever a sampler calls the network,
-:attr:`robustdiff.samplers.denoiser.Denoiser.on_evaluation` shows the state and its time. For n images this is set
-beside n points of q at the very α_t and σ_t of that call, and the network is called on them too.
+the law of which is p_θ(x_t) (Wang et al., 2025, arXiv 2502.17099, section 4.1). At each call of the network
+:attr:`robustdiff.samplers.denoiser.Denoiser.on_evaluation` shows the state and its time. The states of n images are
+compared with n points of q at the α_t and σ_t of that call, and the network is called on these points too.
 
-    measure    what it is                                              unit            equal laws give
+    measure    definition                                              unit            equal laws give
     delta      δ_t = (std x̂_t − std x_t)² (exposure.py)                x², per element its floor
     x0_std     std x̂_0 on the path − std x̂_0 at true x_t               x_0             0
     noise      ‖ε̂‖ on the path over ‖ε̂‖ at true x_t, less 1            none            0
@@ -14,18 +14,18 @@ beside n points of q at the very α_t and σ_t of that call, and the network is 
     frechet    squared Fréchet distance in PCA space (≤ 16 dimensions) x²              its floor
     kl         KL(q‖p_θ) by k-NN in PCA space (≤ 4 dimensions)         nats            0 (its floor: noise)
 
-x̂_0 is what the sampler goes on with, clipped if it clips; ε̂ is the network's own, before scaling and clipping.
+x̂_0 is the estimate that the sampler uses, clipped if it clips; ε̂ is the network's own, before scaling and clipping.
 
 **PCA space.** The covariance of q(x_t) is α² C + σ² I with C that of the data, so its principal components are the
 data's at every t: one basis for all steps, samplers and checkpoints, and, for KL, coordinates of unit variance under
-q(x_t). What happens outside it these two do not see; sliced Wasserstein and energy distance look at all dimensions.
-Projecting can only lower KL, so this is an estimate of a lower bound; four dimensions are what nearest neighbours can
-bear at a few thousand images (:mod:`robustdiff.mismatch.distances`).
+q(x_t). These two measures do not see differences outside it; sliced Wasserstein and energy distance use all dimensions.
+Projecting can only lower KL, so this is an estimate of a lower bound; with a few thousand images nearest neighbours
+need as few as four dimensions (:mod:`robustdiff.mismatch.distances`).
 
-**Common random numbers.** x_T and the step noise of image i are what :class:`robustdiff.evaluation.generate.ImageNoise`
-has for it; image i of q has one x_0 and one ε, the same at all times, samplers and checkpoints. Classes, where there
-are any, are those of the real image i on both sides. Replicates leave out the same images everywhere, so means over
-steps and differences of checkpoints have intervals of their own.
+**Common random numbers.** :class:`robustdiff.evaluation.generate.ImageNoise` draws x_T and the step noise of image i;
+image i of q has one x_0 and one ε, the same at all times, samplers and checkpoints. A class-conditional network gets
+the classes of the real image i on both sides. Replicates leave out the same images everywhere, so means over steps and
+differences of checkpoints have intervals of their own.
 
 **Memory.** Means, variances and norms are sums. Distances need samples: the states of the first ``kept`` images are
 held, 4·kept·d bytes a step, for one checkpoint and sampler at a time.
@@ -34,7 +34,7 @@ held, 4·kept·d bytes a step, for one checkpoint and sampler at a time.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -43,6 +43,7 @@ from numpy.typing import NDArray
 from sklearn.decomposition import PCA
 from torch import Tensor
 
+from robustdiff.backbones.model import Model
 from robustdiff.data import ImageDataset, to_unit
 from robustdiff.errors import InputError, RunError
 from robustdiff.evaluation.generate import Generator, ImageNoise
@@ -61,6 +62,7 @@ from robustdiff.mismatch.distances import (
 )
 from robustdiff.mismatch.exposure import BlockMoments
 from robustdiff.mismatch.robustness import Robustness, measure_robustness
+from robustdiff.progress import SILENT, Progress
 from robustdiff.samplers.denoiser import Evaluation
 
 __all__ = ["MEASURES", "Difference", "Mismatch", "Path", "Step", "measure_mismatch"]
@@ -74,12 +76,12 @@ MEASURES: dict[str, str] = {
     "frechet": "squared Fréchet distance, PCA",
     "kl": "KL(q‖p) in nats, k-NN, PCA",
 }
-"""What is measured at each step, by name."""
+"""The measures of each step, by name."""
 
 RESERVOIR = 2000
 _FRECHET_DIMENSIONS, _KL_DIMENSIONS = 16, 4
 _PCA_IMAGES = 5000
-_TRUE = 2**40  # from here on the image numbers are those of true points: no sampler comes this far
+_TRUE = 2**40  # image numbers from here on are those of true points: no sampler comes this far
 
 
 @dataclass(frozen=True)
@@ -87,9 +89,9 @@ class Step:
     """One evaluation of the network on the sampler's path.
 
     Attributes:
-        time: What the network is given as time; the mean over images where they differ.
-        alpha: α_t, likewise.
-        sigma: σ_t, likewise.
+        time: The time that the network is given, averaged over images.
+        alpha: α_t, averaged over images.
+        sigma: σ_t, averaged over images.
         std_sampling: std x̂_t, over images, averaged over elements.
         std_training: std x_t.
         delta_given_x0: δ_t as published, with the mean given x_0 subtracted (:mod:`robustdiff.mismatch.exposure`).
@@ -97,7 +99,7 @@ class Step:
         x0_std_training: std x̂_0 at x_t.
         noise_norm_sampling: ‖ε̂‖₂ at x̂_t, averaged over images.
         noise_norm_training: ‖ε̂‖₂ at x_t.
-        estimates: Each of :data:`MEASURES`.
+        estimates: The estimate of each of :data:`MEASURES`.
     """
 
     time: float
@@ -121,11 +123,11 @@ class Path:
         checkpoint: Its name.
         sampler: The sampler.
         steps: Network evaluations for one image.
-        n: Images.
-        kept: How many of them the distances are of.
+        n: The number of images.
+        kept: The number of images that the distances are estimated from.
         path: The steps, from the noisiest on.
         mean: The mean over steps of each measure.
-        last: Each measure at the last step.
+        last: The estimate of each measure at the last step.
     """
 
     checkpoint: str
@@ -143,8 +145,8 @@ class Difference:
     """The mean over steps of a measure, of one checkpoint minus that of another, on common random numbers.
 
     Attributes:
-        checkpoint: The one.
-        baseline: The other.
+        checkpoint: The checkpoint.
+        baseline: The checkpoint that is subtracted.
         sampler: The sampler.
         steps: Network evaluations for one image.
         measure: One of :data:`MEASURES`.
@@ -180,8 +182,9 @@ class _Truth:
     The first set is what a sampler is compared with; the second, compared with the first, makes the floor.
     """
 
-    def __init__(self, dataset: ImageDataset, num: int, kept: int, seed: int, device: torch.device) -> None:
-        self.dataset, self.num, self.seed, self.device = dataset, num, seed, device
+    def __init__(self, dataset: ImageDataset, num: int, kept: int, seed: int, model: Model) -> None:
+        self.dataset, self.num, self.seed, self.codec, self.device = dataset, num, seed, model.codec, model.device
+        self.shape = model.codec.encoded_shape(dataset.shape)
         self._order = np.random.default_rng(seed).permutation(len(dataset))
         images = self._images(self._order[-_PCA_IMAGES:])
         dimensions = min(_FRECHET_DIMENSIONS, images[0].numel(), len(images))
@@ -191,24 +194,26 @@ class _Truth:
         self.kept = [(x0.flatten(1).cpu().numpy(), noise.flatten(1).cpu().numpy()) for x0, noise in halves]
 
     def _images(self, indices: NDArray[np.int64]) -> Tensor:
-        return to_unit(self.dataset.__getitems__(indices.tolist())[0])
+        images = to_unit(self.dataset.__getitems__(indices.tolist())[0])
+        with torch.inference_mode():
+            return self.codec.encode(images.to(self.device)).cpu() if self.codec.components else images
 
     def batch(self, indices: range, second: bool = False) -> tuple[Tensor, Tensor]:
-        """x_0 and ε of some images of a set, each with shape (B, C, H, W)."""
+        """Return x_0 and ε of some images of a set, each with shape (B, C, H, W)."""
         x0 = self._images(self._order[np.asarray(indices) + second * self.num])
         start = _TRUE * (1 + second)
         numbers = range(start + indices.start, start + indices.stop)
-        return x0.to(self.device), ImageNoise(self.seed, numbers, self.dataset.shape, self.device).draw()
+        return x0.to(self.device), ImageNoise(self.seed, numbers, self.shape, self.device).draw()
 
     def labels(self, indices: range) -> Tensor | None:
-        """The classes of some images of the first set, with shape (B,)."""
+        """Return the classes of some images of the first set, with shape (B,)."""
         labels = self.dataset.__getitems__(self._order[np.asarray(indices)].tolist())[1]
         return None if labels is None else labels.to(self.device)
 
 
 @dataclass
 class _Record:
-    """What is kept of one evaluation of the network over all images: sums, and the states of the first ``kept``."""
+    """Sums over all images of one evaluation of the network, and the states of the first ``kept``."""
 
     d: int
     time: float = 0.0
@@ -224,14 +229,14 @@ class _Record:
 
 
 class _Observer:
-    """Looks on while batches of images are sampled, and sets points of q beside every state."""
+    """A recorder of the states while batches of images are sampled, and of points of q beside every state."""
 
     def __init__(self, truth: _Truth, kept: int) -> None:
         self.truth, self.kept = truth, kept
         self.records: list[_Record] = []
 
     def begin(self, indices: range) -> None:
-        """The next evaluations are those of these images."""
+        """Take the next evaluations as those of these images."""
         self.indices, self.evaluation = indices, 0
         self.first, self.second = self.truth.batch(indices), self.truth.batch(indices, second=True)
 
@@ -262,7 +267,7 @@ class _Observer:
 
 
 def _summarise(record: _Record, truth: _Truth, num: int, blocks: NDArray[np.bool_]) -> tuple[Step, dict[str, Array]]:
-    """A step, and for each measure its value and replicates, (1 + R,)."""
+    """Return a step, and for each measure its value and replicates, (1 + R,)."""
     alpha, sigma = np.concatenate(record.alphas)[:, None], np.concatenate(record.sigmas)[:, None]
     sampled = np.concatenate(record.states)
     first, second = (alpha * x0 + sigma * noise for x0, noise in truth.kept)
@@ -313,38 +318,40 @@ def _summarise(record: _Record, truth: _Truth, num: int, blocks: NDArray[np.bool
 
 
 def _follow(
-    generator: Generator,
-    truth: _Truth,
-    num: int,
-    kept: int,
-    blocks: NDArray[np.bool_],
-    on_images: Callable[[int], None],
+    generator: Generator, truth: _Truth, num: int, kept: int, blocks: NDArray[np.bool_], progress: Progress
 ) -> tuple[list[Step], list[dict[str, Array]]]:
-    """The steps of one checkpoint under one sampler, and the values and replicates of each."""
+    """Return the steps of one checkpoint under one sampler, and the values and replicates of each."""
     observer = _Observer(truth, kept)
     for batch in generator.batches(range(num)):
         observer.begin(batch)
         labels = None if generator.classes is None else truth.labels(batch)
         generator.sample(batch, labels, on_evaluation=observer)
-        on_images(len(batch))
+        progress.advance(len(batch))
     steps, values = zip(*(_summarise(r, truth, num, blocks) for r in observer.records), strict=True)
     return list(steps), list(values)
+
+
+def _mean_over_steps(path: list[Step], values: list[dict[str, Array]]) -> tuple[dict[str, Estimate], dict[str, Array]]:
+    """Return the estimate of the mean over steps of each measure, and its value and replicates, (1 + R,)."""
+    means: dict[str, Array] = {m: np.mean([step[m] for step in values], axis=0) for m in MEASURES}
+    floors = {m: [step.estimates[m].floor for step in path] for m in MEASURES}
+    floor = {m: None if None in f else float(np.mean(np.asarray(f, np.float64))) for m, f in floors.items()}
+    return {m: estimate(means[m], floor[m]) for m in MEASURES}, means
 
 
 def measure_mismatch(
     generators: Mapping[str, Generator],
     dataset: ImageDataset,
-    samplers: Sequence[str] = ("ddim",),
+    samplers: Sequence[str] = (),
     steps: Sequence[int] = (10,),
-    num: int = 2000,
+    num: int | None = None,
     *,
     radii: Sequence[float] = (0.1, 0.3, 1.0),
-    probes: int = 32,
+    probes: int | None = None,
     times: Sequence[float] = (0.1, 0.3, 0.5, 0.7, 0.9),
     seed: int = 0,
     reservoir: int = RESERVOIR,
-    on_part: Callable[[str, int], None] = lambda description, total: None,
-    on_progress: Callable[[int], None] = lambda amount: None,
+    progress: Progress = SILENT,
 ) -> Mismatch:
     """Measure checkpoints under samplers, and their robustness at true points.
 
@@ -352,24 +359,69 @@ def measure_mismatch(
         generators: By the checkpoint's name; their sampler, steps and seed are replaced, the rest is used as it is;
             their precision is that of the paths, and robustness is measured without autocast.
         dataset: The real images.
-        samplers: Names of samplers.
+        samplers: Names of samplers; by default that of the first generator.
         steps: Numbers of network evaluations.
-        num: Images n of each path, in [40, half of the dataset]. The network is called twice an image and step.
+        num: Images n of each path, in [40, half of the dataset]; by default 2000, or half of the dataset if that is
+            less. The network is called twice an image and step.
         radii: ℓ2 radii of the robust loss, in units of x_t; none for no robust loss. The paper's is η√d, with η = 0.1.
-        probes: Images of the robust loss and the Lipschitz constant, in [2, n]; 0 leaves both out.
-        times: Where these two are measured, as fractions of T, in [0, 1).
-        seed: Of images and noise.
+        probes: Images of the robust loss and the Lipschitz constant, in [2, n], by default 32; 0 leaves both out.
+        times: Times of the robust loss and the Lipschitz constant, as fractions of T, in [0, 1).
+        seed: The seed of images and noise.
         reservoir: The most states of each step that are kept for distances.
-        on_part: Called when a part begins, with its description and the number of units in it.
-        on_progress: Called with the units done since the last call.
+        progress: The receiver of the progress.
 
     Raises:
         InputError: If a sampler or steps do not suit a checkpoint, the images do not suit it or lack classes, or a
             number is out of range.
+        RunError: If a measure is not a number.
     """
-    cells = list(itertools.product(samplers, steps))
+    cells = list(itertools.product(samplers or [next(iter(generators.values())).sampler], steps))
+    num = min(2000, len(dataset) // 2) if num is None else num
+    probes = min(32, num) if probes is None else probes
+    _check_generators(generators, dataset, cells)
+    _check_numbers(dataset, num, radii, probes, times, reservoir)
+    kept, blocks = min(num, reservoir), half_samples(seed=seed)
+    truth = _Truth(dataset, num, kept, seed, next(iter(generators.values())).model)
+    paths, differences, robustness = [], [], []
+    for sampler, count in cells:
+        measured: dict[str, dict[str, Array]] = {}
+        for name, generator in generators.items():
+            progress.begin(f"{name} · {sampler} {count}", num)
+            chosen = replace(generator, sampler=sampler, steps=count, seed=seed)
+            path, values = _follow(chosen, truth, num, kept, blocks, progress)
+            mean, means = _mean_over_steps(path, values)
+            paths.append(Path(name, sampler, count, num, kept, path, mean, path[-1].estimates))
+            for other, baseline in measured.items():
+                for m in MEASURES:
+                    gap = estimate(means[m] - baseline[m])
+                    differences.append(Difference(name, other, sampler, count, m, gap.value, gap.low, gap.high))
+            measured[name] = means
+    for name, generator in generators.items() if probes else ():
+        generator.model.network.eval()
+        indices = [int(fraction * len(generator.model.process)) for fraction in times]
+        progress.begin(f"{name} · robust loss", len(indices))
+        robustness += measure_robustness(
+            name,
+            generator.model,
+            generator.model.process,
+            generator.model.prediction,
+            *truth.batch(range(probes)),
+            indices,
+            radii,
+            condition=None if generator.classes is None else {"class_labels": truth.labels(range(probes))},
+            seed=seed,
+            progress=progress,
+        )
+    return Mismatch(dataset.name, seed, paths, differences, robustness)
+
+
+def _check_generators(
+    generators: Mapping[str, Generator], dataset: ImageDataset, cells: Sequence[tuple[str, int]]
+) -> None:
+    if len({generator.model.codec.fingerprint() for generator in generators.values()}) > 1:
+        raise InputError("the models have different codecs, whose latents cannot be compared: measure each alone")
     for name, generator in generators.items():
-        generator.model.backbone.check_shape(dataset.shape, generator.model.codec, name)
+        generator.model.check_shape(dataset.shape, name)
         if generator.classes is not None and dataset.num_classes != generator.classes:
             raise InputError(
                 f"{name} has {generator.classes} classes and {dataset.name} has {dataset.num_classes or 'none'}: "
@@ -377,6 +429,11 @@ def measure_mismatch(
             )
         for sampler, count in cells:
             replace(generator, sampler=sampler, steps=count)  # its checks, before anything takes time
+
+
+def _check_numbers(
+    dataset: ImageDataset, num: int, radii: Sequence[float], probes: int, times: Sequence[float], reservoir: int
+) -> None:
     if not 2 * BLOCKS <= num <= len(dataset) // 2:
         raise InputError(
             f"num is {num}: q(x_t) and its floor take two sets of so many real images, and {dataset.name} has "
@@ -390,42 +447,3 @@ def measure_mismatch(
         raise InputError(f"radii are {', '.join(map(str, radii))}; each must be positive and finite")
     if not all(0 <= f < 1 for f in times):
         raise InputError(f"times are {', '.join(map(str, times))}; each must be in [0, 1)")
-    kept, blocks = min(num, reservoir), half_samples(seed=seed)
-    truth = _Truth(dataset, num, kept, seed, next(iter(generators.values())).model.device)
-    paths, differences, robustness = [], [], []
-    for sampler, count in cells:
-        measured: dict[str, dict[str, Array]] = {}
-        for name, generator in generators.items():
-            on_part(f"{name} · {sampler} {count}", num)
-            chosen = replace(generator, sampler=sampler, steps=count, seed=seed)
-            path, values = _follow(chosen, truth, num, kept, blocks, on_progress)
-            means = {m: np.mean([step[m] for step in values], axis=0) for m in MEASURES}
-            mean = {}
-            for m in MEASURES:
-                floors = [step.estimates[m].floor for step in path]
-                mean[m] = estimate(means[m], None if None in floors else float(np.mean(np.asarray(floors, np.float64))))
-            paths.append(Path(name, sampler, count, num, kept, path, mean, path[-1].estimates))
-            for other, baseline in measured.items():
-                for m in MEASURES:
-                    gap = estimate(means[m] - baseline[m])
-                    differences.append(Difference(name, other, sampler, count, m, gap.value, gap.low, gap.high))
-            measured[name] = means
-    for name, generator in generators.items() if probes else ():
-        generator.model.network.eval()
-        indices = [int(fraction * len(generator.model.process)) for fraction in times]
-        on_part(f"{name} · robust loss", len(indices))
-        images = range(probes)
-        labels = truth.labels(images)
-        robustness += measure_robustness(
-            name,
-            generator.model,
-            generator.model.process,
-            generator.model.prediction,
-            *truth.batch(images),
-            indices,
-            radii,
-            condition=None if generator.classes is None else {"class_labels": labels},
-            seed=seed,
-            on_time=lambda: on_progress(1),
-        )
-    return Mismatch(dataset.name, seed, paths, differences, robustness)

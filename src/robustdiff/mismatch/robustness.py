@@ -1,10 +1,10 @@
-r"""How a network bears points that are a little off: the robust loss, and the Lipschitz constant of ε̂.
+r"""The sensitivity of a network to perturbations of x_t: the robust loss, and the Lipschitz constant of ε̂.
 
 A perturbation of x_t = α_t x_0 + σ_t ε changes the noise (:mod:`robustdiff.process`): the training loss at x_t + δ is
 
     L(δ) = mean over elements of ( target(x_0, t, ε + δ/σ_t) − model(x_t + δ, t) )²,
 
-and the **robust loss** of radius r is sup over ‖δ‖ ≤ r of L(δ), per sample, averaged over samples: what adversarial
+and the **robust loss** of radius r is sup over ‖δ‖ ≤ r of L(δ), per sample, averaged over samples, which adversarial
 training minimises (Wang et al., 2025, arXiv 2502.17099, Theorem 1). Here δ is moved in the target as well, since the
 supremum is that of L as a function; training holds it fixed there, as the point at which it trains. The ascent is that
 of :class:`robustdiff.perturbation.PGDAdversary`, from the worst point of the next smaller radius and from random points
@@ -15,8 +15,8 @@ The **local Lipschitz constant** is the largest singular value of J = ∂ε̂(x,
 
     v ← JᵀJ v / ‖JᵀJ v‖,        ‖J v‖ → s_max from below.
 
-It is without unit, ε̂ per x. An error e of x_t becomes an error of ε̂ of up to s_max·‖e‖. The exact ε̂ of data of unit
-variance has σ_t; where the data is concentrated it comes near to 1/σ_t.
+It is without unit, ε̂ per x. An error e of x_t becomes an error of ε̂ of up to s_max·‖e‖. For data of unit variance the
+exact ε̂ has the constant σ_t; for concentrated data the constant comes near to 1/σ_t.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from robustdiff.objectives.objective import predict
 from robustdiff.perturbation import PGDAdversary
 from robustdiff.process import DiffusionProcess, Prediction, broadcast
+from robustdiff.progress import SILENT, Progress
 
 __all__ = ["Robustness", "lipschitz", "measure_robustness", "robust_loss"]
 
@@ -47,7 +48,7 @@ class Robustness:
         sigma: σ_t.
         n: Samples.
         loss: The clean loss, with its standard error ``loss_se``.
-        radii: The radii, ascending, in units of the norm of x_t.
+        radii: The ℓ2 radii, ascending, in units of x_t.
         robust: The robust loss of each, with standard errors ``robust_se``.
         lipschitz: The mean over samples of the local Lipschitz constant, with its standard error ``lipschitz_se``.
         lipschitz_max: The largest of all samples.
@@ -68,10 +69,10 @@ class Robustness:
 
 
 class _WorstPoint(PGDAdversary):
-    """The ascent, from any point, with the worst of the points on its way."""
+    """The ascent from any point, which returns the worst of the points on its way."""
 
     def ascend(self, loss: Callable[[Tensor], Tensor], x_t: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
-        """From ``start`` (B, *), the worst δ (B, *) of each sample and its loss (B,)."""
+        """Return the worst δ (B, *) of each sample on the way from ``start`` (B, *), and its loss (B,)."""
         delta, worst, highest = start, start, torch.full((len(x_t),), -torch.inf, device=x_t.device)
         for step in range(self.steps + 1):
             delta = delta.detach().requires_grad_()
@@ -86,7 +87,7 @@ class _WorstPoint(PGDAdversary):
         return worst, highest
 
     def inside(self, x_t: Tensor, radius: float, generator: torch.Generator) -> Tensor:
-        """A point of the ball for each sample: r·u^(1/d) in a random direction, which is uniform for ℓ2."""
+        """Draw a point of the ball for each sample: r·u^(1/d) in a random direction, which is uniform for ℓ2."""
         gaussian = torch.randn(x_t.shape, generator=generator).to(x_t)
         u = torch.rand(len(x_t), generator=generator).to(x_t)
         size = radius * u ** (1 / x_t[0].numel()) / self.norm(gaussian)
@@ -102,16 +103,16 @@ def robust_loss(
     restarts: int = 1,
     seed: int = 0,
 ) -> Tensor:
-    """The largest loss found in the ball of each radius.
+    """Find the largest loss in the ball of each radius.
 
     Arguments:
-        loss: δ (B, *) ↦ losses (B,), differentiable, each of its own sample's δ alone.
+        loss: δ (B, *) ↦ losses (B,), differentiable, each a function of its own sample's δ alone.
         x_t: The points, with shape (B, *).
         radii: r > 0, ascending, in units of the norm.
         norm: "l2", "linf" or "l1".
         ascents: Gradient steps of each start, of length r/2.
         restarts: Random starts, besides the worst point of the next smaller ball (at first, δ = 0).
-        seed: Of the random starts.
+        seed: The seed of the random starts.
 
     Returns:
         (radii, B).
@@ -129,13 +130,13 @@ def robust_loss(
 
 
 def lipschitz(function: Callable[[Tensor], Tensor], x: Tensor, iterations: int = 20, seed: int = 0) -> Tensor:
-    """The largest singular value of each sample's Jacobian, by power iteration: from below.
+    """Estimate the largest singular value of each sample's Jacobian, by power iteration: from below.
 
     Arguments:
         function: (B, *) ↦ (B, *), each sample's value of its own input alone.
-        x: Where, with shape (B, *).
+        x: The points, with shape (B, *).
         iterations: Products with JᵀJ. After m of them an error of the order (s_2/s_1)^4m of the value is left.
-        seed: Of the first vector.
+        seed: The seed of the first vector.
 
     Returns:
         (B,).
@@ -167,31 +168,29 @@ def measure_robustness(
     radii: Sequence[float],
     *,
     condition: dict[str, Any] | None = None,
-    norm: str = "l2",
     ascents: int = 10,
     restarts: int = 1,
     iterations: int = 20,
     seed: int = 0,
-    on_time: Callable[[], None] = lambda: None,
+    progress: Progress = SILENT,
 ) -> list[Robustness]:
-    """The robust loss and the local Lipschitz constant at some times.
+    """Measure the robust loss and the local Lipschitz constant at some times.
 
     Arguments:
         checkpoint: The name to give it.
         model: Called as diffusers calls it, in eval mode. Its parameters get no gradients.
         process: Its process.
-        prediction: What it predicts.
+        prediction: Its parameterisation.
         x0: Real images in [−1, 1], with shape (B, C, H, W).
         noise: ε, with shape (B, C, H, W).
         indices: Times in [0, T).
-        radii: In units of the norm of x_t, > 0.
-        condition: What else the model is called with.
-        norm: "l2", "linf" or "l1".
+        radii: ℓ2 radii > 0, in units of x_t.
+        condition: Other arguments that the model is called with.
         ascents: Gradient steps of each start.
         restarts: Random starts.
-        iterations: Of the power iteration.
-        seed: Of the random starts and vectors.
-        on_time: Called after each of the times.
+        iterations: Steps of the power iteration.
+        seed: The seed of the random starts and vectors.
+        progress: The receiver of the progress, one for each of the times.
     """
     channels, condition, radii = x0.shape[1], condition or {}, sorted(radii)
     result = []
@@ -213,7 +212,7 @@ def measure_robustness(
 
         with torch.no_grad():
             clean = loss(torch.zeros_like(x_t))
-        losses = robust_loss(loss, x_t, radii, norm, ascents, restarts, seed) if radii else clean.new_empty((0, len(t)))
+        losses = robust_loss(loss, x_t, radii, "l2", ascents, restarts, seed) if radii else ()
         constants = lipschitz(predicted_noise, x_t, iterations, seed)
         (mean, se), (constant, constant_se) = _mean(clean), _mean(constants)
         robust = [_mean(one) for one in losses]
@@ -233,11 +232,11 @@ def measure_robustness(
                 float(constants.max()),
             )
         )
-        on_time()
+        progress.advance(1)
     return result
 
 
 def _mean(values: Tensor) -> tuple[float, float]:
-    """The mean over samples, and its standard error."""
+    """Return the mean over samples, and its standard error."""
     numbers = values.double().cpu().numpy()
     return float(numbers.mean()), float(numbers.std(ddof=1) / np.sqrt(len(numbers)))

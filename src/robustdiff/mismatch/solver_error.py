@@ -1,14 +1,14 @@
 r"""The error of a solver's step on a teacher's probability-flow ODE, the mismatch that consistency distillation has.
 
-Distillation pulls f(x_{n+1}, σ_{n+1}) to f⁻(Φ̂(x_{n+1}), σ_n), where Φ̂ is one step of a solver, and not the point
-x(σ_n) of the trajectory through x_{n+1}. Measured is the difference, on x_{n+1} = x_0 + σ_{n+1} ε with real x_0,
+Distillation pulls f(x_{n+1}, σ_{n+1}) to f⁻(Φ̂(x_{n+1}), σ_n), with Φ̂ one step of a solver, and not to f⁻ at the point
+x(σ_n) of the trajectory through x_{n+1}. The difference is measured on x_{n+1} = x_0 + σ_{n+1} ε with real x_0,
 
     δ_n = Φ̂(x_{n+1}; σ_{n+1} → σ_n) − x(σ_n),        RMS per dimension  √(E‖δ_n‖² / d),
 
-the local error. In ℓ2 it is √d times that: what the radius of adversarial training with ``perturb="solver"`` is to be
-compared with (Wang et al., 2025, arXiv 2502.17099). With N levels uniform in σ^{1/ρ} a step is of the order 1/N, and so
-the error falls as N⁻² with Euler's method and N⁻³ with Heun's, until rounding: for a D that is smooth over a step. A
-network's is not below some scale (its time embedding has fast waves), and there Heun's error falls more slowly.
+the local error. √d times that is its ℓ2 norm, which the radius of adversarial training with ``perturb="solver"`` is
+to be compared with (Wang et al., 2025, arXiv 2502.17099). With N levels uniform in σ^{1/ρ} a step is of the order 1/N,
+and so the error falls as N⁻² with Euler's method and N⁻³ with Heun's, until rounding, for a D that is smooth over a
+step. A network's is not below some scale (its time embedding has fast waves), and there Heun's error falls more slowly.
 
 x(σ_n) comes from M of Heun's steps between the two levels, uniform in σ^{1/ρ}; its error is about M⁻² of that of one
 step. It is taken to be the distance from the result of 2M steps, rounding included. Errors that are not clearly above
@@ -17,23 +17,29 @@ it say nothing, and are left out of the order that is fitted.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from robustdiff.backbones.model import load_model
+from robustdiff.data import to_unit
+from robustdiff.errors import InputError
 from robustdiff.objectives.consistency import SOLVERS, heun_step
 from robustdiff.objectives.preconditioning import Denoise, karras_sigmas
+from robustdiff.progress import SILENT, Progress
+from robustdiff.recipe import DataConfig
 
-__all__ = ["LocalError", "fitted_order", "integrate", "measure_solver_error"]
+__all__ = ["LocalError", "SolverError", "fitted_order", "integrate", "measure_solver_error", "measure_teacher"]
 
 _CHECKED = 32
 """Images on which the reference is integrated again in steps of half the size."""
 _ABOVE = 4.0
-"""How many times the reference's own error an error has to be to count."""
+"""The least ratio of an error that counts to the reference's own error."""
 
 
 @dataclass(frozen=True)
@@ -44,11 +50,11 @@ class LocalError:
         solver: "heun" or "euler".
         scales: N.
         n: The index of the lower level, ascending in σ.
-        position: Where on the scale from the smallest pair, 0, to the largest, 1, this pair was asked for.
+        position: The place that was asked for on the scale from the smallest pair, 0, to the largest, 1.
         upper: σ_{n+1}.
         lower: σ_n.
         rms: √(mean ‖δ_n‖² / d).
-        quantiles: Of ‖δ_n‖/√d over the images: 5 %, 50 % and 95 %.
+        quantiles: The 5 %, 50 % and 95 % quantiles of ‖δ_n‖/√d over the images.
         reference: The same RMS for the reference's own error.
     """
 
@@ -81,7 +87,7 @@ def integrate(denoise: Denoise, x: Tensor, upper: float, lower: float, steps: in
 
 
 def _sizes(difference: Tensor) -> Tensor:
-    """‖δ‖/√d per sample, (B,), float64 on the CPU."""
+    """Return ‖δ‖/√d per sample, (B,), float64 on the CPU."""
     return difference.flatten(1).cpu().double().square().mean(1).sqrt()
 
 
@@ -100,24 +106,24 @@ def measure_solver_error(
     sigma_min: float = 0.002,
     sigma_max: float = 80.0,
     rho: float = 7.0,
-    on_images: Callable[[int], None] = lambda n: None,
+    progress: Progress = SILENT,
 ) -> list[LocalError]:
-    """The local errors of solvers for several numbers of levels, all on the same images and noise.
+    """Measure the local errors of solvers for several numbers of levels, all on the same images and noise.
 
     Arguments:
         denoise: The teacher D.
         images: Real x_0 in [−1, 1], with shape (B, *).
         scales: The numbers N of levels.
         solvers: Names of :data:`robustdiff.objectives.consistency.SOLVERS`.
-        labels: What a class-conditional teacher is given, with shape (B,).
-        points: At how many pairs of levels, evenly spaced from the smallest to the largest; all where there are fewer.
+        labels: The classes of the images for a class-conditional teacher, with shape (B,).
+        points: The number of pairs of levels, evenly spaced from the smallest to the largest; all if there are fewer.
         substeps: M of the reference.
-        seed: Of the noise.
+        seed: The seed of the noise.
         batch_size: Images at a time.
         sigma_min: The smallest level.
         sigma_max: The largest level.
         rho: ρ of the levels.
-        on_images: Called after each batch with its size.
+        progress: The receiver of the progress.
     """
     noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(seed)).to(images)
 
@@ -126,6 +132,8 @@ def measure_solver_error(
             return denoise
         return lambda x, sigma: denoise(x, sigma, class_labels=labels[rows])
 
+    pairs = sum(min(points, N - 1) for N in scales)
+    progress.begin(f"{2 * (substeps + 1)} evaluations for each of the images", pairs * len(images))
     results = []
     for N in scales:
         sigmas = karras_sigmas(N, sigma_min, sigma_max, rho)
@@ -147,7 +155,7 @@ def measure_solver_error(
                 levels = x.new_full((len(x),), upper), x.new_full((len(x),), lower)
                 for solver in solvers:
                     sizes[solver].append(_sizes(SOLVERS[solver](D, x, *levels) - exact))
-                on_images(len(x))
+                progress.advance(len(x))
             reference = torch.cat(own).square().mean().sqrt().item()
             for solver in solvers:
                 size = torch.cat(sizes[solver])
@@ -158,10 +166,10 @@ def measure_solver_error(
 
 
 def fitted_order(errors: Sequence[LocalError]) -> float | None:
-    """p of the RMS ∝ N⁻ᵖ, by least squares over the positions that several N have in common; None where there is none.
+    """Fit p of the RMS ∝ N⁻ᵖ by least squares over the positions that several N have in common; None if there is none.
 
     Arguments:
-        errors: Of one solver; those within four times the reference's own error are left out.
+        errors: The errors of one solver; those within four times the reference's own error are left out.
     """
     clear = [e for e in errors if e.rms > _ABOVE * e.reference]
     logs: dict[float, list[tuple[float, float]]] = {}
@@ -171,3 +179,55 @@ def fitted_order(errors: Sequence[LocalError]) -> float | None:
     if not centred or not (pairs := np.concatenate(centred))[:, 0].any():
         return None
     return float(-(pairs[:, 0] @ pairs[:, 1]) / (pairs[:, 0] @ pairs[:, 0]))
+
+
+@dataclass(frozen=True)
+class SolverError:
+    """The local errors of solvers on a teacher's ODE, and the order in N that is fitted to those of each solver."""
+
+    teacher: str
+    data: str
+    num: int
+    dimensions: int
+    substeps: int
+    seed: int
+    orders: dict[str, float | None]
+    errors: list[LocalError]
+
+
+def measure_teacher(
+    teacher: str,
+    source: DataConfig,
+    device: torch.device,
+    scales: Sequence[int],
+    solvers: Sequence[str],
+    num: int = 256,
+    *,
+    substeps: int = 32,
+    seed: int = 0,
+    **settings: Any,
+) -> SolverError:
+    """Load a teacher and the first ``num`` real images, and measure as :func:`measure_solver_error` does.
+
+    Raises:
+        InputError: If the teacher or the images cannot be loaded or do not suit each other, there are fewer images, a
+            solver is unknown, or a number of levels is below 2.
+    """
+    if unknown := [name for name in solvers if name not in SOLVERS]:
+        raise InputError(f"unknown solver {unknown[0]!r}: use {' or '.join(SOLVERS)}")
+    if min(scales) < 2:
+        text = ",".join(map(str, scales))
+        raise InputError(f"--scales {text}: two levels are the fewest that have a step between them")
+    model = load_model(teacher).to(device)
+    denoise = model.denoiser()
+    dataset = source.load()
+    model.check_data(dataset)
+    if num > len(dataset):
+        raise InputError(f"--num {num}: {dataset.name} has {len(dataset)} images")
+    batch, classes = dataset.__getitems__(list(range(num)))
+    images = model.codec.encode(to_unit(batch).to(device))
+    labels = None if classes is None or model.condition.classes is None else classes.to(device)
+    settings |= {"labels": labels, "substeps": substeps, "seed": seed}
+    errors = measure_solver_error(denoise, images, scales, solvers, **settings)
+    orders = {name: fitted_order([e for e in errors if e.solver == name]) for name in solvers}
+    return SolverError(teacher, dataset.name, num, images[0].numel(), substeps, seed, orders, errors)

@@ -1,4 +1,4 @@
-"""What long work shows while it runs: a bar on a terminal, a line now and then elsewhere."""
+"""The progress of long work: a bar on a terminal, a line now and then elsewhere."""
 
 from __future__ import annotations
 
@@ -16,16 +16,14 @@ _LINE_EVERY = 30.0  # seconds, where there is no terminal
 
 
 class Bar:
-    """A progress bar with a note beside it, as a context manager.
+    """A progress bar with a note beside it, as a context manager: a :class:`robustdiff.progress.Progress`.
 
     Arguments:
-        console: Where it is shown.
-        description: What is being done.
-        total: How many units it takes.
+        console: The console that it is shown on.
         quiet: Show nothing, as in all processes but the first.
     """
 
-    def __init__(self, console: Console, description: str, total: float, quiet: bool = False) -> None:
+    def __init__(self, console: Console, quiet: bool = False) -> None:
         self.console, self.quiet = console, quiet
         self._progress = Progress(
             TextColumn("{task.description}", markup=False),
@@ -38,7 +36,7 @@ class Bar:
             console=console,
             disable=quiet or not console.is_terminal,
         )
-        self._task = self._progress.add_task(printable(description), total=total, note="")
+        self._task = self._progress.add_task("", total=0, visible=False, note="")
         self._started = self._shown = time.monotonic()
 
     def __enter__(self) -> Bar:
@@ -51,31 +49,23 @@ class Bar:
         self._progress.stop()
 
     def begin(self, description: str, total: float) -> None:
-        """Begin a part of the work."""
-        self.describe(description, total)
+        """Show another part of the work, from 0 on."""
+        self._progress.reset(self._task, total=total, visible=True, description=printable(description), note="")
 
-    def describe(self, description: str, total: float | None = None) -> None:
-        """Go on to another part of the work; with a total, from 0."""
-        description = printable(description)
-        self._progress.update(self._task, description=description, total=total, note="")
-        if total is not None:
-            self._progress.reset(self._task, total=total, description=description, note="")
-
-    def update(self, completed: float, note: str = "") -> None:
-        """Set how much is done."""
-        note = printable(note)
-        self._progress.update(self._task, completed=completed, note=note)
-        now = time.monotonic()
+    def advance(self, amount: float, note: str = "") -> None:
+        """Add to the part that is done, and show a note."""
+        self._progress.update(self._task, advance=amount, note=printable(note))
+        now, task = time.monotonic(), self._progress.tasks[0]
         if not self.quiet and not self.console.is_terminal and now - self._shown > _LINE_EVERY:
             self._shown = now
-            task = self._progress.tasks[0]
             self.console.print(
-                f"{task.description}: {completed:g} of {task.total:g} in {now - self._started:.0f} s  {note}",
+                f"{task.description}: {task.completed:g} of {task.total:g} in {now - self._started:.0f} s  "
+                f"{task.fields['note']}",
                 highlight=False,
                 markup=False,
                 emoji=False,
             )
 
-    def advance(self, amount: float, note: str = "") -> None:
-        """Add to how much is done."""
-        self.update(self._progress.tasks[0].completed + amount, note)
+    def update(self, completed: float, note: str = "") -> None:
+        """Set the part that is done."""
+        self.advance(completed - self._progress.tasks[0].completed, note)

@@ -1,17 +1,21 @@
-"""The mismatch as tables and figures: along the sampler's path, and the robustness at true points."""
+"""The mismatch along the sampler's path, and the robustness at true points, as tables, figures and a file."""
 
 from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
 
 import numpy as np
 from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from robustdiff.files import write_json
 from robustdiff.mismatch.measure import MEASURES, Mismatch
-from robustdiff.report.figures import COLOURS, MARKERS, Axes, Figure, default_settings, label
+from robustdiff.report.figures import COLOURS, MARKERS, Axes, Figure, default_settings, label, save_figure
 from robustdiff.report.tables import shown
 
-__all__ = ["mismatch_figure", "mismatch_table", "robustness_figure", "robustness_table"]
+__all__ = ["mismatch_figure", "mismatch_table", "robustness_figure", "robustness_table", "write_mismatch"]
 
 _SIGNED = ("x0_std", "noise")
 _LABELS = {
@@ -30,10 +34,10 @@ def _checkpoints(mismatch: Mismatch) -> list[str]:
 
 
 def mismatch_table(mismatch: Mismatch) -> Table:
-    """Sampler, steps and measure down, checkpoints across: the mean over steps ± half of its interval, and the floor.
+    """Return a table of means over steps ± half of their intervals, with samplers, steps and measures down.
 
-    Where a checkpoint differs from the first beyond the interval of the difference it is green (lower) or red (higher);
-    the two signed measures are not judged.
+    The value of a checkpoint that differs from the first beyond the interval of the difference is green (lower) or red
+    (higher); the two signed measures are not judged.
     """
     checkpoints = _checkpoints(mismatch)
     paths = {(p.checkpoint, p.sampler, p.steps): p for p in mismatch.paths}
@@ -65,7 +69,7 @@ def mismatch_table(mismatch: Mismatch) -> Table:
 
 
 def robustness_table(mismatch: Mismatch) -> Table:
-    """Times and checkpoints down: the clean loss, the robust loss by radius, and the Lipschitz constant of ε̂."""
+    """Return a table of the clean loss, the robust loss and the Lipschitz constant of ε̂, by time and checkpoint."""
     radii = mismatch.robustness[0].radii
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), collapse_padding=True)
     for name in ("t", "σ_t"):
@@ -90,7 +94,7 @@ def robustness_table(mismatch: Mismatch) -> Table:
 
 @default_settings()
 def mismatch_figure(mismatch: Mismatch, title: str) -> Figure:
-    """A row for each measure, a column for each sampler and number of steps, a line for each checkpoint, by time.
+    """Draw each measure against time: a row for each, a column for each sampler and steps, a line for each checkpoint.
 
     Bands are 95 % intervals; the dashed line is the floor, two samples of q against each other.
     """
@@ -130,7 +134,7 @@ def mismatch_figure(mismatch: Mismatch, title: str) -> Figure:
 
 @default_settings()
 def robustness_figure(mismatch: Mismatch, title: str) -> Figure:
-    """The clean loss, the robust loss of each radius, and the Lipschitz constant, against time."""
+    """Draw the clean loss, the robust loss of each radius, and the Lipschitz constant against time."""
     checkpoints = list(dict.fromkeys(r.checkpoint for r in mismatch.robustness))
     radii = mismatch.robustness[0].radii
     figure = Figure(figsize=(1 + 2.9 * (2 + len(radii)), 3.2), layout="constrained")
@@ -163,3 +167,17 @@ def robustness_figure(mismatch: Mismatch, title: str) -> Figure:
     panels[-1].legend(frameon=False, fontsize=8)
     figure.suptitle(label(title), fontsize=10)
     return figure
+
+
+def write_mismatch(folder: Path, mismatch: Mismatch) -> None:
+    """Write ``mismatch.json``, and then the figures, into a folder; it is made if it is missing.
+
+    Raises:
+        RunError: If a number is not finite; nothing is written.
+    """
+    write_json(folder / "mismatch.json", asdict(mismatch))
+    title = f"{mismatch.data}, {mismatch.paths[0].n} images, seed {mismatch.seed}"
+    save_figure(mismatch_figure(mismatch, title), folder / "mismatch.png")
+    if mismatch.robustness:
+        title = f"{mismatch.data}, {mismatch.robustness[0].n} images, seed {mismatch.seed}"
+        save_figure(robustness_figure(mismatch, title), folder / "robust.png")

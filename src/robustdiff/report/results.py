@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from robustdiff.evaluation.grid import Cell, Grid
-from robustdiff.files import atomic_write, remove_leftovers
+from robustdiff.files import remove_leftovers, write_json
 from robustdiff.report.figures import fid_against_steps, sample_grid, save_figure
 
 __all__ = ["write_results"]
@@ -37,8 +36,7 @@ def write_results(
         "cells": [asdict(cell) for cell in grid.cells],
         "differences": [asdict(difference) for difference in grid.differences],
     }
-    with atomic_write(folder / "result.json") as file:
-        file.write(json.dumps(record, indent=1, allow_nan=False).encode())
+    write_json(folder / "result.json", record)
     if grid.samples:
         save_figure(fid_against_steps([*grid.cells, *beside], title), folder / "fid.png")
     checkpoints = list(dict.fromkeys(checkpoint for checkpoint, _, _ in grid.samples))

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
 
 import numpy as np
 from rich import box
 from rich.table import Table
 
-from robustdiff.mismatch.solver_error import LocalError, fitted_order
-from robustdiff.report.figures import Figure, default_settings, label, matplotlib
+from robustdiff.files import write_json
+from robustdiff.mismatch.solver_error import LocalError, SolverError, fitted_order
+from robustdiff.report.figures import Figure, default_settings, label, matplotlib, save_figure
 
-__all__ = ["solver_error_figure", "solver_error_table"]
+__all__ = ["solver_error_figure", "solver_error_table", "write_solver_error"]
 
 _COLUMNS = 5
 
 
 def _by_solver(errors: Sequence[LocalError]) -> dict[str, dict[int, list[LocalError]]]:
-    """The errors by solver and N, ascending in σ."""
+    """Return the errors by solver and N, ascending in σ."""
     grouped: dict[str, dict[int, list[LocalError]]] = {}
     for error in errors:
         grouped.setdefault(error.solver, {}).setdefault(error.scales, []).append(error)
@@ -25,7 +28,7 @@ def _by_solver(errors: Sequence[LocalError]) -> dict[str, dict[int, list[LocalEr
 
 
 def solver_error_table(errors: Sequence[LocalError]) -> Table:
-    """RMS per dimension at some of the levels that all N have, and the order in N that is fitted to all levels."""
+    """Return a table of the RMS per dimension at some of the levels that all N have, with the fitted orders in N."""
     grouped = _by_solver(errors)
     by_position = {(e.solver, e.scales, round(e.position, 6)): e for e in errors}
     numbers = dict.fromkeys(e.scales for e in errors)
@@ -52,7 +55,7 @@ def solver_error_table(errors: Sequence[LocalError]) -> Table:
 
 @default_settings()
 def solver_error_figure(errors: Sequence[LocalError], title: str) -> Figure:
-    """RMS against σ, one panel for each solver and one line for each N; the reference's own error is dotted."""
+    """Draw the RMS against σ, one panel for each solver and one line for each N; the reference's error is dotted."""
     grouped = _by_solver(errors)
     figure = Figure(figsize=(1 + 3.8 * len(grouped), 3.8), layout="constrained")
     panels = figure.subplots(1, len(grouped), sharey=True, squeeze=False)[0]
@@ -74,3 +77,14 @@ def solver_error_figure(errors: Sequence[LocalError], title: str) -> Figure:
     panels[0].legend(frameon=False, fontsize="small")
     figure.suptitle(f"{label(title)}\nbands: 5 to 95 % of images; dotted: the reference's own error", fontsize=9)
     return figure
+
+
+def write_solver_error(folder: Path, result: SolverError) -> None:
+    """Write ``result.json``, and then the figure ``solver-error.png``, into a folder; it is made if it is missing.
+
+    Raises:
+        RunError: If a number is not finite; nothing is written.
+    """
+    write_json(folder / "result.json", asdict(result))
+    title = f"One step of the solver on {Path(result.teacher).name}, {result.num} images of {result.data}"
+    save_figure(solver_error_figure(result.errors, title), folder / "solver-error.png")

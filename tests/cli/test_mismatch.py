@@ -8,8 +8,9 @@ import shutil
 
 import pytest
 
+from robustdiff.mismatch import robustness
 from robustdiff.mismatch.measure import MEASURES
-from robustdiff.report import figures
+from robustdiff.report import mismatch as report
 
 
 def test_the_command_prints_tables_and_writes_figures_and_json(robustdiff, digits_run, tmp_path):
@@ -47,7 +48,7 @@ def test_without_probes_there_is_no_robust_loss(robustdiff, digits_run, tmp_path
 
 def test_more_probes_than_images_are_refused(robustdiff, digits_run, tmp_path, monkeypatch):
     titles = {}
-    monkeypatch.setattr(figures, "save_figure", lambda figure, path: titles.update({path.name: figure.get_suptitle()}))
+    monkeypatch.setattr(report, "save_figure", lambda figure, path: titles.update({path.name: figure.get_suptitle()}))
     arguments = ["--steps", 2, "--num", 40, "--radii", "0.5", "--output", tmp_path]
     outcome = robustdiff("mismatch", digits_run, *arguments, "--probes", 50)
     assert (outcome.code, "from 2 to num = 40" in outcome.err) == (2, True)
@@ -62,10 +63,22 @@ def test_numbers_are_written_before_figures(robustdiff, digits_run, tmp_path, mo
     def full(figure, path):
         raise OSError(errno.ENOSPC, "No space left on device", str(path))
 
-    monkeypatch.setattr(figures, "save_figure", full)
+    monkeypatch.setattr(report, "save_figure", full)
     outcome = robustdiff("mismatch", digits_run, "--steps", 2, "--num", 40, "--probes", 0, "--output", tmp_path)
     assert outcome.code == 1
     assert json.loads((tmp_path / "mismatch.json").read_text())["paths"]
+
+
+def test_a_number_that_is_not_finite_fails_with_1_and_writes_nothing(robustdiff, digits_run, tmp_path, monkeypatch):
+    robust_loss = robustness.robust_loss
+    monkeypatch.setattr(robustness, "robust_loss", lambda *arguments: robust_loss(*arguments) * float("inf"))
+    arguments = ["--steps", 2, "--num", 40, "--probes", 2, "--radii", "0.5", "--output", tmp_path / "m"]
+    outcome = robustdiff("mismatch", digits_run, *arguments)
+    assert outcome.code == 1
+    assert outcome.err.splitlines()[-1] == (
+        f"robustdiff: {tmp_path / 'm' / 'mismatch.json'} is not written: a number in it is not finite"
+    )
+    assert not (tmp_path / "m").exists()
 
 
 def test_help_says_what_the_precision_is_of(robustdiff):
@@ -90,11 +103,9 @@ def test_help_says_what_the_precision_is_of(robustdiff):
         (["--num", 60, "--probes", 1], ["probes"]),
     ],
 )
-def test_bad_arguments_are_one_line_and_leave_nothing(robustdiff, digits_run, tmp_path, monkeypatch, arguments, words):
+def test_bad_arguments_are_one_line_and_leave_nothing(
+    robustdiff, digits_run, tmp_path, monkeypatch, arguments, words, assert_bad_input
+):
     monkeypatch.chdir(tmp_path)
-    outcome = robustdiff("mismatch", digits_run, *arguments)
-    assert outcome.code == 2, outcome
-    (line,) = [line for line in outcome.err.splitlines() if line.strip()]
-    for word in words:
-        assert word in line
+    assert_bad_input(robustdiff("mismatch", digits_run, *arguments), *words)
     assert not list(tmp_path.iterdir())

@@ -1,0 +1,90 @@
+"""The command line: each file of this folder is a command, which parses, calls a function of the library, and prints.
+
+Exit code 0 is success; 2 bad input, with one line on stderr that names the thing and the remedy; 1 a failed run.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from importlib import import_module
+from pkgutil import iter_modules
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from robustdiff.errors import InputError, RunError, printable
+
+__all__ = ["app", "err", "main", "out", "say"]
+
+app = typer.Typer(
+    name="robustdiff",
+    help="Adversarial training of diffusion models, so that they stay good at 5 to 20 sampling steps.",
+    epilog="Start with: robustdiff demo",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+# click's; newer typers hold a copy of click, and export only this one's descendant.
+_UsageError: Any = typer.BadParameter.__base__
+
+out = Console(highlight=False)
+err = Console(stderr=True, highlight=False)
+
+
+def say(message: str, console: Console = out) -> None:
+    """Print one line as it is: paths are neither broken at the width of the terminal nor read as markup or escapes."""
+    console.print(printable(message), markup=False, emoji=False, soft_wrap=True)
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+) -> None:
+    if version:
+        from robustdiff import __version__
+
+        say(__version__)
+        raise typer.Exit
+
+
+for _module in iter_modules(__path__):  # the commands import what is above
+    import_module(f"{__name__}.{_module.name}")
+
+
+def main() -> None:
+    """Run the command line and exit."""
+    # logging stays as it is: its last resort writes warnings to what sys.stderr is at the time, so above a bar.
+    try:
+        code = app(prog_name="robustdiff", standalone_mode=False)
+    except InputError as error:
+        sys.exit(_fail(str(error), 2))
+    except _UsageError as error:
+        message = error.format_message().replace("Value error, ", "")  # what pydantic, in newer typers, says before it
+        sys.exit(_fail(f"{message} (robustdiff --help)", 2))
+    except (typer.Abort, KeyboardInterrupt):
+        sys.exit(_fail("interrupted", 130))
+    except RunError as error:
+        sys.exit(_fail(str(error), 1))
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            sys.exit(_fail(f"the disk is full ({error.filename or error}): free some space; --resume goes on", 1))
+        if error.filename is None or error.errno == errno.EIO:
+            raise
+        sys.exit(_fail(f"{os.fsdecode(error.filename)}: {error.strerror}: give another path", 2))
+    except ValueError as error:  # what Python raises for names that the system cannot have
+        if isinstance(error, UnicodeEncodeError) and error.reason == "surrogates not allowed":
+            sys.exit(_fail(f"{error.object!r} holds a character that no text has: correct the path or the name", 2))
+        if "embedded null" not in str(error):
+            raise
+        sys.exit(_fail("a path holds a null byte: correct it", 2))
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _fail(message: str, code: int) -> int:
+    """Print one line on stderr, without what would move the cursor or hide text, and return the exit code."""
+    print("robustdiff: " + printable(" ".join(message.split())), file=sys.stderr)
+    return code

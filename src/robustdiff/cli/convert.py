@@ -1,0 +1,34 @@
+"""The command `robustdiff convert`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from robustdiff.cli import app, say
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def convert(
+    context: typer.Context,
+    source: Annotated[Path, typer.Argument(help="A guided-diffusion .pt; or a run or pipeline folder, to go back.")],
+    output: Annotated[Path, typer.Argument(help="The pipeline folder to make; or the .pt.")],
+    preset: Annotated[str | None, typer.Option(help="The flags of a published model, such as imagenet64-adm.")] = None,
+    flags: Annotated[str, typer.Option(help="The flags as one string, such as the MODEL_FLAGS of a README.")] = "",
+) -> None:
+    """Convert a guided-diffusion (ADM) checkpoint to diffusers and back, bit for bit.
+
+    The flags that the checkpoint was trained with come from --preset, from --flags "…", or one by one as
+    guided-diffusion spells them: robustdiff convert model.pt OUT --image_size 64 --num_channels 192 …
+    """
+    from robustdiff.backbones.adm.convert import convert as run
+    from robustdiff.backbones.adm.convert import read_flags
+
+    text = " ".join([flags, *context.args])
+    if source.is_dir() and preset is None and not text.strip():
+        run(source, output)
+    else:
+        run(source, output, *read_flags(preset, text))
+    say(f"{source} → {output}")

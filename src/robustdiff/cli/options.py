@@ -1,0 +1,109 @@
+"""Options that several commands take, and parsers of their values."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+
+import typer
+
+from robustdiff.cli import err, say
+from robustdiff.errors import InputError
+
+if TYPE_CHECKING:
+    from robustdiff.recipe import DataConfig
+
+_T = TypeVar("_T")
+
+
+def given(**options: Any) -> dict[str, Any]:
+    """Return the options that are not None."""
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def parse_counts(text: str | None, option: str = "--steps", example: str = "5,10,20,50") -> list[int]:
+    """Return the whole numbers of a comma-separated text; an empty list for None.
+
+    Raises:
+        InputError: If a part is not a whole number, or a number is given twice.
+    """
+    try:
+        counts = [] if text is None else [int(part) for part in text.split(",")]
+    except ValueError:
+        raise InputError(f"{option} {text}: give whole numbers with commas, such as {example}") from None
+    return _distinct(counts, option)
+
+
+def parse_samplers(text: str | None) -> list[str]:
+    """Return the names of a comma-separated text; an empty list for None.
+
+    Raises:
+        InputError: If a name is given twice.
+    """
+    return [] if text is None else _distinct(text.split(","), "--sampler")
+
+
+def _distinct(values: list[_T], option: str) -> list[_T]:
+    if twice := [value for value in values if values.count(value) > 1]:
+        raise InputError(f"{option} has {twice[0]} twice: give each once")
+    return values
+
+
+def parse_numbers(text: str, option: str, remedy: str, most: int | None = None) -> list[float]:
+    """Return the numbers of a comma-separated text.
+
+    Raises:
+        InputError: If a part is not a number, or there are more than ``most``; the message ends with the remedy.
+    """
+    try:
+        numbers = [float(part) for part in text.split(",")]
+    except ValueError:
+        numbers = []
+    if not numbers or (most is not None and len(numbers) > most):
+        raise InputError(f"{option} {text}: {remedy}")
+    return numbers
+
+
+def real_images(run: str | None, data: str | None, root: str | None, overrides: list[str]) -> DataConfig:
+    """Return the configuration of the real images, and print what a run's recipe has this command read."""
+    from robustdiff.evaluation.real_images import choose_real_images
+
+    return choose_real_images(run, data, root, overrides, on_read=lambda message: say(message, err))
+
+
+def _native(precision: str) -> str:
+    if precision != "auto":  # without importing torch while arguments are parsed
+        return precision
+    from robustdiff.section import native_precision
+
+    return native_precision()
+
+
+Cpu = Annotated[bool, typer.Option("--cpu", help="Use the CPU even on a machine with a GPU.")]
+Seed = Annotated[int, typer.Option(min=0, help="Image i depends on the seed and i alone.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Images at a time.")]
+Samplers = Annotated[
+    str | None, typer.Option(help="Samplers, with commas; by default ddim, multistep for consistency models.")
+]
+Data = Annotated[str | None, typer.Option(help="The real images, by name; those of the run by default.")]
+Root = Annotated[str | None, typer.Option(help="The folder or file of the real images.")]
+SetData = Annotated[
+    list[str],
+    typer.Option("--set", metavar="data.FIELD=VALUE", help="Change how the real images are read: --set data.size=16"),
+]
+Features = Annotated[
+    str | None, typer.Option(help="digits, fashion-16, fashion-mnist, inception, or a .safetensors file.")
+]
+Weights = Annotated[Path | None, typer.Option(help="The weights file of Inception.")]
+Spacing = Annotated[
+    Literal["own", "leading", "trailing", "linspace"] | None,
+    typer.Option(help="The spacing of sampling times; by default that of the checkpoint; own: that of the sampler."),
+]
+Guidance = Annotated[
+    float | None,
+    typer.Option(min=0, help="Scale of classifier-free guidance, for models with a null class; 1: none."),
+]
+Precision = Annotated[
+    Literal["auto", "fp32", "bf16", "fp16"],
+    typer.Option(callback=_native, help="Mixed precision of the network; auto: bf16 if the device computes in it."),
+]

@@ -1,0 +1,92 @@
+"""The command `robustdiff sample`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from robustdiff.cli import app, err, options, say
+from robustdiff.errors import InputError
+
+if TYPE_CHECKING:
+    from robustdiff.evaluation.generate import Generator
+
+
+@app.command()
+def sample(
+    run: Annotated[str, typer.Argument(help="A run, a diffusers pipeline folder, or a shipped model.")],
+    output: Annotated[Path, typer.Option(help="A file.npz, or a folder for PNGs.")] = Path("samples.npz"),
+    num: Annotated[int, typer.Option(min=1, help="The number of images.")] = 64,
+    sampler: Annotated[
+        str | None,
+        typer.Option(help="ddim, iddpm, dpm++, es, time-shift; euler for flows; multistep for consistency models."),
+    ] = None,
+    steps: Annotated[
+        str | None,
+        typer.Option(help='Network evaluations for one image; or "10,20,30", "ddim25"; multistep: scales "0,22,39".'),
+    ] = None,
+    seed: options.Seed = 0,
+    batch_size: options.BatchSize = 128,
+    precision: options.Precision = "fp32",
+    label: Annotated[
+        int | None, typer.Option("--class", help="The class of all images; all in turn by default.")
+    ] = None,
+    eps_scale: Annotated[
+        str | None, typer.Option(help="The divisor of the predicted noise, 1.017 for es by default; for es also k,b.")
+    ] = None,
+    window: Annotated[int | None, typer.Option(help="time-shift: the window's width, in training times.")] = None,
+    cutoff: Annotated[int | None, typer.Option(help="time-shift: the time down from which nothing is shifted.")] = None,
+    spacing: options.Spacing = None,
+    guidance: options.Guidance = None,
+    classes: Annotated[
+        int | None,
+        typer.Option(min=1, help="The number of classes to sample; one less than the model's, if its last is null."),
+    ] = None,
+    size: Annotated[
+        int | None, typer.Option(min=1, help="Pixels a side, if the model does not say it, or another size.")
+    ] = None,
+    cpu: options.Cpu = False,
+) -> None:
+    """Sample images into an .npz (arr_0: uint8 NHWC, as ADM's evaluator reads it) or into PNGs.
+
+    After an interruption the same command goes on; images of another run or other settings are not overwritten. On
+    several GPUs: accelerate launch -m robustdiff sample RUN.
+    """
+    from accelerate import Accelerator
+
+    from robustdiff.evaluation.generate import Generator, write_npz, write_pngs
+    from robustdiff.report.bar import Bar
+
+    accelerator = Accelerator(cpu=cpu)
+    chosen = options.given(eps_scale=_scale(eps_scale), window=window, cutoff=cutoff, spacing=spacing)
+    settings = options.given(sampler=sampler, steps=_steps(steps), label=label, num_classes=classes, guidance=guidance)
+    settings |= {"size": size, "seed": seed, "batch_size": batch_size, "precision": precision, "options": chosen}
+    generator = Generator.load(run, accelerator.device, **settings)
+    _prepare(output, generator)
+    write = write_npz if output.suffix == ".npz" else write_pngs
+    with Bar(err, quiet=not accelerator.is_main_process) as bar:
+        made = write(generator, num, output, accelerator, bar)
+    if accelerator.is_main_process:
+        say(f"{num} images in {output}" + ("" if made else ", which were there already"))
+
+
+def _scale(text: str | None) -> float | tuple[float, float] | None:
+    """Return a constant epsilon scale, or the (k, b) of a linear one."""
+    if text is None:
+        return None
+    numbers = options.parse_numbers(text, "--eps-scale", "give a number, or k,b for k·i + b", most=2)
+    return numbers[0] if len(numbers) == 1 else (numbers[0], numbers[1])
+
+
+def _steps(text: str | None) -> int | str | None:
+    return int(text) if text is not None and text.lstrip("-").isdigit() else text
+
+
+def _prepare(output: Path, generator: Generator) -> None:
+    """Make the folder of the images, once nothing else stands against them."""
+    if output.suffix and output.suffix != ".npz":
+        raise InputError(f"{output}: give a file that ends in .npz, or a folder")
+    generator.shape  # noqa: B018  (raises where the model does not say it)
+    output.parent.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,54 @@
+"""The command `robustdiff study`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from robustdiff.cli import app, err, out, say
+
+if TYPE_CHECKING:
+    from robustdiff.study import Study
+
+
+@app.command()
+def study(
+    file: Annotated[Path, typer.Argument(help="A study file: methods, seeds, samplers and steps.")],
+    output: Annotated[Path | None, typer.Option(help="A folder for runs and cells; studies/NAME by default.")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print what is left to do and its time, and do nothing.")
+    ] = False,
+    report: Annotated[
+        Path | None, typer.Option(help="Compute nothing: write the results as this page (.md), with its figures.")
+    ] = None,
+) -> None:
+    """Train and measure a matrix of methods × seeds × samplers × steps.
+
+    Each result is a file; only what is missing is computed. Start the same command several times, and the processes
+    share the work.
+    """
+    from robustdiff.report.study import write_page
+    from robustdiff.report.tables import print_whole, remaining_table
+    from robustdiff.study import load_study, remaining
+
+    settings, folder = load_study(file), output or Path("studies") / file.stem
+    if dry_run:
+        print_whole(out, remaining_table(remaining(settings, folder)))
+    elif report is not None:
+        write_page(settings, folder, report)
+        say(f"{report} and its figures in {report.with_suffix('')}")
+    elif _run(settings, folder):
+        say(f"every cell is in {folder / 'cells'}")
+    else:
+        say(f"stopped; robustdiff study {file} --output {folder} goes on from here", err)
+
+
+def _run(settings: Study, folder: Path) -> bool:
+    from robustdiff.report.bar import Bar
+    from robustdiff.study import run_study
+
+    with Bar(err) as bar:
+        bar.begin(settings.title, 1)
+        return run_study(settings, folder, on_part=bar.begin, on_progress=bar.update)

@@ -1,0 +1,38 @@
+"""The command `robustdiff train`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from robustdiff.cli import app, err, options, say
+
+
+@app.command()
+def train(
+    recipe: Annotated[str, typer.Argument(help="A YAML file, or the name of a recipe that comes with the package.")],
+    overrides: Annotated[
+        list[str], typer.Option("--set", metavar="KEY=VALUE", help="Override a field: --set adversary.step_size=0.5")
+    ] = [],  # noqa: B006  (typer reads it and does not change it)
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint; start if none.")] = False,
+    cpu: options.Cpu = False,
+) -> None:
+    """Train a recipe: pretraining or fine-tuning, plain or adversarial.
+
+    On several GPUs or machines: accelerate launch -m robustdiff train RECIPE. Ctrl-C saves first.
+    """
+    from accelerate import PartialState
+
+    from robustdiff.recipe import load_recipe
+    from robustdiff.report.bar import Bar
+    from robustdiff.training.trainer import train as run
+
+    settings = load_recipe(recipe, overrides)
+    quiet = not PartialState(cpu=cpu).is_main_process
+    with Bar(err, quiet) as bar:
+        result = run(settings, resume=resume, cpu=cpu, progress=bar)
+    if result is not None and not quiet:
+        say(f"{settings.output}: {result['steps']} updates, loss {result['loss']:.4f}; the model is in model/")
+    elif not quiet:
+        say(f"stopped and saved; --resume goes on from {settings.output}", err)

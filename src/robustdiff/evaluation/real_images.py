@@ -1,0 +1,120 @@
+"""The real images that generated ones are compared with, and the features that both are compared by."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator, PartialState
+
+from robustdiff.data import ImageDataset
+from robustdiff.data.huggingface import is_remote
+from robustdiff.errors import InputError
+from robustdiff.evaluation.features import INCEPTION_URL, SHIPPED, FeatureExtractor, load_extractor
+from robustdiff.evaluation.fidelity import Reference, load_reference, reference_statistics
+from robustdiff.progress import SILENT, Progress
+from robustdiff.recipe import DataConfig, load_data_config
+
+__all__ = ["Target", "choose_real_images", "load_target"]
+
+
+def choose_real_images(
+    run: str | None,
+    name: str | None = None,
+    root: str | None = None,
+    overrides: Sequence[str] = (),
+    on_read: Callable[[str], None] = lambda message: None,
+) -> DataConfig:
+    """Return the data section of a run's recipe, or else that of fashion-16, with fields of it changed.
+
+    A run may come from somebody else. Nothing is fetched and no folder above the working folder is searched because a
+    recipe says so.
+
+    Arguments:
+        run: A run, or a model without a recipe.
+        name: Another dataset.
+        root: Another folder or file.
+        overrides: Assignments ``data.key=value``.
+        on_read: Called in the first process, before anything is read, with a sentence on the folder that the recipe
+            names.
+
+    Raises:
+        InputError: If a field is unknown or out of its range, or the recipe names images that it may not.
+    """
+    recipe = None if run is None else Path(run) / "recipe.yaml"
+    if recipe is None or not recipe.is_file():
+        return load_data_config("fashion-16", overrides, name, root)
+    config = load_data_config(str(recipe), overrides, name, root)
+    fields = {assignment.partition("=")[0] for assignment in overrides}
+    named = name is not None or not fields.isdisjoint({"data", "data.name"})
+    rooted = root is not None or "data.root" in fields
+    remote = config.name.startswith("hf:")
+    if named or not (remote or (config.root is not None and not rooted)):
+        return config
+    if remote and is_remote(config.name):
+        raise InputError(
+            f"{recipe} names the data {config.name}, which is fetched from the network: add --data {config.name} if "
+            "that is wanted, or name other images by --data"
+        )
+    folder = Path(config.name.removeprefix("hf:") if remote else str(config.root)).resolve()
+    if folder in Path.cwd().parents:
+        raise InputError(
+            f"{recipe} names the data {folder}, which this folder lies in: add --root {folder} if all of it is meant, "
+            "or name other images by --data and --root"
+        )
+    if os.path.exists(folder) and PartialState().is_main_process:
+        on_read(f"{recipe} names the data: reading {folder}")
+    return config
+
+
+@dataclass(frozen=True)
+class Target:
+    """Real images, or an ``.npz`` file of their statistics, and the features by which images are compared with them."""
+
+    source: DataConfig | Path
+    dataset: ImageDataset | None
+    extractor: FeatureExtractor
+
+    @property
+    def name(self) -> str:
+        """Return the name of the images, or the path of the file."""
+        return str(self.source) if self.dataset is None else self.dataset.name
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """Return the settings that a result names, as JSON holds them."""
+        source = self.source.model_dump(mode="json") if isinstance(self.source, DataConfig) else str(self.source)
+        data = None if self.dataset is None else self.dataset.name
+        return {"data": data, "reference": source, "features": self.extractor.name}
+
+    def statistics(self, accelerator: Accelerator, progress: Progress = SILENT) -> Reference:
+        """Return the statistics of the real images under the features, from the cache if they are in it.
+
+        Raises:
+            InputError: If images cannot be read, or the file is malformed or holds statistics of other features.
+        """
+        progress.begin("statistics of the real images", 1)
+        if self.dataset is None:
+            return load_reference(str(self.source), self.extractor)
+        with accelerator.main_process_first():  # the others read the cache
+            return reference_statistics(self.dataset, self.extractor)
+
+
+def load_target(source: DataConfig | Path, features: str | None, weights: Path | None, device: torch.device) -> Target:
+    """Load real images, and the features of a name or else those that are made for the images.
+
+    Raises:
+        InputError: If the images cannot be loaded, or the features are not known, not given, or lack their weights.
+    """
+    dataset, data = (source.load(), source.name) if isinstance(source, DataConfig) else (None, None)
+    if features is None and data is None:
+        raise InputError("--reference needs the features that it is of: give --features inception --weights FILE")
+    if features is None and data not in SHIPPED:
+        raise InputError(f"no features are known for {data}: give --features inception --weights FILE, or others")
+    if features == "inception" and weights is None:
+        raise InputError(f"--features inception needs --weights FILE; download it from {INCEPTION_URL}")
+    return Target(source, dataset, load_extractor(features or str(data), weights=weights, device=device))

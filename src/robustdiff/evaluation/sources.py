@@ -1,0 +1,126 @@
+"""Several sources of images on common random numbers: models that are sampled, and images that are there already."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from robustdiff.data import ImageDataset
+from robustdiff.errors import InputError
+from robustdiff.evaluation.generate import Generator
+from robustdiff.evaluation.grid import Grid, evaluate_grid, evaluate_images
+from robustdiff.evaluation.images import check_size, load_images, number_of_images
+from robustdiff.evaluation.real_images import Target
+from robustdiff.progress import SILENT, Progress
+
+__all__ = ["evaluate_sources", "load_generators", "load_sources", "name_sources"]
+
+
+def name_sources(sources: Sequence[str]) -> dict[str, str]:
+    """Return sources by the last part of their paths, or by the whole path if that is not unique.
+
+    Raises:
+        InputError: If a source is given twice.
+    """
+    short = [Path(source).name for source in sources]
+    named = {s if short.count(s) == 1 else str(Path(source)): source for s, source in zip(short, sources, strict=True)}
+    if len(named) < len(sources):
+        raise InputError("the same run, folder or file is given twice: give each once")
+    return named
+
+
+def load_sources(sources: Sequence[str]) -> tuple[dict[str, str], dict[str, ImageDataset]]:
+    """Return the runs, pipeline folders and shipped models among sources, and the images of the others, by name.
+
+    Raises:
+        InputError: If a source is given twice, or its images are missing or malformed.
+    """
+    named = name_sources(sources)
+    images = {name: found for name, source in named.items() if (found := load_images(source)) is not None}
+    return {name: source for name, source in named.items() if name not in images}, images
+
+
+def load_generators(
+    runs: Mapping[str, str],
+    device: torch.device,
+    dataset: ImageDataset | None,
+    samplers: Sequence[str],
+    steps: Sequence[int | None],
+    **settings: Any,
+) -> dict[str, Generator]:
+    """Return the generators of runs by name, with the first of the samplers and numbers of steps.
+
+    Raises:
+        InputError: If a run cannot be loaded, a setting does not suit it, or it makes images of another shape than the
+            dataset's.
+    """
+    settings |= {"sampler": samplers[0] if samplers else None, "steps": steps[0]}
+    classes = None if dataset is None else dataset.num_classes
+    generators = {name: Generator.load(run, device, data_classes=classes, **settings) for name, run in runs.items()}
+    if dataset is not None:
+        for name, generator in generators.items():
+            generator.model.check_shape(dataset.shape, runs[name])
+    return generators
+
+
+def evaluate_sources(
+    runs: Mapping[str, str],
+    images: Mapping[str, ImageDataset],
+    target: Target,
+    accelerator: Accelerator,
+    samplers: Sequence[str] = (),
+    steps: Sequence[int] = (),
+    num: int | None = None,
+    *,
+    batch_size: int = 128,
+    progress: Progress = SILENT,
+    **settings: Any,
+) -> Grid:
+    """Compare runs under samplers and numbers of steps, and images as they are, with real images.
+
+    Arguments:
+        runs: Runs, pipeline folders and shipped models, by name.
+        images: Images that are there already, by name.
+        target: The real images and the features.
+        accelerator: Each of its processes makes its share of the images.
+        samplers: Names of samplers for all runs; by default one that suits the first.
+        steps: Numbers of network evaluations; by default 5, 10, 20 and 50, or 1, 2, 4 and 8 for consistency models.
+        num: Images of each cell; by default 5000, and all of those that are there already.
+        batch_size: Images at a time.
+        progress: The receiver of the progress.
+        settings: Other fields of the generators.
+
+    Returns:
+        The cells of the runs, then those of the images, and the differences between runs.
+
+    Raises:
+        InputError: If a setting does not suit a run, or images do not suit the real ones or the features.
+        RunError: If a metric is not finite.
+    """
+    numbers = {name: number_of_images(dataset, num) for name, dataset in images.items()}
+    num = num or 5000
+    for option, value in (("--sampler", samplers), ("--steps", steps)):
+        if value and not runs:
+            raise InputError(f"{option} is how runs are sampled, and only images are given: leave it out")
+    # Steps are given, so that no run's recipe decides how all are sampled.
+    settings |= {"samplers": samplers, "steps": steps or [1], "batch_size": batch_size}
+    generators = load_generators(runs, accelerator.device, target.dataset, **settings)
+    if generators:
+        samplers = samplers or [next(iter(generators.values())).sampler]
+        steps = steps or ([1, 2, 4, 8] if samplers[0] == "multistep" else [5, 10, 20, 50])
+    if target.dataset is not None:
+        for dataset in images.values():
+            check_size(dataset, target.dataset.shape)
+    measured = target.extractor, target.statistics(accelerator, progress), accelerator
+    cells = []
+    for name, dataset in images.items():  # before the runs, which take longer
+        progress.begin(name, numbers[name])
+        cells.append(evaluate_images(name, dataset, numbers[name], *measured, batch_size, progress.advance))
+    progress.begin("network evaluations", len(runs) * len(samplers) * sum(steps) * num)
+    grid = evaluate_grid(generators, samplers, steps, num, *measured, on_images=progress.advance)
+    return replace(grid, cells=[*grid.cells, *cells])

@@ -1,0 +1,98 @@
+"""Every command is a file, is thin, has help, and answers bad input with one clear line."""
+
+from __future__ import annotations
+
+import ast
+import errno
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from robustdiff import cli
+
+COMMANDS = sorted(p.stem for p in Path(cli.__file__).parent.glob("*.py") if p.stem not in ("__init__", "options"))
+
+
+def command(name: str) -> ast.FunctionDef:
+    """Return the function of a command's file."""
+    tree = ast.parse(Path(cli.__file__).with_name(f"{name}.py").read_text(encoding="utf-8"))
+    (function,) = (node for node in tree.body if isinstance(node, ast.FunctionDef) and node.decorator_list)
+    return function
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_each_file_is_a_command_of_at_most_fifteen_lines(name):
+    function = command(name)
+    assert function.name == name
+    assert ast.get_docstring(function)
+    assert sum(statement.end_lineno - statement.lineno + 1 for statement in function.body[1:]) <= 15
+
+
+def test_help_names_every_command_without_torch():
+    code = "import sys; sys.argv[1:] = ['--help']; from robustdiff.cli import app; app(standalone_mode=False)"
+    code += "; print([m for m in ('torch', 'numpy', 'diffusers', 'pydantic') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    listed = [line.split()[0] for line in done.stdout.partition("Commands:")[2].splitlines() if line.startswith("  ")]
+    assert listed[:-1] == [name.replace("_", "-") for name in COMMANDS]  # and the epilog
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_each_command_has_help_for_each_option(robustdiff, name):
+    outcome = robustdiff(name.replace("_", "-"), "--help")
+    assert outcome.code == 0
+    assert "Options" in outcome.out
+
+
+def test_version(robustdiff):
+    assert robustdiff("--version").out.strip().count(".") == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["train", "no-such-recipe"], ["no-such-recipe", "digits"]),
+        (["train", "missing.yaml"], ["missing.yaml"]),
+        (["train", "digits", "--set", "learning_rate=1"], ["learning_rate", "lr"]),
+        (["train", "digits", "--set", "adversary.alpha=1"], ["adversary.alpha", "step_size"]),
+        (["train", "digits", "--set", "steps=0"], ["steps"]),
+        (["train", "digits", "--set", "lr"], ["key=value"]),
+        (["train", "digits", "--set", "data=cifar"], ["cifar", "fashion-16"]),
+        (["train", "digits", "--set", "data=imagefolder", "--set", "data.root=/no/such"], ["/no/such"]),
+        (["train", "digits", "--set", "model.channels=[8,16,32,64,64]"], ["8×8", "model.channels"]),
+        (["train", "digits", "--set", "batch_size=7", "--set", "accumulate=2"], ["batch_size", "accumulate"]),
+        (["train", "digits", "--set", "process=flow"], ["flow"]),
+        (["train", "fashion-16-at", "--set", "data=digits"], ["16×16", "data.size=16"]),
+        (["train", "fashion-16-at", "--set", "data.channels=3"], ["channels", "data.channels=1"]),
+        (["sample", "no-such-run"], ["no-such-run", "fashion-16"]),
+        (["evaluate", "no-such-run"], ["no-such-run"]),
+        (["sample"], ["argument"]),  # typers before 0.20 write the name in capitals
+        (["nonsense"], ["nonsense"]),
+    ],
+)
+def test_bad_arguments_are_one_line(robustdiff, tmp_path, monkeypatch, arguments, words, assert_bad_input):
+    monkeypatch.chdir(tmp_path)
+    assert_bad_input(robustdiff(*arguments), *words)
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_a_full_disk_fails_with_1(robustdiff, digits_run, tmp_path, monkeypatch):
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "x")
+
+    monkeypatch.setattr(os, "fsync", full)
+    outcome = robustdiff("sample", digits_run, "--output", tmp_path / "s.npz", "--num", 4, "--steps", 2)
+    assert outcome.code == 1
+    assert "disk is full" in outcome.err
+    assert not (tmp_path / "s.npz").exists()
+
+
+def test_a_traceback_is_never_shown_for_bad_input(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "robustdiff", "train", "nothing"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1

@@ -1,0 +1,60 @@
+"""The options that say which real images a command reads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from diffusers.schedulers.scheduling_consistency_models import CMStochasticIterativeScheduler
+
+from robustdiff.backbones.model import Model, load_model
+
+SMALL = {
+    "evaluate": ["--num", 8, "--steps", 1],
+    "mismatch": ["--num", 40, "--steps", 2, "--probes", 0],
+    "search-times": ["--num", 8, "--steps", 2],
+    "solver-error": ["--num", 2, "--scales", 3, "--points", 2, "--substeps", 2],
+}
+"""The commands that compare with real images, and what makes each take a moment."""
+
+
+@pytest.fixture(scope="module")
+def models(digits_run, tmp_path_factory) -> dict[str, Path]:
+    """A model that each of the commands takes; search-times needs a consistency model."""
+    unet = load_model(digits_run).network
+    folder = tmp_path_factory.mktemp("models") / "consistency"
+    Model.of(unet, CMStochasticIterativeScheduler(num_train_timesteps=18)).save(folder)
+    return {**dict.fromkeys(SMALL, digits_run), "search-times": folder}
+
+
+@pytest.mark.parametrize("command", SMALL)
+def test_real_images_are_read_as_set_says(robustdiff, models, tmp_path, monkeypatch, command, assert_bad_input):
+    monkeypatch.chdir(tmp_path)
+    features = ["--features", "digits"] if command in ("evaluate", "search-times") else []
+    arguments = [command, models[command], *SMALL[command], *features]
+    given = ["--set", "data.name=fashion-16", "--set", "data.split=test"]
+    outcome = robustdiff(*arguments, *given)
+    assert_bad_input(outcome, "8×8", "16×16", "set data.size=8")
+    outcome = robustdiff(*arguments, *given, "--set", outcome.err.split("set ")[-1].strip())
+    assert outcome.code == 0, outcome.err
+
+
+@pytest.mark.parametrize("command", SMALL)
+@pytest.mark.parametrize(
+    ("assignments", "words"),
+    [
+        (["steps=3"], ["--set steps=3", "data"]),
+        (["data.colour=1"], ["data.colour", "known here", "split"]),
+        (["data.size=0"], ["data.size", "greater"]),
+        (["data.channels=2"], ["data.channels"]),
+        (["data.flip=true"], ["data.flip", "training"]),
+        (["data"], ["key=value"]),
+        (["data.split=nowhere"], ["nowhere"]),
+    ],
+)
+def test_bad_settings_of_real_images_are_one_line(
+    robustdiff, models, tmp_path, monkeypatch, command, assignments, words, assert_bad_input
+):
+    monkeypatch.chdir(tmp_path)
+    options = [part for assignment in assignments for part in ("--set", assignment)]
+    assert_bad_input(robustdiff(command, models[command], *SMALL[command], *options), *words)

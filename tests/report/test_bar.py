@@ -1,0 +1,38 @@
+"""The bar on a terminal and elsewhere."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+from rich.console import Console
+
+from robustdiff.progress import Progress
+from robustdiff.report import bar
+from robustdiff.report.bar import Bar
+
+
+def work(progress: Progress) -> None:
+    progress.begin("work", 10)
+    progress.advance(4, "note")
+    progress.advance(2)
+    progress.begin("more", 5)
+    progress.advance(1)
+
+
+def test_a_bar_without_a_terminal_prints_lines(monkeypatch):
+    monkeypatch.setattr(bar, "_LINE_EVERY", -1.0)
+    console = Console(force_terminal=False, width=80, record=True)
+    with console.capture() as capture, Bar(console) as shown:
+        work(shown)
+    lines = [line.split(" in ")[0] + line.split(" s ")[1].rstrip() for line in capture.get().splitlines()]
+    assert lines == ["work: 4 of 10 note", "work: 6 of 10", "more: 1 of 5"]
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_quiet_bar_prints_nothing(monkeypatch, terminal):
+    monkeypatch.setattr(bar, "_LINE_EVERY", -1.0)
+    console = Console(file=io.StringIO(), force_terminal=terminal, width=80)
+    with Bar(console, quiet=True) as shown:
+        work(shown)
+    assert console.file.getvalue().strip() == ""
