@@ -21,8 +21,8 @@ from safetensors.torch import load_file, save_file
 
 from robustdiff.backbones.pipeline import load_pipeline, save_pipeline
 from robustdiff.data import load_dataset
-from robustdiff.evaluation.features import Classifier, load_extractor
-from robustdiff.evaluation.fidelity import reference_statistics
+from robustdiff.metrics.features import Classifier, load_extractor
+from robustdiff.metrics.reference import reference_statistics
 
 ONE = [sys.executable, "-m", "robustdiff"]
 # accelerate's own launcher starts a single process when it is told --cpu.

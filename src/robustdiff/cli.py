@@ -20,8 +20,8 @@ from robustdiff.errors import InputError, RunError, printable
 
 if TYPE_CHECKING:
     from robustdiff.data import ImageDataset
-    from robustdiff.evaluation.features import FeatureExtractor
     from robustdiff.evaluation.generate import Generator
+    from robustdiff.metrics.features import FeatureExtractor
     from robustdiff.recipe import DataConfig
 
 __all__ = ["app", "main"]
@@ -124,6 +124,7 @@ def demo(
     two CPU cores. Interrupted, the same command goes on where it was.
     """
     from robustdiff import demo as demonstrations
+    from robustdiff.metrics.fid import FID
     from robustdiff.report.bar import Bar
     from robustdiff.report.tables import grid_table, print_whole
 
@@ -142,7 +143,7 @@ def demo(
         return
     grid, record = result
     _say(f"FID of {grid.cells[0].n} images a cell, with 95 % bootstrap intervals:")
-    print_whole(out, grid_table(grid, "plain"))
+    print_whole(out, grid_table(grid, "plain", FID.numbers[0]))
     for cell in record.get("teacher", []):
         low, high = cell["fid_ci"]
         _say(f"the teacher, {cell['sampler']} {cell['steps']}: {cell['fid']:.2f} ±{(high - low) / 2:.2g}")
@@ -270,6 +271,9 @@ def evaluate(
     ] = None,
     features: Features = None,
     weights: Weights = None,
+    metrics: Annotated[
+        str | None, typer.Option(help="Metrics, with commas; by default fid,kid,precision-recall,brightness.")
+    ] = None,
     output: Annotated[Path | None, typer.Option(help="A folder for result.json and figures.")] = None,
     seed: Seed = 0,
     batch_size: BatchSize = 128,
@@ -278,16 +282,17 @@ def evaluate(
     guidance: Guidance = None,
     cpu: Cpu = False,
 ) -> None:
-    """FID, KID, precision and recall over checkpoint × sampler × steps, on common random numbers.
+    """Measure checkpoint × sampler × steps by FID and other metrics, on common random numbers.
 
     Images in a folder or an .npz file (arr_0: uint8 NHWC) are measured as they are. On several GPUs: accelerate launch
     -m robustdiff evaluate RUN.
     """
     from accelerate import Accelerator
 
-    from robustdiff.evaluation.fidelity import load_reference, reference_statistics
     from robustdiff.evaluation.grid import evaluate_grid, evaluate_images
     from robustdiff.evaluation.images import check_size, load_images, number_of_images
+    from robustdiff.metrics.metric import MetricCollection, compared, number_named
+    from robustdiff.metrics.reference import load_reference, reference_statistics
     from robustdiff.report.bar import Bar
     from robustdiff.report.results import write_results
     from robustdiff.report.tables import cell_table, grid_table, print_whole
@@ -304,7 +309,16 @@ def evaluate(
     samplers, counts = _samplers(sampler), [] if steps is None else _counts(steps)
     if reference is not None and (data is not None or root is not None or overrides):
         raise InputError("--reference takes the place of --data, --root and --set: give it, or them")
-    real = _real_images(next(iter(runs.values()), None), data, root, overrides) if reference is None else None
+    chosen = None if metrics is None else _distinct(metrics.split(","), "--metrics")
+    compare = compared(chosen)
+    if not compare:
+        options = {"--data": data, "--root": root, "--set": overrides, "--reference": reference}
+        for option, given in {**options, "--features": features, "--weights": weights}.items():
+            if given:
+                raise InputError(f"{option} is for comparing with real images, and {metrics} does not: leave it out")
+    real = None
+    if compare and reference is None:
+        real = _real_images(next(iter(runs.values()), None), data, root, overrides)
     dataset = None if real is None else real.load()
     # Steps are given, so that no run's recipe decides how all are sampled.
     generators = _generators(
@@ -325,41 +339,38 @@ def evaluate(
     if dataset is not None:
         for images in sets.values():
             check_size(images, dataset.shape)
-    extractor = _extractor(features, weights, None if real is None else real.name, accelerator.device)
+    name_of_data = None if real is None else real.name
+    extractor = _extractor(features, weights, name_of_data, accelerator.device) if compare else None
     quiet = not accelerator.is_main_process
     with Bar(err, "statistics of the real images", 1, quiet=quiet) as bar:
-        if reference is not None:
+        statistics = None
+        if extractor is not None and reference is not None:
             statistics = load_reference(reference, extractor)
-        else:
-            assert dataset is not None
+        elif extractor is not None and dataset is not None:
             with accelerator.main_process_first():  # the others read the cache
                 statistics = reference_statistics(dataset, extractor)
-        cells = []
-        for name, images in sets.items():  # before the runs, which take longer
-            bar.describe(name, numbers[name])
-            cells.append(
-                evaluate_images(
-                    name, images, numbers[name], extractor, statistics, accelerator, batch_size, bar.advance
-                )
-            )
-        bar.describe("network evaluations", len(runs) * len(samplers) * sum(counts) * num)
-        grid = evaluate_grid(
-            generators, samplers, counts, num, extractor, statistics, accelerator, on_images=bar.advance
-        )
+        collection = MetricCollection(chosen, extractor, statistics, accelerator.device)
+        cells = [  # before the runs, which take longer
+            evaluate_images(name, images, numbers[name], collection, accelerator, batch_size, bar)
+            for name, images in sets.items()
+        ]
+        grid = evaluate_grid(generators, samplers, counts, num, collection, accelerator, progress=bar)
     if quiet:
         return
     target = str(reference) if dataset is None else dataset.name
-    _say(f"to {target} on the features {extractor.name}, FID with 95 % bootstrap intervals:")
+    if extractor is not None:
+        _say(f"to {target} on the features {extractor.name}, with 95 % bootstrap intervals and standard errors:")
     print_whole(out, cell_table([*grid.cells, *cells]))
-    if len(runs) > 1:
-        _say(f"FID, and its difference to {next(iter(runs))} on common random numbers:")
-        print_whole(out, grid_table(grid, next(iter(runs))))
+    for number in map(number_named, dict.fromkeys(difference.number for difference in grid.differences)):
+        _say(f"{number.title}, and its difference to {next(iter(runs))} on common random numbers:")
+        print_whole(out, grid_table(grid, next(iter(runs)), number))
     if output is not None:
-        title = f"{target}, {num} images a cell, seed {seed}"
+        title = f"{num} images a cell, seed {seed}"
+        title = f"{target}, {title}" if compare else title
         record = {
             "data": None if dataset is None else dataset.name,
-            "reference": str(reference) if real is None else real.model_dump(mode="json"),
-            "features": extractor.name,
+            "reference": str(reference) if reference is not None else real and real.model_dump(mode="json"),
+            "features": None if extractor is None else extractor.name,
             "seed": seed,
         }
         write_results(output, replace(grid, cells=[*grid.cells, *cells]), title, record)
@@ -389,11 +400,11 @@ def search_times(
     from accelerate import Accelerator
 
     from robustdiff.backbones.build import check_fit
-    from robustdiff.evaluation.fidelity import Fidelity, check_finite, reference_statistics
     from robustdiff.evaluation.generate import Generator
+    from robustdiff.evaluation.time_search import search_times_by_fid
     from robustdiff.files import atomic_write
+    from robustdiff.metrics.reference import reference_statistics
     from robustdiff.report.bar import Bar
-    from robustdiff.samplers.time_search import search_times as search
 
     device = Accelerator(cpu=cpu).device
     generator = Generator.load(run, device, sampler="multistep", seed=seed, batch_size=batch_size, precision=precision)
@@ -403,19 +414,7 @@ def search_times(
     extractor = _extractor(features, weights, config.name, device)
     with Bar(err, "statistics of the real images", 1) as bar:
         reference = reference_statistics(dataset, extractor)
-
-        def fid(numbers: tuple[int, ...]) -> float:
-            candidate = ",".join(map(str, numbers))
-            bar.describe(f"scales {candidate}", num)
-            fidelity = Fidelity(extractor, reference)
-            for batch, images in replace(generator, steps=candidate).images(range(num)):
-                fidelity.update(images, batch.start)
-                bar.advance(len(batch))
-            value = fidelity.fid()
-            check_finite(f"scales {candidate}", {"fid": value})
-            return value
-
-        found = search(fid, steps, len(generator.process))
+        found = search_times_by_fid(generator, steps, num, extractor, reference, bar)
     best = ",".join(map(str, found.numbers))
     _say(f"--steps {best}  FID {found.value:.2f} of {num} images, {len(found.evaluated)} candidates tried")
     if output is not None:
@@ -736,7 +735,7 @@ def _real_images(run: str | None, data: str | None, root: str | None, overrides:
 
 def _extractor(features: str | None, weights: Path | None, data: str | None, device: Any) -> FeatureExtractor:
     """The features of a name, or else those of a dataset."""
-    from robustdiff.evaluation.features import INCEPTION_URL, SHIPPED, load_extractor
+    from robustdiff.metrics.features import INCEPTION_URL, SHIPPED, load_extractor
 
     if features is None and data is None:
         raise InputError("--reference needs the features that it is of: give --features inception --weights FILE")

@@ -9,12 +9,12 @@ import pytest
 import scipy.linalg
 import torch
 from accelerate import Accelerator
+from robustdiff.evaluation.features import load_extractor
+from robustdiff.evaluation.fidelity import interval, reference_statistics
 
 from robustdiff.data import ArrayDataset, load_dataset
 from robustdiff.errors import InputError
 from robustdiff.evaluation import fidelity
-from robustdiff.evaluation.features import load_extractor
-from robustdiff.evaluation.fidelity import interval, reference_statistics
 from robustdiff.evaluation.generate import Generator
 from robustdiff.evaluation.grid import Grid, difference, evaluate_cell, evaluate_grid, evaluate_images
 

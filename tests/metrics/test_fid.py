@@ -10,10 +10,6 @@ import scipy.linalg
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sklearn.metrics.pairwise import polynomial_kernel
-
-from robustdiff.data import ArrayDataset, load_dataset
-from robustdiff.errors import InputError, RunError
 from robustdiff.evaluation.features import Classifier, ClassifierExtractor, load_extractor
 from robustdiff.evaluation.fidelity import (
     Fidelity,
@@ -29,6 +25,10 @@ from robustdiff.evaluation.fidelity import (
     precision_recall,
     reference_statistics,
 )
+from sklearn.metrics.pairwise import polynomial_kernel
+
+from robustdiff.data import ArrayDataset, load_dataset
+from robustdiff.errors import InputError, RunError
 
 
 def gaussian(seed, n, dim, rank=None):

@@ -1,9 +1,9 @@
 r"""Features: the space in which sets of images are compared.
 
 An extractor is a fixed map φ: {0, …, 255}^{C×H×W} → R^D, the activations of a classifier one layer before its
-logits. Every distance in `fidelity` is a distance between the laws of φ(generated) and φ(real), so a number
-means something only together with its φ: each extractor has a fingerprint, the hash of its weights, and the
-cache of reference statistics is keyed by it.
+logits. FID, KID, precision and recall compare the laws of φ(generated) and φ(real), so a number means something
+only together with its φ: each extractor has a fingerprint, the hash of its weights, and the cache of reference
+statistics is keyed by it.
 
 - `digits`, `fashion-16`, `fashion-mnist`: small convolutional classifiers that ship with this package
   (`scripts/train_extractors.py` trains them), for images for which Inception, trained on 299 × 299
@@ -29,14 +29,16 @@ from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import safetensors.torch
 import torch
+from numpy.typing import NDArray
 from safetensors import safe_open
 from torch import Tensor, nn
 
 from robustdiff.backbones.weights import FLOATS, read_file
 from robustdiff.data.dataset import to_unit
-from robustdiff.errors import InputError, printable
+from robustdiff.errors import InputError, RunError, printable
 from robustdiff.files import atomic_write
 
 __all__ = [
@@ -56,7 +58,7 @@ EXTRACTORS = (*SHIPPED, "inception")
 
 
 class FeatureExtractor(nn.Module):
-    """φ: a batch of images to a batch of feature vectors.
+    """A map from a batch of images to a batch of feature vectors.
 
     Attributes:
         name: Its name, for messages and results.
@@ -71,17 +73,26 @@ class FeatureExtractor(nn.Module):
 
     @abstractmethod
     def forward(self, images: Tensor) -> Tensor:
-        """Extract.
+        """Return the features, float32 (B, D), on the extractor's device, without a graph, under autocast too.
 
         Args:
             images: uint8 (B, C, H, W), on any device.
 
-        Returns:
-            float32 (B, D), on the extractor's device, without a graph, under autocast too.
-
         Raises:
             InputError: The images are not uint8, or have a size or channels this extractor was not made for.
         """
+
+    def extract(self, images: Tensor) -> NDArray[np.float32]:
+        """Return the features as an array; arguments and errors are those of :meth:`forward`.
+
+        Raises:
+            RunError: Features that are not finite.
+        """
+        features: NDArray[np.float32] = self(images).cpu().numpy()
+        # A distance to NaN is not below any radius: precision and recall would be numbers.
+        if not np.isfinite(features).all():
+            raise RunError(f"extractor {self.name}: features that are not finite; check its weights")
+        return features
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.name!r}, dim={self.dim}, fingerprint={self.fingerprint[:12]!r})"
@@ -104,8 +115,9 @@ def _batch(name: str, images: Tensor) -> None:
 
 
 class Classifier(nn.Module):
-    """A convolutional classifier: [3×3 convolution, SiLU, 2×2 maximum]* → linear, SiLU (the features) →
-    linear.
+    """A convolutional classifier.
+
+    Its layers are [3×3 convolution, SiLU, 2×2 maximum]* → linear, SiLU (the features) → linear.
 
     No batch normalisation, so a feature depends on its own image only. SiLU and not ReLU, because a unit that
     is never active makes a zero row in the covariance that FID takes the root of.
@@ -140,11 +152,11 @@ class Classifier(nn.Module):
                 nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
 
     def features(self, x: Tensor) -> Tensor:
-        """Features (B, D) of images float32 (B, C, H, W) in [−1, 1]."""
+        """Return the features (B, D) of images float32 (B, C, H, W) in [−1, 1]."""
         return nn.functional.silu(self.embed(self.stages(x).flatten(1)))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits (B, num_classes) of images float32 (B, C, H, W) in [−1, 1]."""
+        """Return the logits (B, num_classes) of images float32 (B, C, H, W) in [−1, 1]."""
         logits: Tensor = self.head(self.features(x))
         return logits
 
@@ -196,7 +208,7 @@ class Classifier(nn.Module):
 
 
 class ClassifierExtractor(FeatureExtractor):
-    """The features of a `Classifier`.
+    """An extractor of the features of a `Classifier`.
 
     Args:
         name: Its name.
@@ -225,7 +237,7 @@ class ClassifierExtractor(FeatureExtractor):
 
 
 def _torch_fidelity_inception() -> Any:
-    """torch-fidelity's class, also where torchvision is missing or does not fit torch.
+    """Return torch-fidelity's class, also where torchvision is missing or does not fit torch.
 
     torch_fidelity/__init__.py imports all that the package has, and some of it needs torchvision; its
     Inception needs torch alone. If the package does not import, import that one module under a bare package
@@ -254,7 +266,7 @@ def _torch_fidelity_inception() -> Any:
 
 
 class InceptionExtractor(FeatureExtractor):
-    """The 2048 pooled features of the Inception-v3 that FID is defined by.
+    """An extractor of the 2048 pooled features of the Inception-v3 that FID is defined by.
 
     Args:
         weights: torch-fidelity's weight file, `weights-inception-2015-12-05-6726825d.pth`.
@@ -319,7 +331,7 @@ def load_extractor(
     elif weights is not None:
         raise InputError(f"extractor {name} takes no weights; to use your own file give its path as the features")
     elif name in SHIPPED:
-        with as_file(files("robustdiff.evaluation") / "weights" / f"{name}.safetensors") as path:
+        with as_file(files("robustdiff.metrics") / "weights" / f"{name}.safetensors") as path:
             extractor = ClassifierExtractor(name, Classifier.load(path))
     elif name.endswith(".safetensors"):
         extractor = ClassifierExtractor(name, Classifier.load(name))
