@@ -123,8 +123,8 @@ def measure(network, process, shape, num, metrics):
         with torch.autocast("cpu", torch.bfloat16):
             images = sample(network, process, "ddim", 50, latents=noise.draw())
         metrics.update(to_uint8(images), start)
-    result = metrics.result()
-    return {"fid": result.values["fid"], "fid_ci": list(result.intervals["fid"])}
+    values, intervals, _ = metrics.result("the images")
+    return {"fid": values["fid"], "fid_ci": list(intervals["fid"])}
 
 
 def document(record):

@@ -291,7 +291,7 @@ def evaluate(
 
     from robustdiff.evaluation.grid import evaluate_grid, evaluate_images
     from robustdiff.evaluation.images import check_size, load_images, number_of_images
-    from robustdiff.metrics.metric import MetricCollection, compared, number_named
+    from robustdiff.metrics.metric import DEFAULT, MetricCollection, compared, number_named
     from robustdiff.metrics.reference import load_reference, reference_statistics
     from robustdiff.report.bar import Bar
     from robustdiff.report.results import write_results
@@ -310,7 +310,7 @@ def evaluate(
     if reference is not None and (data is not None or root is not None or overrides):
         raise InputError("--reference takes the place of --data, --root and --set: give it, or them")
     chosen = None if metrics is None else _distinct(metrics.split(","), "--metrics")
-    compare = compared(chosen)
+    compare = compared(chosen or DEFAULT)
     if not compare:
         options = {"--data": data, "--root": root, "--set": overrides, "--reference": reference}
         for option, given in {**options, "--features": features, "--weights": weights}.items():

@@ -38,7 +38,7 @@ from robustdiff.errors import InputError
 from robustdiff.evaluation.generate import Generator
 from robustdiff.evaluation.grid import Cell, Grid, differences, evaluate_cell
 from robustdiff.files import atomic_write, make_folder, read_json
-from robustdiff.metrics.bootstrap import REPLICATES, Array
+from robustdiff.metrics.bootstrap import REPLICATES
 from robustdiff.metrics.features import load_extractor
 from robustdiff.metrics.metric import MetricCollection
 from robustdiff.metrics.reference import reference_statistics
@@ -126,10 +126,9 @@ class _Network:
 
 @dataclass(frozen=True)
 class _Measured:
-    """A cell, the bootstrap replicates of its FID, and its first images, uint8 (k, C, H, W)."""
+    """A cell, and its first images, uint8 (k, C, H, W)."""
 
     cell: Cell
-    replicates: dict[str, Array]
     images: Tensor
 
 
@@ -167,8 +166,8 @@ class _CellFile:
             record = read_json(self.path)
             if record["made_of"] != self.made_of(weights, _device().type):
                 return None
-            cell = Cell.from_record(record["cell"])
             replicates = np.array(record["replicates"], dtype=np.float64)
+            cell = Cell.from_record(record["cell"], {"fid": replicates})
             images = torch.tensor(record["images"])
         except (ValueError, KeyError, TypeError, RuntimeError, OverflowError):
             return None  # not whole: it is made again
@@ -181,19 +180,19 @@ class _CellFile:
         pixels = images.dtype == torch.int64 and images.ndim == 4 and ((images >= 0) & (images <= 255)).all()
         if not (named and pixels and "fid" in cell.intervals and replicates.shape == (REPLICATES,)):
             return None
-        return _Measured(cell, {"fid": replicates}, images.to(torch.uint8))
+        return _Measured(cell, images.to(torch.uint8))
 
     def make(self, report: Report) -> None:
         """Make its images, measure them, and write the file."""
         generator = self.network.generator(self.seed, self.sampler, self.steps, _device())
         AcceleratorState._reset_state()  # a training in this process may have had another precision
-        cell, replicates, images = evaluate_cell(
+        cell, images = evaluate_cell(
             self.network.name, generator, self.images, _metrics(), Accelerator(), progress=_Reported(report)
         )
         record = {
             "made_of": self.made_of(generator.fingerprint(), _device().type),
             "cell": cell.record(),
-            "replicates": replicates["fid"].tolist(),
+            "replicates": cell.replicates["fid"].tolist(),
             "images": images.tolist(),
         }
         with atomic_write(self.path) as file:
@@ -323,11 +322,10 @@ def _grid(networks: list[_Network], measured: dict[tuple[str, str, int], _Measur
     names = [network.name for network in networks]
     grid = Grid([], [], {key: found.images for key, found in measured.items() if key[0] in names})
     for sampler, count in itertools.product(networks[0].samplers, networks[0].steps):
-        row = [measured[name, sampler, count] for name in names]
-        for i, one in enumerate(row):
-            grid.cells.append(one.cell)
-            for o in row[:i]:
-                grid.differences.extend(differences(one.cell, one.replicates, o.cell, o.replicates))
+        row = [measured[name, sampler, count].cell for name in names]
+        grid.cells.extend(row)
+        for i, cell in enumerate(row):
+            grid.differences.extend(itertools.chain.from_iterable(differences(cell, other) for other in row[:i]))
     return grid
 
 

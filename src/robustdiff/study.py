@@ -625,7 +625,7 @@ class _Evaluator:
             batch_size=measure.batch_size,
             precision=precision,
         )
-        cell, replicates, images = evaluate_cell(
+        cell, images = evaluate_cell(
             network, generator, measure.num, self.metrics, self.accelerator, PICTURED, _Counted(on_progress)
         )
         numbers = cell.record()
@@ -635,7 +635,7 @@ class _Evaluator:
             "n": cell.n,
             **{name: numbers[name] for name in ("fid", "fid_ci", "kid", "kid_se", "precision", "recall")},
             "brightness": round(numbers["brightness"], 3),
-            "replicates": [float(f"{value:.5g}") for value in replicates["fid"]],
+            "replicates": [float(f"{value:.5g}") for value in cell.replicates["fid"]],
             "seconds": round(cell.seconds, 1),
             "measure": _measured(measure),
             "weights": generator.fingerprint(),

@@ -109,15 +109,16 @@ def test_a_checkpoint_does_not_differ_from_itself(generators, metrics):
 
 
 def test_a_difference_to_a_fid_of_0_has_no_ratio(grid):
-    cell, replicates = grid.cells[0], {"fid": np.array([1.0, 2.0])}
-    (found,) = differences(cell, replicates, replace(cell, values={"fid": 0.0}), replicates)
+    cell = grid.cells[0]
+    (found,) = differences(cell, replace(cell, values={"fid": 0.0}))
     assert (found.value, found.relative) == (cell.values["fid"], None)
 
 
 def test_a_number_of_one_of_two_cells_has_no_difference(grid):
-    cell, replicates = grid.cells[0], {"fid": np.array([1.0, 2.0])}
-    assert differences(cell, replicates, cell, {}) == []
-    assert differences(cell, replicates, replace(cell, values={"kid": 0.0}), replicates) == []
+    cell = grid.cells[0]
+    assert len(differences(cell, cell)) == 1
+    assert differences(cell, replace(cell, replicates={})) == []
+    assert differences(cell, replace(cell, values={"kid": 0.0})) == []
 
 
 def test_a_cell_is_what_its_record_says(grid):
@@ -127,10 +128,10 @@ def test_a_cell_is_what_its_record_says(grid):
         "checkpoint", "sampler", "steps", "n", "fid", "fid_ci", "kid", "kid_se", "precision", "recall", "brightness",
         "seconds",
     ]  # fmt: skip
-    assert Cell.from_record(record) == cell
+    assert Cell.from_record(record, {}) == cell
     for wrong in ({"fid": "x"}, {"fid_ci": [1]}, {"n": None}):
         with pytest.raises(ValueError, match="validation error"):
-            Cell.from_record({**record, **wrong})
+            Cell.from_record({**record, **wrong}, {})
 
 
 def test_images_that_are_there_are_measured_as_those_of_a_generator(grid, generators, metrics):
@@ -160,9 +161,9 @@ def test_replicates_are_computed_once_for_the_interval_and_the_differences(gener
 
     monkeypatch.setattr(fid_module, "_frechet", counted)
     generator = replace(generators["one"], steps=2)
-    cell, replicates, images = evaluate_cell("one", generator, 20, metrics, Accelerator(cpu=True), keep=20)
-    assert sum(distances) == 1 + len(replicates["fid"])
-    assert cell.intervals["fid"] == interval(cell.values["fid"], replicates["fid"])
+    cell, images = evaluate_cell("one", generator, 20, metrics, Accelerator(cpu=True), keep=20)
+    assert sum(distances) == 1 + len(cell.replicates["fid"])
+    assert cell.intervals["fid"] == interval(cell.values["fid"], cell.replicates["fid"])
     assert cell.values["brightness"] == pytest.approx(images.double().mean().item())
 
 
@@ -198,7 +199,7 @@ def test_processes_share_the_images_and_each_has_the_numbers_of_all(grid, genera
     for rank in (1, 0):
         told = Told()
         process = SimpleNamespace(process_index=rank, num_processes=2)
-        cell, _, images = evaluate_cell("one", generator, NUM, metrics, process, 9, told)
+        cell, images = evaluate_cell("one", generator, NUM, metrics, process, 9, told)
         assert sum(amount for amount, _ in told.amounts) == NUM
         assert len(images) == (9 if rank == 0 else 0)
     same = next(c for c in grid.cells if (c.checkpoint, c.sampler, c.steps) == ("one", "ddim", 2))

@@ -20,7 +20,7 @@ from robustdiff.report.tables import cell_table, grid_table
 
 def cell(checkpoint: str, sampler: str, steps: int, fid: float) -> Cell:
     values = {"fid": fid, "kid": 0.1, "kid_se": 0.01, "precision": 0.5, "recall": 0.4, "brightness": 73.0}
-    return Cell(checkpoint, sampler, steps, 100, values, {"fid": (fid - 1, fid + 1)}, 1.0)
+    return Cell(checkpoint, sampler, steps, 100, values, {"fid": (fid - 1, fid + 1)}, {}, 1.0)
 
 
 CELLS = [cell(c, s, k, f + k) for c, f in (("plain", 20.0), ("AT", 10.0)) for s in ("ddim", "iddpm") for k in (5, 10)]
@@ -79,7 +79,9 @@ def test_the_table_shows_the_difference_and_whether_it_is_sure(low, high, style)
 @pytest.mark.parametrize(("better", "code"), [("lower", "31"), ("higher", "32"), (None, "")])
 def test_the_table_knows_which_values_are_better(better, code):
     """A rise, of a number that its metric describes."""
-    cells = [Cell(c, "ddim", 5, 9, {"x": v}, {"x": (v - 1, v + 1)}, 1.0) for c, v in (("plain", 20.0), ("AT", 25.0))]
+    cells = [
+        Cell(c, "ddim", 5, 9, {"x": v}, {"x": (v - 1, v + 1)}, {}, 1.0) for c, v in (("plain", 20.0), ("AT", 25.0))
+    ]
     grid = Grid(cells, [Difference("AT", "plain", "ddim", 5, "x", 5.0, (4.0, 6.0), 0.25)], {})
     console = Console(width=120, force_terminal=True, color_system="standard", record=True)
     with console.capture() as capture:
@@ -91,7 +93,7 @@ def test_the_table_knows_which_values_are_better(better, code):
 
 
 def test_a_number_that_is_not_positive_has_a_linear_axis():
-    cells = [Cell("a", "ddim", n, 9, {"x": -float(n)}, {"x": (-n - 1, -n + 1)}, 1.0) for n in (10, 5)]
+    cells = [Cell("a", "ddim", n, 9, {"x": -float(n)}, {"x": (-n - 1, -n + 1)}, {}, 1.0) for n in (10, 5)]
     (axes,) = numbers_against_steps(cells, Number("x", "X", ".3f", "higher"), "title").axes
     assert axes.get_yscale() == "linear"
     assert axes.get_ylabel() == "X (higher is better)"

@@ -11,7 +11,7 @@ from robustdiff.report.results import write_results
 
 
 def cell(name, sampler, steps):
-    return Cell(name, sampler, steps, 40, {"fid": 2.0, "kid": 0.1, "kid_se": 0.01}, {"fid": (1.0, 3.0)}, 1.0)
+    return Cell(name, sampler, steps, 40, {"fid": 2.0, "kid": 0.1, "kid_se": 0.01}, {"fid": (1.0, 3.0)}, {}, 1.0)
 
 
 def test_a_grid_becomes_figures_and_a_record(tmp_path):
@@ -39,7 +39,7 @@ def test_a_grid_becomes_figures_and_a_record(tmp_path):
 
 
 def test_each_number_with_intervals_has_a_figure(tmp_path):
-    cells = [Cell("a", "ddim", 5, 40, {"fid": 2.0, "x": -1.0, "y": 0.0}, {"fid": (1, 3), "x": (-2, 0)}, 1.0)]
+    cells = [Cell("a", "ddim", 5, 40, {"fid": 2.0, "x": -1.0, "y": 0.0}, {"fid": (1, 3), "x": (-2, 0)}, {}, 1.0)]
     write_results(
         tmp_path, Grid(cells, [], {("a", "ddim", 5): torch.zeros(8, 1, 4, 4, dtype=torch.uint8)}), "title", {}
     )

@@ -46,7 +46,7 @@ NAMES = [
 
 
 def cell(name: str) -> Cell:
-    return Cell(name, "ddim", 5, 40, {"fid": 2.0, "kid": 0.1, "kid_se": 0.01}, {"fid": (1.0, 3.0)}, 1.0)
+    return Cell(name, "ddim", 5, 40, {"fid": 2.0, "kid": 0.1, "kid_se": 0.01}, {"fid": (1.0, 3.0)}, {}, 1.0)
 
 
 def printed(*tables: object) -> str:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -44,9 +44,11 @@ class Cell:
         sampler: The sampler; :data:`FILE` for images that were there already.
         steps: Network evaluations for one image; None for images that were there already.
         n: Images.
-        values: The numbers that the metrics give, by name, and the standard error of NAME as ``NAME_se``. None is a
-            number that is not known, as KID is where the reference has no features.
-        intervals: The 95 % intervals of those numbers that have one.
+        values: The numbers of the metrics by name, and the standard error of NAME as ``NAME_se``. None is a number that
+            is not known, as KID is where the reference has no features.
+        intervals: The 95 % intervals of some of them.
+        replicates: The bootstrap replicates, (R,), of those numbers. They belong one to one to those of any other cell
+            with as many images.
         seconds: The time that making and measuring the images took.
     """
 
@@ -54,36 +56,33 @@ class Cell:
     sampler: str
     steps: int | None
     n: int
-    values: Mapping[str, float | None]
-    intervals: Mapping[str, tuple[float, float]]
+    values: dict[str, float | None]
+    intervals: dict[str, tuple[float, float]]
+    replicates: dict[str, Any] = field(repr=False, compare=False)
     seconds: float
 
     def record(self) -> dict[str, Any]:
-        """Return the cell as ``result.json`` holds it: each value under its name, an interval as ``NAME_ci``."""
-        numbers: dict[str, Any] = {}
+        """Return the cell as ``result.json`` holds it, each interval as ``NAME_ci``, and without replicates."""
+        record: dict[str, Any] = {key: getattr(self, key) for key in ("checkpoint", "sampler", "steps", "n")}
         for name, value in self.values.items():
-            numbers[name] = value
+            record[name] = value
             if name in self.intervals:
-                numbers[f"{name}_ci"] = self.intervals[name]
-        head = {"checkpoint": self.checkpoint, "sampler": self.sampler, "steps": self.steps, "n": self.n}
-        return {**head, **numbers, "seconds": self.seconds}
+                record[f"{name}_ci"] = self.intervals[name]
+        return {**record, "seconds": self.seconds}
 
     @classmethod
-    def from_record(cls, record: Mapping[str, Any]) -> Cell:
+    def from_record(cls, record: Mapping[str, Any], replicates: dict[str, Array]) -> Cell:
         """Return the cell of a record.
 
         Raises:
             ValueError: If it is none.
         """
-        fields: dict[str, Any] = {"values": {}, "intervals": {}}
-        for key, value in record.items():
-            if key in ("checkpoint", "sampler", "steps", "n", "seconds"):
-                fields[key] = value
-            elif key.endswith("_ci"):
-                fields["intervals"][key.removesuffix("_ci")] = value
-            else:
-                fields["values"][key] = value
-        return TypeAdapter(cls).validate_python(fields)
+        fields = {"checkpoint", "sampler", "steps", "n", "seconds"}
+        intervals = {key.removesuffix("_ci"): record[key] for key in record if key.endswith("_ci")}
+        values = {key: record[key] for key in record if key not in fields and not key.endswith("_ci")}
+        rest = {key: record[key] for key in record if key in fields}
+        found = {**rest, "values": values, "intervals": intervals, "replicates": replicates}
+        return TypeAdapter(cls).validate_python(found)
 
 
 @dataclass(frozen=True)
@@ -98,7 +97,7 @@ class Difference:
         number: The name of the number.
         value: The difference.
         interval: Its 95 % interval.
-        relative: The difference over the other's number; None where that is 0.
+        relative: The difference over the other's number; None where that is not positive.
     """
 
     checkpoint: str
@@ -133,7 +132,7 @@ def evaluate_cell(
     accelerator: Accelerator,
     keep: int = 16,
     progress: Progress = SILENT,
-) -> tuple[Cell, dict[str, Array], Tensor]:
+) -> tuple[Cell, Tensor]:
     """Make the images of one cell and measure them.
 
     Arguments:
@@ -146,8 +145,7 @@ def evaluate_cell(
         progress: Told of the images, over all processes.
 
     Returns:
-        The cell; the bootstrap replicates of its numbers, which belong one to one to those of any other cell with as
-        many images; the first images, uint8 (k, C, H, W).
+        The cell, and the first images, uint8 (k, C, H, W).
 
     Raises:
         InputError: If images do not suit a metric.
@@ -219,7 +217,7 @@ def _measure(
     accelerator: Accelerator,
     keep: int,
     progress: Progress,
-) -> tuple[Cell, dict[str, Array], Tensor]:
+) -> tuple[Cell, Tensor]:
     """Measure this process's share of the images, (indices, images, condition) by batches, with those of the others."""
     start = time.perf_counter()
     metrics.reset()
@@ -234,32 +232,23 @@ def _measure(
         for state in states:
             metrics.merge_state(state)
     found = metrics.result(f"{name}, {sampler}" if steps is None else f"{name}, {sampler} {steps}")
-    cell = Cell(name, sampler, steps, num, found.values, found.intervals, time.perf_counter() - start)
-    return cell, found.replicates, torch.stack(first) if first else torch.empty(0)
+    cell = Cell(name, sampler, steps, num, *found, time.perf_counter() - start)
+    return cell, torch.stack(first) if first else torch.empty(0)
 
 
-def differences(
-    cell: Cell, replicates: Mapping[str, Array], other: Cell, other_replicates: Mapping[str, Array]
-) -> list[Difference]:
+def differences(cell: Cell, other: Cell) -> list[Difference]:
     """Return the numbers of a cell minus those of another, with the intervals that common random numbers allow.
 
-    Arguments:
-        cell: The one.
-        replicates: The bootstrap replicates of its numbers.
-        other: The other, of as many images at the same sampler and steps.
-        other_replicates: Those of its numbers. What only one of the two has is left out.
+    Numbers without replicates in both cells have no difference.
     """
     found = []
-    for name, value in cell.values.items():
-        base = other.values.get(name)
-        if value is None or base is None or name not in replicates or name not in other_replicates:
-            continue
-        gain = value - base
-        ends = interval(gain, replicates[name] - other_replicates[name])
-        relative = gain / base if base else None
-        found.append(
-            Difference(cell.checkpoint, other.checkpoint, cell.sampler, cell.steps, name, gain, ends, relative)
-        )
+    for name, replicates in cell.replicates.items():
+        value, base = cell.values[name], other.values.get(name)
+        if value is not None and base is not None and name in other.replicates:
+            ends = interval(value - base, replicates - other.replicates[name])
+            relative = (value - base) / base if base > 0 else None
+            pair = cell.checkpoint, other.checkpoint, cell.sampler, cell.steps
+            found.append(Difference(*pair, name, value - base, ends, relative))
     return found
 
 
@@ -294,15 +283,13 @@ def evaluate_grid(
     progress.begin("network evaluations", len(generators) * len(samplers) * sum(steps) * num)
     grid = Grid([], [], {})
     for sampler, count in itertools.product(samplers, steps):
-        measured: list[tuple[Cell, dict[str, Array]]] = []
+        row: list[Cell] = []
         for name, generator in generators.items():
             chosen = replace(generator, sampler=sampler, steps=count)
-            cell, replicates, images = evaluate_cell(
+            cell, grid.samples[name, sampler, count] = evaluate_cell(
                 name, chosen, num, metrics, accelerator, keep, _Within(progress, count)
             )
-            grid.cells.append(cell)
-            grid.samples[name, sampler, count] = images
-            for other, other_replicates in measured:
-                grid.differences.extend(differences(cell, replicates, other, other_replicates))
-            measured.append((cell, replicates))
+            grid.differences.extend(itertools.chain.from_iterable(differences(cell, other) for other in row))
+            row.append(cell)
+        grid.cells.extend(row)
     return grid

@@ -7,7 +7,7 @@ from dataclasses import replace
 from robustdiff.evaluation.generate import Generator
 from robustdiff.metrics.features import FeatureExtractor
 from robustdiff.metrics.fid import FID
-from robustdiff.metrics.metric import Batch, Context, check_finite
+from robustdiff.metrics.metric import Batch, check_finite
 from robustdiff.metrics.reference import Reference
 from robustdiff.progress import SILENT, Progress
 from robustdiff.samplers.time_search import TimeSearch, search_times
@@ -26,7 +26,7 @@ def search_times_by_fid(
     """Search the scales of multistep sampling, one after the other, with candidates from common noise.
 
     Arguments:
-        generator: How the images are made, by the sampler multistep; its ``steps`` are replaced.
+        generator: The source of the images, by the sampler multistep; its ``steps`` are replaced.
         steps: How many scales.
         num: Images of each candidate.
         extractor: The features.
@@ -37,7 +37,7 @@ def search_times_by_fid(
         InputError: If there are not so many scales, or images do not suit the features.
         RunError: If an FID is not finite.
     """
-    metric = FID(Context(extractor, reference))
+    metric = FID(reference)
 
     def fid(numbers: tuple[int, ...]) -> float:
         candidate = ",".join(map(str, numbers))

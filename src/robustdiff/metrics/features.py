@@ -8,9 +8,8 @@ statistics is keyed by it.
 - `digits`, `fashion-16`, `fashion-mnist`: small convolutional classifiers that ship with this package
   (`scripts/train_extractors.py` trains them), for images for which Inception, trained on 299 × 299
   photographs, was not made.
-- `inception`: the network of the FID that papers report (Heusel et al., "GANs Trained by a Two Time-Scale
-  Update Rule Converge to a Local Nash Equilibrium", NeurIPS 2017, arXiv 1706.08500), as torch-fidelity
-  (Obukhov et al., 2020) ports it from TensorFlow, resizing and padding included.
+- `inception`: the network of the FID that papers report (Heusel et al., NeurIPS 2017, arXiv 1706.08500), as
+  torch-fidelity (Obukhov et al., 2020) ports it from TensorFlow, resizing and padding included.
 """
 
 from __future__ import annotations
@@ -63,8 +62,7 @@ class FeatureExtractor(nn.Module):
     Attributes:
         name: Its name, for messages and results.
         dim: D, the number of features.
-        fingerprint: sha256 of the weights, 64 hexadecimal digits. Two extractors with one fingerprint are one
-            map.
+        fingerprint: The sha256 of the weights, 64 hexadecimal digits.
     """
 
     name: str
@@ -132,13 +130,8 @@ class Classifier(nn.Module):
 
     def __init__(self, channels: int, size: int, widths: Sequence[int], dim: int, num_classes: int) -> None:
         super().__init__()
-        self.architecture = {
-            "channels": channels,
-            "size": size,
-            "widths": list(widths),
-            "dim": dim,
-            "num_classes": num_classes,
-        }
+        self.architecture = {"channels": channels, "size": size, "widths": list(widths)}
+        self.architecture |= {"dim": dim, "num_classes": num_classes}
         stages: list[nn.Module] = []
         for width_in, width in zip([channels, *widths], widths, strict=False):
             stages += [nn.Conv2d(width_in, width, 3, padding=1), nn.SiLU(), nn.MaxPool2d(2)]
@@ -161,12 +154,7 @@ class Classifier(nn.Module):
         return logits
 
     def save(self, path: str | os.PathLike[str], **metadata: str) -> None:
-        """Write the weights as safetensors; the architecture is JSON in its metadata, under `classifier`.
-
-        Args:
-            path: The file.
-            metadata: What else to record, e.g. `test_accuracy="0.91"`.
-        """
+        """Write the weights as safetensors; the architecture is JSON in its metadata, as are others."""
         # One key, because safetensors writes several in an order of its own, another one each time.
         record = json.dumps({"architecture": self.architecture, **metadata})
         weights = {key: value.detach().cpu().contiguous() for key, value in self.state_dict().items()}
@@ -208,12 +196,7 @@ class Classifier(nn.Module):
 
 
 class ClassifierExtractor(FeatureExtractor):
-    """An extractor of the features of a `Classifier`.
-
-    Args:
-        name: Its name.
-        classifier: The trained network.
-    """
+    """An extractor of the features of a trained `Classifier`."""
 
     def __init__(self, name: str, classifier: Classifier) -> None:
         super().__init__()
@@ -237,11 +220,10 @@ class ClassifierExtractor(FeatureExtractor):
 
 
 def _torch_fidelity_inception() -> Any:
-    """Return torch-fidelity's class, also where torchvision is missing or does not fit torch.
+    """Return torch-fidelity's class, also where torchvision, which other parts of it need, is missing or does not fit.
 
-    torch_fidelity/__init__.py imports all that the package has, and some of it needs torchvision; its
-    Inception needs torch alone. If the package does not import, import that one module under a bare package
-    object, which is taken out again, so that a later `import torch_fidelity` does as it would have done.
+    If the package does not import, this one module is imported under a bare package object, which is taken out again,
+    so that a later `import torch_fidelity` does as it would have done.
     """
     module = "torch_fidelity.feature_extractor_inceptionv3"
     spec = importlib.util.find_spec("torch_fidelity")

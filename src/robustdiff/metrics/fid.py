@@ -6,15 +6,12 @@ and of real images:
     FID = ‖μ₁ − μ₂‖² + tr C₁ + tr C₂ − 2 tr (C₁C₂)^½
 
 C₁C₂ is not symmetric, but it has the eigenvalues of C₂^½ C₁ C₂^½, which is: so the last trace is the sum of the square
-roots of the eigenvalues of a symmetric positive semi-definite matrix. No matrix root of a non-symmetric matrix, no
-complex numbers, and singular covariances are nothing special.
-
-FID is biased upwards by the noise in its moments.
+roots of the eigenvalues of a symmetric positive semi-definite matrix, which may be singular.
 """
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -22,18 +19,9 @@ from robustdiff.errors import InputError
 from robustdiff.metrics.bootstrap import REPLICATES, Array, block_weights
 from robustdiff.metrics.metric import METRICS, Batch, Metric, Need, Number
 from robustdiff.metrics.moments import Moments
+from robustdiff.metrics.reference import Reference
 
 __all__ = ["FID", "bootstrap_frechet", "frechet_distance"]
-
-
-class Gaussian(Protocol):
-    """The moments of a set, which :class:`Moments` and :class:`Reference` have: ``mean`` (D,), ``cov`` (D, D)."""
-
-    @property
-    def mean(self) -> Array: ...
-
-    @property
-    def cov(self) -> Array: ...
 
 
 def _root(cov: Array) -> Array:
@@ -54,10 +42,8 @@ def frechet_distance(mean1: Array, cov1: Array, mean2: Array, cov2: Array) -> fl
     """Return the squared Fréchet distance of two Gaussians, ≥ 0: what rounding takes below zero is zero.
 
     Arguments:
-        mean1: μ₁, (D,).
-        cov1: C₁, (D, D), symmetric positive semi-definite, singular or not.
-        mean2: μ₂, (D,).
-        cov2: C₂, (D, D).
+        mean1: The mean of one, (D,); ``mean2`` that of the other.
+        cov1: The covariance of one, (D, D), symmetric positive semi-definite; ``cov2`` that of the other.
 
     Raises:
         ValueError: The shapes do not belong together.
@@ -69,7 +55,9 @@ def frechet_distance(mean1: Array, cov1: Array, mean2: Array, cov2: Array) -> fl
     return max(float(distance[0]), 0.0)
 
 
-def bootstrap_frechet(moments: Moments, reference: Gaussian, replicates: int = REPLICATES, seed: int = 0) -> Array:
+def bootstrap_frechet(
+    moments: Moments, reference: Moments | Reference, replicates: int = REPLICATES, seed: int = 0
+) -> Array:
     """Return bootstrap replicates of the FID, (R,), the reference held fixed; they are not centred.
 
     Arguments:
@@ -90,7 +78,7 @@ def bootstrap_frechet(moments: Moments, reference: Gaussian, replicates: int = R
     weights = block_weights(blocks, replicates, seed)
     mean2, cov2 = reference.mean, reference.cov
     root2 = _root(cov2)
-    dim = moments.dim
+    dim = total.shape[1]
     result = np.empty(replicates)
     chunk = max(1, 2**25 // dim**2)  # replicates at a time: a quarter of a gigabyte of covariances
     for start in range(0, replicates, chunk):
@@ -112,7 +100,7 @@ class FID(Metric):
     needs: ClassVar[Need] = "features"
 
     def reset(self) -> None:
-        dim = len(self.context.real.mean)
+        dim = len(self.real.mean)
         self.moments = Moments(dim, 50 if dim <= 512 else 20)
 
     def update(self, batch: Batch) -> None:
@@ -125,16 +113,11 @@ class FID(Metric):
         self.moments.merge_state(state)
 
     def distance(self) -> float:
-        """Return the FID of the images so far.
-
-        Raises:
-            InputError: Fewer than 2 images.
-        """
-        real = self.context.real
-        return frechet_distance(self.moments.mean, self.moments.cov, real.mean, real.cov)
+        """Return the FID of the images so far, of which there must be 2."""
+        return frechet_distance(self.moments.mean, self.moments.cov, self.real.mean, self.real.cov)
 
     def result(self) -> dict[str, float | None]:
         return {"fid": self.distance()}
 
     def replicates(self) -> dict[str, Array]:
-        return {"fid": bootstrap_frechet(self.moments, self.context.real)}
+        return {"fid": bootstrap_frechet(self.moments, self.real)}

@@ -1,15 +1,13 @@
 """The metric: batches of images in, named numbers out.
 
-A metric is a class in one file of this folder, or in an installed package that names its module as an entry point of
-the group ``robustdiff.metrics``::
+A metric is a class in one file of this folder, or in a module that an installed package names as an entry point of the
+group ``robustdiff.metrics``. What it says of its numbers makes the columns of tables, the figures and the keys of
+``result.json``::
 
     @METRICS.register("contrast")
     class Contrast(Metric):
-        numbers = (Number("contrast", "contrast", ".1f", "higher"),)
-
-        def reset(self): ...
-
-What it says of its numbers makes the columns of tables, the figures and the keys of ``result.json``.
+        numbers = (Number("contrast", "Contrast", ".1f", "higher"),)
+        ...
 """
 
 from __future__ import annotations
@@ -19,7 +17,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 import numpy as np
 import torch
@@ -36,11 +34,8 @@ __all__ = [
     "DEFAULT",
     "METRICS",
     "Batch",
-    "Context",
-    "Measured",
     "Metric",
     "MetricCollection",
-    "Need",
     "Number",
     "check_finite",
     "compared",
@@ -58,11 +53,11 @@ class Number:
     """A number that a metric gives.
 
     Attributes:
-        name: Its key in records.
+        name: Its key in records; that of its standard error, if it has one, is ``NAME_se``.
         title: Its name in tables and figures.
-        format: How its value is written, as :func:`format` takes it.
-        better: Which values are better, "lower" or "higher"; None: neither.
-        standard_error: Whether the metric gives its standard error as well, under the key ``NAME_se``.
+        format: The format of its value, as :func:`format` takes it.
+        better: Which values are better; None: neither.
+        standard_error: Whether it has a standard error.
         log: Whether figures have a logarithmic axis for it.
     """
 
@@ -73,43 +68,6 @@ class Number:
     standard_error: bool = False
     log: bool = False
 
-    @property
-    def keys(self) -> tuple[str, ...]:
-        """Return the keys of the values that belong to it."""
-        return (self.name, f"{self.name}_se") if self.standard_error else (self.name,)
-
-
-@dataclass(frozen=True)
-class Context:
-    """What metrics are made of.
-
-    Arguments:
-        extractor: The features of images.
-        reference: The statistics of the real images under the same features.
-        device: Where a metric puts a network of its own.
-    """
-
-    extractor: FeatureExtractor | None = None
-    reference: Reference | None = None
-    device: torch.device | str = "cpu"
-
-    def __post_init__(self) -> None:
-        if self.extractor and self.reference and self.reference.fingerprint != self.extractor.fingerprint:
-            raise ValueError(f"the reference was computed with another extractor than {self.extractor.name}")
-
-    def has(self, need: Need) -> bool:
-        """Return whether there is what a metric needs."""
-        if need == "nothing":
-            return True
-        known = self.extractor is not None and self.reference is not None
-        return known and (need == "features" or self.real.features is not None)
-
-    @property
-    def real(self) -> Reference:
-        """Return the statistics of the real images, which a metric that needs features has."""
-        assert self.reference is not None
-        return self.reference
-
 
 @dataclass(frozen=True)
 class Batch:
@@ -118,8 +76,8 @@ class Batch:
     Attributes:
         images: uint8 (B, C, H, W).
         start: The index of the first among all images of all processes.
-        condition: What each was made for: classes (B,), or B captions; None where there is nothing.
-        extractor: The features of images, which are extracted once, when a metric asks first.
+        condition: The classes (B,) or the B captions that they were made for; None where there are none.
+        extractor: The features, for metrics that need them.
     """
 
     images: Tensor
@@ -129,37 +87,32 @@ class Batch:
 
     @cached_property
     def features(self) -> NDArray[np.float32]:
-        """Return the features, (B, D).
-
-        Raises:
-            InputError: If the extractor does not take the images.
-            RunError: If they are not finite.
-        """
+        """Return the features, (B, D), which are extracted once for all metrics."""
         assert self.extractor is not None
         return self.extractor.extract(self.images)
 
 
 class Metric(ABC):
-    """A metric of sets of images, one after the other, each of which arrives in batches.
+    """A metric of sets of images, one set after the other, each of which arrives in batches.
 
-    With several processes each updates its own with its own indices, and one merges the states of all. The result is
-    that of one process up to rounding. What is costly, such as a network of its own, is loaded in ``__init__`` and
-    serves all sets.
+    With several processes each updates its own with its own indices, and one merges the states of all. What is costly,
+    such as a network of its own, is loaded in ``__init__`` and serves all sets.
 
     Arguments:
-        context: The features and the statistics of the real images.
+        real: The statistics of the real images; None only for metrics that need nothing.
+        device: The device of a network of its own.
 
     Attributes:
-        numbers: What it gives.
-        needs: What must be in the context: "nothing"; "features", the extractor and the moments of the real images;
-            "reference features", a sample of their features as well.
+        numbers: The numbers that it gives.
+        needs: "nothing"; "features", those of the images, and the mean and covariance of those of the real images;
+            "reference features", a sample of the real ones as well.
     """
 
     numbers: ClassVar[tuple[Number, ...]]
     needs: ClassVar[Need] = "nothing"
 
-    def __init__(self, context: Context) -> None:
-        self.context = context
+    def __init__(self, real: Reference | None = None, device: torch.device | str = "cpu") -> None:
+        self.real, self.device = cast(Reference, real), device
         self.reset()
 
     @abstractmethod
@@ -184,18 +137,14 @@ class Metric(ABC):
 
     @abstractmethod
     def result(self) -> dict[str, float | None]:
-        """Return the values by the keys of the numbers; None is one that is not defined.
+        """Return the numbers and their standard errors by their keys; None is one that is not defined.
 
         Raises:
             InputError: If the images are too few.
         """
 
     def replicates(self) -> dict[str, Array]:
-        """Return bootstrap replicates, (R,), of those numbers that have an interval.
-
-        Those of two sets of as many images must belong together, as with the weights of
-        :func:`robustdiff.metrics.bootstrap.block_weights`.
-        """
+        """Return bootstrap replicates, (R,), of those numbers that have an interval, as in ``metrics.bootstrap``."""
         return {}
 
 
@@ -203,45 +152,31 @@ METRICS: Registry[type[Metric]] = Registry("metric", "metrics")
 """The metrics by name."""
 
 
-def compared(names: Sequence[str] | None = None) -> bool:
-    """Return whether any of the metrics, by default those that are computed, compares with real images.
-
-    Raises:
-        InputError: If a metric is unknown.
-    """
-    kinds = [METRICS[name] for name in (DEFAULT if names is None else names)]
-    return any(kind.needs != "nothing" for kind in kinds)
-
-
 def number_named(name: str) -> Number:
-    """Return what is known of a number: what its metric says, or nothing but its name."""
+    """Return the number of a name; of one that no metric knows, the name is the title."""
     known = (number for metric in METRICS.values() for number in metric.numbers if number.name == name)
     return next(known, Number(name, name, ".4g"))
 
 
-@dataclass(frozen=True)
-class Measured:
-    """The numbers of a set of images.
+def compared(names: Sequence[str] = DEFAULT) -> bool:
+    """Return whether any of the metrics compares with real images.
 
-    Attributes:
-        values: By their keys, standard errors among them; None where one is not defined or what it needs is missing.
-        intervals: 95 % bootstrap intervals.
-        replicates: What the intervals are made of, (R,), to be compared with those of another set.
+    Raises:
+        InputError: If a metric is unknown.
     """
-
-    values: dict[str, float | None]
-    intervals: dict[str, tuple[float, float]]
-    replicates: dict[str, Array]
+    needs = [METRICS[name].needs for name in names]
+    return any(need != "nothing" for need in needs)
 
 
 class MetricCollection:
-    """Several metrics of the same images, which share what is extracted from them.
+    """Several metrics of the same images, which share the features that are extracted from them.
 
     Arguments:
-        names: The metrics; by default :data:`DEFAULT`, where a value is None if what it needs is missing.
+        names: The metrics; by default :data:`DEFAULT`, and those of them that the reference does not suffice for give
+            None.
         extractor: The features; none for metrics that need none.
         reference: The statistics of the real images under them.
-        device: Where a metric puts a network of its own.
+        device: The device of networks that metrics have of their own.
 
     Raises:
         InputError: If a metric is unknown, or one that is named lacks what it needs.
@@ -255,19 +190,24 @@ class MetricCollection:
         reference: Reference | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
-        context = Context(extractor, reference, device)
-        kinds = {name: METRICS[name] for name in (DEFAULT if names is None else names)}
-        for name, kind in kinds.items():
-            if names is not None and not context.has(kind.needs):
-                raise InputError(
-                    f"the metric {name} needs the features of real images, and no more than their mean and covariance "
-                    "is known: give the images, or leave it out"
-                    if context.has("features")
-                    else f"the metric {name} compares with real images: give them and their features, or leave it out"
-                )
-        self.extractor, self.reference = extractor, reference
-        self.keys = [key for kind in kinds.values() for number in kind.numbers for key in number.keys]
-        self.metrics = {name: kind(context) for name, kind in kinds.items() if context.has(kind.needs)}
+        if extractor is not None and reference is not None and reference.fingerprint != extractor.fingerprint:
+            raise ValueError(f"the reference was computed with another extractor than {extractor.name}")
+        self.extractor = extractor
+        self.metrics: dict[str, Metric] = {}
+        self._keys: list[str] = []
+        for name in DEFAULT if names is None else names:
+            kind = METRICS[name]
+            for one in kind.numbers:
+                self._keys += [one.name, f"{one.name}_se"] if one.standard_error else [one.name]
+            lacks = ""
+            if kind.needs != "nothing" and (extractor is None or reference is None):
+                lacks = "features, and give their statistics"
+            elif kind.needs == "reference features" and reference is not None and reference.features is None:
+                lacks = "more than the mean and covariance of their features: give the images themselves"
+            if not lacks:
+                self.metrics[name] = kind(reference, device)
+            elif names is not None:
+                raise InputError(f"the metric {name} needs of real images {lacks}, or leave it out")
 
     def reset(self) -> None:
         """Begin a set of images."""
@@ -289,41 +229,33 @@ class MetricCollection:
         for name, metric in self.metrics.items():
             metric.merge_state(state[name])
 
-    def result(self, what: str = "the images") -> Measured:
-        """Return the numbers, and the intervals of those that have replicates.
+    def result(self, what: str) -> tuple[dict[str, float | None], dict[str, tuple[float, float]], dict[str, Array]]:
+        """Return the numbers by their keys, the 95 % intervals of some, and the replicates that these are made of.
 
         Arguments:
-            what: What is measured, for messages.
+            what: The images, for messages.
 
         Raises:
             InputError: If the images are too few.
             RunError: If a number is not finite.
         """
-        found: dict[str, float | None] = {}
+        found: dict[str, Any] = {}
         replicates: dict[str, Array] = {}
         for metric in self.metrics.values():
             found |= metric.result()
             replicates |= metric.replicates()
-        values = {key: None if (value := found.get(key)) is None else float(value) for key in self.keys}
+        values = {key: None if found.get(key) is None else float(found[key]) for key in self._keys}
         check_finite(what, values)
-        intervals = {
-            name: interval(value, replicates[name])
-            for name, value in values.items()
-            if name in replicates and value is not None
-        }
+        intervals = {name: interval(float(found[name]), drawn) for name, drawn in replicates.items()}
         check_finite(what, {f"the interval of {name}": high - low for name, (low, high) in intervals.items()})
-        return Measured(values, intervals, {name: replicates[name] for name in intervals})
+        return values, intervals, replicates
 
 
 def check_finite(what: str, values: Mapping[str, float | None]) -> None:
-    """Check that no number is infinite or undefined.
-
-    Arguments:
-        what: What the numbers are of, for the message.
-        values: By name; None is a number that is left out.
+    """Check that no number of some images is infinite or undefined; None is one that is left out.
 
     Raises:
-        RunError: If one is not finite.
+        RunError: If one is.
     """
     for name, value in values.items():
         if value is not None and not math.isfinite(value):

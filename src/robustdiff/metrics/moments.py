@@ -33,21 +33,12 @@ class Moments:
         self.outer = np.zeros((blocks, dim, dim))
 
     @property
-    def dim(self) -> int:
-        return self.total.shape[1]
-
-    @property
     def n(self) -> int:
         """Return the number of images."""
         return int(self.count.sum())
 
     def update(self, features: NDArray[Any], start: int) -> None:
-        """Add a batch.
-
-        Arguments:
-            features: (B, D), of the images start … start + B − 1.
-            start: The index of the first among all images of all processes, ≥ 0.
-        """
+        """Add the features (B, D) of images start … start + B − 1."""
         features = np.asarray(features, np.float64)
         block = block_of(start + np.arange(len(features)), len(self.count))
         for k in np.unique(block):
@@ -76,10 +67,10 @@ class Moments:
         return {"count": self.count, "total": self.total, "outer": self.outer}
 
     def merge_state(self, state: Mapping[str, NDArray[Any]]) -> None:
-        """Add the images of another one's state, of the same D and K.
+        """Add the images of another one's state.
 
         Raises:
-            ValueError: If D or K differ, or the arrays do not belong together.
+            ValueError: If its D or K is another.
         """
         for name, array in self.state().items():
             if state[name].shape != array.shape:

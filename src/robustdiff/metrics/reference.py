@@ -46,11 +46,6 @@ class Reference:
     features: NDArray[np.float32] | None = None
     n: int | None = None
 
-    @classmethod
-    def of(cls, moments: Moments, features: NDArray[np.float32], fingerprint: str) -> Reference:
-        """Return the reference of moments and a sample of the features they are of."""
-        return cls(moments.mean, moments.cov, fingerprint, features, moments.n)
-
 
 def load_reference(path: str | os.PathLike[str], extractor: FeatureExtractor) -> Reference:
     """Load precomputed statistics, as pytorch-fid and guided-diffusion write them.
@@ -59,9 +54,6 @@ def load_reference(path: str | os.PathLike[str], extractor: FeatureExtractor) ->
         path: An ``.npz`` file with ``mu``, (D,), and ``sigma``, (D, D). Other arrays are not read.
         extractor: The features that the statistics are of. The file does not say which they are: this is checked by
             their number alone.
-
-    Returns:
-        The reference, without a sample of features and a number of images.
 
     Raises:
         InputError: No such file, statistics that are missing or are no mean and covariance of as many features.
@@ -106,10 +98,9 @@ def reference_statistics(
 ) -> Reference:
     """Return the statistics of a dataset under an extractor, computed once.
 
-    They are kept on disk under a name made of the pixels and of the extractor's weights, so that a changed
-    image or another extractor is another entry, and a copied or renamed dataset is not. An entry that cannot
-    be read is computed again, with a warning; if the folder cannot be written a warning says so and nothing
-    else changes.
+    They are kept on disk under a name made of the pixels and of the extractor's weights, so that a changed image or
+    another extractor is another entry, and a copied or renamed dataset is not. An entry that cannot be read is computed
+    again, and a folder that cannot be written is left, each with a warning.
 
     Arguments:
         dataset: The real images.
@@ -144,7 +135,7 @@ def reference_statistics(
             np.savez(file, **arrays)
     except OSError as error:
         warnings.warn(f"statistics not cached: {error}", stacklevel=2)
-    return Reference.of(moments, reservoir.features, extractor.fingerprint)
+    return Reference(moments.mean, moments.cov, extractor.fingerprint, reservoir.features, moments.n)
 
 
 def _read_reference(path: Path, dataset: ImageDataset, extractor: FeatureExtractor) -> Reference:
@@ -153,4 +144,4 @@ def _read_reference(path: Path, dataset: ImageDataset, extractor: FeatureExtract
     moments.merge_state(arrays)
     if moments.n != len(dataset) or features.shape != (min(len(dataset), LIMIT), extractor.dim):
         raise ValueError(f"{moments.n} images, sample of shape {features.shape}")
-    return Reference.of(moments, features.astype(np.float32), extractor.fingerprint)
+    return Reference(moments.mean, moments.cov, extractor.fingerprint, features.astype(np.float32), moments.n)

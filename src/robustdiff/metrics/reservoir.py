@@ -23,58 +23,43 @@ def _priority(index: NDArray[np.int64]) -> NDArray[np.uint64]:
 
 
 class Reservoir:
-    """A uniform sample of at most ``limit`` features of a stream.
+    """A uniform sample of at most ``limit`` features (D,) of a stream.
 
     Each image index has a pseudo-random priority; those with the smallest are kept. The sample of a union is therefore
     found in the union of the samples. Features come out in the order of priority, so that any prefix is itself a
     uniform sample, also when the images were ordered by class.
-
-    Arguments:
-        dim: D, the number of features.
-        limit: The most to keep.
     """
 
     def __init__(self, dim: int, limit: int = LIMIT) -> None:
         self.limit = limit
-        self._index = np.empty(0, np.int64)
-        self._features = np.empty((0, dim), np.float32)
-        self._pending: list[tuple[NDArray[np.int64], NDArray[np.float32]]] = []
+        self._parts = [(np.empty(0, np.int64), np.empty((0, dim), np.float32))]
 
     def update(self, features: NDArray[Any], start: int) -> None:
         """Offer the features (B, D) of images start … start + B − 1."""
-        self._add(start + np.arange(len(features), dtype=np.int64), np.asarray(features, np.float32))
+        index = start + np.arange(len(features), dtype=np.int64)
+        self.merge_state({"index": index, "features": np.asarray(features, np.float32)})
 
-    def _add(self, index: NDArray[np.int64], features: NDArray[np.float32]) -> None:
-        if len(self._index) == self.limit:  # most of a long stream comes too late for a place
-            early = _priority(index) <= _priority(self._index[-1:])
-            index, features = index[early], features[early]
-        self._pending.append((index, features))
+    def merge_state(self, state: Mapping[str, NDArray[Any]]) -> None:
+        """Offer what :meth:`state` of another one returned."""
+        self._parts.append((state["index"], state["features"]))
         # Not at each batch, since it copies all that is kept.
-        if sum(len(index) for index, _ in self._pending) >= self.limit:
-            self._select()
-
-    def _select(self) -> None:
-        index = np.concatenate([self._index, *(index for index, _ in self._pending)])
-        features = np.concatenate([self._features, *(features for _, features in self._pending)])
-        order = np.argsort(_priority(index), kind="stable")[: self.limit]
-        if len(np.unique(index[order])) < len(order):
-            raise ValueError("the same image index came twice; give each batch and each process its own")
-        self._index, self._features, self._pending = index[order], features[order], []
-
-    @property
-    def features(self) -> NDArray[np.float32]:
-        """Return the sample, (n, D), n ≤ limit, in the order of priority."""
-        return self.state()["features"]
+        if sum(len(index) for index, _ in self._parts) >= 2 * self.limit:
+            self.state()
 
     def state(self) -> dict[str, NDArray[Any]]:
-        """Return arrays to send to another process: ``index`` (n,) and ``features`` (n, D).
+        """Return arrays to send to another process: ``index`` (n,) and ``features`` (n, D), n ≤ limit.
 
         Raises:
             ValueError: If an index came twice.
         """
-        self._select()
-        return {"index": self._index, "features": self._features}
+        index, features = (np.concatenate(part) for part in zip(*self._parts, strict=True))
+        order = np.argsort(_priority(index), kind="stable")[: self.limit]
+        if len(np.unique(index[order])) < len(order):
+            raise ValueError("the same image index came twice; give each batch and each process its own")
+        self._parts = [(index[order], features[order])]
+        return {"index": index[order], "features": features[order]}
 
-    def merge_state(self, state: Mapping[str, NDArray[Any]]) -> None:
-        """Offer what :meth:`state` of another one returned."""
-        self._add(state["index"], state["features"])
+    @property
+    def features(self) -> NDArray[np.float32]:
+        """Return the sample, (n, D), in the order of priority."""
+        return self.state()["features"]

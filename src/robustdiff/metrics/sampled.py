@@ -19,7 +19,7 @@ class SampledMetric(Metric):
     needs: ClassVar[Need] = "reference features"
 
     def reset(self) -> None:
-        self._sample = Reservoir(len(self.context.real.mean))
+        self._sample = Reservoir(len(self.real.mean))
 
     def update(self, batch: Batch) -> None:
         self._sample.update(batch.features, batch.start)
@@ -32,7 +32,6 @@ class SampledMetric(Metric):
 
     def samples(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Return the features of the images and of as many real ones: numbers of unequal samples do not compare."""
-        real = self.context.real.features
-        assert real is not None
+        assert self.real.features is not None
         generated = self._sample.features
-        return generated, real[: len(generated)]
+        return generated, self.real.features[: len(generated)]
