@@ -77,27 +77,22 @@ class Cell:
         Raises:
             ValueError: If it is none.
         """
-        fields = {"checkpoint", "sampler", "steps", "n", "seconds"}
-        intervals = {key.removesuffix("_ci"): record[key] for key in record if key.endswith("_ci")}
-        values = {key: record[key] for key in record if key not in fields and not key.endswith("_ci")}
-        rest = {key: record[key] for key in record if key in fields}
-        found = {**rest, "values": values, "intervals": intervals, "replicates": replicates}
-        return TypeAdapter(cls).validate_python(found)
+        head = ("checkpoint", "sampler", "steps", "n", "seconds")
+        numbers = {key: record[key] for key in record if key not in head}
+        intervals = {key.removesuffix("_ci"): numbers.pop(key) for key in list(numbers) if key.endswith("_ci")}
+        fields = {key: record[key] for key in record if key in head}
+        return TypeAdapter(cls).validate_python(
+            {**fields, "values": numbers, "intervals": intervals, "replicates": replicates}
+        )
 
 
 @dataclass(frozen=True)
 class Difference:
-    """A number of one checkpoint minus that of another, at equal sampler, steps and random numbers.
+    """A number of one checkpoint minus that of a baseline, at equal sampler, steps and random numbers.
 
     Attributes:
-        checkpoint: The one.
-        baseline: The other.
-        sampler: The sampler.
-        steps: Network evaluations for one image.
-        number: The name of the number.
-        value: The difference.
-        interval: Its 95 % interval.
-        relative: The difference over the other's number; None where that is not positive.
+        value: The difference, with its 95 % ``interval``.
+        relative: The difference over the baseline's number; None where that is not positive.
     """
 
     checkpoint: str
@@ -137,15 +132,12 @@ def evaluate_cell(
 
     Arguments:
         name: The checkpoint's name.
-        generator: How the images are made; ``steps`` is a number.
+        generator: The source of the images; its ``steps`` are a number.
         num: Images.
-        metrics: The metrics.
+        metrics: The metrics, which begin a new set of images.
         accelerator: Each of its processes makes its share of the images.
-        keep: How many images to return.
+        keep: The number of the first images that are returned, uint8 (k, C, H, W).
         progress: Told of the images, over all processes.
-
-    Returns:
-        The cell, and the first images, uint8 (k, C, H, W).
 
     Raises:
         InputError: If images do not suit a metric.
@@ -167,20 +159,16 @@ def evaluate_images(
     batch_size: int = 128,
     progress: Progress = SILENT,
 ) -> Cell:
-    """Measure images that are there already.
+    """Measure images that are there already. Other arguments and errors are those of :func:`evaluate_cell`.
 
     Arguments:
         name: Their name.
         dataset: The images; their labels are the condition that metrics are given.
-        num: How many of them, from the first.
-        metrics: The metrics.
-        accelerator: Each of its processes reads its share of the images.
+        num: The number of them, from the first.
         batch_size: Images at a time.
-        progress: Told of the images, over all processes.
 
     Raises:
-        InputError: If images cannot be read or do not suit a metric.
-        RunError: If a number is not finite.
+        InputError: If images cannot be read.
     """
 
     def batches() -> Iterator[tuple[range, Tensor, Any]]:
@@ -262,21 +250,16 @@ def evaluate_grid(
     keep: int = 16,
     progress: Progress = SILENT,
 ) -> Grid:
-    """Evaluate every checkpoint under every sampler and number of steps.
+    """Evaluate every checkpoint under every sampler and number of steps, as :func:`evaluate_cell` does for one.
 
     Arguments:
         generators: By the checkpoint's name; their sampler and steps are replaced, the rest is used as it is.
         samplers: Names of samplers.
         steps: Numbers of network evaluations.
-        num: Images of a cell.
-        metrics: The metrics.
-        accelerator: Each of its processes makes its share of the images of each cell.
-        keep: How many images of each cell to return.
         progress: Told of the network evaluations, over all processes, and of the cell.
 
     Raises:
-        InputError: If a sampler or a number of steps does not suit a checkpoint, or images do not suit a metric.
-        RunError: If a number is not finite.
+        InputError: If a sampler or a number of steps does not suit a checkpoint.
     """
     for generator, sampler, count in itertools.product(generators.values(), samplers, steps):
         replace(generator, sampler=sampler, steps=count)  # its checks, before anything takes time

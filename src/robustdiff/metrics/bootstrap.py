@@ -26,9 +26,8 @@ GOLDEN = (5**0.5 - 1) / 2
 def block_of(index: NDArray[np.int64], blocks: int) -> NDArray[np.int64]:
     """Return the block of each image, from its index and K alone, so that batches and processes do not matter.
 
-    Round r = ⌊i/K⌋ goes through the K blocks once, starting at block ⌊K·frac(rφ)⌋, φ the golden ratio. Without the
-    shift block k would hold the images i ≡ k (mod K), and if labels go round too, as i mod 10 does, each block would
-    hold one class, and blocks would not be alike.
+    Round r = ⌊i/K⌋ goes through the K blocks once, from block ⌊K·frac(rφ)⌋ on, φ the golden ratio. Without that shift,
+    and with labels i mod 10, a block would hold one class, and blocks would not be alike.
     """
     return (index + (blocks * (index // blocks * GOLDEN % 1)).astype(np.int64)) % blocks
 
@@ -39,18 +38,10 @@ def block_weights(blocks: int, replicates: int = REPLICATES, seed: int = 0) -> N
 
 
 def interval(estimate: float, replicates: NDArray[Any], level: float = 0.95) -> tuple[float, float]:
-    """Return the bootstrap interval of a number, the replicates recentred at its estimate.
+    """Return the lower and the upper end of the interval of a number or difference, from its replicates, (R,).
 
-    Recentring takes out a bias that the number has from noise, as FID has, and that its replicates have twice. The
-    interval covers the expectation of the number for so many images.
-
-    Arguments:
-        estimate: The number; of a difference, ``a - b``.
-        replicates: Its replicates, (R,); of a difference, ``replicates_a - replicates_b``.
-        level: The nominal coverage, in (0, 1).
-
-    Returns:
-        The lower and the upper end.
+    The replicates are recentred at the estimate, which takes out a bias that the number has from noise, as FID has, and
+    that its replicates have twice. The interval covers the expectation of the number for so many images.
     """
     tail = (1 - level) / 2
     low, high = np.quantile(replicates - np.mean(replicates) + estimate, [tail, 1 - tail])

@@ -123,9 +123,9 @@ class Classifier(nn.Module):
     Args:
         channels: C of the images, 1 or 3.
         size: H = W of the images; at least 2^len(widths).
-        widths: Channels after each stage.
+        widths: The channels after each stage.
         dim: D, the number of features.
-        num_classes: Number of logits.
+        num_classes: The number of logits.
     """
 
     def __init__(self, channels: int, size: int, widths: Sequence[int], dim: int, num_classes: int) -> None:

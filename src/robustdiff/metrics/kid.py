@@ -30,19 +30,14 @@ def _kernel(x: Array, y: Array) -> Array:
 
 
 def kernel_distance(generated: NDArray[Any], reference: NDArray[Any], block: int = 1000) -> tuple[float, float]:
-    """Return KID by disjoint groups, and its standard error.
+    """Return KID by disjoint groups, which may be negative since it is unbiased, and its standard error.
 
-    Groups are of m = ``block`` features of each set, or fewer, so that there are at least ten of them to tell
-    the spread from; what does not fill a group is not used.
+    Where the sets are alike the estimate is skewed: the error is its scale, and no t-test.
 
     Arguments:
         generated: (n, D), in random order.
         reference: (n', D), in random order.
-        block: The most features of each set in one group.
-
-    Returns:
-        The estimate, which may be negative since it is unbiased, and its standard error. Where the sets are
-        alike the estimate is skewed: the error is its scale, and no t-test.
+        block: The most features of each set in one group; fewer make at least ten groups. The rest is not used.
 
     Raises:
         InputError: Fewer than 4 features in a set.

@@ -71,10 +71,9 @@ class Number:
 
 @dataclass(frozen=True)
 class Batch:
-    """Some of the images.
+    """Some of the images, uint8 (B, C, H, W).
 
     Attributes:
-        images: uint8 (B, C, H, W).
         start: The index of the first among all images of all processes.
         condition: The classes (B,) or the B captions that they were made for; None where there are none.
         extractor: The features, for metrics that need them.

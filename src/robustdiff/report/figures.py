@@ -136,12 +136,9 @@ def step_panels(
 
 @default_settings()
 def numbers_against_steps(cells: Sequence[Cell], number: Number, title: str) -> Figure:
-    """Draw one panel for each sampler, one line for each checkpoint, with intervals; images without steps are levels.
+    """Draw one panel for each sampler, one line for each checkpoint; images without steps are levels.
 
-    Arguments:
-        cells: The cells.
-        number: One that has intervals.
-        title: Above the panels.
+    Cells with steps must have an interval of the number.
     """
     points: dict[tuple[str, str], list[tuple[float, ...]]] = {}
     levels: dict[str, float] = {}
