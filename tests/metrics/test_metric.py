@@ -232,3 +232,32 @@ def test_it_needs_no_real_images(robustdiff, contrast, tmp_path):
     outcome = robustdiff(*arguments, "--features", "digits")
     assert outcome.code == 2
     assert "--features is for comparing with real images" in outcome.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--metrics", "fid,fd"], ["unknown metric 'fd'", "brightness, fid, kid, precision-recall"]),
+        (["--metrics", "fid,fid"], ["--metrics has fid twice"]),
+        (["--metrics", ""], ["unknown metric ''"]),
+        (["--metrics", "brightness", "--data", "digits"], ["--data", "leave it out"]),
+        (["--metrics", "brightness", "--reference", "r.npz"], ["--reference", "leave it out"]),
+    ],
+)
+def test_metrics_that_cannot_be_measured_are_one_line(robustdiff, tmp_path, arguments, words):
+    np.savez(tmp_path / "a.npz", arr_0=np.zeros((8, 8, 8, 1), np.uint8))
+    outcome = robustdiff("evaluate", tmp_path / "a.npz", *arguments)
+    assert outcome.code == 2
+    assert len(outcome.err.splitlines()) == 1
+    for word in words:
+        assert word in outcome.err
+
+
+def test_named_metrics_need_what_the_reference_has(robustdiff, reference, tmp_path):
+    np.savez(tmp_path / "a.npz", arr_0=np.random.default_rng(0).integers(0, 256, (8, 8, 8, 1), np.uint8))
+    np.savez(tmp_path / "r.npz", mu=reference.mean, sigma=reference.cov)
+    arguments = ["evaluate", tmp_path / "a.npz", "--reference", tmp_path / "r.npz", "--features", "digits"]
+    assert robustdiff(*arguments, "--metrics", "fid").code == 0
+    outcome = robustdiff(*arguments, "--metrics", "kid")
+    assert outcome.code == 2
+    assert "the metric kid needs of real images more than" in outcome.err
