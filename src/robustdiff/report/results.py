@@ -31,7 +31,7 @@ def write_results(
         What ``result.json`` holds.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    remove_leftovers(folder, r"result\.json|\w+\.png|samples-[\w.-]+\.png")
+    remove_leftovers(folder, r"result\.json|[\w.-]+\.png")
     record = {
         **settings,
         "cells": [cell.record() for cell in grid.cells],
