@@ -67,7 +67,7 @@ class Cell:
         for name, value in self.values.items():
             record[name] = value
             if name in self.intervals:
-                record[f"{name}_ci"] = self.intervals[name]
+                record[f"{name}_ci"] = list(self.intervals[name])
         return {**record, "seconds": self.seconds}
 
     @classmethod
@@ -107,7 +107,7 @@ class Difference:
     def record(self) -> dict[str, Any]:
         """Return the difference as ``result.json`` holds it, under the keys of a cell's record, with ``relative``."""
         pair = {"checkpoint": self.checkpoint, "baseline": self.baseline, "sampler": self.sampler, "steps": self.steps}
-        return {**pair, self.number: self.value, f"{self.number}_ci": self.interval, "relative": self.relative}
+        return {**pair, self.number: self.value, f"{self.number}_ci": list(self.interval), "relative": self.relative}
 
 
 @dataclass(frozen=True)
