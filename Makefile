@@ -25,7 +25,7 @@ test: setup
 # environment's. The core of the suite, what reads files above all.
 OLDEST := .venv-oldest/bin
 CORE := tests/test_recipe.py tests/data tests/backbones/test_weights.py tests/backbones/test_pipeline.py \
-	tests/evaluation/test_fidelity.py tests/report tests/training/test_trainer.py tests/security/test_pipelines.py
+	tests/metrics tests/report tests/training/test_trainer.py tests/security/test_pipelines.py
 
 oldest:
 	$(PYTHON) -m venv .venv-oldest

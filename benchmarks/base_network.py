@@ -29,9 +29,10 @@ from torch.nn import functional as F
 from robustdiff import DenoisingObjective, DiffusionProcess
 from robustdiff.backbones.unet2d import UNetSection
 from robustdiff.data import load_dataset, to_uint8, to_unit
-from robustdiff.evaluation.features import load_extractor
-from robustdiff.evaluation.fidelity import Fidelity, reference_statistics
 from robustdiff.evaluation.generate import ImageNoise
+from robustdiff.metrics.features import load_extractor
+from robustdiff.metrics.metric import MetricCollection
+from robustdiff.metrics.reference import reference_statistics
 from robustdiff.samplers import sample
 from robustdiff.training.ema import EMA
 from robustdiff.training.stream import BatchIndices, batch_generator
@@ -116,16 +117,17 @@ def pretrain(network, rate, dataset, objective, budget):
     return updates, ema
 
 
-def measure(network, process, shape, num, fidelity):
+def measure(network, process, shape, num, metrics):
     network.eval()
+    metrics.reset()
     for start in range(0, num, 64):
         batch = range(start, min(start + 64, num))
         noise = ImageNoise(0, batch, shape, torch.device("cpu"))
         with torch.autocast("cpu", torch.bfloat16):
             images = sample(network, process, "ddim", 50, latents=noise.draw())
-        fidelity.update(to_uint8(images), start)
-    result = fidelity.result()
-    return {"fid": result["fid"], "fid_ci": list(result["fid_ci"])}
+        metrics.update(to_uint8(images), start)
+    values, intervals, _ = metrics.result("the images")
+    return {"fid": values["fid"], "fid_ci": list(intervals["fid"])}
 
 
 def document(record):
@@ -173,7 +175,7 @@ def main(arguments=None):
     torch.set_num_threads(1)
     Accelerator(cpu=True)
     dataset, extractor = load_dataset("fashion-16"), load_extractor("fashion-16")
-    reference = reference_statistics(dataset, extractor)
+    metrics = MetricCollection(["fid"], extractor, reference_statistics(dataset, extractor))
     objective = DenoisingObjective(DiffusionProcess.cosine(1000))
     rows = {}
     set_seed(0)
@@ -181,7 +183,7 @@ def main(arguments=None):
         updates, ema = pretrain(network, RATES[name], dataset, objective, 60 * options.minutes)
         start = time.process_time()
         with ema.applied():
-            fid = measure(network, objective.process, dataset.shape, options.num, Fidelity(extractor, reference))
+            fid = measure(network, objective.process, dataset.shape, options.num, metrics)
         rows[name] = {
             **fid,
             "updates": updates,

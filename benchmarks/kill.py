@@ -110,7 +110,7 @@ STAGES = {
     "generate.py:write_pngs": "write of samples",
     "generate.py:load": "load of the model",
     "generate.py:sample": "sampling",
-    "fidelity.py:reference_statistics": "statistics of the real images",
+    "reference.py:reference_statistics": "statistics of the real images",
     "results.py:write_results": "write of results",
     "grid.py:evaluate_grid": "evaluation",
     "grid.py:evaluate_cell": "evaluation",

@@ -29,8 +29,8 @@ from scipy.linalg import eigh_tridiagonal
 from scipy.optimize import minimize_scalar
 
 from robustdiff import DenoisingObjective, DiffusionProcess, FreeAdversary, RandomAdversary, sample
-from robustdiff.evaluation.fidelity import frechet_distance
 from robustdiff.files import atomic_write
+from robustdiff.metrics.fid import frechet_distance
 from robustdiff.mismatch.exact import (
     Density,
     ExactModel,

@@ -1,4 +1,4 @@
-"""Train the feature extractors that ship in src/robustdiff/evaluation/weights/.
+"""Train the feature extractors that ship in src/robustdiff/metrics/weights/.
 
     python scripts/train_extractors.py [NAME …] [--output FOLDER]
 
@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from robustdiff.data import load_dataset, to_unit
-from robustdiff.evaluation.features import Classifier
+from robustdiff.metrics.features import Classifier
 
-OUTPUT = Path(__file__).parents[1] / "src/robustdiff/evaluation/weights"
+OUTPUT = Path(__file__).parents[1] / "src/robustdiff/metrics/weights"
 SEED = 0
 BATCH = 128
 # widths of the stages and epochs

@@ -7,7 +7,6 @@ import os
 import shutil
 import signal
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +16,11 @@ from accelerate import Accelerator
 from robustdiff import demo
 from robustdiff.data import load_dataset
 from robustdiff.errors import InputError
-from robustdiff.evaluation.features import load_extractor
-from robustdiff.evaluation.fidelity import reference_statistics
 from robustdiff.evaluation.generate import Generator
 from robustdiff.evaluation.grid import evaluate_grid
+from robustdiff.metrics.features import load_extractor
+from robustdiff.metrics.metric import MetricCollection
+from robustdiff.metrics.reference import reference_statistics
 from robustdiff.recipe import load_recipe
 from robustdiff.training.trainer import train
 from robustdiff.workers import Stopped
@@ -159,8 +159,8 @@ def test_the_differences_are_those_of_the_grid(finished):
     }
     extractor = load_extractor("fashion-16")
     reference = reference_statistics(load_dataset("fashion-16"), extractor)
-    grid = evaluate_grid(generators, ["iddpm"], [2], 20, extractor, reference, Accelerator())
-    (expected,) = [asdict(d) for d in grid.differences]
+    grid = evaluate_grid(generators, ["iddpm"], [2], 20, MetricCollection(None, extractor, reference), Accelerator())
+    (expected,) = [d.record() for d in grid.differences]
     (got,) = [
         d
         for d in finished[1]["differences"]

@@ -22,7 +22,7 @@ import logging
 import os
 import signal
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -31,17 +31,17 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from numpy.typing import NDArray
-from pydantic import TypeAdapter
 from torch import Tensor
 
 from robustdiff.data import load_dataset
 from robustdiff.errors import InputError
-from robustdiff.evaluation.features import FeatureExtractor, load_extractor
-from robustdiff.evaluation.fidelity import Reference, reference_statistics
 from robustdiff.evaluation.generate import Generator
-from robustdiff.evaluation.grid import Cell, Grid, difference, evaluate_cell
+from robustdiff.evaluation.grid import Cell, Grid, differences, evaluate_cell
 from robustdiff.files import atomic_write, make_folder, read_json
+from robustdiff.metrics.bootstrap import REPLICATES
+from robustdiff.metrics.features import load_extractor
+from robustdiff.metrics.metric import MetricCollection
+from robustdiff.metrics.reference import reference_statistics
 from robustdiff.recipe import Recipe, load_recipe
 from robustdiff.report.results import write_results
 from robustdiff.training.trainer import FREE_TO_CHANGE, read_result, train
@@ -62,7 +62,6 @@ DISTILLED_STEPS = (1, 2, 4, 8)
 STUDENT, TEACHER = "fashion-16-edm", "fashion-16"
 TEACHER_STEPS = (10, 50)
 DATA = FEATURES = "fashion-16"
-REPLICATES = 200  # of the bootstrap
 BATCH = 64  # images at a time: more do not fit into the cache of a core
 MOST = 8  # processes: each holds torch, half a gigabyte
 UPDATE_WEIGHT = {"denoising": 4, "consistency": 6}  # an update's time for one image, in evaluations of the network
@@ -127,10 +126,9 @@ class _Network:
 
 @dataclass(frozen=True)
 class _Measured:
-    """A cell, its bootstrap replicates of FID, and its first images, uint8 (k, C, H, W)."""
+    """A cell, and its first images, uint8 (k, C, H, W)."""
 
     cell: Cell
-    replicates: NDArray[np.float64]
     images: Tensor
 
 
@@ -168,8 +166,8 @@ class _CellFile:
             record = read_json(self.path)
             if record["made_of"] != self.made_of(weights, _device().type):
                 return None
-            cell = _CELL.validate_python(record["cell"])
             replicates = np.array(record["replicates"], dtype=np.float64)
+            cell = Cell.from_record(record["cell"], {"fid": replicates})
             images = torch.tensor(record["images"])
         except (ValueError, KeyError, TypeError, RuntimeError, OverflowError):
             return None  # not whole: it is made again
@@ -180,37 +178,40 @@ class _CellFile:
             self.images,
         )
         pixels = images.dtype == torch.int64 and images.ndim == 4 and ((images >= 0) & (images <= 255)).all()
-        if not (named and pixels and replicates.shape == (REPLICATES,)):
+        if not (named and pixels and "fid" in cell.intervals and replicates.shape == (REPLICATES,)):
             return None
-        return _Measured(cell, replicates, images.to(torch.uint8))
+        return _Measured(cell, images.to(torch.uint8))
 
     def make(self, report: Report) -> None:
         """Make its images, measure them, and write the file."""
-        extractor, reference = _real_images()
         generator = self.network.generator(self.seed, self.sampler, self.steps, _device())
-        done = 0
-
-        def on_images(n: int) -> None:
-            nonlocal done
-            done += n
-            if report(done / self.images):
-                raise Stopped
-
         AcceleratorState._reset_state()  # a training in this process may have had another precision
-        cell, replicates, images = evaluate_cell(
-            self.network.name, generator, self.images, extractor, reference, Accelerator(), on_images=on_images
+        cell, images = evaluate_cell(
+            self.network.name, generator, self.images, _metrics(), Accelerator(), progress=_Reported(report)
         )
         record = {
             "made_of": self.made_of(generator.fingerprint(), _device().type),
-            "cell": asdict(cell),
-            "replicates": replicates.tolist(),
+            "cell": cell.record(),
+            "replicates": cell.replicates["fid"].tolist(),
             "images": images.tolist(),
         }
         with atomic_write(self.path) as file:
             file.write(json.dumps(record).encode())
 
 
-_CELL = TypeAdapter(Cell)
+class _Reported:
+    """The progress of a task that may have to stop."""
+
+    def __init__(self, report: Report) -> None:
+        self.report, self.done, self.total = report, 0.0, 1.0
+
+    def begin(self, description: str, total: float) -> None:
+        self.done, self.total = 0.0, total
+
+    def advance(self, amount: float, note: str = "") -> None:
+        self.done += amount
+        if self.report(self.done / self.total):
+            raise Stopped
 
 
 def _device() -> torch.device:
@@ -218,15 +219,15 @@ def _device() -> torch.device:
 
 
 @cache
-def _real_images() -> tuple[FeatureExtractor, Reference]:
-    """The features, and the real images under them."""
+def _metrics() -> MetricCollection:
+    """Return the metrics, which know the real images."""
     extractor = load_extractor(FEATURES, device=_device())
-    return extractor, reference_statistics(load_dataset(DATA), extractor)
+    return MetricCollection(None, extractor, reference_statistics(load_dataset(DATA), extractor))
 
 
 def _find_real_images(report: Report) -> None:
     """Put the statistics of the real images into the cache, where all processes find them."""
-    _real_images()
+    _metrics()
 
 
 def _fine_tune(recipe: Recipe, report: Report) -> None:
@@ -322,14 +323,13 @@ def _work(
 def _grid(networks: list[_Network], measured: dict[tuple[str, str, int], _Measured]) -> Grid:
     """The cells of networks with the same samplers and steps, with the differences of all pairs."""
     names = [network.name for network in networks]
-    cells, differences = [], []
+    grid = Grid([], [], {key: found.images for key, found in measured.items() if key[0] in names})
     for sampler, count in itertools.product(networks[0].samplers, networks[0].steps):
-        row = [measured[name, sampler, count] for name in names]
-        for i, one in enumerate(row):
-            cells.append(one.cell)
-            differences += [difference(one.cell, one.replicates, o.cell, o.replicates) for o in row[:i]]
-    samples = {key: found.images for key, found in measured.items() if key[0] in names}
-    return Grid(cells, differences, samples)
+        row = [measured[name, sampler, count].cell for name in names]
+        grid.cells.extend(row)
+        for i, cell in enumerate(row):
+            grid.differences.extend(itertools.chain.from_iterable(differences(cell, other) for other in row[:i]))
+    return grid
 
 
 def _settings(networks: list[_Network], seed: int, processes: int) -> dict[str, Any]:
@@ -456,5 +456,5 @@ def run_consistency_demo(
     grid = _grid(networks, measured)
     beside = [measured["teacher", "ddim", count].cell for count in TEACHER_STEPS]
     what = f"distillation on fashion-16, {size.updates} updates, {size.images} images a cell, seed {seed}"
-    settings = {**_settings(networks, seed, processes), "teacher": [asdict(cell) for cell in beside]}
+    settings = {**_settings(networks, seed, processes), "teacher": [cell.record() for cell in beside]}
     return grid, write_results(output, grid, what, settings, beside)

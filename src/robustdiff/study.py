@@ -47,11 +47,13 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from robustdiff.data import DataConfig
 from robustdiff.data.pixels import tile
 from robustdiff.errors import InputError, RunError, printable
-from robustdiff.evaluation.features import load_extractor
-from robustdiff.evaluation.fidelity import REPLICATES, reference_statistics
 from robustdiff.evaluation.generate import Generator
 from robustdiff.evaluation.grid import evaluate_cell
 from robustdiff.files import atomic_write, make_folder, open_regular, read_json
+from robustdiff.metrics.bootstrap import REPLICATES
+from robustdiff.metrics.features import load_extractor
+from robustdiff.metrics.metric import MetricCollection
+from robustdiff.metrics.reference import reference_statistics
 from robustdiff.mismatch.measure import MEASURES as MISMATCHES
 from robustdiff.mismatch.measure import measure_mismatch
 from robustdiff.recipe import Recipe, load_recipe
@@ -577,18 +579,33 @@ def _held(path: Path) -> Iterator[bool]:
         yield True
 
 
+class _Counted:
+    """The images of a cell that are measured, as a callback takes them."""
+
+    def __init__(self, on_progress: Callable[[float, str], None]) -> None:
+        self.on_progress, self.done = on_progress, 0.0
+
+    def begin(self, description: str, total: float) -> None:
+        self.done = 0.0
+
+    def advance(self, amount: float, note: str = "") -> None:
+        self.done += amount
+        self.on_progress(self.done, "images")
+
+
 class _Evaluator:
     """What the cells of one process share: the features, and the real images under them."""
 
     def __init__(self, measure: Measurement, data: DataConfig, cpu: bool = False) -> None:
         AcceleratorState._reset_state()
         self.accelerator = Accelerator(cpu=cpu)
-        self.extractor = load_extractor(
+        extractor = load_extractor(
             measure.features,
             weights=None if measure.weights is None else Path(measure.weights),
             device=self.accelerator.device,
         )
-        self.reference = reference_statistics((measure.data or data).load(), self.extractor)
+        self.reference = reference_statistics((measure.data or data).load(), extractor)
+        self.metrics = MetricCollection(None, extractor, self.reference)
 
     def __call__(
         self,
@@ -609,39 +626,21 @@ class _Evaluator:
             batch_size=measure.batch_size,
             precision=precision,
         )
-        done = 0
-
-        def on_images(n: int) -> None:
-            nonlocal done
-            done += n
-            on_progress(done, "images")
-
-        cell, replicates, images = evaluate_cell(
-            network,
-            generator,
-            measure.num,
-            self.extractor,
-            self.reference,
-            self.accelerator,
-            keep=PICTURED,
-            on_images=on_images,
+        cell, images = evaluate_cell(
+            network, generator, measure.num, self.metrics, self.accelerator, PICTURED, _Counted(on_progress)
         )
+        numbers = cell.record()
         record = {
             "sampler": sampler,
             "steps": steps,
             "n": cell.n,
-            "fid": cell.fid,
-            "fid_ci": list(cell.fid_ci),
-            "kid": cell.kid,
-            "kid_se": cell.kid_se,
-            "precision": cell.precision,
-            "recall": cell.recall,
-            "brightness": round(cell.brightness, 3),
-            "replicates": [float(f"{value:.5g}") for value in replicates],
+            **{name: numbers[name] for name in ("fid", "fid_ci", "kid", "kid_se", "precision", "recall")},
+            "brightness": round(numbers["brightness"], 3),
+            "replicates": [float(f"{value:.5g}") for value in cell.replicates["fid"]],
             "seconds": round(cell.seconds, 1),
             "measure": _measured(measure),
             "weights": generator.fingerprint(),
-            "extractor": self.extractor.fingerprint,
+            "extractor": self.reference.fingerprint,
             "real_images": self.reference.n,
             "robustdiff": version("robustdiff"),
             "threads": torch.get_num_threads(),

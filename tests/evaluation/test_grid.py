@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import pickle
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,11 +15,14 @@ from accelerate import Accelerator
 
 from robustdiff.data import ArrayDataset, load_dataset
 from robustdiff.errors import InputError
-from robustdiff.evaluation import fidelity
-from robustdiff.evaluation.features import load_extractor
-from robustdiff.evaluation.fidelity import interval, reference_statistics
+from robustdiff.evaluation import grid as grid_module
 from robustdiff.evaluation.generate import Generator
-from robustdiff.evaluation.grid import Grid, difference, evaluate_cell, evaluate_grid, evaluate_images
+from robustdiff.evaluation.grid import Cell, Grid, differences, evaluate_cell, evaluate_grid, evaluate_images
+from robustdiff.metrics import fid as fid_module
+from robustdiff.metrics.bootstrap import interval
+from robustdiff.metrics.features import load_extractor
+from robustdiff.metrics.metric import MetricCollection
+from robustdiff.metrics.reference import reference_statistics
 
 NUM = 60
 
@@ -24,6 +30,26 @@ NUM = 60
 @pytest.fixture(scope="module")
 def extractor():
     return load_extractor("digits")
+
+
+@pytest.fixture(scope="module")
+def metrics(extractor, tmp_path_factory) -> MetricCollection:
+    reference = reference_statistics(load_dataset("digits"), extractor, tmp_path_factory.mktemp("cache"))
+    return MetricCollection(None, extractor, reference)
+
+
+class Told:
+    """A progress that keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.parts: list[tuple[str, float]] = []
+        self.amounts: list[tuple[float, str]] = []
+
+    def begin(self, description: str, total: float) -> None:
+        self.parts.append((description, total))
+
+    def advance(self, amount: float, note: str = "") -> None:
+        self.amounts.append((amount, note))
 
 
 @pytest.fixture(scope="module")
@@ -37,11 +63,8 @@ def generators(digits_run) -> dict[str, Generator]:
 
 
 @pytest.fixture(scope="module")
-def grid(generators, extractor, tmp_path_factory) -> Grid:
-    reference = reference_statistics(load_dataset("digits"), extractor, tmp_path_factory.mktemp("cache"))
-    return evaluate_grid(
-        generators, ["ddim", "iddpm"], [2, 4], NUM, extractor, reference, Accelerator(cpu=True), keep=9
-    )
+def grid(generators, metrics) -> Grid:
+    return evaluate_grid(generators, ["ddim", "iddpm"], [2, 4], NUM, metrics, Accelerator(cpu=True), keep=9)
 
 
 def features_of(extractor, dataset_images: torch.Tensor) -> np.ndarray:
@@ -65,45 +88,63 @@ def test_a_cell_is_scipys_fid_of_the_images(grid, generators, extractor):
     fid = ((made.mean(0) - real.mean(0)) ** 2).sum() + np.trace(a + b - 2 * root)
     cell = next(c for c in grid.cells if (c.checkpoint, c.sampler, c.steps) == ("one", "iddpm", 4))
     # The images are fewer than the features: scipy's root of a singular matrix is good to some five digits.
-    assert cell.fid == pytest.approx(fid, rel=1e-4)
+    assert cell.values["fid"] == pytest.approx(fid, rel=1e-4)
 
 
 def test_differences_are_of_the_cells_and_narrower_than_independent_ones(grid):
     fid = {(c.checkpoint, c.sampler, c.steps): c for c in grid.cells}
     for d in grid.differences:
         one, other = fid["one", d.sampler, d.steps], fid["other", d.sampler, d.steps]
-        assert d.fid == pytest.approx(other.fid - one.fid)
-        assert d.relative == pytest.approx(other.fid / one.fid - 1)
-        assert d.fid_ci[0] < d.fid < d.fid_ci[1]
+        assert d.number == "fid"
+        assert d.value == pytest.approx(other.values["fid"] - one.values["fid"])
+        assert d.relative == pytest.approx(other.values["fid"] / one.values["fid"] - 1)
+        assert d.interval[0] < d.value < d.interval[1]
 
 
-def test_a_checkpoint_does_not_differ_from_itself(generators, extractor, tmp_path):
-    reference = reference_statistics(load_dataset("digits"), extractor, tmp_path)
+def test_a_checkpoint_does_not_differ_from_itself(generators, metrics):
     twice = {"a": generators["one"], "b": generators["one"]}
-    (found,) = evaluate_grid(twice, ["iddpm"], [2], 20, extractor, reference, Accelerator(cpu=True)).differences
-    assert found.fid == 0
-    assert found.fid_ci == (0, 0)
+    (found,) = evaluate_grid(twice, ["iddpm"], [2], 20, metrics, Accelerator(cpu=True)).differences
+    assert found.value == 0
+    assert found.interval == (0, 0)
 
 
 def test_a_difference_to_a_fid_of_0_has_no_ratio(grid):
-    cell, replicates = grid.cells[0], np.array([1.0, 2.0])
-    found = difference(cell, replicates, replace(cell, fid=0.0), replicates)
-    assert (found.fid, found.relative) == (cell.fid, None)
+    cell = grid.cells[0]
+    (found,) = differences(cell, replace(cell, values={"fid": 0.0}))
+    assert (found.value, found.relative) == (cell.values["fid"], None)
 
 
-def test_images_that_are_there_are_measured_as_those_of_a_generator(grid, generators, extractor, tmp_path):
+def test_a_number_of_one_of_two_cells_has_no_difference(grid):
+    cell = grid.cells[0]
+    assert len(differences(cell, cell)) == 1
+    assert differences(cell, replace(cell, replicates={})) == []
+    assert differences(cell, replace(cell, values={"kid": 0.0})) == []
+
+
+def test_a_cell_is_what_its_record_says(grid):
+    cell = grid.cells[0]
+    record = json.loads(json.dumps(cell.record()))
+    assert list(record) == [
+        "checkpoint", "sampler", "steps", "n", "fid", "fid_ci", "kid", "kid_se", "precision", "recall", "brightness",
+        "seconds",
+    ]  # fmt: skip
+    assert Cell.from_record(record, {}) == cell
+    for wrong in ({"fid": "x"}, {"fid_ci": [1]}, {"n": None}):
+        with pytest.raises(ValueError, match="validation error"):
+            Cell.from_record({**record, **wrong}, {})
+
+
+def test_images_that_are_there_are_measured_as_those_of_a_generator(grid, generators, metrics):
     images = torch.cat([i for _, i in replace(generators["one"], sampler="ddim", steps=2).images(range(NUM))])
     dataset = ArrayDataset("images", images.permute(0, 2, 3, 1).numpy())
-    reference = reference_statistics(load_dataset("digits"), extractor, tmp_path)
-    counts: list[int] = []
-    cell = evaluate_images(
-        "images", dataset, NUM, extractor, reference, Accelerator(cpu=True), batch_size=25, on_images=counts.append
-    )
-    assert counts == [25, 25, 10]
+    told = Told()
+    cell = evaluate_images("images", dataset, NUM, metrics, Accelerator(cpu=True), batch_size=25, progress=told)
+    assert told.parts == [("images", NUM)]
+    assert [amount for amount, _ in told.amounts] == [25, 25, 10]
     same = next(c for c in grid.cells if (c.checkpoint, c.sampler, c.steps) == ("one", "ddim", 2))
     assert (cell.checkpoint, cell.sampler, cell.steps, cell.n) == ("images", "file", None, NUM)
-    for metric in ("fid", "fid_ci", "kid", "kid_se", "precision", "recall", "brightness"):
-        assert getattr(cell, metric) == pytest.approx(getattr(same, metric), rel=1e-4), metric
+    assert dict(cell.values) == pytest.approx(dict(same.values), rel=1e-4)
+    assert cell.intervals["fid"] == pytest.approx(same.intervals["fid"], rel=1e-4)
 
 
 def test_it_keeps_the_first_images(grid, generators):
@@ -111,33 +152,56 @@ def test_it_keeps_the_first_images(grid, generators):
     assert torch.equal(grid.samples["other", "ddim", 2], first)
 
 
-def test_replicates_are_computed_once_for_the_interval_and_the_differences(
-    generators, extractor, tmp_path, monkeypatch
-):
-    reference = reference_statistics(load_dataset("digits"), extractor, tmp_path)
-    distances, frechet = [], fidelity._frechet
+def test_replicates_are_computed_once_for_the_interval_and_the_differences(generators, metrics, monkeypatch):
+    distances, frechet = [], fid_module._frechet
 
     def counted(mean, *arguments):
         distances.append(len(mean))
         return frechet(mean, *arguments)
 
-    monkeypatch.setattr(fidelity, "_frechet", counted)
+    monkeypatch.setattr(fid_module, "_frechet", counted)
     generator = replace(generators["one"], steps=2)
-    cell, replicates, images = evaluate_cell("one", generator, 20, extractor, reference, Accelerator(cpu=True), keep=20)
-    assert sum(distances) == 1 + len(replicates)
-    assert cell.fid_ci == interval(cell.fid, replicates)
-    assert cell.brightness == pytest.approx(images.double().mean().item())
+    cell, images = evaluate_cell("one", generator, 20, metrics, Accelerator(cpu=True), keep=20)
+    assert sum(distances) == 1 + len(cell.replicates["fid"])
+    assert cell.intervals["fid"] == interval(cell.values["fid"], cell.replicates["fid"])
+    assert cell.values["brightness"] == pytest.approx(images.double().mean().item())
 
 
 @pytest.mark.parametrize(
     ("samplers", "steps", "word"), [(["ddim", "plms"], [2], "plms"), (["ddim"], [2, 5000], "5000")]
 )
-def test_it_checks_before_it_works(generators, extractor, tmp_path, samplers, steps, word):
-    reference = reference_statistics(load_dataset("digits"), extractor, tmp_path)
-    worked = []
+def test_it_checks_before_it_works(generators, metrics, samplers, steps, word):
+    told = Told()
     with pytest.raises(InputError, match=word):
-        evaluate_grid(
-            generators, samplers, steps, 8, extractor, reference, Accelerator(cpu=True),
-            on_images=lambda n, cell: worked.append(n),
-        )  # fmt: skip
-    assert not worked
+        evaluate_grid(generators, samplers, steps, 8, metrics, Accelerator(cpu=True), progress=told)
+    assert not told.parts
+
+
+def test_progress_is_in_network_evaluations_and_names_the_cell(generators, metrics):
+    told = Told()
+    evaluate_grid(generators, ["ddim"], [1, 3], 30, metrics, Accelerator(cpu=True), progress=told)
+    assert told.parts == [("network evaluations", 2 * (1 + 3) * 30)]
+    assert told.amounts[:2] == [(25, "one · ddim 1"), (5, "one · ddim 1")]
+    assert told.amounts[-1] == (15, "other · ddim 3")
+    assert sum(amount for amount, _ in told.amounts) == told.parts[0][1]
+
+
+def test_processes_share_the_images_and_each_has_the_numbers_of_all(grid, generators, metrics, monkeypatch):
+    """Two processes, one after the other: the second waits for nothing, and the first is given what both sent."""
+    generator = replace(generators["one"], sampler="ddim", steps=2)
+    sent: list[bytes] = []
+
+    def gathered(states: list[object]) -> list[object]:
+        sent.append(pickle.dumps(states[0]))
+        return [pickle.loads(state) for state in sent[::-1]]
+
+    monkeypatch.setattr(grid_module, "gather_object", gathered)
+    for rank in (1, 0):
+        told = Told()
+        process = SimpleNamespace(process_index=rank, num_processes=2)
+        cell, images = evaluate_cell("one", generator, NUM, metrics, process, 9, told)
+        assert sum(amount for amount, _ in told.amounts) == NUM
+        assert len(images) == (9 if rank == 0 else 0)
+    same = next(c for c in grid.cells if (c.checkpoint, c.sampler, c.steps) == ("one", "ddim", 2))
+    assert dict(cell.values) == pytest.approx(dict(same.values), rel=1e-4)
+    assert cell.n == NUM

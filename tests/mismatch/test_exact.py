@@ -15,7 +15,7 @@ from torch.distributions import MultivariateNormal, kl_divergence
 
 from robustdiff import DenoisingObjective, DiffusionProcess, sample
 from robustdiff.errors import InputError
-from robustdiff.evaluation.fidelity import frechet_distance
+from robustdiff.metrics.fid import frechet_distance
 from robustdiff.mismatch.exact import (
     Density,
     ExactModel,

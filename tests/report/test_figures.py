@@ -11,19 +11,22 @@ from PIL import Image
 from rich.console import Console
 
 from robustdiff.evaluation.grid import Cell, Difference, Grid
-from robustdiff.report.figures import Line, fid_against_steps, fid_panels, points, sample_grid, save_figure
+from robustdiff.metrics.fid import FID
+from robustdiff.metrics.metric import Number
+from robustdiff.report.figures import Line, numbers_against_steps, points, sample_grid, save_figure, step_panels
 from robustdiff.report.tables import cell_table, grid_table
 
 
 def cell(checkpoint: str, sampler: str, steps: int, fid: float) -> Cell:
-    return Cell(checkpoint, sampler, steps, 100, fid, (fid - 1, fid + 1), 0.1, 0.01, 0.5, 0.4, 73.0, 1.0)
+    values = {"fid": fid, "kid": 0.1, "kid_se": 0.01, "precision": 0.5, "recall": 0.4, "brightness": 73.0}
+    return Cell(checkpoint, sampler, steps, 100, values, {"fid": (fid - 1, fid + 1)}, {}, 1.0)
 
 
 CELLS = [cell(c, s, k, f + k) for c, f in (("plain", 20.0), ("AT", 10.0)) for s in ("ddim", "iddpm") for k in (5, 10)]
 
 
 def test_lines_have_the_fids_and_the_panels_the_samplers():
-    figure = fid_against_steps(CELLS, "title")
+    figure = numbers_against_steps(CELLS, FID.numbers[0], "title")
     assert [axes.get_title() for axes in figure.axes] == ["ddim", "iddpm"]
     for axes in figure.axes:
         plain, at = axes.get_lines()
@@ -34,7 +37,7 @@ def test_lines_have_the_fids_and_the_panels_the_samplers():
 
 
 def test_levels_are_dashed_lines_with_their_names():
-    figure = fid_panels({"a": {"plain": [Line([1, 2], [4, 3], [4, 3], [4, 3])]}}, "title", {"teacher": 2.5})
+    figure = step_panels({"a": {"plain": [Line([1, 2], [4, 3], [4, 3], [4, 3])]}}, "title", {"teacher": 2.5})
     line, level = figure.axes[0].get_lines()
     assert set(level.get_ydata()) == {2.5}
     assert (line.get_linestyle(), level.get_linestyle()) == ("-", "--")
@@ -61,19 +64,44 @@ def test_a_saved_figure_is_a_picture(tmp_path):
 
 @pytest.mark.parametrize(("low", "high", "style"), [(-8, -2, "32"), (2, 8, "31"), (-8, 2, "2")])
 def test_the_table_shows_the_difference_and_whether_it_is_sure(low, high, style):
-    difference = Difference("AT", "plain", "ddim", 5, (low + high) / 2, (low, high), (low + high) / 50)
+    difference = Difference("AT", "plain", "ddim", 5, "fid", (low + high) / 2, (low, high), (low + high) / 50)
     grid = Grid([CELLS[0], CELLS[4]], [difference], {})
     console = Console(width=120, force_terminal=True, color_system="standard", record=True)
     with console.capture() as capture:
-        console.print(grid_table(grid, "plain"))
+        console.print(grid_table(grid, "plain", FID.numbers[0]))
     text = capture.get()
     assert "25.00 ±1" in text
     assert "15.00 ±1" in text
     assert f"\x1b[{style}m{(low + high) / 50:+.0%} ({low * 4:+.0f}…{high * 4:+.0f})" in text
 
 
+@pytest.mark.parametrize(("better", "code"), [("lower", "31"), ("higher", "32"), (None, "")])
+def test_the_table_knows_which_values_are_better(better, code):
+    """A rise, of a number that its metric describes."""
+    cells = [
+        Cell(c, "ddim", 5, 9, {"x": v}, {"x": (v - 1, v + 1)}, {}, 1.0) for c, v in (("plain", 20.0), ("AT", 25.0))
+    ]
+    grid = Grid(cells, [Difference("AT", "plain", "ddim", 5, "x", 5.0, (4.0, 6.0), 0.25)], {})
+    console = Console(width=120, force_terminal=True, color_system="standard", record=True)
+    with console.capture() as capture:
+        console.print(grid_table(grid, "plain", Number("x", "X", ".3f", better)))
+    text = capture.get()
+    assert "25.000 ±1" in text
+    assert (f"\x1b[{code}m+25% (+20…+30)" if code else "+25% (+20…+30)") in text
+    assert ("green and red" in text) == bool(code)
+
+
+def test_a_number_that_is_not_positive_has_a_linear_axis():
+    cells = [Cell("a", "ddim", n, 9, {"x": -float(n)}, {"x": (-n - 1, -n + 1)}, {}, 1.0) for n in (10, 5)]
+    (axes,) = numbers_against_steps(cells, Number("x", "X", ".3f", "higher"), "title").axes
+    assert axes.get_yscale() == "linear"
+    assert axes.get_ylabel() == "X (higher is better)"
+    assert axes.get_lines()[0].get_xydata().tolist() == [[5, -5], [10, -10]]
+
+
 def test_the_table_of_cells_has_a_dash_for_what_is_not_known():
-    file = replace(CELLS[0], checkpoint="[a].npz", sampler="file", steps=None, kid=None, kid_se=None, recall=None)
+    values = {**CELLS[0].values, "kid": None, "kid_se": None, "recall": None}
+    file = replace(CELLS[0], checkpoint="[a].npz", sampler="file", steps=None, values=values)
     console = Console(width=120)
     with console.capture() as capture:
         console.print(cell_table([CELLS[0], file]))
@@ -83,6 +111,7 @@ def test_the_table_of_cells_has_a_dash_for_what_is_not_known():
 
 
 def test_images_without_steps_are_levels_of_the_figure():
-    figure = fid_against_steps([*CELLS, replace(CELLS[0], checkpoint="a.npz", sampler="file", steps=None)], "title")
+    file = replace(CELLS[0], checkpoint="a.npz", sampler="file", steps=None)
+    figure = numbers_against_steps([*CELLS, file], FID.numbers[0], "title")
     assert [axes.get_title() for axes in figure.axes] == ["ddim", "iddpm"]
     assert set(figure.axes[0].get_lines()[-1].get_ydata()) == {25.0}

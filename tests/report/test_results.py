@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
 
 import torch
 
@@ -12,13 +11,13 @@ from robustdiff.report.results import write_results
 
 
 def cell(name, sampler, steps):
-    return Cell(name, sampler, steps, 40, 2.0, (1.0, 3.0), 0.1, 0.01, 0.5, 0.4, 73.0, 1.0)
+    return Cell(name, sampler, steps, 40, {"fid": 2.0, "kid": 0.1, "kid_se": 0.01}, {"fid": (1.0, 3.0)}, {}, 1.0)
 
 
 def test_a_grid_becomes_figures_and_a_record(tmp_path):
     cells = [cell(name, sampler, n) for sampler in ("ddim", "dpm++") for n in (5, 10) for name in ("a", "b")]
     samples = {(c.checkpoint, c.sampler, c.steps): torch.zeros(8, 1, 4, 4, dtype=torch.uint8) for c in cells}
-    difference = Difference("b", "a", "ddim", 5, 0.5, (0.1, 0.9), 0.25)
+    difference = Difference("b", "a", "ddim", 5, "fid", 0.5, (0.1, 0.9), 0.25)
     beside = [cell("teacher", "multistep", 2)]
     folder = tmp_path / "new"
     record = write_results(folder, Grid(cells, [difference], samples), "title", {"seed": 3}, beside)
@@ -28,4 +27,20 @@ def test_a_grid_becomes_figures_and_a_record(tmp_path):
     assert written == json.loads(json.dumps(record))
     assert written["seed"] == 3
     assert [c["fid"] for c in written["cells"]] == [2.0] * 8, "what is beside is no cell of the grid"
-    assert written["differences"] == [json.loads(json.dumps(asdict(difference)))]
+    assert list(written["cells"][0]) == [
+        "checkpoint", "sampler", "steps", "n", "fid", "fid_ci", "kid", "kid_se", "seconds",
+    ]  # fmt: skip
+    assert written["differences"] == [
+        {
+            **{"checkpoint": "b", "baseline": "a", "sampler": "ddim", "steps": 5},
+            **{"fid": 0.5, "fid_ci": [0.1, 0.9], "relative": 0.25},
+        }
+    ]
+
+
+def test_each_number_with_intervals_has_a_figure(tmp_path):
+    cells = [Cell("a", "ddim", 5, 40, {"fid": 2.0, "x": -1.0, "y": 0.0}, {"fid": (1, 3), "x": (-2, 0)}, {}, 1.0)]
+    write_results(
+        tmp_path, Grid(cells, [], {("a", "ddim", 5): torch.zeros(8, 1, 4, 4, dtype=torch.uint8)}), "title", {}
+    )
+    assert {path.stem for path in tmp_path.glob("*.png")} == {"fid", "x", "samples-ddim"}

@@ -40,7 +40,7 @@ from robustdiff.data.archive import npz
 from robustdiff.data.decode import decode_image, read_header
 from robustdiff.data.idx import read_idx
 from robustdiff.errors import InputError
-from robustdiff.evaluation.features import Classifier
+from robustdiff.metrics.features import Classifier
 from robustdiff.recipe import load_recipe, shipped_recipes
 from robustdiff.training.build import build_model
 from robustdiff.training.checkpoint import newest_checkpoint

@@ -21,9 +21,10 @@ from rich.console import Console
 
 from robustdiff.errors import InputError
 from robustdiff.evaluation.grid import Cell, Difference, Grid
+from robustdiff.metrics.fid import FID
 from robustdiff.report import results as results_module
 from robustdiff.report.bar import Bar
-from robustdiff.report.figures import Line, fid_panels, label, loss_curves, points, sample_grid, save_figure
+from robustdiff.report.figures import Line, label, loss_curves, points, sample_grid, save_figure, step_panels
 from robustdiff.report.results import write_results
 from robustdiff.report.study import write_page
 from robustdiff.report.tables import cell_table, grid_table, print_whole, remaining_table, reproduced_table
@@ -45,7 +46,7 @@ NAMES = [
 
 
 def cell(name: str) -> Cell:
-    return Cell(name, "ddim", 5, 40, 2.0, (1.0, 3.0), 0.1, 0.01, 0.5, 0.4, 73.0, 1.0)
+    return Cell(name, "ddim", 5, 40, {"fid": 2.0, "kid": 0.1, "kid_se": 0.01}, {"fid": (1.0, 3.0)}, {}, 1.0)
 
 
 def printed(*tables: object) -> str:
@@ -57,13 +58,13 @@ def printed(*tables: object) -> str:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_tables_show_names_as_they_are(name):
-    grid = Grid([cell("plain"), cell(name)], [Difference(name, "plain", "ddim", 5, 0.5, (0.1, 0.9), 0.25)], {})
+    grid = Grid([cell("plain"), cell(name)], [Difference(name, "plain", "ddim", 5, "fid", 0.5, (0.1, 0.9), 0.25)], {})
     swapped = Grid(grid.cells[::-1], [replace(grid.differences[0], checkpoint="plain", baseline=name)], {})
     record = {"fid": 1.0, "kid": name, "precision": 0.5, "recall": 0.5, "weights": name}
     text = printed(
         cell_table(grid.cells),
-        grid_table(grid, "plain"),
-        grid_table(swapped, name),
+        grid_table(grid, "plain", FID.numbers[0]),
+        grid_table(swapped, name, FID.numbers[0]),
         remaining_table([Remaining(name, 1, 1, 1.0)]),
         reproduced_table(record, {**record, "weights": "other"}),
     )
@@ -93,7 +94,7 @@ def test_figures_show_names_as_they_are(tmp_path):
     line = [Line([1, 2], [4, 3], [4, 3], [4, 3])]
     title = "$" + "x" * 5000 + "$"
     figures = [
-        fid_panels({"$a$": dict.fromkeys(NAMES, line)}, title, dict.fromkeys(NAMES, 2.0)),
+        step_panels({"$a$": dict.fromkeys(NAMES, line)}, title, dict.fromkeys(NAMES, 2.0)),
         loss_curves({name: ([1, 2], [2.0, 1.0]) for name in NAMES}, title),
         points({name: {key: [(1.0, 2.0)] for key in NAMES} for name in NAMES[-3:]}, "x", "y", title),
         sample_grid({(n, "ddim", 5): torch.zeros(8, 1, 4, 4) for n in NAMES[-3:]}, NAMES[-3:], "ddim", [5], title),

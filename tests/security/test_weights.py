@@ -16,7 +16,7 @@ import torch
 
 from robustdiff.backbones.weights import read_weights
 from robustdiff.errors import InputError
-from robustdiff.evaluation.features import Classifier, load_extractor
+from robustdiff.metrics.features import Classifier, load_extractor
 
 
 class Evil:

@@ -50,7 +50,7 @@ def _show(grid: Grid, record: dict[str, Any], folder: Path) -> None:
     from robustdiff.report.tables import grid_table, print_whole
 
     say(f"FID of {grid.cells[0].n} images a cell, with 95 % bootstrap intervals:")
-    print_whole(out, grid_table(grid, "plain"))
+    print_whole(out, grid_table(grid, "plain", FID.numbers[0]))
     for cell in record.get("teacher", []):
         low, high = cell["fid_ci"]
         say(f"the teacher, {cell['sampler']} {cell['steps']}: {cell['fid']:.2f} ±{(high - low) / 2:.2g}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -38,6 +38,9 @@ def evaluate(
     ] = None,
     features: options.Features = None,
     weights: options.Weights = None,
+    metrics: Annotated[
+        str | None, typer.Option(help="Metrics, with commas; by default fid,kid,precision-recall,brightness.")
+    ] = None,
     output: Annotated[Path | None, typer.Option(help="A folder for result.json and figures.")] = None,
     seed: options.Seed = 0,
     batch_size: options.BatchSize = 128,
@@ -46,7 +49,7 @@ def evaluate(
     guidance: options.Guidance = None,
     cpu: options.Cpu = False,
 ) -> None:
-    """Measure FID, KID, precision and recall over checkpoint × sampler × steps, on common random numbers.
+    """Measure checkpoint × sampler × steps by FID and other metrics, on common random numbers.
 
     Images in a folder or an .npz file (arr_0: uint8 NHWC) are measured as they are. On several GPUs: accelerate launch
     -m robustdiff evaluate RUN.
@@ -58,8 +61,12 @@ def evaluate(
     from robustdiff.report.bar import Bar
 
     accelerator, (runs, images) = Accelerator(cpu=cpu), load_sources(sources)
-    cells = options.parse_samplers(sampler), options.parse_counts(steps), num
-    real = _real_images(reference, next(iter(runs.values()), None), data, root, overrides)
+    names = options.parse_names(metrics, "--metrics")
+    cells = options.parse_names(sampler), options.parse_counts(steps), num, names
+    compared = {"--data": data, "--root": root, "--set": overrides, "--reference": reference}
+    real = _real_images(
+        names, compared | {"--features": features, "--weights": weights}, next(iter(runs.values()), None)
+    )
     target = load_target(real, features, weights, accelerator.device)
     chosen = options.given(spacing=spacing)
     settings = options.given(seed=seed, batch_size=batch_size, precision=precision, guidance=guidance, options=chosen)
@@ -69,31 +76,41 @@ def evaluate(
         _show(grid, target, seed, output)
 
 
-def _real_images(
-    reference: Path | None, run: str | None, data: str | None, root: str | None, overrides: list[str]
-) -> DataConfig | Path:
-    """Return the configuration of the real images, or the file of their statistics."""
+def _real_images(metrics: list[str], given: dict[str, Any], run: str | None) -> DataConfig | Path | None:
+    """Return the configuration of the real images, or the file of their statistics; None where nothing is compared."""
+    from robustdiff.metrics.metric import DEFAULT, compared
+
+    if not compared(metrics or DEFAULT):
+        for option in (name for name, value in given.items() if value):
+            raise InputError(f"{option} is for comparing with real images, and --metrics does not: leave it out")
+        return None
+    data, root, overrides, reference = (given[name] for name in ("--data", "--root", "--set", "--reference"))
     if reference is None:
         return options.real_images(run, data, root, overrides)
     if data is not None or root is not None or overrides:
         raise InputError("--reference takes the place of --data, --root and --set: give it, or them")
-    return reference
+    return Path(reference)
 
 
 def _show(grid: Grid, target: Target, seed: int, output: Path | None) -> None:
     """Print the tables, and write the results into a folder."""
     from robustdiff.evaluation.grid import FILE
+    from robustdiff.metrics.metric import number_named
     from robustdiff.report.results import write_results
     from robustdiff.report.tables import cell_table, grid_table, print_whole
 
     sampled = replace(grid, cells=[cell for cell in grid.cells if cell.sampler != FILE])
     runs = list(dict.fromkeys(cell.checkpoint for cell in sampled.cells))
-    say(f"to {target.name} on the features {target.extractor.name}, FID with 95 % bootstrap intervals:")
+    if target.extractor is not None:
+        say(
+            f"to {target.name} on the features {target.extractor.name}, with 95 % bootstrap intervals and standard errors:"
+        )
     print_whole(out, cell_table(grid.cells))
-    if len(runs) > 1:
-        say(f"FID, and its difference to {runs[0]} on common random numbers:")
-        print_whole(out, grid_table(sampled, runs[0]))
+    for number in map(number_named, dict.fromkeys(difference.number for difference in grid.differences)):
+        say(f"{number.title}, and its difference to {runs[0]} on common random numbers:")
+        print_whole(out, grid_table(sampled, runs[0], number))
     if output is not None:
-        title = f"{target.name}, {grid.cells[0].n} images a cell, seed {seed}"
+        title = f"{grid.cells[0].n} images a cell, seed {seed}"
+        title = title if target.name is None else f"{target.name}, {title}"
         write_results(output, grid, title, {**target.record, "seed": seed})
         say(f"figures and result.json are in {output}" if runs else f"result.json is in {output}")

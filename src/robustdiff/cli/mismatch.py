@@ -48,7 +48,7 @@ def mismatch(
     from robustdiff.mismatch.measure import measure_mismatch
     from robustdiff.report.bar import Bar
 
-    cells = options.parse_samplers(sampler), options.parse_counts(steps)
+    cells = options.parse_names(sampler), options.parse_counts(steps)
     sizes = options.parse_numbers(radii, "--radii", "give numbers with commas, such as 0.1,0.3,1.0")
     device, named = Accelerator(cpu=cpu).device, name_sources(runs)
     dataset = options.real_images(runs[0], data, root, overrides).load()

@@ -34,13 +34,13 @@ def parse_counts(text: str | None, option: str = "--steps", example: str = "5,10
     return _distinct(counts, option)
 
 
-def parse_samplers(text: str | None) -> list[str]:
+def parse_names(text: str | None, option: str = "--sampler") -> list[str]:
     """Return the names of a comma-separated text; an empty list for None.
 
     Raises:
         InputError: If a name is given twice.
     """
-    return [] if text is None else _distinct(text.split(","), "--sampler")
+    return [] if text is None else _distinct(text.split(","), option)
 
 
 def _distinct(values: list[_T], option: str) -> list[_T]:

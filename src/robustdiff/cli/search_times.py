@@ -46,8 +46,7 @@ def search_times(
     sampling = {run: run}, accelerator.device, target.dataset, ["multistep"], [None]
     (generator,) = load_generators(*sampling, seed=seed, batch_size=batch_size, precision=precision).values()
     with Bar(err) as bar:
-        reference = target.statistics(accelerator, bar)
-        best = search_times_by_fid(generator, steps, num, target.extractor, reference, bar)
+        best = search_times_by_fid(generator, steps, num, target, accelerator, bar)
     say(f"--steps {_text(best.numbers)}  FID {best.value:.2f} of {num} images, {len(best.evaluated)} candidates tried")
     if output is not None:
         write_json(output, _record(best, num, seed))

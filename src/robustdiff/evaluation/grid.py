@@ -1,9 +1,9 @@
 r"""The grid: checkpoint × sampler × number of function evaluations (NFE).
 
 Every cell is made from the same random numbers: image i of each has the same x_T and step noise
-(:mod:`robustdiff.evaluation.generate`). A cell has a bootstrap interval, and each pair of checkpoints has, at equal
-sampler and NFE, an interval of its difference, from replicates that resample the same images of both. Common random
-numbers make that interval narrower than the two intervals suggest.
+(:mod:`robustdiff.evaluation.generate`). A number with bootstrap replicates has an interval, and each pair of
+checkpoints has, at equal sampler and NFE, an interval of its difference, from replicates that resample the same images
+of both. Common random numbers make that interval narrower than the two intervals suggest.
 
 Images that are there already, in a folder or a file, are measured in the same way and give one cell, without sampler
 and steps. Nothing pairs them with the images of another cell, so they have no differences.
@@ -13,22 +13,23 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from numpy.typing import NDArray
+from pydantic import TypeAdapter
 from torch import Tensor
 
 from robustdiff.data import ImageDataset
-from robustdiff.evaluation.features import FeatureExtractor
-from robustdiff.evaluation.fidelity import Fidelity, Reference, bootstrap_frechet, check_finite, interval
 from robustdiff.evaluation.generate import Generator, share_of
+from robustdiff.metrics.bootstrap import Array, interval
+from robustdiff.metrics.metric import MetricCollection
+from robustdiff.progress import SILENT, Progress
 
-__all__ = ["FILE", "Cell", "Difference", "Grid", "difference", "evaluate_cell", "evaluate_grid", "evaluate_images"]
+__all__ = ["FILE", "Cell", "Difference", "Grid", "differences", "evaluate_cell", "evaluate_grid", "evaluate_images"]
 
 FILE = "file"
 """The sampler of a cell whose images were there already."""
@@ -43,49 +44,70 @@ class Cell:
         sampler: The sampler; :data:`FILE` for images that were there already.
         steps: Network evaluations for one image; None for images that were there already.
         n: Images.
-        fid: Fréchet distance, with its 95 % interval ``fid_ci``.
-        kid: Kernel distance, with its standard error ``kid_se``. None, as precision and recall, where the reference
-            has no features.
-        precision: In [0, 1].
-        recall: In [0, 1].
-        brightness: The mean grey value of the images, in [0, 255]. Few-step FID follows it closely.
-        seconds: What it took to make and measure the images.
+        values: The numbers of the metrics by name, and the standard error of NAME as ``NAME_se``. None is a number that
+            is not known, as KID is where the reference has no features.
+        intervals: The 95 % intervals of some of them.
+        replicates: The bootstrap replicates, (R,), of those numbers. They belong one to one to those of any other cell
+            with as many images.
+        seconds: The time that making and measuring the images took.
     """
 
     checkpoint: str
     sampler: str
     steps: int | None
     n: int
-    fid: float
-    fid_ci: tuple[float, float]
-    kid: float | None
-    kid_se: float | None
-    precision: float | None
-    recall: float | None
-    brightness: float
+    values: dict[str, float | None]
+    intervals: dict[str, tuple[float, float]]
+    replicates: dict[str, Any] = field(repr=False, compare=False)
     seconds: float
+
+    def record(self) -> dict[str, Any]:
+        """Return the cell as ``result.json`` holds it, each interval as ``NAME_ci``, and without replicates."""
+        record: dict[str, Any] = {key: getattr(self, key) for key in ("checkpoint", "sampler", "steps", "n")}
+        for name, value in self.values.items():
+            record[name] = value
+            if name in self.intervals:
+                record[f"{name}_ci"] = list(self.intervals[name])
+        return {**record, "seconds": self.seconds}
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any], replicates: dict[str, Array]) -> Cell:
+        """Return the cell of a record.
+
+        Raises:
+            ValueError: If it is none.
+        """
+        head = ("checkpoint", "sampler", "steps", "n", "seconds")
+        numbers = {key: record[key] for key in record if key not in head}
+        intervals = {key.removesuffix("_ci"): numbers.pop(key) for key in list(numbers) if key.endswith("_ci")}
+        fields = {key: record[key] for key in record if key in head}
+        return TypeAdapter(cls).validate_python(
+            {**fields, "values": numbers, "intervals": intervals, "replicates": replicates}
+        )
 
 
 @dataclass(frozen=True)
 class Difference:
-    """FID of one checkpoint minus that of another, at equal sampler, steps and random numbers.
+    """A number of one checkpoint minus that of a baseline, at equal sampler, steps and random numbers.
 
     Attributes:
-        checkpoint: The one.
-        baseline: The other.
-        sampler: The sampler.
-        steps: Network evaluations for one image.
-        fid: The difference, with its 95 % interval ``fid_ci``.
-        relative: The difference over the other's FID; None where that is 0.
+        value: The difference, with its 95 % ``interval``.
+        relative: The difference over the baseline's number; None where that is not positive.
     """
 
     checkpoint: str
     baseline: str
     sampler: str
     steps: int | None
-    fid: float
-    fid_ci: tuple[float, float]
+    number: str
+    value: float
+    interval: tuple[float, float]
     relative: float | None
+
+    def record(self) -> dict[str, Any]:
+        """Return the difference as ``result.json`` holds it, under the keys of a cell's record, with ``relative``."""
+        pair = {"checkpoint": self.checkpoint, "baseline": self.baseline, "sampler": self.sampler, "steps": self.steps}
+        return {**pair, self.number: self.value, f"{self.number}_ci": list(self.interval), "relative": self.relative}
 
 
 @dataclass(frozen=True)
@@ -101,123 +123,121 @@ def evaluate_cell(
     name: str,
     generator: Generator,
     num: int,
-    extractor: FeatureExtractor,
-    reference: Reference,
+    metrics: MetricCollection,
     accelerator: Accelerator,
     keep: int = 16,
-    on_images: Callable[[int], None] = lambda n: None,
-) -> tuple[Cell, NDArray[np.float64], Tensor]:
+    progress: Progress = SILENT,
+) -> tuple[Cell, Tensor]:
     """Make the images of one cell and measure them.
 
     Arguments:
         name: The checkpoint's name.
-        generator: How the images are made; ``steps`` is a number.
+        generator: The source of the images; its ``steps`` are a number.
         num: Images.
-        extractor: The features.
-        reference: The real images under the same features.
+        metrics: The metrics, which begin a new set of images.
         accelerator: Each of its processes makes its share of the images.
-        keep: How many images to return.
-        on_images: Called after each batch with the number of images made since the last call, over all processes.
-
-    Returns:
-        The cell; its bootstrap replicates of FID, which belong one to one to those of any other cell with as many
-        images; the first images, uint8 (k, C, H, W).
+        keep: The number of the first images that are returned, uint8 (k, C, H, W).
+        progress: Told of the images, over all processes.
 
     Raises:
-        InputError: If images do not suit the features.
-        RunError: If a metric is not finite.
+        InputError: If images do not suit a metric.
+        RunError: If a number is not finite.
     """
-    batches = generator.images(share_of(num, accelerator))
-    return _measure(
-        batches, name, generator.sampler, int(generator.steps), num, extractor, reference, accelerator, keep, on_images
-    )
+    sampler, steps = generator.sampler, int(generator.steps)
+    progress.begin(f"{name} · {sampler} {steps}", num)
+    made = generator.images(share_of(num, accelerator))
+    batches = ((batch, images, generator.labels(batch)) for batch, images in made)
+    return _measure(batches, name, sampler, steps, num, metrics, accelerator, keep, progress)
 
 
 def evaluate_images(
     name: str,
     dataset: ImageDataset,
     num: int,
-    extractor: FeatureExtractor,
-    reference: Reference,
+    metrics: MetricCollection,
     accelerator: Accelerator,
     batch_size: int = 128,
-    on_images: Callable[[int], None] = lambda n: None,
+    progress: Progress = SILENT,
 ) -> Cell:
-    """Measure images that are there already.
+    """Measure images that are there already. Other arguments and errors are those of :func:`evaluate_cell`.
 
     Arguments:
         name: Their name.
-        dataset: The images; labels are not used.
-        num: How many of them, from the first.
-        extractor: The features.
-        reference: The real images under the same features.
-        accelerator: Each of its processes reads its share of the images.
+        dataset: The images; their labels are the condition that metrics are given.
+        num: The number of them, from the first.
         batch_size: Images at a time.
-        on_images: Called after each batch with the number of images read since the last call, over all processes.
 
     Raises:
-        InputError: If images cannot be read or do not suit the features.
-        RunError: If a metric is not finite.
+        InputError: If images cannot be read.
     """
 
-    def batches() -> Iterator[tuple[range, Tensor]]:
+    def batches() -> Iterator[tuple[range, Tensor, Any]]:
         share = share_of(num, accelerator)
         for start in range(share.start, share.stop, batch_size):
             batch = range(start, min(start + batch_size, share.stop))
-            yield batch, dataset.__getitems__(batch)[0]
+            images, labels = dataset.__getitems__(batch)
+            yield batch, images, labels
 
-    cell, _, _ = _measure(batches(), name, FILE, None, num, extractor, reference, accelerator, 0, on_images)
-    return cell
+    progress.begin(name, num)
+    return _measure(batches(), name, FILE, None, num, metrics, accelerator, 0, progress)[0]
+
+
+class _Within:
+    """The progress of a cell within that of the grid, in network evaluations."""
+
+    def __init__(self, progress: Progress, steps: int) -> None:
+        self.progress, self.steps, self.note = progress, steps, ""
+
+    def begin(self, description: str, total: float) -> None:
+        self.note = description
+
+    def advance(self, amount: float, note: str = "") -> None:
+        self.progress.advance(amount * self.steps, self.note)
 
 
 def _measure(
-    batches: Iterable[tuple[range, Tensor]],
+    batches: Iterable[tuple[range, Tensor, Any]],
     name: str,
     sampler: str,
     steps: int | None,
     num: int,
-    extractor: FeatureExtractor,
-    reference: Reference,
+    metrics: MetricCollection,
     accelerator: Accelerator,
     keep: int,
-    on_images: Callable[[int], None],
-) -> tuple[Cell, NDArray[np.float64], Tensor]:
-    """Measure this process's share of the images with those of the others; as :func:`evaluate_cell`."""
+    progress: Progress,
+) -> tuple[Cell, Tensor]:
+    """Measure this process's share of the images, (indices, images, condition) by batches, with those of the others."""
     start = time.perf_counter()
-    fidelity = Fidelity(extractor, reference)
+    metrics.reset()
     first: list[Tensor] = []
-    brightness = 0.0
-    processes = accelerator.num_processes
-    for batch, images in batches:
-        fidelity.update(images, batch.start)
-        brightness += int(images.sum(dtype=torch.int64)) / images[0].numel() / num
+    for batch, images, condition in batches:
+        metrics.update(images, batch.start, condition)
         first += list(images[: max(0, keep - batch.start)])
-        on_images(len(batch) * processes)
-    if processes > 1:
-        parts = gather_object([(fidelity.state(), brightness)])
-        fidelity = Fidelity(extractor, reference)
-        for state, _ in parts:
-            fidelity.merge_state(state)
-        brightness = sum(part for _, part in parts)
-    replicates = bootstrap_frechet(fidelity.moments, reference)
-    result = fidelity.result(replicates)
-    low, high = result["fid_ci"]
-    what = f"{name}, {sampler}" if steps is None else f"{name}, {sampler} {steps}"
-    check_finite(what, {name: result[name] for name in ("fid", "kid", "kid_se", "precision", "recall")})
-    check_finite(what, {"the interval of fid": high - low})
-    seconds = time.perf_counter() - start
-    cell = Cell(name, sampler, steps, brightness=brightness, seconds=seconds, **result)
-    return cell, replicates, torch.stack(first) if first else torch.empty(0)
+        progress.advance(len(batch) * accelerator.num_processes)
+    if accelerator.num_processes > 1:
+        states = gather_object([metrics.state()])
+        metrics.reset()
+        for state in states:
+            metrics.merge_state(state)
+    found = metrics.result(f"{name}, {sampler}" if steps is None else f"{name}, {sampler} {steps}")
+    cell = Cell(name, sampler, steps, num, *found, time.perf_counter() - start)
+    return cell, torch.stack(first) if first else torch.empty(0)
 
 
-def difference(
-    cell: Cell, replicates: NDArray[np.float64], other: Cell, other_replicates: NDArray[np.float64]
-) -> Difference:
-    """FID of a cell minus that of another, with the interval that common random numbers allow."""
-    gain = cell.fid - other.fid
-    ends = interval(gain, replicates - other_replicates)
-    relative = gain / other.fid if other.fid else None
-    return Difference(cell.checkpoint, other.checkpoint, cell.sampler, cell.steps, gain, ends, relative)
+def differences(cell: Cell, other: Cell) -> list[Difference]:
+    """Return the numbers of a cell minus those of another, with the intervals that common random numbers allow.
+
+    Numbers without replicates in both cells have no difference.
+    """
+    found = []
+    for name, replicates in cell.replicates.items():
+        value, base = cell.values[name], other.values.get(name)
+        if value is not None and base is not None and name in other.replicates:
+            ends = interval(value - base, replicates - other.replicates[name])
+            relative = (value - base) / base if base > 0 else None
+            pair = cell.checkpoint, other.checkpoint, cell.sampler, cell.steps
+            found.append(Difference(*pair, name, value - base, ends, relative))
+    return found
 
 
 def evaluate_grid(
@@ -225,52 +245,34 @@ def evaluate_grid(
     samplers: Sequence[str],
     steps: Sequence[int],
     num: int,
-    extractor: FeatureExtractor,
-    reference: Reference,
+    metrics: MetricCollection,
     accelerator: Accelerator,
     keep: int = 16,
-    on_images: Callable[[int, str], None] = lambda nfe, cell: None,
+    progress: Progress = SILENT,
 ) -> Grid:
-    """Evaluate every checkpoint under every sampler and number of steps.
+    """Evaluate every checkpoint under every sampler and number of steps, as :func:`evaluate_cell` does for one.
 
     Arguments:
         generators: By the checkpoint's name; their sampler and steps are replaced, the rest is used as it is.
         samplers: Names of samplers.
         steps: Numbers of network evaluations.
-        num: Images of a cell.
-        extractor: The features.
-        reference: The real images under the same features.
-        accelerator: Each of its processes makes its share of the images of each cell.
-        keep: How many images of each cell to return.
-        on_images: Called after each batch with the network evaluations that it took, over all processes, and the name
-            of the cell.
+        progress: Told of the network evaluations, over all processes, and of the cell.
 
     Raises:
-        InputError: If a sampler or a number of steps does not suit a checkpoint, or images do not suit the features.
-        RunError: If a metric is not finite.
+        InputError: If a sampler or a number of steps does not suit a checkpoint.
     """
     for generator, sampler, count in itertools.product(generators.values(), samplers, steps):
         replace(generator, sampler=sampler, steps=count)  # its checks, before anything takes time
-    cells, differences, samples = [], [], {}
+    progress.begin("network evaluations", len(generators) * len(samplers) * sum(steps) * num)
+    grid = Grid([], [], {})
     for sampler, count in itertools.product(samplers, steps):
-        measured: dict[str, tuple[Cell, NDArray[np.float64]]] = {}
+        row: list[Cell] = []
         for name, generator in generators.items():
-
-            def report(n: int, label: str = f"{name} · {sampler} {count}", count: int = count) -> None:
-                on_images(n * count, label)
-
-            cell, replicates, samples[name, sampler, count] = evaluate_cell(
-                name,
-                replace(generator, sampler=sampler, steps=count),
-                num,
-                extractor,
-                reference,
-                accelerator,
-                keep,
-                report,
+            chosen = replace(generator, sampler=sampler, steps=count)
+            cell, grid.samples[name, sampler, count] = evaluate_cell(
+                name, chosen, num, metrics, accelerator, keep, _Within(progress, count)
             )
-            cells.append(cell)
-            for other, other_replicates in measured.values():
-                differences.append(difference(cell, replicates, other, other_replicates))
-            measured[name] = (cell, replicates)
-    return Grid(cells, differences, samples)
+            grid.differences.extend(itertools.chain.from_iterable(differences(cell, other) for other in row))
+            row.append(cell)
+        grid.cells.extend(row)
+    return grid

@@ -12,7 +12,7 @@ from robustdiff.backbones.model import PRETRAINED
 from robustdiff.data import ArrayDataset, ImageDataset, load_dataset
 from robustdiff.data.archive import read_npz
 from robustdiff.errors import InputError
-from robustdiff.evaluation.fidelity import FEWEST
+from robustdiff.metrics.reference import FEWEST
 
 __all__ = ["check_size", "load_images", "number_of_images"]
 

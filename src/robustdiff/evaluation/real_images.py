@@ -14,8 +14,8 @@ from accelerate import Accelerator, PartialState
 from robustdiff.data import ImageDataset
 from robustdiff.data.huggingface import is_remote
 from robustdiff.errors import InputError
-from robustdiff.evaluation.features import INCEPTION_URL, SHIPPED, FeatureExtractor, load_extractor
-from robustdiff.evaluation.fidelity import Reference, load_reference, reference_statistics
+from robustdiff.metrics.features import INCEPTION_URL, SHIPPED, FeatureExtractor, load_extractor
+from robustdiff.metrics.reference import Reference, load_reference, reference_statistics
 from robustdiff.progress import SILENT, Progress
 from robustdiff.recipe import DataConfig, load_data_config
 
@@ -73,30 +73,38 @@ def choose_real_images(
 
 @dataclass(frozen=True)
 class Target:
-    """Real images, or an ``.npz`` file of their statistics, and the features by which images are compared with them."""
+    """Real images, or an ``.npz`` file of their statistics, and the features by which images are compared with them.
 
-    source: DataConfig | Path
-    dataset: ImageDataset | None
-    extractor: FeatureExtractor
+    Without a source nothing is compared, and there are no features.
+    """
+
+    source: DataConfig | Path | None = None
+    dataset: ImageDataset | None = None
+    extractor: FeatureExtractor | None = None
 
     @property
-    def name(self) -> str:
-        """Return the name of the images, or the path of the file."""
-        return str(self.source) if self.dataset is None else self.dataset.name
+    def name(self) -> str | None:
+        """The name of the images, or the path of the file."""
+        if self.dataset is not None:
+            return self.dataset.name
+        return None if self.source is None else str(self.source)
 
     @property
     def record(self) -> dict[str, Any]:
-        """Return the settings that a result names, as JSON holds them."""
-        source = self.source.model_dump(mode="json") if isinstance(self.source, DataConfig) else str(self.source)
+        """The settings that a result names, as JSON holds them."""
+        source = self.source.model_dump(mode="json") if isinstance(self.source, DataConfig) else self.name
         data = None if self.dataset is None else self.dataset.name
-        return {"data": data, "reference": source, "features": self.extractor.name}
+        features = None if self.extractor is None else self.extractor.name
+        return {"data": data, "reference": source, "features": features}
 
-    def statistics(self, accelerator: Accelerator, progress: Progress = SILENT) -> Reference:
+    def statistics(self, accelerator: Accelerator, progress: Progress = SILENT) -> Reference | None:
         """Return the statistics of the real images under the features, from the cache if they are in it.
 
         Raises:
             InputError: If images cannot be read, or the file is malformed or holds statistics of other features.
         """
+        if self.extractor is None:
+            return None
         progress.begin("statistics of the real images", 1)
         if self.dataset is None:
             return load_reference(str(self.source), self.extractor)
@@ -104,12 +112,16 @@ class Target:
             return reference_statistics(self.dataset, self.extractor)
 
 
-def load_target(source: DataConfig | Path, features: str | None, weights: Path | None, device: torch.device) -> Target:
+def load_target(
+    source: DataConfig | Path | None, features: str | None, weights: Path | None, device: torch.device
+) -> Target:
     """Load real images, and the features of a name or else those that are made for the images.
 
     Raises:
         InputError: If the images cannot be loaded, or the features are not known, not given, or lack their weights.
     """
+    if source is None:
+        return Target()
     dataset, data = (source.load(), source.name) if isinstance(source, DataConfig) else (None, None)
     if features is None and data is None:
         raise InputError("--reference needs the features that it is of: give --features inception --weights FILE")

@@ -16,7 +16,9 @@ from robustdiff.evaluation.generate import Generator
 from robustdiff.evaluation.grid import Grid, evaluate_grid, evaluate_images
 from robustdiff.evaluation.images import check_size, load_images, number_of_images
 from robustdiff.evaluation.real_images import Target
+from robustdiff.metrics.metric import MetricCollection
 from robustdiff.progress import SILENT, Progress
+from robustdiff.samplers.sample import SAMPLERS
 
 __all__ = ["evaluate_sources", "load_generators", "load_sources", "name_sources"]
 
@@ -76,6 +78,7 @@ def evaluate_sources(
     samplers: Sequence[str] = (),
     steps: Sequence[int] = (),
     num: int | None = None,
+    metrics: Sequence[str] = (),
     *,
     batch_size: int = 128,
     progress: Progress = SILENT,
@@ -89,8 +92,9 @@ def evaluate_sources(
         target: The real images and the features.
         accelerator: Each of its processes makes its share of the images.
         samplers: Names of samplers for all runs; by default one that suits the first.
-        steps: Numbers of network evaluations; by default 5, 10, 20 and 50, or 1, 2, 4 and 8 for consistency models.
+        steps: Numbers of network evaluations; by default those of the first sampler.
         num: Images of each cell; by default 5000, and all of those that are there already.
+        metrics: Names of metrics; by default FID, KID, precision, recall and brightness, as far as the target allows.
         batch_size: Images at a time.
         progress: The receiver of the progress.
         settings: Other fields of the generators.
@@ -112,15 +116,15 @@ def evaluate_sources(
     generators = load_generators(runs, accelerator.device, target.dataset, **settings)
     if generators:
         samplers = samplers or [next(iter(generators.values())).sampler]
-        steps = steps or ([1, 2, 4, 8] if samplers[0] == "multistep" else [5, 10, 20, 50])
+        steps = steps or SAMPLERS[samplers[0]].grid_steps
     if target.dataset is not None:
         for dataset in images.values():
             check_size(dataset, target.dataset.shape)
-    measured = target.extractor, target.statistics(accelerator, progress), accelerator
-    cells = []
-    for name, dataset in images.items():  # before the runs, which take longer
-        progress.begin(name, numbers[name])
-        cells.append(evaluate_images(name, dataset, numbers[name], *measured, batch_size, progress.advance))
-    progress.begin("network evaluations", len(runs) * len(samplers) * sum(steps) * num)
-    grid = evaluate_grid(generators, samplers, steps, num, *measured, on_images=progress.advance)
+    statistics = target.statistics(accelerator, progress)
+    collection = MetricCollection(metrics or None, target.extractor, statistics, accelerator.device)
+    cells = [  # before the runs, which take longer
+        evaluate_images(name, dataset, numbers[name], collection, accelerator, batch_size, progress)
+        for name, dataset in images.items()
+    ]
+    grid = evaluate_grid(generators, samplers, steps, num, collection, accelerator, progress=progress)
     return replace(grid, cells=[*grid.cells, *cells])

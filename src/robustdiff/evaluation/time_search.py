@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from robustdiff.evaluation.features import FeatureExtractor
-from robustdiff.evaluation.fidelity import Fidelity, Reference, check_finite
+from accelerate import Accelerator
+
 from robustdiff.evaluation.generate import Generator
+from robustdiff.evaluation.real_images import Target
+from robustdiff.metrics.fid import FID
+from robustdiff.metrics.metric import Batch, check_finite
 from robustdiff.progress import SILENT, Progress
 from robustdiff.samplers.time_search import TimeSearch, search_times
 
@@ -17,33 +20,34 @@ def search_times_by_fid(
     generator: Generator,
     steps: int,
     num: int,
-    extractor: FeatureExtractor,
-    reference: Reference,
+    target: Target,
+    accelerator: Accelerator,
     progress: Progress = SILENT,
 ) -> TimeSearch:
     """Search the scales of multistep sampling, one after the other, with candidates from common noise.
 
     Arguments:
-        generator: How the images are made, by the sampler multistep; its ``steps`` are replaced.
+        generator: The source of the images, by the sampler multistep; its ``steps`` are replaced.
         steps: How many scales.
         num: Images of each candidate.
-        extractor: The features.
-        reference: The real images under the same features.
+        target: The real images and the features.
+        accelerator: The process that reads their statistics first.
         progress: Told of the images of each candidate.
 
     Raises:
         InputError: If there are not so many scales, or images do not suit the features.
         RunError: If an FID is not finite.
     """
+    metric = FID(target.statistics(accelerator, progress))
 
     def fid(numbers: tuple[int, ...]) -> float:
         candidate = ",".join(map(str, numbers))
         progress.begin(f"scales {candidate}", num)
-        fidelity = Fidelity(extractor, reference)
+        metric.reset()
         for batch, images in replace(generator, steps=candidate).images(range(num)):
-            fidelity.update(images, batch.start)
+            metric.update(Batch(images, batch.start, extractor=target.extractor))
             progress.advance(len(batch))
-        value = fidelity.fid()
+        value = metric.distance()
         check_finite(f"scales {candidate}", {"fid": value})
         return value
 

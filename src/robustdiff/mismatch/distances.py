@@ -52,7 +52,7 @@ from scipy.spatial import KDTree
 from scipy.spatial.distance import cdist
 
 from robustdiff.errors import InputError
-from robustdiff.evaluation.fidelity import frechet_distance
+from robustdiff.metrics.fid import frechet_distance
 
 __all__ = [
     "BLOCKS",

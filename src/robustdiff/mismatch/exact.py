@@ -336,7 +336,7 @@ def sampler_steps(process: DiffusionProcess, sampler: str, steps: int) -> list[S
 def gaussian_kl(mean0: Tensor, cov0: Tensor, mean1: Tensor, cov1: Tensor) -> float:
     """Return D_KL(N(μ₀, C₀) ‖ N(μ₁, C₁)), for means (d,) and covariances (d, d), both positive definite.
 
-    The Wasserstein distance of the same two is the root of :func:`robustdiff.evaluation.fidelity.frechet_distance`.
+    The Wasserstein distance of the same two is the root of :func:`robustdiff.metrics.fid.frechet_distance`.
     """
     root = torch.linalg.cholesky(cov1)
     eigenvalues = torch.linalg.eigvalsh(

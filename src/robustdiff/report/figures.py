@@ -1,4 +1,4 @@
-"""Figures: FID against steps, and samples on common noise side by side.
+"""Figures: numbers against steps, and samples on common noise side by side.
 
 All of the package's figures are made through this module, the only one that imports matplotlib: on import, matplotlib
 reads a file ``matplotlibrc`` of the working folder, which may be somebody else's, and its settings can start programs
@@ -19,6 +19,8 @@ from robustdiff.data.pixels import tile
 from robustdiff.errors import printable
 from robustdiff.evaluation.grid import Cell
 from robustdiff.files import atomic_write
+from robustdiff.metrics.fid import FID
+from robustdiff.metrics.metric import Number
 
 with contextlib.chdir(Path(__file__).parent):
     import matplotlib
@@ -33,14 +35,14 @@ __all__ = [
     "Figure",
     "Line",
     "default_settings",
-    "fid_against_steps",
-    "fid_panels",
     "label",
     "loss_curves",
     "matplotlib",
+    "numbers_against_steps",
     "points",
     "sample_grid",
     "save_figure",
+    "step_panels",
 ]
 
 COLOURS = matplotlib.colormaps["tab10"].colors  # type: ignore[attr-defined]
@@ -83,13 +85,19 @@ class Line:
 
 
 @default_settings()
-def fid_panels(panels: dict[str, dict[str, list[Line]]], title: str, levels: Mapping[str, float] = {}) -> Figure:
-    """FID against steps: panels by title, lines by label, one colour for all of a label; both axes logarithmic.
+def step_panels(
+    panels: dict[str, dict[str, list[Line]]],
+    title: str,
+    levels: Mapping[str, float] = {},
+    number: Number = FID.numbers[0],
+) -> Figure:
+    """Draw a number against steps: panels by title, lines by label, one colour for all of a label; steps logarithmic.
 
     Arguments:
         panels: The lines of each panel.
         title: Above them all.
         levels: Dashed lines across each panel, by label.
+        number: What is drawn.
     """
     labels = list(dict.fromkeys(name for groups in panels.values() for name in groups))
     steps = sorted({x for groups in panels.values() for lines in groups.values() for line in lines for x in line.x})
@@ -103,51 +111,59 @@ def fid_panels(panels: dict[str, dict[str, list[Line]]], title: str, levels: Map
             for j, line in enumerate(lines):
                 once = label(name) if j == 0 else None
                 panel.plot(line.x, line.y, marker=marker, color=colour, label=once, markersize=5, linewidth=1.5)
-                edges = np.maximum([line.low, line.high], 1e-3)
+                edges = np.array([line.low, line.high])
+                edges = np.maximum(edges, 1e-3) if number.log else edges
                 panel.fill_between(line.x, *edges, color=colour, alpha=0.15, linewidth=0)
         for (name, level), grey in zip(levels.items(), np.linspace(0.2, 0.6, len(levels)), strict=True):
             panel.axhline(level, color=str(grey), linestyle="--", linewidth=1, label=label(name))
         panel.set_title(label(heading))
         panel.set_xscale("log")
-        panel.set_yscale("log")
+        if number.log:
+            panel.set_yscale("log")
         panel.set_xticks(steps, [f"{s:g}" for s in steps])
         panel.minorticks_off()
         panel.set_xlabel("steps (network evaluations)")
         panel.grid(alpha=0.3)
-    axes[0].set_ylabel("FID (lower is better)")
-    low, high = axes[0].get_ylim()
-    ticks = [m * 10.0**e for e in range(-3, 5) for m in (1, 2, 5) if low <= m * 10.0**e <= high]
-    axes[0].set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes[0].set_ylabel(number.title + (f" ({number.better} is better)" if number.better else ""))
+    if number.log:
+        low, high = axes[0].get_ylim()
+        ticks = [m * 10.0**e for e in range(-3, 5) for m in (1, 2, 5) if low <= m * 10.0**e <= high]
+        axes[0].set_yticks(ticks, [f"{tick:g}" for tick in ticks])
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", frameon=False)
     figure.suptitle(label(title), fontsize=10)
     return figure
 
 
 @default_settings()
-def fid_against_steps(cells: Sequence[Cell], title: str) -> Figure:
-    """One panel for each sampler, one line for each checkpoint, with intervals; images without steps are levels."""
-    panels: dict[str, dict[str, list[Line]]] = {}
-    sampled = [(cell.steps, cell) for cell in cells if cell.steps is not None]
-    for sampler in dict.fromkeys(cell.sampler for _, cell in sampled):
-        groups = panels[sampler] = {}
-        for checkpoint in dict.fromkeys(cell.checkpoint for _, cell in sampled):
-            own = sorted(
-                ((n, c) for n, c in sampled if c.sampler == sampler and c.checkpoint == checkpoint), key=lambda p: p[0]
-            )
-            groups[checkpoint] = [
-                Line(
-                    [n for n, _ in own],
-                    [c.fid for _, c in own],
-                    [c.fid_ci[0] for _, c in own],
-                    [c.fid_ci[1] for _, c in own],
-                )
-            ]
-    return fid_panels(panels, title, {cell.checkpoint: cell.fid for cell in cells if cell.steps is None})
+def numbers_against_steps(cells: Sequence[Cell], number: Number, title: str) -> Figure:
+    """Draw one panel for each sampler, one line for each checkpoint; images without steps are levels.
+
+    Cells with steps must have an interval of the number.
+    """
+    points: dict[tuple[str, str], list[tuple[float, ...]]] = {}
+    levels: dict[str, float] = {}
+    for cell in cells:
+        value = cell.values.get(number.name)
+        if value is not None and cell.steps is None:
+            levels[cell.checkpoint] = value
+        elif value is not None and cell.steps is not None:
+            point = (cell.steps, value, *cell.intervals[number.name])
+            points.setdefault((cell.sampler, cell.checkpoint), []).append(point)
+    checkpoints = dict.fromkeys(checkpoint for _, checkpoint in points)
+    panels = {
+        sampler: {
+            # Without points it is empty: the legend is that of the first panel.
+            checkpoint: [Line(*np.reshape(sorted(points.get((sampler, checkpoint), [])), (-1, 4)).T.tolist())]
+            for checkpoint in checkpoints
+        }
+        for sampler in dict.fromkeys(sampler for sampler, _ in points)
+    }
+    return step_panels(panels, title, levels, number)
 
 
 @default_settings()
 def loss_curves(curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], title: str) -> Figure:
-    """The training loss of each run, (steps, losses) by its label, smoothed over ten values; logarithmic."""
+    """Draw the training loss of each run, (steps, losses) by its label, smoothed over ten values; logarithmic."""
     figure = Figure(figsize=(8.4, 3.6), layout="constrained")
     panel = figure.subplots()
     for i, (name, (steps, losses)) in enumerate(curves.items()):
@@ -166,7 +182,7 @@ def loss_curves(curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], t
 
 @default_settings()
 def points(panels: dict[str, dict[str, list[tuple[float, float]]]], xlabel: str, ylabel: str, title: str) -> Figure:
-    """Points (x, y) by label, one panel for each title, each with axes of its own."""
+    """Draw points (x, y) by label, one panel for each title, each with axes of its own."""
     labels = list(dict.fromkeys(name for found in panels.values() for name in found))
     figure = Figure(figsize=(3 + 3.2 * len(panels), 3.6), layout="constrained")
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
@@ -192,7 +208,7 @@ def sample_grid(
     steps: Sequence[int],
     title: str,
 ) -> Figure:
-    """Checkpoints side by side, numbers of steps below each other; column j is the same x_T everywhere."""
+    """Draw checkpoints side by side, numbers of steps below each other; column j is the same x_T everywhere."""
     figure = Figure(figsize=(2.8 * len(checkpoints) + 0.6, 0.95 * len(steps) + 0.6), layout="constrained")
     panels = figure.subplots(len(steps), len(checkpoints), squeeze=False)
     for row, count in zip(panels, steps, strict=True):

@@ -1,15 +1,15 @@
-"""A grid of checkpoints, samplers and steps as files: ``fid.png``, ``samples-SAMPLER.png`` and ``result.json``."""
+"""A grid of checkpoints, samplers and steps as files: ``NUMBER.png``, ``samples-SAMPLER.png`` and ``result.json``."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from robustdiff.evaluation.grid import Cell, Grid
 from robustdiff.files import remove_leftovers, write_json
-from robustdiff.report.figures import fid_against_steps, sample_grid, save_figure
+from robustdiff.metrics.metric import number_named
+from robustdiff.report.figures import numbers_against_steps, sample_grid, save_figure
 
 __all__ = ["write_results"]
 
@@ -22,23 +22,25 @@ def write_results(
     Arguments:
         folder: Where to; made if it is not there.
         grid: The results.
-        title: Of the figure of FID.
+        title: Of the figures of numbers, of which those with intervals have one.
         settings: What ``result.json`` says before the numbers.
-        beside: Cells that are in the figure of FID, but not compared.
+        beside: Cells that are in those figures, but not compared.
 
     Returns:
         What ``result.json`` holds.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    remove_leftovers(folder, r"result\.json|fid\.png|samples-[\w.-]+\.png")
+    remove_leftovers(folder, r"result\.json|[\w.-]+\.png")
     record = {
         **settings,
-        "cells": [asdict(cell) for cell in grid.cells],
-        "differences": [asdict(difference) for difference in grid.differences],
+        "cells": [cell.record() for cell in grid.cells],
+        "differences": [difference.record() for difference in grid.differences],
     }
     write_json(folder / "result.json", record)
     if grid.samples:
-        save_figure(fid_against_steps([*grid.cells, *beside], title), folder / "fid.png")
+        for name in dict.fromkeys(name for cell in grid.cells for name in cell.intervals):
+            figure = numbers_against_steps([*grid.cells, *beside], number_named(name), title)
+            save_figure(figure, folder / f"{name}.png")
     checkpoints = list(dict.fromkeys(checkpoint for checkpoint, _, _ in grid.samples))
     steps = list(dict.fromkeys(steps for _, _, steps in grid.samples))
     for sampler in dict.fromkeys(sampler for _, sampler, _ in grid.samples):

@@ -32,18 +32,18 @@ from scipy.stats import t as student_t
 
 from robustdiff.data.decode import open_image
 from robustdiff.errors import InputError, printable
-from robustdiff.evaluation.fidelity import interval
 from robustdiff.files import atomic_write, make_folder
+from robustdiff.metrics.bootstrap import interval
 from robustdiff.mismatch.measure import MEASURES
 from robustdiff.report.figures import (
     Figure,
     Line,
     default_settings,
-    fid_panels,
     label,
     loss_curves,
     points,
     save_figure,
+    step_panels,
 )
 from robustdiff.study import Study, plan, read_cell, read_failure, read_loss, read_mismatch, reference_cells
 
@@ -555,7 +555,7 @@ def _fid_figure(results: Results) -> Figure:
             }
             groups[f"{name}, as it is"] = [_without_band(as_it_is)]
     levels = {f"{name}, {sampler} {n}": record["fid"] for (name, sampler, n), record in results.levels.items()}
-    return fid_panels(panels, "one line for each training", levels)
+    return step_panels(panels, "one line for each training", levels)
 
 
 def _without_band(fids: dict[int, float]) -> Line:

@@ -12,6 +12,7 @@ from rich.text import Text
 
 from robustdiff.errors import printable
 from robustdiff.evaluation.grid import FILE, Cell, Grid
+from robustdiff.metrics.metric import Number, number_named
 from robustdiff.study import MEASURES, Remaining
 
 __all__ = ["cell_table", "grid_table", "print_whole", "remaining_table", "reproduced_table", "shown"]
@@ -32,10 +33,12 @@ def print_whole(console: Console, table: Table) -> None:
 
 def cell_table(cells: Sequence[Cell]) -> Table:
     """Return one row for each cell, with all that was measured of it; "—" is what does not apply or is not known."""
+    names = dict.fromkeys(name for cell in cells for name in cell.values)
+    numbers = [number_named(name) for name in names if not (name.endswith("_se") and name.removesuffix("_se") in names)]
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), collapse_padding=True)
     table.add_column("", no_wrap=True)
     table.add_column("sampler", no_wrap=True)
-    for heading in ("steps", "images", "FID", "KID", "precision", "recall", "brightness"):
+    for heading in ("steps", "images", *(number.title for number in numbers)):
         table.add_column(heading, justify="right", no_wrap=True)
     for cell in cells:
         table.add_row(
@@ -43,25 +46,37 @@ def cell_table(cells: Sequence[Cell]) -> Table:
             "—" if cell.sampler == FILE else cell.sampler,
             "—" if cell.steps is None else str(cell.steps),
             str(cell.n),
-            f"{cell.fid:.2f} ±{(cell.fid_ci[1] - cell.fid_ci[0]) / 2:.2g}",
-            "—" if cell.kid is None or cell.kid_se is None else f"{cell.kid:.4g} ±{cell.kid_se:.2g}",
-            "—" if cell.precision is None else f"{cell.precision:.3f}",
-            "—" if cell.recall is None else f"{cell.recall:.3f}",
-            f"{cell.brightness:.1f}",
+            *(_value(cell, number) for number in numbers),
         )
     return table
 
 
-def grid_table(grid: Grid, baseline: str) -> Table:
-    """Samplers and steps down, checkpoints across: FID ± half of its 95 % interval, and the difference to a baseline.
+def _value(cell: Cell, number: Number) -> str:
+    """Return a number with half of its 95 % interval, or its standard error."""
+    value = cell.values.get(number.name)
+    if value is None:
+        return "—"
+    if number.name in cell.intervals:
+        low, high = cell.intervals[number.name]
+        return f"{value:{number.format}} ±{(high - low) / 2:.2g}"
+    error = cell.values.get(f"{number.name}_se")
+    return f"{value:{number.format}}" + ("" if error is None else f" ±{error:.2g}")
+
+
+def grid_table(grid: Grid, baseline: str, number: Number) -> Table:
+    """Return samplers and steps down, checkpoints across: a number ± half of its interval, and its differences.
 
     Arguments:
         grid: The results, all of checkpoints.
         baseline: The checkpoint that the others are compared with.
+        number: One that has intervals.
     """
     checkpoints = list(dict.fromkeys(cell.checkpoint for cell in grid.cells))
     cells = {(c.checkpoint, c.sampler, c.steps): c for c in grid.cells}
-    differences = {(d.checkpoint, d.baseline, d.sampler, d.steps): d for d in grid.differences}
+    differences = {
+        (d.checkpoint, d.baseline, d.sampler, d.steps): d for d in grid.differences if d.number == number.name
+    }
+    lower, higher = {"lower": ("green", "red"), "higher": ("red", "green"), None: ("", "")}[number.better]
     # Narrow enough for a terminal of 80 columns with three checkpoints.
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), collapse_padding=True, caption_justify="left")
     table.add_column("", no_wrap=True)
@@ -74,25 +89,25 @@ def grid_table(grid: Grid, baseline: str) -> Table:
         row: list[str | Text] = [f"{sampler} {steps}"]
         for checkpoint in checkpoints:
             cell = cells[checkpoint, sampler, steps]
-            row.append(f"{cell.fid:.2f} ±{(cell.fid_ci[1] - cell.fid_ci[0]) / 2:.2g}")
+            row.append(_value(cell, number))
             if checkpoint != baseline:
                 difference = differences[checkpoint, baseline, sampler, steps]
-                low, high = difference.fid_ci
-                style = "green" if high < 0 else "red" if low > 0 else "dim"
-                if difference.relative is None:  # of a baseline whose FID is 0
-                    text = f"{difference.fid:+.2f} ({low:+.2f}…{high:+.2f})"
+                low, high = difference.interval
+                style = lower if high < 0 else higher if low > 0 else "dim"
+                if difference.relative is None:  # of a baseline whose value is 0
+                    text = f"{difference.value:+{number.format}} ({low:+{number.format}}…{high:+{number.format}})"
                 else:
-                    low, high = (100 * end / cells[baseline, sampler, steps].fid for end in difference.fid_ci)
-                    text = f"{difference.relative:+.0%} ({low:+.0f}…{high:+.0f})"
+                    base = cells[baseline, sampler, steps].values[number.name] or 1.0
+                    text = f"{difference.relative:+.0%} ({100 * low / base:+.0f}…{100 * high / base:+.0f})"
                 row.append(Text(text, style=style))
         table.add_row(*row, end_section=i + 1 < len(rows) and rows[i + 1][0] != sampler)
-    if len(checkpoints) > 1:
+    if len(checkpoints) > 1 and number.better is not None:
         table.caption = "green and red: the interval of the difference excludes 0"
     return table
 
 
 def remaining_table(parts: Sequence[Remaining]) -> Table:
-    """What is left of a study, method by method, and the hours that one process takes for it."""
+    """Return what is left of a study, method by method, and the hours that one process takes for it."""
     table = Table(box=box.SIMPLE_HEAD, show_footer=True)
     runs, cells, seconds = (sum(values) for values in zip(*((p.runs, p.cells, p.seconds) for p in parts), strict=True))
     table.add_column("method", "in all", no_wrap=True)
@@ -105,7 +120,7 @@ def remaining_table(parts: Sequence[Remaining]) -> Table:
 
 
 def reproduced_table(before: dict[str, Any], after: dict[str, Any]) -> Table:
-    """A cell as it was and as it was made again."""
+    """Return a cell as it was and as it was made again."""
     table = Table(box=box.SIMPLE_HEAD, caption_justify="left")
     for heading in ("", "in the file", "made again", ""):
         table.add_column(heading, no_wrap=True)

@@ -14,11 +14,11 @@ from safetensors import safe_open
 
 from robustdiff.data import load_dataset, to_unit
 from robustdiff.errors import InputError
-from robustdiff.evaluation import features
-from robustdiff.evaluation.features import EXTRACTORS, Classifier, ClassifierExtractor, load_extractor
+from robustdiff.metrics import features
+from robustdiff.metrics.features import EXTRACTORS, Classifier, ClassifierExtractor, load_extractor
 
 SHIPPED = ["digits", "fashion-16", "fashion-mnist"]
-WEIGHTS = files("robustdiff.evaluation") / "weights"
+WEIGHTS = files("robustdiff.metrics") / "weights"
 
 
 def random_images(extractor, n, seed=0):
@@ -219,7 +219,7 @@ def test_without_torchvision_torch_fidelity_is_left_as_it_was():
     code = """
 import sys
 sys.modules["torchvision"] = None  # an import of it fails, also where it is installed
-from robustdiff.evaluation.features import _torch_fidelity_inception
+from robustdiff.metrics.features import _torch_fidelity_inception
 assert _torch_fidelity_inception().INPUT_IMAGE_SIZE == 299
 assert "torch_fidelity" not in sys.modules
 try:

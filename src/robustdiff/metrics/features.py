@@ -1,16 +1,15 @@
 r"""Features: the space in which sets of images are compared.
 
 An extractor is a fixed map φ: {0, …, 255}^{C×H×W} → R^D, the activations of a classifier one layer before its
-logits. Every distance in `fidelity` is a distance between the laws of φ(generated) and φ(real), so a number
-means something only together with its φ: each extractor has a fingerprint, the hash of its weights, and the
-cache of reference statistics is keyed by it.
+logits. FID, KID, precision and recall compare the laws of φ(generated) and φ(real), so a number means something
+only together with its φ: each extractor has a fingerprint, the hash of its weights, and the cache of reference
+statistics is keyed by it.
 
 - `digits`, `fashion-16`, `fashion-mnist`: small convolutional classifiers that ship with this package
   (`scripts/train_extractors.py` trains them), for images for which Inception, trained on 299 × 299
   photographs, was not made.
-- `inception`: the network of the FID that papers report (Heusel et al., "GANs Trained by a Two Time-Scale
-  Update Rule Converge to a Local Nash Equilibrium", NeurIPS 2017, arXiv 1706.08500), as torch-fidelity
-  (Obukhov et al., 2020) ports it from TensorFlow, resizing and padding included.
+- `inception`: the network of the FID that papers report (Heusel et al., NeurIPS 2017, arXiv 1706.08500), as
+  torch-fidelity (Obukhov et al., 2020) ports it from TensorFlow, resizing and padding included.
 """
 
 from __future__ import annotations
@@ -29,14 +28,16 @@ from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import safetensors.torch
 import torch
+from numpy.typing import NDArray
 from safetensors import safe_open
 from torch import Tensor, nn
 
 from robustdiff.backbones.weights import FLOATS, read_file
 from robustdiff.data.dataset import to_unit
-from robustdiff.errors import InputError, printable
+from robustdiff.errors import InputError, RunError, printable
 from robustdiff.files import atomic_write
 
 __all__ = [
@@ -56,13 +57,12 @@ EXTRACTORS = (*SHIPPED, "inception")
 
 
 class FeatureExtractor(nn.Module):
-    """φ: a batch of images to a batch of feature vectors.
+    """A map from a batch of images to a batch of feature vectors.
 
     Attributes:
         name: Its name, for messages and results.
         dim: D, the number of features.
-        fingerprint: sha256 of the weights, 64 hexadecimal digits. Two extractors with one fingerprint are one
-            map.
+        fingerprint: The sha256 of the weights, 64 hexadecimal digits.
     """
 
     name: str
@@ -71,17 +71,26 @@ class FeatureExtractor(nn.Module):
 
     @abstractmethod
     def forward(self, images: Tensor) -> Tensor:
-        """Extract.
+        """Return the features, float32 (B, D), on the extractor's device, without a graph, under autocast too.
 
         Args:
             images: uint8 (B, C, H, W), on any device.
 
-        Returns:
-            float32 (B, D), on the extractor's device, without a graph, under autocast too.
-
         Raises:
             InputError: The images are not uint8, or have a size or channels this extractor was not made for.
         """
+
+    def extract(self, images: Tensor) -> NDArray[np.float32]:
+        """Return the features as an array; arguments and errors are those of :meth:`forward`.
+
+        Raises:
+            RunError: Features that are not finite.
+        """
+        features: NDArray[np.float32] = self(images).cpu().numpy()
+        # A distance to NaN is not below any radius: precision and recall would be numbers.
+        if not np.isfinite(features).all():
+            raise RunError(f"extractor {self.name}: features that are not finite; check its weights")
+        return features
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.name!r}, dim={self.dim}, fingerprint={self.fingerprint[:12]!r})"
@@ -104,8 +113,9 @@ def _batch(name: str, images: Tensor) -> None:
 
 
 class Classifier(nn.Module):
-    """A convolutional classifier: [3×3 convolution, SiLU, 2×2 maximum]* → linear, SiLU (the features) →
-    linear.
+    """A convolutional classifier.
+
+    Its layers are [3×3 convolution, SiLU, 2×2 maximum]* → linear, SiLU (the features) → linear.
 
     No batch normalisation, so a feature depends on its own image only. SiLU and not ReLU, because a unit that
     is never active makes a zero row in the covariance that FID takes the root of.
@@ -113,20 +123,15 @@ class Classifier(nn.Module):
     Args:
         channels: C of the images, 1 or 3.
         size: H = W of the images; at least 2^len(widths).
-        widths: Channels after each stage.
+        widths: The channels after each stage.
         dim: D, the number of features.
-        num_classes: Number of logits.
+        num_classes: The number of logits.
     """
 
     def __init__(self, channels: int, size: int, widths: Sequence[int], dim: int, num_classes: int) -> None:
         super().__init__()
-        self.architecture = {
-            "channels": channels,
-            "size": size,
-            "widths": list(widths),
-            "dim": dim,
-            "num_classes": num_classes,
-        }
+        self.architecture = {"channels": channels, "size": size, "widths": list(widths)}
+        self.architecture |= {"dim": dim, "num_classes": num_classes}
         stages: list[nn.Module] = []
         for width_in, width in zip([channels, *widths], widths, strict=False):
             stages += [nn.Conv2d(width_in, width, 3, padding=1), nn.SiLU(), nn.MaxPool2d(2)]
@@ -140,21 +145,16 @@ class Classifier(nn.Module):
                 nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
 
     def features(self, x: Tensor) -> Tensor:
-        """Features (B, D) of images float32 (B, C, H, W) in [−1, 1]."""
+        """Return the features (B, D) of images float32 (B, C, H, W) in [−1, 1]."""
         return nn.functional.silu(self.embed(self.stages(x).flatten(1)))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits (B, num_classes) of images float32 (B, C, H, W) in [−1, 1]."""
+        """Return the logits (B, num_classes) of images float32 (B, C, H, W) in [−1, 1]."""
         logits: Tensor = self.head(self.features(x))
         return logits
 
     def save(self, path: str | os.PathLike[str], **metadata: str) -> None:
-        """Write the weights as safetensors; the architecture is JSON in its metadata, under `classifier`.
-
-        Args:
-            path: The file.
-            metadata: What else to record, e.g. `test_accuracy="0.91"`.
-        """
+        """Write the weights as safetensors; the architecture is JSON in its metadata, as are others."""
         # One key, because safetensors writes several in an order of its own, another one each time.
         record = json.dumps({"architecture": self.architecture, **metadata})
         weights = {key: value.detach().cpu().contiguous() for key, value in self.state_dict().items()}
@@ -196,12 +196,7 @@ class Classifier(nn.Module):
 
 
 class ClassifierExtractor(FeatureExtractor):
-    """The features of a `Classifier`.
-
-    Args:
-        name: Its name.
-        classifier: The trained network.
-    """
+    """An extractor of the features of a trained `Classifier`."""
 
     def __init__(self, name: str, classifier: Classifier) -> None:
         super().__init__()
@@ -225,11 +220,10 @@ class ClassifierExtractor(FeatureExtractor):
 
 
 def _torch_fidelity_inception() -> Any:
-    """torch-fidelity's class, also where torchvision is missing or does not fit torch.
+    """Return torch-fidelity's class, also where torchvision, which other parts of it need, is missing or does not fit.
 
-    torch_fidelity/__init__.py imports all that the package has, and some of it needs torchvision; its
-    Inception needs torch alone. If the package does not import, import that one module under a bare package
-    object, which is taken out again, so that a later `import torch_fidelity` does as it would have done.
+    If the package does not import, this one module is imported under a bare package object, which is taken out again,
+    so that a later `import torch_fidelity` does as it would have done.
     """
     module = "torch_fidelity.feature_extractor_inceptionv3"
     spec = importlib.util.find_spec("torch_fidelity")
@@ -254,7 +248,7 @@ def _torch_fidelity_inception() -> Any:
 
 
 class InceptionExtractor(FeatureExtractor):
-    """The 2048 pooled features of the Inception-v3 that FID is defined by.
+    """An extractor of the 2048 pooled features of the Inception-v3 that FID is defined by.
 
     Args:
         weights: torch-fidelity's weight file, `weights-inception-2015-12-05-6726825d.pth`.
@@ -319,7 +313,7 @@ def load_extractor(
     elif weights is not None:
         raise InputError(f"extractor {name} takes no weights; to use your own file give its path as the features")
     elif name in SHIPPED:
-        with as_file(files("robustdiff.evaluation") / "weights" / f"{name}.safetensors") as path:
+        with as_file(files("robustdiff.metrics") / "weights" / f"{name}.safetensors") as path:
             extractor = ClassifierExtractor(name, Classifier.load(path))
     elif name.endswith(".safetensors"):
         extractor = ClassifierExtractor(name, Classifier.load(name))

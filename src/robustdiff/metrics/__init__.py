@@ -1,0 +1,1 @@
+"""Metrics of sets of images, one per file, found by their names."""

@@ -1,0 +1,147 @@
+"""Statistics of real images, which generated ones are compared with."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from robustdiff.data.archive import list_npz, read_npz
+from robustdiff.data.dataset import ImageDataset
+from robustdiff.errors import InputError
+from robustdiff.files import atomic_write, cache_folder
+from robustdiff.metrics.bootstrap import Array
+from robustdiff.metrics.features import FeatureExtractor
+from robustdiff.metrics.moments import Moments
+from robustdiff.metrics.reservoir import LIMIT, Reservoir
+
+__all__ = ["FEWEST", "Reference", "load_reference", "reference_statistics"]
+
+FEWEST = 4
+"""Images of which every metric is defined: KID has a standard error, and precision three neighbours."""
+
+
+@dataclass(frozen=True, eq=False)
+class Reference:
+    """The statistics of real images.
+
+    Attributes:
+        mean: μ of their features, (D,).
+        cov: C of their features, (D, D).
+        fingerprint: That of the extractor.
+        features: A uniform sample of the features in random order, float32 (n, D), n ≤ 10,000; None where only μ and C
+            are known.
+        n: Number of images; None where it is not known.
+    """
+
+    mean: Array
+    cov: Array
+    fingerprint: str
+    features: NDArray[np.float32] | None = None
+    n: int | None = None
+
+
+def load_reference(path: str | os.PathLike[str], extractor: FeatureExtractor) -> Reference:
+    """Load precomputed statistics, as pytorch-fid and guided-diffusion write them.
+
+    Arguments:
+        path: An ``.npz`` file with ``mu``, (D,), and ``sigma``, (D, D). Other arrays are not read.
+        extractor: The features that the statistics are of. The file does not say which they are: this is checked by
+            their number alone.
+
+    Raises:
+        InputError: No such file, statistics that are missing or are no mean and covariance of as many features.
+    """
+    arrays = read_npz(path, ("mu", "sigma"))
+    if missing := [name for name in ("mu", "sigma") if name not in arrays]:
+        if "arr_0" in list_npz(path):
+            raise InputError(f"{path}: images (arr_0) and no statistics of them; give it as --data npz --root {path}")
+        raise InputError(
+            f"{path}: no array {' and no '.join(missing)}; give statistics that pytorch-fid or guided-diffusion wrote"
+        )
+    for name, shape in (("mu", (extractor.dim,)), ("sigma", (extractor.dim, extractor.dim))):
+        array = arrays[name]
+        if array.shape != shape:
+            raise InputError(
+                f"{path}: {name} has shape {array.shape} and {extractor.name} has {extractor.dim} features; "
+                "give the features that the statistics were made with"
+            )
+        if array.dtype.kind != "f" or not np.isfinite(array).all():
+            raise InputError(f"{path}: {name} ({array.dtype}) does not hold finite real numbers; make the file again")
+    mean, cov = arrays["mu"].astype(np.float64), arrays["sigma"].astype(np.float64)
+    scale = np.abs(cov).max()
+    if np.abs(cov - cov.T).max() > 1e-4 * scale or np.linalg.eigvalsh(cov + cov.T).min() < -1e-4 * scale:
+        raise InputError(f"{path}: sigma is not a covariance (symmetric, no negative eigenvalues); make the file again")
+    return Reference(mean, (cov + cov.T) / 2, extractor.fingerprint)
+
+
+def _dataset_hash(dataset: ImageDataset, batch_size: int) -> str:
+    """Return the sha256 of the number of images, their shape and all their pixels in order."""
+    digest = hashlib.sha256(f"{len(dataset)} {tuple(dataset.shape)}\n".encode())
+    for start in range(0, len(dataset), batch_size):
+        images = dataset.__getitems__(range(start, min(start + batch_size, len(dataset))))[0]
+        digest.update(images.contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def reference_statistics(
+    dataset: ImageDataset,
+    extractor: FeatureExtractor,
+    cache_dir: str | os.PathLike[str] | None = None,
+    batch_size: int = 256,
+) -> Reference:
+    """Return the statistics of a dataset under an extractor, computed once.
+
+    They are kept on disk under a name made of the pixels and of the extractor's weights, so that a changed image or
+    another extractor is another entry, and a copied or renamed dataset is not. An entry that cannot be read is computed
+    again, and a folder that cannot be written is left, each with a warning.
+
+    Arguments:
+        dataset: The real images.
+        extractor: The features.
+        cache_dir: The folder; by default :func:`robustdiff.files.cache_folder`.
+        batch_size: Images at a time.
+
+    Raises:
+        InputError: Fewer than 4 images, or images of a size that the extractor does not take.
+        RunError: Features that are not finite.
+    """
+    if len(dataset) < FEWEST:
+        raise InputError(f"{dataset.name}: {len(dataset)} real images; give {FEWEST} or more, better thousands")
+    content = _dataset_hash(dataset, batch_size)
+    key = hashlib.sha256(f"{content} {extractor.fingerprint}".encode()).hexdigest()
+    path = Path(cache_folder() if cache_dir is None else cache_dir) / f"reference-{key}.npz"
+    if path.exists():
+        try:
+            return _read_reference(path, dataset, extractor)
+        except (KeyError, TypeError, ValueError) as error:
+            warnings.warn(f"unusable cache entry, computed again: {error}", stacklevel=2)
+    moments, reservoir = Moments(extractor.dim, blocks=1), Reservoir(extractor.dim)
+    for start in range(0, len(dataset), batch_size):
+        images = dataset.__getitems__(range(start, min(start + batch_size, len(dataset))))[0]
+        features = extractor.extract(images)
+        moments.update(features, start)
+        reservoir.update(features, start)
+    arrays: dict[str, Any] = {**moments.state(), "features": reservoir.features}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(path) as file:
+            np.savez(file, **arrays)
+    except OSError as error:
+        warnings.warn(f"statistics not cached: {error}", stacklevel=2)
+    return Reference(moments.mean, moments.cov, extractor.fingerprint, reservoir.features, moments.n)
+
+
+def _read_reference(path: Path, dataset: ImageDataset, extractor: FeatureExtractor) -> Reference:
+    arrays = read_npz(path, ("count", "total", "outer", "features"))
+    moments, features = Moments(extractor.dim, blocks=1), arrays["features"]
+    moments.merge_state(arrays)
+    if moments.n != len(dataset) or features.shape != (min(len(dataset), LIMIT), extractor.dim):
+        raise ValueError(f"{moments.n} images, sample of shape {features.shape}")
+    return Reference(moments.mean, moments.cov, extractor.fingerprint, features.astype(np.float32), moments.n)
