@@ -14,11 +14,11 @@ import pytest
 import torch
 import yaml
 from diffusers.schedulers.scheduling_consistency_models import CMStochasticIterativeScheduler
-from robustdiff.evaluation.features import Classifier, load_extractor
-from robustdiff.evaluation.fidelity import reference_statistics
 
 from robustdiff.backbones.model import Model, load_model
 from robustdiff.data import load_dataset
+from robustdiff.metrics.features import Classifier, load_extractor
+from robustdiff.metrics.reference import reference_statistics
 
 ONE = [sys.executable, "-m", "robustdiff"]
 # accelerate's own launcher starts a single process when it is told --cpu.

@@ -47,6 +47,7 @@ def demo(
 
 
 def _show(grid: Grid, record: dict[str, Any], folder: Path) -> None:
+    from robustdiff.metrics.fid import FID
     from robustdiff.report.tables import grid_table, print_whole
 
     say(f"FID of {grid.cells[0].n} images a cell, with 95 % bootstrap intervals:")

@@ -102,9 +102,8 @@ def _show(grid: Grid, target: Target, seed: int, output: Path | None) -> None:
     sampled = replace(grid, cells=[cell for cell in grid.cells if cell.sampler != FILE])
     runs = list(dict.fromkeys(cell.checkpoint for cell in sampled.cells))
     if target.extractor is not None:
-        say(
-            f"to {target.name} on the features {target.extractor.name}, with 95 % bootstrap intervals and standard errors:"
-        )
+        of = target.extractor.name
+        say(f"to {target.name} on the features {of}, with 95 % bootstrap intervals and standard errors:")
     print_whole(out, cell_table(grid.cells))
     for number in map(number_named, dict.fromkeys(difference.number for difference in grid.differences)):
         say(f"{number.title}, and its difference to {runs[0]} on common random numbers:")
