@@ -127,15 +127,10 @@ def demo(
     from robustdiff.report.bar import Bar
     from robustdiff.report.tables import grid_table, print_whole
 
-    folder = output or Path("robustdiff-demo-consistency" if consistency else "robustdiff-demo")
-    if consistency:
-        run = demonstrations.run_consistency_demo
-        size = demonstrations.FULL_CONSISTENCY if full else demonstrations.QUICK_CONSISTENCY
-    else:
-        run, size = demonstrations.run_demo, demonstrations.FULL if full else demonstrations.QUICK
-    folder.mkdir(parents=True, exist_ok=True)
-    with Bar(err, "demonstration (%)", 100) as bar:
-        result = run(folder, size, seed, on_progress=bar.update)
+    name = "demo-consistency" if consistency else "demo"
+    folder = output or Path(f"robustdiff-{name}")
+    with Bar(err, "demonstration", 100) as bar:
+        result = demonstrations.run_demo(demonstrations.demo_study(name, full, seed), folder, progress=bar)
     if result is None:
         options = " --consistency" * consistency + " --full" * full + f" --seed {seed}" * bool(seed)
         _say(f"stopped; robustdiff demo{options} --output {folder} goes on from here", err)
@@ -633,9 +628,11 @@ def study(
     share the work.
     """
     from robustdiff.report.bar import Bar
-    from robustdiff.report.study import write_page
+    from robustdiff.report.page import write_page
     from robustdiff.report.tables import print_whole, remaining_table
-    from robustdiff.study import load_study, remaining, run_study
+    from robustdiff.study.estimate import remaining
+    from robustdiff.study.run import run_study
+    from robustdiff.study.schema import load_study
 
     settings = load_study(file)
     folder = output or Path("studies") / file.stem
@@ -647,7 +644,7 @@ def study(
         _say(f"{report} and its figures in {report.with_suffix('')}")
         return
     with Bar(err, settings.title, 1) as bar:
-        finished = run_study(settings, folder, on_part=bar.describe, on_progress=bar.update)
+        finished = run_study(settings, folder, progress=bar)
     if finished:
         _say(f"every cell is in {folder / 'cells'}")
     else:
@@ -662,19 +659,16 @@ def reproduce(
     """Make one cell of a study again, from the settings in its file alone, and compare."""
     from robustdiff.report.bar import Bar
     from robustdiff.report.tables import print_whole, reproduced_table
-    from robustdiff.study import MEASURES
-    from robustdiff.study import reproduce as run
+    from robustdiff.study.analysis import compare
+    from robustdiff.study.run import reproduce as run
 
     with Bar(err, cell.stem, 1) as bar:
-        result = run(cell, output, on_part=bar.describe, on_progress=bar.update)
+        result = run(cell, output, progress=bar)
     if result is None:
         _say(f"stopped; robustdiff reproduce {cell} --output {output} goes on from here", err)
         return
-    before, after = result
-    print_whole(out, reproduced_table(before, after))
-    if any(before[name] != after[name] for name in ("weights", "replicates", *MEASURES)):
-        raise RunError("the cell is not the same: another machine, torch or number of threads rounds differently")
-    _say("the same to the last digit")
+    print_whole(out, reproduced_table(*result))
+    _say(compare(*result))
 
 
 def _scale(text: str | None) -> float | tuple[float, float] | None:

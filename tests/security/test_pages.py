@@ -24,10 +24,12 @@ from robustdiff.evaluation.grid import Cell, Difference, Grid
 from robustdiff.report import results as results_module
 from robustdiff.report.bar import Bar
 from robustdiff.report.figures import Line, fid_panels, label, loss_curves, points, sample_grid, save_figure
+from robustdiff.report.page import write_page
 from robustdiff.report.results import write_results
-from robustdiff.report.study import write_page
 from robustdiff.report.tables import cell_table, grid_table, print_whole, remaining_table, reproduced_table
-from robustdiff.study import Remaining, Study, plan
+from robustdiff.study.estimate import Remaining
+from robustdiff.study.plan import plan
+from robustdiff.study.schema import Study
 
 SRC = Path(__file__).resolve().parents[2] / "src"
 NAMES = [

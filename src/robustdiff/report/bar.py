@@ -57,6 +57,10 @@ class Bar:
         if total is not None:
             self._progress.reset(self._task, total=total, description=description, note="")
 
+    def begin(self, description: str, total: float) -> None:
+        """Go on to another part of the work, from 0."""
+        self.describe(description, total)
+
     def update(self, completed: float, note: str = "") -> None:
         """Set how much is done."""
         note = printable(note)

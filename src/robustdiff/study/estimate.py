@@ -1,0 +1,112 @@
+"""The work that is left of a study, and the time that one process takes for it."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from robustdiff.backbones.build import build_model
+from robustdiff.evaluation.generate import Generator
+from robustdiff.study.plan import Cell, Run, image_passes, plan, reference_cells
+from robustdiff.study.schema import Study
+from robustdiff.study.store import read_cell, read_loss
+from robustdiff.training.trainer import train
+
+__all__ = ["Remaining", "remaining"]
+
+
+@dataclass(frozen=True)
+class Remaining:
+    """The work that is left of one method or reference.
+
+    Attributes:
+        method: Its name.
+        runs: The number of runs to train.
+        cells: The number of cells to measure.
+        seconds: The time that one process takes.
+    """
+
+    method: str
+    runs: int
+    cells: int
+    seconds: float
+
+
+def remaining(study: Study, folder: Path) -> list[Remaining]:
+    """Return what is left of each method and reference of a study.
+
+    The speed is that of the runs and cells that are finished; where there are none, a few updates and images are made
+    to measure it.
+    """
+    runs = plan(study, folder)
+    trained = [(run, read_loss(run)[2]) for run in runs if run.path.is_file()]
+    measured = [read_cell(cell, study, run) for run in runs for cell in run.cells if cell.done]
+    measured = [record for record in measured if None not in (record["seconds"], record["n"], record["steps"])]
+    if trained:
+        training = sum(seconds for _, seconds in trained) / sum(image_passes(run.recipe) for run, _ in trained)
+    else:
+        training = _time_training(runs[0])
+    # A cell takes a + b·steps for each image: making it, and its features.
+    if len({record["steps"] for record in measured}) > 1:
+        each = [record["seconds"] / record["n"] for record in measured]
+        fit = np.polynomial.Polynomial.fit([record["steps"] for record in measured], each, 1).convert()
+        once, sampling = np.maximum(fit.coef, 0)
+    else:
+        once, sampling = 0.0, _time_sampling(runs[0])
+
+    def seconds_of(cells: Sequence[Cell]) -> float:
+        return float(study.measure.num * sum(once + sampling * cell.steps for cell in cells))
+
+    left = []
+    for method in study.methods:
+        own = [run for run in runs if run.method == method]
+        cells = [cell for run in own for cell in run.cells if not cell.done]
+        untrained = [run for run in own if not run.done and run.missing and not run.failure.is_file()]
+        seconds = training * sum(image_passes(run.recipe) for run in untrained)
+        seconds += seconds_of(cells)
+        unseen = [run for run in own if run.mismatch_path is not None and not run.mismatch_path.is_file()]
+        # The network is called twice for an image and step.
+        per_step = 2 * study.measure.mismatch * len(study.measure.samplers)
+        seconds += float(sampling) * per_step * sum(sum(run.mismatch_steps) for run in unseen)
+        left.append(Remaining(method, len(untrained), len(cells), seconds))
+    for name in study.references:
+        cells = [cell for cell in reference_cells(study, folder) if cell.network == name and not cell.done]
+        left.append(Remaining(name, 0, len(cells), seconds_of(cells)))
+    return left
+
+
+def _time_training(run: Run) -> float:
+    """Return the seconds of one image in one pass, measured."""
+    with tempfile.TemporaryDirectory() as scratch:
+        recipe = run.recipe.model_copy(
+            update={"output": str(Path(scratch) / "run"), "steps": 4, "log_every": 1, "trackers": ()}
+        )
+        speeds: list[float] = []
+        train(recipe, on_status=lambda status: speeds.append(status.images_per_second))
+    passes = image_passes(run.recipe) / (run.recipe.steps * run.recipe.batch_size)
+    return 1 / (max(speeds) * passes)  # the first updates also set things up
+
+
+def _time_sampling(run: Run) -> float:
+    """Return the seconds of one evaluation of the network for one image, measured on the network as it begins."""
+    recipe, measure = run.recipe, run.study.measure
+    built = build_model(recipe, recipe.data.load())
+    generator = Generator.of(
+        built.unet,
+        built.scheduler,
+        sampler=measure.samplers[0],
+        steps=2,
+        batch_size=measure.batch_size,
+        precision=recipe.precision,
+    )
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        next(generator.images(range(measure.batch_size)))
+        seconds.append(time.perf_counter() - start)
+    return min(seconds) / (2 * measure.batch_size)
