@@ -107,8 +107,10 @@ def _work(study: Study, folder: Path, wait: float, progress: Progress) -> bool:
     left = pieces(study, folder)
     while left := [piece for piece in left if not piece.done]:
         for piece in left:
+            if not piece.ready:
+                continue
             with held(folder / "locks" / piece.name) as mine:
-                if mine and piece.ready and not piece.done:
+                if mine and not piece.done:
                     if not worker.do(piece):
                         return False
                     break  # what can be begun now may be larger than what comes next
@@ -277,7 +279,7 @@ class _Evaluator:
             keep=measure.pictured,
             on_images=progress.advance,
         )
-        numbers = asdict(cell)
+        numbers = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(cell).items()}
         del numbers["checkpoint"]
         record = {
             **numbers,
