@@ -65,7 +65,9 @@ def cells_of(folder: Path) -> dict[str, Any]:
 
 def written(folder: Path) -> dict[Path, int]:
     """When each file of a training or a cell was written."""
-    return {p: p.stat().st_mtime_ns for p in [*folder.glob("cells/*"), *folder.glob("runs/*/model/unet/*.safetensors")]}
+    return {
+        p: p.stat().st_mtime_ns for p in [*folder.glob("cells/*.json"), *folder.glob("runs/*/model/unet/*.safetensors")]
+    }
 
 
 def test_it_fine_tunes_three_ways_and_compares(finished):
@@ -109,9 +111,7 @@ def test_the_command_prints_the_table_and_does_not_train_again(robustdiff, finis
 
 def test_its_study_is_one_for_the_study_command(robustdiff, finished, tmp_path):
     folder = finished[0]
-    outcome = robustdiff(
-        "study", folder / "study.yaml", "--output", folder, "--report", tmp_path / "page.md"
-    )
+    outcome = robustdiff("study", folder / "study.yaml", "--output", folder, "--report", tmp_path / "page.md")
     assert outcome.code == 0, outcome.err
     assert "**free AT**" in (tmp_path / "page.md").read_text()
 
@@ -170,7 +170,7 @@ def test_a_larger_one_goes_on_from_a_smaller_one(finished, tmp_path):
 def test_the_differences_are_those_of_the_grid(finished):
     """Paired over the same images, as evaluate_grid has them."""
     folder = finished[0]
-    names = {"plain": "plain-s0", "free AT": "free-at-s0"}
+    names = {"plain": "plain-s0", "free AT": "free AT-s0"}
     generators = {
         name: Generator.load(folder / "runs" / run, precision=load_recipe("fashion-16-at").precision, batch_size=64)
         for name, run in names.items()
@@ -221,7 +221,7 @@ def test_it_distils_three_ways_and_compares_with_the_teacher(robustdiff, monkeyp
     outcome = robustdiff("demo", "--consistency", "--output", folder)
     assert outcome.code == 0, outcome.err
     assert {"fid.png", "result.json", "samples-multistep.png"} < {p.name for p in folder.iterdir()}
-    assert {p.name for p in (folder / "runs").iterdir()} == {"plain-s0", "at-solver-s0", "at-student-s0"}
+    assert {p.name for p in (folder / "runs").iterdir()} == {"plain-s0", "AT (solver)-s0", "AT (student)-s0"}
     record = json.loads((folder / "result.json").read_text())
     training = record["training"]
     assert {t["steps"] for t in training.values()} == {t["backward_passes"] for t in training.values()} == {3}

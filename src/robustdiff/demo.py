@@ -85,7 +85,7 @@ def run_demo(
     training = {}
     for run in plan(study, folder):
         result = read_result(run.output / "result.json")
-        training[study.label(run.method)] = {"recipe": run.recipe.model_dump(mode="json"), **result}
+        training[run.method] = {"recipe": run.recipe.model_dump(mode="json"), **result}
     settings = {
         "obtained_on": {
             "data": DATA,
@@ -166,9 +166,7 @@ def _images(results: Results, method: str, sampler: str, steps: int) -> Tensor:
     path = results.pictures.get((method, sampler, steps))
     columns = results.study.measure.pictured
     if path is None:
-        raise InputError(
-            f"the picture of {method}, {sampler} {steps} is missing: delete its cell, and run again"
-        )
+        raise InputError(f"the picture of {method}, {sampler} {steps} is missing: delete its cell, and run again")
     pixels = torch.from_numpy(read_picture(path).copy())
     pixels = pixels.reshape(pixels.shape[0], columns, -1, 1 if pixels.ndim == 2 else 3)
     return pixels[1:-1, : results.study.measure.num, 1:-1].permute(1, 3, 0, 2)

@@ -114,15 +114,12 @@ class _Worker:
         self.connection = Connection(ours.detach())
         self.progress = progress
         self.running, self.finished, self.error = True, False, None
-        self._send(call)
+        self.send(call)
 
-    def _send(self, what: Call | None) -> None:
+    def send(self, what: Call | None) -> None:
+        """Begin the call; None has it stop, which it says when it has saved what it can go on from."""
         with suppress(OSError):  # it has ended, and receive says so
             self.connection.send(what)
-
-    def stop(self) -> None:
-        """Have it stop, which it says when it has saved what it can go on from."""
-        self._send(None)
 
     def receive(self) -> None:
         """Take its next message."""
@@ -181,7 +178,7 @@ def run_workers(call: Call, progresses: Sequence[Progress]) -> bool:
                 if not stopping and (error is not None or interrupt.received is not None):
                     stopping = True
                     for worker in workers:
-                        worker.stop()
+                        worker.send(None)
         finally:
             for worker in workers:
                 worker.end()

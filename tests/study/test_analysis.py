@@ -103,7 +103,14 @@ def test_digits_to_which_numbers_agree(one, other, digits):
 
 
 def record(**changes):
-    return {"fid": 2.37323, "kid": 0.1, "precision": 0.5, "recall": 0.5, "replicates": [2.0, 2.1], "weights": "a"} | changes
+    return {
+        "fid": 2.37323,
+        "kid": 0.1,
+        "precision": 0.5,
+        "recall": 0.5,
+        "replicates": [2.0, 2.1],
+        "weights": "a",
+    } | changes
 
 
 @pytest.mark.parametrize(

@@ -443,12 +443,12 @@ def test_the_studies_of_this_project_are_valid_and_fair(path):
 def test_results_of_other_settings_are_no_results(finished, tmp_path, robustdiff):
     """A changed study must not take the old files for its own."""
     _, folder = finished
-    for change, words in (
+    for other, words in (
         ({"set": {**TINY["set"], "lr": 0.01}}, "other settings"),
         ({"measure": {**TINY["measure"], "num": 44}}, "other settings"),
     ):
         path = tmp_path / "changed.yaml"
-        path.write_text(yaml.safe_dump({**TINY, **change}, sort_keys=False))
+        path.write_text(yaml.safe_dump({**TINY, **other}, sort_keys=False))
         for option in ([], ["--report", str(tmp_path / "page.md")]):
             outcome = robustdiff("study", str(path), "--output", str(folder), *option)
             assert outcome.code == 2
@@ -547,7 +547,9 @@ class Percentages(list):
 def test_the_largest_work_is_begun_first_and_trainings_before_what_needs_them(tmp_path):
     study = Study.model_validate(TINY)
     order = pieces(study, tmp_path)
-    assert [piece.name for piece in order if piece.training] == [f"training {n}" for n in ("plain-s0", "free-s0", "plain-s1")]
+    assert [piece.name for piece in order if piece.training] == [
+        f"training {n}" for n in ("plain-s0", "free-s0", "plain-s1")
+    ]
     names = [piece.name for piece in order]
     assert names[:2] == ["training plain-s0", "training free-s0"]
     assert names.index("training plain-s1") > names.index("free-s0-iddpm-1"), "the first seeds are measured first"
@@ -556,11 +558,3 @@ def test_the_largest_work_is_begun_first_and_trainings_before_what_needs_them(tm
     assert [piece.name for piece in order if piece.ready] == [
         *("training plain-s0", "training free-s0", "base-ddim-3", "training plain-s1")
     ]
-
-
-def test_a_label_is_the_name_in_tables_and_figures_alone(finished, tmp_path):
-    study, folder = finished
-    methods = {**study.methods, "free": study.methods["free"].model_copy(update={"label": "free AT (α)"})}
-    named = study.model_copy(update={"methods": methods, "compare": (("free", "plain"),)})
-    text = write_page(named, folder, tmp_path / "page.md")
-    assert text.replace("free AT (α)", "free") == write_page(study, folder, tmp_path / "page.md")

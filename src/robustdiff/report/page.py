@@ -37,6 +37,7 @@ from robustdiff.study.analysis import (
     change,
     levels,
     mismatch_agreement,
+    mismatch_pairs,
     over_references,
     pairs,
     rank_correlation,
@@ -51,9 +52,6 @@ __all__ = ["read_picture", "write_page"]
 
 FID, *OTHERS = MEASURES
 TITLES = {"kid": "KID"}
-
-
-# -- words ----------------------------------------------------------------------------------------------------
 
 
 def _text(words: str) -> str:
@@ -102,9 +100,6 @@ def _title(measures: Sequence[str]) -> list[str]:
 def _table(heading: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     lines = ["| " + " | ".join(heading) + " |", "|---|" + "---:|" * (len(heading) - 1)]
     return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
-
-
-# -- what the numbers say -------------------------------------------------------------------------------------
 
 
 def _over_trainings(results: Results, steps: int) -> list[str]:
@@ -186,9 +181,6 @@ def _verdict(results: Results) -> str:
             text += f" [{', '.join(found[direction])}]; " if found[direction] else "; "
         lines.append((-max(seeds), f"{text}undecided in {len(found[0])}."))
     return "\n".join(line for _, line in sorted(lines, key=itemgetter(0)))
-
-
-# -- tables ---------------------------------------------------------------------------------------------------
 
 
 def _mean(numbers: Sequence[float]) -> str:
@@ -324,22 +316,23 @@ def _other_measures(results: Results, steps: int) -> str:
 
 def _mismatch(results: Results) -> list[str]:
     """Return FID beside each measure of the mismatch, and how their ranks agree."""
-    found = mismatch_agreement(results)
-    if found is None:
+    keys, compared = mismatch_pairs(results)
+    if len({method for method, *_ in keys}) < 2:
         return []
+    found = mismatch_agreement(results).values()
     summary = _table(
         ["", *MISMATCHES],
         [
-            [f"ranks of FID and measure, {len(found.keys)} cells", *map(_correlation, found.levels.values())],
-            [f"ranks of their changes from the baseline, {found.pairs} pairs"]
-            + [_correlation(value) for value in found.changes.values()],
-            ["pairs in which both move the same way", *(f"{n} of {found.pairs}" for n in found.agreeing.values())],
+            [f"ranks of FID and measure, {len(keys)} cells", *(_correlation(one.levels) for one in found)],
+            [f"ranks of their changes from the baseline, {len(compared)} pairs"]
+            + [_correlation(one.changes) for one in found],
+            ["pairs in which both move the same way", *(f"{one.same} of {len(compared)}" for one in found)],
         ],
     )
     rows = [
         [f"{key[2]} {key[3]}, {key[0]}", f"{results.cells[key]['numbers'][FID]:.2f}"]
         + [f"{results.mismatch[key]['mean'][name]['value']:.3g}" for name in MISMATCHES]
-        for key in found.keys
+        for key in keys
     ]
     meanings = "; ".join(f"`{name}`: {meaning}" for name, meaning in MISMATCHES.items())
     return [
@@ -370,9 +363,6 @@ def _cost(results: Results) -> str:
         numbers = training["steps"], training["backward_passes"], training["batches"] * recipe["batch_size"]
         rows.append([method, *(f"{number:,}" for number in numbers), f"{training['delta_norm']:.2f}"])
     return _table(["", "updates", "backward passes", "images drawn", "last ‖δ‖, in the method's norm"], rows)
-
-
-# -- figures --------------------------------------------------------------------------------------------------
 
 
 def _brightness(results: Results, steps: int) -> tuple[str, Figure] | None:
@@ -434,16 +424,11 @@ def _fid_figure(results: Results) -> Figure:
                 if (name, own) == (method, sampler):
                     fids.setdefault(seed, {})[steps] = record["numbers"][FID]
             groups[method] = [_without_band(of_seed) for of_seed in fids.values()]
-        for name in dict.fromkeys(name for name, own, _ in beside if own == sampler):
-            groups[f"{name}, as it is"] = [
-                _without_band(
-                    {
-                        key[2]: record["numbers"][FID]
-                        for key, record in sorted(beside.items(), key=itemgetter(0))
-                        if key[:2] == (name, sampler)
-                    }
-                )
-            ]
+        as_they_are: dict[str, dict[int, float]] = {}
+        for (name, own, steps), record in sorted(beside.items(), key=lambda item: item[0][2]):
+            if own == sampler:
+                as_they_are.setdefault(name, {})[steps] = record["numbers"][FID]
+        groups |= {f"{name}, as it is": [_without_band(of_name)] for name, of_name in as_they_are.items()}
     dashed = {f"{name}, {sampler} {n}": r["numbers"][FID] for (name, sampler, n), r in levels(results).items()}
     return fid_panels(panels, "one line for each training", dashed)
 
@@ -484,9 +469,6 @@ def _pictures(results: Results, sampler: str, steps: int) -> Figure | None:
         panel.set_ylabel(label(method), rotation=0, ha="right", va="center", fontsize=8)
     figure.suptitle(f"{sampler}, {steps} steps, the same noise in every row", fontsize=10)
     return figure
-
-
-# -- the page -------------------------------------------------------------------------------------------------
 
 
 def _obtained_on(results: Results) -> str:
@@ -544,7 +526,7 @@ def write_page(study: Study, folder: Path, page: Path) -> str:
         return f"![{caption}]({quote(figures.name)}/{name}.png)"
 
     several = len(results.samplers) > 1
-    baseline = results.study.baseline
+    baseline = study.baseline
     recipe, training = (_of_method(results, baseline)[part] for part in ("recipe", "training"))
     middle = 10 if 10 in results.steps else results.steps[len(results.steps) // 2]
     parts = [
@@ -607,7 +589,8 @@ def write_page(study: Study, folder: Path, page: Path) -> str:
         _cost(results),
     ]
     if results.losses:
-        parts.append(figure("loss", loss_curves(results.losses, "first seed of each method"), "Training loss"))
+        curves = {method: (record.step, record.loss) for method, record in results.losses.items()}
+        parts.append(figure("loss", loss_curves(curves, "first seed of each method"), "Training loss"))
     parts.append("## Samples")
     for sampler in results.samplers:
         made_of = _pictures(results, sampler, middle)

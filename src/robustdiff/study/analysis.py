@@ -46,6 +46,7 @@ __all__ = [
     "levels",
     "log",
     "mismatch_agreement",
+    "mismatch_pairs",
     "over_references",
     "pairs",
     "rank_correlation",
@@ -58,6 +59,7 @@ __all__ = [
 Array = NDArray[np.float64]
 Record = dict[str, Any]
 Pair = tuple[str, str]
+Key = tuple[str, int, str, int]
 
 FID = MEASURES[0]
 SMALLEST = 1e-3  # an FID near 0 has replicates below it
@@ -129,9 +131,6 @@ def student_interval(logs: Sequence[float] | Array) -> Interval:
     mean = np.mean(logs)
     half = student_t.ppf(0.975, len(logs) - 1) * np.std(logs, ddof=1) / np.sqrt(len(logs))
     return Interval(*np.expm1([mean, mean - half, mean + half]).tolist())
-
-
-# -- changes --------------------------------------------------------------------------------------------------
 
 
 def baseline_of(results: Results, method: str) -> str:
@@ -285,9 +284,6 @@ def sensitivity(results: Results, steps: int) -> dict[tuple[float, int], Change]
     return found
 
 
-# -- brightness -----------------------------------------------------------------------------------------------
-
-
 def brightness(results: Results, sampler: str, steps: int) -> dict[str, list[tuple[float, float]]]:
     """Return the mean grey value and FID of each training, by method, of the cells that hold both."""
     found: dict[str, list[tuple[float, float]]] = {}
@@ -338,9 +334,6 @@ def adjusted_differences(groups: Mapping[str, Array], compared: Sequence[Pair]) 
     return found
 
 
-# -- ranks ----------------------------------------------------------------------------------------------------
-
-
 def rank_correlation(points: Sequence[tuple[float, float]]) -> float | None:
     """Return Spearman's rank correlation; None of fewer than three points."""
     return float(spearmanr(*zip(*points, strict=True)).statistic) if len(points) > 2 else None
@@ -348,47 +341,46 @@ def rank_correlation(points: Sequence[tuple[float, float]]) -> float | None:
 
 @dataclass(frozen=True)
 class Agreement:
-    """The agreement of FID with the measures of the mismatch.
+    """The agreement of FID with a measure of the mismatch over cells.
 
     Attributes:
-        keys: The method, seed, sampler and steps of all cells that have both.
-        pairs: The number of cells whose baseline has both, too.
-        levels: By measure, the rank correlation over the cells.
-        changes: By measure, the rank correlation of changes from the baseline.
-        agreeing: By measure, the number of pairs in which both move the same way.
+        levels: The rank correlation over all of them.
+        changes: That of their changes from the baseline.
+        same: The number of changes in which both have the same sign.
     """
 
-    keys: list[tuple[str, int, str, int]]
-    pairs: int
-    levels: dict[str, float | None]
-    changes: dict[str, float | None]
-    agreeing: dict[str, int]
+    levels: float | None
+    changes: float | None
+    same: int
 
 
-def mismatch_agreement(results: Results) -> Agreement | None:
-    """Compare FID with each measure of the mismatch; None where there are fewer than two methods that have both."""
+def mismatch_pairs(results: Results) -> tuple[list[Key], list[tuple[Key, Key]]]:
+    """Return the keys of cells that have a mismatch, and those with that of their baseline, where it has one, too."""
     keys = [key for key in results.mismatch if key in results.cells]
-    if len({method for method, *_ in keys}) < 2:
-        return None
-    own = [(key, pair) for key in keys if (pair := (baseline_of(results, key[0]), *key[1:])) in keys and pair != key]
-    by_level, by_change, agreeing = {}, {}, {}
+    own = [(key, (baseline_of(results, key[0]), *key[1:])) for key in keys]
+    return keys, [(key, base) for key, base in own if base in keys and base != key]
+
+
+def mismatch_agreement(results: Results) -> dict[str, Agreement]:
+    """Return the agreement of FID with each measure of the mismatch."""
+    keys, compared = mismatch_pairs(results)
     fids = {key: results.cells[key]["numbers"][FID] for key in keys}
+    found = {}
     for name in MISMATCHES:
         amounts = {key: _excess(results.mismatch[key], name) for key in keys}
-        by_level[name] = rank_correlation([(fids[key], amounts[key]) for key in keys])
-        moved = [(log(fids[key]) - log(fids[pair]), amounts[key] - amounts[pair]) for key, pair in own]
-        by_change[name] = rank_correlation(moved)
-        agreeing[name] = sum((fid < 0) == (amount < 0) for fid, amount in moved)
-    return Agreement(keys, len(own), by_level, by_change, agreeing)
+        moved = [(log(fids[key]) - log(fids[base]), amounts[key] - amounts[base]) for key, base in compared]
+        found[name] = Agreement(
+            rank_correlation([(fids[key], amounts[key]) for key in keys]),
+            rank_correlation(moved),
+            sum((fid < 0) == (amount < 0) for fid, amount in moved),
+        )
+    return found
 
 
 def _excess(record: Record, name: str) -> float:
     """Return what a measure is above what equal laws give: its floor, or for those that may have either sign 0."""
     estimate = record["mean"][name]
     return float(abs(estimate["value"]) if estimate["floor"] is None else estimate["value"] - estimate["floor"])
-
-
-# -- a cell that is made again --------------------------------------------------------------------------------
 
 
 def agreeing_digits(one: float, other: float) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import tempfile
 import time
 from collections.abc import Sequence
@@ -12,9 +13,9 @@ import numpy as np
 
 from robustdiff.backbones.build import build_model
 from robustdiff.evaluation.generate import Generator
-from robustdiff.study.plan import Cell, Run, image_passes, plan, reference_cells
+from robustdiff.study.plan import Piece, Run, image_passes, pieces, plan
 from robustdiff.study.schema import Study
-from robustdiff.study.store import read_cell, read_loss
+from robustdiff.study.store import Loss, read, read_cell
 from robustdiff.training.trainer import train
 
 __all__ = ["Remaining", "remaining"]
@@ -44,7 +45,7 @@ def remaining(study: Study, folder: Path) -> list[Remaining]:
     to measure it.
     """
     runs = plan(study, folder)
-    trained = [(run, read_loss(run)[2]) for run in runs if run.path.is_file()]
+    trained = [(run, read(run.path, Loss).seconds) for run in runs if run.path.is_file()]
     measured = [read_cell(cell, study, run) for run in runs for cell in run.cells if cell.done]
     measured = [record for record in measured if None not in (record["seconds"], record["n"], record["steps"])]
     if trained:
@@ -59,25 +60,21 @@ def remaining(study: Study, folder: Path) -> list[Remaining]:
     else:
         once, sampling = 0.0, _time_sampling(runs[0])
 
-    def seconds_of(cells: Sequence[Cell]) -> float:
-        return float(study.measure.num * sum(once + sampling * cell.steps for cell in cells))
+    def left(name: str, own: Sequence[Piece]) -> Remaining:
+        cells = [piece.cell for piece in own if piece.cell is not None]
+        untrained = [piece.run.recipe for piece in own if piece.training and piece.run is not None]
+        evaluations = sum(piece.size for piece in own if piece.cell is None and not piece.training)  # of the mismatch
+        seconds = training * sum(map(image_passes, untrained)) + sampling * evaluations
+        seconds += study.measure.num * sum(once + sampling * cell.steps for cell in cells)
+        return Remaining(name, len(untrained), len(cells), float(seconds))
 
-    left = []
-    for method in study.methods:
-        own = [run for run in runs if run.method == method]
-        cells = [cell for run in own for cell in run.cells if not cell.done]
-        untrained = [run for run in own if not run.done and run.missing and not run.failure.is_file()]
-        seconds = training * sum(image_passes(run.recipe) for run in untrained)
-        seconds += seconds_of(cells)
-        unseen = [run for run in own if run.mismatch_path is not None and not run.mismatch_path.is_file()]
-        # The network is called twice for an image and step.
-        per_step = 2 * study.measure.mismatch * len(study.measure.samplers)
-        seconds += float(sampling) * per_step * sum(sum(run.mismatch_steps) for run in unseen)
-        left.append(Remaining(method, len(untrained), len(cells), seconds))
-    for name in study.references:
-        cells = [cell for cell in reference_cells(study, folder) if cell.network == name and not cell.done]
-        left.append(Remaining(name, 0, len(cells), seconds_of(cells)))
-    return left
+    missing = [piece for piece in pieces(study, folder) if not piece.done]
+    own = {name: [p for p in missing if p.run is not None and p.run.method == name] for name in study.methods}
+    alone = {
+        name: [p for p in missing if p.run is None and p.cell is not None and p.cell.network == name]
+        for name in study.references
+    }
+    return [left(name, parts) for name, parts in itertools.chain(own.items(), alone.items())]
 
 
 def _time_training(run: Run) -> float:

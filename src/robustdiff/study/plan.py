@@ -88,11 +88,7 @@ class Run:
 
     @cached_property
     def recipe(self) -> Recipe:
-        """Return its recipe.
-
-        Raises:
-            InputError: If a field is unknown or out of its range.
-        """
+        """Return its recipe, which :func:`robustdiff.study.schema.load_study` has validated."""
         changes = {**self.study.set, **self.study.methods[self.method].set}
         return load_recipe(self.study.recipe, changes={**changes, "seed": self.seed, "output": str(self.output)})
 

@@ -10,7 +10,7 @@ import itertools
 import os
 import time
 from dataclasses import asdict
-from functools import partial
+from functools import lru_cache, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,8 @@ from PIL import Image
 from robustdiff.backbones.build import build_model
 from robustdiff.data.pixels import tile
 from robustdiff.errors import InputError, RunError, printable
-from robustdiff.evaluation.features import load_extractor
-from robustdiff.evaluation.fidelity import reference_statistics
+from robustdiff.evaluation.features import FeatureExtractor, load_extractor
+from robustdiff.evaluation.fidelity import Reference, reference_statistics
 from robustdiff.evaluation.generate import Generator
 from robustdiff.evaluation.grid import evaluate_cell
 from robustdiff.files import atomic_write, make_folder, read_json
@@ -33,12 +33,12 @@ from robustdiff.recipe import DataConfig, Recipe
 from robustdiff.study.plan import Cell, Piece, Run, pieces, plan
 from robustdiff.study.schema import Measurement, Study
 from robustdiff.study.store import (
+    Failure,
     Training,
     cell_settings,
     check_results,
     held,
     read,
-    read_failure,
     read_metrics,
     reproducible,
     write,
@@ -89,7 +89,7 @@ def run_study(
     if finished and failed:
         raise RunError(
             f"the rest is done, but {len(failed)} trainings failed; {printable(failed[0].failure)}: "
-            f"{read_failure(failed[0])}"
+            f"{read(failed[0].failure, Failure).error}"
         )
     return finished
 
@@ -103,7 +103,6 @@ def _check_samplers(study: Study, run: Run) -> None:
 
 def _work(study: Study, folder: Path, wait: float, progress: Progress) -> bool:
     """Do, one after another, the pieces that no other process holds, until none is missing; False when stopped."""
-    worker = _Worker(study, progress)
     left = pieces(study, folder)
     while left := [piece for piece in left if not piece.done]:
         for piece in left:
@@ -111,7 +110,7 @@ def _work(study: Study, folder: Path, wait: float, progress: Progress) -> bool:
                 continue
             with held(folder / "locks" / piece.name) as mine:
                 if mine and not piece.done:
-                    if not worker.do(piece):
+                    if not _do(study, piece, progress):
                         return False
                     break  # what can be begun now may be larger than what comes next
         else:
@@ -119,106 +118,94 @@ def _work(study: Study, folder: Path, wait: float, progress: Progress) -> bool:
     return True
 
 
-class _Worker:
-    """One process's work on a study: the pieces, and what they share, the features and the real images under them."""
+def _do(study: Study, piece: Piece, progress: Progress) -> bool:
+    """Do a piece of work; False when a signal stopped it."""
+    if piece.training:
+        assert piece.run is not None
+        return _train_run(piece.run, progress)
+    recipe = (piece.run or plan(study, Path())[0]).recipe
+    if recipe.threads is not None:  # as many as are trained on
+        torch.set_num_threads(recipe.threads)
+    if piece.cell is not None:
+        _measure_cell(study, piece.run, piece.cell, recipe, progress)
+    else:
+        assert piece.run is not None
+        _measure_mismatch(piece.run, piece.name, progress)
+    return True
 
-    def __init__(self, study: Study, progress: Progress) -> None:
-        self.study, self.progress = study, progress
-        self.evaluators: dict[str, _Evaluator] = {}
 
-    def do(self, piece: Piece) -> bool:
-        """Do a piece of work; False when a signal stopped it."""
-        if piece.training:
-            assert piece.run is not None
-            return self._train(piece.run)
-        recipe = (piece.run or plan(self.study, Path())[0]).recipe
-        if recipe.threads is not None:  # as many as are trained on
-            torch.set_num_threads(recipe.threads)
-        if piece.cell is not None:
-            self._measure(piece.run, piece.cell, recipe)
-        else:
-            assert piece.run is not None
-            self._measure_mismatch(piece.run, piece.name)
+def _train_run(run: Run, progress: Progress) -> bool:
+    """Train a run, and keep of it what outlives its folder: the loss, at most 100 times, and how long it took."""
+    try:
+        if not _train(run.recipe, progress):
+            return False
+    except RunError as error:
+        write(run.failure, {"method": run.method, "seed": run.seed, "error": str(error)})
         return True
+    lines = read_metrics(run)
+    seconds, before = 0.0, 0
+    for line in lines:
+        seconds += (line.step - before) * run.recipe.batch_size / line.images_per_second
+        before = line.step
+    thinned = lines[:: -(-len(lines) // 100)]
+    record = {
+        "method": run.method,
+        "seed": run.seed,
+        "seconds": round(seconds, 1),
+        "step": [line.step for line in thinned],
+        "loss": [round(line.loss, 5) for line in thinned],
+    }
+    write(run.path, record)
+    return True
 
-    def _train(self, run: Run) -> bool:
-        try:
-            if not _train(run.recipe, self.progress):
-                return False
-        except RunError as error:
-            write(run.failure, {"method": run.method, "seed": run.seed, "error": str(error)})
-            return True
-        lines = read_metrics(run)
-        seconds, before = 0.0, 0
-        for line in lines:
-            seconds += (line.step - before) * run.recipe.batch_size / line.images_per_second
-            before = line.step
-        thinned = lines[:: -(-len(lines) // 100)]
-        record = {
-            "method": run.method,
-            "seed": run.seed,
-            "seconds": round(seconds, 1),
-            "step": [line.step for line in thinned],
-            "loss": [round(line.loss, 5) for line in thinned],
-        }
-        write(run.path, record)
-        return True
 
-    def _measure(self, run: Run | None, cell: Cell, recipe: Recipe) -> None:
-        """Make a cell's file, and for the first seed of a method a picture of the first images."""
-        measure = self.study.measure
-        key = recipe.data.model_dump_json()
-        if key not in self.evaluators:
-            self.evaluators[key] = _Evaluator(measure, recipe.data)
-        evaluator = self.evaluators[key]
-        self.progress.begin(cell.name, measure.num)
-        if run is None:
-            reference = self.study.references[cell.network]
-            record, _ = evaluator(reference.path, cell.sampler, cell.steps, reference.precision, self.progress)
-            settings = {"name": cell.network, "path": reference.path, "data": recipe.data.model_dump(mode="json")}
-            # Within a section of its own, since a cell's precision is that of precision and recall.
-            write(cell.path, {"reference": {**settings, "precision": reference.precision}, **record})
-            return
-        record, images = evaluator(recipe.output, cell.sampler, cell.steps, recipe.precision, self.progress)
-        if run.first:
-            with atomic_write(cell.path.with_suffix(".png")) as file:
-                Image.fromarray(tile(images, measure.pictured).squeeze()).save(file, format="png")
-        write(cell.path, {"method": run.method, "seed": run.seed, **record, **_training_settings(recipe)})
-
-    def _measure_mismatch(self, run: Run, name: str) -> None:
-        """Measure how far a run's samplers' states are from q(x_t): the mean over steps of each measure."""
-        recipe, measure = run.recipe, self.study.measure
-        assert run.mismatch_path is not None
-        generator = Generator.load(
-            recipe.output,
-            "cuda" if torch.cuda.is_available() else "cpu",
-            sampler=measure.samplers[0],
-            steps=run.mismatch_steps[0],
-            batch_size=measure.batch_size,
-            precision=recipe.precision,
+def _measure_cell(study: Study, run: Run | None, cell: Cell, recipe: Recipe, progress: Progress) -> None:
+    """Make a cell's file, and for the first seed of a method a picture of the first images."""
+    measure = study.measure
+    progress.begin(cell.name, measure.num)
+    if run is None:
+        reference = study.references[cell.network]
+        record, _ = _measure(
+            reference.path, measure, recipe.data, cell.sampler, cell.steps, reference.precision, progress
         )
-        self.progress.begin(name, measure.mismatch * len(measure.samplers) * len(run.mismatch_steps))
-        mismatch = measure_mismatch(
-            {run.name: generator},
-            recipe.data.load(),
-            measure.samplers,
-            run.mismatch_steps,
-            measure.mismatch,
-            probes=0,
-            seed=measure.seed,
-            on_progress=self.progress.advance,
-        )
-        paths = [
-            {
-                "sampler": path.sampler,
-                "steps": path.steps,
-                "mean": {name: asdict(estimate) for name, estimate in path.mean.items()},
-                "last": {name: asdict(estimate) for name, estimate in path.last.items()},
-            }
-            for path in mismatch.paths
-        ]
-        record = {"method": run.method, "seed": run.seed, "n": measure.mismatch, "images_seed": measure.seed}
-        write(run.mismatch_path, {**record, "weights": generator.fingerprint(), "paths": paths})
+        settings = {"name": cell.network, "path": reference.path, "data": recipe.data.model_dump(mode="json")}
+        # Within a section of its own, since a cell's precision is that of precision and recall.
+        write(cell.path, {"reference": {**settings, "precision": reference.precision}, **record})
+        return
+    record, images = _measure(recipe.output, measure, recipe.data, cell.sampler, cell.steps, recipe.precision, progress)
+    if run.first:
+        with atomic_write(cell.path.with_suffix(".png")) as file:
+            Image.fromarray(tile(images, measure.pictured).squeeze()).save(file, format="png")
+    write(cell.path, {"method": run.method, "seed": run.seed, **record, **_training_settings(recipe)})
+
+
+def _measure_mismatch(run: Run, name: str, progress: Progress) -> None:
+    """Measure how far a run's samplers' states are from q(x_t): the mean over steps of each measure."""
+    recipe, measure = run.recipe, run.study.measure
+    assert run.mismatch_path is not None
+    generator = Generator.load(
+        recipe.output,
+        "cuda" if torch.cuda.is_available() else "cpu",
+        sampler=measure.samplers[0],
+        steps=run.mismatch_steps[0],
+        batch_size=measure.batch_size,
+        precision=recipe.precision,
+    )
+    progress.begin(name, measure.mismatch * len(measure.samplers) * len(run.mismatch_steps))
+    mismatch = measure_mismatch(
+        {run.name: generator},
+        recipe.data.load(),
+        measure.samplers,
+        run.mismatch_steps,
+        measure.mismatch,
+        probes=0,
+        seed=measure.seed,
+        on_progress=progress.advance,
+    )
+    kept = ("sampler", "steps", "mean", "last")
+    paths = [{name: value for name, value in asdict(path).items() if name in kept} for path in mismatch.paths]
+    record = {"method": run.method, "seed": run.seed, "n": measure.mismatch, "images_seed": measure.seed}
+    write(run.mismatch_path, {**record, "weights": generator.fingerprint(), "paths": paths})
 
 
 def _train(recipe: Recipe, progress: Progress, cpu: bool = False) -> bool:
@@ -242,58 +229,54 @@ def _training_settings(recipe: Recipe) -> dict[str, Any]:
     return {"training": read_json(path), "recipe": {**parse_yaml(recipe.to_yaml(), "the recipe"), "output": ""}}
 
 
-class _Evaluator:
-    """A measurement with the features and the real images under them, which all cells of one process share."""
+@lru_cache(maxsize=4)  # what all cells of one process share
+def _real_images(measure: Measurement, data: DataConfig, device: torch.device) -> tuple[FeatureExtractor, Reference]:
+    """Return the features of a measurement, and the real images under them."""
+    weights = None if measure.weights is None else Path(measure.weights)
+    extractor = load_extractor(measure.features, weights=weights, device=device)
+    return extractor, reference_statistics((measure.data or data).load(), extractor)
 
-    def __init__(self, measure: Measurement, data: DataConfig, cpu: bool = False) -> None:
-        self.measure = measure
-        self.state = PartialState(cpu=cpu)  # one process: the device is all that it says
-        self.extractor = load_extractor(
-            measure.features,
-            weights=None if measure.weights is None else Path(measure.weights),
-            device=self.state.device,
-        )
-        self.reference = reference_statistics((measure.data or data).load(), self.extractor)
 
-    def __call__(
-        self, network: str, sampler: str, steps: int, precision: str, progress: Progress
-    ) -> tuple[dict[str, Any], torch.Tensor]:
-        """Measure a network under one sampler: return what a cell's file holds of it, and the first images."""
-        measure = self.measure
-        generator = Generator.load(
-            network,
-            self.state.device,
-            sampler=sampler,
-            steps=steps,
-            seed=measure.seed,
-            batch_size=measure.batch_size,
-            precision=precision,
-        )
-        cell, replicates, images = evaluate_cell(
-            network,
-            generator,
-            measure.num,
-            self.extractor,
-            self.reference,
-            self.state,
-            keep=measure.pictured,
-            on_images=progress.advance,
-        )
-        numbers = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(cell).items()}
-        del numbers["checkpoint"]
-        record = {
-            **numbers,
-            "replicates": replicates.tolist(),
-            "measure": cell_settings(measure),
-            "weights": generator.fingerprint(),
-            "extractor": self.extractor.fingerprint,
-            "real_images": self.reference.n,
-            "robustdiff": version("robustdiff"),
-            "threads": torch.get_num_threads(),
-            "torch": torch.__version__,
-            "device": self.state.device.type,
-        }
-        return record, images
+def _measure(
+    network: str,
+    measure: Measurement,
+    data: DataConfig,
+    sampler: str,
+    steps: int,
+    precision: str,
+    progress: Progress,
+    cpu: bool = False,
+) -> tuple[dict[str, Any], torch.Tensor]:
+    """Measure a network under one sampler: return what a cell's file holds of it, and the first images."""
+    state = PartialState(cpu=cpu)  # one process: the device is all that it says
+    extractor, reference = _real_images(measure, data, state.device)
+    generator = Generator.load(
+        network,
+        state.device,
+        sampler=sampler,
+        steps=steps,
+        seed=measure.seed,
+        batch_size=measure.batch_size,
+        precision=precision,
+    )
+    cell, replicates, images = evaluate_cell(
+        network, generator, measure.num, extractor, reference, state, keep=measure.pictured, on_images=progress.advance
+    )
+    numbers = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(cell).items()}
+    del numbers["checkpoint"]
+    record = {
+        **numbers,
+        "replicates": replicates.tolist(),
+        "measure": cell_settings(measure),
+        "weights": generator.fingerprint(),
+        "extractor": extractor.fingerprint,
+        "real_images": reference.n,
+        "robustdiff": version("robustdiff"),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "device": state.device.type,
+    }
+    return record, images
 
 
 class _Whole:
@@ -307,7 +290,11 @@ class _Whole:
         self.progress = progress
         progress.begin(title, 100)
 
-    def say(self) -> None:
+    def tell(self, process: _Share, share: float) -> None:
+        """Say how much of its present piece a process has done, in [0, 1]."""
+        if process.name in self.shares:
+            self.shares[process.name] = share
+        self.notes[process] = f"{process.name} {share:.0%}" if process.name else ""
         done = sum(size * self.shares[name] for name, size in self.sizes.items())
         percent = round(100 * done / sum(self.sizes.values()), 1)
         self.progress.advance(percent - self.said, ", ".join(filter(None, self.notes.values())))
@@ -322,20 +309,13 @@ class _Share:
         self.name, self.total, self.done = "", 1.0, 0.0
 
     def begin(self, description: str, total: float) -> None:
-        """Begin a piece; an empty description is none."""
-        if self.name in self.whole.shares:
-            self.whole.shares[self.name] = 1.0
-        self.name, self.total, self.done = description, total, 0.0
-        self.advance(0)
+        self.whole.tell(self, 1.0)
+        self.name, self.total, self.done = description, total or 1.0, 0.0
+        self.whole.tell(self, 0.0)
 
     def advance(self, amount: float, note: str = "") -> None:
-        """Say that more of the piece is done."""
         self.done += amount
-        share = min(1.0, self.done / self.total) if self.total else 0.0
-        if self.name in self.whole.shares:
-            self.whole.shares[self.name] = share
-        self.whole.notes[self] = f"{self.name} {share:.0%}" if self.name else ""
-        self.whole.say()
+        self.whole.tell(self, min(1.0, self.done / self.total))
 
 
 def reproduce(path: Path, folder: Path, *, progress: Progress = SILENT) -> tuple[dict[str, Any], dict[str, Any]] | None:
@@ -374,5 +354,5 @@ def reproduce(path: Path, folder: Path, *, progress: Progress = SILENT) -> tuple
             return None
         after = _training_settings(recipe)
     progress.begin(path.stem, cell.measure.num)
-    record, _ = _Evaluator(cell.measure, data, cpu)(name, cell.sampler, cell.steps, precision, progress)
+    record, _ = _measure(name, cell.measure, data, cell.sampler, cell.steps, precision, progress, cpu)
     return before, {**before, **record, **after}

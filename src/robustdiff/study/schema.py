@@ -20,18 +20,7 @@ from robustdiff.samplers.sample import SAMPLERS
 from robustdiff.section import Precision, Section, Text
 from robustdiff.yaml_reader import parse_yaml, read_yaml
 
-__all__ = [
-    "Count",
-    "Measurement",
-    "Method",
-    "Name",
-    "Reference",
-    "Sampler",
-    "Seed",
-    "Study",
-    "first_mistake",
-    "load_study",
-]
+__all__ = ["Measurement", "Method", "Reference", "Study", "first_mistake", "load_study"]
 
 MOST_METHODS = 256
 MOST_CELLS = 100_000
@@ -51,19 +40,14 @@ def _known(name: str) -> str:
 
 def _file_name(name: str) -> str:
     # One that begins with _ would be left out of a figure's legend, and one with - taken for an option.
-    if not re.fullmatch(r"[^\W_][\w.+-]*", name):
+    if not re.fullmatch(r"[^\W_]([\w.+() -]*[\w.+)-])?", name):
         raise ValueError(
-            f"the name {name[:100]!r} is that of files: use letters, digits and . + - _ only, a letter or digit first"
+            f"the name {name[:100]!r} is that of files: use letters, digits, spaces and . + - _ ( ) only, a letter or "
+            "digit first"
         )
     if len(name.encode()) > 150:
         raise ValueError(f"the name {name[:100]!r}… is that of files: use at most 150 bytes")
     return name
-
-
-def _label(label: str) -> str:
-    if not re.fullmatch(r"[^\W_][\w.+() -]*", label):
-        raise ValueError(f"the label {label[:100]!r} has other signs than letters, digits, spaces and . + - _ ( )")
-    return label
 
 
 def _of_methods(values: dict[str, Any]) -> dict[str, Any]:
@@ -76,7 +60,6 @@ def _of_methods(values: dict[str, Any]) -> dict[str, Any]:
 
 
 Name = Annotated[str, AfterValidator(_file_name)]
-Label = Annotated[str, Field(max_length=150), AfterValidator(_label)]
 Sampler = Annotated[str, AfterValidator(_known)]
 Seed = Annotated[int, Field(strict=True, ge=0, lt=2**63)]
 Count = Annotated[int, Field(strict=True, ge=1, le=100_000)]
@@ -89,7 +72,6 @@ Changes = Annotated[dict[str, Any], AfterValidator(_of_methods)]
 class Method(Section):
     """A way of training, as changes in the study's recipe."""
 
-    label: Label | None = Field(None, description="its name in tables and figures; that of its files by default")
     set: Changes = Field({}, description="fields by their dotted names, such as adversary.step_size: 0.5")
     seeds: Seeds = (0,)
     steps: Counts | None = Field(None, description="numbers of evaluations; those of the study by default")
@@ -162,7 +144,6 @@ class Study(Section):
                 if name not in self.methods:
                     raise ValueError(f"{key}: {name!r} is not one of the methods {', '.join(self.methods)}")
         _distinct((*self.references, *(f"{name}-s{seed}" for name, m in self.methods.items() for seed in m.seeds)))
-        _distinct(tuple(map(self.label, self.methods)))
         cells = sum(len(r.samplers) * len(r.steps) for r in self.references.values())
         for method in self.methods.values():
             steps = [len(method.seed_steps.get(s) or method.steps or self.measure.steps) for s in method.seeds]
@@ -170,25 +151,6 @@ class Study(Section):
         if cells > MOST_CELLS:
             raise ValueError(f"methods, seeds, samplers and steps make {cells:,} cells; at most {MOST_CELLS:,} are run")
         return self
-
-    def label(self, method: str) -> str:
-        """Return the name of a method in tables and figures."""
-        return self.methods[method].label or method
-
-    def labelled(self) -> Study:
-        """Return the study with each method under its label, as it is reported. Its files have the other names."""
-
-        def other(names: tuple[str, ...]) -> tuple[str, ...]:
-            return tuple(map(self.label, names))
-
-        methods = {
-            self.label(name): method.model_copy(
-                update={"baseline": None if method.baseline is None else self.label(method.baseline)}
-            )
-            for name, method in self.methods.items()
-        }
-        compare = tuple(other(pair) for pair in self.compare)
-        return self.model_copy(update={"methods": methods, "baseline": self.label(self.baseline), "compare": compare})
 
 
 def load_study(source: str | Path) -> Study:

@@ -33,6 +33,8 @@ from robustdiff.training.trainer import FREE_TO_CHANGE
 __all__ = [
     "MEASURES",
     "CellRecord",
+    "Failure",
+    "Loss",
     "Results",
     "Training",
     "cell_settings",
@@ -40,8 +42,6 @@ __all__ = [
     "held",
     "read",
     "read_cell",
-    "read_failure",
-    "read_loss",
     "read_metrics",
     "read_results",
     "reproducible",
@@ -117,7 +117,7 @@ class CellRecord(_Record):
         return {**values, "numbers": {name: values[name] for name in MEASURES}}
 
 
-class _Loss(_Record):
+class Loss(_Record):
     """The file of a training."""
 
     seconds: Annotated[Number, Field(ge=0)]
@@ -125,13 +125,15 @@ class _Loss(_Record):
     loss: Annotated[tuple[Number, ...], Field(max_length=1000)]
 
     @model_validator(mode="after")
-    def _paired(self) -> _Loss:
+    def _paired(self) -> Loss:
         if len(self.step) != len(self.loss):
             raise ValueError(f"{len(self.loss)} values of the loss at {len(self.step)} updates")
         return self
 
 
-class _Failure(_Record):
+class Failure(_Record):
+    """The file of a training that failed."""
+
     error: str
 
 
@@ -209,25 +211,6 @@ def held(path: Path) -> Iterator[bool]:
             yield False
             return
         yield True
-
-
-def read_loss(run: Run) -> tuple[tuple[int, ...], tuple[float, ...], float]:
-    """Return the updates and losses of a finished training, and its seconds.
-
-    Raises:
-        InputError: If its file is not whole.
-    """
-    record = read(run.path, _Loss)
-    return record.step, record.loss, record.seconds
-
-
-def read_failure(run: Run) -> str:
-    """Return the reason why a training failed.
-
-    Raises:
-        InputError: If its file is not whole.
-    """
-    return read(run.failure, _Failure).error
 
 
 def read_metrics(run: Run) -> list[_Metrics]:
@@ -332,14 +315,14 @@ def reproducible(record: Any, path: Path) -> CellRecord:
 
 
 class Results:
-    """The files of a study that are there, with each method under its label.
+    """The files of a study that are there.
 
     Attributes:
-        study: The study, with labels for names.
+        study: The study.
         cells: The records of cells by method, seed, sampler and steps.
         references: Those of references by name, sampler and steps.
         mismatch: The mismatch by method, seed, sampler and steps.
-        losses: Updates and losses of the first seed of each method.
+        losses: Those of the first seed of each method.
         pictures: The paths of pictures by method, sampler and steps.
         missing: The number of files that are not there, by run or reference.
         failed: The reasons of failed trainings, by run.
@@ -347,11 +330,11 @@ class Results:
     """
 
     def __init__(self, study: Study) -> None:
-        self.study = study.labelled()
+        self.study = study
         self.cells: dict[tuple[str, int, str, int], dict[str, Any]] = {}
         self.references: dict[tuple[str, str, int], dict[str, Any]] = {}
         self.mismatch: dict[tuple[str, int, str, int], dict[str, Any]] = {}
-        self.losses: dict[str, tuple[tuple[int, ...], tuple[float, ...]]] = {}
+        self.losses: dict[str, Loss] = {}
         self.pictures: dict[tuple[str, str, int], Path] = {}
         self.missing: dict[str, int] = {}
         self.failed: dict[str, str] = {}
@@ -382,7 +365,7 @@ def read_results(study: Study, folder: Path) -> Results:
     """
     results = Results(study)
     for run in plan(study, folder):
-        method = study.label(run.method)
+        method = run.method
         results.planned += len(run.cells)
         for cell in run.cells:
             if cell.done:
@@ -392,9 +375,9 @@ def read_results(study: Study, folder: Path) -> Results:
         if run.missing:
             results.missing[run.name] = len(run.missing)
         if run.failure.is_file():
-            results.failed[run.name] = read_failure(run)
+            results.failed[run.name] = read(run.failure, Failure).error
         if run.first and run.path.is_file():
-            results.losses[method] = read_loss(run)[:2]
+            results.losses[method] = read(run.path, Loss)
         if (path := run.mismatch_path) is not None and path.is_file():
             for found in read(path, _Mismatch).paths:
                 results.mismatch[method, run.seed, found.sampler, found.steps] = found.model_dump()
@@ -404,6 +387,6 @@ def read_results(study: Study, folder: Path) -> Results:
             results.references[cell.network, cell.sampler, cell.steps] = read_cell(cell, study, None)
         else:
             results.missing[cell.network] = results.missing.get(cell.network, 0) + 1
-    if not any(method == results.study.baseline for method, *_ in results.cells):
+    if not any(method == study.baseline for method, *_ in results.cells):
         raise InputError(f"no cells of {study.baseline} in {folder / 'cells'}: run the study first")
     return results
