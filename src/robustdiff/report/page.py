@@ -89,6 +89,10 @@ def _counted(interval: Interval | None, change: Change | None) -> str:
     return "–" if interval is None or change is None else f"{_estimate(interval)}, n = {len(change.seeds)}"
 
 
+def _ratio(c: Change | None) -> str:
+    return "–" if c is None else f"{1 + c.mean:.2f} ({1 + c.low:.2f} … {1 + c.high:.2f}), n = {len(c.seeds)}"
+
+
 def _correlation(value: float | None) -> str:
     return "–" if value is None else f"{value:+.2f}".replace("-", "−")
 
@@ -229,14 +233,10 @@ def _against_references(results: Results) -> list[str]:
     for (name, sampler), count in best.items():
         reference = found[name, sampler, count]
         for own in results.samplers:
-            rows = []
-            for method in results.methods:
-                changes = [ratio_to(results, method, own, steps, reference) for steps in results.steps]
-                cells = [
-                    "–" if c is None else f"{1 + c.mean:.2f} ({1 + c.low:.2f} … {1 + c.high:.2f}), n = {len(c.seeds)}"
-                    for c in changes
-                ]
-                rows.append([method, *cells])
+            rows = [
+                [method, *(_ratio(ratio_to(results, method, own, steps, reference)) for steps in results.steps)]
+                for method in results.methods
+            ]
             parts.append(_table([f"{own} over {name}, {sampler} {count}; steps", *map(str, results.steps)], rows))
     return parts
 
@@ -319,14 +319,13 @@ def _mismatch(results: Results) -> list[str]:
     keys, compared = mismatch_pairs(results)
     if len({method for method, *_ in keys}) < 2:
         return []
-    found = mismatch_agreement(results).values()
+    by_level, by_change, same = zip(*mismatch_agreement(results).values(), strict=True)
     summary = _table(
         ["", *MISMATCHES],
         [
-            [f"ranks of FID and measure, {len(keys)} cells", *(_correlation(one.levels) for one in found)],
-            [f"ranks of their changes from the baseline, {len(compared)} pairs"]
-            + [_correlation(one.changes) for one in found],
-            ["pairs in which both move the same way", *(f"{one.same} of {len(compared)}" for one in found)],
+            [f"ranks of FID and measure, {len(keys)} cells", *map(_correlation, by_level)],
+            [f"ranks of their changes from the baseline, {len(compared)} pairs", *map(_correlation, by_change)],
+            ["pairs in which both move the same way", *(f"{n} of {len(compared)}" for n in same)],
         ],
     )
     rows = [
@@ -486,18 +485,15 @@ def _obtained_on(results: Results) -> str:
 
 def _check_settings(results: Results) -> None:
     """See that the cells say what the page says of how they were made."""
-    for (method, *key), record in results.cells.items():
+    for key, record in itertools.chain(results.cells.items(), results.references.items()):
         needed = {name: record[name] for name in ("threads", "device", "torch")}
-        needed |= {f"training.{name}": value for name, value in record["training"].items()}
-        _check_given(f"{method}-s{'-'.join(map(str, key))}", needed)
-    for (name, *key), record in results.references.items():
-        of_reference = {part: record[part] for part in ("threads", "device", "torch", "fid_ci")}
-        _check_given("-".join(map(str, (name, *key))), of_reference)
-
-
-def _check_given(cell: str, settings: dict[str, Any]) -> None:
-    if missing := [name for name, value in settings.items() if value is None]:
-        raise InputError(f"the cell {cell} does not say its {missing[0]}: delete its file, and run the study again")
+        if len(key) == 4:
+            needed |= {f"training.{name}": value for name, value in record["training"].items()}
+        else:
+            needed["fid_ci"] = record["fid_ci"]
+        if missing := [name for name, value in needed.items() if value is None]:
+            cell = "-".join(map(str, key if len(key) == 3 else (f"{key[0]}-s{key[1]}", *key[2:])))
+            raise InputError(f"the cell {cell} does not say its {missing[0]}: delete its file, and run the study again")
 
 
 def write_page(study: Study, folder: Path, page: Path) -> str:

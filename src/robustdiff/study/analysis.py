@@ -31,7 +31,6 @@ from robustdiff.mismatch.measure import MEASURES as MISMATCHES
 from robustdiff.study.store import MEASURES, Results
 
 __all__ = [
-    "Agreement",
     "Change",
     "Interval",
     "adjusted_differences",
@@ -195,12 +194,7 @@ def ratio_to(results: Results, method: str, sampler: str, steps: int, reference:
 
 
 def levels(results: Results, beside: bool = False) -> dict[tuple[str, str, int], Record]:
-    """Return the cells of references under other samplers or at other steps than the methods: levels to reach.
-
-    Arguments:
-        results: The results.
-        beside: Return those that stand beside cells of methods instead.
-    """
+    """Return the cells of references that stand beside cells of methods, or the others, which are levels to reach."""
     return {
         key: record
         for key, record in results.references.items()
@@ -339,21 +333,6 @@ def rank_correlation(points: Sequence[tuple[float, float]]) -> float | None:
     return float(spearmanr(*zip(*points, strict=True)).statistic) if len(points) > 2 else None
 
 
-@dataclass(frozen=True)
-class Agreement:
-    """The agreement of FID with a measure of the mismatch over cells.
-
-    Attributes:
-        levels: The rank correlation over all of them.
-        changes: That of their changes from the baseline.
-        same: The number of changes in which both have the same sign.
-    """
-
-    levels: float | None
-    changes: float | None
-    same: int
-
-
 def mismatch_pairs(results: Results) -> tuple[list[Key], list[tuple[Key, Key]]]:
     """Return the keys of cells that have a mismatch, and those with that of their baseline, where it has one, too."""
     keys = [key for key in results.mismatch if key in results.cells]
@@ -361,19 +340,21 @@ def mismatch_pairs(results: Results) -> tuple[list[Key], list[tuple[Key, Key]]]:
     return keys, [(key, base) for key, base in own if base in keys and base != key]
 
 
-def mismatch_agreement(results: Results) -> dict[str, Agreement]:
-    """Return the agreement of FID with each measure of the mismatch."""
+def mismatch_agreement(results: Results) -> dict[str, tuple[float | None, float | None, int]]:
+    """Return the agreement of FID with each measure of the mismatch.
+
+    Returns:
+        By measure: the rank correlation over all cells; that of changes from the baseline; the number of changes in
+        which both have the same sign.
+    """
     keys, compared = mismatch_pairs(results)
     fids = {key: results.cells[key]["numbers"][FID] for key in keys}
     found = {}
     for name in MISMATCHES:
         amounts = {key: _excess(results.mismatch[key], name) for key in keys}
         moved = [(log(fids[key]) - log(fids[base]), amounts[key] - amounts[base]) for key, base in compared]
-        found[name] = Agreement(
-            rank_correlation([(fids[key], amounts[key]) for key in keys]),
-            rank_correlation(moved),
-            sum((fid < 0) == (amount < 0) for fid, amount in moved),
-        )
+        ranks = rank_correlation([(fids[key], amounts[key]) for key in keys]), rank_correlation(moved)
+        found[name] = *ranks, sum((fid < 0) == (amount < 0) for fid, amount in moved)
     return found
 
 
