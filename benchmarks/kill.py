@@ -115,10 +115,10 @@ STAGES = {
     "grid.py:evaluate_grid": "evaluation",
     "grid.py:evaluate_cell": "evaluation",
     "measure.py:measure_mismatch": "mismatch",
-    "study.py:_write": "write of a study's file",
-    "study.py:_held": "locks of a study",
-    "study.py:run_study": "a study's other work",
-    "study.py:load_study": "read of a study",
+    "store.py:write": "write of a study's file",
+    "store.py:held": "locks of a study",
+    "run.py:_work": "a study's other work",
+    "schema.py:load_study": "read of a study",
 }
 """The stage of a program by the innermost of these functions that is being executed."""
 
@@ -438,7 +438,7 @@ class Experiment:
 
 def preload():
     """Import what the commands use, so that forked processes need not."""
-    for module in ("cli", "study", "training.trainer", "evaluation.grid", "report.results", "report.study"):
+    for module in ("cli", "training.trainer", "evaluation.grid", "report.results", "report.page", "study.run"):
         importlib.import_module(f"robustdiff.{module}")
 
 

@@ -22,40 +22,52 @@ from robustdiff.metrics.features import load_extractor
 from robustdiff.metrics.metric import MetricCollection
 from robustdiff.metrics.reference import reference_statistics
 from robustdiff.recipe import load_recipe
+from robustdiff.study.plan import plan
+from robustdiff.study.schema import Study
 from robustdiff.training.trainer import train
-from robustdiff.workers import Stopped
+
+
+def shrunk(study: Study, updates: int, images: int, steps: tuple[int, ...], **changes: Any) -> Study:
+    """A demonstration of seconds."""
+    measure = study.measure.model_copy(update={"num": images, "steps": steps})
+    return study.model_copy(update={"set": {**study.set, "steps": updates, **changes}, "measure": measure})
+
+
+SMALL = shrunk(demo.demo_study("demo"), 6, 20, (1, 2))
+
+
+class Percentages(list):
+    """The percentages that are said to be done."""
+
+    def begin(self, description, total):
+        assert total == 100
+
+    def advance(self, amount, note=""):
+        self.append(amount + (self[-1] if self else 0))
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, dict[str, Any], list[float]]]:
     """The folder, the record and the percentages of a small demonstration."""
     folder = tmp_path_factory.mktemp("demo")
-    percentages: list[float] = []
+    percentages = Percentages()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ROBUSTDIFF_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
-        patch.setattr(demo, "STEPS", (1, 2))
-        result = demo.run_demo(
-            folder, SMALL, processes=2, on_progress=lambda percent, note: percentages.append(percent)
-        )
-        assert result is not None
-        yield folder, result[1], percentages
+        result = demo.run_demo(SMALL, folder, processes=2, progress=percentages)
+    assert result is not None
+    return folder, result[1], percentages
 
 
 def cells_of(folder: Path) -> dict[str, Any]:
     """All that the files of the cells hold, but for the seconds."""
-    cells = {path.name: json.loads(path.read_text()) for path in (folder / "cells").iterdir()}
-    for cell in cells.values():
-        cell["cell"].pop("seconds")
-    return cells
+    return {path.name: {**json.loads(path.read_text()), "seconds": 0} for path in (folder / "cells").glob("*.json")}
 
 
 def written(folder: Path) -> dict[Path, int]:
     """When each file of a training or a cell was written."""
-    return {p: p.stat().st_mtime_ns for p in [*folder.glob("cells/*"), *folder.glob("runs/*/model/unet/*.safetensors")]}
-
-
-SMALL = demo.DemoSize(updates=6, images=20)
-TINY = ["model.channels=[8]", "model.groups=4", "steps=12", "batch_size=8", "log_every=1", "threads=1"]
+    return {
+        p: p.stat().st_mtime_ns for p in [*folder.glob("cells/*.json"), *folder.glob("runs/*/model/unet/*.safetensors")]
+    }
 
 
 def test_it_fine_tunes_three_ways_and_compares(finished):
@@ -63,16 +75,18 @@ def test_it_fine_tunes_three_ways_and_compares(finished):
     assert json.loads((folder / "result.json").read_text()) == json.loads(json.dumps(record))
     assert len(record["cells"]) == 3 * 3 * 2
     assert {p.name for p in folder.iterdir()} == {
-        "cells", "fid.png", "result.json", "runs", "samples-ddim.png", "samples-dpmpp.png", "samples-iddpm.png",
-    }  # fmt: skip
+        *("cells", "locks", "mismatch", "runs", "trainings"),
+        *("fid.png", "result.json", "samples-ddim.png", "samples-dpmpp.png", "samples-iddpm.png", "study.yaml"),
+    }
     training = record["training"]
+    assert list(training) == ["plain", "random", "free AT"]
     assert {t["steps"] for t in training.values()} == {6}
     assert {t["backward_passes"] for t in training.values()} == {6}
     assert [t["batches"] for t in training.values()] == [6, 2, 2]
     recipes = [dict(t["recipe"], adversary=None, output=None) for t in training.values()]
     assert recipes[0] == recipes[1] == recipes[2], "they differ in nothing but the adversary"
     assert percentages == sorted(percentages)
-    assert percentages[-1] == 100
+    assert percentages[-1] == pytest.approx(100)
     assert record["obtained_on"]["threads"] == 2
 
 
@@ -84,7 +98,7 @@ def test_the_control_has_the_size_of_adversarial_training(finished):
 
 def test_the_command_prints_the_table_and_does_not_train_again(robustdiff, finished, monkeypatch):
     folder, record, _ = finished
-    monkeypatch.setattr(demo, "QUICK", SMALL)
+    monkeypatch.setattr(demo, "demo_study", lambda name, full, seed: SMALL)
     before = written(folder)
     outcome = robustdiff("demo", "--output", folder)
     assert outcome.code == 0, outcome.err
@@ -95,67 +109,71 @@ def test_the_command_prints_the_table_and_does_not_train_again(robustdiff, finis
         assert f"{cell['fid']:.2f} ±" in outcome.out
 
 
+def test_its_study_is_one_for_the_study_command(robustdiff, finished, tmp_path):
+    folder = finished[0]
+    outcome = robustdiff("study", folder / "study.yaml", "--output", folder, "--report", tmp_path / "page.md")
+    assert outcome.code == 0, outcome.err
+    assert "**free AT**" in (tmp_path / "page.md").read_text()
+
+
+def test_the_sizes_of_the_command():
+    quick, full = (demo.demo_study("demo", full, seed=3) for full in (False, True))
+    assert [(s.set["steps"], s.measure.num) for s in (quick, full)] == [(300, 500), (1200, 5000)]
+    assert {run.seed for run in plan(quick, Path())} == {quick.measure.seed} == {3}
+    assert demo.demo_study("demo-consistency", True).set["steps"] == 6000
+
+
 def test_another_size_in_the_same_folder_is_an_error(finished):
     folder, *_ = finished
+    other = SMALL.measure.model_copy(update={"seed": 1})
     with pytest.raises(InputError, match="another seed: choose another --output"):
-        demo.run_demo(folder, SMALL, seed=1)
+        demo.run_demo(SMALL.model_copy(update={"measure": other}), folder)
     with pytest.raises(InputError, match="another steps"):
-        demo.run_demo(folder, demo.DemoSize(updates=3, images=20))
+        demo.run_demo(shrunk(SMALL, 3, 20, (1, 2)), folder)
 
 
 def test_interrupted_it_goes_on_with_what_is_missing_in_any_number_of_processes(finished, tmp_path):
     folder = tmp_path / "demo"
     shutil.copytree(finished[0], folder)
     expected = cells_of(folder)
-    for path in [*folder.glob("cells/*-2.json"), folder / "result.json"]:
+    missing = [*folder.glob("cells/plain-*-2.json"), *folder.glob("cells/random-s0-d*-2.json")]
+    for path in [*missing, folder / "result.json"]:
         path.unlink()
-    (folder / "cells" / "plain-ddim-1.json").write_text("{")  # not whole
-    cell = json.loads((folder / "cells" / "random-ddim-1.json").read_text())
-    cell["made_of"]["weights"] = "others"
-    (folder / "cells" / "random-ddim-1.json").write_text(json.dumps(cell))
-    kept = set(folder.glob("cells/*-1.json")) - set(folder.glob("cells/*-ddim-1.json"))
     before = written(folder)
 
-    sent: list[float] = []
+    class StopAmidTheCells(Percentages):
+        def advance(self, amount, note=""):
+            super().advance(amount, note)
+            if self[-1] > 30 and self[-1] - amount <= 30:
+                os.kill(os.getpid(), signal.SIGINT)
 
-    def stop_amid_the_cells(percent: float, note: str) -> None:
-        if percent > 50 and not sent:
-            sent.append(percent)
-            os.kill(os.getpid(), signal.SIGINT)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(demo, "CELL_WEIGHT", 1)
-        assert demo.run_demo(folder, SMALL, processes=1, on_progress=stop_amid_the_cells) is None
+    assert demo.run_demo(SMALL, folder, processes=1, progress=StopAmidTheCells()) is None
     assert not (folder / "result.json").exists()
-    assert len(list(folder.glob("cells/*-2.json"))) in range(1, 9)
-    result = demo.run_demo(folder, SMALL, processes=1)
+    assert not list(folder.rglob("*.tmp"))
+    assert 1 <= sum(path.exists() for path in missing) < len(missing)
+    result = demo.run_demo(SMALL, folder, processes=1)
     assert result is not None
     assert cells_of(folder) == expected
-    assert {path: written(folder)[path] for path in kept} == {path: before[path] for path in kept}
-    record = finished[1]
-    assert result[1]["differences"] == record["differences"]
+    assert {path: written(folder)[path] for path in before} == before
+    assert result[1]["differences"] == finished[1]["differences"]
 
 
-def test_a_training_that_has_to_stop_saves_and_goes_on(tmp_path):
-    recipe = load_recipe("digits", [*TINY, f"output={tmp_path / 'run'}"])
-
-    def run_until(end: float) -> None:
-        demo._fine_tune(recipe, lambda done: done > end)
-
-    with pytest.raises(Stopped):
-        run_until(0)
-    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000006"]
-    run_until(1)  # goes on
-    assert json.loads((tmp_path / "run" / "result.json").read_text())["steps"] == 12
+def test_a_larger_one_goes_on_from_a_smaller_one(finished, tmp_path):
+    folder = tmp_path / "demo"
+    shutil.copytree(finished[0], folder)
+    result = demo.run_demo(shrunk(SMALL, 9, 24, (1, 2)), folder, processes=2)
+    assert result is not None
+    assert {t["steps"] for t in result[1]["training"].values()} == {9}
+    assert {cell["n"] for cell in result[1]["cells"]} == {24}
 
 
 def test_the_differences_are_those_of_the_grid(finished):
     """Paired over the same images, as evaluate_grid has them."""
     folder = finished[0]
-    names = {"plain": "plain", "free AT": "free-at"}
+    names = {"plain": "plain-s0", "free AT": "free AT-s0"}
     generators = {
-        name: Generator.load(folder / "runs" / slug, precision=load_recipe("fashion-16-at").precision, batch_size=64)
-        for name, slug in names.items()
+        name: Generator.load(folder / "runs" / run, precision=load_recipe("fashion-16-at").precision, batch_size=64)
+        for name, run in names.items()
     }
     extractor = load_extractor("fashion-16")
     reference = reference_statistics(load_dataset("fashion-16"), extractor)
@@ -168,12 +186,15 @@ def test_the_differences_are_those_of_the_grid(finished):
     ]
     assert got["fid"] == pytest.approx(expected["fid"])
     assert got["fid_ci"] == pytest.approx(expected["fid_ci"])
+    own, _ = demo.run_demo(SMALL, folder)
+    for key, images in grid.samples.items():
+        assert own.samples[key].equal(images), "the pictures hold the images"
 
 
 def test_it_is_started_once(tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(InputError, match="start it once"):
-        demo.run_demo(tmp_path, SMALL)
+    with pytest.raises(InputError, match="start robustdiff once"):
+        demo.run_demo(SMALL, tmp_path)
 
 
 # -- consistency ----------------------------------------------------------------------------------------------
@@ -187,22 +208,20 @@ def student(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder)
 
 
-@pytest.fixture
-def distilled(monkeypatch: pytest.MonkeyPatch, student: str) -> None:
-    monkeypatch.setattr(demo, "STUDENT", student)
-    monkeypatch.setattr(demo, "DISTILLED_STEPS", (1, 2))
-    monkeypatch.setattr(demo, "TEACHER_STEPS", (2,))
-    monkeypatch.setattr(demo, "QUICK_CONSISTENCY", demo.DemoSize(updates=3, images=16))
+def test_it_distils_three_ways_and_compares_with_the_teacher(robustdiff, monkeypatch, student, tmp_path):
+    whole = demo.demo_study
 
+    def small(name, full, seed):
+        study = shrunk(whole(name, full, seed), 3, 16, (1, 2), **{"model.path": student})
+        teacher = study.references["teacher"].model_copy(update={"steps": (2,)})
+        return study.model_copy(update={"references": {"teacher": teacher}})
 
-def test_it_distils_three_ways_and_compares_with_the_teacher(robustdiff, distilled, student, tmp_path):
+    monkeypatch.setattr(demo, "demo_study", small)
     folder = tmp_path / "demo"
     outcome = robustdiff("demo", "--consistency", "--output", folder)
     assert outcome.code == 0, outcome.err
-    assert {p.name for p in folder.iterdir()} == {
-        "cells", "fid.png", "result.json", "runs", "samples-multistep.png",
-    }  # fmt: skip
-    assert {p.name for p in (folder / "runs").iterdir()} == {"plain", "at-solver", "at-student"}
+    assert {"fid.png", "result.json", "samples-multistep.png"} < {p.name for p in folder.iterdir()}
+    assert {p.name for p in (folder / "runs").iterdir()} == {"plain-s0", "AT (solver)-s0", "AT (student)-s0"}
     record = json.loads((folder / "result.json").read_text())
     training = record["training"]
     assert {t["steps"] for t in training.values()} == {t["backward_passes"] for t in training.values()} == {3}

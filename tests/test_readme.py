@@ -46,17 +46,24 @@ def commands(path: Path) -> list[list[str]]:
     return [words[words.index("robustdiff") + 1 :] for words in split if "robustdiff" in words]
 
 
+def _small(name):
+    """A study that comes with the package, at a size of seconds."""
+    from robustdiff.study.schema import load_study
+
+    study = load_study(name)
+    measure = study.measure.model_copy(update={"num": 16, "steps": (1, 2)})
+    references = {key: one.model_copy(update={"steps": (2,)}) for key, one in study.references.items()}
+    changes = {**study.set, "steps": 3}
+    return study.model_copy(update={"set": changes, "measure": measure, "references": references})
+
+
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
 def test_every_command_runs(path, robustdiff, tmp_path, monkeypatch):
     from robustdiff import demo
     from robustdiff.backbones.adm import PRESETS, AdmFlags, build_adm, convert, save_adm
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(demo, "QUICK", demo.DemoSize(updates=3, images=20))
-    monkeypatch.setattr(demo, "STEPS", (1, 2))
-    monkeypatch.setattr(demo, "QUICK_CONSISTENCY", demo.DemoSize(updates=2, images=16))
-    monkeypatch.setattr(demo, "DISTILLED_STEPS", (1,))
-    monkeypatch.setattr(demo, "TEACHER_STEPS", (2,))
+    monkeypatch.setattr(demo, "load_study", _small)
     flags = AdmFlags(image_size=8, num_channels=32, num_res_blocks=1, channel_mult="1", attention_resolutions="8")
     monkeypatch.setattr(convert, "PRESETS", dict.fromkeys(PRESETS, flags))
     save_adm(build_adm(flags), tmp_path / "64x64_diffusion.pt")

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from robustdiff.report.study import write_page
-from robustdiff.study import load_study
+from robustdiff.report.page import write_page
+from robustdiff.study.schema import load_study
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = {

@@ -1,4 +1,4 @@
-"""Tasks shared by processes: order, results, errors, signals, kills; with tasks that need no torch."""
+"""One call in several processes: progress, results, errors, signals, kills; with calls that need no torch."""
 
 from __future__ import annotations
 
@@ -9,74 +9,117 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from robustdiff.errors import InputError, RunError
-from robustdiff.workers import Task, available_cores, run_tasks
+from robustdiff.workers import available_cores, run_workers
 
-TASKS = '''
+CALLS = '''
 import logging, os, time
 from pathlib import Path
 from robustdiff.errors import InputError
-from robustdiff.workers import Stopped
 
-def square(number, report):
-    report(0.5)
-    return number**2
+def finish(progress):
+    progress.begin("work", 2)
+    progress.advance(1, "half")
+    progress.advance(1)
+    return True
 
-def environment(report):
-    return os.getpid(), os.environ["OMP_NUM_THREADS"]
-
-def together(folder, name, other, report):
-    """Ends only when the other runs at the same time."""
-    (folder / name).touch()
-    while not (folder / other).exists():
+def together(folder, progress):
+    """Ends only when another runs at the same time, in a process of one thread."""
+    assert os.environ["OMP_NUM_THREADS"] == "1"
+    (folder / str(os.getpid())).touch()
+    while len(list(folder.glob("[0-9]*"))) < 2:
         time.sleep(0.01)
+    return True
 
-def begun(folder, name, report):
+def _own(folder):
+    """A name that no other process has."""
+    for name in "ab":
+        try:
+            (folder / name).touch(exist_ok=False)
+            return name
+        except FileExistsError:
+            pass
+
+def begun(folder, progress):
     """Runs until it is stopped, and saves."""
-    (folder / name).write_text(str(os.getpid()))
-    while not report(0.5):
-        time.sleep(0.01)
-    (folder / f"{name}.saved").touch()
-    raise Stopped
+    name = _own(folder)
+    progress.begin(name, 1)
+    try:
+        while True:
+            time.sleep(0.01)
+    except KeyboardInterrupt:
+        (folder / f"{name}.saved").touch()
+        return False
 
-def refuse(report):
+def one_fails(folder, how, progress):
+    """The first fails when the second has begun, which runs until it is stopped."""
+    if (folder / "a").exists() or _own(folder) != "a":
+        return begun(folder, progress)
+    while not (folder / "b").exists():
+        time.sleep(0.01)
+    how(progress)
+
+def signalled_at_its_end(progress):
+    """The signal is swallowed, as by a training that is as good as finished."""
+    progress.begin("first", 1)
+    try:
+        time.sleep(60)
+    except KeyboardInterrupt:
+        pass
+    progress.begin("second", 1)
+    time.sleep(60)
+
+def refuse(progress):
     raise InputError("no such thing")
 
-def break_down(report):
+def break_down(progress):
     raise ZeroDivisionError
 
-def no_space(report):
+def no_space(progress):
     raise OSError(28, "No space left on device", "file")
 
-def warn(report):
+def warn(progress):
     logging.getLogger("robustdiff").warning("%d is odd", 3)
+    return True
 
-def die(report):
+def die(progress):
     os.kill(os.getpid(), 9)
 
-def leave(report):
+def leave(progress):
     os._exit(3)
 '''
 
 
+class Heard:
+    """A progress that keeps what it is told."""
+
+    def __init__(self, at_begin: Callable[[], None] = lambda: None) -> None:
+        self.said: list[Any] = []
+        self.at_begin = at_begin
+
+    def begin(self, description: str, total: float) -> None:
+        self.said.append((description, total))
+        self.at_begin()
+
+    def advance(self, amount: float, note: str = "") -> None:
+        self.said.append((amount, note))
+
+
 @pytest.fixture
-def do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Task]:
-    """do(NAME, *ARGUMENTS, …): a task that calls a function of TASKS."""
-    (tmp_path / "some_tasks.py").write_text(TASKS)
+def call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """call(NAME, *ARGUMENTS): one of CALLS."""
+    (tmp_path / "some_calls.py").write_text(CALLS)
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.delitem(sys.modules, "some_tasks", raising=False)
+    monkeypatch.delitem(sys.modules, "some_calls", raising=False)
     import functools
     import importlib
 
-    tasks = importlib.import_module("some_tasks")
-
-    def make(function: str, *arguments: object, name: str = "", **fields: object) -> Task:
-        return Task(name or function, functools.partial(getattr(tasks, function), *arguments), **fields)
-
-    return make
+    calls = importlib.import_module("some_calls")
+    return lambda name, *arguments: functools.partial(getattr(calls, name), *arguments)
 
 
 def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
@@ -86,99 +129,72 @@ def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_results_by_name_in_the_order_of_what_they_need(do, processes):
-    seen = []
-    tasks = [
-        do("square", 3, name="last", weight=3, needs=("first", "second")),
-        do("square", 1, name="first"),
-        do("square", 2, name="second", needs=("first",)),
-    ]
-    results = run_tasks(tasks, processes, lambda done, note: seen.append((done, note)))
-    assert results == {"first": 1, "second": 4, "last": 9}
-    assert list(results) == ["first", "second", "last"]
-    parts = [done for done, _ in seen]
-    assert parts == sorted(parts)
-    assert parts[-1] == 1
-    assert (0.1, "first 50%") in seen
-    assert (0.7, "last 50%") in seen
+def test_each_process_says_how_far_it_is(call):
+    heard = [Heard(), Heard()]
+    assert run_workers(call("finish"), heard)
+    for progress in heard:
+        assert progress.said == [("work", 2), (1, "half"), (1, ""), ("", 0)]
+    assert run_workers(call("finish"), []), "there is nothing to do"
 
 
-def test_they_run_side_by_side_in_processes_of_one_thread(do, tmp_path):
-    assert run_tasks([do("together", tmp_path, "a", "b", name="a"), do("together", tmp_path, "b", "a", name="b")], 2)
-    (pid, threads), *_ = run_tasks([do("environment")], 2).values()
-    assert pid != os.getpid()
-    assert threads == "1"
-    with pytest.raises(ProcessLookupError):
-        os.kill(pid, 0)  # neither running nor a zombie
+def test_they_run_side_by_side_in_processes_that_end(call, tmp_path):
+    assert run_workers(call("together", tmp_path), [Heard(), Heard()])
+    for path in tmp_path.glob("[0-9]*"):
+        assert int(path.name) != os.getpid()
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(path.name), 0)  # neither running nor a zombie
 
 
 @pytest.mark.parametrize(
-    ("function", "error", "words"),
+    ("how", "error", "words"),
     [
         ("refuse", InputError, "no such thing"),
         ("no_space", OSError, "No space left"),
         ("break_down", RuntimeError, "ZeroDivisionError"),
-        ("die", RunError, "die: its process was killed by SIGKILL"),
-        ("leave", RunError, "leave: its process ended with exit code 3"),
+        ("die", RunError, "was killed by SIGKILL"),
+        ("leave", RunError, "ended with exit code 3"),
     ],
 )
-def test_an_error_stops_the_others_which_save_and_nothing_more_begins(do, tmp_path, function, error, words):
-    tasks = [
-        do("begun", tmp_path, "other"),
-        do("together", tmp_path, "x", "other", name="ready"),
-        do(function, needs=("ready",)),
-        do("begun", tmp_path, "later"),
-    ]
+def test_an_error_stops_the_others_which_save(call, tmp_path, how, error, words):
     with pytest.raises(error, match=words):
-        run_tasks(tasks, 2)
-    assert (tmp_path / "other.saved").exists()
-    assert not (tmp_path / "later").exists()
+        run_workers(call("one_fails", tmp_path, call(how)), [Heard(), Heard()])
+    assert (tmp_path / "b.saved").exists()
 
 
-def test_a_worker_that_is_killed_from_outside_is_an_error_and_no_hang(do, tmp_path):
-    killed = False
-
-    def on_progress(done: float, note: str) -> None:
-        nonlocal killed
-        path = tmp_path / "other"
-        if not killed and path.exists() and path.read_text():
-            killed = True
-            os.kill(int(path.read_text()), signal.SIGKILL)
-
-    with pytest.raises(RunError, match="SIGKILL"):
-        run_tasks([do("begun", tmp_path, "other")], 1, on_progress)
-
-
-def test_warnings_are_said_by_the_parent(do, caplog):
-    run_tasks([do("warn")], 1)
+def test_warnings_are_said_by_the_parent(call, caplog):
+    run_workers(call("warn"), [Heard()])
     assert [record.getMessage() for record in caplog.records] == ["3 is odd"]
+
+
+def test_a_signal_at_the_end_of_a_piece_of_work_stops_the_next(call):
+    heard = Heard(at_begin=lambda: os.kill(os.getpid(), signal.SIGINT))
+    assert not run_workers(call("signalled_at_its_end"), [heard])
+    assert heard.said == [("first", 1)]
 
 
 MAIN = """
 import functools, sys
 from pathlib import Path
-import some_tasks
-from robustdiff.workers import Task, run_tasks
+import some_calls
+from robustdiff.progress import SILENT
+from robustdiff.workers import run_workers
 
-folder = Path(sys.argv[1])
-print(run_tasks([Task(n, functools.partial(some_tasks.begun, folder, n)) for n in ("a", "b", "c")], 2))
+print(run_workers(functools.partial(some_calls.begun, Path(sys.argv[1])), [SILENT, SILENT]))
 """
 
 
 @pytest.mark.parametrize("to_all", [True, False], ids=["to the group, as a terminal does", "to the parent"])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_stops_and_saves(do, tmp_path, number, to_all):
+def test_a_signal_stops_and_saves(call, tmp_path, number, to_all):
     process = started(tmp_path)
     (os.killpg if to_all else os.kill)(process.pid, number)
     out, err = process.communicate(timeout=60)
-    assert (process.returncode, out, err) == (0, "None\n", "")
+    assert (process.returncode, out, err) == (0, "False\n", "")
     assert (tmp_path / "a.saved").exists()
     assert (tmp_path / "b.saved").exists()
-    assert not (tmp_path / "c").exists()
 
 
-def test_workers_save_and_end_when_their_parent_is_killed(do, tmp_path):
+def test_workers_save_and_end_when_their_parent_is_killed(call, tmp_path):
     process = started(tmp_path)
     process.kill()
     process.communicate(timeout=60)

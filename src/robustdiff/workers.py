@@ -1,10 +1,12 @@
-"""Tasks shared by processes of one thread each.
+"""The same call in several processes of one thread each, which share its work among themselves.
 
 The threads of one process wait for each other in every operation, so another program on one of their cores stalls them
-all. Processes that share whole tasks do not wait, and a task's result does not depend on how many of them there are.
+all. Processes that share whole pieces of work do not wait.
 
-A worker is a new interpreter that reads tasks from a socket and writes progress and results to it. The socket closes
-when either side ends, however it ends: a worker whose parent is gone stops, and a parent sees that a worker was killed.
+A worker is a new interpreter, in a session of its own, so that Ctrl-C in a terminal reaches its parent alone. It reads
+the call from a socket and writes progress and the result to it. Whatever comes after the call, or the end of the
+socket, which closes when the parent ends, however it ends, stops the call as SIGTERM does. A parent sees in the same
+way that a worker was killed.
 """
 
 from __future__ import annotations
@@ -15,45 +17,25 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
 from robustdiff.errors import InputError, RunError
-from robustdiff.interrupt import SIGNALS, Interrupt
+from robustdiff.interrupt import Interrupt
+from robustdiff.progress import Progress
 
-__all__ = ["Report", "Stopped", "Task", "available_cores", "run_tasks", "serve"]
+__all__ = ["available_cores", "run_workers", "serve"]
 
 logger = logging.getLogger(__name__)
 
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
 
-Report = Callable[[float], bool]
-"""A function that a task calls with the share that is done, in [0, 1]; it returns whether the task has to stop."""
-
-
-class Stopped(Exception):
-    """Raised by a task that stops because it has to."""
-
-
-@dataclass(frozen=True)
-class Task:
-    """One piece of work.
-
-    Attributes:
-        name: What it is, unique among the tasks.
-        call: What is called, with a :data:`Report`. It and what it returns are pickled.
-        weight: How long it takes, in any unit that all tasks share.
-        needs: The names of the tasks that have to be done before.
-    """
-
-    name: str
-    call: Callable[[Report], Any]
-    weight: float = 1.0
-    needs: tuple[str, ...] = ()
+Call = Callable[[Progress], bool]
+"""A call that is pickled; it returns whether it was finished, False when SIGTERM stopped it."""
 
 
 def available_cores() -> int:
@@ -61,209 +43,145 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-# -- a worker -------------------------------------------------------------------------------------------------
-
-
-class _Forward(logging.Handler):
-    """Gives warnings to the parent, which has the terminal."""
+class _Remote(logging.Handler):
+    """The parent, as a worker tells it of progress and of warnings; when it is gone nobody is told."""
 
     def __init__(self, connection: Connection) -> None:
         super().__init__(logging.WARNING)
         self.connection = connection
+        self.stopping = False
+
+    def stop_when_told(self) -> None:
+        """Wait for the parent to say something or to end, and stop the main thread's work."""
+        with suppress(EOFError, OSError):
+            self.connection.recv()
+        self.stopping = True
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
+
+    def send(self, *message: Any) -> None:
+        with suppress(OSError):
+            self.connection.send(message)
+
+    def begin(self, description: str, total: float) -> None:
+        if self.stopping:  # the signal came when a piece of work was as good as finished
+            raise KeyboardInterrupt
+        self.send("begin", description, total)
+
+    def advance(self, amount: float, note: str = "") -> None:
+        self.send("advance", amount, note)
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.connection.send(("warning", record.getMessage()))
+        if not self.stopping:  # that a stopped training is saved the parent says of the whole
+            self.send("warning", record.getMessage())
 
 
 def serve(handle: int) -> None:
-    """Do the tasks that come through a socket, until it closes or None comes.
-
-    Ctrl-C reaches all processes of a terminal; a worker leaves it to its parent to say what stops.
+    """Do the call that comes through a socket.
 
     Arguments:
         handle: The socket's file descriptor.
     """
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     connection = Connection(handle)
-    logging.getLogger().addHandler(_Forward(connection))
-    stop = False
-
-    def report(done: float) -> bool:
-        nonlocal stop
-        try:
-            connection.send(("progress", done))
-            stop = stop or (connection.poll() and connection.recv() is None)
-        except (EOFError, OSError):  # the parent is gone
-            stop = True
-        return stop
-
-    with suppress(EOFError, OSError):
-        while not stop and (task := connection.recv()) is not None:
-            connection.send(_outcome(task, report))
-
-
-def _outcome(task: Task, report: Report) -> tuple[str, Any]:
-    """Do a task, and return the message that says how it went."""
+    remote = _Remote(connection)
+    logging.getLogger().addHandler(remote)
     try:
-        if report(0.0):
-            raise Stopped
-        return "done", task.call(report)
-    except Stopped:
-        return "stopped", None
+        call: Call = connection.recv()
+        threading.Thread(target=remote.stop_when_told, daemon=True).start()
+        remote.send("end", call(remote), None)
+    except (KeyboardInterrupt, EOFError):
+        remote.send("end", False, None)
     except (InputError, RunError, OSError) as error:
-        return "error", error
+        remote.send("end", False, error)
     except Exception:  # a fault of the program: others may not be picklable, and their traceback would stay behind
-        return "error", RuntimeError(f"{task.name}: {traceback.format_exc()}")
+        remote.send("end", False, RuntimeError(traceback.format_exc()))
 
 
 class _Worker:
-    """A worker as its parent sees it. Attributes: task: what it does; done: the part of it that is done."""
+    """A worker as its parent sees it. Attributes: running; finished, error: how it ended; progress: told of it."""
 
-    def __init__(self) -> None:
+    def __init__(self, call: Call, progress: Progress) -> None:
         ours, theirs = socket.socketpair()
         code = f"import sys; sys.path[:] = {sys.path!r}; from robustdiff.workers import serve; serve({theirs.fileno()})"
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # a worker begins with them blocked
-        try:
+        with theirs:
             self.process = subprocess.Popen(
                 [sys.executable, "-c", code],
                 stdin=subprocess.DEVNULL,
                 env={**os.environ, **ONE_THREAD},
                 pass_fds=[theirs.fileno()],
+                start_new_session=True,
             )
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
-            theirs.close()
         self.connection = Connection(ours.detach())
-        self.task: Task | None = None
-        self.done = 0.0
+        self.progress = progress
+        self.running, self.finished, self.error = True, False, None
+        self.send(call)
 
-    def send(self, task: Task | None) -> None:
-        """Begin a task; None stops the present one."""
+    def send(self, what: Call | None) -> None:
+        """Begin the call; None has it stop, which it says when it has saved what it can go on from."""
         with suppress(OSError):  # it has ended, and receive says so
-            self.connection.send(task)
-        if task is not None:
-            self.task, self.done = task, 0.0
+            self.connection.send(what)
 
-    def receive(self) -> tuple[str, Any]:
-        """Return the next message.
-
-        Raises:
-            RunError: If the process has ended.
-        """
-        assert self.task is not None
+    def receive(self) -> None:
+        """Take its next message."""
         try:
-            message: tuple[str, Any] = self.connection.recv()
+            kind, *values = self.connection.recv()
         except (EOFError, OSError):
             code = self.process.wait()
             how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-            raise RunError(
-                f"{self.task.name}: its process {how}: is there enough memory? The same command goes on from here"
-            ) from None
-        return message
+            error = RunError(f"a process {how}: is there enough memory? The same command goes on from here")
+            kind, values = "end", [False, error]
+        if kind == "begin":
+            self.progress.begin(*values)
+        elif kind == "advance":
+            self.progress.advance(*values)
+        elif kind == "warning":
+            logger.warning("%s", *values)
+        else:
+            self.running = False
+            self.finished, self.error = values
 
     def end(self) -> None:
+        """End its process, whatever it does."""
         self.process.kill()
         self.process.wait()
         self.connection.close()
 
 
-# -- their parent ---------------------------------------------------------------------------------------------
-
-
-class _Schedule:
-    """The finished tasks, and the workers of the others."""
-
-    def __init__(self, tasks: Sequence[Task], on_progress: Callable[[float, str], None]) -> None:
-        self.tasks = list(tasks)
-        self.waiting = list(tasks)
-        self.on_progress = on_progress
-        self.results: dict[str, Any] = {}
-        self.error: Exception | None = None
-        self.stopping = False
-
-    def stop(self, workers: Sequence[_Worker]) -> None:
-        """Begin nothing more, and have what is begun stop."""
-        if not self.stopping:
-            self.stopping = True
-            self.waiting.clear()
-            for worker in workers:
-                worker.send(None)
-
-    def begin(self, worker: _Worker) -> None:
-        """Give an idle worker the first task that can be begun, if there is one."""
-        for task in self.waiting:
-            if all(name in self.results for name in task.needs):
-                self.waiting.remove(task)
-                worker.send(task)
-                return
-
-    def receive(self, worker: _Worker, workers: Sequence[_Worker]) -> None:
-        """Take a worker's message."""
-        assert worker.task is not None
-        try:
-            kind, value = worker.receive()
-        except RunError as error:
-            kind, value = "error", error
-        if kind == "progress":
-            worker.done = value
-        elif kind == "warning":
-            logger.warning("%s", value)
-        else:
-            if kind == "done":
-                self.results[worker.task.name] = value
-            elif kind == "error":
-                self.error = self.error or value
-            worker.task = None
-            if kind != "done":
-                self.stop(workers)
-        busy = {w.task.name: w.done for w in workers if w.task is not None}
-        done = sum(t.weight * (t.name in self.results or busy.get(t.name, 0.0)) for t in self.tasks)
-        note = ", ".join(f"{name} {part:.0%}" for name, part in busy.items())
-        self.on_progress(done / sum(t.weight for t in self.tasks), note)
-
-
-def run_tasks(
-    tasks: Sequence[Task],
-    processes: int,
-    on_progress: Callable[[float, str], None] = lambda done, note: None,
-) -> dict[str, Any] | None:
-    """Do tasks in processes of one thread each: in their order, as far as what they need is done.
-
-    When a signal comes or a task fails, what is begun is stopped by its :data:`Report`, and nothing more is begun.
+def run_workers(call: Call, progresses: Sequence[Progress]) -> bool:
+    """Make a call in processes of one thread each. A signal, or the first that fails, stops them all.
 
     Arguments:
-        tasks: The tasks.
-        processes: How many processes, ≥ 1.
-        on_progress: Called with the part of all the work that is done, in [0, 1], and what is being done.
+        call: The call, which is pickled. SIGTERM stops it.
+        progresses: One for each process, told what its call tells. At the end of a finished one a part without name or
+            size begins.
 
     Returns:
-        What each returned, by name; None when a signal stopped it.
+        Whether all calls were finished.
 
     Raises:
-        Exception: That of the first task that failed.
+        Exception: That of the first call that failed.
         RunError: If a process was killed.
     """
-    schedule = _Schedule(tasks, on_progress)
     workers: list[_Worker] = []
+    error: Exception | None = None
+    stopping = False
     with Interrupt() as interrupt:
         try:
-            workers.extend(_Worker() for _ in range(min(processes, len(tasks))))
-            while True:
-                if interrupt.received is not None:
-                    schedule.stop(workers)
-                for worker in workers:
-                    if worker.task is None:
-                        schedule.begin(worker)
-                busy = {worker.connection: worker for worker in workers if worker.task is not None}
-                if not busy:
-                    break
-                for connection in wait(list(busy), timeout=0.5):  # to look at the signal again
-                    schedule.receive(busy[connection], workers)  # type: ignore[index]
+            workers.extend(_Worker(call, progress) for progress in progresses)
+            while running := {worker.connection: worker for worker in workers if worker.running}:
+                for connection in wait(list(running), timeout=0.5):  # to look at the signal again
+                    worker = running[connection]  # type: ignore[index]
+                    worker.receive()
+                    error = error or worker.error
+                    if worker.finished:
+                        worker.progress.begin("", 0)
+                if not stopping and (error is not None or interrupt.received is not None):
+                    stopping = True
+                    for worker in workers:
+                        worker.send(None)
         finally:
             for worker in workers:
                 worker.end()
-    if schedule.error is not None:
-        raise schedule.error
-    return schedule.results if len(schedule.results) == len(schedule.tasks) else None
+    if error is not None:
+        raise error
+    return all(worker.finished for worker in workers)

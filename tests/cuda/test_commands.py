@@ -54,7 +54,9 @@ def test_the_error_of_a_solver_is_measured(device, run, tmp_path):
 
 @pytest.mark.parametrize("consistency", [False, True])
 def test_the_demonstration(gpu, tmp_path, consistency):
-    run = demo.run_consistency_demo if consistency else demo.run_demo
-    _, record = run(tmp_path, demo.DemoSize(updates=3, images=64))
+    study = demo.demo_study("demo-consistency" if consistency else "demo")
+    measure = study.measure.model_copy(update={"num": 64})
+    small = study.model_copy(update={"set": {**study.set, "steps": 3}, "measure": measure})
+    _, record = demo.run_demo(small, tmp_path)
     assert record["obtained_on"]["device"] == gpu
     assert {training["device"] for training in record["training"].values()} == {gpu}

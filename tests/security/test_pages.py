@@ -25,10 +25,12 @@ from robustdiff.metrics.fid import FID
 from robustdiff.report import results as results_module
 from robustdiff.report.bar import Bar
 from robustdiff.report.figures import Line, label, loss_curves, points, sample_grid, save_figure, step_panels
+from robustdiff.report.page import write_page
 from robustdiff.report.results import write_results
-from robustdiff.report.study import write_page
 from robustdiff.report.tables import cell_table, grid_table, print_whole, remaining_table, reproduced_table
-from robustdiff.study import Remaining, Study, plan
+from robustdiff.study.estimate import Remaining
+from robustdiff.study.plan import plan
+from robustdiff.study.schema import Study
 
 SRC = Path(__file__).resolve().parents[2] / "src"
 NAMES = [

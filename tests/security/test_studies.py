@@ -13,7 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from robustdiff.errors import InputError
-from robustdiff.study import Measurement, _CellRecord, _reproducible, load_study, plan, run_study
+from robustdiff.study.plan import plan
+from robustdiff.study.run import run_study
+from robustdiff.study.schema import Measurement, load_study
+from robustdiff.study.store import CellRecord, reproducible
 
 STUDY = {
     "title": "A study",
@@ -76,7 +79,7 @@ def listing(folder: Path) -> dict[Path, bytes | None]:
 
 
 def test_the_cell_that_is_changed_below_is_valid():
-    assert _reproducible(CELL, Path("cell.json")).method == "plain"
+    assert reproducible(CELL, Path("cell.json")).method == "plain"
 
 
 @pytest.mark.parametrize(
@@ -214,7 +217,7 @@ def test_a_lock_that_is_a_link_is_neither_truncated_nor_followed(home, study):
     folder = home / "study"
     (folder / "locks").mkdir(parents=True)
     (home / "diary").write_text("mine")
-    lock = folder / "locks" / plan(study, folder)[0].name
+    lock = folder / "locks" / f"training {plan(study, folder)[0].name}"
     lock.symlink_to(home / "diary")
     with pytest.raises(InputError, match="not a regular file"):
         run_study(study, folder)
@@ -301,9 +304,9 @@ KEYS = [*CELL, *(f"measure.{name}" for name in Measurement.model_fields), "recip
 @given(keys=st.sampled_from(KEYS), value=JSON)
 def test_any_value_in_a_cell_is_valid_or_named(keys, value):
     try:
-        cell = _reproducible(changed(keys, value), Path("cell.json"))
+        cell = reproducible(changed(keys, value), Path("cell.json"))
     except InputError as error:
         assert len(str(error).splitlines()) == 1
     else:
-        assert isinstance(cell, _CellRecord)
+        assert isinstance(cell, CellRecord)
         assert json.dumps(cell.model_dump(mode="json"), allow_nan=False)

@@ -32,13 +32,10 @@ def demo(
     from robustdiff import demo as demos
     from robustdiff.report.bar import Bar
 
-    folder = output or Path("robustdiff-demo-consistency" if consistency else "robustdiff-demo")
-    quick, whole = (demos.QUICK_CONSISTENCY, demos.FULL_CONSISTENCY) if consistency else (demos.QUICK, demos.FULL)
-    run = demos.run_consistency_demo if consistency else demos.run_demo
-    folder.mkdir(parents=True, exist_ok=True)
+    name = "demo-consistency" if consistency else "demo"
+    folder = output or Path(f"robustdiff-{name}")
     with Bar(err) as bar:
-        bar.begin("demonstration (%)", 100)
-        result = run(folder, whole if full else quick, seed, on_progress=bar.update)
+        result = demos.run_demo(demos.demo_study(name, full, seed), folder, progress=bar)
     if result is None:
         options = " --consistency" * consistency + " --full" * full + f" --seed {seed}" * bool(seed)
         say(f"stopped; robustdiff demo{options} --output {folder} goes on from here", err)

@@ -10,7 +10,7 @@ import typer
 from robustdiff.cli import app, err, out, say
 
 if TYPE_CHECKING:
-    from robustdiff.study import Study
+    from robustdiff.study.schema import Study
 
 
 @app.command()
@@ -29,9 +29,10 @@ def study(
     Each result is a file; only what is missing is computed. Start the same command several times, and the processes
     share the work.
     """
-    from robustdiff.report.study import write_page
+    from robustdiff.report.page import write_page
     from robustdiff.report.tables import print_whole, remaining_table
-    from robustdiff.study import load_study, remaining
+    from robustdiff.study.estimate import remaining
+    from robustdiff.study.schema import load_study
 
     settings, folder = load_study(file), output or Path("studies") / file.stem
     if dry_run:
@@ -47,8 +48,7 @@ def study(
 
 def _run(settings: Study, folder: Path) -> bool:
     from robustdiff.report.bar import Bar
-    from robustdiff.study import run_study
+    from robustdiff.study.run import run_study
 
     with Bar(err) as bar:
-        bar.begin(settings.title, 1)
-        return run_study(settings, folder, on_part=bar.begin, on_progress=bar.update)
+        return run_study(settings, folder, progress=bar)

@@ -192,6 +192,7 @@ class MetricCollection:
         if extractor is not None and reference is not None and reference.fingerprint != extractor.fingerprint:
             raise ValueError(f"the reference was computed with another extractor than {extractor.name}")
         self.extractor = extractor
+        self.reference = reference
         self.metrics: dict[str, Metric] = {}
         self._keys: list[str] = []
         for name in DEFAULT if names is None else names:

@@ -65,7 +65,3 @@ class Bar:
                 markup=False,
                 emoji=False,
             )
-
-    def update(self, completed: float, note: str = "") -> None:
-        """Set the part that is done."""
-        self.advance(completed - self._progress.tasks[0].completed, note)

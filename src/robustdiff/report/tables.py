@@ -13,7 +13,9 @@ from rich.text import Text
 from robustdiff.errors import printable
 from robustdiff.evaluation.grid import FILE, Cell, Grid
 from robustdiff.metrics.metric import Number, number_named
-from robustdiff.study import MEASURES, Remaining
+from robustdiff.study.analysis import agreeing_digits
+from robustdiff.study.estimate import Remaining
+from robustdiff.study.store import MEASURES
 
 __all__ = ["cell_table", "grid_table", "print_whole", "remaining_table", "reproduced_table", "shown"]
 
@@ -125,7 +127,12 @@ def reproduced_table(before: dict[str, Any], after: dict[str, Any]) -> Table:
     for heading in ("", "in the file", "made again", ""):
         table.add_column(heading, no_wrap=True)
     for name in (*MEASURES, "weights"):
-        same = before[name] == after[name]
-        values = [shown(str(record[name])[:20]) for record in (before, after)]
-        table.add_row(name, *values, Text("same") if same else Text("differs", style="red"))
+        values = [record[name] for record in (before, after)]
+        if values[0] == values[1]:
+            verdict = "same"
+        elif name in MEASURES:
+            verdict = f"{agreeing_digits(*values)} digits"
+        else:
+            verdict = "differs"
+        table.add_row(name, *(shown(str(value)[:20]) for value in values), verdict)
     return table

@@ -1,0 +1,1 @@
+"""Studies: methods × seeds × samplers × steps from one recipe, each result a file."""

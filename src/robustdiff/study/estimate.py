@@ -1,0 +1,110 @@
+"""The work that is left of a study, and the time that one process takes for it."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from robustdiff.evaluation.generate import Generator
+from robustdiff.study.plan import Piece, Run, image_passes, pieces, plan
+from robustdiff.study.schema import Study
+from robustdiff.study.store import Loss, read, read_cell
+from robustdiff.training.build import build_model
+from robustdiff.training.trainer import train
+
+__all__ = ["Remaining", "remaining"]
+
+
+@dataclass(frozen=True)
+class Remaining:
+    """The work that is left of one method or reference.
+
+    Attributes:
+        method: Its name.
+        runs: The number of runs to train.
+        cells: The number of cells to measure.
+        seconds: The time that one process takes.
+    """
+
+    method: str
+    runs: int
+    cells: int
+    seconds: float
+
+
+def remaining(study: Study, folder: Path) -> list[Remaining]:
+    """Return what is left of each method and reference of a study.
+
+    The speed is that of the runs and cells that are finished; where there are none, a few updates and images are made
+    to measure it.
+    """
+    runs = plan(study, folder)
+    trained = [(run, read(run.path, Loss).seconds) for run in runs if run.path.is_file()]
+    measured = [read_cell(cell, study, run) for run in runs for cell in run.cells if cell.done]
+    measured = [record for record in measured if None not in (record["seconds"], record["n"], record["steps"])]
+    if trained:
+        training = sum(seconds for _, seconds in trained) / sum(image_passes(run.recipe) for run, _ in trained)
+    else:
+        training = _time_training(runs[0])
+    # A cell takes a + b·steps for each image: making it, and its features.
+    if len({record["steps"] for record in measured}) > 1:
+        each = [record["seconds"] / record["n"] for record in measured]
+        fit = np.polynomial.Polynomial.fit([record["steps"] for record in measured], each, 1).convert()
+        once, sampling = np.maximum(fit.coef, 0)
+    else:
+        once, sampling = 0.0, _time_sampling(runs[0])
+
+    def left(name: str, own: Sequence[Piece]) -> Remaining:
+        cells = [piece.cell for piece in own if piece.cell is not None]
+        untrained = [piece.run.recipe for piece in own if piece.training and piece.run is not None]
+        evaluations = sum(piece.size for piece in own if piece.cell is None and not piece.training)  # of the mismatch
+        seconds = training * sum(map(image_passes, untrained)) + sampling * evaluations
+        seconds += study.measure.num * sum(once + sampling * cell.steps for cell in cells)
+        return Remaining(name, len(untrained), len(cells), float(seconds))
+
+    missing = [piece for piece in pieces(study, folder) if not piece.done]
+    own = {name: [p for p in missing if p.run is not None and p.run.method == name] for name in study.methods}
+    alone = {
+        name: [p for p in missing if p.run is None and p.cell is not None and p.cell.network == name]
+        for name in study.references
+    }
+    return [left(name, parts) for name, parts in itertools.chain(own.items(), alone.items())]
+
+
+def _time_training(run: Run) -> float:
+    """Return the seconds of one image in one pass, measured."""
+    with tempfile.TemporaryDirectory() as scratch:
+        recipe = run.recipe.model_copy(
+            update={"output": str(Path(scratch) / "run"), "steps": 4, "log_every": 1, "trackers": ()}
+        )
+        train(recipe)
+        lines = (Path(recipe.output) / "metrics.jsonl").read_text().splitlines()
+        speeds = [json.loads(line)["images_per_second"] for line in lines]
+    passes = image_passes(run.recipe) / (run.recipe.steps * run.recipe.batch_size)
+    return 1 / (max(speeds) * passes)  # the first updates also set things up
+
+
+def _time_sampling(run: Run) -> float:
+    """Return the seconds of one evaluation of the network for one image, measured on the network as it begins."""
+    recipe, measure = run.recipe, run.study.measure
+    built = build_model(recipe, recipe.data.load())
+    generator = Generator.of(
+        built.model,
+        sampler=measure.samplers[0],
+        steps=2,
+        batch_size=measure.batch_size,
+        precision=recipe.precision,
+    )
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        next(generator.images(range(measure.batch_size)))
+        seconds.append(time.perf_counter() - start)
+    return min(seconds) / (2 * measure.batch_size)

@@ -1,0 +1,231 @@
+"""The runs and cells of a study, each with its files.
+
+    runs/M-sS/                    one training for each method M and seed S
+    trainings/M-sS.json           its loss over the updates, and how long it took
+    cells/M-sS-SAMPLER-N.json     the numbers measured of that run under one sampler at N steps
+    cells/R-SAMPLER-N.json        the same of a reference R, a network as it is, such as the base or a teacher
+    mismatch/M-sS.json            where asked for: how far its samplers' states are from q(x_t)
+
+A piece of work is done when its file exists.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from robustdiff.recipe import Recipe, load_recipe
+from robustdiff.study.schema import Study
+
+__all__ = ["Cell", "Piece", "Run", "image_passes", "pieces", "plan", "reference_cells"]
+
+UPDATE = 4  # the time of an update for one image, in evaluations of the network
+CELL = 1000  # the time of a cell beside the evaluations for its images: their features, the bootstrap
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A network under one sampler at one number of steps.
+
+    Attributes:
+        folder: The study's folder.
+        network: The name of the run or reference.
+        sampler: The sampler.
+        steps: Network evaluations for one image.
+    """
+
+    folder: Path
+    network: str
+    sampler: str
+    steps: int
+
+    @property
+    def name(self) -> str:
+        """Return the name of its file, without the suffix."""
+        return f"{self.network}-{self.sampler}-{self.steps}"
+
+    @property
+    def path(self) -> Path:
+        """Return the path of its file."""
+        return self.folder / "cells" / f"{self.name}.json"
+
+    @property
+    def done(self) -> bool:
+        """Return whether it is measured."""
+        return self.path.is_file()
+
+
+@dataclass(frozen=True)
+class Run:
+    """A training of a study. Attributes: study; folder: the study's; method; seed."""
+
+    study: Study
+    folder: Path
+    method: str
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Return the name of its folder."""
+        return f"{self.method}-s{self.seed}"
+
+    @property
+    def round(self) -> int:
+        """Return the place of its seed among those of its method, from 0."""
+        return self.study.methods[self.method].seeds.index(self.seed)
+
+    @property
+    def first(self) -> bool:
+        """Return whether it is its method's first seed, which is measured and pictured more fully."""
+        return self.round == 0
+
+    @property
+    def output(self) -> Path:
+        """Return its folder."""
+        return self.folder / "runs" / self.name
+
+    @cached_property
+    def recipe(self) -> Recipe:
+        """Return its recipe, which :func:`robustdiff.study.schema.load_study` has validated."""
+        changes = {**self.study.set, **self.study.methods[self.method].set}
+        return load_recipe(self.study.recipe, changes={**changes, "seed": self.seed, "output": str(self.output)})
+
+    @property
+    def path(self) -> Path:
+        """Return the path of the record of its training."""
+        return self.folder / "trainings" / f"{self.name}.json"
+
+    @property
+    def done(self) -> bool:
+        """Return whether it is trained."""
+        return self.path.is_file() and (self.output / "model" / "model_index.json").is_file()
+
+    @property
+    def failure(self) -> Path:
+        """Return the path of the file that says why the training failed; while it is there, no other try is made."""
+        return self.path.with_suffix(".failed.json")
+
+    @property
+    def mismatch_path(self) -> Path | None:
+        """Return the path of the file of the mismatch; None where it is not asked for."""
+        measure = self.study.measure
+        of = self.study.methods if measure.mismatch_methods is None else measure.mismatch_methods
+        wanted = measure.mismatch and self.first and self.method in of
+        return self.folder / "mismatch" / f"{self.name}.json" if wanted else None
+
+    @property
+    def missing(self) -> list[Path]:
+        """Return the paths of files that are not there yet, but for the training's own."""
+        paths = [cell.path for cell in self.cells]
+        if self.mismatch_path is not None:
+            paths.append(self.mismatch_path)
+        return [path for path in paths if not path.is_file()]
+
+    @property
+    def steps(self) -> tuple[int, ...]:
+        """Return the numbers of steps at which it is measured, in ascending order."""
+        method = self.study.methods[self.method]
+        return tuple(sorted(method.seed_steps.get(self.seed) or method.steps or self.study.measure.steps))
+
+    @property
+    def mismatch_steps(self) -> tuple[int, ...]:
+        """Return the numbers of steps at which its mismatch is measured, in ascending order."""
+        wanted = self.study.measure.mismatch_steps
+        return self.steps if wanted is None else tuple(sorted(wanted))
+
+    @property
+    def cells(self) -> list[Cell]:
+        """Return its cells."""
+        samplers = self.study.measure.samplers
+        return [Cell(self.folder, self.name, sampler, count) for count in self.steps for sampler in samplers]
+
+
+def plan(study: Study, folder: Path) -> list[Run]:
+    """Return the runs of a study: the first seed of every method, then the second, and so on."""
+    seeds = max(len(method.seeds) for method in study.methods.values())
+    return [
+        Run(study, folder, name, method.seeds[i])
+        for i in range(seeds)
+        for name, method in study.methods.items()
+        if i < len(method.seeds)
+    ]
+
+
+def reference_cells(study: Study, folder: Path) -> list[Cell]:
+    """Return the cells of a study's references."""
+    return [
+        Cell(folder, name, sampler, count)
+        for name, reference in study.references.items()
+        for count in sorted(reference.steps)
+        for sampler in reference.samplers
+    ]
+
+
+def image_passes(recipe: Recipe) -> float:
+    """Return the number of images that go through forward and backward in a training."""
+    return float(recipe.steps * recipe.batch_size * recipe.adversary.backward_passes)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A piece of a study's work, which one process does.
+
+    Attributes:
+        name: Its name, unique in the study; also that of its lock.
+        size: The time that it takes, roughly, in evaluations of the network for one image.
+        run: The run that is trained or measured; None for a reference's cell.
+        cell: The cell; None for a training or the mismatch.
+    """
+
+    name: str
+    size: float
+    run: Run | None
+    cell: Cell | None = None
+
+    @property
+    def training(self) -> bool:
+        """Return whether it is the training of its run."""
+        return self.run is not None and self.name == f"training {self.run.name}"
+
+    @property
+    def done(self) -> bool:
+        """Return whether it is finished, or cannot or need not be done: its training failed, or nothing needs it."""
+        if self.run is not None and self.run.failure.is_file():
+            return True
+        if self.cell is not None:
+            return self.cell.done
+        assert self.run is not None
+        if self.training:
+            return not self.run.missing or self.run.done
+        return self.run.mismatch_path is None or self.run.mismatch_path.is_file()
+
+    @property
+    def ready(self) -> bool:
+        """Return whether all that it needs is done."""
+        return self.run is None or self.training or self.run.done
+
+
+def pieces(study: Study, folder: Path) -> list[Piece]:
+    """Return the work of a study in the order in which it is begun.
+
+    First what belongs to the first seed of every method, then what belongs to the second, and so on; in each of these
+    rounds the trainings, which other pieces wait for, and then the rest; of either the largest first, so that processes
+    that share a study end at about the same time.
+    """
+    measure = study.measure
+
+    def all_pieces() -> Iterator[tuple[int, Piece]]:
+        for cell in reference_cells(study, folder):
+            yield 0, Piece(cell.name, measure.num * cell.steps + CELL, None, cell)
+        for run in plan(study, folder):
+            yield run.round, Piece(f"training {run.name}", UPDATE * image_passes(run.recipe), run)
+            for cell in run.cells:
+                yield run.round, Piece(cell.name, measure.num * cell.steps + CELL, run, cell)
+            if run.mismatch_path is not None:
+                calls = 2 * len(measure.samplers) * sum(run.mismatch_steps)  # at the sampler's states and at true ones
+                yield run.round, Piece(f"mismatch {run.name}", measure.mismatch * calls, run)
+
+    ordered = sorted(all_pieces(), key=lambda item: (item[0], not item[1].training, -item[1].size))
+    return [piece for _, piece in ordered]

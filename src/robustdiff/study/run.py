@@ -1,0 +1,365 @@
+"""Work on a study until nothing of it is missing, in this process or in several; and make one cell again.
+
+All cells start from the same noise (:mod:`robustdiff.evaluation.generate`), all runs of one seed read the same batches,
+times and noise (:mod:`robustdiff.training.stream`). Trainings resume, and so an interrupted study goes on where it was.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import time
+from dataclasses import asdict
+from functools import lru_cache, partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from PIL import Image
+
+from robustdiff.data import DataConfig
+from robustdiff.data.pixels import tile
+from robustdiff.errors import InputError, RunError, printable
+from robustdiff.evaluation.generate import Generator
+from robustdiff.evaluation.grid import evaluate_cell
+from robustdiff.files import atomic_write, make_folder, read_json
+from robustdiff.metrics.features import load_extractor
+from robustdiff.metrics.metric import MetricCollection
+from robustdiff.metrics.reference import reference_statistics
+from robustdiff.mismatch.measure import measure_mismatch
+from robustdiff.progress import SILENT, Progress
+from robustdiff.recipe import Recipe
+from robustdiff.study.plan import Cell, Piece, Run, pieces, plan
+from robustdiff.study.schema import Measurement, Study
+from robustdiff.study.store import (
+    MEASURES,
+    Failure,
+    Training,
+    cell_settings,
+    check_results,
+    held,
+    read,
+    read_metrics,
+    reproducible,
+    write,
+)
+from robustdiff.training.build import build_model
+from robustdiff.training.trainer import train
+from robustdiff.workers import run_workers
+from robustdiff.yaml_reader import parse_yaml
+
+__all__ = ["reproduce", "run_study"]
+
+
+def run_study(
+    study: Study, folder: Path, *, processes: int | None = None, progress: Progress = SILENT, wait: float = 1.0
+) -> bool:
+    """Work on a study until nothing of it is missing.
+
+    Arguments:
+        study: The study.
+        folder: Where its runs and cells are.
+        processes: The number of processes of one thread that share the work; by default it is done in this process.
+        progress: Told of each piece of work, or with ``processes`` of the percentage of all that is missing.
+        wait: Seconds between looks at what other processes hold, when there is nothing else to do.
+
+    Returns:
+        False when a signal stopped it.
+
+    Raises:
+        InputError: If a run cannot be built from its recipe, a sampler does not suit the networks, or what is there was
+            made with other settings.
+        RunError: When all else is done, if a training failed; if a process is killed.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise InputError("a study is shared by processes of its own: start robustdiff once, without accelerate")
+    check_results(study, folder)
+    first = plan(study, folder)[0]
+    if first.missing:
+        _check_samplers(study, first)
+    for part in ("cells", "locks", "mismatch", "runs", "trainings"):  # none of them may be a link out of the folder
+        make_folder(folder / part)
+    if processes is None:
+        finished = _work(study, folder, wait, progress)
+    else:
+        missing = [piece for piece in pieces(study, folder) if not piece.done]
+        whole = _Whole(f"{study.title} (%)", missing, progress)
+        parts = [_Share(whole) for _ in range(min(processes, len(missing)))]
+        finished = run_workers(partial(_work, study, folder, wait), parts)
+    failed = [run for run in plan(study, folder) if run.failure.is_file()]
+    if finished and failed:
+        raise RunError(
+            f"the rest is done, but {len(failed)} trainings failed; {printable(failed[0].failure)}: "
+            f"{read(failed[0].failure, Failure).error}"
+        )
+    return finished
+
+
+def _check_samplers(study: Study, run: Run) -> None:
+    """See that the samplers suit the networks that the study begins with, before anything is trained."""
+    built = build_model(run.recipe, run.recipe.data.load())
+    for sampler, steps in itertools.product(study.measure.samplers, run.steps):
+        Generator.of(built.model, sampler=sampler, steps=steps)
+
+
+def _work(study: Study, folder: Path, wait: float, progress: Progress) -> bool:
+    """Do, one after another, the pieces that no other process holds, until none is missing; False when stopped."""
+    left = pieces(study, folder)
+    while left := [piece for piece in left if not piece.done]:
+        for piece in left:
+            if not piece.ready:
+                continue
+            with held(folder / "locks" / piece.name) as mine:
+                if mine and not piece.done:
+                    if not _do(study, piece, progress):
+                        return False
+                    break  # what can be begun now may be larger than what comes next
+        else:
+            time.sleep(wait)
+    return True
+
+
+def _do(study: Study, piece: Piece, progress: Progress) -> bool:
+    """Do a piece of work; False when a signal stopped it."""
+    if piece.training:
+        assert piece.run is not None
+        return _train_run(piece.run, progress)
+    recipe = (piece.run or plan(study, Path())[0]).recipe
+    if recipe.threads is not None:  # as many as are trained on
+        torch.set_num_threads(recipe.threads)
+    if piece.cell is not None:
+        _measure_cell(study, piece.run, piece.cell, recipe, progress)
+    else:
+        assert piece.run is not None
+        _measure_mismatch(piece.run, piece.name, progress)
+    return True
+
+
+def _train_run(run: Run, progress: Progress) -> bool:
+    """Train a run, and keep of it what outlives its folder: the loss, at most 100 times, and how long it took."""
+    try:
+        if not _train(run.recipe, progress):
+            return False
+    except RunError as error:
+        write(run.failure, {"method": run.method, "seed": run.seed, "error": str(error)})
+        return True
+    lines = read_metrics(run)
+    seconds, before = 0.0, 0
+    for line in lines:
+        seconds += (line.step - before) * run.recipe.batch_size / line.images_per_second
+        before = line.step
+    thinned = lines[:: -(-len(lines) // 100)]
+    record = {
+        "method": run.method,
+        "seed": run.seed,
+        "seconds": round(seconds, 1),
+        "step": [line.step for line in thinned],
+        "loss": [round(line.loss, 5) for line in thinned],
+    }
+    write(run.path, record)
+    return True
+
+
+def _measure_cell(study: Study, run: Run | None, cell: Cell, recipe: Recipe, progress: Progress) -> None:
+    """Make a cell's file, and for the first seed of a method a picture of the first images."""
+    measure = study.measure
+    progress.begin(cell.name, measure.num)
+    if run is None:
+        reference = study.references[cell.network]
+        record, _ = _measure(
+            reference.path, measure, recipe.data, cell.sampler, cell.steps, reference.precision, progress
+        )
+        settings = {"name": cell.network, "path": reference.path, "data": recipe.data.model_dump(mode="json")}
+        # Within a section of its own, since a cell's precision is that of precision and recall.
+        write(cell.path, {"reference": {**settings, "precision": reference.precision}, **record})
+        return
+    record, images = _measure(recipe.output, measure, recipe.data, cell.sampler, cell.steps, recipe.precision, progress)
+    if run.first:
+        with atomic_write(cell.path.with_suffix(".png")) as file:
+            Image.fromarray(tile(images, measure.pictured).squeeze()).save(file, format="png")
+    write(cell.path, {"method": run.method, "seed": run.seed, **record, **_training_settings(recipe)})
+
+
+def _measure_mismatch(run: Run, name: str, progress: Progress) -> None:
+    """Measure how far a run's samplers' states are from q(x_t): the mean over steps of each measure."""
+    recipe, measure = run.recipe, run.study.measure
+    assert run.mismatch_path is not None
+    generator = Generator.load(
+        recipe.output,
+        "cuda" if torch.cuda.is_available() else "cpu",
+        sampler=measure.samplers[0],
+        steps=run.mismatch_steps[0],
+        batch_size=measure.batch_size,
+        precision=recipe.precision,
+    )
+    progress.begin(name, measure.mismatch * len(measure.samplers) * len(run.mismatch_steps))
+    mismatch = measure_mismatch(
+        {run.name: generator},
+        recipe.data.load(),
+        measure.samplers,
+        run.mismatch_steps,
+        measure.mismatch,
+        probes=0,
+        seed=measure.seed,
+        progress=_Piece(progress),
+    )
+    kept = ("sampler", "steps", "mean", "last")
+    paths = [{name: value for name, value in asdict(path).items() if name in kept} for path in mismatch.paths]
+    record = {"method": run.method, "seed": run.seed, "n": measure.mismatch, "images_seed": measure.seed}
+    write(run.mismatch_path, {**record, "weights": generator.fingerprint(), "paths": paths})
+
+
+def _train(recipe: Recipe, progress: Progress, cpu: bool = False) -> bool:
+    """Train or go on with a run. False when a signal stopped it."""
+    make_folder(Path(recipe.output))  # before anything is loaded: it may be a link out of the study's folder
+    progress.begin(f"training {Path(recipe.output).name}", recipe.steps)
+    return train(recipe, resume=True, cpu=cpu, progress=_Piece(progress)) is not None
+
+
+def _training_settings(recipe: Recipe) -> dict[str, Any]:
+    """Return the settings that a cell's file has of its network's training."""
+    path = Path(recipe.output) / "result.json"
+    read(path, Training, f"delete the run {recipe.output}")
+    return {"training": read_json(path), "recipe": {**parse_yaml(recipe.to_yaml(), "the recipe"), "output": ""}}
+
+
+@lru_cache(maxsize=4)  # what all cells of one process share
+def _metrics(measure: Measurement, data: DataConfig, device: torch.device) -> MetricCollection:
+    """Return the metrics of a measurement, which know the real images."""
+    weights = None if measure.weights is None else Path(measure.weights)
+    extractor = load_extractor(measure.features, weights=weights, device=device)
+    reference = reference_statistics((measure.data or data).load(), extractor)
+    return MetricCollection(None, extractor, reference, device)
+
+
+def _measure(
+    network: str,
+    measure: Measurement,
+    data: DataConfig,
+    sampler: str,
+    steps: int,
+    precision: str,
+    progress: Progress,
+    cpu: bool = False,
+) -> tuple[dict[str, Any], torch.Tensor]:
+    """Measure a network under one sampler: return what a cell's file holds of it, and the first images."""
+    state = PartialState(cpu=cpu)  # one process: the device is all that it says
+    metrics = _metrics(measure, data, state.device)
+    assert metrics.reference is not None
+    generator = Generator.load(
+        network,
+        state.device,
+        sampler=sampler,
+        steps=steps,
+        seed=measure.seed,
+        batch_size=measure.batch_size,
+        precision=precision,
+    )
+    cell, images = evaluate_cell(
+        network, generator, measure.num, metrics, state, keep=measure.pictured, progress=_Piece(progress)
+    )
+    numbers = cell.record()
+    del numbers["checkpoint"]
+    record = {
+        **numbers,
+        "replicates": cell.replicates[MEASURES[0]].tolist(),
+        "measure": cell_settings(measure),
+        "weights": generator.fingerprint(),
+        "extractor": metrics.reference.fingerprint,
+        "real_images": metrics.reference.n,
+        "robustdiff": version("robustdiff"),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "device": state.device.type,
+    }
+    return record, images
+
+
+class _Piece:
+    """The progress of a piece of work, whichever parts it consists of."""
+
+    def __init__(self, progress: Progress) -> None:
+        self.advance = progress.advance
+
+    def begin(self, description: str, total: float) -> None: ...
+
+
+class _Whole:
+    """The percentage of a study's missing work that is done, told to a progress."""
+
+    def __init__(self, title: str, missing: list[Piece], progress: Progress) -> None:
+        self.sizes = {piece.name: piece.size for piece in missing}
+        self.shares = dict.fromkeys(self.sizes, 0.0)
+        self.notes: dict[_Share, str] = {}
+        self.said = 0.0
+        self.progress = progress
+        progress.begin(title, 100)
+
+    def tell(self, process: _Share, share: float) -> None:
+        """Say how much of its present piece a process has done, in [0, 1]."""
+        if process.name in self.shares:
+            self.shares[process.name] = share
+        self.notes[process] = f"{process.name} {share:.0%}" if process.name else ""
+        done = sum(size * self.shares[name] for name, size in self.sizes.items())
+        percent = round(100 * done / sum(self.sizes.values()), 1)
+        self.progress.advance(percent - self.said, ", ".join(filter(None, self.notes.values())))
+        self.said = percent
+
+
+class _Share:
+    """The progress of one of the processes that share a study; what it began before is done."""
+
+    def __init__(self, whole: _Whole) -> None:
+        self.whole = whole
+        self.name, self.total, self.done = "", 1.0, 0.0
+
+    def begin(self, description: str, total: float) -> None:
+        self.whole.tell(self, 1.0)
+        self.name, self.total, self.done = description, total or 1.0, 0.0
+        self.whole.tell(self, 0.0)
+
+    def advance(self, amount: float, note: str = "") -> None:
+        self.done += amount
+        self.whole.tell(self, min(1.0, self.done / self.total))
+
+
+def reproduce(path: Path, folder: Path, *, progress: Progress = SILENT) -> tuple[dict[str, Any], dict[str, Any]] | None:
+    """Make a cell again from its file alone: train its recipe and measure the result.
+
+    Arguments:
+        path: The cell's file.
+        folder: Where the run goes; one that is there already is gone on with.
+        progress: Told of the training and of the images.
+
+    Returns:
+        The record of the file and the new one, which :func:`robustdiff.study.analysis.compare` compares: on the same
+        machine and one thread the same to the last digit, but for the seconds. None when a signal stopped the training.
+
+    Raises:
+        InputError: If the file is not a cell.
+    """
+    before = read_json(path, limit=2**22)
+    cell = reproducible(before, path)
+    assert cell.sampler is not None
+    assert cell.steps is not None
+    assert cell.threads is not None
+    cpu = cell.device == "cpu"
+    torch.set_num_threads(cell.threads)
+    after = {}
+    if cell.reference is not None:
+        assert cell.reference.data is not None
+        name, data, precision = cell.reference.path, cell.reference.data, cell.reference.precision
+    else:
+        assert cell.recipe is not None
+        name = str(folder / f"{cell.method}-s{cell.seed}")
+        # The run is nobody's to track but whoever made the cell.
+        recipe = cell.recipe.model_copy(update={"output": name, "trackers": ()})
+        data, precision = recipe.data, recipe.precision
+        if not _train(recipe, progress, cpu):
+            return None
+        after = _training_settings(recipe)
+    progress.begin(path.stem, cell.measure.num)
+    record, _ = _measure(name, cell.measure, data, cell.sampler, cell.steps, precision, progress, cpu)
+    return before, {**before, **record, **after}

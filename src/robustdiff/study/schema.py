@@ -1,0 +1,185 @@
+"""The study file: which methods change what in a recipe, with which seeds, and how the results are measured.
+
+A study file may be somebody else's: names are those of files in the study's folder and nothing else, numbers are finite
+and bounded.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, Field, ValidationError, model_validator
+
+from robustdiff.data import DataConfig
+from robustdiff.errors import InputError, printable
+from robustdiff.recipe import load_recipe
+from robustdiff.samplers.sample import SAMPLERS
+from robustdiff.section import Precision, Section, Text
+from robustdiff.yaml_reader import parse_yaml, read_yaml
+
+__all__ = ["Measurement", "Method", "Reference", "Study", "first_mistake", "load_study"]
+
+MOST_METHODS = 256
+MOST_CELLS = 100_000
+
+
+def _distinct(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    if len(set(values)) < len(values):
+        raise ValueError("the same value is given twice")
+    return values
+
+
+def _known(name: str) -> str:
+    if name not in SAMPLERS:
+        raise ValueError(f"unknown sampler {name[:100]!r}: use {', '.join(SAMPLERS)}")
+    return name
+
+
+def _file_name(name: str) -> str:
+    # One that begins with _ would be left out of a figure's legend, and one with - taken for an option.
+    if not re.fullmatch(r"[^\W_]([\w.+() -]*[\w.+)-])?", name):
+        raise ValueError(
+            f"the name {name[:100]!r} is that of files: use letters, digits, spaces and . + - _ ( ) only, a letter or "
+            "digit first"
+        )
+    if len(name.encode()) > 150:
+        raise ValueError(f"the name {name[:100]!r}… is that of files: use at most 150 bytes")
+    return name
+
+
+def _of_methods(values: dict[str, Any]) -> dict[str, Any]:
+    for name in values:
+        if not re.fullmatch(r"\w+(\.\w+)*", name):
+            raise ValueError(f"{name[:100]!r} is no dotted name of a field, such as adversary.step_size")
+        if (field := name.split(".")[0]) in ("seed", "output"):
+            raise ValueError(f"{field} is the study's own: seeds are listed, and the folder is that of the study")
+    return values
+
+
+Name = Annotated[str, AfterValidator(_file_name)]
+Sampler = Annotated[str, AfterValidator(_known)]
+Seed = Annotated[int, Field(strict=True, ge=0, lt=2**63)]
+Count = Annotated[int, Field(strict=True, ge=1, le=100_000)]
+Seeds = Annotated[tuple[Seed, ...], Field(min_length=1, max_length=10_000), AfterValidator(_distinct)]
+Counts = Annotated[tuple[Count, ...], Field(min_length=1, max_length=1000), AfterValidator(_distinct)]
+Samplers = Annotated[tuple[Sampler, ...], Field(min_length=1, max_length=100), AfterValidator(_distinct)]
+Changes = Annotated[dict[str, Any], AfterValidator(_of_methods)]
+
+
+class Method(Section):
+    """A way of training, as changes in the study's recipe."""
+
+    set: Changes = Field({}, description="fields by their dotted names, such as adversary.step_size: 0.5")
+    seeds: Seeds = (0,)
+    steps: Counts | None = Field(None, description="numbers of evaluations; those of the study by default")
+    seed_steps: dict[Seed, Counts] = Field({}, description="the same for a seed that has others")
+    baseline: Name | None = Field(None, description="the method it is compared with; the study's by default")
+
+    @model_validator(mode="after")
+    def _of_its_seeds(self) -> Method:
+        for seed in self.seed_steps:
+            if seed not in self.seeds:
+                raise ValueError(f"seed_steps: {seed} is not one of the seeds {', '.join(map(str, self.seeds))}")
+        return self
+
+
+class Reference(Section):
+    """A network that is measured as it is, beside the methods."""
+
+    path: Text = Field(description="a run, a pipeline folder, or a model shipped with the package")
+    samplers: Samplers
+    steps: Counts
+    precision: Precision = "fp32"
+
+
+class Measurement(Section):
+    """The settings by which a run is measured."""
+
+    samplers: Samplers = ("iddpm", "ddim", "es", "dpm++")
+    steps: Counts = (5, 8, 10, 20, 50)
+    num: int = Field(5000, ge=4, le=10**7, description="images of a cell")
+    seed: Seed = Field(0, description="of the images' noise")
+    batch_size: int = Field(64, ge=1, le=2**20)
+    pictured: int = Field(8, ge=1, le=64, description="images in the picture of a cell of a method's first seed")
+    mismatch: int = Field(
+        0, ge=0, le=10**7, description="images of the mismatch, measured for the first seed; 0: not measured"
+    )
+    mismatch_steps: Counts | None = Field(None, description="at which it is; those of the cells by default")
+    mismatch_methods: tuple[Name, ...] | None = Field(None, description="of which it is; all by default")
+    features: Text = "fashion-16"
+    weights: Text | None = Field(None, description="Inception's weights file")
+    data: DataConfig | None = Field(None, description="the real images; those of the recipe by default")
+
+    @model_validator(mode="after")
+    def _enough(self) -> Measurement:
+        if 0 < self.mismatch < 40:
+            raise ValueError(f"mismatch needs 40 images or more, or 0; got {self.mismatch}")
+        return self
+
+
+class Study(Section):
+    """A study file."""
+
+    title: Annotated[str, Field(max_length=1000)]
+    recipe: Text = Field(description="a recipe that comes with the package, or a file")
+    set: Changes = Field({}, description="what all methods change in the recipe")
+    baseline: Name = Field(description="the method that the others are compared with")
+    compare: tuple[tuple[Name, Name], ...] = Field((), description="more pairs: a method, and what it is compared with")
+    methods: dict[Name, Method] = Field(min_length=1, max_length=MOST_METHODS)
+    references: dict[Name, Reference] = Field({}, max_length=MOST_METHODS)
+    measure: Measurement = Measurement()
+    cut: str = Field("", description="what was left out, and why")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Study:
+        for key, names in {
+            "baseline": (self.baseline, *(m.baseline for m in self.methods.values() if m.baseline is not None)),
+            "compare": tuple(itertools.chain(*self.compare)),
+            "measure.mismatch_methods": self.measure.mismatch_methods or (),
+        }.items():
+            for name in names:
+                if name not in self.methods:
+                    raise ValueError(f"{key}: {name!r} is not one of the methods {', '.join(self.methods)}")
+        _distinct((*self.references, *(f"{name}-s{seed}" for name, m in self.methods.items() for seed in m.seeds)))
+        cells = sum(len(r.samplers) * len(r.steps) for r in self.references.values())
+        for method in self.methods.values():
+            steps = [len(method.seed_steps.get(s) or method.steps or self.measure.steps) for s in method.seeds]
+            cells += sum(steps) * len(self.measure.samplers)
+        if cells > MOST_CELLS:
+            raise ValueError(f"methods, seeds, samplers and steps make {cells:,} cells; at most {MOST_CELLS:,} are run")
+        return self
+
+
+def load_study(source: str | Path) -> Study:
+    """Read and validate a study file, and the recipe of each of its methods.
+
+    Arguments:
+        source: A file, or the name of a study that comes with the package.
+
+    Raises:
+        InputError: If there is no such study, or a field is unknown or out of its range.
+    """
+    shipped = {path.name: path for path in (files("robustdiff") / "studies").iterdir()}
+    file = shipped.get(f"{source}.yaml")
+    if file is not None and not Path(source).exists():
+        values = parse_yaml(file.read_bytes(), str(source))
+    else:
+        values = read_yaml(Path(source))
+    try:
+        study = Study.model_validate(values)
+    except ValidationError as error:
+        raise InputError(f"{printable(source)}: {first_mistake(error)}") from None
+    for method in study.methods.values():
+        load_recipe(study.recipe, changes={**study.set, **method.set, "seed": method.seeds[0]})
+    return study
+
+
+def first_mistake(error: ValidationError) -> str:
+    """Return the first fault and its place, in one line."""
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"] if part != "[key]")
+    return printable(f"{where[:200] or 'the file'}: {first['msg'].removeprefix('Value error, ')[:1000]}")

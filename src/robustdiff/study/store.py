@@ -1,0 +1,393 @@
+"""The files of a study: written whole, read with all checks, and held by locks.
+
+A file that was made with other settings than the study now says is an error, not a result. A piece of work that is
+being done is held by a lock of the operating system (flock), which goes away with the process that holds it: any number
+of processes share a study, and none waits for a dead one.
+
+A cell keeps its bootstrap replicates of FID, so that the interval of any difference can be had later from two files,
+and the whole recipe, so that it can be made again from its file alone. Files may be somebody else's: what is written
+goes into the study's folder, through no symbolic link.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from robustdiff.data import DataConfig
+from robustdiff.errors import InputError, RunError, printable
+from robustdiff.files import atomic_write, make_folder, open_regular, read_json
+from robustdiff.metrics.bootstrap import REPLICATES
+from robustdiff.mismatch.measure import MEASURES as MISMATCHES
+from robustdiff.recipe import Recipe, load_recipe
+from robustdiff.section import Precision, Text
+from robustdiff.study.plan import Cell, Run, plan, reference_cells
+from robustdiff.study.schema import Count, Measurement, Name, Sampler, Seed, Study, first_mistake
+from robustdiff.training.trainer import FREE_TO_CHANGE
+
+__all__ = [
+    "MEASURES",
+    "CellRecord",
+    "Failure",
+    "Loss",
+    "Results",
+    "Training",
+    "cell_settings",
+    "check_results",
+    "held",
+    "read",
+    "read_cell",
+    "read_metrics",
+    "read_results",
+    "reproducible",
+    "write",
+]
+
+MEASURES = ("fid", "kid", "precision", "recall")
+"""The numbers of a cell that are compared; the first is that of which a cell has replicates."""
+
+Number = Annotated[float, Field(strict=True, ge=-1e12, le=1e12)]
+Whole = Annotated[int, Field(strict=True, ge=0, lt=2**63)]
+
+
+class _Record(BaseModel):
+    """The required contents of a file of a study; further fields are left out."""
+
+    model_config = ConfigDict(frozen=True, allow_inf_nan=False)
+
+
+class Training(_Record):
+    """A cell's record of its training; all but the updates is only for the page."""
+
+    steps: Whole
+    batches: Whole | None = None
+    backward_passes: Whole | None = None
+    images: Whole | None = None
+    delta_norm: Number | None = None
+    data: Text | None = None
+
+
+class _Network(_Record):
+    """A cell's record of a reference."""
+
+    name: Name
+    path: Text
+    precision: Precision = "fp32"
+    data: DataConfig | None = None
+
+
+class CellRecord(_Record):
+    """A cell's numbers and settings; those that have a default are only for the page or to make it again.
+
+    In the file, ``numbers`` are fields of their own.
+    """
+
+    method: Name | None = None
+    seed: Seed | None = None
+    sampler: Sampler | None = None
+    steps: Count | None = None
+    numbers: dict[str, Number]
+    replicates: Annotated[tuple[Number, ...], Field(min_length=REPLICATES, max_length=REPLICATES)]
+    measure: Measurement
+    fid_ci: tuple[Number, Number] | None = None
+    kid_se: Number | None = None
+    brightness: Number | None = None
+    n: Annotated[Whole, Field(ge=1)] | None = None
+    seconds: Annotated[Number, Field(ge=0)] | None = None
+    threads: Annotated[Whole, Field(ge=1, le=1024)] | None = None
+    device: Text | None = None
+    torch: Text | None = None
+    weights: Text | None = None
+    training: Training | None = None
+    recipe: Recipe | None = None
+    reference: _Network | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _gather(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        if missing := [name for name in MEASURES if name not in values]:
+            raise ValueError(f"{missing[0]} is missing")
+        return {**values, "numbers": {name: values[name] for name in MEASURES}}
+
+
+class Loss(_Record):
+    """The file of a training."""
+
+    seconds: Annotated[Number, Field(ge=0)]
+    step: Annotated[tuple[Whole, ...], Field(min_length=1, max_length=1000)]
+    loss: Annotated[tuple[Number, ...], Field(max_length=1000)]
+
+    @model_validator(mode="after")
+    def _paired(self) -> Loss:
+        if len(self.step) != len(self.loss):
+            raise ValueError(f"{len(self.loss)} values of the loss at {len(self.step)} updates")
+        return self
+
+
+class Failure(_Record):
+    """The file of a training that failed."""
+
+    error: str
+
+
+class _Estimate(_Record):
+    value: Number
+    floor: Number | None
+
+
+class _Path(_Record):
+    sampler: Sampler
+    steps: Count
+    mean: dict[str, _Estimate]
+
+    @model_validator(mode="after")
+    def _whole(self) -> _Path:
+        if missing := [name for name in MISMATCHES if name not in self.mean]:
+            raise ValueError(f"{missing[0]} is missing")
+        return self
+
+
+class _Mismatch(_Record):
+    paths: tuple[_Path, ...]
+
+
+class _Metrics(_Record):
+    """A line of a run's metrics."""
+
+    step: Whole
+    loss: Number
+    images_per_second: Annotated[Number, Field(gt=0)]
+
+
+_Kind = TypeVar("_Kind", bound=_Record)
+
+
+def read(path: Path, kind: type[_Kind], remedy: str = "delete it, and run the study again") -> _Kind:
+    """Read a file of a study.
+
+    Raises:
+        InputError: If it is not whole.
+    """
+    try:
+        return kind.model_validate(read_json(path, limit=2**22))
+    except ValidationError as error:
+        raise InputError(f"{printable(path)}: {first_mistake(error)}: {remedy}") from None
+    except InputError as error:
+        raise InputError(f"{error}: {remedy}") from None
+
+
+def write(path: Path, record: Mapping[str, Any]) -> None:
+    """Write a file of a study atomically.
+
+    Raises:
+        RunError: If a number is not finite.
+    """
+    make_folder(path.parent)
+    try:
+        text = json.dumps(record, indent=1, allow_nan=False)
+    except ValueError:
+        raise RunError(f"{printable(path)} is not written: a number in it is not finite") from None
+    with atomic_write(path) as file:
+        file.write(text.encode())
+
+
+@contextmanager
+def held(path: Path) -> Iterator[bool]:
+    """Hold a lock while the block lasts, if no other process does; yields whether it is held."""
+    import fcntl  # only here, since not every system has it
+
+    make_folder(path.parent)
+    with open_regular(path, "ab") as file:  # nothing is written into it
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        yield True
+
+
+def read_metrics(run: Run) -> list[_Metrics]:
+    """Return the lines of metrics of a finished run.
+
+    Raises:
+        InputError: If they are damaged.
+    """
+    path = run.output / "metrics.jsonl"
+    try:
+        with open_regular(path) as file:
+            return [_Metrics.model_validate(json.loads(line)) for line in file]
+    except (ValueError, RecursionError) as error:
+        reason = first_mistake(error) if isinstance(error, ValidationError) else printable(str(error))
+        raise InputError(f"{printable(path)} is damaged ({reason}): delete {printable(run.output)}") from None
+
+
+def cell_settings(measure: Measurement) -> dict[str, Any]:
+    """Return the settings of a measurement that a cell's numbers depend on."""
+    others = {"samplers", "steps", "pictured", "mismatch", "mismatch_steps", "mismatch_methods"}
+    return measure.model_dump(mode="json", exclude=others)
+
+
+def _network_settings(recipe: Recipe) -> dict[str, Any]:
+    """Return the settings of a recipe that the trained network depends on."""
+    return recipe.model_dump(mode="json", exclude=FREE_TO_CHANGE)
+
+
+def read_cell(cell: Cell, study: Study, run: Run | None) -> dict[str, Any]:
+    """Return the numbers and settings of a cell's file; its numbers are finite.
+
+    Arguments:
+        cell: The cell.
+        study: Its study.
+        run: The run that it measures; none for a reference.
+
+    Raises:
+        InputError: If it is not whole, or was made with other settings than the study's.
+    """
+    remedy = "restore them, delete the file, or choose another --output"
+    record = read(cell.path, CellRecord)
+    same = cell_settings(record.measure) == cell_settings(study.measure)
+    if run is not None:
+        if record.recipe is None or record.training is None:
+            raise InputError(f"{printable(cell.path)} is not a cell of this study: {remedy}")
+        own = (run.method, run.seed, cell.sampler, cell.steps)
+        said = (record.method, record.seed, record.sampler, record.steps)
+        same = same and all(value in (None, mine) for value, mine in zip(said, own, strict=True))
+        same = same and _network_settings(record.recipe) == _network_settings(run.recipe)
+        same = same and record.training.steps == record.recipe.steps
+    else:
+        if record.reference is None:
+            raise InputError(f"{printable(cell.path)} is not a cell of this study: {remedy}")
+        same = same and record.reference.path == study.references[cell.network].path
+    if not same:
+        raise InputError(f"{printable(cell.path)} was made with other settings than the study's: {remedy}")
+    return record.model_dump(mode="json")
+
+
+def check_results(study: Study, folder: Path) -> None:
+    """See that what is there was made with the study's settings. A run may have fewer updates yet.
+
+    Raises:
+        InputError: If a cell or a run was not.
+    """
+    for run in plan(study, folder):
+        path = run.output / "recipe.yaml"
+        if path.is_file():
+            before = load_recipe(str(path))
+            shorter = {"steps": run.recipe.steps} if before.steps < run.recipe.steps else {}
+            if _network_settings(before.model_copy(update=shorter)) != _network_settings(run.recipe):
+                raise InputError(
+                    f"{run.output} was trained with other settings than the study's: restore them, delete the folder, "
+                    "or choose another --output"
+                )
+        for cell in run.cells:
+            if cell.done:
+                read_cell(cell, study, run)
+    for cell in reference_cells(study, folder):
+        if cell.done:
+            read_cell(cell, study, None)
+
+
+def reproducible(record: Any, path: Path) -> CellRecord:
+    """Return a cell that holds what it takes to make it again.
+
+    Raises:
+        InputError: If something is missing or is not as a cell has it.
+    """
+    try:
+        cell = CellRecord.model_validate(record)
+    except ValidationError as error:
+        raise InputError(f"{printable(path)} is not a cell of a study: {first_mistake(error)}") from None
+    needed = ["sampler", "steps", "threads", "device", "weights"]
+    if cell.reference is None:
+        needed += ["method", "seed", "recipe"]
+    elif cell.reference.data is None:
+        needed += ["reference.data"]
+    if missing := [name for name in needed if getattr(cell, name, None) is None]:
+        raise InputError(f"{printable(path)} is not a cell of a study: {missing[0]} is missing")
+    return cell
+
+
+class Results:
+    """The files of a study that are there.
+
+    Attributes:
+        study: The study.
+        cells: The records of cells by method, seed, sampler and steps.
+        references: Those of references by name, sampler and steps.
+        mismatch: The mismatch by method, seed, sampler and steps.
+        losses: Those of the first seed of each method.
+        pictures: The paths of pictures by method, sampler and steps.
+        missing: The number of files that are not there, by run or reference.
+        failed: The reasons of failed trainings, by run.
+        planned: The number of cells that the study plans.
+    """
+
+    def __init__(self, study: Study) -> None:
+        self.study = study
+        self.cells: dict[tuple[str, int, str, int], dict[str, Any]] = {}
+        self.references: dict[tuple[str, str, int], dict[str, Any]] = {}
+        self.mismatch: dict[tuple[str, int, str, int], dict[str, Any]] = {}
+        self.losses: dict[str, Loss] = {}
+        self.pictures: dict[tuple[str, str, int], Path] = {}
+        self.missing: dict[str, int] = {}
+        self.failed: dict[str, str] = {}
+        self.planned = 0
+
+    @cached_property
+    def methods(self) -> list[str]:
+        """Return the methods of which there are cells, in the study's order."""
+        present = {method for method, *_ in self.cells}
+        return [method for method in self.study.methods if method in present]
+
+    @cached_property
+    def samplers(self) -> list[str]:
+        """Return the samplers of which there are cells of methods."""
+        return [sampler for sampler in self.study.measure.samplers if any(key[2] == sampler for key in self.cells)]
+
+    @cached_property
+    def steps(self) -> list[int]:
+        """Return the numbers of steps at which there are cells of methods, in ascending order."""
+        return sorted({key[3] for key in self.cells})
+
+
+def read_results(study: Study, folder: Path) -> Results:
+    """Read the files of a study.
+
+    Raises:
+        InputError: If there is no cell of the baseline, or a file is not whole or was made with other settings.
+    """
+    results = Results(study)
+    for run in plan(study, folder):
+        method = run.method
+        results.planned += len(run.cells)
+        for cell in run.cells:
+            if cell.done:
+                results.cells[method, run.seed, cell.sampler, cell.steps] = read_cell(cell, study, run)
+            if run.first and cell.path.with_suffix(".png").is_file():
+                results.pictures[method, cell.sampler, cell.steps] = cell.path.with_suffix(".png")
+        if run.missing:
+            results.missing[run.name] = len(run.missing)
+        if run.failure.is_file():
+            results.failed[run.name] = read(run.failure, Failure).error
+        if run.first and run.path.is_file():
+            results.losses[method] = read(run.path, Loss)
+        if (path := run.mismatch_path) is not None and path.is_file():
+            for found in read(path, _Mismatch).paths:
+                results.mismatch[method, run.seed, found.sampler, found.steps] = found.model_dump()
+    for cell in reference_cells(study, folder):
+        results.planned += 1
+        if cell.done:
+            results.references[cell.network, cell.sampler, cell.steps] = read_cell(cell, study, None)
+        else:
+            results.missing[cell.network] = results.missing.get(cell.network, 0) + 1
+    if not any(method == study.baseline for method, *_ in results.cells):
+        raise InputError(f"no cells of {study.baseline} in {folder / 'cells'}: run the study first")
+    return results
