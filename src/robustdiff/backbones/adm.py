@@ -72,9 +72,9 @@ from diffusers.models.unets.unet_2d import UNet2DModel
 from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
-from robustdiff.backbones.weights import FLOATS, read_weights
 from robustdiff.errors import InputError
 from robustdiff.files import atomic_write
+from robustdiff.weights import FLOATS, read_weights
 
 __all__ = [
     "PRESETS",

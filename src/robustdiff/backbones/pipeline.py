@@ -29,8 +29,8 @@ from diffusers.utils import logging as diffusers_logging
 from torch import Tensor
 
 from robustdiff.backbones.adm import AdmUNet2DModel
-from robustdiff.backbones.weights import check_weights, read_state, strip_prefixes
 from robustdiff.errors import InputError
+from robustdiff.weights import check_weights, read_state, strip_prefixes
 
 __all__ = ["PRETRAINED", "downsampling", "load_pipeline", "save_pipeline", "size_of"]
 
