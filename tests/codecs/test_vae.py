@@ -71,15 +71,15 @@ def test_means_and_deviations_of_each_channel_are_taken_where_the_configuration_
     assert codec.shifted
 
 
-def test_samples_have_the_moments_of_the_posterior_and_come_from_the_generator(images):
+def test_samples_have_the_moments_of_the_posterior(images):
     codec = VAE(small(), "sample")
+    assert codec.random
+    assert not VAE(small(), "mean").random
     with torch.no_grad():
         posterior = codec.network.encode(images).latent_dist
-    one = codec.encode(images, torch.Generator().manual_seed(3))
-    torch.testing.assert_close(one, codec.encode(images, torch.Generator().manual_seed(3)), rtol=0, atol=0)
-    noise = torch.randn(posterior.mean.shape, generator=torch.Generator().manual_seed(3))
-    torch.testing.assert_close(one, (posterior.mean + posterior.std * noise) * 0.5)
-    assert not torch.equal(one, codec.encode(images, torch.Generator().manual_seed(4)))
+    noise = torch.randn(posterior.mean.shape)
+    torch.testing.assert_close(codec.encode(images, noise), (posterior.mean + posterior.std * noise) * 0.5)
+    assert not torch.equal(codec.encode(images), codec.encode(images))
 
 
 def test_large_batches_are_encoded_and_decoded_in_parts(images, monkeypatch):
@@ -231,8 +231,8 @@ def test_the_section_takes_the_checkpoints_own_vae_or_the_one_that_it_names(tmp_
 def test_the_shipped_vae_reconstructs_fashion_16_and_has_latents_of_unit_variance():
     codec = VAESection(path="fashion-16-vae").build(None)
     pixels, _ = load_dataset("fashion-16", split="test").__getitems__(range(256))
-    latents = codec.encode(to_unit(pixels), torch.Generator().manual_seed(0))
+    latents = codec.encode(to_unit(pixels))
     assert latents.shape == (256, 4, 8, 8)
     assert latents.std().item() == pytest.approx(1, abs=0.05)
-    decoded = to_uint8(codec.decode(codec.draw(codec.moments(to_unit(pixels)), torch.Generator())))
+    decoded = to_uint8(codec.decode(latents))
     assert (decoded.float() - pixels.float()).square().mean().sqrt() < 8

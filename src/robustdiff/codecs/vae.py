@@ -59,6 +59,7 @@ class VAE(Codec):
     def __init__(self, network: AutoencoderKL, posterior: Posterior = "sample") -> None:
         self.network = network.eval().float().requires_grad_(False)
         self.posterior: Posterior = posterior
+        self.random = posterior == "sample"
         config = network.config
         channels = config.latent_channels
         std = _per_channel(config, "latents_std", [1.0] * channels, positive=True)
@@ -114,19 +115,24 @@ class VAE(Codec):
             for part in images.float().split(self._at_once(images.shape[2] * images.shape[3])):
                 posterior = self.network.encode(part).latent_dist
                 mean = (posterior.mean - self._mean.to(part.device)) * self._scale.to(part.device)
-                std = [posterior.std * self._scale.to(part.device)] if self.posterior == "sample" else []
+                std = [posterior.std * self._scale.to(part.device)] if self.random else []
                 parts.append(torch.cat([mean, *std], dim=1))
         return torch.cat(parts)
 
-    def draw(self, moments: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Return latents, (B, C', H', W'), from what :meth:`moments` returned: a new sample, or the means."""
-        if self.posterior == "mean":
+    def draw(self, moments: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Return latents, (B, C', H', W'), from what :meth:`moments` returned.
+
+        Arguments:
+            moments: The means, with the standard deviations where latents are samples.
+            noise: Standard normal noise of the shape of the result, for samples; none: drawn.
+        """
+        if not self.random:
             return moments
         mean, std = moments.chunk(2, dim=1)
-        return mean + std * torch.randn(mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
+        return mean + std * (torch.randn_like(mean) if noise is None else noise)
 
-    def encode(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        return self.draw(self.moments(images), generator)
+    def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
+        return self.draw(self.moments(images), noise)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:

@@ -53,10 +53,15 @@ class Text(Condition):
         return self
 
     def batch(self, labels: Tensor | None, captions: Sequence[str] | None, dropped: Tensor | None) -> dict[str, Any]:
-        assert captions is not None
+        if captions is None:
+            raise InputError("this model needs captions: give them, or sample with prompts (--prompt)")
         if dropped is not None:
             captions = ["" if drop else caption for caption, drop in zip(captions, dropped.tolist(), strict=True)]
         return self._embed(captions)
+
+    @property
+    def droppable(self) -> bool:
+        return True
 
     def empty(self) -> dict[str, Any]:
         return self._embed([""])

@@ -27,6 +27,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from robustdiff.codecs.codec import Codec
 from robustdiff.codecs.vae import VAE
 from robustdiff.data.dataset import ImageDataset, to_unit
 from robustdiff.data.loader import load_batches
@@ -60,7 +61,7 @@ class LatentDataset(ImageDataset):
         super().__init__(images.name, images.shape, images.num_classes, images.labels)
         self.images, self.codec, self.flip = images, codec, flip
         channels, height, width = codec.encoded_shape(images.shape)
-        self.latent_shape = (1 + flip, channels * (1 + (codec.posterior == "sample")), height, width)
+        self.latent_shape = (1 + flip, channels * (1 + codec.random), height, width)
         size = 2 * math.prod(self.latent_shape)
         self.part = max(1, _PART_BYTES // size, math.ceil(len(images) / _MOST_PARTS))
         content = f"1 {codec.fingerprint()} {images.fingerprint()} {self.latent_shape} {self.part}"
@@ -91,19 +92,9 @@ class LatentDataset(ImageDataset):
         rows = [self._map(index // self.part)[index % self.part] for index in indices]
         return torch.from_numpy(np.stack(rows)), self.labels_of(indices)
 
-    def encoded(self, batch: Tensor, flipped: Tensor | None, generator: torch.Generator | None) -> Tensor:
-        """Return the latents of a batch as :meth:`robustdiff.codecs.vae.VAE.encode` returns them.
-
-        Arguments:
-            batch: What a batch of this dataset holds in place of images, on any device.
-            flipped: The images that are mirrored, booleans (B,); None: none of them.
-            generator: The source of the samples of the posterior.
-
-        Returns:
-            (B, C', H', W') in float32.
-        """
+    def latents(self, batch: Tensor, codec: Codec, flipped: Tensor | None, noise: Tensor | None) -> Tensor:
         view = torch.zeros(len(batch), dtype=torch.int64, device=batch.device) if flipped is None else flipped.long()
-        return self.codec.draw(batch[torch.arange(len(batch), device=batch.device), view].float(), generator)
+        return self.codec.draw(batch[torch.arange(len(batch), device=batch.device), view].float(), noise)
 
     # -- the cache -------------------------------------------------------------------------------------------
 
