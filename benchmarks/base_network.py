@@ -27,12 +27,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from robustdiff import DenoisingObjective, DiffusionProcess
-from robustdiff.backbones.build import build_unet
+from robustdiff.backbones.unet2d import UNetSection
 from robustdiff.data import load_dataset, to_uint8, to_unit
 from robustdiff.evaluation.features import load_extractor
 from robustdiff.evaluation.fidelity import Fidelity, reference_statistics
 from robustdiff.evaluation.generate import ImageNoise
-from robustdiff.recipe import ModelConfig
 from robustdiff.samplers import sample
 from robustdiff.training.ema import EMA
 from robustdiff.training.stream import BatchIndices, batch_generator
@@ -65,7 +64,7 @@ class Unconditional(nn.Module):
 
 def networks(shape, tiny):
     channels, size, _ = shape
-    unet = ModelConfig(channels=(8, 8, 8) if tiny else (16, 48, 96), layers=1, groups=8)
+    unet = UNetSection(channels=(8, 8, 8) if tiny else (16, 48, 96), layers=1, groups=8)
     patched = UNet2DModel(
         sample_size=size // 2,
         in_channels=4 * channels,
@@ -87,7 +86,11 @@ def networks(shape, tiny):
         patch_size=2,
         num_embeds_ada_norm=1,
     )
-    return {"unet": build_unet(unet, shape, None), "unet-patch2": Patches(patched, 2), "dit-patch2": Unconditional(dit)}
+    return {
+        "unet": unet.build(shape, None, False).network,
+        "unet-patch2": Patches(patched, 2),
+        "dit-patch2": Unconditional(dit),
+    }
 
 
 def pretrain(network, rate, dataset, objective, budget):

@@ -22,9 +22,9 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 
-from robustdiff.backbones.build import build_model
 from robustdiff.data import load_dataset
 from robustdiff.recipe import Recipe
+from robustdiff.training.build import build_model
 from robustdiff.training.trainer import Trainer
 
 K = 3

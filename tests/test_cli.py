@@ -19,7 +19,7 @@ from diffusers.schedulers.scheduling_consistency_models import CMStochasticItera
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from robustdiff.backbones.pipeline import load_pipeline, save_pipeline
+from robustdiff.backbones.model import Model, load_model
 from robustdiff.data import load_dataset
 from robustdiff.evaluation.features import Classifier, load_extractor
 from robustdiff.evaluation.fidelity import reference_statistics
@@ -171,8 +171,8 @@ def test_evaluate_does_not_sample_as_a_recipe_says(robustdiff, digits_run, tmp_p
 
 @pytest.mark.parametrize(("scales", "steps", "expected"), [(2, ["--steps", 1], [1]), (18, [], [1, 2, 4, 8])])
 def test_evaluate_suits_a_consistency_model(robustdiff, digits_run, tmp_path, scales, steps, expected):
-    unet, _ = load_pipeline(digits_run)
-    save_pipeline(tmp_path / "model", unet, CMStochasticIterativeScheduler(num_train_timesteps=scales))
+    unet = load_model(digits_run).network
+    Model.of(unet, CMStochasticIterativeScheduler(num_train_timesteps=scales)).save(tmp_path / "model")
     arguments = ["--data", "digits", "--num", 8, *steps, "--output", tmp_path / "e"]
     outcome = robustdiff("evaluate", tmp_path / "model", *arguments)
     assert outcome.code == 0, outcome.err
@@ -358,9 +358,9 @@ SMALL = {
 @pytest.fixture(scope="module")
 def models(digits_run, tmp_path_factory) -> dict[str, Path]:
     """A model that each of the commands takes; search-times needs a consistency model."""
-    unet, _ = load_pipeline(digits_run)
+    unet = load_model(digits_run).network
     folder = tmp_path_factory.mktemp("models") / "consistency"
-    save_pipeline(folder, unet, CMStochasticIterativeScheduler(num_train_timesteps=18))
+    Model.of(unet, CMStochasticIterativeScheduler(num_train_timesteps=18)).save(folder)
     return {**dict.fromkeys(SMALL, digits_run), "search-times": folder}
 
 

@@ -10,7 +10,7 @@ import torch
 from diffusers import ConsistencyModelPipeline, EDMEulerScheduler
 
 from robustdiff.backbones.adm import AdmFlags, build_adm
-from robustdiff.backbones.pipeline import load_pipeline, save_pipeline
+from robustdiff.backbones.model import Model, load_model
 from robustdiff.backbones.scheduler import mark_as_own
 
 QUICK = ["precision=fp32", "steps=3", "batch_size=8", "threads=1", "accumulate=1", "log_every=1"]
@@ -55,7 +55,7 @@ def test_fashion_mnist(robustdiff, tmp_path):
     for recipe, overrides in runs.items():
         outcome = robustdiff("train", recipe, *words(*data, *overrides, f"output={tmp_path / recipe}"))
         assert outcome.code == 0, outcome.err
-    assert load_pipeline(tmp_path / "fashion-mnist-consistency")[1].config.num_train_timesteps == 18
+    assert load_model(tmp_path / "fashion-mnist-consistency").scheduler.config.num_train_timesteps == 18
 
 
 def test_imagenet(robustdiff, tmp_path):
@@ -65,7 +65,7 @@ def test_imagenet(robustdiff, tmp_path):
     )  # fmt: skip
     unet = build_adm(flags)
     torch.nn.init.normal_(unet.conv_out.weight, std=0.1)  # it starts at zero, where no gradient reaches δ
-    save_pipeline(tmp_path / "model", unet, mark_as_own(EDMEulerScheduler()))
+    Model.of(unet, mark_as_own(EDMEulerScheduler())).save(tmp_path / "model")
     images = np.random.default_rng(0).integers(0, 256, (16, 16, 16, 3), dtype=np.uint8)
     np.savez(tmp_path / "images.npz", images=images, labels=np.arange(16) % 4)
     own = [
@@ -76,4 +76,4 @@ def test_imagenet(robustdiff, tmp_path):
     assert outcome.code == 0, outcome.err
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert result["delta_norm"] > 0
-    assert load_pipeline(tmp_path / "run")[1].config.num_train_timesteps == 40
+    assert load_model(tmp_path / "run").scheduler.config.num_train_timesteps == 40

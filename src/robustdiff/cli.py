@@ -169,7 +169,7 @@ def train(
     settings = load_recipe(recipe, overrides)
     quiet = not PartialState(cpu=cpu).is_main_process
     with Bar(err, settings.output, settings.steps, quiet=quiet) as bar:
-        result = run(settings, resume=resume, cpu=cpu, on_status=lambda status: bar.update(status.step, status.note))
+        result = run(settings, resume=resume, cpu=cpu, progress=bar)
     if quiet:
         return
     if result is None:
@@ -238,13 +238,12 @@ def sample(
     )
     if output.suffix and output.suffix != ".npz":
         raise InputError(f"{output}: give a file that ends in .npz, or a folder")
-    if generator.unet.config.sample_size is None:
-        raise InputError(f"the model {run} does not say the size of its images (sample_size): give --size PIXELS")
+    generator.shape  # noqa: B018  (raises where the model does not say it)
     output.parent.mkdir(parents=True, exist_ok=True)
     quiet = not accelerator.is_main_process
     with Bar(err, f"{generator.sampler}, {generator.steps} steps", num, quiet=quiet) as bar:
         write = write_npz if output.suffix == ".npz" else write_pngs
-        made = write(generator, num, output, accelerator, bar.advance)
+        made = write(generator, num, output, accelerator, bar)
     if not quiet:
         _say(f"{num} images in {output}" + ("" if made else ", which were there already"))
 
@@ -388,7 +387,6 @@ def search_times(
     """
     from accelerate import Accelerator
 
-    from robustdiff.backbones.build import check_fit
     from robustdiff.evaluation.fidelity import Fidelity, check_finite, reference_statistics
     from robustdiff.evaluation.generate import Generator
     from robustdiff.files import atomic_write
@@ -399,7 +397,7 @@ def search_times(
     generator = Generator.load(run, device, sampler="multistep", seed=seed, batch_size=batch_size, precision=precision)
     config = _real_images(run, data, root, overrides)
     dataset = config.load()
-    check_fit(generator.unet, dataset.shape, run)
+    generator.model.backbone.check_shape(dataset.shape, generator.model.codec, run)
     extractor = _extractor(features, weights, config.name, device)
     with Bar(err, "statistics of the real images", 1) as bar:
         reference = reference_statistics(dataset, extractor)
@@ -415,7 +413,7 @@ def search_times(
             check_finite(f"scales {candidate}", {"fid": value})
             return value
 
-        found = search(fid, steps, len(generator.process))
+        found = search(fid, steps, len(generator.model.process))
     best = ",".join(map(str, found.numbers))
     _say(f"--steps {best}  FID {found.value:.2f} of {num} images, {len(found.evaluated)} candidates tried")
     if output is not None:
@@ -446,9 +444,7 @@ def solver_error(
     """Measure how far one solver step of distillation is from the teacher's trajectory, level by level."""
     from accelerate import Accelerator
 
-    from robustdiff.backbones.build import check_classes, check_fit
-    from robustdiff.backbones.pipeline import load_pipeline
-    from robustdiff.backbones.scheduler import denoiser_of
+    from robustdiff.backbones.model import load_model
     from robustdiff.data import to_unit
     from robustdiff.files import atomic_write
     from robustdiff.mismatch.solver_error import fitted_order, measure_solver_error
@@ -465,16 +461,15 @@ def solver_error(
     if min(counts) < 2:
         raise InputError(f"--scales {scales}: two levels are the fewest that have a step between them")
     device = Accelerator(cpu=cpu).device
-    unet, scheduler = load_pipeline(teacher)
-    denoise = denoiser_of(scheduler, unet.to(device).eval())
+    model = load_model(teacher).to(device)
+    denoise = model.denoiser()
     dataset = _real_images(teacher, data, root, overrides).load()
-    check_fit(unet, dataset.shape, teacher)
-    check_classes(unet, dataset.num_classes, teacher)
+    model.check_data(dataset)
     if num > len(dataset):
         raise InputError(f"--num {num}: {dataset.name} has {len(dataset)} images")
     batch, labels = dataset.__getitems__(list(range(num)))
     images = to_unit(batch).to(device)
-    if unet.config.num_class_embeds is None:
+    if model.condition.classes is None:
         labels = None
     pairs = sum(min(points, N - 1) for N in counts)
     with Bar(err, f"{2 * (substeps + 1)} evaluations for each of the images", pairs * num) as bar:
@@ -788,7 +783,6 @@ def _generators(
     Raises:
         InputError: If a run makes images of another shape than the dataset's.
     """
-    from robustdiff.backbones.build import check_fit
     from robustdiff.evaluation.generate import Generator
 
     settings |= {"sampler": samplers[0] if samplers else None, "steps": counts[0]}
@@ -796,7 +790,7 @@ def _generators(
     generators = {name: Generator.load(run, device, data_classes=classes, **settings) for name, run in runs.items()}
     if dataset is not None:
         for name, generator in generators.items():
-            check_fit(generator.unet, dataset.shape, runs[name])
+            generator.model.backbone.check_shape(dataset.shape, generator.model.codec, runs[name])
     return generators
 
 

@@ -44,7 +44,7 @@ from robustdiff.evaluation.grid import Cell, Grid, difference, evaluate_cell
 from robustdiff.files import atomic_write, make_folder, read_json
 from robustdiff.recipe import Recipe, load_recipe
 from robustdiff.report.results import write_results
-from robustdiff.training.trainer import FREE_TO_CHANGE, Status, read_result, train
+from robustdiff.training.trainer import FREE_TO_CHANGE, read_result, train
 from robustdiff.workers import Report, Stopped, Task, available_cores, run_tasks
 
 __all__ = ["FULL", "FULL_CONSISTENCY", "QUICK", "QUICK_CONSISTENCY", "DemoSize", "run_consistency_demo", "run_demo"]
@@ -232,20 +232,23 @@ def _find_real_images(report: Report) -> None:
 def _fine_tune(recipe: Recipe, report: Report) -> None:
     """Train a recipe, or go on with it."""
 
-    stopping = False
+    class Watch:
+        done, stopping = 0.0, False
 
-    def on_status(status: Status) -> None:
-        nonlocal stopping
-        if not stopping and report(status.step / status.steps):
-            stopping = True
-            signal.raise_signal(signal.SIGTERM)  # at the first of which train saves and stops
+        def begin(self, description: str, total: float) -> None: ...
+
+        def advance(self, amount: float, note: str = "") -> None:
+            self.done += amount
+            if not self.stopping and report(self.done / recipe.steps):
+                self.stopping = True
+                signal.raise_signal(signal.SIGTERM)  # at the first of which train saves and stops
 
     # That a stopped one is saved the command line says of the whole.
     log = logging.getLogger(train.__module__)
     level = log.level
     log.setLevel(logging.ERROR)
     try:
-        result = train(recipe, resume=True, on_status=on_status)
+        result = train(recipe, resume=True, progress=Watch())
     finally:
         log.setLevel(level)
     if result is None:

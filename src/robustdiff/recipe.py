@@ -11,16 +11,18 @@ import contextlib
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import Discriminator, Field, Tag, ValidationError, field_validator, model_validator
 
+from robustdiff.backbones.backbone import BACKBONES, BackboneSection, PretrainedSection
+from robustdiff.backbones.unet2d import UNetSection
+from robustdiff.codecs.codec import CODECS, CodecSection
 from robustdiff.data import ImageDataset, load_dataset
 from robustdiff.errors import InputError, printable
 from robustdiff.process import Prediction
 from robustdiff.section import (
-    MOST_PARAMETERS,
     MOST_UPDATES,
     Decay,
     Fraction,
@@ -29,7 +31,7 @@ from robustdiff.section import (
     Section,
     Text,
     Times,
-    Width,
+    choice,
     given,
 )
 from robustdiff.yaml_reader import parse_yaml, read_yaml
@@ -74,51 +76,6 @@ class DataConfig(Named):
             image_column=self.image_column,
             label_column=self.label_column,
         )
-
-
-class ModelConfig(Named):
-    """What to train: a new network, or one that is fine-tuned."""
-
-    name: Literal["unet", "pretrained"] = "unet"
-    path: Text | None = Field(
-        None, description="pretrained: a run, a pipeline folder, or a model shipped with the package"
-    )
-    channels: tuple[Width, ...] = Field(
-        (64, 128, 128), min_length=1, max_length=16, description="unet: the width of each level"
-    )
-    layers: int = Field(2, ge=1, le=64, description="unet: residual blocks in a level")
-    attention: tuple[bool, ...] | None = Field(
-        None, max_length=16, description="unet: which levels have attention; none by default"
-    )
-    head_width: Width = Field(32, description="unet: channels of an attention head")
-    groups: Width = Field(32, description="unet: groups of a group norm; every width must be a multiple")
-    dropout: Fraction = Field(0.0, description="unet: dropout in the residual blocks")
-    class_cond: bool = Field(False, description="unet: condition on the labels of the data")
-    condition_dropout: Fraction = Field(
-        0.0, description="share of the labels that become the null class, for classifier-free guidance; 0: none"
-    )
-
-    @model_validator(mode="after")
-    def _consistent(self) -> ModelConfig:
-        if self.name == "pretrained" and self.path is None:
-            raise ValueError("a pretrained model needs model.path: a run, a pipeline folder, or a shipped model's name")
-        if self.name != "pretrained" and self.path is not None:
-            raise ValueError("model.path is for model.name=pretrained")
-        if self.condition_dropout and self.name == "unet" and not self.class_cond:
-            raise ValueError("model.condition_dropout needs model.class_cond: without labels there are none to drop")
-        if self.attention is not None and len(self.attention) != len(self.channels):
-            raise ValueError(f"model.attention needs one value for each of the {len(self.channels)} levels")
-        for width in self.channels:
-            if width % self.groups:
-                raise ValueError(f"model.channels {width} is not a multiple of model.groups {self.groups}")
-        # Two 3×3 convolutions a block on the way down and on the way up, and the embedding of the time.
-        size = sum(2 * (2 * self.layers + 1) * 9 * width**2 for width in self.channels) + 20 * self.channels[0] ** 2
-        if size > MOST_PARAMETERS:
-            raise ValueError(
-                f"model.channels and model.layers make a network of some {size:.0e} parameters, and at most "
-                f"{MOST_PARAMETERS:.0e} are made: choose smaller ones"
-            )
-        return self
 
 
 class ProcessConfig(Named):
@@ -253,6 +210,18 @@ _Objective = Annotated[
 ]
 
 
+MODELS: dict[str, type[BackboneSection]] = {
+    **{name: family.section for name, family in BACKBONES.items() if family.section is not None},
+    "pretrained": PretrainedSection,
+}
+if TYPE_CHECKING:
+    _Model = BackboneSection
+    _Codec = CodecSection
+else:
+    _Model = choice("model", MODELS, "unet")
+    _Codec = choice("codec", CODECS, "pixels")
+
+
 class RadiusConfig(Section):
     """The radius of the ball: exactly one way of giving it."""
 
@@ -314,7 +283,8 @@ class Recipe(Section):
     """One training run."""
 
     data: DataConfig = DataConfig()
-    model: ModelConfig = ModelConfig()
+    model: _Model = UNetSection()
+    codec: _Codec | None = Field(None, description="pixels; for a pretrained model the one that it comes with")
     process: ProcessConfig | None = Field(
         None, description="cosine; for a pretrained model the one it was trained with"
     )
@@ -387,7 +357,8 @@ def _explain(error: ValidationError, source: str) -> InputError:
     first = error.errors()[0]
     loc = [str(part) for part in first["loc"]]
     # The name of the kind of objective, which pydantic counts as a level and no recipe spells.
-    kind = OBJECTIVES[loc.pop(1)] if loc[:1] == ["objective"] and len(loc) > 1 else None
+    unions: dict[str, Mapping[str, Any]] = {"objective": OBJECTIVES, "model": MODELS}
+    kind = unions[loc[0]][loc.pop(1)] if len(loc) > 1 and loc[0] in unions else None
     if loc[:2] == ["sampler", "steps"]:  # pydantic adds which of its types
         loc = loc[:2]
     where = printable(" ".join(".".join(loc).split())[:200])  # a key may hold a line break

@@ -44,7 +44,6 @@ from accelerate.state import AcceleratorState
 from PIL import Image
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from robustdiff.backbones.build import build_model
 from robustdiff.data.pixels import tile
 from robustdiff.errors import InputError, RunError, printable
 from robustdiff.evaluation.features import load_extractor
@@ -57,7 +56,8 @@ from robustdiff.mismatch.measure import measure_mismatch
 from robustdiff.recipe import DataConfig, Recipe, load_recipe
 from robustdiff.samplers.sample import SAMPLERS
 from robustdiff.section import Precision, Section, Text
-from robustdiff.training.trainer import FREE_TO_CHANGE, Status, train
+from robustdiff.training.build import build_model
+from robustdiff.training.trainer import FREE_TO_CHANGE, train
 from robustdiff.yaml_reader import parse_yaml, read_yaml
 
 __all__ = [
@@ -660,10 +660,16 @@ def _train(
     make_folder(Path(recipe.output))  # before anything is loaded: it may be a link out of the study's folder
     on_part(f"training {Path(recipe.output).name}", recipe.steps)
 
-    def on_status(status: Status) -> None:
-        on_progress(status.step, status.note)
+    class Report:
+        done = 0.0
 
-    return train(recipe, resume=True, cpu=cpu, on_status=on_status) is not None
+        def begin(self, description: str, total: float) -> None: ...
+
+        def advance(self, amount: float, note: str = "") -> None:
+            self.done += amount
+            on_progress(self.done, note)
+
+    return train(recipe, resume=True, cpu=cpu, progress=Report()) is not None
 
 
 class _Metrics(_Record):
@@ -797,7 +803,7 @@ def _check_samplers(study: Study, run: Run) -> None:
         return
     built = build_model(run.recipe, run.recipe.data.load())
     for sampler, steps in itertools.product(study.measure.samplers, run.steps):
-        Generator.of(built.unet, built.scheduler, sampler=sampler, steps=steps)
+        Generator.of(built.model, sampler=sampler, steps=steps)
 
 
 def _set_threads(recipe: Recipe) -> None:
@@ -1042,8 +1048,9 @@ def _time_training(run: Run) -> float:
         recipe = run.recipe.model_copy(
             update={"output": str(Path(scratch) / "run"), "steps": 4, "log_every": 1, "trackers": ()}
         )
-        speeds: list[float] = []
-        train(recipe, on_status=lambda status: speeds.append(status.images_per_second))
+        train(recipe)
+        lines = (Path(recipe.output) / "metrics.jsonl").read_text().splitlines()
+        speeds = [json.loads(line)["images_per_second"] for line in lines]
     passes = _image_passes(run.recipe) / (run.recipe.steps * run.recipe.batch_size)
     return 1 / (max(speeds) * passes)  # the first updates also set things up
 
@@ -1053,8 +1060,7 @@ def _time_sampling(run: Run) -> float:
     recipe, measure = run.recipe, run.study.measure
     built = build_model(recipe, recipe.data.load())
     generator = Generator.of(
-        built.unet,
-        built.scheduler,
+        built.model,
         sampler=measure.samplers[0],
         steps=2,
         batch_size=measure.batch_size,

@@ -17,14 +17,15 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
 )
 
-from robustdiff.backbones.build import build_model, build_unet
-from robustdiff.backbones.pipeline import PRETRAINED, load_pipeline, save_pipeline
+from robustdiff.backbones.model import PRETRAINED, Model, load_model
 from robustdiff.backbones.scheduler import denoiser_of, model_of, objective_of, process_of
+from robustdiff.backbones.unet2d import UNet2D, UNetSection
 from robustdiff.data import ArrayDataset, load_dataset, to_unit
 from robustdiff.errors import InputError
 from robustdiff.objectives.preconditioning import DiffusionDenoiser, Preconditioned, karras_sigmas
 from robustdiff.process import PREDICTIONS, DiffusionProcess
-from robustdiff.recipe import ModelConfig, Recipe, load_recipe
+from robustdiff.recipe import Recipe, load_recipe
+from robustdiff.training.build import build_model
 from robustdiff.training.trainer import train
 
 SMALL = {"name": "unet", "channels": [8, 16], "groups": 4, "layers": 1}
@@ -41,7 +42,11 @@ def digits():
 
 @pytest.mark.parametrize("variance", ["fixed", "learned_range"])
 def test_a_unet_takes_the_images_and_gives_what_is_predicted(variance):
-    unet = build_unet(ModelConfig(**SMALL, attention=(False, True), class_cond=True), (3, 8, 8), 10, variance)
+    unet = (
+        UNetSection(**SMALL, attention=(False, True), class_cond=True)
+        .build((3, 8, 8), 10, variance == "learned_range")
+        .network
+    )
     out = unet(torch.zeros(2, 3, 8, 8), torch.tensor([0, 5]), class_labels=torch.tensor([1, 2])).sample
     assert out.shape == (2, 3 if variance == "fixed" else 6, 8, 8)
 
@@ -49,12 +54,12 @@ def test_a_unet_takes_the_images_and_gives_what_is_predicted(variance):
 @pytest.mark.parametrize(("shape", "word"), [((1, 9, 9), "data.size"), ((1, 8, 16), "8×16")])
 def test_images_that_a_unet_cannot_halve_are_named(shape, word):
     with pytest.raises(InputError, match=word):
-        build_unet(ModelConfig(**SMALL), shape, None)
+        UNetSection(**SMALL).build(shape, None, False).network
 
 
 def test_labels_that_are_missing_are_named():
     with pytest.raises(InputError, match="class_cond"):
-        build_unet(ModelConfig(**SMALL, class_cond=True), (1, 8, 8), None)
+        UNetSection(**SMALL, class_cond=True).build((1, 8, 8), None, False).network
 
 
 @pytest.mark.parametrize(
@@ -69,12 +74,13 @@ def test_labels_that_are_missing_are_named():
 )
 def test_a_folder_remembers_process_and_objective(tmp_path, digits, process, objective):
     built = build_model(recipe(process=process, objective=objective), digits)
-    save_pipeline(tmp_path, built.unet, built.scheduler)
-    unet, scheduler = load_pipeline(tmp_path)
-    for name, value in built.unet.state_dict().items():
+    Model.of(built.model.network, built.model.scheduler).save(tmp_path)
+    loaded = load_model(tmp_path)
+    unet, scheduler = loaded.network, loaded.scheduler
+    for name, value in built.model.network.state_dict().items():
         assert torch.equal(unet.state_dict()[name], value)
     torch.testing.assert_close(process_of(scheduler).alphas, built.process.alphas, rtol=1e-3, atol=1e-6)
-    read = objective_of(scheduler, unet)
+    read = objective_of(scheduler, UNet2D(unet))
     assert (read.prediction, read.variance) == (built.objective.prediction, built.objective.variance)
     assert DDPMPipeline.from_pretrained(tmp_path)(num_inference_steps=1, output_type="np").images.shape == (1, 8, 8, 1)
     fields = {"model": {"name": "pretrained", "path": str(tmp_path)}}
@@ -92,10 +98,11 @@ def test_a_folder_remembers_process_and_objective(tmp_path, digits, process, obj
 )
 def test_a_folder_remembers_the_levels(tmp_path, digits, objective, pipeline):
     built = build_model(recipe(objective=objective), digits)
-    save_pipeline(tmp_path, built.unet, built.scheduler)
-    assert type(pipeline.from_pretrained(tmp_path).scheduler) is type(built.scheduler)
-    unet, scheduler = load_pipeline(tmp_path)
-    read = objective_of(scheduler, unet)
+    Model.of(built.model.network, built.model.scheduler).save(tmp_path)
+    assert type(pipeline.from_pretrained(tmp_path).scheduler) is type(built.model.scheduler)
+    loaded = load_model(tmp_path)
+    unet, scheduler = loaded.network, loaded.scheduler
+    read = objective_of(scheduler, UNet2D(unet))
     assert {name: getattr(read, name) for name in objective} == objective
     levels = karras_sigmas(objective.get("levels") or objective["scales"], 0.002, objective.get("sigma_max", 80.0))
     torch.testing.assert_close(built.process.sigmas, levels)
@@ -108,7 +115,7 @@ def test_a_folder_remembers_the_levels(tmp_path, digits, objective, pipeline):
     with torch.no_grad():
         got = model_of(scheduler, unet)(x_t, process.times[index])
         start = 0.0 if objective["name"] == "edm" else 0.002
-        expected = Preconditioned(built.unet, read.sigma_data, start)(x, sigma)
+        expected = Preconditioned(built.model.network, read.sigma_data, start)(x, sigma)
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
     assert read.prediction == "sample"
 
@@ -117,24 +124,25 @@ def test_every_kind_but_flows_and_consistency_models_is_a_denoiser(digits):
     x, sigma = torch.randn(2, 1, 8, 8), torch.tensor([0.5, 5.0])
     for prediction in ("epsilon", "v_prediction", "sample"):
         built = build_model(recipe(objective={"prediction": prediction}), digits)
-        denoise = denoiser_of(built.scheduler, built.unet)
+        denoise = denoiser_of(built.model.scheduler, UNet2D(built.model.network))
         assert isinstance(denoise, DiffusionDenoiser)
         assert denoise.prediction == prediction
         assert denoise(x, sigma).shape == x.shape
     built = build_model(recipe(objective="edm"), digits)
     with torch.no_grad():
-        own = Preconditioned(built.unet)(x, sigma)
-        assert torch.equal(denoiser_of(built.scheduler, built.unet)(x, sigma), own)
+        own = Preconditioned(built.model.network)(x, sigma)
+        assert torch.equal(denoiser_of(built.model.scheduler, UNet2D(built.model.network))(x, sigma), own)
     for fields in ({"process": "flow", "objective": {"prediction": "flow"}}, {"objective": {"name": "consistency"}}):
         built = build_model(recipe(**fields), digits)
         with pytest.raises(InputError, match="cannot be a teacher"):
-            denoiser_of(built.scheduler, built.unet)
+            denoiser_of(built.model.scheduler, UNet2D(built.model.network))
 
 
 def test_the_shipped_checkpoint_is_small_and_loads():
-    unet, scheduler = load_pipeline("fashion-16")
+    loaded = load_model("fashion-16")
+    unet, scheduler = loaded.network, loaded.scheduler
     assert sum(p.numel() for p in unet.parameters()) <= 2_000_000
-    assert objective_of(scheduler, unet).prediction == "epsilon"
+    assert objective_of(scheduler, UNet2D(unet)).prediction == "epsilon"
     assert len(process_of(scheduler)) == 1000
 
 
@@ -153,8 +161,9 @@ def test_the_shipped_denoiser_denoises_as_the_checkpoint_that_it_came_from():
     noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(0))
     errors = {}
     for name in ("fashion-16", "fashion-16-edm"):
-        unet, scheduler = load_pipeline(name)
-        denoise = denoiser_of(scheduler, unet.eval())
+        loaded = load_model(name)
+        unet, scheduler = loaded.network, loaded.scheduler
+        denoise = denoiser_of(scheduler, UNet2D(unet.eval()))
         with torch.no_grad():
             errors[name] = torch.stack(
                 [(denoise(x0 + s * noise, torch.full((64,), s)) - x0).square().mean() for s in (0.1, 0.5, 2.0, 10.0)]
@@ -197,8 +206,8 @@ def test_channels_that_do_not_fit_are_named():
     ],
 )
 def test_classes_that_a_checkpoint_does_not_know_are_named(tmp_path, known, labels, message):
-    unet = build_unet(ModelConfig(**SMALL, class_cond=known is not None), (1, 8, 8), known)
-    save_pipeline(tmp_path, unet, DDPMScheduler())
+    unet = UNetSection(**SMALL, class_cond=known is not None).build((1, 8, 8), known, False).network
+    Model.of(unet, DDPMScheduler()).save(tmp_path)
     images = np.zeros((2, 8, 8, 1), np.uint8)
     data = ArrayDataset("data", images, None if labels is None else np.array(labels))
     tuned = recipe(model={"name": "pretrained", "path": str(tmp_path)})
@@ -213,13 +222,13 @@ def test_classes_that_a_checkpoint_does_not_know_are_named(tmp_path, known, labe
 def test_an_unfinished_run_is_told_from_nothing(tmp_path):
     (tmp_path / "recipe.yaml").write_text("")
     with pytest.raises(InputError, match="--resume"):
-        load_pipeline(tmp_path)
+        load_model(tmp_path)
 
 
 @pytest.mark.parametrize("damage", ["index", "null", "config", "class", "truncated", "missing", "width"])
 def test_a_damaged_folder_is_named(tmp_path, digits, damage):
     built = build_model(recipe(), digits)
-    save_pipeline(tmp_path, built.unet, built.scheduler)
+    Model.of(built.model.network, built.model.scheduler).save(tmp_path)
     if damage == "index":
         (tmp_path / "model_index.json").write_text("{")
     elif damage == "null":
@@ -240,7 +249,7 @@ def test_a_damaged_folder_is_named(tmp_path, digits, damage):
         index["unet"] = ["diffusers", "UNet2DConditionModel"]
         (tmp_path / "model_index.json").write_text(json.dumps(index))
     with pytest.raises(InputError, match=tmp_path.name) as error:
-        load_pipeline(tmp_path)
+        load_model(tmp_path)
     assert "\n" not in str(error.value)
 
 
@@ -250,7 +259,11 @@ def test_a_damaged_folder_is_named(tmp_path, digits, damage):
 def checkpoint(folder, scheduler, out_channels=1, classes=None):
     """A pipeline folder of a small network, as diffusers saves it."""
     torch.manual_seed(0)
-    unet = build_unet(ModelConfig(**SMALL), (1, 8, 8), None, "fixed" if out_channels == 1 else "learned_range")
+    unet = (
+        UNetSection(**SMALL)
+        .build((1, 8, 8), None, "fixed" if out_channels == 1 else "learned_range" == "learned_range")
+        .network
+    )
     if classes is not None:
         unet = type(unet).from_config({**unet.config, "num_class_embeds": classes})
     DDPMPipeline(unet, scheduler).save_pretrained(folder)
@@ -262,10 +275,11 @@ def test_what_is_trained_is_what_is_saved(tmp_path, digits, kind):
     """An ε checkpoint that is trained to predict v is a v checkpoint, and keeps the rest of its scheduler."""
     model = checkpoint(tmp_path / "given", kind(timestep_spacing="trailing", beta_end=0.015))
     built = build_model(recipe(model=model, objective={"prediction": "v_prediction"}), digits)
-    save_pipeline(tmp_path / "saved", built.unet, built.scheduler)
-    unet, scheduler = load_pipeline(tmp_path / "saved")
+    Model.of(built.model.network, built.model.scheduler).save(tmp_path / "saved")
+    loaded = load_model(tmp_path / "saved")
+    unet, scheduler = loaded.network, loaded.scheduler
     assert type(scheduler) is kind
-    assert objective_of(scheduler, unet).prediction == built.objective.prediction == "v_prediction"
+    assert objective_of(scheduler, UNet2D(unet)).prediction == built.objective.prediction == "v_prediction"
     assert scheduler.config.timestep_spacing == "trailing"
     torch.testing.assert_close(process_of(scheduler).alphas, process_of(kind(beta_end=0.015)).alphas)
     assert DDPMPipeline.from_pretrained(tmp_path / "saved").scheduler.config.prediction_type == "v_prediction"
@@ -285,7 +299,8 @@ def test_the_trained_parameterisation_has_the_smaller_error(tmp_path, digits):
         threads=1,
     )
     train(run, cpu=True)
-    unet, scheduler = load_pipeline(tmp_path / "run")
+    loaded = load_model(tmp_path / "run")
+    unet, scheduler = loaded.network, loaded.scheduler
     process, x0 = process_of(scheduler), to_unit(digits.__getitems__(range(128))[0])
     generator = torch.Generator().manual_seed(0)
     t = torch.randint(1000, (128,), generator=generator)
@@ -293,7 +308,7 @@ def test_the_trained_parameterisation_has_the_smaller_error(tmp_path, digits):
     with torch.no_grad():
         output = unet(x_t, t).sample
     errors = {p: (process.split(p, x_t, t, output)[0].clamp(-1, 1) - x0).square().mean() for p in PREDICTIONS}
-    assert objective_of(scheduler, unet).prediction == "v_prediction"
+    assert objective_of(scheduler, UNet2D(unet)).prediction == "v_prediction"
     assert errors["v_prediction"] < 0.8 * errors["epsilon"]
 
 
@@ -333,7 +348,7 @@ def test_a_flow_checkpoint_keeps_its_shift(tmp_path, digits):
     model = checkpoint(tmp_path / "given", FlowMatchEulerDiscreteScheduler(shift=3.0))
     built = build_model(recipe(model=model), digits)
     torch.testing.assert_close(built.process.sigmas, DiffusionProcess.flow(shift=3.0).sigmas)
-    assert built.scheduler.config.shift == 3.0
+    assert built.model.scheduler.config.shift == 3.0
     own = build_model(recipe(process={"name": "flow", "shift": 3.0}, objective={"prediction": "flow"}), digits)
     torch.testing.assert_close(process_of(own.scheduler).sigmas, built.process.sigmas)
 
@@ -345,15 +360,15 @@ def test_zero_terminal_snr_trains(tmp_path, digits):
         model=model, adversary="free", output=str(tmp_path / "run"), steps=6, batch_size=64, threads=1, log_every=1
     )
     assert np.isfinite(train(run, cpu=True)["loss"])
-    assert load_pipeline(tmp_path / "run")[1].config.rescale_betas_zero_snr
+    assert load_model(tmp_path / "run").scheduler.config.rescale_betas_zero_snr
 
 
 def test_a_null_class_is_noted_where_the_data_tells(tmp_path, digits):
     model = checkpoint(tmp_path / "given", DDPMScheduler(), classes=11)
     built = build_model(recipe(model={**model, "condition_dropout": 0.1}), digits)
-    assert built.unet.config["_null_class"]
-    save_pipeline(tmp_path / "saved", built.unet, built.scheduler)
-    assert load_pipeline(tmp_path / "saved")[0].config["_null_class"]
+    assert built.model.network.config["_null_class"]
+    Model.of(built.model.network, built.model.scheduler).save(tmp_path / "saved")
+    assert load_model(tmp_path / "saved").network.config["_null_class"]
     with pytest.raises(InputError, match="null class after the 10 classes"):
         build_model(
             recipe(model={**checkpoint(tmp_path / "ten", DDPMScheduler(), classes=10), "condition_dropout": 0.1}),

@@ -14,8 +14,9 @@ from safetensors.torch import save_file
 
 from robustdiff.backbones.adm import AdmFlags, build_adm, load_adm, save_adm
 from robustdiff.backbones.convert import read_flags
-from robustdiff.backbones.pipeline import load_pipeline
+from robustdiff.backbones.model import load_model
 from robustdiff.backbones.scheduler import denoiser_of, objective_of, process_of
+from robustdiff.backbones.unet2d import UNet2D
 from robustdiff.errors import InputError
 from robustdiff.objectives.preconditioning import Preconditioned
 from robustdiff.process import DiffusionProcess
@@ -58,8 +59,9 @@ def test_there_and_back(robustdiff, checkpoint, tmp_path, given):
     outcome = robustdiff("convert", checkpoint, tmp_path / "pipeline", *flags)
     assert outcome.code == 0, outcome.err
     assert DDPMPipeline.from_pretrained(tmp_path / "pipeline").unet.config.sample_size == 16
-    unet, scheduler = load_pipeline(tmp_path / "pipeline")
-    assert objective_of(scheduler, unet).variance == "learned_range"
+    loaded = load_model(tmp_path / "pipeline")
+    unet, scheduler = loaded.network, loaded.scheduler
+    assert objective_of(scheduler, UNet2D(unet)).variance == "learned_range"
     torch.testing.assert_close(process_of(scheduler).alphas, DiffusionProcess.cosine().alphas, rtol=1e-3, atol=1e-6)
     x, t = torch.randn(2, 3, 16, 16), torch.tensor([3, 800])
     with torch.no_grad():
@@ -95,9 +97,10 @@ def test_a_denoiser_over_levels_becomes_a_teacher(robustdiff, tmp_path):
     words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
     outcome = robustdiff("convert", tmp_path / "edm.pt", tmp_path / "edm", *words, "--training_mode", "edm")
     assert outcome.code == 0, outcome.err
-    unet, scheduler = load_pipeline(tmp_path / "edm")
-    assert isinstance(denoiser_of(scheduler, unet), Preconditioned)
-    assert objective_of(scheduler, unet).name == "edm"
+    loaded = load_model(tmp_path / "edm")
+    unet, scheduler = loaded.network, loaded.scheduler
+    assert isinstance(denoiser_of(scheduler, UNet2D(unet)), Preconditioned)
+    assert objective_of(scheduler, UNet2D(unet)).name == "edm"
     outcome = robustdiff("convert", tmp_path / "edm", tmp_path / "back.pt")
     assert outcome.code == 0, outcome.err
     assert_same_file(tmp_path / "edm.pt", tmp_path / "back.pt")

@@ -16,12 +16,14 @@ from diffusers.models.unets.unet_2d import UNet2DModel
 from safetensors.torch import load_file, save_file
 
 from robustdiff.backbones.adm import AdmFlags, AdmUNet2DModel, build_adm
-from robustdiff.backbones.build import build_model, check_fit
-from robustdiff.backbones.pipeline import load_pipeline, save_pipeline, size_of
+from robustdiff.backbones.model import Model, load_model
+from robustdiff.backbones.unet2d import UNet2D
+from robustdiff.codecs.pixels import Pixels
 from robustdiff.data import ArrayDataset
 from robustdiff.errors import InputError
 from robustdiff.evaluation.generate import Generator
 from robustdiff.recipe import Recipe
+from robustdiff.training.build import build_model
 
 NAME = "diffusion_pytorch_model"
 
@@ -50,7 +52,7 @@ def unet() -> UNet2DModel:
 @pytest.fixture(scope="module")
 def saved(unet, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("pipelines") / "saved"
-    save_pipeline(folder, unet, DDPMScheduler())
+    Model.of(unet, DDPMScheduler()).save(folder)
     return folder
 
 
@@ -72,7 +74,7 @@ def rename(folder: Path, names: dict[str, str] | str) -> None:
 
 
 def assert_loads(folder: Path, unet: UNet2DModel, atol: float = 0.0) -> UNet2DModel:
-    loaded, _ = load_pipeline(folder)
+    loaded = load_model(folder).network
     torch.testing.assert_close(loaded.state_dict(), unet.state_dict(), rtol=0, atol=atol)
     assert not loaded.training
     assert all(p.dtype == torch.float32 and p.requires_grad for p in loaded.parameters())
@@ -81,7 +83,7 @@ def assert_loads(folder: Path, unet: UNet2DModel, atol: float = 0.0) -> UNet2DMo
 
 def assert_refused(folder: Path, *words: str) -> None:
     with pytest.raises(InputError) as error:
-        load_pipeline(folder)
+        load_model(folder)
     assert "\n" not in str(error.value)
     for word in words:
         assert word in str(error.value), str(error.value)
@@ -113,7 +115,7 @@ def test_files_without_a_variant_come_first(pipeline, unet):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_other_precisions_are_loaded_in_float32(pipeline, unet, dtype):
-    save_pipeline(pipeline, small().to(dtype), DDPMScheduler())
+    Model.of(small().to(dtype), DDPMScheduler()).save(pipeline)
     assert_loads(pipeline, unet, atol=1e-2)
 
 
@@ -147,13 +149,13 @@ def test_a_scheduler_keeps_what_it_was_converted_from(pipeline):
     index = json.loads((pipeline / "model_index.json").read_text())
     edit(pipeline / "model_index.json", scheduler=["diffusers", "DDIMScheduler"])
     assert index["scheduler"] == ["diffusers", "DDPMScheduler"]
-    assert type(load_pipeline(pipeline)[1]) is DDIMScheduler
+    assert type(load_model(pipeline).scheduler) is DDIMScheduler
 
 
 def test_networks_of_ours_come_back(tmp_path):
     flags = {"image_size": 16, "num_channels": 64, "num_res_blocks": 1, "channel_mult": "0.5,1", "num_heads": 1}
     unet = build_adm(AdmFlags(**flags, attention_resolutions="8", num_head_channels=-1))
-    save_pipeline(tmp_path / "p", unet, DDPMScheduler())
+    Model.of(unet, DDPMScheduler()).save(tmp_path / "p")
     loaded = assert_loads(tmp_path / "p", unet)
     assert type(loaded) is AdmUNet2DModel
     assert loaded.config["_adm"] == unet.config["_adm"]
@@ -161,14 +163,14 @@ def test_networks_of_ours_come_back(tmp_path):
 
 def test_channels_last_networks_are_saved(tmp_path, unet):
     other = small().to(memory_format=torch.channels_last)
-    save_pipeline(tmp_path / "p", other, DDPMScheduler())
+    Model.of(other, DDPMScheduler()).save(tmp_path / "p")
     assert_loads(tmp_path / "p", unet)
     assert other.conv_in.weight.is_contiguous(memory_format=torch.channels_last) or other.conv_in.weight.shape[1] == 1
     DDPMPipeline.from_pretrained(tmp_path / "p")
 
 
 def test_loaded_weights_do_not_depend_on_the_file(pipeline, unet):
-    loaded, _ = load_pipeline(pipeline)
+    loaded = load_model(pipeline).network
     path = pipeline / "unet" / f"{NAME}.safetensors"
     with path.open("r+b") as file:
         file.write(bytes(path.stat().st_size))
@@ -383,17 +385,17 @@ def test_what_is_no_folder_is_named(tmp_path):
 
 
 def test_a_size_can_be_given(robustdiff, tmp_path):
-    save_pipeline(tmp_path / "none", small(sample_size=None), DDPMScheduler())
-    save_pipeline(tmp_path / "wide", small(sample_size=(8, 16)), DDPMScheduler())
-    unet, _ = load_pipeline(tmp_path / "none")
-    assert size_of(unet) is None
+    Model.of(small(sample_size=None), DDPMScheduler()).save(tmp_path / "none")
+    Model.of(small(sample_size=(8, 16)), DDPMScheduler()).save(tmp_path / "wide")
+    unet = load_model(tmp_path / "none").network
+    assert UNet2D(unet).size is None
     with pytest.raises(InputError, match="--size"):
         _ = Generator.load(tmp_path / "none").shape
     assert Generator.load(tmp_path / "none", size=12).shape == (1, 12, 12)
     assert Generator.load(tmp_path / "wide").shape == (1, 8, 16)
     assert Generator.load(tmp_path / "wide", size=6).shape == (1, 6, 6)
     with pytest.raises(InputError, match="multiple of 2"):
-        load_pipeline(tmp_path / "none", size=7)
+        load_model(tmp_path / "none", size=7)
     arguments = ["--num", 1, "--steps", 1, "--cpu", "--output", tmp_path / "png"]
     outcome = robustdiff("sample", tmp_path / "none", *arguments)
     assert outcome.code == 2
@@ -404,17 +406,17 @@ def test_a_size_can_be_given(robustdiff, tmp_path):
 
 
 def test_the_data_decide_the_size_that_a_network_does_not_say(tmp_path):
-    save_pipeline(tmp_path / "none", small(sample_size=None), DDPMScheduler())
+    Model.of(small(sample_size=None), DDPMScheduler()).save(tmp_path / "none")
     recipe = Recipe.model_validate({"data": "digits", "model": {"name": "pretrained", "path": str(tmp_path / "none")}})
     images = torch.zeros(2, 12, 12, 1, dtype=torch.uint8).numpy()
     built = build_model(recipe, ArrayDataset("data", images))
-    assert built.unet.config.sample_size == 12
+    assert built.model.network.config.sample_size == 12
     with pytest.raises(InputError, match=r"multiples of 2.*9×9"):
         build_model(recipe, ArrayDataset("data", images[:, :9, :9]))
 
 
 @pytest.mark.parametrize("size", [(8, 16), [8, 16]])
 def test_sizes_that_are_not_square_are_compared(size):
-    check_fit(small(sample_size=size), (1, 8, 16), "p")
+    UNet2D(small(sample_size=size)).check_shape((1, 8, 16), Pixels(), "p")
     with pytest.raises(InputError, match="takes images of 8×16, the data has 8×8"):
-        check_fit(small(sample_size=size), (1, 8, 8), "p")
+        UNet2D(small(sample_size=size)).check_shape((1, 8, 8), Pixels(), "p")

@@ -8,7 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from robustdiff.backbones.model import Model
 from robustdiff.backbones.scheduler import kind_of, mark_as_own, model_of, objective_of, process_of, sampling_of
+from robustdiff.backbones.unet2d import UNet2D
 from robustdiff.errors import InputError
 from robustdiff.evaluation.generate import Generator, ImageNoise
 from robustdiff.objectives.preconditioning import Preconditioned
@@ -38,7 +40,9 @@ NETWORK = unet()
 def ours(scheduler, sampler: str, steps: int, network=NETWORK, **options) -> tuple[Tensor, list[float]]:
     """Two images, and the times at which the network was called."""
     times: list[float] = []
-    generator = Generator.of(network, scheduler, sampler=sampler, steps=steps, seed=3, options=options or None)
+    generator = Generator.of(
+        Model.of(network, scheduler), sampler=sampler, steps=steps, seed=3, options=options or None
+    )
 
     def seen(evaluation) -> None:
         times.append(float(evaluation.process.times_at(evaluation.index[:1], evaluation.x_t)))
@@ -168,7 +172,7 @@ def test_euler_gives_what_diffusers_flow_matching_gives(settings, steps):
 def test_a_multistep_scheduler_of_flow_sigmas_is_a_flow(kind):
     scheduler = getattr(diffusers, kind)(use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0)
     assert kind_of(scheduler) == "flow"
-    assert objective_of(scheduler, NETWORK).prediction == "flow"
+    assert objective_of(scheduler, UNet2D(NETWORK)).prediction == "flow"
     _, times = ours(scheduler, "euler", 6)
     scheduler.set_timesteps(6)
     assert times == pytest.approx((1000 * scheduler.sigmas[:6]).tolist(), rel=1e-5)
@@ -235,7 +239,7 @@ def test_zero_terminal_snr_with_v_is_right_at_the_last_time():
 
     for sampler in ("ddim", "iddpm", "es", "time-shift", "dpm++"):
         for steps in (1, 4, 1000 if sampler == "ddim" else 20):
-            generator = Generator.of(NETWORK, scheduler, sampler=sampler, steps=steps)
+            generator = Generator.of(Model.of(NETWORK, scheduler), sampler=sampler, steps=steps)
             x = Generator(
                 NETWORK,
                 process,
@@ -267,14 +271,14 @@ def test_zero_terminal_snr_with_v_is_right_at_the_last_time():
 )
 def test_what_cannot_be_honoured_is_refused_in_one_line(make, words):
     with pytest.raises(InputError, match=words) as error:
-        Generator.of(NETWORK, make())
+        Generator.of(Model.of(NETWORK, make()))
     assert "\n" not in str(error.value)
 
 
 def test_two_c_output_channels_are_not_a_fixed_variance():
     with pytest.raises(InputError, match="variance_type=fixed_small"):
-        Generator.of(unet(1, 2), diffusers.DDPMScheduler())
-    assert objective_of(diffusers.DDIMScheduler(), unet(1, 2)).variance == "learned_range"
+        Generator.of(Model.of(unet(1, 2), diffusers.DDPMScheduler()))
+    assert objective_of(diffusers.DDIMScheduler(), UNet2D(unet(1, 2))).variance == "learned_range"
 
 
 def test_an_euler_like_scheduler_is_variance_preserving_for_its_network():

@@ -9,12 +9,11 @@ import pytest
 import torch
 
 from robustdiff import ConsistencyObjective, DenoisingObjective, DiffusionProcess, FreeAdversary
-from robustdiff.backbones.build import build_unet
+from robustdiff.backbones.unet2d import UNetSection
 from robustdiff.objectives.edm import EDMObjective
 from robustdiff.objectives.preconditioning import DiffusionDenoiser
 from robustdiff.objectives.timesteps import LossSecondMoment
 from robustdiff.perturbation import NoiseLevel, SamplerDistance, Within
-from robustdiff.recipe import ModelConfig
 
 
 @contextmanager
@@ -32,7 +31,12 @@ def without_waiting(device: str) -> Iterator[None]:
 
 def network(device, variance="fixed"):
     torch.manual_seed(0)
-    return build_unet(ModelConfig(channels=(8, 16), layers=1, groups=4), (1, 8, 8), None, variance).to(device).eval()
+    return (
+        UNetSection(channels=(8, 16), layers=1, groups=4)
+        .build((1, 8, 8), None, variance == "learned_range")
+        .network.to(device)
+        .eval()
+    )
 
 
 def denoising(device):

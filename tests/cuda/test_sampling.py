@@ -22,7 +22,7 @@ def test_samples_are_those_of_the_cpu(device, exact, network, sampler, memory_fo
     images = []
     for place in ("cpu", device):
         generator = Generator.load(network, sampler=sampler, steps=5)
-        generator.unet.to(place, memory_format=memory_format if images else torch.contiguous_format)
+        generator.model.network.to(place, memory_format=memory_format if images else torch.contiguous_format)
         images.append(generator.sample(range(8), None).cpu())
     # time-shift chooses among times by numbers that may be as good as equal.
     torch.testing.assert_close(images[0], images[1], rtol=0, atol=3e-2 if sampler == "time-shift" else 1e-3)

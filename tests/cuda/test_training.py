@@ -88,7 +88,7 @@ def test_memory_formats_and_compiled_networks_train_alike_and_resume_each_other(
 def test_the_fingerprint_is_of_the_numbers_alone(device, eager):
     generator = Generator.load("fashion-16")
     expected = generator.fingerprint()
-    unet = generator.unet.to(device, memory_format=torch.channels_last)
+    unet = generator.model.network.to(device, memory_format=torch.channels_last)
     assert not unet.conv_in.weight.is_contiguous() or unet.conv_in.in_channels == 1
     assert generator.fingerprint() == expected
     unet.compile()
@@ -112,8 +112,9 @@ def test_mixed_precision_trains_close_to_float32(device, eager, recipe, train_cu
     full, run = recipe(name, "full"), recipe(name, "mixed", *MIXED[mixed])
     train(full, cpu=device == "cpu")
     train_cut(run)
-    # The first updates in fp16 may be left out, until the scale has fallen.
-    assert losses(run) == pytest.approx(losses(full), rel=0.5 if "fp16" in mixed else 0.2)
+    # The first updates in fp16 may be left out, until the scale has fallen: those losses are of other weights.
+    first = 1 if "fp16" in mixed else 0
+    assert losses(run)[first:] == pytest.approx(losses(full)[first:], rel=0.5 if "fp16" in mixed else 0.2)
 
 
 def test_a_compiled_consistency_model_trains_in_mixed_precision(device, eager, recipe):

@@ -109,7 +109,7 @@ def test_parts_of_another_network_are_not_used(generator, accelerator, tmp_path)
 
     with pytest.raises(Stop):
         write_npz(generator, 8, tmp_path / "a.npz", accelerator, stop)
-    other = replace(generator, unet=copy.deepcopy(generator.unet))
+    other = replace(generator, unet=copy.deepcopy(generator.model.network))
     with torch.no_grad():
         other.unet.conv_out.bias.add_(1.0)
     assert other.fingerprint() != generator.fingerprint()
@@ -174,7 +174,7 @@ def test_pngs_of_other_settings_are_refused(generator, accelerator, tmp_path, ch
 
 def test_pngs_of_another_network_or_process_are_refused(generator, accelerator, tmp_path):
     write_pngs(generator, 2, tmp_path / "png", accelerator)
-    other = replace(generator, unet=copy.deepcopy(generator.unet))
+    other = replace(generator, unet=copy.deepcopy(generator.model.network))
     with torch.no_grad():
         other.unet.conv_out.bias.add_(1.0)
     with pytest.raises(InputError, match="png holds images of another network"):

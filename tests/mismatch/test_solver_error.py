@@ -12,7 +12,7 @@ import torch
 from diffusers import CMStochasticIterativeScheduler, DDPMScheduler
 from diffusers.models.unets.unet_2d import UNet2DModel
 
-from robustdiff.backbones.pipeline import save_pipeline
+from robustdiff.backbones.model import Model
 from robustdiff.mismatch.solver_error import LocalError, fitted_order, integrate, measure_solver_error
 from robustdiff.objectives.preconditioning import karras_sigmas
 from robustdiff.report.solver_error import solver_error_figure, solver_error_table
@@ -190,14 +190,14 @@ def unet(classes=None):
 
 
 def test_a_teacher_of_fewer_classes_than_the_data_is_named(robustdiff, tmp_path):
-    save_pipeline(tmp_path / "three", unet(3), DDPMScheduler())
+    Model.of(unet(3), DDPMScheduler()).save(tmp_path / "three")
     outcome = robustdiff("solver-error", tmp_path / "three", "--data", "digits", "--output", tmp_path / "out")
     assert outcome.code == 2
     assert "three knows 3 classes and the data has 10" in outcome.err
 
 
 def test_a_consistency_model_has_no_trajectory(robustdiff, tmp_path):
-    save_pipeline(tmp_path / "cm", unet(), CMStochasticIterativeScheduler())
+    Model.of(unet(), CMStochasticIterativeScheduler()).save(tmp_path / "cm")
     outcome = robustdiff("solver-error", tmp_path / "cm", "--output", tmp_path / "out")
     assert outcome.code == 2
     assert "a consistency model cannot be a teacher" in outcome.err

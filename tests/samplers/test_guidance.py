@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from robustdiff.backbones.model import Model
 from robustdiff.errors import InputError
 from robustdiff.evaluation.generate import Generator
 from robustdiff.process import DiffusionProcess
@@ -78,18 +79,18 @@ def conditional(classes: int | None) -> diffusers.UNet2DModel:
 
 def test_a_null_class_is_not_sampled_where_it_is_known():
     scheduler, network = diffusers.DDPMScheduler(), conditional(4)
-    assert Generator.of(network, scheduler).labels(range(8)).tolist() == [0, 1, 2, 3] * 2
-    assert Generator.of(network, scheduler, num_classes=3).labels(range(6)).tolist() == [0, 1, 2] * 2
+    assert Generator.of(Model.of(network, scheduler)).labels(range(8)).tolist() == [0, 1, 2, 3] * 2
+    assert Generator.of(Model.of(network, scheduler), num_classes=3).labels(range(6)).tolist() == [0, 1, 2] * 2
     network.register_to_config(_null_class=True)
-    assert Generator.of(network, scheduler).labels(range(6)).tolist() == [0, 1, 2] * 2
+    assert Generator.of(Model.of(network, scheduler)).labels(range(6)).tolist() == [0, 1, 2] * 2
     with pytest.raises(InputError, match="its classes are 0 to 2"):
-        Generator.of(network, scheduler, label=3)
+        Generator.of(Model.of(network, scheduler), label=3)
 
 
 @pytest.mark.parametrize(("classes", "words"), [(2, "one less"), (5, "one less"), (None, "null class")])
 def test_guidance_without_a_null_class_is_refused(classes, words):
     with pytest.raises(InputError, match=words):
-        Generator.of(conditional(4), diffusers.DDPMScheduler(), guidance=2.0, num_classes=classes)
+        Generator.of(Model.of(conditional(4), diffusers.DDPMScheduler()), guidance=2.0, num_classes=classes)
 
 
 @pytest.fixture(scope="module")

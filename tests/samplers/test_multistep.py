@@ -12,7 +12,7 @@ from diffusers import CMStochasticIterativeScheduler, ConsistencyModelPipeline, 
 from diffusers.models.unets.unet_2d import UNet2DModel
 
 from robustdiff import DiffusionProcess, sample
-from robustdiff.backbones.pipeline import save_pipeline
+from robustdiff.backbones.model import Model
 from robustdiff.data import to_uint8
 from robustdiff.errors import InputError
 from robustdiff.evaluation.generate import Generator, ImageNoise
@@ -34,7 +34,7 @@ def small_unet(channels: int = 3, classes: int | None = None) -> UNet2DModel:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("model")
     scheduler = CMStochasticIterativeScheduler(num_train_timesteps=18, sigma_data=0.7, sigma_max=50.0)
-    save_pipeline(path, small_unet(), scheduler)
+    Model.of(small_unet(), scheduler).save(path)
     return path
 
 
@@ -115,7 +115,7 @@ def test_images_are_clipped_unless_asked_otherwise():
 
 
 def test_class_labels_reach_the_network(tmp_path):
-    save_pipeline(tmp_path, small_unet(classes=3), CMStochasticIterativeScheduler(num_train_timesteps=18))
+    Model.of(small_unet(classes=3), CMStochasticIterativeScheduler(num_train_timesteps=18)).save(tmp_path)
     one, other = (Generator.load(tmp_path, label=label, steps=1) for label in (0, 2))
     first, second = (next(iter(g.images(range(4))))[1] for g in (one, other))
     assert not torch.equal(first, second)
@@ -156,8 +156,8 @@ def test_flows_keep_their_own_sampler():
 
 
 def test_evaluate_takes_one_two_four_and_eight_steps(robustdiff, tmp_path):
-    save_pipeline(tmp_path / "model", small_unet(1), CMStochasticIterativeScheduler(num_train_timesteps=18))
-    save_pipeline(tmp_path / "diffusion", small_unet(1), DDPMScheduler())
+    Model.of(small_unet(1), CMStochasticIterativeScheduler(num_train_timesteps=18)).save(tmp_path / "model")
+    Model.of(small_unet(1), DDPMScheduler()).save(tmp_path / "diffusion")
     words = ["--data", "digits", "--num", 12, "--cpu"]
     outcome = robustdiff("evaluate", tmp_path / "model", *words)
     assert outcome.code == 0, outcome.err

@@ -12,7 +12,7 @@ from diffusers.models.unets.unet_2d import UNet2DModel
 from hypothesis import given
 from hypothesis import strategies as st
 
-from robustdiff.backbones.pipeline import save_pipeline
+from robustdiff.backbones.model import Model
 from robustdiff.errors import InputError
 from robustdiff.samplers.time_search import search_times
 
@@ -65,7 +65,7 @@ def model(tmp_path):
         sample_size=8, in_channels=1, out_channels=1, layers_per_block=1, block_out_channels=(8,),
         down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",), norm_num_groups=4, attention_head_dim=8,
     )  # fmt: skip
-    save_pipeline(tmp_path / "model", unet, CMStochasticIterativeScheduler(num_train_timesteps=9))
+    Model.of(unet, CMStochasticIterativeScheduler(num_train_timesteps=9)).save(tmp_path / "model")
     return tmp_path / "model"
 
 

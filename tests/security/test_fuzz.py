@@ -32,15 +32,16 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from robustdiff import study
-from robustdiff.backbones.build import build_model
-from robustdiff.backbones.pipeline import load_pipeline
+from robustdiff.backbones.model import Model, load_model
 from robustdiff.backbones.scheduler import objective_of, process_of, sampling_of
+from robustdiff.backbones.unet2d import UNet2D
 from robustdiff.data.archive import npz
 from robustdiff.data.decode import decode_image, read_header
 from robustdiff.data.idx import read_idx
 from robustdiff.errors import InputError
 from robustdiff.evaluation.features import Classifier
 from robustdiff.recipe import load_recipe, shipped_recipes
+from robustdiff.training.build import build_model
 from robustdiff.training.checkpoint import newest_checkpoint
 from robustdiff.training.trainer import Trainer, train
 from robustdiff.weights import read_weights
@@ -350,8 +351,6 @@ def pipeline(folder: Path) -> Path:
     from diffusers import DDPMScheduler
     from diffusers.models.unets.unet_2d import UNet2DModel
 
-    from robustdiff.backbones.pipeline import save_pipeline
-
     unet = UNet2DModel(
         sample_size=4,
         in_channels=1,
@@ -363,21 +362,22 @@ def pipeline(folder: Path) -> Path:
         norm_num_groups=2,
         attention_head_dim=4,
     )
-    save_pipeline(folder / "pipeline", unet, DDPMScheduler())
+    Model.of(unet, DDPMScheduler()).save(folder / "pipeline")
     return folder / "pipeline"
 
 
 def load_all(path: Path) -> None:
-    unet, scheduler = load_pipeline(path)
+    loaded = load_model(path)
+    unet, scheduler = loaded.network, loaded.scheduler
     process_of(scheduler)
-    objective_of(scheduler, unet)
+    objective_of(scheduler, UNet2D(unet))
     sampling_of(scheduler)
 
 
 @pytest.mark.parametrize("name", ["model_index.json", "unet/config.json", "scheduler/scheduler_config.json"])
 def test_pipelines(pipeline, name, monkeypatch):
     if not name.startswith("unet"):  # which takes longer to load than all else
-        unet, _ = load_pipeline(pipeline)
+        unet = load_model(pipeline).network
         monkeypatch.setattr("robustdiff.backbones.pipeline._load_unet", lambda *_: unet)
     path = pipeline / name
     original = path.read_bytes()

@@ -11,8 +11,9 @@ import pytest
 from diffusers import DDPMScheduler
 from diffusers.models.unets.unet_2d import UNet2DModel
 
-from robustdiff.backbones.pipeline import load_pipeline, save_pipeline
+from robustdiff.backbones.model import Model, load_model
 from robustdiff.backbones.scheduler import objective_of, process_of
+from robustdiff.backbones.unet2d import UNet2D
 from robustdiff.errors import InputError
 
 FILES = {
@@ -37,7 +38,7 @@ def pipeline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         attention_head_dim=4,
     )
     folder = tmp_path / "p"
-    save_pipeline(folder, unet, DDPMScheduler())
+    Model.of(unet, DDPMScheduler()).save(folder)
     code = f"open({str(tmp_path / 'ran')!r}, 'w').close()\nclass Evil: pass\nclass EvilScheduler: pass\n"
     for name in ("evil.py", "pipeline.py", "unet.py", "scheduler.py", "unet/evil.py", "scheduler/evil.py"):
         (folder / name).write_text(code)
@@ -53,9 +54,10 @@ def change(pipeline: Path, part: str, fields: dict[str, Any]) -> None:
 
 
 def load(pipeline: Path) -> None:
-    unet, scheduler = load_pipeline(pipeline)
+    loaded = load_model(pipeline)
+    unet, scheduler = loaded.network, loaded.scheduler
     process_of(scheduler)
-    objective_of(scheduler, unet)
+    objective_of(scheduler, UNet2D(unet))
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,7 @@ import torch
 from accelerate import Accelerator
 from diffusers import CMStochasticIterativeScheduler, ConsistencyModelPipeline, EDMEulerScheduler
 
-from robustdiff.backbones.build import build_model
-from robustdiff.backbones.pipeline import load_pipeline
+from robustdiff.backbones.model import Model, load_model
 from robustdiff.data import ArrayDataset, load_dataset
 from robustdiff.errors import InputError
 from robustdiff.evaluation.generate import Generator
@@ -22,6 +21,7 @@ from robustdiff.objectives.consistency import METRICS, DoublingScales, FixedScal
 from robustdiff.objectives.edm import EDMObjective
 from robustdiff.objectives.preconditioning import DiffusionDenoiser, Preconditioned, karras_sigmas
 from robustdiff.recipe import ConsistencyConfig, EdmConfig
+from robustdiff.training.build import build_model
 from robustdiff.training.trainer import Trainer, train
 
 CD = {"name": "consistency", "metric": "l2", "decay": 0.8, "scales": 10}
@@ -141,7 +141,7 @@ def test_student_target_and_teacher_have_one_precision(tiny, teachers, precision
     x, sigma = torch.zeros(2, 1, 8, 8), torch.ones(2)
     types = []
     networks = {
-        "student": trainer.built.unet, "target": trainer.accelerator.unwrap_model(trainer.objective.target),
+        "student": trainer.built.model.network, "target": trainer.accelerator.unwrap_model(trainer.objective.target),
     }  # fmt: skip
     for network in networks.values():
         network.conv_in.register_forward_hook(lambda module, inputs, output: types.append(output.dtype))
@@ -193,23 +193,24 @@ def test_two_processes_train_to_the_same_networks_as_one(tiny, outcome, teachers
 def test_the_number_of_levels_at_the_end_is_the_pipelines(tiny):
     recipe = tiny(steps=4, objective={"name": "consistency", "schedule": "doubling", "start_scales": 2, "scales": 8})
     train(recipe, cpu=True)
-    assert load_pipeline(recipe.output)[1].config.num_train_timesteps == 9
+    assert load_model(recipe.output).scheduler.config.num_train_timesteps == 9
 
 
 def test_a_denoiser_starts_from_a_diffusion_model_and_a_consistency_model_from_it_exactly(tiny, teachers):
     fine = {"ema": 0, "steps": 1, "lr": 1e-12}
     edm = tiny("edm", model={"name": "pretrained", "path": teachers["diffusion"]}, objective="edm", **fine)
     train(edm, cpu=True)
-    unet, scheduler = load_pipeline(edm.output)
+    loaded = load_model(edm.output)
+    unet, scheduler = loaded.network, loaded.scheduler
     assert isinstance(scheduler, EDMEulerScheduler)
-    torch.testing.assert_close(unet.state_dict(), load_pipeline(teachers["diffusion"])[0].state_dict())
+    torch.testing.assert_close(unet.state_dict(), load_model(teachers["diffusion"]).network.state_dict())
     cm = tiny("cm", model={"name": "pretrained", "path": edm.output}, objective={**CD, "teacher": edm.output}, **fine)
     trainer = trainer_of(cm)
     x = torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     sigma = torch.tensor([0.5, 3.0, 50.0])
     # Not at the smallest levels, where the boundary condition is not the denoiser's.
     with torch.no_grad():
-        f = Generator.of(trainer.built.unet.eval(), trainer.built.scheduler).model(x, sigma)
+        f = Generator.of(Model.of(trainer.built.model.network.eval(), trainer.built.model.scheduler)).model(x, sigma)
         D = trainer.objective.teacher(x, sigma)
     torch.testing.assert_close(f, D, rtol=0.02, atol=0.02)
 

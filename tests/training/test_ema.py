@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from scipy.integrate import quad
 from torch import nn
 
-from robustdiff.backbones.pipeline import load_pipeline
+from robustdiff.backbones.model import load_model
 from robustdiff.data import load_dataset, to_unit
 from robustdiff.objectives.denoising import DenoisingObjective
 from robustdiff.process import DiffusionProcess
@@ -131,7 +131,8 @@ def test_a_short_run_that_does_not_speak_of_ema_exports_a_model_as_good_as_its_p
     recipe = type(recipe).model_validate(recipe.model_dump(exclude={"ema"}))
     assert recipe.ema == "auto"
     train(recipe, cpu=True)
-    unet, scheduler = load_pipeline(recipe.output)
+    loaded = load_model(recipe.output)
+    unet, scheduler = loaded.network, loaded.scheduler
     exported = _loss(unet, scheduler)
     unet.load_state_dict(load_file(Path(recipe.output) / "checkpoints/step-00000300/model.safetensors"))
     assert exported < 1.02 * _loss(unet, scheduler)

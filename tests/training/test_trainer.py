@@ -17,10 +17,10 @@ from diffusers import DDPMPipeline, FlowMatchEulerDiscreteScheduler
 from PIL import Image
 from safetensors.torch import load_file
 
-from robustdiff.backbones.build import build_model
-from robustdiff.backbones.pipeline import load_pipeline
+from robustdiff.backbones.model import load_model
 from robustdiff.data import load_dataset
 from robustdiff.errors import InputError, RunError
+from robustdiff.training.build import build_model
 from robustdiff.training.trainer import Trainer, train
 
 
@@ -291,7 +291,7 @@ class Counter:
     def __init__(self, trainer):
         self.inputs, self.times, self.backwards, self.updates = [], [], 0, 0
         self.parameters_have_gradients = []
-        unet = trainer.built.unet
+        unet = trainer.built.model.network
         unet.register_forward_pre_hook(self.forward)
         unet.conv_out.register_full_backward_hook(self.backward)
         self.weight = unet.conv_in.weight
@@ -436,7 +436,7 @@ def test_tensorboard_gets_the_metrics(tiny):
 def test_the_export_is_the_moving_average_as_a_diffusers_pipeline(tiny):
     recipe = tiny(steps=5, ema=0.5)
     train(recipe, cpu=True)
-    unet, _ = load_pipeline(recipe.output)
+    unet = load_model(recipe.output).network
     averages = load_file(Path(recipe.output) / "checkpoints/step-00000005/ema.safetensors")
     now = load_file(Path(recipe.output) / "checkpoints/step-00000005/model.safetensors")
     for name, parameter in unet.named_parameters():
@@ -469,7 +469,9 @@ def test_a_run_is_fine_tuned_from_a_run(tiny):
         ema=0,
     )
     train(tuned, cpu=True)
-    torch.testing.assert_close(load_pipeline(tuned.output)[0].state_dict(), load_pipeline(base.output)[0].state_dict())
+    torch.testing.assert_close(
+        load_model(tuned.output).network.state_dict(), load_model(base.output).network.state_dict()
+    )
 
 
 # -- what can be trained --------------------------------------------------------------------------------------
@@ -491,7 +493,8 @@ def test_the_loss_falls_and_the_pipeline_knows_what_it_predicts(tiny, fields):
     train(recipe, cpu=True)
     losses = [line["mse"] for line in lines(recipe)]
     assert losses[-1] < 0.8 * losses[0]
-    unet, scheduler = load_pipeline(recipe.output)
+    loaded = load_model(recipe.output)
+    unet, scheduler = loaded.network, loaded.scheduler
     objective = recipe.objective
     if objective is not None and objective.prediction == "flow":
         assert isinstance(scheduler, FlowMatchEulerDiscreteScheduler)

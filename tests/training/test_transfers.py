@@ -14,8 +14,8 @@ from accelerate import Accelerator, PartialState
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from robustdiff.backbones.build import build_model
 from robustdiff.data import load_dataset
+from robustdiff.training.build import build_model
 from robustdiff.training.trainer import Trainer
 
 META = torch.device("meta")
@@ -74,7 +74,7 @@ def on_the_device(monkeypatch):
         assert accelerator.device == META
         dataset = load_dataset("digits")
         built = build_model(recipe, dataset)
-        built.unet.to(META)
+        built.model.network.to(META)
         return Trainer(recipe, accelerator, dataset, built)
 
     return make
@@ -106,15 +106,14 @@ def teachers(tmp_path_factory):
     """Untrained diffusion models and denoisers of digits, by what a case calls them."""
     from diffusers import DDPMScheduler, EDMEulerScheduler
 
-    from robustdiff.backbones.build import build_unet
-    from robustdiff.backbones.pipeline import save_pipeline
-    from robustdiff.recipe import ModelConfig
+    from robustdiff.backbones.model import Model
+    from robustdiff.backbones.unet2d import UNetSection
 
     folders = {}
     for name, scheduler in {"TEACHER": DDPMScheduler(1000), "EDM": EDMEulerScheduler()}.items():
         folders[name] = tmp_path_factory.mktemp(name)
-        save_pipeline(
-            folders[name], build_unet(ModelConfig(channels=[8], layers=1, groups=4), (1, 8, 8), None), scheduler
+        Model.of(UNetSection(channels=[8], layers=1, groups=4).build((1, 8, 8), None, False).network, scheduler).save(
+            folders[name]
         )
     return folders
 

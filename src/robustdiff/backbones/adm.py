@@ -60,7 +60,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
 
 import torch
 from diffusers.models.downsampling import Downsample2D
@@ -72,6 +72,8 @@ from diffusers.models.unets.unet_2d import UNet2DModel
 from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
+from robustdiff.backbones.backbone import BACKBONES
+from robustdiff.backbones.unet2d import UNet2D
 from robustdiff.errors import InputError
 from robustdiff.files import atomic_write
 from robustdiff.weights import FLOATS, read_weights
@@ -975,3 +977,14 @@ def _contradicted(file: _File, flags: AdmFlags) -> dict[str, Any]:
             sides = [str(flags.image_size >> level) for level, attends in enumerate(attention) if attends]
             values["attention_resolutions"] = ",".join(sides)
     return {name: value for name, value in values.items() if value != getattr(flags, name)}
+
+
+@BACKBONES.register("adm")
+class Adm(UNet2D):
+    """An ``AdmUNet2DModel`` on pixels."""
+
+    section = None
+    classes: ClassVar[dict[tuple[str, str], type[nn.Module]]] = {
+        (library, "AdmUNet2DModel"): AdmUNet2DModel
+        for library in (AdmUNet2DModel.__module__, "robustdiff.models.adm")  # where it was before
+    }

@@ -14,7 +14,7 @@ from typing import Any, Literal
 from diffusers import CMStochasticIterativeScheduler, DDPMScheduler, EDMEulerScheduler
 
 from robustdiff.backbones.adm import PRESETS, AdmFlags, load_adm, parse_flags, save_adm
-from robustdiff.backbones.pipeline import load_pipeline, save_pipeline
+from robustdiff.backbones.model import Model, load_model
 from robustdiff.backbones.scheduler import mark_as_own
 from robustdiff.errors import InputError
 from robustdiff.files import atomic_folder
@@ -78,8 +78,7 @@ def convert(source: Path, output: Path, flags: AdmFlags | None = None, schedule:
         raise InputError(f"{output} exists already: give another name, or remove it")
     output.parent.mkdir(parents=True, exist_ok=True)
     if source.is_dir():
-        unet, _ = load_pipeline(source)
-        save_adm(unet, output)
+        save_adm(load_model(source).network, output)
         return
     if flags is None:
         raise InputError(f"{source} needs the flags it was trained with: --preset, or guided-diffusion's own")
@@ -94,4 +93,4 @@ def convert(source: Path, output: Path, flags: AdmFlags | None = None, schedule:
             variance_type="learned_range" if flags.learn_sigma else "fixed_large",
         )
     with atomic_folder(output) as folder:
-        save_pipeline(folder, unet, mark_as_own(scheduler))
+        Model.of(unet, mark_as_own(scheduler)).save(folder)

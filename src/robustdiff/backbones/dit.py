@@ -118,7 +118,7 @@ class DiT(Backbone):
         ("diffusers", "DiTTransformer2DModel"): DiTTransformer2DModel,
         ("diffusers", "Transformer2DModel"): DiTTransformer2DModel,  # before diffusers 0.29
     }
-    others: ClassVar[frozenset[str]] = frozenset({"vae"})
+    others: ClassVar[frozenset[str]] = frozenset({"vae", "id2label"})
 
     def __init__(self, network: Any, names: dict[str, str] | None = None) -> None:
         super().__init__(network)

@@ -42,7 +42,7 @@ class _Sized:
         factor: The pixels of a side that one latent stands for.
     """
 
-    def __init__(self, network: nn.Module, sized: bool, factor: int) -> None:
+    def __init__(self, network: Callable[..., Any], sized: bool, factor: int) -> None:
         self.network, self.sized, self.factor = network, sized, factor
 
     def __call__(self, x: Tensor, t: Tensor, **condition: Any) -> Any:
@@ -131,7 +131,7 @@ class PixArt(Backbone):
             raise InputError("a PixArt transformer alone has no text encoder: load the whole pipeline folder")
         return self.text
 
-    def bind(self, network: nn.Module) -> Callable[..., Any]:
+    def bind(self, network: Callable[..., Any]) -> Callable[..., Any]:
         return _Sized(network, self.network.use_additional_conditions, self.factor)
 
     @property

@@ -24,10 +24,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from diffusers.models.unets.unet_2d import UNet2DModel
 from pydantic import ValidationError
 from torch import Tensor
 
+from robustdiff.backbones.backbone import Backbone
 from robustdiff.errors import InputError
 from robustdiff.objectives.preconditioning import (
     Denoise,
@@ -130,7 +130,7 @@ def process_of(scheduler: Any) -> DiffusionProcess:
         ) from None
 
 
-def objective_of(scheduler: Any, unet: UNet2DModel) -> ObjectiveConfig:
+def objective_of(scheduler: Any, backbone: Backbone) -> ObjectiveConfig:
     """Return what the network of a pipeline predicts: 2C output channels are a learned variance.
 
     Raises:
@@ -138,7 +138,7 @@ def objective_of(scheduler: Any, unet: UNet2DModel) -> ObjectiveConfig:
     """
     config, kind = scheduler.config, kind_of(scheduler)
     given = config.get("prediction_type", "epsilon")
-    learned = unet.config.out_channels == 2 * unet.config.in_channels
+    learned = backbone.learned_variance
     if kind in ("consistency", "edm"):
         if kind == "edm" and given != "epsilon":
             raise InputError(f"prediction_type={given} of an EDM scheduler is not supported: only epsilon is")
@@ -165,9 +165,9 @@ def objective_of(scheduler: Any, unet: UNet2DModel) -> ObjectiveConfig:
         raise InputError(f"variance_type={variance} is not supported: {', '.join(_FIXED)} and learned_range are")
     if variance is not None and learned != (variance == "learned_range"):
         raise InputError(
-            f"variance_type={variance} does not go with a network of {unet.config.in_channels} input and "
-            f"{unet.config.out_channels} output channels: set {'learned_range' if learned else 'fixed_small'} in "
-            "scheduler_config.json"
+            f"variance_type={variance} does not go with a network of {backbone.channels} input and "
+            f"{(1 + learned) * backbone.channels} output channels: set "
+            f"{'learned_range' if learned else 'fixed_small'} in scheduler_config.json"
         )
     if given == "epsilon" and not bool((process_of(scheduler).alphas > 0).all()):
         raise InputError(
@@ -194,24 +194,24 @@ def _preconditioned(scheduler: Any, network: Callable[..., Any]) -> Precondition
     return Preconditioned(network, config.sigma_data, time_scale=config.get("_time_scale", 0.25))
 
 
-def denoiser_of(scheduler: Any, unet: UNet2DModel, network: Callable[..., Any] | None = None) -> Denoise:
+def denoiser_of(scheduler: Any, backbone: Backbone, network: Callable[..., Any] | None = None) -> Denoise:
     """Return a pipeline's network as a denoiser D(x, σ), such as a teacher.
 
     Arguments:
         scheduler: The pipeline's scheduler.
-        unet: The pipeline's network.
+        backbone: The pipeline's network.
         network: What to call in its place, where it is wrapped.
 
     Raises:
         InputError: If it is a consistency model or of flow matching.
     """
-    kind, network = kind_of(scheduler), unet if network is None else network
+    kind, network = kind_of(scheduler), backbone.bind(backbone.network if network is None else network)
     if kind == "edm":
         return _preconditioned(scheduler, network)
     if kind != "diffusion":
         name = {"flow": "a flow-matching model", "consistency": "a consistency model"}[kind]
         raise InputError(f"{name} cannot be a teacher: give a diffusion model, or one trained with objective=edm")
-    return DiffusionDenoiser(network, process_of(scheduler), objective_of(scheduler, unet).prediction)
+    return DiffusionDenoiser(network, process_of(scheduler), objective_of(scheduler, backbone).prediction)
 
 
 # -- how it is sampled ---------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""What a codec is: the way between images and the space in which noise is added."""
+"""Codecs: the ways between images and the space in which noise is added."""
 
 from __future__ import annotations
 
@@ -22,10 +22,12 @@ class Codec(ABC):
 
     Attributes:
         clip: What samplers clip x̂_0 to by default, [−clip, clip]; None where nothing bounds it.
+        random: Whether encoding draws from a distribution.
         components: The parts that it has in a pipeline folder, by their names: instances of diffusers' classes.
     """
 
     clip: float | None = None
+    random: bool = False
 
     @property
     def components(self) -> dict[str, Any]:
@@ -44,13 +46,28 @@ class Codec(ABC):
         """Return the shape of the images that are decoded from latents of a shape."""
 
     @abstractmethod
-    def encode(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
         """Encode images in [−1, 1], (B, C, H, W), as (B, C', H', W').
 
         Arguments:
             images: The images.
-            generator: The source of randomness, on the device of the images, where encoding is random.
+            noise: Standard normal noise of the shape of the result, where the codec is :attr:`random`; none: drawn.
         """
+
+    def moments(self, images: Tensor) -> Tensor:
+        """Return what encoding images draws from, which can be kept: of a random codec means and standard deviations.
+
+        Arguments:
+            images: In [−1, 1], (B, C, H, W).
+
+        Returns:
+            (B, 2C', H', W') of a random codec, the means first; (B, C', H', W') of another.
+        """
+        return self.encode(images)
+
+    def draw(self, moments: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Return what :meth:`encode` returns, (B, C', H', W'), from what :meth:`moments` returned."""
+        return moments
 
     @abstractmethod
     def decode(self, latents: Tensor) -> Tensor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from robustdiff.codecs.codec import CODECS, Codec, CodecSection, Shape
@@ -24,7 +23,7 @@ class Pixels(Codec):
     def decoded_shape(self, latents: Shape) -> Shape:
         return latents
 
-    def encode(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
         return images
 
     def decode(self, latents: Tensor) -> Tensor:

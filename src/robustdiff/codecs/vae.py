@@ -102,14 +102,6 @@ class VAE(Codec):
 
     @torch.no_grad()
     def moments(self, images: Tensor) -> Tensor:
-        """Return the means and the standard deviations of the scaled latents of images.
-
-        Arguments:
-            images: In [−1, 1], (B, C, H, W).
-
-        Returns:
-            (B, 2C', H', W') in float32, the C' means first; (B, C', H', W'), the means alone, where those are taken.
-        """
         with torch.autocast(images.device.type, enabled=False):
             parts = []
             for part in images.float().split(self._at_once(images.shape[2] * images.shape[3])):
@@ -120,12 +112,6 @@ class VAE(Codec):
         return torch.cat(parts)
 
     def draw(self, moments: Tensor, noise: Tensor | None = None) -> Tensor:
-        """Return latents, (B, C', H', W'), from what :meth:`moments` returned.
-
-        Arguments:
-            moments: The means, with the standard deviations where latents are samples.
-            noise: Standard normal noise of the shape of the result, for samples; none: drawn.
-        """
         if not self.random:
             return moments
         mean, std = moments.chunk(2, dim=1)

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from robustdiff.errors import InputError
+
 __all__ = ["Condition"]
 
 
@@ -40,6 +42,24 @@ class Condition(ABC):
             captions: The captions; None where the data has none.
             dropped: The samples whose condition is the empty one, booleans (B,); None: none of them.
         """
+
+    @property
+    def classes(self) -> int | None:
+        """The number of classes, without an empty one; None where the condition is not a class."""
+        return None
+
+    def with_classes(self, num_classes: int) -> Condition:
+        """Return the condition with so many classes, where a network embeds that number, or one more that is empty.
+
+        Raises:
+            InputError: If it embeds another number.
+        """
+        raise InputError(f"this model has no classes, and {num_classes} are to be sampled: leave --classes out")
+
+    @property
+    def droppable(self) -> bool:
+        """Whether there is an empty condition."""
+        return False
 
     @abstractmethod
     def empty(self) -> dict[str, Any]:

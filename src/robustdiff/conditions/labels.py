@@ -31,11 +31,23 @@ class Labels(Condition):
         """The number of classes without the null class."""
         return self.embedded - self.null
 
+    def with_classes(self, num_classes: int) -> Labels:
+        if num_classes not in (self.embedded, self.embedded - 1):
+            raise InputError(
+                f"this model has {self.embedded} classes, and {num_classes} are to be sampled: give that number, or "
+                "one less where its last is the null class (--classes)"
+            )
+        return Labels(self.embedded, null=num_classes < self.embedded)
+
     def batch(self, labels: Tensor | None, captions: Sequence[str] | None, dropped: Tensor | None) -> dict[str, Any]:
         assert labels is not None
         if dropped is not None:
             labels = labels.masked_fill(dropped, self.classes)
         return {"class_labels": labels}
+
+    @property
+    def droppable(self) -> bool:
+        return self.null
 
     def empty(self) -> dict[str, Any]:
         if not self.null:

@@ -28,7 +28,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from robustdiff.codecs.codec import Codec
-from robustdiff.codecs.vae import VAE
 from robustdiff.data.dataset import ImageDataset, to_unit
 from robustdiff.data.loader import load_batches
 from robustdiff.errors import RunError, printable
@@ -49,15 +48,15 @@ class LatentDataset(ImageDataset):
 
     Arguments:
         images: The dataset.
-        codec: The VAE.
+        codec: The codec that encodes them.
         flip: Whether mirrored images are encoded, too.
         folder: The folder of the entries; by default ``latents`` in :func:`robustdiff.files.cache_folder`.
 
     Raises:
-        InputError: If the VAE does not take such images.
+        InputError: If the codec does not take such images.
     """
 
-    def __init__(self, images: ImageDataset, codec: VAE, flip: bool = False, folder: Path | None = None) -> None:
+    def __init__(self, images: ImageDataset, codec: Codec, flip: bool = False, folder: Path | None = None) -> None:
         super().__init__(images.name, images.shape, images.num_classes, images.labels)
         self.images, self.codec, self.flip = images, codec, flip
         channels, height, width = codec.encoded_shape(images.shape)
@@ -109,7 +108,7 @@ class LatentDataset(ImageDataset):
         """Compute the parts that are missing.
 
         Arguments:
-            device: The device of the VAE.
+            device: The device of the codec.
             workers: Processes that load images ahead.
             process: The number of this process, of ``processes`` that fill the entry together: each makes a share of
                 what is missing, and all have to be done before the dataset is read.
@@ -147,7 +146,7 @@ class LatentDataset(ImageDataset):
             if not (finite := batch.isfinite().flatten(1).all(1)).all():
                 raise RunError(
                     f"{self.name}: the latents of image {rows[done + int((~finite).nonzero()[0])]} are not finite in "
-                    "float16: check the weights of the VAE, or leave the image out"
+                    "float16: check the weights of the codec, or leave the image out"
                 )
             latents[done : done + len(batch)] = batch.cpu().numpy()
             done += len(batch)

@@ -13,9 +13,10 @@ import json
 import os
 import re
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -23,18 +24,17 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from diffusers.models.unets.unet_2d import UNet2DModel
 from PIL import Image
 from torch import Tensor
 
-from robustdiff.backbones.pipeline import load_pipeline, size_of
-from robustdiff.backbones.scheduler import model_of, objective_of, process_of, sampling_of
+from robustdiff.backbones.model import Model, load_model
+from robustdiff.conditions.condition import Condition
 from robustdiff.data import to_uint8
 from robustdiff.errors import InputError, printable
 from robustdiff.files import atomic_write, make_folder, open_regular, remove_leftovers, user_key
-from robustdiff.process import DiffusionProcess, Prediction
+from robustdiff.progress import SILENT, Progress
 from robustdiff.recipe import load_recipe
-from robustdiff.samplers.sample import SAMPLERS, check_options, check_sampler, sample, suited
+from robustdiff.samplers.sample import SAMPLERS, check_options, check_sampler, sample
 
 __all__ = ["Generator", "ImageNoise", "share_of", "write_npz", "write_pngs"]
 
@@ -72,12 +72,10 @@ class ImageNoise:
 
 @dataclass(frozen=True)
 class Generator:
-    """A network, and how images are made of it.
+    """A model, and the settings by which it makes images.
 
     Arguments:
-        unet: The network; put into eval mode.
-        process: Its process.
-        prediction: What it predicts.
+        model: The model; its network is put into eval mode.
         sampler: The sampler's name.
         steps: Network evaluations for one image, or a respacing string.
         seed: The seed of the set of images.
@@ -88,18 +86,15 @@ class Generator:
         num_classes: How many of the network's classes are sampled, where the last is the null class of classifier-free
             guidance; known of networks that this package trained with ``model.condition_dropout``.
         guidance: The scale of classifier-free guidance; none is no guidance.
-        options: What else the sampler takes, such as ``eps_scale``.
-        model: How samplers call the network (:func:`robustdiff.backbones.scheduler.model_of`); the network itself by
-        default. checkpoint: What the checkpoint's scheduler says of sampling
-            (:func:`robustdiff.backbones.scheduler.sampling_of`); ``options`` come before it.
+        options: Further arguments of :func:`robustdiff.sample`, such as ``eps_scale``. They come before those that the
+            checkpoint's scheduler says.
+        prompts: The captions of text-conditional networks; image i has the one of number i modulo their number.
 
     Raises:
-        InputError: If the sampler is unknown or does not suit the process, or the label does not exist.
+        InputError: If the sampler is unknown or does not suit the model, or the label does not exist.
     """
 
-    unet: UNet2DModel
-    process: DiffusionProcess
-    prediction: Prediction
+    model: Model
     sampler: str = "ddim"
     steps: int | str = 50
     seed: int = 0
@@ -109,32 +104,27 @@ class Generator:
     num_classes: int | None = None
     guidance: float | None = None
     options: dict[str, Any] | None = None
-    model: Callable[..., Any] | None = None
-    checkpoint: dict[str, Any] | None = None
+    prompts: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, unet: UNet2DModel, scheduler: Any, *, data_classes: int | None = None, **settings: Any) -> Generator:
-        """Make a generator of a network and its scheduler, as a pipeline folder has them.
+    def of(cls, model: Model, *, data_classes: int | None = None, **settings: Any) -> Generator:
+        """Make a generator of a model.
 
         Arguments:
-            unet: The network.
-            scheduler: The scheduler.
+            model: The model.
             data_classes: The number of classes of the data. A network that embeds one more has a null class.
-            settings: The other fields. By default, or where they are None, the sampler is ddim, euler for flow matching
-                and multistep for a consistency model, and the steps are 20, with multistep 2.
+            settings: The other fields. By default, or where they are None, the sampler is the first that suits the
+                model, and the steps are 20, or 2 for a consistency model.
 
         Raises:
-            InputError: If a setting does not suit the network.
+            InputError: If a setting does not suit the model.
         """
-        process = process_of(scheduler)
-        sampler = settings.pop("sampler", None) or suited(process)[0]
+        sampler = settings.pop("sampler", None) or model.samplers[0]
         if settings.get("steps") is None:
-            settings["steps"] = 2 if sampler == "multistep" else 20
-        prediction = objective_of(scheduler, unet).prediction
-        if data_classes is not None and unet.config.num_class_embeds == data_classes + 1:
+            settings["steps"] = 2 if model.consistency else 20
+        if data_classes is not None and getattr(model.condition, "embedded", None) == data_classes + 1:
             settings = {"num_classes": data_classes, **settings}
-        model, checkpoint = model_of(scheduler, unet), sampling_of(scheduler)
-        return cls(unet, process, prediction, sampler, model=model, checkpoint=checkpoint, **settings)
+        return cls(model, sampler, **settings)
 
     @classmethod
     def load(
@@ -143,7 +133,7 @@ class Generator:
         """Load a generator from a run, a pipeline folder, or a model shipped with the package.
 
         Arguments:
-            path: Where the network is.
+            path: Where the model is.
             device: Where it goes.
             size: The side of the images, where the network's configuration does not say it, or another one.
             settings: The other fields; where neither sampler nor steps are given those of a run's recipe.
@@ -151,13 +141,13 @@ class Generator:
         Raises:
             InputError: If there is no model, or it cannot be read, or a setting does not suit it.
         """
-        unet, scheduler = load_pipeline(path, size)
+        model = load_model(path, size).to(device)
         recipe = Path(path) / "recipe.yaml"
         if settings.get("sampler") is None and settings.get("steps") is None and recipe.is_file():
             sampler = load_recipe(str(recipe)).sampler
             settings = {**settings, "sampler": sampler.name, "steps": sampler.steps}
         try:
-            return cls.of(unet.to(device), scheduler, **settings)
+            return cls.of(model, **settings)
         except InputError as error:
             raise InputError(f"{path}: {error}") from None
 
@@ -165,55 +155,38 @@ class Generator:
         options = self.sampling
         spacing = {name: options.pop(name, default) for name, default in (("spacing", None), ("steps_offset", 0))}
         options.pop("clip", None)
-        check_options(self.sampler, check_sampler(self.sampler, self.steps, self.process, **spacing), **options)
-        embedded = self.embedded_classes
-        if self.num_classes is not None and self.num_classes not in (embedded, (embedded or 0) - 1):
-            raise InputError(
-                f"this model has {embedded or 'no'} classes, and {self.num_classes} are to be sampled: give that "
-                "number, or one less where its last is the null class (--classes)"
-            )
-        if self.guidance is not None and (embedded is None or self.classes == embedded):
-            raise InputError(
-                "guidance needs a class-conditional model whose last class is the null class: say how many classes it "
-                "has without that one (--classes), or train it with model.condition_dropout"
-            )
-        classes = self.classes
+        evaluations = check_sampler(self.sampler, self.steps, self.model.process, **spacing)
+        check_options(self.sampler, evaluations, **options)
+        condition = self.condition
+        if self.guidance is not None:
+            condition.empty()
+        classes = condition.classes
         if self.label is not None and not (classes is not None and 0 <= self.label < classes):
             known = "this model has no classes" if classes is None else f"its classes are 0 to {classes - 1}"
             raise InputError(f"there is no class {self.label}: {known}")
 
-    @property
-    def network(self) -> Callable[..., Any]:
-        """Return the callable for samplers: the UNet, or the denoiser or consistency function that it is part of."""
-        return self.unet if self.model is None else self.model
-
     def fingerprint(self) -> str:
-        """Return the sha256 of the UNet's parameters, in their order, whatever device and memory format they are in."""
-        digest = hashlib.sha256()
-        for value in self.unet.state_dict().values():
-            digest.update(value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()
+        """Return the sha256 of the network's parameters, in their order, in any device and memory format."""
+        return self.model.fingerprint()
+
+    @cached_property
+    def condition(self) -> Condition:
+        """The condition of the network, with the classes that are sampled."""
+        own = self.model.condition
+        return own if self.num_classes is None else own.with_classes(self.num_classes)
 
     @property
     def sampling(self) -> dict[str, Any]:
-        """Return the arguments of :func:`robustdiff.sample`: the checkpoint's settings that the sampler takes, and over
-        them the options."""
+        """The arguments of :func:`robustdiff.sample`: the checkpoint's settings that the sampler takes, and over them
+        the options."""
         takes = ("clip", "spacing", "steps_offset", *SAMPLERS[self.sampler].options) if self.sampler in SAMPLERS else ()
-        checkpoint = {name: value for name, value in (self.checkpoint or {}).items() if name in takes}
+        checkpoint = {name: value for name, value in self.model.sampling.items() if name in takes}
         return {**checkpoint, **(self.options or {})}
-
-    @property
-    def embedded_classes(self) -> int | None:
-        """The number of classes that a class-conditional network embeds, a null class among them."""
-        embedded: int | None = getattr(self.unet.config, "num_class_embeds", None)
-        return embedded
 
     @property
     def classes(self) -> int | None:
         """The number of classes that are sampled."""
-        if self.num_classes is not None or self.embedded_classes is None:
-            return self.num_classes
-        return self.embedded_classes - int(getattr(self.unet.config, "_null_class", False))
+        return self.condition.classes
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -222,53 +195,53 @@ class Generator:
         Raises:
             InputError: If the network's configuration does not say its size.
         """
-        config: Any = self.unet.config
-        size = size_of(self.unet)
-        if size is None:
-            raise InputError("the model does not say the size of its images (sample_size): give --size PIXELS")
-        return config.in_channels, *size
+        return self.model.image_shape
 
     def labels(self, indices: range) -> Tensor | None:
-        """The classes of some images, with shape (B,)."""
+        """Return the classes of some images, with shape (B,); None for networks without."""
         if self.classes is None:
             return None
         return torch.tensor([i % self.classes if self.label is None else self.label for i in indices])
 
     def images(self, indices: range) -> Iterator[tuple[range, Tensor]]:
-        """The images of a range of numbers, in batches: (their numbers, uint8 (B, C, H, W) on the CPU)."""
+        """Make the images of a range of numbers, in batches: (their numbers, uint8 (B, C, H, W) on the CPU)."""
         for batch in self.batches(indices):
-            yield batch, to_uint8(self.sample(batch, self.labels(batch))).cpu()
+            with torch.inference_mode():
+                images = self.model.codec.decode(self.sample(batch, self.labels(batch)))
+            yield batch, to_uint8(images).cpu()
 
     def batches(self, indices: range) -> Iterator[range]:
-        """The range in parts of at most ``batch_size``."""
+        """Divide a range into parts of at most ``batch_size``."""
         for start in range(indices.start, indices.stop, self.batch_size):
             yield range(start, min(start + self.batch_size, indices.stop))
 
     def sample(self, batch: range, labels: Tensor | None, **more: Any) -> Tensor:
-        """The images of some numbers, all at once, nominally in [−1, 1], with shape (B, C, H, W), on the device.
+        """Sample some numbers, all at once: what the model's codec decodes, with shape (B, C, H, W), on the device.
 
         Arguments:
             batch: The numbers.
             labels: Their classes, with shape (B,); none for networks without.
-            more: What else :func:`robustdiff.sample` takes, such as ``on_evaluation``.
+            more: Further arguments of :func:`robustdiff.sample`, such as ``on_evaluation``.
         """
-        self.unet.eval()
-        device = self.unet.device
+        model = self.model
+        model.network.eval()
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision)
-        noise = ImageNoise(self.seed, batch, self.shape, device)
-        with torch.autocast(device.type, dtype, enabled=dtype is not None):
+        noise = ImageNoise(self.seed, batch, model.shape, model.device)
+        prompts = [self.prompts[i % len(self.prompts)] for i in batch] if self.prompts else None
+        labels = None if labels is None else labels.to(model.device)
+        with torch.autocast(model.device.type, dtype, enabled=dtype is not None):
             return sample(
-                self.network,
-                self.process,
+                model,
+                model.process,
                 self.sampler,
                 self.steps,
                 latents=noise.draw(),
                 step_noise=noise,
-                class_labels=None if labels is None else labels.to(device),
-                prediction=self.prediction,
+                condition=self.condition.batch(labels, prompts, None),
+                prediction=model.prediction,
                 guidance=self.guidance,
-                unconditional=None if self.guidance is None else {"class_labels": self.classes},
-                **self.sampling,
+                unconditional=None if self.guidance is None else self.condition.empty(),
+                **{"clip": model.codec.clip or False, **self.sampling},
                 **more,
             )
 
@@ -301,7 +274,7 @@ def write_npz(
     num: int,
     path: Path,
     accelerator: Accelerator,
-    on_images: Callable[[int], None] = lambda n: None,
+    progress: Progress = SILENT,
 ) -> bool:
     """Write ``arr_0``, uint8 (num, H, W, C), and ``arr_1``, the labels if there are any: what ADM's evaluator reads.
 
@@ -314,7 +287,7 @@ def write_npz(
         num: How many.
         path: The file.
         accelerator: Each of its processes makes its share.
-        on_images: Called with the number of images made since the last call, over all processes.
+        progress: Told of the images made, over all processes.
 
     Returns:
         Whether the file was written: False where the same call had written it before.
@@ -322,6 +295,7 @@ def write_npz(
     Raises:
         InputError: If there is such a file already, and another call made it.
     """
+    progress.begin(f"{generator.sampler}, {generator.steps} steps", num)
     channels, height, width = generator.shape
     settings = {**_settings(generator), "num": num}
     # Of another network or other settings, what is there is not used.
@@ -333,7 +307,7 @@ def write_npz(
         _check_record(path, _comment(path), settings)
         if accelerator.is_main_process and parts.is_dir():  # a call was killed after the file appeared
             _remove_parts(parts, accelerator.num_processes)
-        on_images(num)
+        progress.advance(num)
         return False
     make_folder(parts)
     part = parts / f"{accelerator.process_index}.uint8"
@@ -344,12 +318,12 @@ def write_npz(
         done = _finished(file, batches, size, key, secret)
         file.seek(sum(len(batch) * size + _SIGNATURE for batch in batches[:done]))
         file.truncate()
-        on_images(sum(map(len, batches[:done])) * accelerator.num_processes)
+        progress.advance(sum(map(len, batches[:done])) * accelerator.num_processes)
         if done < len(batches):
             for batch, images in generator.images(range(batches[done].start, batches[-1].stop)):
                 pixels = images.permute(0, 2, 3, 1).contiguous().numpy().tobytes()
                 file.write(pixels + _signature(batch, pixels, key, secret))
-                on_images(len(batch) * accelerator.num_processes)
+                progress.advance(len(batch) * accelerator.num_processes)
         file.flush()
         os.fsync(file.fileno())
     accelerator.wait_for_everyone()
@@ -385,7 +359,7 @@ def write_pngs(
     num: int,
     folder: Path,
     accelerator: Accelerator,
-    on_images: Callable[[int], None] = lambda n: None,
+    progress: Progress = SILENT,
 ) -> bool:
     """Write ``000000.png``, … into a folder; files that are there are kept, so that an interrupted call goes on.
 
@@ -397,7 +371,7 @@ def write_pngs(
         num: How many.
         folder: The folder; made if it is not there.
         accelerator: Each of its processes makes its share.
-        on_images: Called with the number of images made since the last call, over all processes.
+        progress: Told of the images made, over all processes.
 
     Returns:
         Whether images were missing.
@@ -405,6 +379,7 @@ def write_pngs(
     Raises:
         InputError: If the folder holds anything that was not made with the same network and settings.
     """
+    progress.begin(f"{generator.sampler}, {generator.steps} steps", num)
     settings = _settings(generator)
     record = folder / RECORD
     if folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir()):
@@ -428,18 +403,18 @@ def write_pngs(
                     if i in missing:
                         with atomic_write(missing[i]) as file:
                             Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).save(file, "png")
-        on_images(len(numbers) * accelerator.num_processes)
+        progress.advance(len(numbers) * accelerator.num_processes)
     return any(gather_object([made]))
 
 
 def _settings(generator: Generator) -> dict[str, Any]:
     """Return all that an image depends on besides its number, as JSON holds it."""
-    process = generator.process
+    model, process = generator.model, generator.model.process
     levels = np.stack([process.alphas.numpy(), process.sigmas.numpy()])
     settings = {
         "network": generator.fingerprint(),
         "process": hashlib.sha256(levels.tobytes()).hexdigest(),
-        "prediction": generator.prediction,
+        "prediction": model.prediction,
         "shape": generator.shape,
         "sampler": generator.sampler,
         "steps": generator.steps,
@@ -450,6 +425,8 @@ def _settings(generator: Generator) -> dict[str, Any]:
         "classes": generator.classes,
         "guidance": generator.guidance,
         "options": generator.sampling,
+        **({"codec": model.codec.fingerprint()} if model.codec.components else {}),
+        **({"prompts": generator.prompts} if generator.prompts else {}),
     }
     loaded: dict[str, Any] = json.loads(json.dumps(settings, default=repr))
     return loaded

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from robustdiff.backbones.pipeline import PRETRAINED
+from robustdiff.backbones.model import PRETRAINED
 from robustdiff.data import ArrayDataset, ImageDataset, load_dataset
 from robustdiff.data.archive import read_npz
 from robustdiff.errors import InputError
@@ -24,7 +24,7 @@ def load_images(source: str) -> ImageDataset | None:
     """Load the images of a folder or an ``.npz`` file.
 
     Arguments:
-        source: A folder or a file, or else something that :func:`robustdiff.backbones.build.load_pipeline` takes.
+        source: A folder or a file, or else something that :func:`robustdiff.load_model` takes.
 
     Returns:
         The images, uint8; None where the source is a run, a pipeline folder or the name of a shipped model.

@@ -43,7 +43,6 @@ from numpy.typing import NDArray
 from sklearn.decomposition import PCA
 from torch import Tensor
 
-from robustdiff.backbones.build import check_fit
 from robustdiff.data import ImageDataset, to_unit
 from robustdiff.errors import InputError, RunError
 from robustdiff.evaluation.generate import Generator, ImageNoise
@@ -370,7 +369,7 @@ def measure_mismatch(
     """
     cells = list(itertools.product(samplers, steps))
     for name, generator in generators.items():
-        check_fit(generator.unet, dataset.shape, name)
+        generator.model.backbone.check_shape(dataset.shape, generator.model.codec, name)
         if generator.classes is not None and dataset.num_classes != generator.classes:
             raise InputError(
                 f"{name} has {generator.classes} classes and {dataset.name} has {dataset.num_classes or 'none'}: "
@@ -392,7 +391,7 @@ def measure_mismatch(
     if not all(0 <= f < 1 for f in times):
         raise InputError(f"times are {', '.join(map(str, times))}; each must be in [0, 1)")
     kept, blocks = min(num, reservoir), half_samples(seed=seed)
-    truth = _Truth(dataset, num, kept, seed, next(iter(generators.values())).unet.device)
+    truth = _Truth(dataset, num, kept, seed, next(iter(generators.values())).model.device)
     paths, differences, robustness = [], [], []
     for sampler, count in cells:
         measured: dict[str, dict[str, Array]] = {}
@@ -412,16 +411,16 @@ def measure_mismatch(
                     differences.append(Difference(name, other, sampler, count, m, gap.value, gap.low, gap.high))
             measured[name] = means
     for name, generator in generators.items() if probes else ():
-        generator.unet.eval()
-        indices = [int(fraction * len(generator.process)) for fraction in times]
+        generator.model.network.eval()
+        indices = [int(fraction * len(generator.model.process)) for fraction in times]
         on_part(f"{name} · robust loss", len(indices))
         images = range(probes)
         labels = truth.labels(images)
         robustness += measure_robustness(
             name,
-            generator.network,
-            generator.process,
-            generator.prediction,
+            generator.model,
+            generator.model.process,
+            generator.model.prediction,
             *truth.batch(images),
             indices,
             radii,

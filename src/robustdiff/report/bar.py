@@ -50,6 +50,10 @@ class Bar:
     ) -> None:
         self._progress.stop()
 
+    def begin(self, description: str, total: float) -> None:
+        """Begin a part of the work."""
+        self.describe(description, total)
+
     def describe(self, description: str, total: float | None = None) -> None:
         """Go on to another part of the work; with a total, from 0."""
         description = printable(description)

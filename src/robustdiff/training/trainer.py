@@ -26,7 +26,6 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -37,16 +36,9 @@ from accelerate.utils import DistributedType, ProjectConfiguration, set_seed
 from diffusers import EDMEulerScheduler
 from torch import Tensor
 
-from robustdiff.backbones.build import (
-    Built,
-    build_model,
-    check_classes,
-    check_fit,
-    scale_schedule,
-)
-from robustdiff.backbones.pipeline import load_pipeline, save_pipeline
-from robustdiff.backbones.scheduler import denoiser_of
-from robustdiff.data import ImageDataset, to_unit
+from robustdiff.backbones.model import load_model
+from robustdiff.data import ImageDataset
+from robustdiff.data.latents import LatentDataset
 from robustdiff.data.loader import load_batches, worker_failures
 from robustdiff.errors import InputError, RunError, printable
 from robustdiff.files import (
@@ -81,7 +73,9 @@ from robustdiff.perturbation import (
     Within,
 )
 from robustdiff.process import DiffusionProcess
+from robustdiff.progress import SILENT, Progress
 from robustdiff.recipe import AdversaryConfig, ConsistencyConfig, DenoisingConfig, Recipe, load_recipe
+from robustdiff.training.build import Built, build_model, scale_schedule
 from robustdiff.training.checkpoint import (
     Scale,
     State,
@@ -95,7 +89,7 @@ from robustdiff.training.checkpoint import (
 from robustdiff.training.ema import EMA, REMAINDER, sufficient_decay
 from robustdiff.training.stream import BatchIndices, batch_generator
 
-__all__ = ["Status", "Trainer", "build_adversary", "build_objective", "read_result", "train"]
+__all__ = ["Trainer", "build_adversary", "build_objective", "read_result", "train"]
 
 logger = logging.getLogger(__name__)
 
@@ -139,25 +133,23 @@ def build_adversary(config: AdversaryConfig, process: DiffusionProcess) -> Adver
 
 def _build_teacher(path: str, highest: float, built: Built, dataset: ImageDataset, accelerator: Accelerator) -> Denoise:
     """The denoiser that is learned from, at levels up to the highest, in the precision of the student."""
-    unet, scheduler = load_pipeline(path)
-    check_fit(unet, dataset.shape, path)
-    check_classes(unet, dataset.num_classes, path)
-    if unet.config.num_class_embeds != built.unet.config.num_class_embeds:
+    model = load_model(path)
+    model.check_data(dataset)
+    if model.condition != built.model.condition:
         raise InputError(f"the teacher {path} and the student must have the same classes, or both none")
     # A diffusion model's table has an end as well, which DiffusionDenoiser says how it goes beyond.
-    if isinstance(scheduler, EDMEulerScheduler) and scheduler.config.sigma_max < highest:
+    if isinstance(model.scheduler, EDMEulerScheduler) and model.scheduler.config.sigma_max < highest:
         raise InputError(
-            f"the teacher {path} has levels up to {scheduler.config.sigma_max:g} and is asked up to {highest:g}: lower "
-            "objective.sigma_max, or take another teacher"
+            f"the teacher {path} has levels up to {model.scheduler.config.sigma_max:g} and is asked up to "
+            f"{highest:g}: lower objective.sigma_max, or take another teacher"
         )
-    unet = unet.to(accelerator.device).eval().requires_grad_(False)
+    frozen = model.network.to(accelerator.device).eval().requires_grad_(False)
 
-    def network(x: Tensor, t: Tensor, **condition: Any) -> Tensor:
+    def network(x: Tensor, t: Tensor, **condition: Any) -> Any:
         with accelerator.autocast():
-            output: Tensor = unet(x, t, **condition).sample
-        return output
+            return frozen(x, t, **condition)
 
-    return denoiser_of(scheduler, unet, network)
+    return model.denoiser(network)
 
 
 def build_objective(
@@ -219,36 +211,14 @@ def build_objective(
         raise InputError(str(error)) from None
 
 
-@dataclass(frozen=True)
-class Status:
-    """What is known after an update; averages are over the updates since the last line of metrics.
-
-    Attributes:
-        step: Optimiser updates made.
-        steps: Optimiser updates in all.
-        loss: The mean loss over all passes.
-        delta_norm: The mean ‖δ‖ in the last pass over a batch, in the adversary's norm.
-        images_per_second: Images that went through forward and backward, over all processes.
-    """
-
-    step: int
-    steps: int
-    loss: float
-    delta_norm: float
-    images_per_second: float
-
-    @property
-    def note(self) -> str:
-        """What a progress bar says."""
-        return f"loss {self.loss:.4f}  |δ| {self.delta_norm:.3g}  {self.images_per_second:.0f} images/s"
-
-
 class Trainer:
-    """Everything that one run consists of. :meth:`updates` is the loop.
+    """A run: its network, optimiser, objective and adversary. :meth:`updates` is the training loop.
 
     Arguments:
         recipe: The configuration.
-        built: The network, its process and objective, when they exist already; built from the recipe otherwise.
+        accelerator: The devices and the precision.
+        dataset: The data.
+        built: The model with its process and objective, as :func:`build_model` returns it.
 
     Raises:
         InputError: If the recipe, the data and the checkpoint do not fit.
@@ -270,7 +240,7 @@ class Trainer:
                 f"batch_size {recipe.batch_size} is not a multiple of {accelerator.num_processes} processes × "
                 f"accumulate {recipe.accumulate}"
             )
-        unet = built.unet.train()
+        unet = built.model.network.train()
         cuda = accelerator.device.type == "cuda"
         if cuda if recipe.channels_last is None else recipe.channels_last:
             unet = unet.to(memory_format=torch.channels_last)
@@ -299,6 +269,8 @@ class Trainer:
             sharded = accelerator.distributed_type == DistributedType.FSDP
             target = accelerator.prepare_model(target, evaluation_mode=not sharded)
         self.target = target
+        self.call = built.model.backbone.bind(self.model)
+        built.model.codec.to(accelerator.device)
         self.objective = build_objective(recipe, built, dataset, accelerator, target)
         self.ema = EMA(list(self.model.parameters()), recipe.ema) if recipe.ema else None
 
@@ -325,17 +297,18 @@ class Trainer:
             recipe.accumulate,
         )
         loader = load_batches(self.dataset, indices, recipe.data.workers, accelerator.device.type == "cuda")
-        class_cond = self.built.unet.config.num_class_embeds is not None
-        null_class = (self.built.unet.config.num_class_embeds or 0) - 1
+        codec, condition = self.built.model.codec, self.built.model.condition
+        shape = codec.encoded_shape(self.dataset.shape)
         while True:
             generator = batch_generator(recipe.seed, self.batch, accelerator.device)
             t, weight = self.objective.timesteps.draw(recipe.batch_size, generator, accelerator.device)
-            noise = torch.randn(
-                (recipe.batch_size, *self.dataset.shape), generator=generator, device=accelerator.device
-            )
+            noise = torch.randn((recipe.batch_size, *shape), generator=generator, device=accelerator.device)
             flip = torch.rand(recipe.batch_size, generator=generator, device=accelerator.device) < 0.5
             # What not every run draws comes last: the rest is as without.
             more = self.objective.more_noise(tuple(noise.shape), generator)
+            of_codec = (
+                torch.randn(noise.shape, generator=generator, device=accelerator.device) if codec.random else None
+            )
             dropped = None
             if recipe.model.condition_dropout:
                 share = torch.rand(recipe.batch_size, generator=generator, device=accelerator.device)
@@ -344,15 +317,14 @@ class Trainer:
             for m in range(recipe.accumulate):
                 images, labels = next(loader)
                 rows = indices.rows(m)
-                x0 = to_unit(images.to(accelerator.device, non_blocking=True))
-                if recipe.data.flip:
-                    x0 = torch.where(flip[rows, None, None, None], x0.flip(-1), x0)
-                condition: dict[str, Any] = {}
-                if class_cond and labels is not None:
-                    classes = labels.to(accelerator.device, non_blocking=True)
-                    if dropped is not None:
-                        classes = classes.masked_fill(dropped[rows], null_class)
-                    condition["class_labels"] = classes
+                x0 = self.dataset.latents(
+                    images.to(accelerator.device, non_blocking=True),
+                    codec,
+                    flip[rows] if recipe.data.flip else None,
+                    None if of_codec is None else of_codec[rows],
+                )
+                if labels is not None:
+                    labels = labels.to(accelerator.device, non_blocking=True)
                 draws.append(
                     self.objective.draw(
                         x0,
@@ -360,7 +332,7 @@ class Trainer:
                         noise=noise[rows],
                         weight=None if weight is None else weight[rows],
                         **{name: value[rows] for name, value in more.items()},
-                        **condition,
+                        **condition.batch(labels, None, None if dropped is None else dropped[rows]),
                     )
                 )
             yield draws
@@ -384,7 +356,7 @@ class Trainer:
         def losses(delta: Tensor) -> Tensor:
             # No gradients of parameters are made here, so there is none to wait for from other processes.
             with self.accelerator.no_sync(self.model):
-                loss = self.objective(self.model, draw, delta)["loss"]
+                loss = self.objective(self.call, draw, delta)["loss"]
             scaler = self.accelerator.scaler
             return loss if scaler is None else scaler.scale(loss)  # fp16 would underflow
 
@@ -429,7 +401,7 @@ class Trainer:
                         delta = delta.detach()
                     sync: AbstractContextManager[Any] = nullcontext() if last else accelerator.no_sync(self.model)
                     with sync:
-                        losses = self.objective(self.model, draw, delta)
+                        losses = self.objective(self.call, draw, delta)
                         accelerator.backward(losses["loss"].mean() / len(draws))
                     drawn.append(losses["loss"].detach())
                     for name, value in losses.items():
@@ -526,15 +498,12 @@ class Trainer:
         self.objective.load_state(state.objective)
 
     def export(self, folder: Path) -> None:
-        """Write the network, by its moving average if there is one, as a diffusers pipeline folder."""
-        unet = type(self.built.unet).from_config(self.built.unet.config)
+        """Write the model, by its moving average if there is one, as a diffusers pipeline folder."""
         with self.ema.applied() if self.ema is not None else nullcontext():
             state = self.accelerator.get_state_dict(self.model)
             if self.accelerator.is_main_process:  # inside: the state holds the parameters themselves, not copies
-                unet.load_state_dict(state)
-        if self.accelerator.is_main_process:
-            with atomic_folder(folder, replace=True) as temporary:
-                save_pipeline(temporary, unet, self.built.scheduler)
+                with atomic_folder(folder, replace=True) as temporary:
+                    self.built.model.save(temporary, state)
         self.accelerator.wait_for_everyone()
 
 
@@ -601,8 +570,12 @@ class _Metrics:
             self.sizes = self.sizes + size
             self.batches += 1
 
-    def flush(self) -> Status:
-        """Write a line. Raises RunError if the loss is not finite."""
+    def flush(self) -> str:
+        """Write a line, and return a summary of it.
+
+        Raises:
+            RunError: If the loss is not finite.
+        """
         trainer, recipe = self.trainer, self.trainer.recipe
         names = sorted(self.sums)
         means = trainer.accelerator.reduce(torch.stack([self.sums[n] for n in names]) / self.updates, reduction="mean")
@@ -624,7 +597,8 @@ class _Metrics:
         self.line = line
         trainer.accelerator.log({k: v for k, v in line.items() if k != "step"}, step=trainer.step)
         self._restart()
-        return Status(trainer.step, recipe.steps, line["loss"], line["delta_norm"], line["images_per_second"])
+        speed = line["images_per_second"]
+        return f"loss {line['loss']:.4f}  |δ| {line['delta_norm']:.3g}  {speed:.0f} images/s"
 
 
 def _warn_of_the_start(recipe: Recipe) -> None:
@@ -686,7 +660,7 @@ def _prepare_folder(recipe: Recipe, folder: Path, resume: bool, dataset: ImageDa
     Raises:
         InputError: If the folder holds anything that is not this run, or without ``resume`` anything at all.
     """
-    for source in (recipe.model.path, getattr(recipe.objective, "teacher", None), recipe.data.root):
+    for source in (recipe.model.source, getattr(recipe.objective, "teacher", None), recipe.data.root):
         if source and Path(source).is_dir() and folder.resolve().is_relative_to(Path(source).resolve()):
             raise InputError(f"output {folder} is in {source}, which is read: choose another --set output=…")
     claim_folder(folder, "a run")
@@ -734,7 +708,7 @@ def train(
     *,
     resume: bool = False,
     cpu: bool = False,
-    on_status: Callable[[Status], None] | None = None,
+    progress: Progress = SILENT,
 ) -> dict[str, Any] | None:
     """Train a recipe to its end, or until SIGTERM or Ctrl-C.
 
@@ -742,7 +716,7 @@ def train(
         recipe: The configuration.
         resume: Go on from the newest whole checkpoint of ``recipe.output``, or start if there is none.
         cpu: Use the CPU even where there is a GPU.
-        on_status: Called with the state of things, once in ``log_every`` updates.
+        progress: Told of the updates made, once in ``log_every``, and the loss, the mean ‖δ‖ and the speed.
 
     Returns:
         What ``result.json`` holds; None when a signal stopped the run, which was saved and can be resumed.
@@ -770,7 +744,11 @@ def train(
     if recipe.precision == "fp16" and not accelerator.native_amp:  # accelerate would say nothing, and train in fp32
         raise InputError("precision=fp16 is not for a CPU: set precision=bf16, fp32 or auto")
     set_seed(recipe.seed)  # before the network is made: all processes start from the same
-    trainer = Trainer(recipe, accelerator, dataset, build_model(recipe, dataset))
+    built = build_model(recipe, dataset)
+    cached = None
+    if getattr(recipe.codec, "cache", False):
+        dataset = cached = LatentDataset(dataset, built.model.codec, recipe.data.flip)
+    trainer = Trainer(recipe, accelerator, dataset, built)
     if accelerator.is_main_process:
         _prepare_folder(recipe, folder, resume, dataset)
     accelerator.wait_for_everyone()
@@ -781,6 +759,10 @@ def train(
             _check_result(finished, before, trainer)
             logger.info("%s is finished", folder)
             return before
+    if cached is not None:
+        rank, processes = accelerator.process_index, accelerator.num_processes
+        cached.fill(accelerator.device, recipe.data.workers, rank, processes, progress)
+        accelerator.wait_for_everyone()
     set_seed(recipe.seed, device_specific=True)  # dropout and random directions differ between processes
     if resume and (checkpoint := newest_checkpoint(folder / "checkpoints")) is not None:
         trainer.load(checkpoint)
@@ -791,7 +773,9 @@ def train(
     if accelerator.is_main_process:
         _warn_of_the_start(recipe)
     metrics = _Metrics(trainer, folder / "metrics.jsonl")
-    saved = trainer.step
+    saved = shown = trainer.step
+    progress.begin(recipe.output, recipe.steps)
+    progress.advance(trainer.step)
     with Interrupt() as interrupt, worker_failures():
         for losses, size, done in trainer.updates():
             metrics.add(losses, size, done)
@@ -803,9 +787,8 @@ def train(
             last = trainer.step >= recipe.steps
             # Between batches, so that every line covers whole batches; before a checkpoint, so that none has a NaN.
             if (done and metrics.updates >= recipe.log_every) or due or stop or last:
-                status = metrics.flush()
-                if on_status is not None:
-                    on_status(status)
+                progress.advance(trainer.step - shown, metrics.flush())
+                shown = trainer.step
             if due or ((stop or last) and done):
                 trainer.save(folder / "checkpoints")
                 saved = trainer.step
@@ -822,7 +805,7 @@ def train(
             "delta_norm": metrics.line.get("delta_norm"),
             "skipped": trainer.adversary.skipped,
             "skipped_updates": int(trainer.skipped_updates),
-            "parameters": sum(p.numel() for p in trainer.built.unet.parameters()),
+            "parameters": sum(p.numel() for p in trainer.built.model.network.parameters()),
             "data": dataset.name,
             "images": len(dataset),
             "processes": accelerator.num_processes,
@@ -867,7 +850,7 @@ def _check_result(path: Path, result: dict[str, Any], trainer: Trainer) -> None:
         "batches": result["steps"] // trainer.adversary.passes,
         "batch_size": trainer.recipe.batch_size,
         "backward_passes": _backward_passes(trainer, result["steps"]),
-        "parameters": sum(p.numel() for p in trainer.built.unet.parameters()),
+        "parameters": sum(p.numel() for p in trainer.built.model.network.parameters()),
         "images": len(trainer.dataset),
     }
     for name, value in expected.items():

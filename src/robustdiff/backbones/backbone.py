@@ -1,0 +1,183 @@
+"""Families of networks, x, t, condition ↦ prediction: how each is made, loaded, called and saved.
+
+A network lives in a diffusers pipeline folder, whose scheduler says its process and what it predicts
+(:mod:`robustdiff.backbones.scheduler`).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field, model_validator
+from torch import nn
+
+from robustdiff.codecs.codec import Codec, Shape
+from robustdiff.conditions.condition import Condition
+from robustdiff.errors import InputError
+from robustdiff.loading import Components
+from robustdiff.registry import Registry
+from robustdiff.section import Fraction, Named, Text
+
+__all__ = ["BACKBONES", "Backbone", "BackboneSection", "PretrainedSection"]
+
+
+class BackboneSection(Named):
+    """The section ``model`` of a recipe for a new network. Every kind has a ``name``."""
+
+    name: Any
+    condition_dropout: Fraction = Field(
+        0.0, description="share of the conditions that become the empty one, for classifier-free guidance; 0: none"
+    )
+
+    @property
+    def source(self) -> str | None:
+        """The pretrained model that is fine-tuned; None for a new network."""
+        return None
+
+    def build(self, shape: Shape, num_classes: int | None, learned_variance: bool) -> Backbone:
+        """Make a new network.
+
+        Arguments:
+            shape: (C, H, W) of what it takes.
+            num_classes: The number of classes of the data; None without labels.
+            learned_variance: Whether it has 2C output channels.
+
+        Raises:
+            InputError: If there is no such network for the data.
+        """
+        raise NotImplementedError
+
+
+class PretrainedSection(BackboneSection):
+    """A network that is fine-tuned."""
+
+    name: Literal["pretrained"]
+    path: Text = Field(description="a run, a pipeline folder, or a model shipped with the package")
+
+    @property
+    def source(self) -> str:
+        return self.path
+
+    @model_validator(mode="before")
+    @classmethod
+    def _has_path(cls, value: Any) -> Any:
+        if isinstance(value, str) or (isinstance(value, dict) and value.get("path") is None):
+            raise ValueError("a pretrained model needs model.path: a run, a pipeline folder, or a shipped model's name")
+        return value
+
+
+class Backbone(ABC):
+    """A network of one family.
+
+    Arguments:
+        network: The network, of one of :attr:`classes`.
+
+    Attributes:
+        section: The section of a recipe that makes a new one; None where there are only pretrained ones.
+        part: The network's name in a pipeline folder.
+        classes: The classes of the network by (library, class), as ``model_index.json`` names them.
+        others: The other components that pipelines of the family may have, beside the scheduler.
+    """
+
+    section: ClassVar[type[BackboneSection] | None] = None
+    part: ClassVar[str]
+    classes: ClassVar[dict[tuple[str, str], type[nn.Module]]]
+    others: ClassVar[frozenset[str]] = frozenset()
+
+    def __init__(self, network: Any) -> None:
+        self.network = network
+
+    @classmethod
+    def reads(cls, components: Components) -> bool:
+        """Return whether a pipeline of some components is of this family."""
+        return components.get(cls.part) in cls.classes and set(components) <= {cls.part, "scheduler", *cls.others}
+
+    @classmethod
+    @abstractmethod
+    def load(cls, folder: Path, components: Components, size: int | None) -> tuple[Backbone, Codec]:
+        """Load the network of a pipeline folder, on the CPU in float32, and its codec.
+
+        Arguments:
+            folder: The pipeline folder.
+            components: The components that its ``model_index.json`` names.
+            size: The side of the images in pixels, where the configuration does not say it, or another one.
+
+        Raises:
+            InputError: If it cannot be read.
+        """
+
+    @abstractmethod
+    def pipeline(self, network: nn.Module, scheduler: Any, codec: Codec, condition: Condition) -> Any:
+        """Return the diffusers pipeline of a network, such as this one's or a copy of it, to be saved."""
+
+    def condition(self) -> Condition:
+        """Return the condition that the network is called with."""
+        raise NotImplementedError
+
+    def bind(self, network: Callable[..., Any]) -> Callable[..., Any]:
+        """Return the network, or one that wraps it, as objectives and samplers call it: (x, t, **condition)."""
+        return network
+
+    @property
+    def channels(self) -> int:
+        """The number of channels of what the network takes."""
+        return int(self.network.config.in_channels)
+
+    @property
+    def learned_variance(self) -> bool:
+        """Whether the network has 2C output channels, the second half of which is a learned variance."""
+        return bool(self.network.config.out_channels == 2 * self.network.config.in_channels)
+
+    @property
+    def size(self) -> tuple[int, int] | None:
+        """The (height, width) of what the network takes, if its configuration says it."""
+        size = self.network.config.sample_size
+        if size is None:
+            return None
+        height, width = (size, size) if isinstance(size, int) else size
+        return height, width
+
+    @property
+    def multiple(self) -> int:
+        """The number that the sides of what the network takes are multiples of."""
+        return 1
+
+    def take_size(self, height: int, width: int) -> None:
+        """Set the size of what the network takes, where its configuration does not say it."""
+        self.network.register_to_config(sample_size=height if height == width else (height, width))
+
+    def check_shape(self, shape: Shape, codec: Codec, path: str) -> None:
+        """Check that the network takes images of a shape, (C, H, W) in pixels; one without a size gets theirs.
+
+        Raises:
+            InputError: If it does not take them.
+        """
+        channels, height, width = shape
+        latents = (self.channels, *(self.size or codec.encoded_shape(shape)[1:]))
+        wanted = codec.decoded_shape(latents)
+        if wanted[0] != channels:
+            remedy = f"set data.channels={wanted[0]}" if wanted[0] in (1, 3) else "only grey and colour images are read"
+            raise InputError(f"the model {path} takes {wanted[0]} channels and the data has {channels}: {remedy}")
+        if self.size is None:
+            if any(side % self.multiple for side in latents[1:]):
+                raise InputError(
+                    f"the model {path} takes sides that are multiples of {self.multiple * height // latents[1]}, the "
+                    f"data has {height}×{width}: set data.size to such a number"
+                )
+            self.take_size(latents[1], latents[2])
+        elif (height, width) != wanted[1:]:
+            square = wanted[1] == wanted[2]
+            remedy = f"set data.size={wanted[1]}" if square else "give images of that height and width"
+            raise InputError(
+                f"the model {path} takes images of {wanted[1]}×{wanted[2]}, the data has {height}×{width}: {remedy}"
+            )
+
+    def note_classes(self, num_classes: int | None) -> None:  # noqa: B027  (only class-conditional ones remember it)
+        """Remember the number of the data's classes, so that a class after them, the null class, is never sampled."""
+
+
+BACKBONES: Registry[type[Backbone]] = Registry("model", "backbones")
+"""The families of networks by name."""

@@ -1,0 +1,293 @@
+"""A pretrained model: a network, and all that says how it is called, sampled, trained and saved."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable, Mapping
+from functools import cached_property
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from robustdiff.backbones.backbone import BACKBONES, Backbone
+from robustdiff.backbones.scheduler import denoiser_of, kind_of, model_of, objective_of, process_of, sampling_of
+from robustdiff.codecs.codec import Codec, Shape
+from robustdiff.codecs.pixels import Pixels
+from robustdiff.conditions.condition import Condition
+from robustdiff.data import ImageDataset
+from robustdiff.errors import InputError
+from robustdiff.loading import Components, load_scheduler, read_index
+from robustdiff.objectives.preconditioning import Denoise
+from robustdiff.process import DiffusionProcess, Prediction
+from robustdiff.samplers.sample import suited
+
+__all__ = ["PRETRAINED", "Model", "load_model"]
+
+PRETRAINED = files("robustdiff.backbones") / "pretrained"
+"""The folder of the models shipped with the package."""
+
+# Components of other pipelines, by a part of their name, and what they mean.
+_OTHERS = {
+    "text_encoder": "the model is conditioned on text",
+    "vqvae": "the model works on a VQ-VAE's latents, not on pixels",
+    "vae": "the model works on a VAE's latents, not on pixels",
+    "image_encoder": "the model is conditioned on images",
+    "transformer": "the model is a transformer",
+}
+
+
+class Model:
+    """A network with its process, parameterisation, codec, condition and samplers.
+
+    A model is called as samplers call it, ``model(x, t, **condition)``, at points x (B, C, H, W) and times t (B,) of
+    :attr:`process`, and returns what :attr:`prediction` says, with shape (B, C, H, W) or, with a learned variance,
+    (B, 2C, H, W).
+
+    Arguments:
+        backbone: The network and its family.
+        scheduler: The diffusers scheduler that says the process and the parameterisation.
+        codec: The way between images and what the network takes; pixels by default.
+        process: The process, where it is not the scheduler's.
+        prediction: The parameterisation, where it is not the scheduler's.
+        path: The model's name, for messages.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        scheduler: Any = None,
+        codec: Codec | None = None,
+        *,
+        process: DiffusionProcess | None = None,
+        prediction: Prediction | None = None,
+        path: str = "model",
+    ) -> None:
+        self.backbone = backbone
+        self.scheduler = scheduler
+        self.codec = Pixels() if codec is None else codec
+        self.path = path
+        self._process, self._prediction = process, prediction
+
+    @classmethod
+    def of(cls, network: nn.Module, scheduler: Any, **settings: Any) -> Model:
+        """Return the model of a network of diffusers, such as a ``UNet2DModel``, and its scheduler.
+
+        Arguments:
+            network: The network.
+            scheduler: The scheduler.
+            settings: The other arguments of the class.
+
+        Raises:
+            InputError: If no family has networks of this class.
+        """
+        for family in BACKBONES.values():
+            if type(network) in family.classes.values():
+                return cls(family(network), scheduler, **settings)
+        raise InputError(f"{type(network).__name__} is not supported: use one of {_supported()}")
+
+    @property
+    def network(self) -> Any:
+        """The network itself, which trains."""
+        return self.backbone.network
+
+    @cached_property
+    def process(self) -> DiffusionProcess:
+        """The process over whose times the model is called."""
+        return process_of(self.scheduler) if self._process is None else self._process
+
+    @cached_property
+    def prediction(self) -> Prediction:
+        """The parameterisation of the network's output."""
+        if self._prediction is not None:
+            return self._prediction
+        prediction: Prediction = objective_of(self.scheduler, self.backbone).prediction
+        return prediction
+
+    @property
+    def condition(self) -> Condition:
+        """The condition that the network is called with."""
+        return self.backbone.condition()
+
+    @property
+    def samplers(self) -> tuple[str, ...]:
+        """The names of the samplers that suit the model, the default one first."""
+        return suited(self.process)
+
+    @cached_property
+    def sampling(self) -> Mapping[str, Any]:
+        """The settings of sampling that the scheduler says: arguments of :func:`robustdiff.sample`."""
+        return {} if self.scheduler is None else sampling_of(self.scheduler)
+
+    @property
+    def consistency(self) -> bool:
+        """Whether it is a consistency model."""
+        return self.scheduler is not None and kind_of(self.scheduler) == "consistency"
+
+    @property
+    def shape(self) -> Shape:
+        """(C, H, W) of what the network takes.
+
+        Raises:
+            InputError: If its configuration does not say its size.
+        """
+        size = self.backbone.size
+        if size is None:
+            raise InputError(
+                f"the model {self.path} does not say the size of its images (sample_size): give --size PIXELS"
+            )
+        return self.backbone.channels, *size
+
+    @property
+    def image_shape(self) -> Shape:
+        """(C, H, W) of the images.
+
+        Raises:
+            InputError: If the network's configuration does not say its size.
+        """
+        return self.codec.decoded_shape(self.shape)
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the network."""
+        device: torch.device = self.network.device
+        return device
+
+    def to(self, device: torch.device | str) -> Model:
+        """Move network and codec to a device, and return the model."""
+        self.network.to(device)
+        self.codec.to(device)
+        return self
+
+    def __call__(self, x: Tensor, t: Tensor, **condition: Any) -> Any:
+        return self._call(x, t, **condition)
+
+    @cached_property
+    def _call(self) -> Callable[..., Any]:
+        network = self.backbone.bind(self.network)
+        return network if self.scheduler is None else model_of(self.scheduler, network)
+
+    def denoiser(self, network: Callable[..., Any] | None = None) -> Denoise:
+        """Return the model as a denoiser D(x, σ) ↦ x̂_0, such as a teacher.
+
+        Arguments:
+            network: What to call in place of the network, where that is wrapped.
+
+        Raises:
+            InputError: If it is a consistency model or of flow matching.
+        """
+        return denoiser_of(self.scheduler, self.backbone, network)
+
+    def check_data(self, dataset: ImageDataset) -> None:
+        """Check that the network takes the images and has the classes of a dataset; one without a size gets theirs.
+
+        Raises:
+            InputError: If it does not.
+        """
+        self.backbone.check_shape(dataset.shape, self.codec, self.path)
+        self.condition.check(dataset.num_classes, False, self.path)
+
+    def fingerprint(self) -> str:
+        """Return the sha256 of the network's parameters, in their order, in any device and memory format."""
+        digest = hashlib.sha256()
+        for value in self.network.state_dict().values():
+            digest.update(value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+    def save(self, folder: Path, state: Mapping[str, Tensor] | None = None) -> None:
+        """Write a pipeline folder that diffusers reads; the caller sees to it that it appears whole.
+
+        Parameters may be in any memory format, such as ``torch.channels_last``.
+
+        Arguments:
+            folder: The folder.
+            state: The network's parameters by name, where they are not its own.
+        """
+        state = self.network.state_dict() if state is None else state
+        with torch.device("meta"):
+            network = type(self.network).from_config(self.network.config)
+        network.load_state_dict({name: value.contiguous() for name, value in state.items()}, assign=True)
+        pipeline = self.backbone.pipeline(network, self.scheduler, self.codec, self.condition)
+        pipeline.save_pretrained(folder, safe_serialization=True)
+
+
+def load_model(path: str | Path, size: int | None = None) -> Model:
+    """Load the model of a run, of a diffusers pipeline folder, or one that is shipped with the package.
+
+    Weights are loaded in float32 whatever their type, because training needs it; the networks are in eval mode, on the
+    CPU.
+
+    Arguments:
+        path: The run, the folder, or the name of the shipped model.
+        size: The side of the images in pixels, for a network whose configuration does not say it, or another one.
+
+    Raises:
+        InputError: If there is none, or it cannot be read, or it is of a kind that is not supported, or its weights do
+            not fit it, or are not finite.
+    """
+    folder = _pipeline_folder(path)
+    components = read_index(folder)
+    family = _family(folder, components)
+    backbone, codec = family.load(folder, components, size)
+    return Model(backbone, load_scheduler(folder, components), codec, path=str(path))
+
+
+def _supported() -> str:
+    names = {name for family in BACKBONES.values() for _, name in family.classes}
+    return ", ".join(sorted(names))
+
+
+def _family(folder: Path, components: Components) -> type[Backbone]:
+    """Return the family that a pipeline is of."""
+    for family in BACKBONES.values():
+        if family.reads(components):
+            return family
+    path, supported = folder / "model_index.json", f"pipelines of {_supported()} are supported"
+    known = {(family.part, kind) for family in BACKBONES.values() for kind in family.classes}
+    parts = {part for part, _ in known}
+    network = next((name for name in components if name in parts), None)
+    if network is not None and (network, components[network]) not in known:
+        library, kind = components[network]
+        raise InputError(f"{path}: {network} is {kind} of {library}; {supported}")
+    for part, reason in _OTHERS.items():
+        for name, (library, kind) in components.items():
+            if name.startswith(part) and name != network:
+                raise InputError(f"{path}: {name} is {kind} of {library}: {reason}; {supported}")
+    if network is None:
+        raise InputError(f"{path} names no {' and no '.join(sorted(parts))}; {supported}")
+    others = {n for f in BACKBONES.values() for n in (f.part, *f.others)} | {"scheduler"}
+    name = next((name for name in components if name not in others), next(iter(components)))
+    library, kind = components[name]
+    raise InputError(f"{path}: {name} is {kind} of {library}, which is not supported; {supported}")
+
+
+def _pipeline_folder(path: str | Path) -> Path:
+    """Return a run, a pipeline folder, or the name of a shipped model, as a folder with ``model_index.json``."""
+    given = Path(path)
+    for candidate in (given, given / "model", Path(str(PRETRAINED / str(path)))):
+        if (candidate / "model_index.json").is_file():
+            return candidate
+    shipped = ", ".join(sorted(p.name for p in PRETRAINED.iterdir() if p.is_dir())) if PRETRAINED.is_dir() else "none"
+    if (given / "recipe.yaml").is_file():
+        raise InputError(f"{path} is a run that is not finished: go on with it by robustdiff train … --resume")
+    if given.is_file():
+        raise InputError(
+            f"{path} is a file: give a run or a folder with model_index.json (robustdiff convert makes one of a "
+            "guided-diffusion checkpoint)"
+        )
+    for network in (given / "unet_ema", given / "unet", given):
+        if (network / "config.json").is_file():
+            raise InputError(
+                f"{path} has a network but no model_index.json and no scheduler, which says the noise that it was "
+                f"trained with; make a pipeline of it by DDPMPipeline(UNet2DModel.from_pretrained('{network}'), "
+                "DDPMScheduler(…)).save_pretrained('FOLDER')"
+            )
+    hint = ""
+    if not given.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
+        hint = f"; if this is a model of the Hugging Face Hub, download it first: hf download {path} --local-dir FOLDER"
+    raise InputError(
+        f"no model at {path}: give a run, a folder with model_index.json, or a shipped model ({shipped}){hint}"
+    )

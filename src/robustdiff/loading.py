@@ -1,0 +1,357 @@
+"""Components of diffusers pipeline folders, read without running code that a file names.
+
+A folder has a folder for each component, with a JSON configuration and for a network its weights, and beside them
+``model_index.json``, which says the classes; the oldest ones have all files in one folder. Components are read here and
+not by ``from_pretrained``, so that no class is imported and no code run because a file names it, so that weights saved
+in other ways than ``save_pretrained``'s are read as well, and so that whatever does not fit is one line that says why.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import math
+import re
+import warnings
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import diffusers.schedulers
+import torch
+from accelerate import init_empty_weights
+from diffusers import DDPMScheduler
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from diffusers.utils import logging as diffusers_logging
+from torch import Tensor, nn
+
+from robustdiff.errors import InputError
+from robustdiff.weights import check_weights, read_state, strip_prefixes
+
+__all__ = [
+    "Components",
+    "class_parameters",
+    "component",
+    "load_network",
+    "load_scheduler",
+    "read_config",
+    "read_index",
+    "shown",
+]
+
+Components = Mapping[str, tuple[str, str]]
+"""The components of a pipeline by name: (library, class)."""
+
+_Network = TypeVar("_Network", bound=nn.Module)
+
+# Fields that are in a configuration without being its class's: of the moving average that diffusers' EMAModel saves
+# with a network, and of schedulers of its first releases, where they only named an array library.
+_OF_EMA = {"decay", "inv_gamma", "min_decay", "optimization_step", "power", "update_after_step", "use_ema_warmup"}
+_OF_OLD = {"tensor_format"}
+
+_WEIGHTS = re.compile(
+    r"diffusion_pytorch_model(?:\.(\w+))?\.(safetensors|bin)(\.index(?:\.(\w+))?\.json)?"  # variant, kind, index
+)
+
+_JSON_BYTES = 2**24
+_LARGEST_T = 10**5
+_LARGEST_INTEGER = 10**6
+
+
+def component(folder: Path, name: str) -> Path:
+    """Return the folder of a component; diffusers' first pipelines have all files in one folder."""
+    return folder / name if (folder / name).is_dir() else folder
+
+
+def read_index(folder: Path) -> dict[str, tuple[str, str]]:
+    """Return the components that the ``model_index.json`` of a pipeline folder names.
+
+    Raises:
+        InputError: If it is missing or malformed, or the pipeline has code of its own.
+    """
+    path = folder / "model_index.json"
+    index = read_config(path)
+    if not isinstance(index.get("_class_name", ""), str):
+        raise InputError(f"{path}: the pipeline has code of its own, which is not run: give a pipeline of diffusers")
+    components: dict[str, tuple[str, str]] = {}
+    for name, value in index.items():
+        if name.startswith("_") or value is None or value == [None, None] or isinstance(value, bool | dict):
+            continue
+        if not (isinstance(value, list) and len(value) == 2 and all(isinstance(part, str) for part in value)):
+            raise InputError(f"{path}: {name} is {shown(value)}, not a library and a class: save the pipeline again")
+        components[name] = (value[0], value[1])
+    return components
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Return the JSON object in a file.
+
+    Raises:
+        InputError: It is missing, or too large, or not one.
+    """
+    if not path.is_file():
+        raise InputError(f"{path} is {'a folder, not a file' if path.is_dir() else 'missing'}: save the model again")
+    if path.stat().st_size > _JSON_BYTES:
+        raise InputError(f"{path} has more than {_JSON_BYTES >> 20} MiB, too much for a configuration: save it again")
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        reason = str(error).splitlines()[0] if isinstance(error, json.JSONDecodeError) else type(error).__name__
+        raise InputError(f"{path} is not JSON ({reason}): download it or save the model again") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{path} holds {shown(value)}, not a JSON object: download it or save the model again")
+    return value
+
+
+def shown(value: Any) -> str:
+    """Return a value from a file as JSON, cut to what fits in a message."""
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:59] + "…"
+
+
+def load_scheduler(folder: Path, components: Components) -> Any:
+    """Return the scheduler of a pipeline folder.
+
+    Raises:
+        InputError: If there is none, or it is no scheduler of diffusers, or its configuration is malformed.
+    """
+    index = folder / "model_index.json"
+    if "scheduler" not in components:
+        raise InputError(f"{index} names no scheduler: save the pipeline with the one that it was trained with")
+    library, name = components["scheduler"]
+    # The name is looked up among those that diffusers exports before anything is imported by it.
+    known = library == "diffusers" and name.endswith("Scheduler") and name in dir(diffusers.schedulers)
+    kind = getattr(diffusers.schedulers, name) if known else None
+    if not (inspect.isclass(kind) and issubclass(kind, SchedulerMixin)):
+        raise InputError(
+            f"{index}: scheduler is {name} of {library}, which is no scheduler of the installed diffusers: save the "
+            "pipeline with one of diffusers' schedulers, or update diffusers"
+        )
+    return _scheduler(component(folder, "scheduler") / "scheduler_config.json", kind)
+
+
+def _scheduler(path: Path, kind: type[SchedulerMixin]) -> Any:
+    defaults = class_parameters(kind)
+    # A null where the class has a default of another kind says nothing.
+    config = {
+        name: value
+        for name, value in read_config(path).items()
+        if name not in _OF_OLD and (value is not None or defaults.get(name) is None)
+    }
+    T = config.get("num_train_timesteps")
+    if T is not None and not (type(T) is int and 1 <= T <= _LARGEST_T):
+        raise InputError(f"{path}: num_train_timesteps={shown(T)} is not a number of times from 1 to {_LARGEST_T}")
+    for name, default in defaults.items():
+        if isinstance(default, int | float) and isinstance(config.get(name), list):
+            raise InputError(f"{path}: {name}={shown(config[name])} is a list, where {kind.__name__} has {default!r}")
+    betas = config.get("trained_betas")
+    if betas is not None and not (
+        isinstance(betas, list)
+        and 1 <= len(betas) <= _LARGEST_T
+        and all(type(beta) in (int, float) and 0 <= beta <= 1 for beta in betas)
+    ):
+        raise InputError(f"{path}: trained_betas={shown(betas)} is not a list of 1 to {_LARGEST_T} numbers in [0, 1]")
+    scheduler = _from_config(kind, config, path, defaults)
+    # A configuration also keeps what schedulers that it was converted from had.
+    others = [kind, DDPMScheduler, *getattr(scheduler, "compatibles", []), *DDPMScheduler().compatibles]
+    _check_names(config, {name for other in others for name in class_parameters(other)}, path, kind)
+    return scheduler
+
+
+def load_network(
+    folder: Path,
+    kind: type[_Network],
+    *,
+    parameters: Mapping[str, Any] | None = None,
+    prepare: Callable[[dict[str, Any], int, Path], None] = lambda config, tensors, path: None,
+    check: Callable[[_Network, Path], None] = lambda network, path: None,
+    old_names: Mapping[str, str] | None = None,
+    aliases: Collection[str] = (),
+) -> _Network:
+    """Load a network of diffusers from a folder with ``config.json`` and weights, in float32 and eval mode, on the CPU.
+
+    Weights are read from safetensors, or else from ``.bin``, tensors only; whole or in shards; or from a variant such
+    as ``fp16`` where there are no others. The network is made without memory first, and gets the weights if their
+    shapes are those that it has.
+
+    Arguments:
+        folder: The folder.
+        kind: The class of the network.
+        parameters: The arguments of the class by name, with their defaults; those of ``kind`` by default.
+        prepare: Called with the configuration, the number of tensors of the weights and the path of the configuration;
+            may change the configuration, or raise InputError before anything large is made of it.
+        check: Called with the network without memory, and the path of the configuration; may raise InputError.
+        old_names: The names that layers had in earlier versions of diffusers, and those that they have now.
+        aliases: The other names by which configurations call the class.
+
+    Raises:
+        InputError: If anything is missing or malformed, or does not fit together, or a weight is not finite.
+    """
+    path = folder / "config.json"
+    config = {name: value for name, value in read_config(path).items() if name not in _OF_EMA}
+    if config.get("_class_name", kind.__name__) not in (kind.__name__, *aliases):
+        raise InputError(
+            f"{path} describes a {shown(config['_class_name'])}, and model_index.json a {kind.__name__}: save the "
+            "pipeline again"
+        )
+    parameters = class_parameters(kind) if parameters is None else parameters
+    _check_names(config, set(parameters), path, kind)
+    source, state = _read_weights(folder)
+    prepare(config, len(state), path)
+    with torch.device("meta"):
+        network: _Network = _from_config(kind, config, path, parameters)
+    check(network, path)
+    expected = {name: value.shape for name, value in network.state_dict().items()}
+    state = {_new_name(name, expected, old_names or {}): v for name, v in strip_prefixes(state, source).items()}
+    _check_fit(state, expected, source, path)
+    network.load_state_dict(check_weights(state, source, torch.float32), assign=True)
+    unsaved = [name for name, buffer in network.named_buffers() if buffer.is_meta]
+    if unsaved:  # computed when the network is made, such as positions
+        with init_empty_weights(include_buffers=False):
+            buffers = dict(_from_config(kind, config, path, parameters).named_buffers())
+        for name in unsaved:
+            owner, _, last = name.rpartition(".")
+            setattr(network.get_submodule(owner), last, buffers[name].to(torch.float32))
+    return network.eval()
+
+
+def class_parameters(kind: type) -> dict[str, Any]:
+    """Return the arguments of a class by name, with their defaults."""
+    arguments = inspect.signature(kind.__init__).parameters.values()  # type: ignore[misc]
+    return {p.name: p.default for p in arguments if p.name != "self" and p.kind is not p.VAR_KEYWORD}
+
+
+def _check_names(config: Mapping[str, Any], known: set[str], path: Path, kind: type) -> None:
+    for name, value in config.items():
+        if name not in known and not name.startswith("_") and value is not None and value is not False:
+            raise InputError(
+                f"{path}: {kind.__name__} of the installed diffusers has no {name} (={shown(value)}): update "
+                "diffusers, or remove the field if the model was trained without it"
+            )
+
+
+def _from_config(kind: Any, config: Mapping[str, Any], path: Path, defaults: Mapping[str, Any]) -> Any:
+    """Return an instance of a class of diffusers' from a configuration of unknown origin."""
+    for name, value in config.items():
+        for number in value if isinstance(value, list) else [value]:
+            if type(number) is int and abs(number) > _LARGEST_INTEGER:
+                raise InputError(f"{path}: {name}={shown(value)} is beyond {_LARGEST_INTEGER}: correct it")
+    for name, default in defaults.items():
+        if not _like(config.get(name), default):
+            raise InputError(
+                f"{path}: {name}={shown(config[name])} is not of the type of {kind.__name__}'s default, {default!r}"
+            )
+    with _quietly():
+        try:
+            # diffusers imports the class that is named there.
+            return kind.from_config({**config, "_class_name": kind.__name__})
+        except Exception as error:  # the classes check few of their arguments: what they raise is anything
+            reason = (str(error).splitlines() or [""])[0] or type(error).__name__
+            raise InputError(f"{path} does not describe a {kind.__name__}: {reason}") from None
+
+
+def _like(value: Any, default: Any) -> bool:
+    """Return whether a value of JSON is of the kind of a default; None and what has no default is for the class."""
+    if value is None or value == default:
+        return True
+    match default:
+        case bool():
+            return isinstance(value, bool)
+        case int() | float():
+            numbers = value if isinstance(value, list) else [value]  # one for all levels, or one for each
+            return all(type(v) is int or (type(v) is float and math.isfinite(v)) for v in numbers)
+        case str():
+            return isinstance(value, str)
+        case tuple() | list():
+            return isinstance(value, list) and all(type(v) is type(default[0]) for v in value) and len(value) > 0
+    return True
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Silence diffusers and torch, where they warn of what is raised as well, or recommend other configurations."""
+    verbosity = diffusers_logging.get_verbosity()
+    diffusers_logging.set_verbosity(diffusers_logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        diffusers_logging.set_verbosity(verbosity)
+
+
+def _new_name(name: str, expected: Mapping[str, Any], old_names: Mapping[str, str]) -> str:
+    """Return today's name of a tensor that diffusers had under another."""
+    if name in expected:
+        return name
+    *block, layer, kind = name.split(".") if name.count(".") else ("", name)
+    renamed = ".".join([*block, old_names.get(layer, layer), kind])
+    return renamed if renamed in expected else name
+
+
+def _check_fit(state: Mapping[str, Tensor], expected: Mapping[str, torch.Size], source: Path, path: Path) -> None:
+    """Check that weights are those that a network has, by name and by shape."""
+    missing = [name for name in expected if name not in state]
+    more = [name for name in state if name not in expected]
+    if missing or more:
+        parts = [f"lacks {len(missing)} of its {len(expected)} tensors ({missing[0]} first)"] if missing else []
+        parts += [f"has {len(more)} that it has not ({more[0]} first)"] if more else []
+        raise InputError(f"{source} is not of the network in {path}: it {' and '.join(parts)}; save the model again")
+    wrong = [name for name, shape in expected.items() if state[name].shape != shape]
+    if wrong:
+        raise InputError(
+            f"{source} is not of the network in {path}: {wrong[0]} is {tuple(state[wrong[0]].shape)} where it has "
+            f"{tuple(expected[wrong[0]])}, as are {len(wrong) - 1} others; give the two that belong together"
+        )
+
+
+def _read_weights(folder: Path) -> tuple[Path, dict[str, Tensor]]:
+    """Return the file with a network's weights, or the index of its shards, and the tensors by name."""
+    found: dict[str, list[tuple[bool, bool, str]]] = {}  # by variant: (not safetensors, in shards, name)
+    for name in sorted(entry.name for entry in folder.iterdir()):
+        if match := _WEIGHTS.fullmatch(name):
+            variant = match[1] or match[4] or ""
+            found.setdefault(variant, []).append((match[2] == "bin", match[3] is not None, name))
+    if not found:
+        raise InputError(
+            f"{folder} has no weights: it lacks diffusion_pytorch_model.safetensors (or .bin, or the .index.json of "
+            "shards); download the model again, or save it by save_pretrained"
+        )
+    if "" not in found and len(found) > 1:
+        raise InputError(
+            f"{folder} has the variants {', '.join(found)} of its weights and none without a name: rename one of "
+            "them to diffusion_pytorch_model.safetensors"
+        )
+    _, sharded, name = min(found[""] if "" in found else next(iter(found.values())))
+    path = folder / name
+    return path, _read_shards(path) if sharded else read_state(path)
+
+
+def _read_shards(index: Path) -> dict[str, Tensor]:
+    """Return the tensors that the index of a model in several files names."""
+    places = read_config(index).get("weight_map")
+    if not isinstance(places, dict) or not places or not all(isinstance(file, str) for file in places.values()):
+        raise InputError(f"{index} has no weight_map of names to files: download the model again")
+    state: dict[str, Tensor] = {}
+    for file in sorted(set(places.values())):
+        path = index.parent / file
+        if Path(file).name != file or not path.resolve().is_relative_to(_root(index.parent)):
+            raise InputError(f"{index} names {shown(file)}, which is outside its folder: download the model again")
+        shard = read_state(path)
+        named = {name for name, place in places.items() if place == file}
+        if different := sorted(named ^ set(shard)):
+            raise InputError(f"{path} and {index.name} differ about {different[0]}: download the model again")
+        state |= shard
+    return {name: state[name] for name in places}
+
+
+def _root(folder: Path) -> Path:
+    """Return what a folder's links may not lead out of; in the cache of the Hub that is all that it has of a model."""
+    folder = folder.resolve()
+    for parent in folder.parents:
+        if parent.name == "snapshots" and (parent.parent / "blobs").is_dir():
+            return parent.parent
+    return folder
