@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 import yaml
 from pydantic import Discriminator, Field, Tag, ValidationError, field_validator, model_validator
 
-from robustdiff.backbones.backbone import BACKBONES, BackboneSection, PretrainedSection
+from robustdiff.backbones.backbone import BackboneSection, PretrainedSection
+from robustdiff.backbones.dit import DiTSection
 from robustdiff.backbones.unet2d import UNetSection
 from robustdiff.codecs.codec import CODECS, CodecSection
 from robustdiff.data import ImageDataset, load_dataset
@@ -210,10 +211,7 @@ _Objective = Annotated[
 ]
 
 
-MODELS: dict[str, type[BackboneSection]] = {
-    **{name: family.section for name, family in BACKBONES.items() if family.section is not None},
-    "pretrained": PretrainedSection,
-}
+MODELS: dict[str, type[BackboneSection]] = {"unet": UNetSection, "dit": DiTSection, "pretrained": PretrainedSection}
 if TYPE_CHECKING:
     _Model = BackboneSection
     _Codec = CodecSection
