@@ -76,7 +76,7 @@ class VAE(Codec):
 
     @property
     def shifted(self) -> bool:
-        """Whether latents are shifted, or scaled by more than one number, which not all pipelines of diffusers do."""
+        """True if latents are shifted, or scaled by more than one number, which not all pipelines of diffusers do."""
         return bool((self._mean != 0).any()) or self.network.config.latents_std is not None
 
     @property

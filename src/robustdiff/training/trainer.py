@@ -271,6 +271,7 @@ class Trainer:
         self.target = target
         self.call = built.model.backbone.bind(self.model)
         built.model.codec.to(accelerator.device)
+        built.model.condition.to(accelerator.device)
         self.objective = build_objective(recipe, built, dataset, accelerator, target)
         self.ema = EMA(list(self.model.parameters()), recipe.ema) if recipe.ema else None
 
