@@ -3,9 +3,10 @@
     python scripts/make_fashion16_vae.py [--minutes 11] [--seed 0] [--output FOLDER]
 
 The loss is that of a VAE (Kingma & Welling, 2013, arXiv 1312.6114) per element, ‖x − x̂‖² + β KL, on fashion-16's
-60,000 training images, with an exponential moving average of the weights. The learning rate falls to zero over the given
-time. Afterwards the mean of the latents is moved into the biases of the two 1 × 1
-convolutions around them, which changes no reconstruction, and ``scaling_factor`` is one over their standard deviation.
+60,000 training images, with an exponential moving average of the weights. The learning rate falls to zero over the
+given time, so that another machine makes another VAE. Afterwards the mean of the latents is moved into the biases of
+the two 1 × 1 convolutions around them, which changes no reconstruction, and ``scaling_factor`` is one over their
+standard deviation.
 """
 
 from __future__ import annotations
@@ -30,10 +31,11 @@ WARMUP = 200
 
 README = """# fashion-16-vae
 
-An `AutoencoderKL` of diffusers for 16 × 16 grey images, {parameters:,} parameters: (1, 16, 16) is encoded as (4, 8, 8).
+An `AutoencoderKL` of diffusers for 16 × 16 grey images, {parameters:,} parameters: (1, 16, 16) is encoded as
+(4, 8, 8).
 It was trained on the 60,000 training images of fashion-16 (Fashion-MNIST averaged over 2 × 2 blocks; Xiao, Rasul and
-Vollgraf, arXiv 1708.07747) for {steps:,} updates of {batch} images, by `scripts/make_fashion16_vae.py` with seed {seed},
-on one thread of a CPU. `scaling_factor` is one over the standard deviation of the training set's latents.
+Vollgraf, arXiv 1708.07747) for {steps:,} updates of {batch} images, by `scripts/make_fashion16_vae.py` with seed
+{seed}, on one thread of a CPU. `scaling_factor` is one over the standard deviation of the training set's latents.
 
 On the 10,000 test images, decoded from the mean of the posterior and rounded to 8 bits: the root mean square error is
 {rmse:.2f} grey levels of 255 (PSNR {psnr:.1f} dB). Decoded from samples of the posterior it is {sampled:.2f}.
