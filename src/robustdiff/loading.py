@@ -13,7 +13,7 @@ import json
 import math
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -26,8 +26,8 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import logging as diffusers_logging
 from torch import Tensor, nn
 
-from robustdiff.backbones.weights import check_weights, read_state, strip_prefixes
 from robustdiff.errors import InputError
+from robustdiff.weights import check_weights, read_state, strip_prefixes
 
 __all__ = [
     "Components",
@@ -172,6 +172,7 @@ def load_network(
     prepare: Callable[[dict[str, Any], int, Path], None] = lambda config, tensors, path: None,
     check: Callable[[_Network, Path], None] = lambda network, path: None,
     old_names: Mapping[str, str] | None = None,
+    aliases: Collection[str] = (),
 ) -> _Network:
     """Load a network of diffusers from a folder with ``config.json`` and weights, in float32 and eval mode, on the CPU.
 
@@ -187,13 +188,14 @@ def load_network(
             may change the configuration, or raise InputError before anything large is made of it.
         check: Called with the network without memory, and the path of the configuration; may raise InputError.
         old_names: The names that layers had in earlier versions of diffusers, and those that they have now.
+        aliases: The other names by which configurations call the class.
 
     Raises:
         InputError: If anything is missing or malformed, or does not fit together, or a weight is not finite.
     """
     path = folder / "config.json"
     config = {name: value for name, value in read_config(path).items() if name not in _OF_EMA}
-    if config.get("_class_name", kind.__name__) != kind.__name__:
+    if config.get("_class_name", kind.__name__) not in (kind.__name__, *aliases):
         raise InputError(
             f"{path} describes a {shown(config['_class_name'])}, and model_index.json a {kind.__name__}: save the "
             "pipeline again"
@@ -227,7 +229,7 @@ def class_parameters(kind: type) -> dict[str, Any]:
 
 def _check_names(config: Mapping[str, Any], known: set[str], path: Path, kind: type) -> None:
     for name, value in config.items():
-        if name not in known and not name.startswith("_") and value is not None:
+        if name not in known and not name.startswith("_") and value is not None and value is not False:
             raise InputError(
                 f"{path}: {kind.__name__} of the installed diffusers has no {name} (={shown(value)}): update "
                 "diffusers, or remove the field if the model was trained without it"

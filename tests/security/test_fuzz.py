@@ -35,7 +35,6 @@ from robustdiff import study
 from robustdiff.backbones.model import Model, load_model
 from robustdiff.backbones.scheduler import objective_of, process_of, sampling_of
 from robustdiff.backbones.unet2d import UNet2D
-from robustdiff.backbones.weights import read_weights
 from robustdiff.data.archive import npz
 from robustdiff.data.decode import decode_image, read_header
 from robustdiff.data.idx import read_idx
@@ -45,6 +44,7 @@ from robustdiff.recipe import load_recipe, shipped_recipes
 from robustdiff.training.build import build_model
 from robustdiff.training.checkpoint import newest_checkpoint
 from robustdiff.training.trainer import Trainer, train
+from robustdiff.weights import read_weights
 
 EXAMPLES = {"ci": 200, "nightly": 10_000}[os.environ.get("HYPOTHESIS_PROFILE", "ci")]
 SECONDS = 5.0  # of this process's own time, however busy the machine is

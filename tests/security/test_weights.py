@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 import torch
 
-from robustdiff.backbones.weights import read_weights
 from robustdiff.errors import InputError
 from robustdiff.metrics.features import Classifier, load_extractor
+from robustdiff.weights import read_weights
 
 
 class Evil:

@@ -152,9 +152,10 @@ class Model:
         return device
 
     def to(self, device: torch.device | str) -> Model:
-        """Move network and codec to a device, and return the model."""
+        """Move network, codec and condition to a device, and return the model."""
         self.network.to(device)
         self.codec.to(device)
+        self.condition.to(device)
         return self
 
     def __call__(self, x: Tensor, t: Tensor, **condition: Any) -> Any:

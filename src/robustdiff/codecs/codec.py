@@ -54,6 +54,21 @@ class Codec(ABC):
             noise: Standard normal noise of the shape of the result, where the codec is :attr:`random`; none: drawn.
         """
 
+    def moments(self, images: Tensor) -> Tensor:
+        """Return what encoding images draws from, which can be kept: of a random codec means and standard deviations.
+
+        Arguments:
+            images: In [−1, 1], (B, C, H, W).
+
+        Returns:
+            (B, 2C', H', W') of a random codec, the means first; (B, C', H', W') of another.
+        """
+        return self.encode(images)
+
+    def draw(self, moments: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Return what :meth:`encode` returns, (B, C', H', W'), from what :meth:`moments` returned."""
+        return moments
+
     @abstractmethod
     def decode(self, latents: Tensor) -> Tensor:
         """Decode (B, C', H', W') to images, nominally in [−1, 1], (B, C, H, W)."""

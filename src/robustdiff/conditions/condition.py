@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from robustdiff.errors import InputError
@@ -27,6 +28,10 @@ class Condition(ABC):
     @property
     def components(self) -> dict[str, Any]:
         return {}
+
+    def to(self, device: torch.device | str) -> Condition:
+        """Move the condition's own network, if it has any, to a device, and return the condition."""
+        return self
 
     @abstractmethod
     def batch(self, labels: Tensor | None, captions: Sequence[str] | None, dropped: Tensor | None) -> dict[str, Any]:

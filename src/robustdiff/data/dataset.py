@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from robustdiff.codecs.codec import Codec
 from robustdiff.errors import InputError
 
 __all__ = ["ArrayDataset", "ImageDataset", "check_labels", "to_uint8", "to_unit"]
@@ -98,6 +99,20 @@ class ImageDataset(Dataset[tuple[Tensor, Any]]):
         Returns:
             Images uint8 (B, C, H, W), and labels int64 (B,), or None when there are none.
         """
+
+    def latents(self, batch: Tensor, codec: Codec, flipped: Tensor | None, noise: Tensor | None) -> Tensor:
+        """Return what a network is trained on for a batch, in float32, (B, C', H', W').
+
+        Arguments:
+            batch: The images that :meth:`__getitems__` returned, on any device.
+            codec: The way from images to what the network takes.
+            flipped: The images that are mirrored, booleans (B,); None: none of them.
+            noise: Standard normal noise of the shape of the result, where the codec is random.
+        """
+        images = to_unit(batch)
+        if flipped is not None:
+            images = torch.where(flipped[:, None, None, None], images.flip(-1), images)
+        return codec.encode(images, noise)
 
     def labels_of(self, indices: Sequence[int]) -> Tensor | None:
         """Return the labels of a batch, int64 (B,), or None when there are none."""

@@ -35,10 +35,10 @@ from numpy.typing import NDArray
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from robustdiff.backbones.weights import FLOATS, read_file
 from robustdiff.data.dataset import to_unit
 from robustdiff.errors import InputError, RunError, printable
 from robustdiff.files import atomic_write
+from robustdiff.weights import FLOATS, read_file
 
 __all__ = [
     "EXTRACTORS",

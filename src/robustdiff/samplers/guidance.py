@@ -30,7 +30,7 @@ def guided(
         model: Called as diffusers calls it.
         guidance: g ≥ 0, finite.
         condition: The condition that it will be called with.
-        unconditional: ∅, by the same names: a tensor for each sample, or one number for all.
+        unconditional: ∅, by the same names: tensors with one row, or with one for each sample; or one number for all.
 
     Raises:
         InputError: If the scale is out of range, or there is no condition, or ∅ lacks a part of it.
@@ -48,7 +48,7 @@ def guided(
             empty = unconditional[name]
             if not isinstance(empty, Tensor):
                 empty = torch.full_like(value, empty)
-            both[name] = torch.cat([value, empty.to(value)])
+            both[name] = torch.cat([value, empty.to(value).expand_as(value)])
         conditional, empty = predict(model, torch.cat([x, x]), torch.cat([t, t]), both).chunk(2)
         channels = x.shape[1]
         mean = empty[:, :channels] + guidance * (conditional[:, :channels] - empty[:, :channels])

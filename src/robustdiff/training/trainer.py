@@ -37,7 +37,8 @@ from diffusers import EDMEulerScheduler
 from torch import Tensor
 
 from robustdiff.backbones.model import load_model
-from robustdiff.data import ImageDataset, to_unit
+from robustdiff.data import ImageDataset
+from robustdiff.data.latents import LatentDataset
 from robustdiff.data.loader import load_batches, worker_failures
 from robustdiff.errors import InputError, RunError, printable
 from robustdiff.files import (
@@ -182,6 +183,7 @@ class Trainer:
         self.target = target
         self.call = built.model.backbone.bind(self.model)
         built.model.codec.to(accelerator.device)
+        built.model.condition.to(accelerator.device)
         self.objective = build_objective(recipe, built, dataset, accelerator, target)
         self.ema = EMA(list(self.model.parameters()), recipe.ema) if recipe.ema else None
 
@@ -228,10 +230,12 @@ class Trainer:
             for m in range(recipe.accumulate):
                 images, labels = next(loader)
                 rows = indices.rows(m)
-                x0 = to_unit(images.to(accelerator.device, non_blocking=True))
-                if recipe.data.flip:
-                    x0 = torch.where(flip[rows, None, None, None], x0.flip(-1), x0)
-                x0 = codec.encode(x0, None if of_codec is None else of_codec[rows])
+                x0 = self.dataset.latents(
+                    images.to(accelerator.device, non_blocking=True),
+                    codec,
+                    flip[rows] if recipe.data.flip else None,
+                    None if of_codec is None else of_codec[rows],
+                )
                 if labels is not None:
                     labels = labels.to(accelerator.device, non_blocking=True)
                 draws.append(
@@ -654,7 +658,11 @@ def train(
     if recipe.precision == "fp16" and not accelerator.native_amp:  # accelerate would say nothing, and train in fp32
         raise InputError("precision=fp16 is not for a CPU: set precision=bf16, fp32 or auto")
     set_seed(recipe.seed)  # before the network is made: all processes start from the same
-    trainer = Trainer(recipe, accelerator, dataset, build_model(recipe, dataset))
+    built = build_model(recipe, dataset)
+    cached = None
+    if getattr(recipe.codec, "cache", False):
+        dataset = cached = LatentDataset(dataset, built.model.codec, recipe.data.flip)
+    trainer = Trainer(recipe, accelerator, dataset, built)
     if accelerator.is_main_process:
         _prepare_folder(recipe, folder, resume, dataset)
     accelerator.wait_for_everyone()
@@ -665,6 +673,10 @@ def train(
             _check_result(finished, before, trainer)
             logger.info("%s is finished", folder)
             return before
+    if cached is not None:
+        rank, processes = accelerator.process_index, accelerator.num_processes
+        cached.fill(accelerator.device, recipe.data.workers, rank, processes, progress)
+        accelerator.wait_for_everyone()
     set_seed(recipe.seed, device_specific=True)  # dropout and random directions differ between processes
     if resume and (checkpoint := newest_checkpoint(folder / "checkpoints")) is not None:
         trainer.load(checkpoint)

@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from robustdiff.backbones.adm.diagnose import explanation, first_mismatch
 from robustdiff.backbones.adm.flags import AdmFlags
 from robustdiff.backbones.adm.layout import INPUT, NO_COUNTERPART, OUTPUT, QKV, TIME, Layout
-from robustdiff.backbones.weights import FLOATS, read_weights
 from robustdiff.errors import InputError
 from robustdiff.files import atomic_write
+from robustdiff.weights import FLOATS, read_weights
 
 __all__ = ["build_adm", "load_adm", "save_adm"]
 

@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from robustdiff.backbones.weights import check_weights, read_file, read_weights, strip_prefixes
 from robustdiff.errors import InputError
+from robustdiff.weights import check_weights, read_file, read_weights, strip_prefixes
 
 STATE = {"conv.weight": torch.arange(6.0).reshape(2, 3), "conv.bias": torch.zeros(2)}
 OTHER = {name: value + 1 for name, value in STATE.items()}

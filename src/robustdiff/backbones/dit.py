@@ -1,0 +1,253 @@
+"""``DiTTransformer2DModel`` of diffusers in a VAE's latents, with classes: DiTPipeline.
+
+DiT is the transformer of Peebles & Xie, "Scalable Diffusion Models with Transformers", ICCV 2023, arXiv 2212.09748. Its
+last class is a null class, and the network learns a variance, so that it has 2C output channels.
+
+The label embedding of diffusers' class replaces labels by the null class on its own in training, by chance and in each
+block independently. That is switched off here: the condition drops labels, once for the whole network.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler, DiTPipeline
+from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
+from pydantic import Field, model_validator
+from torch import nn
+
+from robustdiff.backbones.backbone import BACKBONES, Backbone, BackboneSection
+from robustdiff.codecs.codec import Codec, Shape
+from robustdiff.codecs.vae import VAE, load_vae
+from robustdiff.conditions.condition import Condition
+from robustdiff.conditions.labels import Labels
+from robustdiff.errors import InputError
+from robustdiff.loading import Components, component, load_network, read_config, shown
+from robustdiff.section import MOST_PARAMETERS, Fraction, Width
+
+__all__ = ["DiT", "DiTSection", "check_size", "exported", "load_codec", "prepare"]
+
+_LARGEST_SIZE = 512  # of latents: 4096 pixels with a VAE that halves three times
+
+
+class DiTSection(BackboneSection):
+    """A new DiT, initialised as in the paper: each block is the identity."""
+
+    name: Literal["dit"] = "dit"
+    condition_dropout: Fraction = Field(
+        0.1, description="share of the labels that become the null class, for classifier-free guidance; 0: none"
+    )
+    layers: int = Field(12, ge=1, le=256, description="transformer blocks")
+    heads: int = Field(6, ge=1, le=256, description="attention heads")
+    head_width: Width = Field(64, description="channels of an attention head")
+    patch: int = Field(2, ge=1, le=64, description="the side of the patches that are one token each")
+
+    @model_validator(mode="after")
+    def _bounded(self) -> DiTSection:
+        # In each block attention (4), feed-forward layers (8), the modulation (6) and the embedding of the time (1).
+        size = self.layers * 19.0 * (self.heads * self.head_width) ** 2
+        if size > MOST_PARAMETERS:
+            raise ValueError(
+                f"model.layers, model.heads and model.head_width make a network of some {size:.0e} parameters, and at "
+                f"most {MOST_PARAMETERS:.0e} are made: choose smaller ones"
+            )
+        if self.heads * self.head_width % 4:
+            raise ValueError("model.heads times model.head_width must be a multiple of 4, for the positions")
+        return self
+
+    def build(self, shape: Shape, num_classes: int | None, learned_variance: bool) -> DiT:
+        """Make a new DiT for what has one shape.
+
+        Raises:
+            InputError: If it is not square or not whole patches, or labels are missing.
+        """
+        channels, height, width = shape
+        if height != width or height % self.patch:
+            raise InputError(
+                f"a DiT with model.patch={self.patch} cannot take {height}×{width}: set data.size so that it takes a "
+                "square of whole patches"
+            )
+        if num_classes is None:
+            raise InputError("model=dit needs labels, and this data has none: choose data that has them")
+        network = DiTTransformer2DModel(
+            num_attention_heads=self.heads,
+            attention_head_dim=self.head_width,
+            in_channels=channels,
+            out_channels=2 * channels if learned_variance else channels,
+            num_layers=self.layers,
+            sample_size=height,
+            patch_size=self.patch,
+            num_embeds_ada_norm=num_classes,
+        )
+        _initialise(network)
+        return DiT(network)
+
+
+def _initialise(network: DiTTransformer2DModel) -> None:
+    """Initialise a network as DiT's code does."""
+    for module in network.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            nn.init.zeros_(module.bias)
+    nn.init.xavier_uniform_(network.pos_embed.proj.weight.view(len(network.pos_embed.proj.weight), -1))
+    nn.init.zeros_(network.pos_embed.proj.bias)
+    for block in network.transformer_blocks:
+        embedding = block.norm1.emb
+        nn.init.normal_(embedding.class_embedder.embedding_table.weight, std=0.02)
+        nn.init.normal_(embedding.timestep_embedder.linear_1.weight, std=0.02)
+        nn.init.normal_(embedding.timestep_embedder.linear_2.weight, std=0.02)
+        nn.init.zeros_(block.norm1.linear.weight)
+    for layer in (network.proj_out_1, network.proj_out_2):
+        nn.init.zeros_(layer.weight)
+
+
+@BACKBONES.register("dit")
+class DiT(Backbone):
+    """A ``DiTTransformer2DModel`` on latents.
+
+    Arguments:
+        network: The network.
+        names: The names of the classes by their numbers, as ``model_index.json`` has them; None without.
+    """
+
+    section = DiTSection
+    part = "transformer"
+    classes: ClassVar[dict[tuple[str, str], type[nn.Module]]] = {
+        ("diffusers", "DiTTransformer2DModel"): DiTTransformer2DModel,
+        ("diffusers", "Transformer2DModel"): DiTTransformer2DModel,  # before diffusers 0.29
+    }
+    others: ClassVar[frozenset[str]] = frozenset({"vae", "id2label"})
+
+    def __init__(self, network: Any, names: dict[str, str] | None = None) -> None:
+        super().__init__(network)
+        self.names = names
+        for block in network.transformer_blocks:
+            block.norm1.emb.class_embedder.dropout_prob = 0.0
+
+    @classmethod
+    def load(cls, folder: Path, components: Components, size: int | None) -> tuple[DiT, Codec]:
+        network = load_network(
+            component(folder, cls.part),
+            DiTTransformer2DModel,
+            aliases=("Transformer2DModel",),
+            prepare=prepare,
+            check=_check,
+        )
+        codec = load_codec(folder, components, network, size)
+        index = folder / "model_index.json"
+        names = read_config(index).get("id2label")
+        if names is not None and not (
+            isinstance(names, dict) and all(key.isdecimal() and isinstance(name, str) for key, name in names.items())
+        ):
+            raise InputError(f"{index}: id2label is {shown(names)}, not names of classes: correct it")
+        return cls(network, names), codec
+
+    def pipeline(self, network: nn.Module, scheduler: Any, codec: Codec, condition: Condition) -> Any:
+        pipeline = DiTPipeline(network, codec.components["vae"], exported(scheduler))
+        if self.names is not None:
+            pipeline.register_to_config(id2label=self.names)
+        return pipeline
+
+    def condition(self) -> Condition:
+        return Labels(self.network.config.num_embeds_ada_norm + 1, null=True)
+
+    @property
+    def multiple(self) -> int:
+        """The side of the network's patches."""
+        return int(self.network.config.patch_size)
+
+
+def exported(scheduler: Any) -> Any:
+    """Return the scheduler of a pipeline that leaves a learned variance out: DDIM in place of DDPM, which needs it."""
+    if isinstance(scheduler, DDPMScheduler) and scheduler.config.variance_type in ("learned", "learned_range"):
+        return DDIMScheduler.from_config(scheduler.config, clip_sample=False)
+    return scheduler
+
+
+def prepare(config: dict[str, Any], tensors: int, path: Path) -> None:
+    """Check the size of a transformer of diffusers before it is made.
+
+    Arguments:
+        config: Its configuration.
+        tensors: The number of tensors of its weights.
+        path: The file of the configuration, for messages.
+
+    Raises:
+        InputError: If the size is none, or the weights have too few layers.
+    """
+    size, patch, layers = (config.get(name, 1) for name in ("sample_size", "patch_size", "num_layers"))
+    if not (type(size) is int and type(patch) is int and 1 <= patch <= size <= _LARGEST_SIZE and size % patch == 0):
+        raise InputError(
+            f"{path}: sample_size={shown(size)} with patch_size={shown(patch)} is no size of latents: it is a number "
+            f"of whole patches, up to {_LARGEST_SIZE}"
+        )
+    if isinstance(layers, int) and layers > tensors:
+        raise InputError(
+            f"{path}: num_layers={layers} does not fit the weights beside it, of {tensors} tensors: give the two that "
+            "belong together"
+        )
+
+
+def _check(network: DiTTransformer2DModel, path: Path) -> None:
+    """Check that a network without memory takes noisy latents, a time and a class."""
+    check_size(network, path, class_labels=torch.zeros(1, dtype=torch.long, device="meta"))
+
+
+def check_size(network: Any, path: Path, **condition: Any) -> None:
+    """Call a transformer without memory, and check the shape of what it returns.
+
+    Arguments:
+        network: The transformer, on the meta device.
+        path: The file of its configuration, for messages.
+        condition: The arguments that it is called with beside x and t.
+
+    Raises:
+        InputError: If it cannot be called, or returns neither C nor 2C channels of the size that it is given.
+    """
+    config = network.config
+    side = config.sample_size
+    try:
+        with torch.no_grad():
+            x = torch.empty(1, config.in_channels, side, side, device="meta")
+            out = network(x, timestep=torch.zeros(1, device="meta"), **condition).sample
+        if out.shape[2:] != x.shape[2:] or out.shape[1] not in (config.in_channels, 2 * config.in_channels):
+            raise ValueError(f"it makes {tuple(out.shape[1:])} of {tuple(x.shape[1:])}")
+        if not x.numel():
+            raise ValueError("it has no channels")
+    except Exception as error:  # a configuration that makes a network and not one that can be called
+        reason = (str(error).splitlines() or [""])[0] or type(error).__name__
+        raise InputError(f"{path}: the network cannot be called ({reason}): correct it") from None
+
+
+def load_codec(folder: Path, components: Components, network: Any, size: int | None) -> VAE:
+    """Load the VAE of a pipeline whose network is a transformer of a fixed size.
+
+    Arguments:
+        folder: The pipeline folder.
+        components: Its components.
+        network: The transformer.
+        size: The side of the images in pixels that is asked for, if any.
+
+    Raises:
+        InputError: If there is none, or it cannot be read, or does not fit the transformer or the size.
+    """
+    index = folder / "model_index.json"
+    if components.get("vae") != ("diffusers", "AutoencoderKL"):
+        raise InputError(
+            f"{index}: vae is {shown(components.get('vae'))}, and only AutoencoderKL of diffusers is supported"
+        )
+    codec = VAE(load_vae(component(folder, "vae")))
+    if codec.shifted:
+        raise InputError(f"{index}: the pipeline does not shift latents, and its VAE has a shift: give another VAE")
+    config = network.config
+    channels, height, _ = codec.decoded_shape((config.in_channels, config.sample_size, config.sample_size))
+    if codec.encoded_shape((channels, height, height))[0] != config.in_channels:
+        raise InputError(
+            f"{index}: the transformer takes {config.in_channels} channels and the VAE encodes as "
+            f"{codec.network.config.latent_channels}: give the two that belong together"
+        )
+    if size not in (None, height):
+        raise InputError(f"size {size} is not for this model: its positions are those of {height}×{height} pixels")
+    return codec

@@ -1,0 +1,161 @@
+"""``PixArtTransformer2DModel`` of diffusers in latents, with captions: PixArtAlphaPipeline and PixArtSigmaPipeline.
+
+PixArt-α is the transformer of Chen et al., "PixArt-α: Fast Training of Diffusion Transformer for Photorealistic
+Text-to-Image Synthesis", ICLR 2024, arXiv 2310.00426. Networks with ``use_additional_conditions`` are also called with
+the height and width of the images in pixels, and with their ratio.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from diffusers import PixArtAlphaPipeline, PixArtSigmaPipeline
+from diffusers.models.transformers.pixart_transformer_2d import PixArtTransformer2DModel
+from torch import Tensor, nn
+
+from robustdiff.backbones.backbone import BACKBONES, Backbone
+from robustdiff.backbones.dit import check_size, exported, load_codec, prepare
+from robustdiff.codecs.codec import Codec
+from robustdiff.conditions.condition import Condition
+from robustdiff.conditions.text import Text, load_text
+from robustdiff.errors import InputError
+from robustdiff.loading import Components, component, load_network, read_config
+
+__all__ = ["PixArt"]
+
+# The pipelines by name, and how many tokens of a caption they take.
+_PIPELINES: dict[str, tuple[type[Any], int]] = {
+    "PixArtAlphaPipeline": (PixArtAlphaPipeline, 120),
+    "PixArtSigmaPipeline": (PixArtSigmaPipeline, 300),
+}
+
+
+class _Sized:
+    """A network called as ``model(x, t, **condition)``, with the size of the images where it takes that.
+
+    Arguments:
+        network: The network, or one that wraps it.
+        sized: Whether it takes the size.
+        factor: The pixels of a side that one latent stands for.
+    """
+
+    def __init__(self, network: Callable[..., Any], sized: bool, factor: int) -> None:
+        self.network, self.sized, self.factor = network, sized, factor
+
+    def __call__(self, x: Tensor, t: Tensor, **condition: Any) -> Any:
+        added = None
+        if self.sized:
+            height, width = (self.factor * side for side in x.shape[2:])
+            added = {
+                "resolution": torch.tensor([[height, width]], dtype=x.dtype, device=x.device).repeat(len(x), 1),
+                "aspect_ratio": torch.tensor([[height / width]], dtype=x.dtype, device=x.device).repeat(len(x), 1),
+            }
+        return self.network(x, timestep=t, added_cond_kwargs=added, **condition)
+
+
+@BACKBONES.register("pixart")
+class PixArt(Backbone):
+    """A ``PixArtTransformer2DModel`` on latents; there are only pretrained ones.
+
+    Arguments:
+        network: The network.
+        text: The condition, with the text encoder; None for a network alone, which is called with embeddings.
+        factor: The pixels of a side that one latent stands for.
+        pipeline: The name of the pipeline that it is saved as.
+    """
+
+    part = "transformer"
+    classes: ClassVar[dict[tuple[str, str], type[nn.Module]]] = {
+        ("diffusers", "PixArtTransformer2DModel"): PixArtTransformer2DModel,
+        ("diffusers", "Transformer2DModel"): PixArtTransformer2DModel,  # before diffusers 0.29
+    }
+    others: ClassVar[frozenset[str]] = frozenset({"vae", "text_encoder", "tokenizer"})
+
+    def __init__(
+        self, network: Any, text: Text | None = None, factor: int = 8, pipeline: str = "PixArtAlphaPipeline"
+    ) -> None:
+        super().__init__(network)
+        self.text, self.factor, self.kind = text, factor, pipeline
+
+    @classmethod
+    def reads(cls, components: Components) -> bool:
+        # Transformer2DModel was the class of DiT as well.
+        return super().reads(components) and {"text_encoder", "tokenizer"} <= set(components)
+
+    @classmethod
+    def load(cls, folder: Path, components: Components, size: int | None) -> tuple[PixArt, Codec]:
+        index = folder / "model_index.json"
+        kind = read_config(index).get("_class_name")
+        if kind not in _PIPELINES:
+            raise InputError(f"{index}: pipelines of captions are read if they are {' or '.join(_PIPELINES)}")
+        for name, expected in (
+            ("text_encoder", ("T5EncoderModel",)),
+            ("tokenizer", ("T5Tokenizer", "T5TokenizerFast")),
+        ):
+            library, given = components[name]
+            if library != "transformers" or given not in expected:
+                raise InputError(f"{index}: {name} is {given} of {library}, and only {expected[0]} is supported")
+        network = load_network(
+            component(folder, cls.part),
+            PixArtTransformer2DModel,
+            aliases=("Transformer2DModel",),
+            prepare=prepare,
+            check=_check,
+        )
+        codec = load_codec(folder, components, network, size)
+        text = load_text(folder, _PIPELINES[kind][1])
+        width = text.encoder.config.d_model
+        if width != _caption_width(network):
+            raise InputError(
+                f"{index}: the transformer takes embeddings of {_caption_width(network)} numbers and the text encoder "
+                f"makes {width}: give the two that belong together"
+            )
+        return cls(network, text, codec.factor, kind), codec
+
+    def pipeline(self, network: nn.Module, scheduler: Any, codec: Codec, condition: Condition) -> Any:
+        parts = condition.components
+        kind, _ = _PIPELINES[self.kind]
+        return kind(
+            tokenizer=parts["tokenizer"],
+            text_encoder=parts["text_encoder"],
+            vae=codec.components["vae"],
+            transformer=network,
+            scheduler=exported(scheduler),
+        )
+
+    def condition(self) -> Condition:
+        if self.text is None:
+            raise InputError("a PixArt transformer alone has no text encoder: load the whole pipeline folder")
+        return self.text
+
+    def bind(self, network: Callable[..., Any]) -> Callable[..., Any]:
+        return _Sized(network, self.network.use_additional_conditions, self.factor)
+
+    @property
+    def multiple(self) -> int:
+        """The side of the network's patches."""
+        return int(self.network.config.patch_size)
+
+
+def _caption_width(network: PixArtTransformer2DModel) -> int:
+    config = network.config
+    return int(config.cross_attention_dim if config.caption_channels is None else config.caption_channels)
+
+
+def _check(network: PixArtTransformer2DModel, path: Path) -> None:
+    """Check that a network without memory takes noisy latents, a time and embeddings of a caption."""
+    if network.config.cross_attention_dim is None:
+        raise InputError(f"{path}: the transformer takes no captions (cross_attention_dim=null): correct it")
+    condition: dict[str, Any] = {
+        "encoder_hidden_states": torch.empty(1, 2, _caption_width(network), device="meta"),
+        "encoder_attention_mask": torch.ones(1, 2, dtype=torch.long, device="meta"),
+    }
+    if network.use_additional_conditions:
+        condition["added_cond_kwargs"] = {
+            "resolution": torch.empty(1, 2, device="meta"),
+            "aspect_ratio": torch.empty(1, 1, device="meta"),
+        }
+    check_size(network, path, **condition)

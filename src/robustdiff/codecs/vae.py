@@ -1,0 +1,253 @@
+r"""Latents of a variational autoencoder (Kingma & Welling, 2013, arXiv 1312.6114), as a space to diffuse in.
+
+That is the model of Rombach et al. (2022), "High-Resolution Image Synthesis with Latent Diffusion Models", arXiv
+2112.10752. With z the posterior's mean or a sample, m the VAE's ``shift_factor`` (or ``latents_mean``; 0 without) and s
+its ``scaling_factor`` (over ``latents_std``), noise is added to
+
+    (z − m) · s,
+
+which has about unit variance. The network is diffusers' ``AutoencoderKL``. It always computes in float32, whatever the
+precision around it: the activations of many VAEs overflow in float16.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from functools import cached_property
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from pydantic import Field
+from torch import Tensor
+
+from robustdiff.codecs.codec import CODECS, Codec, CodecSection, Shape
+from robustdiff.errors import InputError, printable
+from robustdiff.loading import load_network, shown
+from robustdiff.section import Text
+
+__all__ = ["VAE", "Posterior", "VAESection", "load_vae"]
+
+PRETRAINED = files("robustdiff.codecs") / "pretrained"
+"""The folder of the VAEs shipped with the package."""
+
+Posterior = Literal["mean", "sample"]
+
+_PIXELS_AT_ONCE = 2**21  # 32 images of 256×256: a GPU is busy with them, and has the memory
+_TENSORS_OF_A_BLOCK = 8
+
+# Up to diffusers 0.16, in attention blocks.
+_OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+
+
+class VAE(Codec):
+    """A codec that encodes images as scaled latents of an ``AutoencoderKL``.
+
+    Arguments:
+        network: The autoencoder. It is put into eval mode and float32, and its parameters get no gradients.
+        posterior: What an image is encoded as: the posterior's "mean", or a "sample", drawn anew at each call.
+
+    Raises:
+        InputError: If the factors of its latents are not finite numbers, or not positive where they scale.
+    """
+
+    def __init__(self, network: AutoencoderKL, posterior: Posterior = "sample") -> None:
+        self.network = network.eval().float().requires_grad_(False)
+        self.posterior: Posterior = posterior
+        self.random = posterior == "sample"
+        config = network.config
+        channels = config.latent_channels
+        std = _per_channel(config, "latents_std", [1.0] * channels, positive=True)
+        if config.latents_mean is not None:
+            mean = _per_channel(config, "latents_mean", [], positive=False)
+        else:
+            mean = [_number(config, "shift_factor", positive=False)] * channels
+        self._mean = torch.tensor(mean)[:, None, None]
+        self._scale = _number(config, "scaling_factor", positive=True) / torch.tensor(std)[:, None, None]
+
+    @property
+    def components(self) -> dict[str, Any]:
+        return {"vae": self.network}
+
+    @property
+    def shifted(self) -> bool:
+        """True if latents are shifted, or scaled by more than one number, which not all pipelines of diffusers do."""
+        return bool((self._mean != 0).any()) or self.network.config.latents_std is not None
+
+    @property
+    def factor(self) -> int:
+        """The pixels of a side that one latent stands for."""
+        return int(2 ** (len(self.network.config.block_out_channels) - 1))
+
+    def encoded_shape(self, images: Shape) -> Shape:
+        config, (channels, height, width) = self.network.config, images
+        if channels != config.in_channels:
+            wanted = config.in_channels
+            remedy = f"set data.channels={wanted}" if wanted in (1, 3) else "choose another VAE"
+            raise InputError(f"the VAE takes images of {wanted} channels and the data has {channels}: {remedy}")
+        if height % self.factor or width % self.factor:
+            raise InputError(
+                f"the VAE takes sides that are multiples of {self.factor}, the data has {height}×{width}: "
+                "set data.size to such a number"
+            )
+        return config.latent_channels, height // self.factor, width // self.factor
+
+    def decoded_shape(self, latents: Shape) -> Shape:
+        return self.network.config.out_channels, latents[1] * self.factor, latents[2] * self.factor
+
+    @torch.no_grad()
+    def moments(self, images: Tensor) -> Tensor:
+        with torch.autocast(images.device.type, enabled=False):
+            parts = []
+            for part in images.float().split(self._at_once(images.shape[2] * images.shape[3])):
+                posterior = self.network.encode(part).latent_dist
+                mean = (posterior.mean - self._mean.to(part.device)) * self._scale.to(part.device)
+                std = [posterior.std * self._scale.to(part.device)] if self.random else []
+                parts.append(torch.cat([mean, *std], dim=1))
+        return torch.cat(parts)
+
+    def draw(self, moments: Tensor, noise: Tensor | None = None) -> Tensor:
+        if not self.random:
+            return moments
+        mean, std = moments.chunk(2, dim=1)
+        return mean + std * (torch.randn_like(mean) if noise is None else noise)
+
+    def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
+        return self.draw(self.moments(images), noise)
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        with torch.autocast(latents.device.type, enabled=False):
+            z = latents.float() / self._scale.to(latents.device) + self._mean.to(latents.device)
+            pixels = latents.shape[2] * latents.shape[3] * self.factor**2
+            return torch.cat([self.network.decode(part).sample for part in z.split(self._at_once(pixels))])
+
+    def _at_once(self, pixels: int) -> int:
+        return max(1, _PIXELS_AT_ONCE // pixels)
+
+    def to(self, device: torch.device | str) -> VAE:
+        self.network.to(device)
+        return self
+
+    @cached_property
+    def _digest(self) -> str:
+        config = {name: value for name, value in self.network.config.items() if not name.startswith("_")}
+        digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=list).encode())
+        for name, value in sorted(self.network.state_dict().items()):
+            digest.update(f"{name} {tuple(value.shape)}\n".encode())
+            digest.update(value.cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+    def fingerprint(self) -> str:
+        """Return a hash of the weights and the settings, the posterior among them."""
+        return f"vae {self.posterior} {self._digest}"
+
+
+def _number(config: Mapping[str, Any], name: str, positive: bool) -> float:
+    value = config[name]
+    if value is None and not positive:
+        return 0.0
+    if type(value) not in (int, float) or not math.isfinite(value) or (positive and value <= 0):
+        raise InputError(f"the VAE's {name} is {shown(value)}, not a {'positive' if positive else 'finite'} number")
+    return float(value)
+
+
+def _per_channel(config: Mapping[str, Any], name: str, default: list[float], positive: bool) -> list[float]:
+    value = config[name]
+    if value is None:
+        return default
+    if not (
+        isinstance(value, list | tuple)
+        and len(value) == config["latent_channels"]
+        and all(type(v) in (int, float) and math.isfinite(v) and (v > 0 or not positive) for v in value)
+    ):
+        kind = "positive" if positive else "finite"
+        raise InputError(f"the VAE's {name} is not {config['latent_channels']} {kind} numbers, one for each channel")
+    return [float(v) for v in value]
+
+
+def load_vae(path: str | Path) -> AutoencoderKL:
+    """Load an ``AutoencoderKL`` in float32 on the CPU; no code that the files name is run.
+
+    Arguments:
+        path: A folder with ``config.json`` and weights, a pipeline folder with ``vae/``, a run, or the name of a
+            shipped VAE, such as "fashion-16-vae".
+
+    Raises:
+        InputError: If there is none, or it is of another class, or its files do not fit.
+    """
+    return load_network(_folder(path), AutoencoderKL, prepare=_prepare, check=_check, old_names=_OLD_NAMES)
+
+
+def _prepare(config: dict[str, Any], tensors: int, path: Path) -> None:
+    """Check the size of a VAE before it is made."""
+    blocks, layers = config.get("block_out_channels"), config.get("layers_per_block", 1)
+    levels = len(blocks) if isinstance(blocks, list) else 1
+    if isinstance(layers, int) and levels * layers * _TENSORS_OF_A_BLOCK > tensors:
+        raise InputError(
+            f"{path}: {levels} levels of layers_per_block={layers} do not fit the weights beside it, of {tensors} "
+            "tensors: give the two that belong together"
+        )
+    sides = config.get("sample_size", 32)
+    sides = sides if isinstance(sides, list) else [sides]
+    if not (sides and all(type(side) is int and side > 0 for side in sides)):
+        raise InputError(f"{path}: sample_size={shown(config['sample_size'])} is no size of images: correct it")
+
+
+def _check(network: AutoencoderKL, path: Path) -> None:
+    """Call a VAE without memory, and check the shapes of what it returns."""
+    config = network.config
+    side = 2 ** len(config.block_out_channels)
+    shapes = (1, config.latent_channels, 2, 2), (1, config.out_channels, side, side)
+    try:
+        with torch.device("meta"), torch.no_grad():
+            mean = network.encode(torch.empty(1, config.in_channels, side, side)).latent_dist.mean
+            found = tuple(mean.shape), tuple(network.decode(mean).sample.shape)
+        if found != shapes or not mean.numel():
+            raise ValueError(f"latents and images are {found} instead of {shapes}")
+    except Exception as error:  # a configuration that makes a network and not one that can be called
+        reason = (str(error).splitlines() or [""])[0] or type(error).__name__
+        raise InputError(f"{path}: the VAE cannot be called ({reason}): correct it") from None
+
+
+def _folder(path: str | Path) -> Path:
+    given = Path(path)
+    for candidate in (given / "vae", given / "model" / "vae", given, Path(str(PRETRAINED / str(path)))):
+        if (candidate / "config.json").is_file():
+            return candidate
+    raise InputError(
+        f"no VAE at {printable(path)}: give a folder with config.json and weights, a pipeline folder with vae/, or a "
+        f"shipped one ({_shipped()})"
+    )
+
+
+def _shipped() -> str:
+    return ", ".join(sorted(entry.name for entry in PRETRAINED.iterdir() if entry.is_dir()))
+
+
+@CODECS.register("vae")
+class VAESection(CodecSection):
+    """Latents of a VAE: noise is added to them."""
+
+    name: Literal["vae"] = "vae"
+    path: Text | None = Field(
+        None, description="a folder of the VAE or of a pipeline with one, or a shipped one; by default the checkpoint's"
+    )
+    posterior: Posterior = Field("sample", description="what an image is encoded as: the posterior's mean or a sample")
+    cache: bool = Field(False, description="compute the latents of the dataset once, and keep them on disk")
+
+    def build(self, own: Codec | None) -> VAE:
+        if own is not None and "vae" not in own.components:
+            raise InputError("codec=vae does not suit a model of pixels: leave codec out")
+        if self.path is not None:
+            return VAE(load_vae(self.path), self.posterior)
+        if own is None:
+            raise InputError(
+                f"codec=vae needs codec.path for a new network: a folder with a VAE, or a shipped one ({_shipped()})"
+            )
+        return VAE(own.components["vae"], self.posterior)

@@ -1,0 +1,200 @@
+"""Latents of a dataset, computed once and kept on disk.
+
+The entry of a dataset in the cache is a folder of parts, ``00000.float16`` and so on: plain arrays of numbers in
+float16, (n, V, C', H', W'), read by memory map. V is 1, or 2 with the latents of the mirrored images as the second: the
+latents of a mirrored image are not the mirrored latents. Where latents are samples of a posterior, C' are the means and
+then the standard deviations, so that every epoch draws new samples.
+
+The folder's name is a hash of the VAE's weights and settings, of the images, of V and of this user's key: another VAE,
+a changed image or another size is another entry, and what is not this user's is not read. Each part is whole or
+absent, so that a killed process loses one part at most, and several processes fill an entry together.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import hmac
+import logging
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from robustdiff.codecs.codec import Codec
+from robustdiff.data.dataset import ImageDataset, to_unit
+from robustdiff.data.loader import load_batches
+from robustdiff.errors import RunError, printable
+from robustdiff.files import atomic_write, cache_folder, claim_folder, open_regular, remove_leftovers, user_key
+from robustdiff.progress import SILENT, Progress
+
+__all__ = ["LatentDataset"]
+
+logger = logging.getLogger(__name__)
+
+_PART_BYTES = 2**26
+_MOST_PARTS = 128  # each that is open is a file descriptor
+_BATCH = 64
+
+
+class LatentDataset(ImageDataset):
+    """A dataset whose batches are cached latents instead of images.
+
+    Arguments:
+        images: The dataset.
+        codec: The codec that encodes them.
+        flip: Whether mirrored images are encoded, too.
+        folder: The folder of the entries; by default ``latents`` in :func:`robustdiff.files.cache_folder`.
+
+    Raises:
+        InputError: If the codec does not take such images.
+    """
+
+    def __init__(self, images: ImageDataset, codec: Codec, flip: bool = False, folder: Path | None = None) -> None:
+        super().__init__(images.name, images.shape, images.num_classes, images.labels)
+        self.images, self.codec, self.flip = images, codec, flip
+        channels, height, width = codec.encoded_shape(images.shape)
+        self.latent_shape = (1 + flip, channels * (1 + codec.random), height, width)
+        size = 2 * math.prod(self.latent_shape)
+        self.part = max(1, _PART_BYTES // size, math.ceil(len(images) / _MOST_PARTS))
+        content = f"1 {codec.fingerprint()} {images.fingerprint()} {self.latent_shape} {self.part}"
+        name = hmac.new(user_key(), content.encode(), hashlib.sha256).hexdigest()
+        self.folder = (cache_folder() / "latents" if folder is None else folder) / name
+        self._open: dict[int, NDArray[np.float16]] = {}
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_open": {}}  # a memory map would be copied
+
+    def contents(self) -> bytes:
+        """Return the hash of the images."""
+        return self.images.contents()
+
+    def fingerprint(self) -> str:
+        """Return the fingerprint of the images."""
+        return self.images.fingerprint()
+
+    def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor | None]:
+        """Fetch the latents of a batch, float16 (B, V, C', H', W'), and the labels, int64 (B,), or None.
+
+        Raises:
+            RunError: If a part is missing or damaged.
+        """
+        rows = [self._map(index // self.part)[index % self.part] for index in indices]
+        return torch.from_numpy(np.stack(rows)), self.labels_of(indices)
+
+    def latents(self, batch: Tensor, codec: Codec, flipped: Tensor | None, noise: Tensor | None) -> Tensor:
+        view = torch.zeros(len(batch), dtype=torch.int64, device=batch.device) if flipped is None else flipped.long()
+        return self.codec.draw(batch[torch.arange(len(batch), device=batch.device), view].float(), noise)
+
+    # -- the cache -------------------------------------------------------------------------------------------
+
+    def fill(
+        self,
+        device: torch.device | str = "cpu",
+        workers: int = 0,
+        process: int = 0,
+        processes: int = 1,
+        progress: Progress = SILENT,
+    ) -> None:
+        """Compute the parts that are missing.
+
+        Arguments:
+            device: The device of the codec.
+            workers: Processes that load images ahead.
+            process: The number of this process, of ``processes`` that fill the entry together: each makes a share of
+                what is missing, and all have to be done before the dataset is read.
+            processes: Their number.
+            progress: Told how many images are done.
+
+        Raises:
+            InputError: If the entry is not a folder of this package, or an image cannot be read.
+            RunError: If latents are not finite.
+            OSError: If the cache cannot be written.
+        """
+        with self._claimed():
+            missing = [part for part in self._parts() if part % processes == process and not self._is_whole(part)]
+            if not missing:
+                return
+            self.codec.to(device)
+            progress.begin("latents", sum(len(self._rows(part)) for part in missing))
+            loaded = load_batches(self.images, self._batches(missing), workers)
+            for part in missing:
+                self._make(part, loaded, device, progress)
+
+    def _batches(self, parts: Sequence[int]) -> Iterator[list[int]]:
+        for rows in map(self._rows, parts):
+            for start in rows[::_BATCH]:
+                yield list(range(start, min(start + _BATCH, rows.stop)))
+
+    def _make(self, part: int, loaded: Iterator[Any], device: torch.device | str, progress: Progress) -> None:
+        rows = self._rows(part)
+        latents = np.empty((len(rows), *self.latent_shape), np.float16)
+        done = 0
+        while done < len(rows):
+            images = to_unit(next(loaded)[0].to(device))
+            views = [self.codec.moments(view) for view in (images, images.flip(-1))[: 1 + self.flip]]
+            batch = torch.stack(views, dim=1).to(torch.float16)
+            if not (finite := batch.isfinite().flatten(1).all(1)).all():
+                raise RunError(
+                    f"{self.name}: the latents of image {rows[done + int((~finite).nonzero()[0])]} are not finite in "
+                    "float16: check the weights of the codec, or leave the image out"
+                )
+            latents[done : done + len(batch)] = batch.cpu().numpy()
+            done += len(batch)
+            progress.advance(len(batch))
+        with atomic_write(self._path(part)) as file:
+            file.write(latents.data)
+
+    @contextmanager
+    def _claimed(self) -> Iterator[None]:
+        """Hold the entry as one that is being filled, and remove what killed processes left if no other fills it."""
+        claim_folder(self.folder, "a cache of latents")
+        with open_regular(self.folder / "lock", "ab") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                remove_leftovers(self.folder, r"\d{5}\.float16")
+            except BlockingIOError:
+                pass
+            fcntl.flock(lock, fcntl.LOCK_SH)
+            yield
+
+    def _parts(self) -> range:
+        return range(math.ceil(len(self) / self.part))
+
+    def _rows(self, part: int) -> range:
+        return range(part * self.part, min((part + 1) * self.part, len(self)))
+
+    def _path(self, part: int) -> Path:
+        return self.folder / f"{part:05d}.float16"
+
+    def _bytes(self, part: int) -> int:
+        return 2 * len(self._rows(part)) * math.prod(self.latent_shape)
+
+    def _is_whole(self, part: int) -> bool:
+        path = self._path(part)
+        if not path.exists():
+            return False
+        with open_regular(path) as file:
+            whole = file.seek(0, 2) == self._bytes(part)
+        if not whole:
+            logger.warning("%s is damaged, and is computed again", printable(path))
+        return whole
+
+    def _map(self, part: int) -> NDArray[np.float16]:
+        if part not in self._open:
+            path = self._path(part)
+            if not path.exists() or not self._is_whole(part):
+                raise RunError(f"{printable(path)} is missing or damaged: start the run again, which computes it anew")
+            with open_regular(path) as file:
+                shape = (len(self._rows(part)), *self.latent_shape)
+                self._open[part] = np.memmap(file, np.float16, mode="r", shape=shape)
+        return self._open[part]
