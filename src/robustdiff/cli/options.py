@@ -43,6 +43,25 @@ def parse_names(text: str | None, option: str = "--sampler") -> list[str]:
     return [] if text is None else _distinct(text.split(","), option)
 
 
+def parse_assignments(texts: list[str], taken: dict[str, Any]) -> dict[str, Any]:
+    """Return the values, read as YAML, of assignments ``KEY=VALUE``.
+
+    Raises:
+        InputError: If one is malformed, or a key is given twice, or among those that are taken.
+    """
+    from robustdiff.yaml_reader import parse_yaml
+
+    values: dict[str, Any] = {}
+    for text in texts:
+        key, separator, value = text.partition("=")
+        if not separator or not key:
+            raise InputError(f"--set {text}: write it as option=value, as in --set window=20")
+        if key in values or key in taken:
+            raise InputError(f"--set {text}: {key} is given twice: give it once")
+        values[key] = parse_yaml(value, f"--set {text}")
+    return values
+
+
 def _distinct(values: list[_T], option: str) -> list[_T]:
     if twice := [value for value in values if values.count(value) > 1]:
         raise InputError(f"{option} has {twice[0]} twice: give each once")

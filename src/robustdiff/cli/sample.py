@@ -38,6 +38,9 @@ def sample(
     ] = None,
     window: Annotated[int | None, typer.Option(help="time-shift: the window's width, in training times.")] = None,
     cutoff: Annotated[int | None, typer.Option(help="time-shift: the time down from which nothing is shifted.")] = None,
+    overrides: Annotated[
+        list[str], typer.Option("--set", metavar="OPTION=VALUE", help="Another option of the sampler: --set window=20")
+    ] = [],  # noqa: B006
     spacing: options.Spacing = None,
     guidance: options.Guidance = None,
     classes: Annotated[
@@ -61,6 +64,7 @@ def sample(
 
     accelerator = Accelerator(cpu=cpu)
     chosen = options.given(eps_scale=_scale(eps_scale), window=window, cutoff=cutoff, spacing=spacing)
+    chosen |= options.parse_assignments(overrides, chosen)
     settings = options.given(sampler=sampler, steps=_steps(steps), label=label, num_classes=classes, guidance=guidance)
     settings |= {"size": size, "seed": seed, "batch_size": batch_size, "precision": precision, "options": chosen}
     generator = Generator.load(run, accelerator.device, **settings)

@@ -1,0 +1,175 @@
+"""A package of somebody else's adds kinds, one file each, which recipes and commands name with fields of their own.
+
+``package`` has a dataset, an adversary, an objective, a sampler and a metric. It is made a wheel and installed by pip,
+as a user does; no module of robustdiff names any of them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+SRC = Path(__file__).resolve().parents[2] / "src"
+PACKAGE = Path(__file__).parent / "package"
+TINY = {
+    "data": {"name": "stripes", "width": 3},
+    "objective": {"name": "absolute", "factor": 3.0},
+    "adversary": {"name": "constant", "shift": 0.5},
+    "model": {"channels": [8], "groups": 4, "layers": 1},
+    "steps": 2,
+    "batch_size": 4,
+    "threads": 1,
+    "log_every": 1,
+}
+
+
+MISTAKES = {
+    "adversary.shift=-1": ["adversary.shift"],
+    "adversary.steps=2": ["unknown field adversary.steps", "known here: name, shift"],
+    "adversary=strong": ["adversary.name", "constant, free, none, pgd, random"],
+    "objective.prediction=epsilon": ["unknown field objective.prediction", "known here: name, factor"],
+    "objective.name=loss": ["objective.name", "absolute, consistency, denoising, edm"],
+    "data.width=0": ["data.width"],
+    "data.width=true": ["data.width", "no truth value"],
+    "data.colour=red": ["data.colour", "workers, width, dark"],
+    "data.background=black": ["stripes takes no background", "imagefolder", "workers, width, dark"],
+    "data=digits": ["digits takes no width", "stripes"],
+    "data.root=x": ["stripes takes no root"],
+}
+READ = """
+import json, sys
+from robustdiff.errors import InputError
+from robustdiff.recipe import load_recipe
+
+messages = {}
+for assignment in sys.argv[2:]:
+    try:
+        recipe = load_recipe(sys.argv[1], [assignment])
+        recipe.data.load()
+        messages[assignment] = recipe.model_dump(mode="json")
+    except InputError as error:
+        messages[assignment] = str(error)
+print(json.dumps(messages))
+"""
+
+
+def make_wheel(folder: Path) -> Path:
+    """Return a wheel of the package, as a build backend makes it of its ``pyproject.toml``."""
+    project = tomllib.loads((PACKAGE / "pyproject.toml").read_text())["project"]
+    name, version = project["name"].replace("-", "_"), project["version"]
+    information = f"{name}-{version}.dist-info"
+    groups = project["entry-points"].items()
+    points = [f"[{group}]\n" + "".join(f"{k} = {v}\n" for k, v in names.items()) for group, names in groups]
+    wheel = folder / f"{name}-{version}-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        for path in PACKAGE.glob("*.py"):
+            archive.write(path, path.name)
+        archive.writestr(f"{information}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+        archive.writestr(
+            f"{information}/WHEEL", "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        )
+        archive.writestr(f"{information}/entry_points.txt", "".join(points))
+        archive.writestr(f"{information}/RECORD", "")
+    return wheel
+
+
+@pytest.fixture(scope="module")
+def python(tmp_path_factory):
+    """Run a fresh Python, with the package installed, in a folder with a recipe that names its kinds."""
+    pytest.importorskip("pip")
+    folder = tmp_path_factory.mktemp("extension")
+    site = folder / "site"
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--target", str(site)]
+    subprocess.run([*pip, str(make_wheel(folder))], check=True, capture_output=True)
+    (folder / "r.yaml").write_text(yaml.safe_dump(TINY))
+
+    def run(*words):
+        env = {**os.environ, "PYTHONPATH": f"{SRC}:{site}", "CUDA_VISIBLE_DEVICES": ""}
+        outcome = subprocess.run(
+            [sys.executable, *map(str, words)], env=env, cwd=folder, capture_output=True, text=True
+        )
+        assert outcome.returncode == 0, outcome.stderr
+        return outcome.stdout
+
+    return run, folder
+
+
+@pytest.fixture(scope="module")
+def trained(python):
+    run, folder = python
+    run("-m", "robustdiff", "train", "r.yaml", "--set", "output=run")
+    return folder / "run"
+
+
+def test_a_dataset_an_adversary_and_an_objective_train(trained):
+    result = json.loads((trained / "result.json").read_text())
+    assert (result["steps"], result["backward_passes"], result["data"]) == (2, 2, "stripes")
+    assert result["delta_norm"] == pytest.approx(0.5 * 8)
+    for line in map(json.loads, (trained / "metrics.jsonl").read_text().splitlines()):
+        assert line["loss"] == pytest.approx(3 * line["mse"])
+        assert line["absolute"] > 0
+    written = yaml.safe_load((trained / "recipe.yaml").read_text())
+    assert written["adversary"] == {"name": "constant", "shift": 0.5}
+    assert written["objective"] == {"name": "absolute", "factor": 3.0}
+    assert (written["data"]["width"], written["data"]["dark"]) == (3, False)
+
+
+def test_a_sampler_samples_with_its_option(python, trained):
+    run, folder = python
+    common = ["-m", "robustdiff", "sample", trained, "--num", 4, "--steps", 3, "--cpu"]
+    for name, words in {
+        "ddim": ["--sampler", "ddim"],
+        "none": ["--sampler", "churned", "--set", "part=0"],
+        "some": ["--sampler", "churned", "--set", "part=0.5"],
+    }.items():
+        run(*common, *words, "--output", folder / f"{name}.npz")
+    ddim, none, some = (np.load(folder / f"{name}.npz")["arr_0"] for name in ("ddim", "none", "some"))
+    assert np.array_equal(none, ddim)
+    assert not np.array_equal(some, ddim)
+
+
+def test_a_metric_measures_beside_ours(python, trained):
+    run, folder = python
+    words = ["--metrics", "contrast,brightness", "--sampler", "churned", "--steps", "2,3", "--num", 8, "--cpu"]
+    table = run("-m", "robustdiff", "evaluate", trained, *words, "--output", folder / "evaluation")
+    assert "contrast" in table
+    cells = json.loads((folder / "evaluation" / "result.json").read_text())["cells"]
+    assert [(cell["sampler"], cell["steps"]) for cell in cells] == [("churned", 2), ("churned", 3)]
+    run(
+        "-m",
+        "robustdiff",
+        "sample",
+        trained,
+        "--sampler",
+        "churned",
+        "--steps",
+        2,
+        "--num",
+        8,
+        "--cpu",
+        "--output",
+        folder / "two.npz",
+    )
+    images = np.load(folder / "two.npz")["arr_0"].reshape(8, -1)
+    assert cells[0]["contrast"] == pytest.approx(images.std(1, ddof=1).mean())
+    assert cells[0]["brightness"] == pytest.approx(images.mean())
+
+
+def test_recipes_of_its_kinds(python):
+    run, _ = python
+    read = json.loads(run("-c", READ, "r.yaml", *MISTAKES, "adversary=none", "data={name: digits, background: white}"))
+    for assignment, words in MISTAKES.items():
+        assert isinstance(read[assignment], str), assignment
+        for word in words:
+            assert word in read[assignment]
+    assert read["adversary=none"]["adversary"]["name"] == "none", "and its own fields go with it"
+    assert "background" not in read["data={name: digits, background: white}"]["data"], "as older recipes have it"
