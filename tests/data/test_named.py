@@ -181,7 +181,7 @@ def test_what_follows_a_prefix_is_the_root(monkeypatch):
     monkeypatch.setitem(DATASETS._entries, "echo:NAME", echo)
     assert load_dataset("echo:a:b", lines=2) == ("a:b", 2)
     assert DataConfig(name="echo:c").load() == ("c", 1)
-    with pytest.raises(InputError, match="unknown dataset 'ech:x'.*echo:NAME"):
+    with pytest.raises(InputError, match=r"unknown dataset 'ech:x'.*echo:NAME"):
         load_dataset("ech:x")
 
 
