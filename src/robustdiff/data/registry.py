@@ -109,9 +109,8 @@ class DataConfig(Named):
     @model_validator(mode="before")
     @classmethod
     def _all_known(cls, value: Any) -> Any:
-        if not isinstance(value, dict) or not isinstance(
-            name := value.get("name", cls.model_fields["name"].default), str
-        ):
+        name = value.get("name", cls.model_fields["name"].default) if isinstance(value, dict) else None
+        if not isinstance(name, str):
             return value
         try:
             options = _section(_find(name)[0])
