@@ -34,11 +34,6 @@ ORDER = [
 
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
 
-NOT_YET = {
-    ("loading.py", "backbones"),
-}
-"""(module, import) that are still in the wrong direction."""
-
 
 def imported(tree: ast.AST) -> Iterator[str]:
     """Yield the modules that are imported anywhere, except under `if TYPE_CHECKING`."""
@@ -71,7 +66,7 @@ FILES = [path for path in sorted(PACKAGE.rglob("*.py")) if path.parent != PACKAG
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(PACKAGE).as_posix())
 def test_imports_follow_the_order(path: Path) -> None:
-    assert set(violations(path)) - NOT_YET == set()
+    assert set(violations(path)) == set()
 
 
 def test_the_order_names_all_that_is_there() -> None:

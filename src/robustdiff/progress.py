@@ -1,4 +1,4 @@
-"""How long work says how far it has come."""
+"""The progress of long work, told to whoever shows it."""
 
 from __future__ import annotations
 

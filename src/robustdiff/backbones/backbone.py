@@ -128,7 +128,7 @@ class Backbone(ABC):
 
     @property
     def learned_variance(self) -> bool:
-        """Whether the network has 2C output channels, the second half of which is a learned variance."""
+        """True if the network has 2C output channels, the second half of which is a learned variance."""
         return bool(self.network.config.out_channels == 2 * self.network.config.in_channels)
 
     @property

@@ -1,4 +1,4 @@
-"""What a condition is: what a network is called with beside x_t and t, in training and in sampling.
+"""Conditions: the arguments of a network beside x_t and t, in training and in sampling.
 
 In training a share of the conditions is dropped: replaced by the empty one, which classifier-free guidance (Ho &
 Salimans, 2022, arXiv 2207.12598) needs in sampling.
@@ -19,7 +19,7 @@ __all__ = ["Condition"]
 
 
 class Condition(ABC):
-    """What a network is called with beside x_t and t.
+    """The arguments of a network beside x_t and t.
 
     Attributes:
         components: The parts that it has in a pipeline folder, by their names, such as a text encoder.
@@ -58,7 +58,7 @@ class Condition(ABC):
 
     @property
     def droppable(self) -> bool:
-        """Whether there is an empty condition."""
+        """True if there is an empty condition."""
         return False
 
     @abstractmethod

@@ -62,7 +62,7 @@ class ImageNoise:
         self._generators = [torch.Generator().manual_seed(int(state >> np.uint64(1))) for state in states]
 
     def draw(self) -> Tensor:
-        """The next noise of each, with shape (B, C, H, W)."""
+        """Draw the next noise of each image, with shape (B, C, H, W)."""
         return torch.stack([torch.randn(self.shape, generator=g) for g in self._generators]).to(self.device)
 
     def __iter__(self) -> Iterator[Tensor]:
@@ -246,7 +246,7 @@ class Generator:
 
 
 def share_of(num: int, accelerator: Accelerator) -> range:
-    """The numbers of the images that this process makes."""
+    """Return the numbers of the images that this process makes."""
     return _share(num, accelerator.process_index, accelerator.num_processes)
 
 

@@ -138,12 +138,12 @@ class ObjectiveConfig(Named):
 
     @property
     def learned_variance(self) -> bool:
-        """Whether the network has 2C output channels, the second half a variance."""
+        """True if the network has 2C output channels, the second half a variance."""
         return False
 
     @property
     def fixed_levels(self) -> bool:
-        """Whether the times or noise levels are the same throughout a training."""
+        """True if the times or noise levels are the same throughout a training."""
         return True
 
     @property

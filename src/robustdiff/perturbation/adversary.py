@@ -125,7 +125,7 @@ class AdversaryConfig(Named):
 
     @property
     def by_level(self) -> bool:
-        """Whether the noise level σ_t says how far δ moves."""
+        """True if the radius depends on the noise level σ_t."""
         return False
 
     def build(self, process: DiffusionProcess) -> Adversary:

@@ -228,7 +228,7 @@ class RadiusConfig(Section):
 
     @property
     def by_level(self) -> bool:
-        """Whether the radius depends on σ_t."""
+        """True if the radius depends on σ_t."""
         return self.by_noise or self.within is not None
 
     def build(self, process: DiffusionProcess) -> RadiusSchedule:

@@ -190,7 +190,7 @@ class Trainer:
     # -- the loop --------------------------------------------------------------------------------------------
 
     def learning_rate(self) -> float:
-        """The rate of the next update: linear warm-up, then constant or half a cosine."""
+        """Return the rate of the next update: linear warm-up, then constant or half a cosine."""
         recipe = self.recipe
         rate = recipe.lr * min(1.0, (self.step + 1) / recipe.warmup if recipe.warmup else 1.0)
         if recipe.lr_schedule == "cosine":
@@ -198,7 +198,7 @@ class Trainer:
         return rate
 
     def batches(self) -> Iterator[list[Draw]]:
-        """The microbatches of one batch after the other, from the run's position on."""
+        """Yield the microbatches of one batch after the other, from the run's position on."""
         recipe, accelerator = self.recipe, self.accelerator
         indices = BatchIndices(
             len(self.dataset),
@@ -655,7 +655,7 @@ def train(
     except ValueError as error:  # a device that cannot compute so
         message = f"precision={recipe.precision} is not for this device: {str(error).rstrip('.')}; set precision=auto"
         raise InputError(message) from None
-    if recipe.precision == "fp16" and not accelerator.native_amp:  # accelerate would say nothing, and train in fp32
+    if recipe.precision == "fp16" and accelerator.device.type == "cpu":  # accelerate would say nothing, and train in fp32
         raise InputError("precision=fp16 is not for a CPU: set precision=bf16, fp32 or auto")
     set_seed(recipe.seed)  # before the network is made: all processes start from the same
     built = build_model(recipe, dataset)
