@@ -100,7 +100,7 @@ STAGES = {
     "trainer.py:_prepare_folder": "preparation of the run",
     "trainer.py:__init__": "preparation of the run",
     "build.py:build_model": "preparation of the run",
-    "recipe.py:load": "preparation of the run",
+    "registry.py:load": "preparation of the run",
     "recipe.py:load_recipe": "preparation of the run",
     "trainer.py:_drop_after": "metrics",
     "trainer.py:flush": "metrics",

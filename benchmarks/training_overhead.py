@@ -73,7 +73,7 @@ def measure(rounds, batch_size, tiny):
         return Trainer(with_adversary, accelerator, dataset, network(with_adversary)).updates()
 
     loops = {
-        "bare": bare_loop(network(recipe).unet, batch_size, dataset.shape, recipe.lr),
+        "bare": bare_loop(network(recipe).model.network, batch_size, dataset.shape, recipe.lr),
         "plain": trainer_loop("none"),
         "free": trainer_loop("free"),
         "pgd": trainer_loop("pgd"),

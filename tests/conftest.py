@@ -145,3 +145,24 @@ def golden(tmp_path_factory: pytest.TempPathFactory) -> Path:
             }
         torch.save(state, path.with_suffix(".pt"))
     return folder
+
+
+class Watch:
+    """A progress that calls a function with how much of the present part is done."""
+
+    def __init__(self, on_progress: Callable[[int], None]) -> None:
+        self.on_progress, self.done = on_progress, 0
+
+    def begin(self, description: str, total: float) -> None:
+        self.done = 0
+
+    def advance(self, amount: float, note: str = "") -> None:
+        self.done += int(amount)
+        if amount:
+            self.on_progress(self.done)
+
+
+@pytest.fixture(scope="session")
+def watch() -> type[Watch]:
+    """Return the class of a progress that a function watches."""
+    return Watch

@@ -51,6 +51,14 @@ else:
     _Adversary = choice("adversary", ADVERSARIES, default="none", merged=False)
 
 
+_KINDS: dict[str, Mapping[str, type[Section]]] = {
+    "model": SECTIONS,
+    "codec": CODECS,
+    "objective": OBJECTIVES,
+    "adversary": ADVERSARIES,
+}
+
+
 class SamplerConfig(Named):
     """The section ``sampler``: the sampler of ``robustdiff sample``, where the command names none."""
 
@@ -155,6 +163,14 @@ def _override(values: dict[str, Any], assignment: str) -> None:
     _assign(values, key, text if text.startswith("#") else parse_yaml(text, f"--set {assignment}"))
 
 
+def _named(section: str, fields: dict[str, Any], name: str) -> dict[str, Any]:
+    """Return the fields of a section of another name, without those that its kind does not have."""
+    kinds = _KINDS.get(section, {})
+    if name in kinds and fields.get("name") != name:
+        fields = {field: value for field, value in fields.items() if field in kinds[name].model_fields}
+    return {**fields, "name": name}
+
+
 def _assign(values: dict[str, Any], key: str, value: Any) -> None:
     """Set the field of a dotted name."""
     if isinstance(value, str):
@@ -168,7 +184,11 @@ def _assign(values: dict[str, Any], key: str, value: Any) -> None:
         values[section] = inner
         values = inner
     if isinstance(value, str) and isinstance(values.get(last), dict):
-        values[last] = {**values[last], "name": value}
+        values[last] = _named(key, values[last], value)
+    elif last == "name" and isinstance(value, str):
+        named = _named(sections[0] if len(sections) == 1 else "", values, value)
+        values.clear()
+        values.update(named)
     else:
         values[last] = value
 

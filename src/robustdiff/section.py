@@ -168,7 +168,7 @@ def choice(what: str, kinds: Mapping[str, type[Named]], default: str, merged: bo
         for other in kinds.values():
             for field, info in other.model_fields.items():
                 if field not in known:
-                    defaults.setdefault(field, []).append(info.get_default())
+                    defaults.setdefault(field, []).append(None if info.is_required() else info.get_default())
         return kinds[name].model_validate(
             {n: v for n, v in value.items() if not any(_same(v, d) for d in defaults.get(n, ()))}
         )

@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -86,16 +87,16 @@ class Crash(Exception):
 
 
 @pytest.fixture
-def train_cut(device: str) -> Callable[..., None]:
+def train_cut(device: str, watch: Any) -> Callable[..., None]:
     """train_cut(recipe, after=recipe): train until a checkpoint is behind, and then, with ``after``, to the end."""
 
     def run(first: Recipe, after: Recipe | None = None) -> None:
-        def crash(status: object) -> None:
-            if status.step > first.checkpoint_every:  # type: ignore[attr-defined]
+        def crash(step: int) -> None:
+            if step > first.checkpoint_every:
                 raise Crash
 
         with pytest.raises(Crash):
-            train(first, cpu=device == "cpu", on_status=crash)
+            train(first, cpu=device == "cpu", progress=watch(crash))
         AcceleratorState._reset_state(reset_partial_state=True)  # as in another process
         PartialState._reset_state()
         train(after or first, cpu=device == "cpu", resume=True)

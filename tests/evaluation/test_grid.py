@@ -57,7 +57,7 @@ def generators(digits_run) -> dict[str, Generator]:
     one = Generator.load(digits_run, seed=3, batch_size=25)
     other = Generator.load(digits_run, seed=3, batch_size=25)
     with torch.no_grad():
-        for parameter in other.unet.parameters():
+        for parameter in other.model.network.parameters():
             parameter.mul_(0.9)
     return {"one": one, "other": other}
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from robustdiff.backbones.model import Model
 from robustdiff.errors import InputError
 from robustdiff.evaluation.generate import Generator
+from robustdiff.objectives.denoising import DenoisingObjective
 from robustdiff.process import DiffusionProcess
 from robustdiff.recipe import load_recipe
 from robustdiff.samplers import sample
@@ -108,16 +109,15 @@ def test_training_with_condition_dropout_makes_a_null_class(guided_run, robustdi
 
 
 def test_half_of_the_labels_become_the_null_class(tmp_path, monkeypatch):
-    from robustdiff.training import trainer
 
     seen: list[int] = []
-    draw = trainer.DenoisingObjective.draw
+    draw = DenoisingObjective.draw
 
     def watched(self, x0, **arguments):
         seen.extend(arguments["class_labels"].tolist())
         return draw(self, x0, **arguments)
 
-    monkeypatch.setattr(trainer.DenoisingObjective, "draw", watched)
+    monkeypatch.setattr(DenoisingObjective, "draw", watched)
     small = ["model.channels=[8,16]", "model.groups=4", "steps=6", "batch_size=64", "threads=1", "adversary=none"]
     train(load_recipe("digits", [*small, "model.class_cond=true", "model.condition_dropout=0.5", f"output={tmp_path}"]))
     assert set(seen) == set(range(11))

@@ -31,7 +31,6 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import save_file
 
-from robustdiff import study
 from robustdiff.backbones.model import Model, load_model
 from robustdiff.backbones.scheduler import objective_of, process_of, sampling_of
 from robustdiff.backbones.unet2d import UNet2D
@@ -41,6 +40,8 @@ from robustdiff.data.idx import read_idx
 from robustdiff.errors import InputError
 from robustdiff.metrics.features import Classifier
 from robustdiff.recipe import load_recipe, shipped_recipes
+from robustdiff.study import run
+from robustdiff.study.schema import load_study
 from robustdiff.training.build import build_model
 from robustdiff.training.checkpoint import newest_checkpoint
 from robustdiff.training.trainer import Trainer, train
@@ -173,7 +174,7 @@ def test_recipes(folder, data):
 @fuzz
 @given(damaged(STUDIES) | edited(yaml.safe_load(STUDIES[0])).map(lambda values: yaml.safe_dump(values).encode()))
 def test_studies(folder, data):
-    check(folder / "s.yaml", data, study.load_study)
+    check(folder / "s.yaml", data, load_study)
 
 
 @fuzz
@@ -183,10 +184,10 @@ def test_cells(folder, data):
         raise InputError("nothing is trained or measured here")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(study, "_train", nothing)
-        patch.setattr(study, "_Evaluator", nothing)
+        patch.setattr(run, "_train", nothing)
+        patch.setattr(run, "_measure", nothing)
         patch.setattr(torch, "set_num_threads", lambda n: None)
-        check(folder / "c.json", data, lambda path: study.reproduce(path, folder / "out"))
+        check(folder / "c.json", data, lambda path: run.reproduce(path, folder / "out"))
 
 
 MANIFEST = json.dumps({"state.json": "0" * 64, "model.safetensors": "1" * 64}).encode()
@@ -372,7 +373,7 @@ def load_all(path: Path) -> None:
 def test_pipelines(pipeline, name, monkeypatch):
     if not name.startswith("unet"):  # which takes longer to load than all else
         unet = load_model(pipeline).network
-        monkeypatch.setattr("robustdiff.backbones.pipeline._load_unet", lambda *_: unet)
+        monkeypatch.setattr("robustdiff.backbones.unet2d.load_network", lambda *_, **__: unet)
     path = pipeline / name
     original = path.read_bytes()
     changed = edited(json.loads(original)).map(lambda values: json.dumps(values).encode())

@@ -308,7 +308,7 @@ def sample(robustdiff, finished, output, *more):
 
 def interrupted(robustdiff, finished, output, monkeypatch):
     """The part of a call that was stopped before the archive."""
-    from robustdiff.samplers import generate
+    from robustdiff.evaluation import generate
 
     def stop(*_, **__):
         raise KeyboardInterrupt

@@ -123,14 +123,14 @@ def test_a_signal_saves_and_ends_well_and_the_run_can_go_on(tiny, outcome, start
     assert_same(outcome(cut), outcome(whole))
 
 
-def test_a_signal_within_train_returns_none(tiny):
+def test_a_signal_within_train_returns_none(tiny, watch):
     recipe = tiny(steps=50)
 
-    def stop_at_the_first(status):
-        if status.step == 1:
+    def stop_at_the_first(step):
+        if step == 1:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    assert train(recipe, cpu=True, on_status=stop_at_the_first) is None
+    assert train(recipe, cpu=True, progress=watch(stop_at_the_first)) is None
     assert checkpoints(recipe) == ["step-00000002"]  # the flag is looked at after the next update
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 

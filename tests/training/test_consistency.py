@@ -77,7 +77,7 @@ class Crash(Exception):
     ],
     ids=["distillation", "bf16, student", "growing", "edm"],
 )
-def test_resuming_is_bit_for_bit_the_run_in_one_go(tiny, outcome, teachers, fields):
+def test_resuming_is_bit_for_bit_the_run_in_one_go(tiny, outcome, teachers, fields, watch):
     objective = dict(fields["objective"])
     if "teacher" in objective:
         objective["teacher"] = teachers[objective["teacher"]]
@@ -85,12 +85,12 @@ def test_resuming_is_bit_for_bit_the_run_in_one_go(tiny, outcome, teachers, fiel
     whole, cut = tiny("whole", **fields), tiny("cut", **fields)
     train(whole, cpu=True)
 
-    def crash(status):
-        if status.step >= 7:
+    def crash(step):
+        if step >= 7:
             raise Crash
 
     with pytest.raises(Crash):
-        train(cut, cpu=True, on_status=crash)
+        train(cut, cpu=True, progress=watch(crash))
     train(cut, cpu=True, resume=True)
     first, second = outcome(whole), outcome(cut)
     assert (objective["name"] == "consistency") == any(name.startswith("target now/") for name in first)
@@ -155,7 +155,7 @@ def test_student_target_and_teacher_have_one_precision(tiny, teachers, precision
     assert types == [torch.bfloat16 if precision == "bf16" else torch.float32] * 2
     with torch.no_grad():
         denoised = trainer.objective.teacher(x + 1, sigma)
-        exact = Generator.load(teachers["edm"]).model.denoise(x + 1, sigma)
+        exact = load_model(teachers["edm"]).denoiser()(x + 1, sigma)
     assert denoised.dtype == torch.float32
     assert torch.equal(denoised, exact) == (precision == "fp32")
     torch.testing.assert_close(denoised, exact, atol=0.05, rtol=0.05)

@@ -54,12 +54,18 @@ class Crash(Exception):
     """As a kill: the run ends where it is."""
 
 
-def crash_at(step):
-    def on_status(status):
-        if status.step >= step:
-            raise Crash
+@pytest.fixture
+def crash_at(watch):
+    """crash_at(step): a progress that ends a run at a step."""
 
-    return on_status
+    def make(step):
+        def crash(done):
+            if done >= step:
+                raise Crash
+
+        return watch(crash)
+
+    return make
 
 
 # -- resuming -------------------------------------------------------------------------------------------------
@@ -84,13 +90,13 @@ def crash_at(step):
     ],
     ids=lambda fields: "-".join(str(v if isinstance(v, str) else k) for k, v in fields.items()),
 )
-def test_resuming_is_bit_for_bit_the_run_in_one_go(tiny, outcome, fields):
+def test_resuming_is_bit_for_bit_the_run_in_one_go(tiny, outcome, fields, crash_at):
     # 4 is not a multiple of the three passes, and the last batch ends after one of them.
     fields = {"steps": 10, "checkpoint_every": 4, **fields}
     whole, cut = tiny("whole", **fields), tiny("cut", **fields)
     train(whole, cpu=True)
     with pytest.raises(Crash):
-        train(cut, cpu=True, on_status=crash_at(7))
+        train(cut, cpu=True, progress=crash_at(7))
     assert list((Path(cut.output) / "checkpoints").iterdir())
     train(cut, cpu=True, resume=True)
     first, second = outcome(whole), outcome(cut)
@@ -156,10 +162,10 @@ def test_resuming_on_other_data_is_refused(tiny, tmp_path, change, message):
     assert (tmp_path / "run/data.json").read_bytes() == before
 
 
-def test_before_the_first_checkpoint_the_data_may_change(tiny, tmp_path):
+def test_before_the_first_checkpoint_the_data_may_change(tiny, tmp_path, crash_at):
     recipe = tiny(steps=4, data=photos(tmp_path / "photos"))
     with pytest.raises(Crash):
-        train(recipe, cpu=True, on_status=crash_at(1))
+        train(recipe, cpu=True, progress=crash_at(1))
     (tmp_path / "photos/cat/0.png").unlink()  # as one is told to do with a damaged picture
     assert train(recipe, cpu=True, resume=True)["images"] == 7
 
@@ -397,14 +403,14 @@ def test_a_parameter_that_the_last_update_broke_is_not_saved(tiny):
 # -- what a run leaves behind ---------------------------------------------------------------------------------
 
 
-def test_metrics_and_result(tiny):
+def test_metrics_and_result(tiny, watch):
     recipe = tiny(steps=12, adversary={"name": "free", "step_size": 0.5}, log_every=6, warmup=4)
-    statuses = []
-    result = train(recipe, cpu=True, on_status=statuses.append)
+    steps = []
+    result = train(recipe, cpu=True, progress=watch(steps.append))
     written = lines(recipe)
-    assert [line["step"] for line in written] == [status.step for status in statuses] == [6, 12]
-    for line, status in zip(written, statuses, strict=True):
-        assert line["loss"] == line["mse"] == status.loss > 0
+    assert [line["step"] for line in written] == steps == [6, 12]
+    for line in written:
+        assert line["loss"] == line["mse"] > 0
         assert 0.5 < line["delta_norm"] <= 1 + 1e-4
         assert line["lr"] == recipe.lr
         assert line["epoch"] == pytest.approx(line["step"] / 3 * 8 / 1797)
@@ -515,14 +521,14 @@ def test_flips_mirror_about_half_of_the_images(tiny):
     assert torch.equal(x.t, y.t)
 
 
-def test_compiled_training_is_the_same_training_and_can_be_resumed(tiny, outcome, monkeypatch):
+def test_compiled_training_is_the_same_training_and_can_be_resumed(tiny, outcome, monkeypatch, crash_at):
     # All of torch.compile but the generation of C++, which takes half a minute here.
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     fields = {"adversary": "free", "steps": 6, "checkpoint_every": 3}
     plain, compiled = tiny("plain", **fields), tiny("compiled", compile=True, **fields)
     train(plain, cpu=True)
     with pytest.raises(Crash):
-        train(compiled, cpu=True, on_status=crash_at(6))
+        train(compiled, cpu=True, progress=crash_at(6))
     train(compiled, cpu=True, resume=True)
     assert_close(outcome(plain), outcome(compiled))
 

@@ -63,11 +63,9 @@ def evaluate(
     accelerator, (runs, images) = Accelerator(cpu=cpu), load_sources(sources)
     names = options.parse_names(metrics, "--metrics")
     cells = options.parse_names(sampler), options.parse_counts(steps), num, names
-    compared = {"--data": data, "--root": root, "--set": overrides, "--reference": reference}
-    real = _real_images(
-        names, compared | {"--features": features, "--weights": weights}, next(iter(runs.values()), None)
-    )
-    target = load_target(real, features, weights, accelerator.device)
+    given = {"--data": data, "--root": root, "--set": overrides, "--reference": reference}
+    given |= {"--features": features, "--weights": weights}
+    target = load_target(_real_images(names, given, runs), features, weights, accelerator.device)
     chosen = options.given(spacing=spacing)
     settings = options.given(seed=seed, batch_size=batch_size, precision=precision, guidance=guidance, options=chosen)
     with Bar(err, quiet=not accelerator.is_main_process) as bar:
@@ -76,7 +74,7 @@ def evaluate(
         _show(grid, target, seed, output)
 
 
-def _real_images(metrics: list[str], given: dict[str, Any], run: str | None) -> DataConfig | Path | None:
+def _real_images(metrics: list[str], given: dict[str, Any], runs: dict[str, str]) -> DataConfig | Path | None:
     """Return the configuration of the real images, or the file of their statistics; None where nothing is compared."""
     from robustdiff.metrics.metric import DEFAULT, compared
 
@@ -86,7 +84,7 @@ def _real_images(metrics: list[str], given: dict[str, Any], run: str | None) -> 
         return None
     data, root, overrides, reference = (given[name] for name in ("--data", "--root", "--set", "--reference"))
     if reference is None:
-        return options.real_images(run, data, root, overrides)
+        return options.real_images(next(iter(runs.values()), None), data, root, overrides)
     if data is not None or root is not None or overrides:
         raise InputError("--reference takes the place of --data, --root and --set: give it, or them")
     return Path(reference)

@@ -236,7 +236,7 @@ class Trainer:
                     flip[rows] if recipe.data.flip else None,
                     None if of_codec is None else of_codec[rows],
                 )
-                if labels is not None:
+                if labels is not None and condition.classes is not None:
                     labels = labels.to(accelerator.device, non_blocking=True)
                 draws.append(
                     self.objective.draw(
