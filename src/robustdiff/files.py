@@ -260,7 +260,7 @@ def claim_folder(path: Path, what: str) -> bool:
         what: The purpose of the folder, in a word or two for messages.
 
     Returns:
-        True if the folder was not empty.
+        True if the folder already had contents besides the marker.
 
     Raises:
         InputError: The folder is neither empty nor marked, it contains a symbolic link, or the path is not a folder.

@@ -204,7 +204,7 @@ def check_size(network: Any, path: Path, **condition: Any) -> None:
         condition: The arguments of the transformer besides x and t.
 
     Raises:
-        InputError: If the call fails, or the output has neither C nor 2C channels or another size than the input.
+        InputError: If the call fails, or the output differs in size from the input or has neither C nor 2C channels.
     """
     config = network.config
     side = config.sample_size

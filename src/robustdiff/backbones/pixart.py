@@ -34,7 +34,7 @@ _PIPELINES: dict[str, tuple[type[Any], int]] = {
 
 
 class _Sized:
-    """A network called as ``model(x, t, **condition)``, which adds the size of the images if the network takes it.
+    """A wrapper, called as ``model(x, t, **condition)``, that passes the size of the images to networks that take it.
 
     Arguments:
         network: The network, or a wrapper of it.

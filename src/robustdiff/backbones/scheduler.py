@@ -217,7 +217,7 @@ def denoiser_of(scheduler: Any, backbone: Backbone, network: Callable[..., Any] 
     return DiffusionDenoiser(network, process_of(scheduler), objective_of(scheduler, backbone).prediction)
 
 
-# -- settings of sampling ---------------------------------------------------------------------------------------
+# -- settings of sampling ------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

@@ -79,7 +79,7 @@ class Codec(ABC):
         return self
 
     def fingerprint(self) -> str:
-        """Return a string that identifies the codec: codecs that encode or decode differently have different ones."""
+        """Return a string that differs between codecs that encode or decode differently."""
         return type(self).__name__
 
 

@@ -69,7 +69,7 @@ STRIP = 256
 # Limits above which a file is refused, because decoding it may take excessive time or memory.
 MOST_PIXELS_A_SIDE = 2**16
 MOST_TIFF_VALUES = 2**18  # mostly strips or tiles
-MOST_PNG_CHUNKS = 10_000  # without chunks of pixels and frames
+MOST_PNG_CHUNKS = 10_000  # not counting chunks of pixels and frames
 MOST_JPEG_SCANS = 100
 
 

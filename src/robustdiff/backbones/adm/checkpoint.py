@@ -181,8 +181,8 @@ def save_adm(unet: UNet2DModel, path: str | os.PathLike[str]) -> None:
     """Write a UNet as a guided-diffusion checkpoint; the inverse of :func:`load_adm`.
 
     A UNet from `load_adm` is written in the attention order and the tensor types of its file, and in guided-diffusion's
-    order of tensors; training it, or `save_pretrained` and `from_pretrained`, do not change this. Any other
-    `UNet2DModel` with ADM's structure is written in the new attention order and its own tensor types.
+    order of tensors, also after training or `save_pretrained` and `from_pretrained`. Any other `UNet2DModel` with ADM's
+    structure is written in the new attention order and its own tensor types.
 
     Args:
         unet: The network. Parameters that were cast, for example by `unet.half()`, are written in their new type.
