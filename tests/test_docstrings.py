@@ -1,8 +1,13 @@
-"""The first line of a public docstring: a verb in the imperative for functions, and a plain statement for all."""
+"""The form of docstrings.
+
+The first line is a verb in the imperative for public functions, and a plain statement everywhere. Descriptions of
+arguments and attributes are noun phrases.
+"""
 
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +17,16 @@ PACKAGE = Path(__file__).parents[1] / "src" / "robustdiff"
 FILES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))
 
 CLAUSES = {"What", "How", "Where", "Whether", "Of", "Who", "Which", "When"}
+
+CLAUSE = re.compile(r"^ +\w+: (?:What|How|Where|Of|Who|Which)\b.*", re.MULTILINE)
+"""A description of an argument or attribute that is a clause. "Whether" is allowed, for booleans."""
+
+FOLDERS = (
+    *("backbones/", "codecs/", "conditions/", "data/"),
+    *("errors.py", "files.py", "interrupt.py", "loading.py", "progress.py", "recipe.py", "registry.py", "section.py"),
+    *("weights.py", "workers.py", "yaml_reader.py"),
+)
+"""The folders and files in which descriptions of arguments are checked."""
 
 VERBS = """
 Absorb Accept Accumulate Add Adjust Advance Allow Append Apply Assemble Assert Assign Attach Average Begin Bootstrap
@@ -71,3 +86,11 @@ def offenders(file: str) -> list[str]:
 @pytest.mark.parametrize("file", FILES)
 def test_first_lines(file: str) -> None:
     assert offenders(file) == []
+
+
+@pytest.mark.parametrize("file", [file for file in FILES if file.startswith(FOLDERS)])
+def test_descriptions(file: str) -> None:
+    nodes = ast.walk(ast.parse((PACKAGE / file).read_text(encoding="utf-8")))
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    texts = [ast.get_docstring(node) or "" for node in nodes if isinstance(node, documented)]
+    assert CLAUSE.findall("\n".join(texts)) == []

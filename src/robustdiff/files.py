@@ -1,12 +1,12 @@
-"""Files that are either whole or absent.
+"""Atomic writes, and safe access to untrusted files.
 
-A process may be killed at any instruction. A reader must then find the previous file or the next one, never
-a half of either. POSIX gives exactly one such operation, rename(2) within a file system: write under a
-temporary name in the same folder, force the bytes to the disk, rename over the target.
+A process may be killed at any instruction; a reader must then find the old file or the new one, but no partial file.
+Files are therefore written under a temporary name in the same folder, flushed to disk by fsync(2), and renamed by
+rename(2), which is atomic within a file system.
 
-And files that may have come from somebody else: a folder that was downloaded can hold symbolic links, hard links and
-pipes where this package keeps files of its own. They are opened here, as regular files and without following links,
-folders are written into only where they are this package's, and only what it made is removed.
+A downloaded folder can hold symbolic links, hard links and pipes in place of this package's files. Files are opened
+only if they are regular, without following links; folders are written to only if they belong to this package, and only
+files that it created are removed.
 """
 
 from __future__ import annotations
@@ -42,19 +42,18 @@ __all__ = [
 ]
 
 MARKER = ".robustdiff"
-"""The file in a folder that says that this package may replace and remove what is in it."""
+"""The name of the file that marks a folder whose contents this package may replace and remove."""
 
 _JSON_BYTES = 2**26
-_NOFOLLOW = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)  # opening a pipe would wait for its other end
+_NOFOLLOW = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)  # opening a pipe would block
 
 
 @contextmanager
 def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
-    """Open `path` for writing; it appears, complete and on disk, when the block ends without an exception.
+    """Open `path` for writing; the file appears, complete and on disk, when the block ends without an exception.
 
-    If the block raises, the temporary file is removed and whatever was at `path` stays. The folder of `path`
-    must exist. The temporary file is hidden (`.NAME.RANDOM.tmp`), so that a process killed half-way leaves
-    nothing that a glob for the target's suffix would find.
+    If the block raises, the temporary file is removed and `path` is unchanged. The folder of `path` must exist. The
+    temporary file is hidden (`.NAME.RANDOM.tmp`), so that after a kill no glob for the target's suffix finds it.
 
     Args:
         path: The file to create or replace.
@@ -68,7 +67,7 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     target = Path(path)
     temporary = _temporary(target)
     try:
-        # "x" and not mkstemp: the file gets the permissions the user's umask says, as any other file does.
+        # Unlike mkstemp, "x" respects the user's umask.
         with open(temporary, "xb") as file:
             yield file
             file.flush()
@@ -81,19 +80,19 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
 
 @contextmanager
 def atomic_folder(path: str | os.PathLike[str], *, replace: bool = False) -> Iterator[Path]:
-    """Make a new folder to fill; it appears at `path`, complete and on disk, when the block ends without an exception.
+    """Create a folder to fill; it appears at `path`, complete and on disk, when the block ends without an exception.
 
-    If the block raises, the temporary folder is removed and whatever was at `path` stays. The parent must exist.
+    If the block raises, the temporary folder is removed and `path` is unchanged. The parent must exist.
 
     Args:
         path: The folder to create.
-        replace: Whether a folder at `path` is removed, which the caller knows to be this package's.
+        replace: Whether to replace an existing folder at `path`, which must belong to this package.
 
     Yields:
         The temporary folder, beside `path`.
 
     Raises:
-        InputError: Something is at `path` that is not replaced.
+        InputError: `path` exists and is not to be replaced.
         OSError: The parent does not exist or cannot be written.
     """
     target = Path(path)
@@ -106,7 +105,7 @@ def atomic_folder(path: str | os.PathLike[str], *, replace: bool = False) -> Ite
         for file in [f for f in temporary.rglob("*") if f.is_file()]:
             with open(file, "rb") as opened:
                 os.fsync(opened.fileno())
-        # rename(2) replaces no folder that has something in it: the old one steps aside first.
+        # rename(2) does not replace a folder that is not empty, so the old folder is moved away first.
         try:
             if target.exists():
                 os.rename(target, previous)
@@ -118,7 +117,7 @@ def atomic_folder(path: str | os.PathLike[str], *, replace: bool = False) -> Ite
         shutil.rmtree(previous, ignore_errors=True)
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        # A write that failed is an error of their own kind to safetensors and to torch's zip writer.
+        # safetensors and torch's zip writer raise errors of their own if a write fails.
         if isinstance(error, SafetensorError) or "inline_container" in str(error):
             raise OSError(f"{target} cannot be written, is the disk full? ({error})") from error
         raise
@@ -129,11 +128,11 @@ def _temporary(target: Path) -> Path:
 
 
 def remove_leftovers(folder: Path, names: str) -> None:
-    """Remove what a killed :func:`atomic_write` or :func:`atomic_folder` left in a folder of this package.
+    """Remove temporary files and folders left by a killed :func:`atomic_write` or :func:`atomic_folder`.
 
     Args:
-        folder: The folder. Links in it are removed themselves, and not what they point to.
-        names: A regular expression for the names of their targets.
+        folder: A folder of this package. Links in it are removed without following them.
+        names: A regular expression for the names of the targets.
     """
     leftover = re.compile(rf"\.(?:{names})\.[0-9a-f]{{12}}\.tmp")
     for path in folder.iterdir():
@@ -145,18 +144,17 @@ def remove_leftovers(folder: Path, names: str) -> None:
 
 
 def open_regular(path: str | os.PathLike[str], mode: Literal["rb", "r+b", "ab", "x+b"] = "rb") -> BinaryIO:
-    """Open a regular file that may be somebody else's: no link, pipe or device, and nothing that is written is linked.
+    """Open an untrusted file, which must be regular and, for writing, must have no other hard link.
 
-    Nothing is truncated. "ab" makes the file where it is missing, which is what a lock file needs.
+    The file is not truncated. "ab" creates a missing file, as lock files need.
 
     Args:
         path: The file. Links in the path of its folder are followed.
-        mode: As :func:`open` takes it.
+        mode: The mode, as for :func:`open`.
 
     Raises:
-        InputError: It is not a regular file, or it is to be written and has another name as well, or no file has such
-            a name.
-        OSError: It is missing, exists ("x+b"), or cannot be opened.
+        InputError: The file is not regular, has another hard link and is to be written, or its name is invalid.
+        OSError: The file is missing, exists ("x+b"), or cannot be opened.
     """
 
     def opener(name: str, flags: int) -> int:
@@ -182,19 +180,19 @@ def open_regular(path: str | os.PathLike[str], mode: Literal["rb", "r+b", "ab", 
 
 
 def read_json(path: str | os.PathLike[str], limit: int = _JSON_BYTES) -> Any:
-    """Read a JSON file that may be somebody else's.
+    """Read an untrusted JSON file.
 
     Args:
         path: A regular file.
-        limit: The most bytes that it may have.
+        limit: The maximum size in bytes.
 
     Returns:
-        What it holds; its numbers are finite.
+        The value; its numbers are finite.
 
     Raises:
-        InputError: It is not a regular file, too large, not JSON, or nested too deeply; the message begins with the
+        InputError: The file is not regular, too large, not JSON, or nested too deeply; the message begins with the
             path.
-        OSError: It is missing or cannot be read.
+        OSError: The file is missing or cannot be read.
     """
 
     def finite(text: str) -> float:
@@ -214,11 +212,11 @@ def read_json(path: str | os.PathLike[str], limit: int = _JSON_BYTES) -> Any:
 
 
 def write_json(path: Path, record: Any) -> None:
-    """Write a result as JSON, and make the folder of the file if there is none.
+    """Write a result as JSON, and create the folder of the file if it is missing.
 
     Raises:
-        RunError: A number in it is not finite; nothing is written.
-        OSError: The folder cannot be made or written.
+        RunError: A number is not finite; nothing is written.
+        OSError: The folder cannot be created or written.
     """
     try:
         text = json.dumps(record, indent=1, allow_nan=False)
@@ -230,11 +228,11 @@ def write_json(path: Path, record: Any) -> None:
 
 
 def make_folder(path: Path) -> None:
-    """Make a folder and its parents, or check that there is one and that it is no link.
+    """Create a folder and its parents, or check that it exists and is not a link.
 
     Raises:
-        InputError: It is something else, or no folder can have such a name.
-        OSError: It cannot be made.
+        InputError: The path is not a folder, or the name is invalid.
+        OSError: The folder cannot be created.
     """
     try:
         if path.is_symlink():
@@ -253,20 +251,20 @@ def make_folder(path: Path) -> None:
 
 
 def claim_folder(path: Path, what: str) -> bool:
-    """Make a folder that is this package's to write in, or check that it is one, by the file :data:`MARKER` in it.
+    """Create a folder for this package to write to, marked by the file :data:`MARKER`, or check that it is marked.
 
-    An empty folder becomes one. What is in it belongs to this package from then on.
+    An empty folder is marked. The contents of a marked folder belong to this package.
 
     Args:
         path: The folder.
-        what: What it is for, in a word or two for messages.
+        what: The purpose of the folder, in a word or two for messages.
 
     Returns:
-        Whether there was anything in it.
+        True if the folder already had contents besides the marker.
 
     Raises:
-        InputError: It is not empty and not this package's, or something in it is a symbolic link, or it is no folder.
-        OSError: It cannot be made or written.
+        InputError: The folder is neither empty nor marked, it contains a symbolic link, or the path is not a folder.
+        OSError: The folder cannot be created or written.
     """
     make_folder(path)
     remove_leftovers(path, re.escape(MARKER))
@@ -288,14 +286,14 @@ def claim_folder(path: Path, what: str) -> bool:
 
 
 def cache_folder() -> Path:
-    """Return the folder for files of this user alone: `$ROBUSTDIFF_CACHE`, or else `~/.cache/robustdiff`."""
+    """Return the user's cache folder: `$ROBUSTDIFF_CACHE`, or else `~/.cache/robustdiff`."""
     return Path(os.environ.get("ROBUSTDIFF_CACHE") or Path.home() / ".cache" / "robustdiff")
 
 
 def user_key() -> bytes:
-    """Return 32 random bytes that only this user has, to sign files that their own later calls reuse.
+    """Return the user's secret key of 32 random bytes, which authenticates files that later calls reuse.
 
-    They are made at the first call and kept in the cache; if it cannot be written, each process has others.
+    The key is created at the first call and stored in the cache; if that is not writable, each process has its own.
     """
     path = cache_folder() / "key"
     key = secrets.token_bytes(32)

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as a flag, so that work stops where it can be resumed."""
+"""A flag for Ctrl-C and SIGTERM, so that work stops at a point from which it can be resumed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class Interrupt:
-    """A context in which the first SIGTERM or Ctrl-C only sets ``received``, for a loop to check; a second one acts.
+    """A context manager in which the first SIGTERM or Ctrl-C only sets ``received``; a second one has its usual effect.
 
     Attributes:
         received: The name of the signal, or None.

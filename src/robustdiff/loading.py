@@ -1,9 +1,9 @@
-"""Components of diffusers pipeline folders, read without running code that a file names.
+"""Components of diffusers pipeline folders, loaded without running code that a file names.
 
-A folder has a folder for each component, with a JSON configuration and for a network its weights, and beside them
-``model_index.json``, which says the classes; the oldest ones have all files in one folder. Components are read here and
-not by ``from_pretrained``, so that no class is imported and no code run because a file names it, so that weights saved
-in other ways than ``save_pretrained``'s are read as well, and so that whatever does not fit is one line that says why.
+A pipeline folder has a folder for each component, with a JSON configuration and, for a network, its weights, and the
+file ``model_index.json`` with the classes of the components; the oldest pipelines have all files in one folder. This
+module is used instead of ``from_pretrained`` so that no class is imported and no code is run because a file names it,
+weights not written by ``save_pretrained`` are read as well, and every error is reported in one line.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ Components = Mapping[str, tuple[str, str]]
 
 _Network = TypeVar("_Network", bound=nn.Module)
 
-# Fields that are in a configuration without being its class's: of the moving average that diffusers' EMAModel saves
-# with a network, and of schedulers of its first releases, where they only named an array library.
+# Fields of a configuration that are not arguments of its class: fields that diffusers' EMAModel saves with a network,
+# and the name of an array library in schedulers of the first releases.
 _OF_EMA = {"decay", "inv_gamma", "min_decay", "optimization_step", "power", "update_after_step", "use_ema_warmup"}
 _OF_OLD = {"tensor_format"}
 
@@ -60,15 +60,15 @@ _LARGEST_INTEGER = 10**6
 
 
 def component(folder: Path, name: str) -> Path:
-    """Return the folder of a component; diffusers' first pipelines have all files in one folder."""
+    """Return the folder of a component: the pipeline folder itself in the oldest pipelines."""
     return folder / name if (folder / name).is_dir() else folder
 
 
 def read_index(folder: Path) -> dict[str, tuple[str, str]]:
-    """Return the components that the ``model_index.json`` of a pipeline folder names.
+    """Return the components listed in the ``model_index.json`` of a pipeline folder.
 
     Raises:
-        InputError: If it is missing or malformed, or the pipeline has code of its own.
+        InputError: If the file is missing or malformed, or the pipeline has custom code.
     """
     path = folder / "model_index.json"
     index = read_config(path)
@@ -91,7 +91,7 @@ def read_config(path: Path) -> dict[str, Any]:
     """Return the JSON object in a file.
 
     Raises:
-        InputError: It is missing, or too large, or not one.
+        InputError: The file is missing, too large, or not a JSON object.
     """
     if not path.is_file():
         raise InputError(f"{path} is {'a folder, not a file' if path.is_dir() else 'missing'}: save the model again")
@@ -110,7 +110,7 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def shown(value: Any) -> str:
-    """Return a value from a file as JSON, cut to what fits in a message."""
+    """Return a value from a file as JSON, truncated for a message."""
     text = json.dumps(value)
     return text if len(text) <= 60 else text[:59] + "…"
 
@@ -119,13 +119,13 @@ def load_scheduler(folder: Path, components: Components) -> Any:
     """Return the scheduler of a pipeline folder.
 
     Raises:
-        InputError: If there is none, or it is no scheduler of diffusers, or its configuration is malformed.
+        InputError: If the scheduler is missing, is not a scheduler of diffusers, or its configuration is malformed.
     """
     index = folder / "model_index.json"
     if "scheduler" not in components:
         raise InputError(f"{index} names no scheduler: save the pipeline with the one that it was trained with")
     library, name = components["scheduler"]
-    # The name is looked up among those that diffusers exports before anything is imported by it.
+    # Only names that diffusers exports are imported.
     known = library == "diffusers" and name.endswith("Scheduler") and name in dir(diffusers.schedulers)
     kind = getattr(diffusers.schedulers, name) if known else None
     if not (inspect.isclass(kind) and issubclass(kind, SchedulerMixin)):
@@ -138,7 +138,7 @@ def load_scheduler(folder: Path, components: Components) -> Any:
 
 def _scheduler(path: Path, kind: type[SchedulerMixin]) -> Any:
     defaults = class_parameters(kind)
-    # A null where the class has a default of another kind says nothing.
+    # A null is ignored if the default of the class is not None.
     config = {
         name: value
         for name, value in read_config(path).items()
@@ -158,7 +158,7 @@ def _scheduler(path: Path, kind: type[SchedulerMixin]) -> Any:
     ):
         raise InputError(f"{path}: trained_betas={shown(betas)} is not a list of 1 to {_LARGEST_T} numbers in [0, 1]")
     scheduler = _from_config(kind, config, path, defaults)
-    # A configuration also keeps what schedulers that it was converted from had.
+    # A configuration also has the fields of schedulers from which it was converted.
     others = [kind, DDPMScheduler, *getattr(scheduler, "compatibles", []), *DDPMScheduler().compatibles]
     _check_names(config, {name for other in others for name in class_parameters(other)}, path, kind)
     return scheduler
@@ -176,22 +176,22 @@ def load_network(
 ) -> _Network:
     """Load a network of diffusers from a folder with ``config.json`` and weights, in float32 and eval mode, on the CPU.
 
-    Weights are read from safetensors, or else from ``.bin``, tensors only; whole or in shards; or from a variant such
-    as ``fp16`` where there are no others. The network is made without memory first, and gets the weights if their
-    shapes are those that it has.
+    Weights are read from safetensors, or else from tensors in ``.bin``, in one file or in shards. A variant such as
+    ``fp16`` is read only if there are no other weights. The network is first created on the meta device, and loads the
+    weights if their names and shapes match.
 
     Arguments:
         folder: The folder.
         kind: The class of the network.
-        parameters: The arguments of the class by name, with their defaults; those of ``kind`` by default.
-        prepare: Called with the configuration, the number of tensors of the weights and the path of the configuration;
-            may change the configuration, or raise InputError before anything large is made of it.
-        check: Called with the network without memory, and the path of the configuration; may raise InputError.
-        old_names: The names that layers had in earlier versions of diffusers, and those that they have now.
-        aliases: The other names by which configurations call the class.
+        parameters: The arguments of the class by name, with their defaults; by default those of ``kind``.
+        prepare: A function of the configuration, the number of tensors in the weights and the path of the
+            configuration. It may change the configuration, or raise InputError before memory is allocated.
+        check: A function of the network on the meta device and the path of the configuration. It may raise InputError.
+        old_names: The current names of layers by their names in earlier versions of diffusers.
+        aliases: The other names of the class in configurations.
 
     Raises:
-        InputError: If anything is missing or malformed, or does not fit together, or a weight is not finite.
+        InputError: If a file is missing or malformed, the weights do not fit the network, or a weight is not finite.
     """
     path = folder / "config.json"
     config = {name: value for name, value in read_config(path).items() if name not in _OF_EMA}
@@ -212,7 +212,7 @@ def load_network(
     _check_fit(state, expected, source, path)
     network.load_state_dict(check_weights(state, source, torch.float32), assign=True)
     unsaved = [name for name, buffer in network.named_buffers() if buffer.is_meta]
-    if unsaved:  # computed when the network is made, such as positions
+    if unsaved:  # buffers that the constructor computes, such as positions
         with init_empty_weights(include_buffers=False):
             buffers = dict(_from_config(kind, config, path, parameters).named_buffers())
         for name in unsaved:
@@ -237,7 +237,7 @@ def _check_names(config: Mapping[str, Any], known: set[str], path: Path, kind: t
 
 
 def _from_config(kind: Any, config: Mapping[str, Any], path: Path, defaults: Mapping[str, Any]) -> Any:
-    """Return an instance of a class of diffusers' from a configuration of unknown origin."""
+    """Return an instance of a diffusers class from an untrusted configuration."""
     for name, value in config.items():
         for number in value if isinstance(value, list) else [value]:
             if type(number) is int and abs(number) > _LARGEST_INTEGER:
@@ -249,15 +249,15 @@ def _from_config(kind: Any, config: Mapping[str, Any], path: Path, defaults: Map
             )
     with _quietly():
         try:
-            # diffusers imports the class that is named there.
+            # diffusers would import the class named in the configuration.
             return kind.from_config({**config, "_class_name": kind.__name__})
-        except Exception as error:  # the classes check few of their arguments: what they raise is anything
+        except Exception as error:  # the classes check few of their arguments, and may raise any error
             reason = (str(error).splitlines() or [""])[0] or type(error).__name__
             raise InputError(f"{path} does not describe a {kind.__name__}: {reason}") from None
 
 
 def _like(value: Any, default: Any) -> bool:
-    """Return whether a value of JSON is of the kind of a default; None and what has no default is for the class."""
+    """Return whether a JSON value has the type of a default; without a default, the class itself checks the value."""
     if value is None or value == default:
         return True
     match default:
@@ -275,7 +275,7 @@ def _like(value: Any, default: Any) -> bool:
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """Silence diffusers and torch, where they warn of what is raised as well, or recommend other configurations."""
+    """Silence warnings of diffusers and torch that repeat an error or recommend other configurations."""
     verbosity = diffusers_logging.get_verbosity()
     diffusers_logging.set_verbosity(diffusers_logging.CRITICAL)
     try:
@@ -287,7 +287,7 @@ def _quietly() -> Iterator[None]:
 
 
 def _new_name(name: str, expected: Mapping[str, Any], old_names: Mapping[str, str]) -> str:
-    """Return today's name of a tensor that diffusers had under another."""
+    """Return the current name of a tensor that diffusers has renamed."""
     if name in expected:
         return name
     *block, layer, kind = name.split(".") if name.count(".") else ("", name)
@@ -296,7 +296,7 @@ def _new_name(name: str, expected: Mapping[str, Any], old_names: Mapping[str, st
 
 
 def _check_fit(state: Mapping[str, Tensor], expected: Mapping[str, torch.Size], source: Path, path: Path) -> None:
-    """Check that weights are those that a network has, by name and by shape."""
+    """Check that weights have the names and shapes of a network's parameters and buffers."""
     missing = [name for name in expected if name not in state]
     more = [name for name in state if name not in expected]
     if missing or more:
@@ -312,7 +312,7 @@ def _check_fit(state: Mapping[str, Tensor], expected: Mapping[str, torch.Size], 
 
 
 def _read_weights(folder: Path) -> tuple[Path, dict[str, Tensor]]:
-    """Return the file with a network's weights, or the index of its shards, and the tensors by name."""
+    """Return the file of a network's weights, or the index of its shards, and the tensors by name."""
     found: dict[str, list[tuple[bool, bool, str]]] = {}  # by variant: (not safetensors, in shards, name)
     for name in sorted(entry.name for entry in folder.iterdir()):
         if match := _WEIGHTS.fullmatch(name):
@@ -334,7 +334,7 @@ def _read_weights(folder: Path) -> tuple[Path, dict[str, Tensor]]:
 
 
 def _read_shards(index: Path) -> dict[str, Tensor]:
-    """Return the tensors that the index of a model in several files names."""
+    """Return the tensors of a network by the index of its shards."""
     places = read_config(index).get("weight_map")
     if not isinstance(places, dict) or not places or not all(isinstance(file, str) for file in places.values()):
         raise InputError(f"{index} has no weight_map of names to files: download the model again")
@@ -352,7 +352,7 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
 
 
 def _root(folder: Path) -> Path:
-    """Return what a folder's links may not lead out of; in the cache of the Hub that is all that it has of a model."""
+    """Return the folder that links must not leave: the model's folder in the Hub's cache, or else the folder itself."""
     folder = folder.resolve()
     for parent in folder.parents:
         if parent.name == "snapshots" and (parent.parent / "blobs").is_dir():

@@ -1,4 +1,4 @@
-"""The progress of long work, told to whoever shows it."""
+"""The protocol by which long computations report their progress."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ __all__ = ["SILENT", "Progress"]
 
 
 class Progress(Protocol):
-    """Something that is told how far work has come, such as :class:`robustdiff.report.bar.Bar`."""
+    """A receiver of progress, such as the progress bar :class:`robustdiff.report.bar.Bar`."""
 
     def begin(self, description: str, total: float) -> None:
         """Begin a part of the work.
 
         Arguments:
-            description: Its name.
-            total: Its size, in any unit.
+            description: The name of the part.
+            total: The size of the part, in any unit.
         """
 
     def advance(self, amount: float, note: str = "") -> None:
-        """Say that more of the part is done.
+        """Report progress in the current part.
 
         Arguments:
-            amount: How much more, in the unit of its size.
-            note: What else there is to say, such as the loss.
+            amount: The amount of work done since the last call, in the unit of the part's size.
+            note: Additional text, such as the loss.
         """
 
 
@@ -34,4 +34,4 @@ class _Silent:
 
 
 SILENT: Progress = _Silent()
-"""The progress that nobody looks at."""
+"""A receiver that ignores all progress."""

@@ -1,8 +1,8 @@
 """The validated configuration of a run.
 
-A recipe is a YAML file whose fields are those of :class:`Recipe`. A section may be given by its name alone
-(``data: digits`` for ``data: {name: digits}``); on the command line ``--set adversary.step_size=0.5`` overrides one
-field. A recipe shipped with the package is named without its path.
+A recipe is a YAML file with the fields of :class:`Recipe`. A section may be given by its name alone (``data: digits``
+for ``data: {name: digits}``). On the command line, ``--set adversary.step_size=0.5`` overrides one field. Recipes
+shipped with the package are loaded by name, without a path.
 """
 
 from __future__ import annotations
@@ -60,55 +60,53 @@ _KINDS: dict[str, Mapping[str, type[Section]]] = {
 
 
 class SamplerConfig(Named):
-    """The section ``sampler``: the sampler of ``robustdiff sample``, where the command names none."""
+    """The section ``sampler`` of a recipe: the default sampler of ``robustdiff sample`` for the run."""
 
-    name: Text | None = Field(None, description="a sampler; by default one that suits the model")
+    name: Text | None = Field(None, description="name of a sampler; by default one that suits the model")
     steps: Times | Text | None = Field(
-        None, description="network evaluations for one image, or a string that the sampler takes"
+        None, description="number of network evaluations for one image, or a string that the sampler takes"
     )
 
 
 class Recipe(Section):
-    """One training run."""
+    """The configuration of a training run."""
 
     data: DataConfig = DataConfig()
     model: _Model = Field("unet", validate_default=True)
-    codec: _Codec | None = Field(None, description="pixels; for a pretrained model the one that it comes with")
-    process: ProcessConfig | None = Field(
-        None, description="cosine; for a pretrained model the one it was trained with"
-    )
+    codec: _Codec | None = Field(None, description="by default pixels, or the codec of the pretrained model")
+    process: ProcessConfig | None = Field(None, description="by default cosine, or the process of the pretrained model")
     objective: _Objective | None = Field(
-        None, description="ε-prediction, uniform times; for a pretrained model what it predicts"
+        None, description="by default ε-prediction at uniform times, or the parameterisation of the pretrained model"
     )
     adversary: _Adversary = Field("none", validate_default=True)
     sampler: SamplerConfig = SamplerConfig()
-    output: Text = Field("runs/run", description="the run's folder")
-    steps: int = Field(1000, ge=1, le=MOST_UPDATES, description="optimiser updates")
+    output: Text = Field("runs/run", description="folder of the run")
+    steps: int = Field(1000, ge=1, le=MOST_UPDATES, description="number of optimiser updates")
     batch_size: int = Field(
-        128, ge=1, le=2**20, description="images of one update, over all processes and microbatches"
+        128, ge=1, le=2**20, description="number of images per update, over all processes and microbatches"
     )
-    accumulate: int = Field(1, ge=1, le=2**20, description="microbatches of one update")
-    lr: float = Field(1e-4, gt=0, description="AdamW's learning rate")
-    lr_schedule: Literal["constant", "cosine"] = Field("constant", description="after the warm-up; cosine ends at 0")
-    warmup: int = Field(0, ge=0, le=MOST_UPDATES, description="updates over which the learning rate grows from 0")
+    accumulate: int = Field(1, ge=1, le=2**20, description="number of microbatches per update")
+    lr: float = Field(1e-4, gt=0, description="learning rate of AdamW")
+    lr_schedule: Literal["constant", "cosine"] = Field("constant", description="after the warm-up; cosine decays to 0")
+    warmup: int = Field(0, ge=0, le=MOST_UPDATES, description="number of updates of linear warm-up from 0")
     weight_decay: float = Field(0.0, ge=0)
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
-    clip: float | None = Field(None, gt=0, description="the largest norm of the gradient; none: not clipped")
+    clip: float | None = Field(None, gt=0, description="maximum norm of the gradient; none: not clipped")
     ema: Decay = Field(
-        "auto", description="decay of the moving average; auto: one whose width grows with the run; 0: none"
+        "auto", description="decay of the moving average; auto: its width grows with the run; 0: no average"
     )
     precision: Precision = Field(
-        "fp32", description="of the network; mixed with float32; auto: bf16 where the device computes in it, else fp32"
+        "fp32", description="mixed precision of the network; auto: bf16 if the device supports it, else fp32"
     )
     compile: bool = Field(False, description="torch.compile the network")
-    channels_last: bool | None = Field(None, description="memory layout; by default on CUDA only, where it helps")
+    channels_last: bool | None = Field(None, description="channels-last memory format; by default on CUDA only")
     seed: int = Field(0, ge=0, lt=2**63)
-    threads: int | None = Field(None, ge=1, le=1024, description="CPU threads of torch")
-    checkpoint_every: int = Field(1000, ge=1, le=MOST_UPDATES, description="updates between checkpoints")
-    keep: int = Field(2, ge=1, le=MOST_UPDATES, description="checkpoints to keep")
-    log_every: int = Field(10, ge=1, le=MOST_UPDATES, description="updates between lines of metrics.jsonl")
+    threads: int | None = Field(None, ge=1, le=1024, description="number of CPU threads of torch")
+    checkpoint_every: int = Field(1000, ge=1, le=MOST_UPDATES, description="number of updates between checkpoints")
+    keep: int = Field(2, ge=1, le=MOST_UPDATES, description="number of checkpoints to keep")
+    log_every: int = Field(10, ge=1, le=MOST_UPDATES, description="number of updates between lines of metrics.jsonl")
     trackers: tuple[Literal["tensorboard", "wandb"], ...] = Field(
-        (), max_length=2, description="also log there, through accelerate"
+        (), max_length=2, description="trackers to log to, through accelerate"
     )
 
     @model_validator(mode="after")
@@ -123,10 +121,10 @@ class Recipe(Section):
         return self
 
     def to_yaml(self) -> str:
-        """Return the whole recipe, defaults included."""
+        """Return the recipe as YAML, including defaults."""
         values = self.model_dump(mode="json")
         if self.objective is not None and not self.objective.over_levels and self.model.name == "pretrained":
-            # What is not given here is the checkpoint's, not the default.
+            # The default of a field that is not given is the checkpoint's setting.
             values["objective"] = self.objective.model_dump(mode="json", exclude_unset=True)
         text: str = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
         return text
@@ -140,12 +138,12 @@ def shipped_recipes() -> list[str]:
 
 
 def _explain(error: ValidationError, source: str) -> InputError:
-    """Return the first thing that is wrong, in one line."""
+    """Return the first validation error in one line."""
     first = error.errors()[0]
     loc = [str(part) for part in first["loc"]]
-    if loc[:2] == ["sampler", "steps"]:  # pydantic adds which of its types
+    if loc[:2] == ["sampler", "steps"]:  # pydantic appends the member of the union
         loc = loc[:2]
-    where = printable(" ".join(".".join(loc).split())[:200])  # a key may hold a line break
+    where = printable(" ".join(".".join(loc).split())[:200])  # a key may contain a line break
     source = printable(source)
     if first["type"] == "unknown_field":
         return InputError(f"{source}: unknown field {where}{first['msg'].removeprefix('unknown field')}")
@@ -155,11 +153,11 @@ def _explain(error: ValidationError, source: str) -> InputError:
 
 
 def _override(values: dict[str, Any], assignment: str) -> None:
-    """Apply one ``key.key=value``, the value read as YAML."""
+    """Apply an assignment ``key.key=value``, with the value parsed as YAML."""
     key, separator, text = assignment.partition("=")
     if not separator or not all(key.split(".")):
         raise InputError(f"--set {assignment}: write it as key=value, as in --set adversary.step_size=0.5")
-    # A colour such as #808080 would be a comment.
+    # In YAML, a colour such as #808080 would be a comment.
     _assign(values, key, text if text.startswith("#") else parse_yaml(text, f"--set {assignment}"))
 
 
@@ -172,14 +170,14 @@ def _named(section: str, fields: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 def _assign(values: dict[str, Any], key: str, value: Any) -> None:
-    """Set the field of a dotted name."""
+    """Set the field with a dotted name."""
     if isinstance(value, str):
         with contextlib.suppress(ValueError):
             value = float(value)  # YAML 1.1 reads 1e-4 as a string
     *sections, last = key.split(".")
     for section in sections:
         inner = values.get(section)
-        # A section given by its name alone becomes one with fields.
+        # Expand a section that is given by its name alone.
         inner = {"name": inner} if isinstance(inner, str) else dict(inner) if isinstance(inner, dict) else {}
         values[section] = inner
         values = inner
@@ -198,12 +196,12 @@ def load_recipe(source: str, overrides: Sequence[str] = (), changes: Mapping[str
 
     Arguments:
         source: A YAML file, or the name of a shipped recipe.
-        overrides: Assignments ``key.key=value``, in the order in which they apply.
-        changes: More of them, by key.
+        overrides: Assignments ``key.key=value``, applied in order.
+        changes: Further values by dotted key.
 
     Raises:
-        InputError: If there is no such recipe, it is not YAML that is read here, or a field is unknown or out of its
-            range.
+        InputError: If the recipe is missing or refused by :func:`robustdiff.yaml_reader.parse_yaml`, or a field is
+            unknown or out of range.
     """
     path = Path(source)
     if path.suffix in (".yaml", ".yml"):
@@ -235,20 +233,19 @@ def load_recipe(source: str, overrides: Sequence[str] = (), changes: Mapping[str
 def load_data_config(
     source: str, overrides: Sequence[str] = (), name: str | None = None, root: str | None = None
 ) -> DataConfig:
-    """Return the data section of a recipe with fields of it changed, for a command that compares with real images.
+    """Return the data section of a recipe with overrides, for commands that compare with real images.
 
-    Where another dataset is named, nothing of the recipe's own section stays: its root, split and size belong to the
-    dataset that it named.
+    If the overrides name another dataset, the recipe's own fields, such as root, split and size, are dropped.
 
     Arguments:
         source: A YAML file, or the name of a shipped recipe.
-        overrides: Assignments ``data.key=value``, in the order in which they apply.
-        name: Short for ``data.name``.
-        root: Short for ``data.root``.
+        overrides: Assignments ``data.key=value``, applied in order.
+        name: The value of ``data.name``, if given.
+        root: The value of ``data.root``, if given.
 
     Raises:
-        InputError: If an assignment is not of the data section or only training uses it, a field is given twice, or
-            is unknown or out of its range.
+        InputError: If an assignment is not to the data section or applies to training only, or a field is given twice,
+            unknown, or out of range.
     """
     own = load_recipe(source).data
     short = {field: value for field, value in (("name", name), ("root", root)) if value is not None}

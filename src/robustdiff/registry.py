@@ -1,13 +1,13 @@
-"""Kinds of one thing, found by their names.
+"""Registries of implementations by name, such as the samplers.
 
-A folder of this package holds one kind of thing, such as samplers, one file for each. The file registers its name when
-it is imported, and all files of the folder are imported when a name is looked up first. An installed package adds its
-own by an entry point that names a module::
+Each registry has a folder of this package, whose modules register implementations when they are imported. All modules
+of the folder are imported when a name is first looked up. An installed package adds implementations by an entry point
+that names a module::
 
     [project.entry-points."robustdiff.samplers"]
     midpoint = "midpoint_sampler"
 
-and the module registers itself in the same way. No module has to know the others.
+which registers them in the same way.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ T = TypeVar("T")
 
 
 class Registry(Mapping[str, T], Generic[T]):
-    """A mapping of names to the kinds of one thing, in the order of their names.
+    """A mapping of names to registered entries, sorted by name.
 
     Arguments:
-        what: What is registered, in the singular, for messages: "sampler".
-        group: The group of entry points, without the package's name: "samplers".
-        folder: The subpackage whose modules register themselves; named as the group by default.
+        what: The word for an entry in messages, in the singular, such as "sampler".
+        group: The group of entry points, without the prefix ``robustdiff.``, such as "samplers".
+        folder: The subpackage with the modules that register entries; by default the name of the group.
     """
 
     def __init__(self, what: str, group: str, folder: str | None = None) -> None:
@@ -42,10 +42,10 @@ class Registry(Mapping[str, T], Generic[T]):
         self._loaded = False
 
     def register(self, name: str) -> Callable[[T], T]:
-        """Return a decorator that registers what it decorates under a name.
+        """Return a decorator that registers a class or function under a name.
 
         Raises:
-            ValueError: If the name is taken by something else.
+            ValueError: If the name is taken by another entry.
         """
 
         def add(entry: T) -> T:
@@ -58,13 +58,13 @@ class Registry(Mapping[str, T], Generic[T]):
 
     def _load(self) -> dict[str, T]:
         if not self._loaded:
-            self._loaded = True  # first, since the modules may look names up
+            self._loaded = True  # set first, because the modules may look up names
             for module in iter_modules(import_module(self.folder).__path__):
                 import_module(f"{self.folder}.{module.name}")
             for point in entry_points(group=self.group):
                 try:
                     point.load()
-                except Exception as error:  # code of somebody else's
+                except Exception as error:  # third-party code may raise any error
                     reason = (str(error).splitlines() or [""])[0] or type(error).__name__
                     raise InputError(
                         f"the {self.what} {printable(point.name)} of the installed package "
@@ -74,10 +74,10 @@ class Registry(Mapping[str, T], Generic[T]):
         return self._entries
 
     def __getitem__(self, name: str) -> T:
-        """Return what a name stands for.
+        """Return the entry with a name.
 
         Raises:
-            InputError: If nothing has that name.
+            InputError: If no entry has this name.
         """
         entries = self._load()
         if name not in entries:

@@ -1,7 +1,7 @@
-"""Sections of a recipe: a base class, types of fields, and the choice among registered kinds.
+"""Sections of a recipe: a base class, types of fields, and the choice among registered sections.
 
-A recipe may be somebody else's. Its numbers have bounds that no training comes near, so that none of them can ask for
-more memory or time than a machine has before anything is refused.
+Recipes may be untrusted. Numbers have generous bounds, so that no recipe can use excessive memory or time before it is
+refused.
 """
 
 from __future__ import annotations
@@ -46,13 +46,13 @@ __all__ = [
 ]
 
 MOST_UPDATES = 10**9
-MOST_PARAMETERS = 20_000_000_000  # of a new network
+MOST_PARAMETERS = 20_000_000_000  # in a new network
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 
 def _one_line(text: str) -> str:
-    # What stands for a byte of a file's name that is not UTF-8 may be in it, since it can be in a path.
+    # Surrogates are allowed, because they represent bytes of a path that are not UTF-8.
     if not all(c.isprintable() or "\udc80" <= c <= "\udcff" for c in text):
         raise ValueError(
             f"{printable(text[:200])!r} has control characters: it cannot be the name of a folder or of anything else"
@@ -79,15 +79,15 @@ Decay = Annotated[float | Literal["auto"], WrapValidator(_decay)]
 
 
 def native_precision() -> str:
-    """Return what "auto" stands for: bf16 where the GPU, or without one the CPU, computes in it, else fp32.
+    """Return the precision for "auto": bf16 if the GPU, or without one the CPU, has instructions for it, else fp32.
 
-    A CPU without instructions for it trains a UNet more than ten times slower in bf16 than in fp32. A recipe that says
-    "auto" becomes one that says which before anything is made of it, so a run's folder holds what it was trained in.
+    A CPU without such instructions trains a UNet more than ten times slower in bf16 than in fp32. "auto" is replaced
+    when the recipe is validated, so that the recipe in a run's folder has the precision of the training.
     """
     if torch.cuda.is_available():
         native = torch.cuda.get_device_capability() >= (8, 0)
     else:
-        # An older torch does not tell.
+        # Older versions of torch have no get_capabilities.
         instructions: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
         native = instructions.get("avx512_bf16", False) or instructions.get("amx_bf16", False)
     return "bf16" if native else "fp32"
@@ -100,13 +100,13 @@ Precision = Annotated[
 
 
 def refusal(field: Any, message: str, kind: str = "refused") -> ValidationError:
-    """Return an error for a validator of a section to raise: the message is said of the field, not of the section."""
+    """Return an error for the validator of a section to raise, located at one field instead of the whole section."""
     error = PydanticCustomError(kind, message)
     return ValidationError.from_exception_data("recipe", [{"type": error, "loc": (field,), "input": None}])
 
 
 class Section(BaseModel):
-    """A part of a recipe: unknown fields and infinite numbers are errors, and nothing changes after validation."""
+    """An immutable part of a recipe. Unknown fields and numbers that are not finite are errors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -139,22 +139,22 @@ class Named(Section):
 
 
 def given(section: Section, name: str) -> bool:
-    """Return whether a field is not its default. A recipe that was written whole has the defaults, too."""
+    """Return whether a field differs from its default; saved recipes also hold the defaults."""
     default: Any = type(section).model_fields[name].default
     return bool(getattr(section, name) != default)
 
 
 def choice(what: str, kinds: Mapping[str, type[Named]], default: str, merged: bool = True) -> Any:
-    """Return the type of a field that holds one of several sections, told apart by their ``name``.
+    """Return the type of a field that holds one of several sections, selected by their ``name``.
 
-    A kind that is registered later is found as well.
+    Sections that are registered later are found as well.
 
     Arguments:
-        what: The field, for messages.
-        kinds: The sections by their names.
-        default: The kind of a section without a name.
-        merged: Whether all kinds once shared one section. A recipe that was written whole then has the fields of other
-            kinds at their defaults: those are left out.
+        what: The name of the field in messages.
+        kinds: The sections by name.
+        default: The name of the default section.
+        merged: Whether earlier versions had one section for all kinds. Saved recipes of such versions have the fields
+            of other kinds at their defaults, which are dropped.
     """
 
     def choose(value: Any) -> Any:

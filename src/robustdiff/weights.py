@@ -1,10 +1,10 @@
-"""Weights read from files of unknown origin, without running code that a file names.
+"""Weights read from untrusted files, without running code that a file names.
 
-A file is safetensors or what ``torch.save`` wrote. Three steps follow the reading, for checkpoints of all formats:
+A file is in the format of safetensors or ``torch.save``. Reading is followed by three steps for both formats:
 
-- A training script's dict is opened, the moving average before the trained weights.
-- Prefixes that wrappers such as ``DistributedDataParallel`` and ``torch.compile`` put before names are stripped.
-- Each tensor must be dense, in float16, bfloat16, float32 or float64, and finite.
+- The state dict is looked up in a training script's dict, with preference for the moving average.
+- Prefixes of wrappers such as ``DistributedDataParallel`` and ``torch.compile`` are stripped from names.
+- Each tensor is checked to be dense, in float16, bfloat16, float32 or float64, and finite.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ __all__ = ["FLOATS", "check_weights", "read_file", "read_state", "read_weights",
 _log = logging.getLogger(__name__)
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-"""The types that weights may have."""
+"""The allowed types of weights."""
 
 _LONGEST_NAME = 100
 _DAMAGED = (
     "is not a checkpoint that PyTorch can read: it is damaged, truncated, or holds other than tensors; download it "
     "again, or save the network's state_dict()"
 )
-_LEGACY_PICKLES = 4  # of which a file from before the zip format consists, before the tensors
+_LEGACY_PICKLES = 4  # the number of pickles before the tensors in a file older than the zip format
 
-# Where training scripts keep a moving average, and where the weights themselves; the first that is there is taken.
+# Keys of training scripts for the moving average and for the trained weights; the first key that is present is used.
 _AVERAGES = (
     *("ema", "model_ema", "ema_model", "net_ema", "ema_net", "unet_ema", "ema_unet", "params_ema", "ema_params"),
     *("ema_state_dict", "state_dict_ema", "model_ema_state_dict", "ema_model_state_dict", "ema_weights"),
@@ -50,7 +50,7 @@ _WEIGHTS = (
     *("unet", "params", "weights", "module", "state"),
 )
 
-# What wrappers put into names: some also inside, around a part of the network, and some only before all names.
+# Parts that wrappers add to names: anywhere in the name, for a wrapped part of the network, or before all names.
 _INSIDE = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 _BEFORE = ("module.", "model.", "net.", "unet.", "ema_model.", "diffusion_model.")
 
@@ -58,29 +58,29 @@ _BEFORE = ("module.", "model.", "net.", "unet.", "ema_model.", "diffusion_model.
 def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """Return the weights in a file by name, in the file's order and types.
 
-    The tensors may be mapped from the file: copy what is to outlive it.
+    The tensors may be memory-mapped: copy them before the file is changed or removed.
 
     Raises:
-        InputError: There is no such file, or it does not hold a network's weights, or one of them is not a dense,
-            finite floating-point tensor. The message is one line.
+        InputError: The file is missing, it does not hold a network's weights, or a weight is not a dense, finite
+            floating-point tensor.
     """
     return check_weights(strip_prefixes(read_state(path), path), path)
 
 
 def read_state(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """Return the tensors in a file by their names as they are there, out of the dict of a training script.
+    """Return the tensors in a file, or in the dict of a training script, by their names in the file.
 
     Raises:
-        InputError: There is no such file, or it cannot be read, or it holds no dict of tensors by name.
+        InputError: The file is missing or unreadable, or it holds no dict of tensors by name.
     """
     return _open(read_file(path), path)
 
 
 def read_file(path: str | os.PathLike[str]) -> Any:
-    """Load a file of safetensors or of ``torch.save``, if it holds tensors and plain containers only.
+    """Load a file of safetensors or ``torch.save`` that holds only tensors and plain containers.
 
     Raises:
-        InputError: There is no such file, or it is damaged, or it holds pickled objects.
+        InputError: The file is missing or damaged, or it holds other pickled objects.
     """
     path = Path(path)
     if not path.is_file():
@@ -95,7 +95,7 @@ def read_file(path: str | os.PathLike[str]) -> Any:
         raise InputError(f"{path} is not a checkpoint that PyTorch can read: it is empty; download or save it again")
     if head.startswith(b"version https://git-lfs"):
         raise InputError(f"{path} is a pointer of Git LFS and not the weights themselves: run git lfs pull")
-    if path.suffix == ".safetensors" or head[8:9] == b"{":  # the length of the header, then its JSON
+    if path.suffix == ".safetensors" or head[8:9] == b"{":  # 8 bytes with the length of the header, then JSON
         return _read_safetensors(path)
     return _read_pickle(path)
 
@@ -104,7 +104,7 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a dict
-    except Exception:  # safetensors raises its own error, and torch another for a type that it does not know
+    except Exception:  # safetensors raises its own error, and torch another for an unknown type
         raise InputError(f"{path} is damaged, truncated, or no safetensors file: download or save it again") from None
 
 
@@ -115,7 +115,7 @@ def _read_pickle(path: Path) -> Any:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return torch.load(str(path), map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except Exception as error:  # what a damaged or foreign file raises in the unpickler is anything
+    except Exception as error:  # for a malformed file, the unpickler may raise any error
         if (found := re.search(r"GLOBAL ([\w.]+)", str(error)[:1000])) is not None:
             raise InputError(
                 f"{path} is not a checkpoint that PyTorch can read without running code: it holds {found[1]}, not only "
@@ -125,20 +125,20 @@ def _read_pickle(path: Path) -> Any:
 
 
 def _check_zip(path: Path) -> None:
-    """Refuse members that expand, which ``torch.save`` never writes: a small file could fill the memory."""
+    """Refuse compressed members, which ``torch.save`` never writes: a small file could fill the memory."""
     try:
         if not zipfile.is_zipfile(path):
             return
         with zipfile.ZipFile(path) as archive:
             expanded = [m.filename for m in archive.infolist() if m.compress_type or m.compress_size != m.file_size]
-    except Exception:  # not a zip file after all, or a damaged one: torch decides
+    except Exception:  # not a zip file, or a damaged one: torch.load reports it
         return
     if expanded:
         raise InputError(f"{path} has compressed members, as {expanded[0][:100]!r}: save it by torch.save as it is")
 
 
 def _check_names(path: Path) -> None:
-    """Refuse pickles with names that are too long to be any: torch takes minutes over the message that refuses them."""
+    """Refuse pickles with excessively long names, for which torch takes minutes to build its error message."""
     names: list[str] = []
     damaged = False
     try:
@@ -152,7 +152,7 @@ def _check_names(path: Path) -> None:
                 for code, argument, _ in pickletools.genops(source):
                     if code.name in ("GLOBAL", "INST"):
                         names.append(str(argument))
-    except Exception:  # of what cannot be looked through, torch would read on in a way of its own
+    except Exception:  # torch may parse a malformed pickle differently
         damaged = True
     if any(len(name) > _LONGEST_NAME for name in names):
         raise InputError(
@@ -164,7 +164,7 @@ def _check_names(path: Path) -> None:
 
 
 def _open(held: Any, path: str | os.PathLike[str], depth: int = 0) -> dict[str, Tensor]:
-    """Return the state dict in what a file holds, by the names that training scripts give it."""
+    """Return the state dict in the contents of a file, by the keys of training scripts."""
     if not isinstance(held, Mapping):
         raise InputError(
             f"{path} holds a {type(held).__name__}, not a dict of weights by name: save the network's state_dict()"
@@ -177,7 +177,7 @@ def _open(held: Any, path: str | os.PathLike[str], depth: int = 0) -> dict[str, 
         [name for name in names if isinstance(held.get(name), Mapping | list | tuple) and len(held[name])]
         for names in (_AVERAGES, _WEIGHTS)
     )
-    if not averages + weights or depth == 4:  # a dict may hold itself
+    if not averages + weights or depth == 4:  # a dict may contain itself
         names = ", ".join(map(str, list(held)[:4])) + (", …" if len(held) > 4 else "")
         raise InputError(
             f"{path} holds no dict of weights by name, but {names or 'an empty dict'}: save the network's state_dict()"
@@ -194,14 +194,14 @@ def _open(held: Any, path: str | os.PathLike[str], depth: int = 0) -> dict[str, 
 
 
 def strip_prefixes(state: Mapping[str, Tensor], path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """Return weights by the names of the bare network, without the prefixes of wrappers that they were saved with.
+    """Return weights by the names of the unwrapped network, without the prefixes of wrappers.
 
     Arguments:
-        state: The weights. `n_averaged` of torch's ``AveragedModel`` is left out.
+        state: The weights by name. `n_averaged` of torch's ``AveragedModel`` is dropped.
         path: The file, for messages.
 
     Raises:
-        InputError: A name is there both with a prefix and without.
+        InputError: A name occurs both with a prefix and without.
     """
     if all(name.startswith("module.") or name == "n_averaged" for name in state):
         state = {name: value for name, value in state.items() if name != "n_averaged"}
@@ -218,15 +218,15 @@ def strip_prefixes(state: Mapping[str, Tensor], path: str | os.PathLike[str]) ->
 def check_weights(
     state: Mapping[str, Tensor], path: str | os.PathLike[str], dtype: torch.dtype | None = None
 ) -> dict[str, Tensor]:
-    """Check and return weights: each is a dense tensor of finite floating-point numbers.
+    """Check that weights are dense tensors of finite floating-point numbers, and return them.
 
     Arguments:
         state: The weights by name.
         path: The file, for messages.
-        dtype: If given, each is copied into memory of its own, in this type and in its shape's order.
+        dtype: The type of contiguous copies to return; None returns the weights themselves.
 
     Raises:
-        InputError: One of them is of another type or layout, or is not finite, or would not be in `dtype`.
+        InputError: A weight has another type or layout, is not finite, or would not be finite in `dtype`.
     """
     weights: dict[str, Tensor] = {}
     for name, value in state.items():

@@ -1,12 +1,12 @@
-"""The same call in several processes of one thread each, which share its work among themselves.
+"""A call in several single-threaded processes that share its work.
 
-The threads of one process wait for each other in every operation, so another program on one of their cores stalls them
-all. Processes that share whole pieces of work do not wait.
+Threads of one process synchronise in every operation, so another program on one of their cores delays them all.
+Processes with separate pieces of work do not.
 
-A worker is a new interpreter, in a session of its own, so that Ctrl-C in a terminal reaches its parent alone. It reads
-the call from a socket and writes progress and the result to it. Whatever comes after the call, or the end of the
-socket, which closes when the parent ends, however it ends, stops the call as SIGTERM does. A parent sees in the same
-way that a worker was killed.
+A worker is a new interpreter in its own session, so that Ctrl-C in a terminal reaches only the parent. It reads the
+call from a socket, and writes progress and the result to it. A further message, or the end of the socket, which closes
+when the parent ends or is killed, stops the call as SIGTERM does. In the same way, the end of the socket tells the
+parent that a worker was killed.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
 
 Call = Callable[[Progress], bool]
-"""A call that is pickled; it returns whether it was finished, False when SIGTERM stopped it."""
+"""A picklable call. It returns True if it finished, and False if SIGTERM stopped it."""
 
 
 def available_cores() -> int:
@@ -44,7 +44,7 @@ def available_cores() -> int:
 
 
 class _Remote(logging.Handler):
-    """The parent, as a worker tells it of progress and of warnings; when it is gone nobody is told."""
+    """The connection of a worker to its parent, for progress and warnings; ignored once the parent has ended."""
 
     def __init__(self, connection: Connection) -> None:
         super().__init__(logging.WARNING)
@@ -52,7 +52,7 @@ class _Remote(logging.Handler):
         self.stopping = False
 
     def stop_when_told(self) -> None:
-        """Wait for the parent to say something or to end, and stop the main thread's work."""
+        """Wait for a message from the parent or for its end, and stop the work of the main thread."""
         with suppress(EOFError, OSError):
             self.connection.recv()
         self.stopping = True
@@ -63,7 +63,7 @@ class _Remote(logging.Handler):
             self.connection.send(message)
 
     def begin(self, description: str, total: float) -> None:
-        if self.stopping:  # the signal came when a piece of work was as good as finished
+        if self.stopping:  # the signal came at the end of a piece of work
             raise KeyboardInterrupt
         self.send("begin", description, total)
 
@@ -71,15 +71,15 @@ class _Remote(logging.Handler):
         self.send("advance", amount, note)
 
     def emit(self, record: logging.LogRecord) -> None:
-        if not self.stopping:  # that a stopped training is saved the parent says of the whole
+        if not self.stopping:  # the parent itself warns that a stopped training is saved
             self.send("warning", record.getMessage())
 
 
 def serve(handle: int) -> None:
-    """Do the call that comes through a socket.
+    """Run the call that is received from a socket.
 
     Arguments:
-        handle: The socket's file descriptor.
+        handle: The file descriptor of the socket.
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     connection = Connection(handle)
@@ -93,12 +93,19 @@ def serve(handle: int) -> None:
         remote.send("end", False, None)
     except (InputError, RunError, OSError) as error:
         remote.send("end", False, error)
-    except Exception:  # a fault of the program: others may not be picklable, and their traceback would stay behind
+    except Exception:  # an unexpected error may not be picklable, and would lose its traceback
         remote.send("end", False, RuntimeError(traceback.format_exc()))
 
 
 class _Worker:
-    """A worker as its parent sees it. Attributes: running; finished, error: how it ended; progress: told of it."""
+    """The parent's side of a worker.
+
+    Attributes:
+        running: Whether the call is running.
+        finished: Whether the call finished.
+        error: The error that ended the call, or None.
+        progress: The receiver of the worker's progress.
+    """
 
     def __init__(self, call: Call, progress: Progress) -> None:
         ours, theirs = socket.socketpair()
@@ -117,12 +124,12 @@ class _Worker:
         self.send(call)
 
     def send(self, what: Call | None) -> None:
-        """Begin the call; None has it stop, which it says when it has saved what it can go on from."""
-        with suppress(OSError):  # it has ended, and receive says so
+        """Start a call, or stop it (None); a stopped worker saves its state and then sends its end."""
+        with suppress(OSError):  # the worker has ended, which receive reports
             self.connection.send(what)
 
     def receive(self) -> None:
-        """Take its next message."""
+        """Handle the next message of the worker."""
         try:
             kind, *values = self.connection.recv()
         except (EOFError, OSError):
@@ -141,25 +148,25 @@ class _Worker:
             self.finished, self.error = values
 
     def end(self) -> None:
-        """End its process, whatever it does."""
+        """Kill the process of the worker."""
         self.process.kill()
         self.process.wait()
         self.connection.close()
 
 
 def run_workers(call: Call, progresses: Sequence[Progress]) -> bool:
-    """Make a call in processes of one thread each. A signal, or the first that fails, stops them all.
+    """Run a call in single-threaded processes. A signal, or the first error, stops all of them.
 
     Arguments:
-        call: The call, which is pickled. SIGTERM stops it.
-        progresses: One for each process, told what its call tells. At the end of a finished one a part without name or
-            size begins.
+        call: The call, which must be picklable and stop at SIGTERM.
+        progresses: The receivers of progress, one for each process. When a process has finished, a part without name
+            or size begins.
 
     Returns:
-        Whether all calls were finished.
+        Whether all processes finished.
 
     Raises:
-        Exception: That of the first call that failed.
+        Exception: The error of the first call that failed.
         RunError: If a process was killed.
     """
     workers: list[_Worker] = []
@@ -169,7 +176,7 @@ def run_workers(call: Call, progresses: Sequence[Progress]) -> bool:
         try:
             workers.extend(_Worker(call, progress) for progress in progresses)
             while running := {worker.connection: worker for worker in workers if worker.running}:
-                for connection in wait(list(running), timeout=0.5):  # to look at the signal again
+                for connection in wait(list(running), timeout=0.5):  # to check for signals
                     worker = running[connection]  # type: ignore[index]
                     worker.receive()
                     error = error or worker.error

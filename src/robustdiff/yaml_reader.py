@@ -1,8 +1,8 @@
-"""YAML that somebody else may have written, read within bounds.
+"""A reader of untrusted YAML.
 
-YAML can say much in few bytes, since aliases expand exponentially, and can say what a program takes in another sense
-than a reader does, such as a key that is given twice. Here a text is read to dictionaries, lists, strings, numbers,
-truth values and None, or it is refused in one line. Nothing in it is executed, and tags are not read.
+A short YAML text can be very large when read, because aliases expand exponentially, or ambiguous, for example with
+duplicate keys. The reader returns dictionaries, lists, strings, numbers, booleans and None, and refuses tags, duplicate
+keys, and values beyond bounds.
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ from robustdiff.errors import InputError, printable
 __all__ = ["parse_yaml", "read_yaml"]
 
 MOST_BYTES = 2**18
-MOST_VALUES = 20_000  # with every alias written out
+MOST_VALUES = 20_000  # with all aliases expanded
 DEEPEST = 40
-LONGEST_NUMBER = 100  # characters: Python's integers have no bound, and the time that they take is quadratic
+LONGEST_NUMBER = 100  # characters: parsing a Python integer takes quadratic time
 
 
 class _Refused(yaml.YAMLError):
-    """YAML that is well-formed, but not read here."""
+    """An error for well-formed YAML that this reader refuses."""
 
     def __init__(self, message: str, mark: Any) -> None:
         super().__init__(f"{message} (line {mark.line + 1})")
 
 
 class _Loader(yaml.SafeLoader):
-    """A safe loader that counts what aliases expand to, and refuses what would be lost or change its type."""
+    """A safe loader that counts the values to which aliases expand, and refuses ambiguous or oversized values."""
 
-    # A date is a string here: as a name it stays what was written, and no field is a date.
+    # Dates are read as strings, because no field is a date and a name may look like one.
     yaml_implicit_resolvers = {  # noqa: RUF012  (PyYAML's own attribute)
         first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
@@ -42,7 +42,7 @@ class _Loader(yaml.SafeLoader):
     def __init__(self, text: str) -> None:
         super().__init__(text)
         self._values = self._depth = self._reached = 0
-        self._extents: dict[int, tuple[int, int]] = {}  # number of values and height of each node that is composed
+        self._extents: dict[int, tuple[int, int]] = {}  # number of values and height of each composed node
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         event: Any = self.peek_event()
@@ -77,7 +77,7 @@ class _Loader(yaml.SafeLoader):
             raise _Refused(f"nested more than {DEEPEST} deep", mark)
 
     def _check(self, node: yaml.Node | None) -> None:
-        """Refuse keys that are given twice or are no scalars, and numbers of many digits."""
+        """Refuse duplicate keys, keys that are not scalars, and numbers with too many digits."""
         if isinstance(node, yaml.ScalarNode) and node.tag.endswith((":int", ":float")):
             if len(node.value) > LONGEST_NUMBER:
                 raise _Refused(f"a number of {len(node.value)} characters", node.start_mark)
@@ -98,15 +98,14 @@ def _short(message: str) -> str:
 
 
 def parse_yaml(text: str | bytes, source: str) -> Any:
-    """Parse a YAML text into a dictionary, list, string, number, truth value, or None.
+    """Parse a YAML text into a dictionary, list, string, number, boolean, or None.
 
     Arguments:
         text: The text.
-        source: What error messages call it.
+        source: The name of the text in messages.
 
     Raises:
-        InputError: If it is not YAML, or has tags, keys that are given twice, aliases that expand beyond bounds, or
-            nesting beyond them.
+        InputError: If the text is not YAML, or has tags, duplicate keys, too many values, or too deep nesting.
     """
     source = printable(source)
     try:
@@ -121,7 +120,7 @@ def parse_yaml(text: str | bytes, source: str) -> Any:
     except yaml.MarkedYAMLError as error:
         where = "" if error.problem_mark is None else f" (line {error.problem_mark.line + 1})"
         raise InputError(f"{source}: not YAML: {_short(error.problem or str(error))}{where}") from None
-    except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:  # a number such as 0x_, a byte
+    except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:  # such as 0x_, or an invalid byte
         raise InputError(f"{source}: not YAML: {_short(str(error).splitlines()[0])}") from None
 
 
@@ -129,11 +128,11 @@ def read_yaml(path: Path) -> Any:
     """Parse a YAML file as :func:`parse_yaml` does; an empty one is None.
 
     Raises:
-        InputError: If there is no such file, it cannot be read, it is larger than 256 KiB, or it is refused.
+        InputError: If the file is missing or unreadable, is larger than 256 KiB, or is refused by :func:`parse_yaml`.
     """
     source = printable(path)
     try:
-        if not path.is_file():  # a pipe would wait for its other end
+        if not path.is_file():  # opening a pipe would block
             raise InputError(f"no file {source}: give a YAML file")
         with path.open("rb") as file:
             raw = file.read(MOST_BYTES + 1)

@@ -1,1 +1,1 @@
-"""Networks: by name, from checkpoints, and back to them."""
+"""Networks: created by name, loaded from checkpoints, and saved to them."""

@@ -1,7 +1,7 @@
-"""Families of networks, x, t, condition ↦ prediction: how each is made, loaded, called and saved.
+"""Families of networks (x, t, condition) ↦ prediction: their creation, loading, calling convention and saving.
 
-A network lives in a diffusers pipeline folder, whose scheduler says its process and what it predicts
-(:mod:`robustdiff.backbones.scheduler`).
+A network is stored in a diffusers pipeline folder. The folder's scheduler defines the process and the parameterisation
+of the output (:mod:`robustdiff.backbones.scheduler`).
 """
 
 from __future__ import annotations
@@ -25,34 +25,34 @@ __all__ = ["BACKBONES", "SECTIONS", "Backbone", "BackboneSection", "PretrainedSe
 
 
 class BackboneSection(Named):
-    """The section ``model`` of a recipe for a new network. Every kind has a ``name``."""
+    """The section ``model`` of a recipe, for a new network. Every subclass has a field ``name``."""
 
     name: Any
     condition_dropout: Fraction = Field(
-        0.0, description="share of the conditions that become the empty one, for classifier-free guidance; 0: none"
+        0.0, description="fraction of conditions replaced by the empty one, for classifier-free guidance; 0: none"
     )
 
     @property
     def source(self) -> str | None:
-        """The pretrained model that is fine-tuned; None for a new network."""
+        """The pretrained model to fine-tune; None for a new network."""
         return None
 
     def build(self, shape: Shape, num_classes: int | None, learned_variance: bool) -> Backbone:
-        """Make a new network.
+        """Create a new network.
 
         Arguments:
-            shape: (C, H, W) of what it takes.
-            num_classes: The number of classes of the data; None without labels.
-            learned_variance: Whether it has 2C output channels.
+            shape: The shape (C, H, W) of the network's input.
+            num_classes: The number of classes of the data; None if it has no labels.
+            learned_variance: Whether the network has 2C output channels.
 
         Raises:
-            InputError: If there is no such network for the data.
+            InputError: If the network cannot be built for such data.
         """
         raise NotImplementedError
 
 
 class PretrainedSection(BackboneSection):
-    """A network that is fine-tuned."""
+    """The section ``model`` of a recipe that fine-tunes a pretrained network."""
 
     name: Literal["pretrained"]
     path: Text = Field(description="a run, a pipeline folder, or a model shipped with the package")
@@ -73,13 +73,13 @@ class Backbone(ABC):
     """A network of one family.
 
     Arguments:
-        network: The network, of one of :attr:`classes`.
+        network: The network, an instance of one of :attr:`classes`.
 
     Attributes:
-        section: The section of a recipe that makes a new one; None where there are only pretrained ones.
-        part: The network's name in a pipeline folder.
-        classes: The classes of the network by (library, class), as ``model_index.json`` names them.
-        others: The other components that pipelines of the family may have, beside the scheduler.
+        section: The section of a recipe that creates a new network; None if the family has pretrained networks only.
+        part: The name of the network in a pipeline folder.
+        classes: The classes of the network by (library, class) as in ``model_index.json``.
+        others: The other components that pipelines of the family may have, besides the scheduler.
     """
 
     section: ClassVar[type[BackboneSection] | None] = None
@@ -92,7 +92,7 @@ class Backbone(ABC):
 
     @classmethod
     def reads(cls, components: Components) -> bool:
-        """Return whether a pipeline of some components is of this family."""
+        """Return whether a pipeline with these components belongs to this family."""
         return components.get(cls.part) in cls.classes and set(components) <= {cls.part, "scheduler", *cls.others}
 
     @classmethod
@@ -102,28 +102,28 @@ class Backbone(ABC):
 
         Arguments:
             folder: The pipeline folder.
-            components: The components that its ``model_index.json`` names.
-            size: The side of the images in pixels, where the configuration does not say it, or another one.
+            components: The components listed in its ``model_index.json``.
+            size: The side of the images in pixels, if the configuration has none or another one is wanted.
 
         Raises:
-            InputError: If it cannot be read.
+            InputError: If the folder cannot be read.
         """
 
     @abstractmethod
     def pipeline(self, network: nn.Module, scheduler: Any, codec: Codec, condition: Condition) -> Any:
-        """Return the diffusers pipeline of a network, such as this one's or a copy of it, to be saved."""
+        """Return the diffusers pipeline to save a network in; ``network`` may be a copy of this backbone's."""
 
     def condition(self) -> Condition:
-        """Return the condition that the network is called with."""
+        """Return the condition of the network."""
         raise NotImplementedError
 
     def bind(self, network: Callable[..., Any]) -> Callable[..., Any]:
-        """Return the network, or one that wraps it, as objectives and samplers call it: (x, t, **condition)."""
+        """Return the network, or a wrapper of it, as a function of (x, t, **condition) for objectives and samplers."""
         return network
 
     @property
     def channels(self) -> int:
-        """The number of channels of what the network takes."""
+        """The number of input channels of the network."""
         return int(self.network.config.in_channels)
 
     @property
@@ -133,7 +133,7 @@ class Backbone(ABC):
 
     @property
     def size(self) -> tuple[int, int] | None:
-        """The (height, width) of what the network takes, if its configuration says it."""
+        """The (height, width) of the network's input; None if its configuration has none."""
         size = self.network.config.sample_size
         if size is None:
             return None
@@ -142,18 +142,18 @@ class Backbone(ABC):
 
     @property
     def multiple(self) -> int:
-        """The number that the sides of what the network takes are multiples of."""
+        """The number by which the height and width of the network's input must be divisible."""
         return 1
 
     def take_size(self, height: int, width: int) -> None:
-        """Set the size of what the network takes, where its configuration does not say it."""
+        """Set the size of the network's input if its configuration has none."""
         self.network.register_to_config(sample_size=height if height == width else (height, width))
 
     def check_shape(self, shape: Shape, codec: Codec, path: str) -> None:
-        """Check that the network takes images of a shape, (C, H, W) in pixels; one without a size gets theirs.
+        """Check that the network takes images of a shape (C, H, W) in pixels; a network without a size gets theirs.
 
         Raises:
-            InputError: If it does not take them.
+            InputError: If the network does not take such images.
         """
         channels, height, width = shape
         latents = (self.channels, *(self.size or codec.encoded_shape(shape)[1:]))
@@ -175,8 +175,8 @@ class Backbone(ABC):
                 f"the model {path} takes images of {wanted[1]}×{wanted[2]}, the data has {height}×{width}: {remedy}"
             )
 
-    def note_classes(self, num_classes: int | None) -> None:  # noqa: B027  (only class-conditional ones remember it)
-        """Remember the number of the data's classes, so that a class after them, the null class, is never sampled."""
+    def note_classes(self, num_classes: int | None) -> None:  # noqa: B027  (for class-conditional networks)
+        """Store the number of classes of the data, so that the null class, which follows them, is never sampled."""
 
 
 BACKBONES: Registry[type[Backbone]] = Registry("model", "backbones")
@@ -199,4 +199,4 @@ class _Sections(Mapping[str, type[BackboneSection]]):
 
 
 SECTIONS: Mapping[str, type[BackboneSection]] = _Sections()
-"""The sections ``model`` of a recipe by name: a pretrained network, and a new one of each family."""
+"""The sections ``model`` of a recipe by name: a pretrained network, or a new network of each family."""

@@ -1,10 +1,10 @@
-"""``DiTTransformer2DModel`` of diffusers in a VAE's latents, with classes: DiTPipeline.
+"""Class-conditional ``DiTTransformer2DModel`` of diffusers on the latents of a VAE (DiTPipeline).
 
 DiT is the transformer of Peebles & Xie, "Scalable Diffusion Models with Transformers", ICCV 2023, arXiv 2212.09748. Its
-last class is a null class, and the network learns a variance, so that it has 2C output channels.
+last class is the null class. With a learned variance it has 2C output channels.
 
-The label embedding of diffusers' class replaces labels by the null class on its own in training, by chance and in each
-block independently. That is switched off here: the condition drops labels, once for the whole network.
+In training, the label embedding of diffusers drops labels at random, independently in each block. This is disabled
+here: the condition drops labels, once for the whole network.
 """
 
 from __future__ import annotations
@@ -29,24 +29,24 @@ from robustdiff.section import MOST_PARAMETERS, Fraction, Width
 
 __all__ = ["DiT", "DiTSection", "check_size", "exported", "load_codec", "prepare"]
 
-_LARGEST_SIZE = 512  # of latents: 4096 pixels with a VAE that halves three times
+_LARGEST_SIZE = 512  # in latents: 4096 pixels with a VAE of factor 8
 
 
 class DiTSection(BackboneSection):
-    """A new DiT, initialised as in the paper: each block is the identity."""
+    """A new DiT, initialised as in the paper so that each block is the identity."""
 
     name: Literal["dit"] = "dit"
     condition_dropout: Fraction = Field(
-        0.1, description="share of the labels that become the null class, for classifier-free guidance; 0: none"
+        0.1, description="fraction of labels replaced by the null class, for classifier-free guidance; 0: none"
     )
-    layers: int = Field(12, ge=1, le=256, description="transformer blocks")
-    heads: int = Field(6, ge=1, le=256, description="attention heads")
+    layers: int = Field(12, ge=1, le=256, description="number of transformer blocks")
+    heads: int = Field(6, ge=1, le=256, description="number of attention heads")
     head_width: Width = Field(64, description="channels of an attention head")
-    patch: int = Field(2, ge=1, le=64, description="the side of the patches that are one token each")
+    patch: int = Field(2, ge=1, le=64, description="side of a patch, which is one token")
 
     @model_validator(mode="after")
     def _bounded(self) -> DiTSection:
-        # In each block attention (4), feed-forward layers (8), the modulation (6) and the embedding of the time (1).
+        # Parameters of a block over width²: attention 4, feed-forward layers 8, modulation 6, time embedding 1.
         size = self.layers * 19.0 * (self.heads * self.head_width) ** 2
         if size > MOST_PARAMETERS:
             raise ValueError(
@@ -58,10 +58,10 @@ class DiTSection(BackboneSection):
         return self
 
     def build(self, shape: Shape, num_classes: int | None, learned_variance: bool) -> DiT:
-        """Make a new DiT for what has one shape.
+        """Create a new DiT for inputs of one shape.
 
         Raises:
-            InputError: If it is not square or not whole patches, or labels are missing.
+            InputError: If the shape is not square, its side is not a multiple of the patch, or there are no labels.
         """
         channels, height, width = shape
         if height != width or height % self.patch:
@@ -86,7 +86,7 @@ class DiTSection(BackboneSection):
 
 
 def _initialise(network: DiTTransformer2DModel) -> None:
-    """Initialise a network as DiT's code does."""
+    """Initialise a network as the reference implementation of DiT does."""
     for module in network.modules():
         if isinstance(module, nn.Linear):
             nn.init.xavier_uniform_(module.weight)
@@ -109,7 +109,7 @@ class DiT(Backbone):
 
     Arguments:
         network: The network.
-        names: The names of the classes by their numbers, as ``model_index.json`` has them; None without.
+        names: The names of the classes by number, as in ``model_index.json``; None without names.
     """
 
     section = DiTSection
@@ -160,22 +160,22 @@ class DiT(Backbone):
 
 
 def exported(scheduler: Any) -> Any:
-    """Return the scheduler of a pipeline that leaves a learned variance out: DDIM in place of DDPM, which needs it."""
+    """Return the scheduler for a pipeline without the learned variance: DDIM instead of DDPM, which requires it."""
     if isinstance(scheduler, DDPMScheduler) and scheduler.config.variance_type in ("learned", "learned_range"):
         return DDIMScheduler.from_config(scheduler.config, clip_sample=False)
     return scheduler
 
 
 def prepare(config: dict[str, Any], tensors: int, path: Path) -> None:
-    """Check the size of a transformer of diffusers before it is made.
+    """Check the size of a diffusers transformer before it is created.
 
     Arguments:
-        config: Its configuration.
-        tensors: The number of tensors of its weights.
+        config: The configuration of the transformer.
+        tensors: The number of tensors in its weights.
         path: The file of the configuration, for messages.
 
     Raises:
-        InputError: If the size is none, or the weights have too few layers.
+        InputError: If a size is invalid, or the weights have too few tensors for the number of layers.
     """
     size, patch, layers = (config.get(name, 1) for name in ("sample_size", "patch_size", "num_layers"))
     if not (type(size) is int and type(patch) is int and 1 <= patch <= size <= _LARGEST_SIZE and size % patch == 0):
@@ -191,20 +191,20 @@ def prepare(config: dict[str, Any], tensors: int, path: Path) -> None:
 
 
 def _check(network: DiTTransformer2DModel, path: Path) -> None:
-    """Check that a network without memory takes noisy latents, a time and a class."""
+    """Check that a network on the meta device takes noisy latents, a time and a class."""
     check_size(network, path, class_labels=torch.zeros(1, dtype=torch.long, device="meta"))
 
 
 def check_size(network: Any, path: Path, **condition: Any) -> None:
-    """Call a transformer without memory, and check the shape of what it returns.
+    """Call a transformer on the meta device and check the shape of its output.
 
     Arguments:
         network: The transformer, on the meta device.
         path: The file of its configuration, for messages.
-        condition: The arguments that it is called with beside x and t.
+        condition: The arguments of the transformer besides x and t.
 
     Raises:
-        InputError: If it cannot be called, or returns neither C nor 2C channels of the size that it is given.
+        InputError: If the call fails, or the output differs in size from the input or has neither C nor 2C channels.
     """
     config = network.config
     side = config.sample_size
@@ -216,7 +216,7 @@ def check_size(network: Any, path: Path, **condition: Any) -> None:
             raise ValueError(f"it makes {tuple(out.shape[1:])} of {tuple(x.shape[1:])}")
         if not x.numel():
             raise ValueError("it has no channels")
-    except Exception as error:  # a configuration that makes a network and not one that can be called
+    except Exception as error:  # the network can be created from the configuration, but not called
         reason = (str(error).splitlines() or [""])[0] or type(error).__name__
         raise InputError(f"{path}: the network cannot be called ({reason}): correct it") from None
 
@@ -226,12 +226,12 @@ def load_codec(folder: Path, components: Components, network: Any, size: int | N
 
     Arguments:
         folder: The pipeline folder.
-        components: Its components.
+        components: The components of the pipeline.
         network: The transformer.
-        size: The side of the images in pixels that is asked for, if any.
+        size: The requested side of the images in pixels, if any.
 
     Raises:
-        InputError: If there is none, or it cannot be read, or does not fit the transformer or the size.
+        InputError: If the VAE is missing, cannot be read, or does not fit the transformer or the size.
     """
     index = folder / "model_index.json"
     if components.get("vae") != ("diffusers", "AutoencoderKL"):

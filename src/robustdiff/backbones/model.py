@@ -1,4 +1,4 @@
-"""A pretrained model: a network, and all that says how it is called, sampled, trained and saved."""
+"""A pretrained model: a network with its process, parameterisation, codec and condition."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ __all__ = ["PRETRAINED", "Model", "load_model"]
 PRETRAINED = files("robustdiff.backbones") / "pretrained"
 """The folder of the models shipped with the package."""
 
-# Components of other pipelines, by a part of their name, and what they mean.
+# Components of unsupported pipelines, by a part of their name, with their meaning.
 _OTHERS = {
     "text_encoder": "the model is conditioned on text",
     "vqvae": "the model works on a VQ-VAE's latents, not on pixels",
@@ -43,17 +43,17 @@ _OTHERS = {
 class Model:
     """A network with its process, parameterisation, codec, condition and samplers.
 
-    A model is called as samplers call it, ``model(x, t, **condition)``, at points x (B, C, H, W) and times t (B,) of
-    :attr:`process`, and returns what :attr:`prediction` says, with shape (B, C, H, W) or, with a learned variance,
-    (B, 2C, H, W).
+    A model is called as ``model(x, t, **condition)`` with points x (B, C, H, W) and times t (B,) of :attr:`process`.
+    It returns a prediction in the parameterisation :attr:`prediction`, with shape (B, C, H, W) or, with a learned
+    variance, (B, 2C, H, W).
 
     Arguments:
         backbone: The network and its family.
-        scheduler: The diffusers scheduler that says the process and the parameterisation.
-        codec: The way between images and what the network takes; pixels by default.
-        process: The process, where it is not the scheduler's.
-        prediction: The parameterisation, where it is not the scheduler's.
-        path: The model's name, for messages.
+        scheduler: The diffusers scheduler, which defines the process and the parameterisation.
+        codec: The codec between images and the network's space; pixels by default.
+        process: The process, if it is not the scheduler's.
+        prediction: The parameterisation, if it is not the scheduler's.
+        path: The name of the model in messages.
     """
 
     def __init__(
@@ -74,15 +74,15 @@ class Model:
 
     @classmethod
     def of(cls, network: nn.Module, scheduler: Any, **settings: Any) -> Model:
-        """Return the model of a network of diffusers, such as a ``UNet2DModel``, and its scheduler.
+        """Return the model of a diffusers network, such as a ``UNet2DModel``, and its scheduler.
 
         Arguments:
             network: The network.
             scheduler: The scheduler.
-            settings: The other arguments of the class.
+            settings: The other arguments of :class:`Model`.
 
         Raises:
-            InputError: If no family has networks of this class.
+            InputError: If no family of networks has this class.
         """
         for family in BACKBONES.values():
             if type(network) in family.classes.values():
@@ -91,12 +91,12 @@ class Model:
 
     @property
     def network(self) -> Any:
-        """The network itself, which trains."""
+        """The network to train."""
         return self.backbone.network
 
     @cached_property
     def process(self) -> DiffusionProcess:
-        """The process over whose times the model is called."""
+        """The process that defines the model's times."""
         return process_of(self.scheduler) if self._process is None else self._process
 
     @cached_property
@@ -109,25 +109,25 @@ class Model:
 
     @property
     def condition(self) -> Condition:
-        """The condition that the network is called with."""
+        """The condition of the network."""
         return self.backbone.condition()
 
     @property
     def samplers(self) -> tuple[str, ...]:
-        """The names of the samplers that suit the model, the default one first."""
+        """The names of the samplers that suit the model, the default first."""
         return suited(self.process)
 
     @cached_property
     def sampling(self) -> Mapping[str, Any]:
-        """The settings of sampling that the scheduler says: arguments of :func:`robustdiff.sample`."""
+        """The scheduler's settings of sampling, as arguments of :func:`robustdiff.sample`."""
         return {} if self.scheduler is None else sampling_of(self.scheduler)
 
     @property
     def shape(self) -> Shape:
-        """(C, H, W) of what the network takes.
+        """The shape (C, H, W) of the network's input.
 
         Raises:
-            InputError: If its configuration does not say its size.
+            InputError: If the network's configuration has no size.
         """
         size = self.backbone.size
         if size is None:
@@ -138,10 +138,10 @@ class Model:
 
     @property
     def image_shape(self) -> Shape:
-        """(C, H, W) of the images.
+        """The shape (C, H, W) of the images.
 
         Raises:
-            InputError: If the network's configuration does not say its size.
+            InputError: If the network's configuration has no size.
         """
         return self.codec.decoded_shape(self.shape)
 
@@ -152,7 +152,7 @@ class Model:
         return device
 
     def to(self, device: torch.device | str) -> Model:
-        """Move network, codec and condition to a device, and return the model."""
+        """Move the network, the codec and the condition to a device, and return the model."""
         self.network.to(device)
         self.codec.to(device)
         self.condition.to(device)
@@ -170,49 +170,47 @@ class Model:
         """Return the model as a denoiser D(x, σ) ↦ x̂_0, such as a teacher.
 
         Arguments:
-            network: What to call in place of the network, where that is wrapped.
+            network: A wrapper to call instead of the network.
 
         Raises:
-            InputError: If it is a consistency model or of flow matching.
+            InputError: If the model is a consistency model or a flow-matching model.
         """
         return denoiser_of(self.scheduler, self.backbone, network)
 
     def check_shape(self, shape: Shape, path: str | None = None) -> None:
-        """Check that the network takes images of a shape, (C, H, W); one without a size gets theirs.
+        """Check that the network takes images of a shape; a network without a size gets theirs.
 
         Arguments:
-            shape: The shape.
-            path: The model's name, for messages; its own by default.
+            shape: The shape (C, H, W) in pixels.
+            path: The name of the model in messages; by default the model's own.
 
         Raises:
-            InputError: If it does not take them.
+            InputError: If the network does not take such images.
         """
         self.backbone.check_shape(shape, self.codec, self.path if path is None else path)
 
     def check_data(self, dataset: ImageDataset) -> None:
-        """Check that the network takes the images and has the classes of a dataset; one without a size gets theirs.
+        """Check that the network fits the images and classes of a dataset; a network without a size gets theirs.
 
         Raises:
-            InputError: If it does not.
+            InputError: If the network does not fit the dataset.
         """
         self.check_shape(dataset.shape)
         self.condition.check(dataset.num_classes, False, self.path)
 
     def fingerprint(self) -> str:
-        """Return the sha256 of the network's parameters, in their order, in any device and memory format."""
+        """Return the sha256 of the network's parameters; it depends neither on the device nor on the memory format."""
         digest = hashlib.sha256()
         for value in self.network.state_dict().values():
             digest.update(value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 
     def save(self, folder: Path, state: Mapping[str, Tensor] | None = None) -> None:
-        """Write a pipeline folder that diffusers reads; the caller sees to it that it appears whole.
-
-        Parameters may be in any memory format, such as ``torch.channels_last``.
+        """Write a diffusers pipeline folder. The write is not atomic.
 
         Arguments:
             folder: The folder.
-            state: The network's parameters by name, where they are not its own.
+            state: The parameters to save by name, in any memory format; by default the network's own.
         """
         state = self.network.state_dict() if state is None else state
         with torch.device("meta"):
@@ -223,18 +221,17 @@ class Model:
 
 
 def load_model(path: str | Path, size: int | None = None) -> Model:
-    """Load the model of a run, of a diffusers pipeline folder, or one that is shipped with the package.
+    """Load the model of a run, of a diffusers pipeline folder, or shipped with the package.
 
-    Weights are loaded in float32 whatever their type, because training needs it; the networks are in eval mode, on the
-    CPU.
+    Weights of any type are loaded in float32, because training needs it; the networks are in eval mode, on the CPU.
 
     Arguments:
         path: The run, the folder, or the name of the shipped model.
-        size: The side of the images in pixels, for a network whose configuration does not say it, or another one.
+        size: The side of the images in pixels, if the network's configuration has none or another one is wanted.
 
     Raises:
-        InputError: If there is none, or it cannot be read, or it is of a kind that is not supported, or its weights do
-            not fit it, or are not finite.
+        InputError: If the model is missing, unreadable or not supported, or its weights do not fit the network or are
+            not finite.
     """
     folder = _pipeline_folder(path)
     components = read_index(folder)
@@ -249,7 +246,7 @@ def _supported() -> str:
 
 
 def _family(folder: Path, components: Components) -> type[Backbone]:
-    """Return the family that a pipeline is of."""
+    """Return the family of a pipeline."""
     for family in BACKBONES.values():
         if family.reads(components):
             return family
@@ -273,7 +270,7 @@ def _family(folder: Path, components: Components) -> type[Backbone]:
 
 
 def _pipeline_folder(path: str | Path) -> Path:
-    """Return a run, a pipeline folder, or the name of a shipped model, as a folder with ``model_index.json``."""
+    """Return the folder with ``model_index.json`` of a run, a pipeline folder, or a shipped model by name."""
     given = Path(path)
     for candidate in (given, given / "model", Path(str(PRETRAINED / str(path)))):
         if (candidate / "model_index.json").is_file():

@@ -1,8 +1,8 @@
-"""``PixArtTransformer2DModel`` of diffusers in latents, with captions: PixArtAlphaPipeline and PixArtSigmaPipeline.
+"""Text-conditional ``PixArtTransformer2DModel`` of diffusers on latents (PixArtAlphaPipeline, PixArtSigmaPipeline).
 
 PixArt-α is the transformer of Chen et al., "PixArt-α: Fast Training of Diffusion Transformer for Photorealistic
-Text-to-Image Synthesis", ICLR 2024, arXiv 2310.00426. Networks with ``use_additional_conditions`` are also called with
-the height and width of the images in pixels, and with their ratio.
+Text-to-Image Synthesis", ICLR 2024, arXiv 2310.00426. Networks with ``use_additional_conditions`` also take the height
+and width of the images in pixels, and their ratio.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from robustdiff.loading import Components, component, load_network, read_config
 
 __all__ = ["PixArt"]
 
-# The pipelines by name, and how many tokens of a caption they take.
+# The pipelines by name, with the number of tokens of a caption.
 _PIPELINES: dict[str, tuple[type[Any], int]] = {
     "PixArtAlphaPipeline": (PixArtAlphaPipeline, 120),
     "PixArtSigmaPipeline": (PixArtSigmaPipeline, 300),
@@ -34,12 +34,12 @@ _PIPELINES: dict[str, tuple[type[Any], int]] = {
 
 
 class _Sized:
-    """A network called as ``model(x, t, **condition)``, with the size of the images where it takes that.
+    """A wrapper, called as ``model(x, t, **condition)``, that passes the size of the images to networks that take it.
 
     Arguments:
-        network: The network, or one that wraps it.
-        sized: Whether it takes the size.
-        factor: The pixels of a side that one latent stands for.
+        network: The network, or a wrapper of it.
+        sized: Whether the network takes the size.
+        factor: The downsampling factor of the codec, in pixels per latent on a side.
     """
 
     def __init__(self, network: Callable[..., Any], sized: bool, factor: int) -> None:
@@ -58,13 +58,13 @@ class _Sized:
 
 @BACKBONES.register("pixart")
 class PixArt(Backbone):
-    """A ``PixArtTransformer2DModel`` on latents; there are only pretrained ones.
+    """A pretrained ``PixArtTransformer2DModel`` on latents.
 
     Arguments:
         network: The network.
         text: The condition, with the text encoder; None for a network alone, which is called with embeddings.
-        factor: The pixels of a side that one latent stands for.
-        pipeline: The name of the pipeline that it is saved as.
+        factor: The downsampling factor of the codec, in pixels per latent on a side.
+        pipeline: The class name of the pipeline that the model is saved as.
     """
 
     part = "transformer"
@@ -82,7 +82,7 @@ class PixArt(Backbone):
 
     @classmethod
     def reads(cls, components: Components) -> bool:
-        # Transformer2DModel was the class of DiT as well.
+        # Before diffusers 0.29, Transformer2DModel was also the class of DiT.
         return super().reads(components) and {"text_encoder", "tokenizer"} <= set(components)
 
     @classmethod
@@ -146,7 +146,7 @@ def _caption_width(network: PixArtTransformer2DModel) -> int:
 
 
 def _check(network: PixArtTransformer2DModel, path: Path) -> None:
-    """Check that a network without memory takes noisy latents, a time and embeddings of a caption."""
+    """Check that a network on the meta device takes noisy latents, a time and embeddings of a caption."""
     if network.config.cross_attention_dim is None:
         raise InputError(f"{path}: the transformer takes no captions (cross_attention_dim=null): correct it")
     condition: dict[str, Any] = {

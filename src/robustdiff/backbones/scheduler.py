@@ -1,19 +1,19 @@
-r"""Read from the diffusers scheduler of a checkpoint: process, parameterisation, and settings of sampling.
+r"""The process, the parameterisation and the settings of sampling that a checkpoint's diffusers scheduler defines.
 
-    diffusion     any scheduler with ᾱ_t (DDPM, DDIM, Euler, DPM-Solver, …), of its prediction_type
-    flow          FlowMatch…, and any with use_flow_sigmas, of any fixed shift
+    diffusion     any scheduler with ᾱ_t (DDPM, DDIM, Euler, DPM-Solver, …), with its prediction_type
+    flow          FlowMatch…, and any with use_flow_sigmas, with any fixed shift
     edm           EDMEulerScheduler and EDMDPMSolverMultistepScheduler: a denoiser in Karras et al.'s preconditioning
     consistency   CMStochasticIterativeScheduler
 
-An Euler-like scheduler gives its network x/√(1 + σ²), which is the variance-preserving point: for the network its
-process is that of ᾱ_t. (:meth:`DiffusionProcess.from_scheduler` has that of its ``add_noise`` instead, with α = 1.)
+Euler-like schedulers scale the network's input to x/√(1 + σ²), the variance-preserving point, so the process is the one
+with ᾱ_t. (:meth:`DiffusionProcess.from_scheduler` returns the process of ``add_noise`` instead, with α = 1.)
 
-A denoiser is called at the time ln σ/4, as diffusers' EDM schedulers give it. Those that this package trains are called
-at 250 ln σ, as those of Song et al. are, from which consistency models start; their scheduler holds that as
-``_time_scale``. The schedulers that this package writes also hold ``_timestep_spacing: own``: samplers then visit the
-times that their authors chose. (diffusers keeps fields that begin with an underscore, and does not use them.)
+diffusers' EDM schedulers call a denoiser at the time ln σ/4. Denoisers trained by this package use 250 ln σ, the
+convention of Song et al. for consistency models and their teachers; their scheduler stores the factor as
+``_time_scale``. Schedulers written by this package also have ``_timestep_spacing: own``, with which each sampler uses
+its own default spacing. (diffusers preserves fields that begin with an underscore, and ignores them.)
 
-What is said and cannot be honoured is refused in one line.
+A setting that is not supported raises InputError.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ _FIXED = ("fixed_small", "fixed_large", "fixed_small_log", "fixed_large_log")
 
 
 def mark_as_own(scheduler: Any) -> Any:
-    """Return a scheduler after noting in it that its network is sampled and called as this package does."""
+    """Mark a scheduler as written by this package (``_timestep_spacing``, ``_time_scale``), and return it."""
     own: dict[str, Any] = {"_timestep_spacing": "own"}
     if kind_of(scheduler) == "edm":
         own["_time_scale"] = _TIME_SCALE
@@ -63,10 +63,10 @@ def mark_as_own(scheduler: Any) -> Any:
 
 
 def kind_of(scheduler: Any) -> Kind:
-    """Return which kind of model a scheduler is for.
+    """Return the kind of model that a scheduler is for.
 
     Raises:
-        InputError: If it is for none of them.
+        InputError: If the kind of model is not supported.
     """
     name, config = type(scheduler).__name__, scheduler.config
     if name == "CMStochasticIterativeScheduler":
@@ -100,10 +100,10 @@ def _incorrect(scheduler: Any, error: Exception) -> InputError:
 
 
 def process_of(scheduler: Any) -> DiffusionProcess:
-    """Return the process over whose times :func:`model_of` is called.
+    """Return the process of a scheduler, which defines the times of :func:`model_of`.
 
     Raises:
-        InputError: If the scheduler describes none, or a level of its table is not one of a noising process.
+        InputError: If the scheduler defines no process, or its table has an invalid noise level.
     """
     config = scheduler.config
     match kind_of(scheduler):
@@ -134,10 +134,10 @@ def process_of(scheduler: Any) -> DiffusionProcess:
 
 
 def objective_of(scheduler: Any, backbone: Backbone) -> ObjectiveConfig:
-    """Return what the network of a pipeline predicts: 2C output channels are a learned variance.
+    """Return the parameterisation of a pipeline's network; 2C output channels mean a learned variance.
 
     Raises:
-        InputError: If the scheduler says what the channels or the process contradict, or what is not known here.
+        InputError: If the scheduler contradicts the number of channels or the process, or has an unknown setting.
     """
     config, kind = scheduler.config, kind_of(scheduler)
     given = config.get("prediction_type", "epsilon")
@@ -181,8 +181,8 @@ def objective_of(scheduler: Any, backbone: Backbone) -> ObjectiveConfig:
 
 
 def model_of(scheduler: Any, network: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a pipeline's network as samplers call it: over the times of :func:`process_of`, predicting what
-    :func:`objective_of` says."""
+    """Return a pipeline's network for samplers, with the times of :func:`process_of` and the parameterisation of
+    :func:`objective_of`."""
     config = scheduler.config
     match kind_of(scheduler):
         case "consistency":
@@ -203,10 +203,10 @@ def denoiser_of(scheduler: Any, backbone: Backbone, network: Callable[..., Any] 
     Arguments:
         scheduler: The pipeline's scheduler.
         backbone: The pipeline's network.
-        network: What to call in its place, where it is wrapped.
+        network: A wrapper to call instead of the network.
 
     Raises:
-        InputError: If it is a consistency model or of flow matching.
+        InputError: If the network is a consistency model or a flow-matching model.
     """
     kind, network = kind_of(scheduler), backbone.bind(backbone.network if network is None else network)
     if kind == "edm":
@@ -217,14 +217,14 @@ def denoiser_of(scheduler: Any, backbone: Backbone, network: Callable[..., Any] 
     return DiffusionDenoiser(network, process_of(scheduler), objective_of(scheduler, backbone).prediction)
 
 
-# -- how it is sampled ---------------------------------------------------------------------------------------
+# -- settings of sampling ------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class _TableSpacing:
-    """The times that a scheduler visits: its ``timestep_spacing`` over T discrete times.
+    """The times of a scheduler: its ``timestep_spacing`` over T discrete times.
 
-    Multistep solvers (those with ``solver_order``) space one time more than they visit, and leave out the last.
+    Multistep solvers (those with ``solver_order``) space one more time than they use, and drop the last.
     """
 
     spacing: Literal["leading", "trailing", "linspace"]
@@ -237,7 +237,7 @@ class _TableSpacing:
 
 @dataclass(frozen=True)
 class _FlowSpacing:
-    """The levels σ that a flow-matching scheduler visits, descending, as it gives them itself."""
+    """The levels σ of a flow-matching scheduler, in descending order."""
 
     scheduler: Any
 
@@ -255,7 +255,7 @@ class _FlowSpacing:
 
 @dataclass(frozen=True)
 class _UnknownSpacing:
-    """A spacing that samplers here do not have: said where it would be used."""
+    """A spacing that is not supported: calling it raises InputError."""
 
     name: str
 
@@ -267,10 +267,10 @@ class _UnknownSpacing:
 
 
 def sampling_of(scheduler: Any) -> dict[str, Any]:
-    """Return what a scheduler says of sampling: arguments of :func:`robustdiff.sample`.
+    """Return a scheduler's settings of sampling, as arguments of :func:`robustdiff.sample`.
 
-    Each is for the samplers that take it. ``clip`` is there where the scheduler says something of it; ``spacing`` where
-    it is not the sampler's own.
+    Each setting applies to the samplers that take it. ``clip`` is present only if the scheduler has a setting for
+    clipping, and ``spacing`` only if it differs from the samplers' own.
     """
     config, result = scheduler.config, dict[str, Any]()
     if config.get("thresholding", False):

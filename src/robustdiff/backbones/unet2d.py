@@ -1,4 +1,4 @@
-"""``UNet2DModel`` of diffusers on pixels, unconditional or with classes: DDPMPipeline and ConsistencyModelPipeline."""
+"""``UNet2DModel`` of diffusers on pixels, optionally class-conditional (DDPMPipeline, ConsistencyModelPipeline)."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ __all__ = ["UNet2D", "UNetSection"]
 
 _LARGEST_SIZE = 2**14
 
-# Up to diffusers 0.16, in attention blocks.
+# Names in attention blocks up to diffusers 0.16.
 _OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
@@ -34,14 +34,14 @@ class UNetSection(BackboneSection):
 
     name: Literal["unet"] = "unet"
     channels: tuple[Width, ...] = Field(
-        (64, 128, 128), min_length=1, max_length=16, description="the width of each level"
+        (64, 128, 128), min_length=1, max_length=16, description="number of channels of each level"
     )
-    layers: int = Field(2, ge=1, le=64, description="residual blocks in a level")
+    layers: int = Field(2, ge=1, le=64, description="number of residual blocks in a level")
     attention: tuple[bool, ...] | None = Field(
-        None, max_length=16, description="which levels have attention; none by default"
+        None, max_length=16, description="true for each level with attention; by default no level"
     )
     head_width: Width = Field(32, description="channels of an attention head")
-    groups: Width = Field(32, description="groups of a group norm; every width must be a multiple")
+    groups: Width = Field(32, description="groups of a group norm; must divide the channels of every level")
     dropout: Fraction = Field(0.0, description="dropout in the residual blocks")
     class_cond: bool = Field(False, description="condition on the labels of the data")
 
@@ -54,7 +54,7 @@ class UNetSection(BackboneSection):
         for width in self.channels:
             if width % self.groups:
                 raise ValueError(f"model.channels {width} is not a multiple of model.groups {self.groups}")
-        # Two 3×3 convolutions a block on the way down and on the way up, and the embedding of the time.
+        # Two 3×3 convolutions per block on the way down and on the way up, and the time embedding.
         size = sum(2 * (2 * self.layers + 1) * 9 * width**2 for width in self.channels) + 20 * self.channels[0] ** 2
         if size > MOST_PARAMETERS:
             raise ValueError(
@@ -64,10 +64,11 @@ class UNetSection(BackboneSection):
         return self
 
     def build(self, shape: Shape, num_classes: int | None, learned_variance: bool) -> UNet2D:
-        """Make a new UNet for images of one shape.
+        """Create a new UNet for images of one shape.
 
         Raises:
-            InputError: If the images are not square or cannot be halved often enough, or labels are missing.
+            InputError: If the images are not square, their side is not a multiple of 2^(L − 1) for L levels, or labels
+                are missing.
         """
         channels, height, width = shape
         levels = len(self.channels)
@@ -82,7 +83,7 @@ class UNetSection(BackboneSection):
         if self.class_cond and num_classes is not None:
             embedded = num_classes + (self.condition_dropout > 0)  # the last is the null class
         attention = self.attention or (False,) * levels
-        # Wider than the level, a head would leave no heads at all. The middle always has attention.
+        # A head wider than its level would give zero heads. The middle block always has attention.
         widths = [self.channels[-1], *(w for w, a in zip(self.channels, attention, strict=True) if a)]
         network = UNet2DModel(
             sample_size=height,
@@ -116,7 +117,7 @@ class UNet2D(Backbone):
             config["sample_size"] = _checked_size(config.get("sample_size"), size, path)
             blocks = config.get("down_block_types")
             levels, layers = len(blocks) if isinstance(blocks, list) else 0, config.get("layers_per_block", 0)
-            if isinstance(layers, int) and max(levels, 1) * max(layers, 1) > tensors:  # before so many are made
+            if isinstance(layers, int) and max(levels, 1) * max(layers, 1) > tensors:  # before allocating layers
                 raise InputError(
                     f"{path}: {levels} levels of layers_per_block={shown(layers)} do not fit the weights beside it, of "
                     f"{tensors} tensors: give the two that belong together"
@@ -142,7 +143,7 @@ class UNet2D(Backbone):
 
     @property
     def multiple(self) -> int:
-        """2 to the number of the network's downsamplings."""
+        """The power 2ⁿ for n downsamplings of the network."""
         return _multiple(self.network)
 
     def note_classes(self, num_classes: int | None) -> None:
@@ -156,7 +157,7 @@ def _multiple(network: UNet2DModel) -> int:
 
 
 def _checked_size(own: Any, size: int | None, path: Path) -> Any:
-    """Return the ``sample_size`` of a network: the one that is asked for, or else its configuration's."""
+    """Return the ``sample_size`` of a network: the requested size, or else that of its configuration."""
     if size is not None:
         own = size
     sides = own if isinstance(own, list) else [own, own]
@@ -167,7 +168,7 @@ def _checked_size(own: Any, size: int | None, path: Path) -> Any:
 
 
 def _check(network: UNet2DModel, path: Path) -> None:
-    """Check that a network without memory is called with noisy pixels, a time, and a class at most, at its size."""
+    """Check that a network on the meta device takes noisy pixels of its size, a time and optionally a class."""
     config = network.config
     if config.class_embed_type is not None:
         raise InputError(
@@ -187,7 +188,7 @@ def _check(network: UNet2DModel, path: Path) -> None:
             images = torch.empty(1, config.in_channels, height, width, device="meta")
             out = network(images, torch.zeros(1, device="meta"), class_labels=labels).sample
         reason = None if out.shape[2:] == images.shape[2:] else f"the output is {out.shape[2]}×{out.shape[3]}"
-    except Exception as error:  # a configuration that makes a network and not one that can be called
+    except Exception as error:  # the network can be created from the configuration, but not called
         reason = (str(error).splitlines() or [""])[0] or type(error).__name__
     if reason is not None:
         remedy = f"the size must be a multiple of {multiple}" if height % multiple or width % multiple else "correct it"

@@ -1,1 +1,1 @@
-"""Codecs: the ways between images and the space in which noise is added."""
+"""Codecs: mappings between images and the space in which noise is added."""

@@ -1,4 +1,4 @@
-"""Codecs: the ways between images and the space in which noise is added."""
+"""Codecs: mappings between images and the space in which noise is added."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from robustdiff.section import Named
 __all__ = ["CODECS", "Codec", "CodecSection", "Shape"]
 
 Shape = tuple[int, int, int]
-"""(C, H, W)."""
+"""A shape (C, H, W)."""
 
 
 class Codec(ABC):
-    """The way between images in [−1, 1], (B, C, H, W), and what a network is given, (B, C', H', W').
+    """A mapping between images (B, C, H, W) in [−1, 1] and latents (B, C', H', W'), the input of a network.
 
     Attributes:
-        clip: What samplers clip x̂_0 to by default, [−clip, clip]; None where nothing bounds it.
+        clip: The bound c of the range [−c, c] to which samplers clip x̂_0 by default; None if x̂_0 is unbounded.
         random: Whether encoding draws from a distribution.
-        components: The parts that it has in a pipeline folder, by their names: instances of diffusers' classes.
+        components: The components of the codec in a pipeline folder by name, as instances of diffusers' classes.
     """
 
     clip: float | None = None
@@ -35,69 +35,70 @@ class Codec(ABC):
 
     @abstractmethod
     def encoded_shape(self, images: Shape) -> Shape:
-        """Return the shape of what images of a shape are encoded as.
+        """Return the shape of the latents for images of a shape.
 
         Raises:
-            InputError: If such images cannot be encoded.
+            InputError: If images of this shape cannot be encoded.
         """
 
     @abstractmethod
     def decoded_shape(self, latents: Shape) -> Shape:
-        """Return the shape of the images that are decoded from latents of a shape."""
+        """Return the shape of the images for latents of a shape."""
 
     @abstractmethod
     def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
-        """Encode images in [−1, 1], (B, C, H, W), as (B, C', H', W').
+        """Encode images as latents (B, C', H', W').
 
         Arguments:
-            images: The images.
-            noise: Standard normal noise of the shape of the result, where the codec is :attr:`random`; none: drawn.
+            images: The images in [−1, 1], (B, C, H, W).
+            noise: Standard normal noise of the shape of the result, if the codec is :attr:`random`; drawn by default.
         """
 
     def moments(self, images: Tensor) -> Tensor:
-        """Return what encoding images draws from, which can be kept: of a random codec means and standard deviations.
+        """Return the deterministic part of encoding, which can be cached.
 
         Arguments:
-            images: In [−1, 1], (B, C, H, W).
+            images: The images in [−1, 1], (B, C, H, W).
 
         Returns:
-            (B, 2C', H', W') of a random codec, the means first; (B, C', H', W') of another.
+            The means and then the standard deviations, (B, 2C', H', W'), if the codec is :attr:`random`; otherwise the
+            latents (B, C', H', W').
         """
         return self.encode(images)
 
     def draw(self, moments: Tensor, noise: Tensor | None = None) -> Tensor:
-        """Return what :meth:`encode` returns, (B, C', H', W'), from what :meth:`moments` returned."""
+        """Return latents (B, C', H', W') as :meth:`encode` does, from the result of :meth:`moments`."""
         return moments
 
     @abstractmethod
     def decode(self, latents: Tensor) -> Tensor:
-        """Decode (B, C', H', W') to images, nominally in [−1, 1], (B, C, H, W)."""
+        """Decode latents (B, C', H', W') to images (B, C, H, W), nominally in [−1, 1]."""
 
     def to(self, device: torch.device | str) -> Codec:
-        """Move the codec's own network, if it has any, to a device, and return the codec."""
+        """Move the network of the codec, if it has one, to a device, and return the codec."""
         return self
 
     def fingerprint(self) -> str:
-        """Return what tells this codec from others that encode or decode in another way."""
+        """Return a string that differs between codecs that encode or decode differently."""
         return type(self).__name__
 
 
 class CodecSection(Named):
-    """The section ``codec`` of a recipe. Every kind has a ``name``."""
+    """The section ``codec`` of a recipe. Every subclass has a field ``name``."""
 
     name: Any
 
     def build(self, own: Codec | None) -> Codec:
-        """Make the codec.
+        """Create the codec.
 
         Arguments:
-            own: The codec that the checkpoint comes with; None for a new network.
+            own: The codec of the checkpoint; None for a new network.
 
         Raises:
-            InputError: If it cannot be made.
+            InputError: If the codec cannot be created.
         """
         raise NotImplementedError
 
 
 CODECS: Registry[type[CodecSection]] = Registry("codec", "codecs")
-"""The sections by the names of the codecs."""
+"""The sections ``codec`` of a recipe by the names of the codecs."""

@@ -1,4 +1,4 @@
-"""Noise is added to the pixels themselves."""
+"""The codec of models in pixel space."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["Pixels", "PixelsSection"]
 
 
 class Pixels(Codec):
-    """The identity: latents are the images."""
+    """The identity: the latents are the images."""
 
     clip = 1.0
 
@@ -32,7 +32,7 @@ class Pixels(Codec):
 
 @CODECS.register("pixels")
 class PixelsSection(CodecSection):
-    """No codec: noise is added to pixels."""
+    """The section ``codec`` of a recipe for pixel space."""
 
     name: Literal["pixels"] = "pixels"
 

@@ -1,13 +1,13 @@
-r"""Latents of a variational autoencoder (Kingma & Welling, 2013, arXiv 1312.6114), as a space to diffuse in.
+r"""Latents of a variational autoencoder (Kingma & Welling, 2013, arXiv 1312.6114).
 
-That is the model of Rombach et al. (2022), "High-Resolution Image Synthesis with Latent Diffusion Models", arXiv
-2112.10752. With z the posterior's mean or a sample, m the VAE's ``shift_factor`` (or ``latents_mean``; 0 without) and s
-its ``scaling_factor`` (over ``latents_std``), noise is added to
+This implements the first stage of Rombach et al. (2022), "High-Resolution Image Synthesis with Latent Diffusion
+Models", arXiv 2112.10752. With z the posterior's mean or a sample, m the VAE's ``shift_factor`` (or ``latents_mean``;
+by default 0) and s its ``scaling_factor`` (divided by ``latents_std``), the latents are
 
     (z − m) · s,
 
-which has about unit variance. The network is diffusers' ``AutoencoderKL``. It always computes in float32, whatever the
-precision around it: the activations of many VAEs overflow in float16.
+which have about unit variance. The network is diffusers' ``AutoencoderKL``. It always computes in float32, also under
+autocast: the activations of many VAEs overflow in float16.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ PRETRAINED = files("robustdiff.codecs") / "pretrained"
 
 Posterior = Literal["mean", "sample"]
 
-_PIXELS_AT_ONCE = 2**21  # 32 images of 256×256: a GPU is busy with them, and has the memory
+_PIXELS_AT_ONCE = 2**21  # 32 images of 256×256: enough to occupy a GPU, and within its memory
 _TENSORS_OF_A_BLOCK = 8
 
-# Up to diffusers 0.16, in attention blocks.
+# Names in attention blocks up to diffusers 0.16.
 _OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
@@ -49,11 +49,11 @@ class VAE(Codec):
     """A codec that encodes images as scaled latents of an ``AutoencoderKL``.
 
     Arguments:
-        network: The autoencoder. It is put into eval mode and float32, and its parameters get no gradients.
-        posterior: What an image is encoded as: the posterior's "mean", or a "sample", drawn anew at each call.
+        network: The autoencoder. It is put into eval mode and float32, and its parameters do not require gradients.
+        posterior: The encoding of an image: the "mean" of the posterior, or a new "sample" of it at each call.
 
     Raises:
-        InputError: If the factors of its latents are not finite numbers, or not positive where they scale.
+        InputError: If the shift or scale of its latents is not finite, or the scale is not positive.
     """
 
     def __init__(self, network: AutoencoderKL, posterior: Posterior = "sample") -> None:
@@ -76,12 +76,12 @@ class VAE(Codec):
 
     @property
     def shifted(self) -> bool:
-        """True if latents are shifted, or scaled by more than one number, which not all pipelines of diffusers do."""
+        """True if latents are shifted, or scaled per channel, which some pipelines of diffusers do not support."""
         return bool((self._mean != 0).any()) or self.network.config.latents_std is not None
 
     @property
     def factor(self) -> int:
-        """The pixels of a side that one latent stands for."""
+        """The downsampling factor, in pixels per latent on a side."""
         return int(2 ** (len(self.network.config.block_out_channels) - 1))
 
     def encoded_shape(self, images: Shape) -> Shape:
@@ -144,7 +144,7 @@ class VAE(Codec):
         return digest.hexdigest()
 
     def fingerprint(self) -> str:
-        """Return a hash of the weights and the settings, the posterior among them."""
+        """Return a hash of the weights and the settings, including the posterior."""
         return f"vae {self.posterior} {self._digest}"
 
 
@@ -172,20 +172,20 @@ def _per_channel(config: Mapping[str, Any], name: str, default: list[float], pos
 
 
 def load_vae(path: str | Path) -> AutoencoderKL:
-    """Load an ``AutoencoderKL`` in float32 on the CPU; no code that the files name is run.
+    """Load an ``AutoencoderKL`` in float32 on the CPU, without running code that the files name.
 
     Arguments:
         path: A folder with ``config.json`` and weights, a pipeline folder with ``vae/``, a run, or the name of a
             shipped VAE, such as "fashion-16-vae".
 
     Raises:
-        InputError: If there is none, or it is of another class, or its files do not fit.
+        InputError: If the VAE is missing, is of another class, or its configuration and weights do not fit.
     """
     return load_network(_folder(path), AutoencoderKL, prepare=_prepare, check=_check, old_names=_OLD_NAMES)
 
 
 def _prepare(config: dict[str, Any], tensors: int, path: Path) -> None:
-    """Check the size of a VAE before it is made."""
+    """Check the size of a VAE before it is created."""
     blocks, layers = config.get("block_out_channels"), config.get("layers_per_block", 1)
     levels = len(blocks) if isinstance(blocks, list) else 1
     if isinstance(layers, int) and levels * layers * _TENSORS_OF_A_BLOCK > tensors:
@@ -200,7 +200,7 @@ def _prepare(config: dict[str, Any], tensors: int, path: Path) -> None:
 
 
 def _check(network: AutoencoderKL, path: Path) -> None:
-    """Call a VAE without memory, and check the shapes of what it returns."""
+    """Call a VAE on the meta device and check the shapes of its outputs."""
     config = network.config
     side = 2 ** len(config.block_out_channels)
     shapes = (1, config.latent_channels, 2, 2), (1, config.out_channels, side, side)
@@ -210,7 +210,7 @@ def _check(network: AutoencoderKL, path: Path) -> None:
             found = tuple(mean.shape), tuple(network.decode(mean).sample.shape)
         if found != shapes or not mean.numel():
             raise ValueError(f"latents and images are {found} instead of {shapes}")
-    except Exception as error:  # a configuration that makes a network and not one that can be called
+    except Exception as error:  # the network can be created from the configuration, but not called
         reason = (str(error).splitlines() or [""])[0] or type(error).__name__
         raise InputError(f"{path}: the VAE cannot be called ({reason}): correct it") from None
 
@@ -232,14 +232,14 @@ def _shipped() -> str:
 
 @CODECS.register("vae")
 class VAESection(CodecSection):
-    """Latents of a VAE: noise is added to them."""
+    """The section ``codec`` of a recipe for the latents of a VAE."""
 
     name: Literal["vae"] = "vae"
     path: Text | None = Field(
-        None, description="a folder of the VAE or of a pipeline with one, or a shipped one; by default the checkpoint's"
+        None, description="folder of a VAE or of a pipeline, or name of a shipped VAE; by default the checkpoint's"
     )
-    posterior: Posterior = Field("sample", description="what an image is encoded as: the posterior's mean or a sample")
-    cache: bool = Field(False, description="compute the latents of the dataset once, and keep them on disk")
+    posterior: Posterior = Field("sample", description="encoding of an image: mean or sample of the posterior")
+    cache: bool = Field(False, description="compute the latents of the dataset once, and cache them on disk")
 
     def build(self, own: Codec | None) -> VAE:
         if own is not None and "vae" not in own.components:

@@ -1,1 +1,1 @@
-"""Conditions: what a network is called with beside x_t and t."""
+"""Conditions: the arguments of a network besides x_t and t."""

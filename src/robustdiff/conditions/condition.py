@@ -1,7 +1,7 @@
-"""Conditions: the arguments of a network beside x_t and t, in training and in sampling.
+"""Conditions: the arguments of a network besides x_t and t, in training and in sampling.
 
-In training a share of the conditions is dropped: replaced by the empty one, which classifier-free guidance (Ho &
-Salimans, 2022, arXiv 2207.12598) needs in sampling.
+In training a fraction of the conditions is dropped, that is, replaced by the empty condition, which classifier-free
+guidance (Ho & Salimans, 2022, arXiv 2207.12598) uses in sampling.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ __all__ = ["Condition"]
 
 
 class Condition(ABC):
-    """The arguments of a network beside x_t and t.
+    """The arguments of a network besides x_t and t.
 
     Attributes:
-        components: The parts that it has in a pipeline folder, by their names, such as a text encoder.
+        components: The components of the condition in a pipeline folder by name, such as a text encoder.
     """
 
     @property
@@ -30,7 +30,7 @@ class Condition(ABC):
         return {}
 
     def to(self, device: torch.device | str) -> Condition:
-        """Move the condition's own network, if it has any, to a device, and return the condition."""
+        """Move the network of the condition, if it has one, to a device, and return the condition."""
         return self
 
     @abstractmethod
@@ -38,21 +38,21 @@ class Condition(ABC):
         """Return the arguments of the network for a batch of the data.
 
         Arguments:
-            labels: The classes, with shape (B,), on the device of the network; None where the data has none.
-            captions: The captions; None where the data has none.
-            dropped: The samples whose condition is the empty one, booleans (B,); None: none of them.
+            labels: The classes (B,), on the device of the network; None if the data has none.
+            captions: The captions; None if the data has none.
+            dropped: The mask (B,) of the samples whose condition is replaced by the empty one; None drops none.
         """
 
     @property
     def classes(self) -> int | None:
-        """The number of classes, without an empty one; None where the condition is not a class."""
+        """The number of classes, without the null class; None if the condition is not a class."""
         return None
 
     def with_classes(self, num_classes: int) -> Condition:
-        """Return the condition with so many classes, where a network embeds that number, or one more that is empty.
+        """Return the condition for a number of classes; the network embeds as many, or one more for the null class.
 
         Raises:
-            InputError: If it embeds another number.
+            InputError: If the network embeds another number of classes.
         """
         raise InputError(f"this model has no classes, and {num_classes} are to be sampled: leave --classes out")
 
@@ -63,21 +63,21 @@ class Condition(ABC):
 
     @abstractmethod
     def empty(self) -> dict[str, Any]:
-        """Return the empty condition by the names of the arguments: tensors with one row, or a number for all samples.
+        """Return the empty condition by argument: tensors with one row, or one number for all samples.
 
         Raises:
-            InputError: If the network has none, so that it cannot be guided.
+            InputError: If the network has no empty condition, so that guidance is impossible.
         """
 
     @abstractmethod
     def check(self, num_classes: int | None, captions: bool, path: str) -> None:
-        """Check that data has what the network needs.
+        """Check that the data has the labels or captions that the network needs.
 
         Arguments:
-            num_classes: The number of the data's classes; None without labels.
+            num_classes: The number of classes of the data; None if it has no labels.
             captions: Whether the data has captions.
-            path: The model's name, for messages.
+            path: The name of the model in messages.
 
         Raises:
-            InputError: If it has not.
+            InputError: If the data does not have them.
         """

@@ -1,4 +1,4 @@
-"""Classes as the condition; with a null class after the data's it can be dropped, and the network guided."""
+"""Class labels as the condition; a null class after the classes of the data is the empty condition."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class Labels(Condition):
     """The condition of a network that is called with ``class_labels``.
 
     Arguments:
-        embedded: How many classes the network embeds, a null class among them.
-        null: Whether the last of them is the null class.
+        embedded: The number of classes that the network embeds, including the null class.
+        null: Whether the last class is the null class.
     """
 
     embedded: int
@@ -28,7 +28,7 @@ class Labels(Condition):
 
     @property
     def classes(self) -> int:
-        """The number of classes without the null class."""
+        """The number of classes, without the null class."""
         return self.embedded - self.null
 
     def with_classes(self, num_classes: int) -> Labels:

@@ -1,4 +1,4 @@
-"""No condition."""
+"""The condition of unconditional networks, which has no arguments."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["Unconditional"]
 
 @dataclass(frozen=True)
 class Unconditional(Condition):
-    """The condition of a network that is called with x_t and t alone."""
+    """The condition of a network that takes only x_t and t."""
 
     def batch(self, labels: Tensor | None, captions: Sequence[str] | None, dropped: Tensor | None) -> dict[str, Any]:
         return {}

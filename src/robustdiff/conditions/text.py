@@ -1,7 +1,7 @@
 """Captions as the condition, encoded by a frozen T5 (Raffel et al., 2020, arXiv 1910.10683).
 
-Each distinct caption is encoded once and its tokens' embeddings are kept in memory, up to a limit. Positions after the
-last token are masked, so that their embeddings have no influence; they are zero here.
+Each distinct caption is encoded once and its token embeddings are cached in memory, up to a limit. Positions after the
+last token are masked, and their embeddings are zero.
 """
 
 from __future__ import annotations
@@ -22,18 +22,19 @@ __all__ = ["Text", "load_text"]
 logger = logging.getLogger(__name__)
 
 _BATCH = 32
-_MOST_BYTES = 2**32  # of embeddings that are kept
+_MOST_BYTES = 2**32  # size of the cache of embeddings
 
 
 class Text(Condition):
-    """The condition of a network that is called with ``encoder_hidden_states`` and ``encoder_attention_mask``.
+    """The condition of a network that takes ``encoder_hidden_states`` and ``encoder_attention_mask``.
 
-    Captions are put into lower case and stripped, as diffusers' PixArt pipelines do with ``clean_caption=False``.
+    Captions are lower-cased and stripped, as in diffusers' PixArt pipelines with ``clean_caption=False``.
 
     Arguments:
         tokenizer: A tokenizer of transformers.
-        encoder: A ``T5EncoderModel`` of transformers. It is put into eval mode, and its parameters get no gradients.
-        length: The number of tokens, with padding; longer captions are cut, and a warning says so.
+        encoder: A ``T5EncoderModel`` of transformers. It is put into eval mode, and its parameters do not require
+            gradients.
+        length: The number of tokens, with padding; longer captions are truncated with a warning.
     """
 
     def __init__(self, tokenizer: Any, encoder: Any, length: int = 120) -> None:
@@ -74,7 +75,7 @@ class Text(Condition):
             )
 
     def _embed(self, captions: Sequence[str]) -> dict[str, Any]:
-        """Return embeddings (B, length, D) in float32 and the mask (B, length), on the device of the encoder."""
+        """Return the embeddings (B, length, D) in float32 and the mask (B, length), on the device of the encoder."""
         texts = [caption.lower().strip() for caption in captions]
         found = {text: self._known[text] for text in texts if text in self._known}
         missing = [text for text in dict.fromkeys(texts) if text not in found]
@@ -91,7 +92,7 @@ class Text(Condition):
 
     @torch.no_grad()
     def _encode(self, texts: list[str]) -> dict[str, Tensor]:
-        """Return the embeddings of texts, each (tokens, D), and keep them while there is room."""
+        """Return the embeddings of texts, each (tokens, D), and cache them up to the limit."""
         given = self.tokenizer(
             texts, padding="max_length", max_length=self.length, truncation=True, return_tensors="pt"
         ).to(self.encoder.device)
@@ -114,16 +115,16 @@ class Text(Condition):
 
 
 def load_text(folder: Path, length: int = 120) -> Text:
-    """Load the tokenizer and the T5 encoder of a pipeline folder, on the CPU in the type that its weights have.
+    """Load the tokenizer and the T5 encoder of a pipeline folder, on the CPU, in the type of the weights.
 
-    Only classes of transformers are made, from files in the folder, and weights are read from safetensors.
+    Only classes of transformers are instantiated, from files in the folder, and weights are read from safetensors.
 
     Arguments:
         folder: The pipeline folder, with ``tokenizer`` and ``text_encoder``.
         length: The number of tokens of a caption.
 
     Raises:
-        InputError: If transformers is not installed, or one of the two cannot be read.
+        InputError: If transformers is not installed, or the tokenizer or the encoder cannot be read.
     """
     try:
         from transformers import T5EncoderModel, T5TokenizerFast
@@ -142,7 +143,7 @@ def load_text(folder: Path, length: int = 120) -> Text:
         encoder, info = T5EncoderModel.from_pretrained(
             str(path), use_safetensors=True, dtype="auto", output_loading_info=True, **options
         )
-    except Exception as error:  # what a file of unknown origin makes transformers raise is anything
+    except Exception as error:  # for an untrusted file, transformers may raise any error
         reason = printable((str(error).splitlines() or [""])[0][:300]) or type(error).__name__
         raise InputError(
             f"{printable(path)} cannot be read ({reason}): download it again; weights must be safetensors"

@@ -1,4 +1,4 @@
-"""Data: datasets by name, uint8 in the dataset, [-1, 1] in the model."""
+"""Datasets by name, with pixels in uint8; models use the range [−1, 1]."""
 
 from __future__ import annotations
 

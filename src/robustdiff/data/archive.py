@@ -1,4 +1,4 @@
-"""Images in one `.npz` file: the format in which guided-diffusion (ADM) exchanges samples and references."""
+"""Images in one `.npz` file, guided-diffusion's format for samples and reference batches."""
 
 from __future__ import annotations
 
@@ -22,24 +22,24 @@ __all__ = ["expands_too_far", "list_npz", "npz", "read_into", "read_npz"]
 
 logger = logging.getLogger(__name__)
 
-# What numpy, zipfile and the decompressors raise for a file that is not what it should be; lzma's own error is caught
-# as an Exception where members are read.
+# Errors that numpy, zipfile and the decompressors raise for malformed files; lzma's own error is caught as an Exception
+# where members are read.
 UNREADABLE = (OSError, EOFError, ValueError, KeyError, RuntimeError, zipfile.BadZipFile, zlib.error)
 
-# Compressed data that expands further than any images do, and to more than this many bytes, is there to fill memory.
+# Data with a higher compression ratio than images have, and more bytes than this when expanded, is refused.
 MOST_TIMES = 200
 FREE_BYTES = 2**28
 
 
 def expands_too_far(compressed: int, expanded: int) -> bool:
-    """Return whether so many bytes would come from so few."""
+    """Return whether the ratio of expanded to compressed bytes is too high for images."""
     return expanded > max(FREE_BYTES, MOST_TIMES * compressed)
 
 
 def read_into(file: Any, size: int) -> NDArray[np.uint8]:
-    """Return the next bytes of a file, (size,) or fewer where it ends.
+    """Return the next `size` bytes of a file, or fewer at its end.
 
-    Memory is touched as bytes arrive, so that a size that is not there costs none. `file` has `readinto`.
+    Memory is used only as bytes arrive, so a wrong size costs none. `file` must have `readinto`.
     """
     data = np.empty(size, np.uint8)
     done = 0
@@ -49,7 +49,7 @@ def read_into(file: Any, size: int) -> NDArray[np.uint8]:
 
 
 def _open(path: str | os.PathLike[str]) -> zipfile.ZipFile:
-    """Open an `.npz` file. Raises InputError or what zipfile raises."""
+    """Open an `.npz` file; raises InputError or the errors of zipfile."""
     name = printable(path)
     if not os.path.isfile(path):
         raise InputError(f"{name}: no such file; correct the path of the .npz file")
@@ -65,7 +65,7 @@ def _unreadable(path: str | os.PathLike[str], error: Exception) -> InputError:
 
 
 def list_npz(path: str | os.PathLike[str]) -> list[str]:
-    """Return the names of the arrays in an `.npz` file, without reading one.
+    """Return the names of the arrays in an `.npz` file, without reading the arrays.
 
     Raises:
         InputError: No such file, or not an `.npz` file.
@@ -80,20 +80,20 @@ def list_npz(path: str | os.PathLike[str]) -> list[str]:
 
 
 def read_npz(path: str | os.PathLike[str], names: Sequence[str]) -> dict[str, NDArray[Any]]:
-    """Read arrays of numbers out of an `.npz` file.
+    """Read arrays of numbers from an `.npz` file.
 
-    An array is read if its header and the size of its member agree, so that no header makes numpy reserve memory.
-    `numpy.load` is not used: it reserves first, and it unpickles where it is told to.
+    An array is read only if the shape in its header agrees with the size of the archive member. `numpy.load` is not
+    used, because it allocates memory before it compares them.
 
     Args:
         path: The file.
-        names: Which arrays to read. Those that the file lacks are left out; others are not looked at.
+        names: The names of the arrays to read. Names that the file does not have are skipped.
 
     Returns:
         The arrays, in the machine's byte order.
 
     Raises:
-        InputError: No such file, or not a whole `.npz` file, or an array of other than numbers.
+        InputError: No such file, not an `.npz` file, a damaged file, or an array that does not hold numbers.
     """
     try:
         with _open(path) as archive:
@@ -103,12 +103,12 @@ def read_npz(path: str | os.PathLike[str], names: Sequence[str]) -> dict[str, ND
         raise
     except MemoryError as error:
         raise InputError(f"{printable(path)}: larger than the memory of this machine; make it smaller") from error
-    except Exception as error:  # damaged members: what numpy's header, zipfile, lzma and bz2 raise
+    except Exception as error:  # damaged members: errors of numpy, zipfile, lzma and bz2
         raise _unreadable(path, error) from error
 
 
 def _read_member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> NDArray[Any]:
-    """Raises ValueError or what zipfile raises."""
+    """Read one array; raises ValueError or the errors of zipfile."""
     name = info.filename
     with archive.open(info) as file:
         shape, fortran, dtype = _read_header(file)
@@ -125,7 +125,7 @@ def _read_member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> NDArray[Any
         if expands_too_far(info.compress_size, size) or (stored and info.compress_size != info.file_size):
             raise ValueError(f"{name} expands from {info.compress_size} bytes to {size}, as no array does")
         data = read_into(file, size)
-        if len(data) != size or file.read(1):  # at its end the checksum is compared
+        if len(data) != size or file.read(1):  # reading the end verifies the checksum
             raise ValueError(f"{name} is truncated or too long")
     array: NDArray[Any] = data.view(dtype)
     array = array.reshape(shape[::-1]).T if fortran else array.reshape(shape)
@@ -133,7 +133,7 @@ def _read_member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> NDArray[Any
 
 
 def _read_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
-    """Return shape, whether the first axis varies fastest, and type, from the header of an `.npy` file."""
+    """Return the shape, whether the order is Fortran's, and the type, from the header of an `.npy` file."""
     version = np.lib.format.read_magic(file)
     if version == (1, 0):
         return np.lib.format.read_array_header_1_0(file)
@@ -146,9 +146,9 @@ def _read_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]
 def npz(
     *, root: str | os.PathLike[str] | None = None, size: int | None, channels: int | None, split: str
 ) -> ArrayDataset:
-    """Load the file `root`: uint8 `images` (N, H, W, C) and perhaps integer `labels` (N,).
+    """Load the file `root` with uint8 `images` (N, H, W, C) and optionally integer `labels` (N,).
 
-    guided-diffusion's names `arr_0` and `arr_1` are understood too.
+    guided-diffusion's names `arr_0` and `arr_1` are supported as well.
     """
     if root is None:
         raise InputError("npz needs root, the path of the .npz file")
@@ -167,7 +167,7 @@ def npz(
         )
     arrays = read_npz(root, [n for n in chosen if n is not None])
     images, labels = arrays[chosen[0]], None if chosen[1] is None else arrays[chosen[1]]
-    dataset = ArrayDataset(name, images, labels)  # checks dtype and shape before anything is resized
+    dataset = ArrayDataset(name, images, labels)  # checks dtype and shape before resizing
     if size is None and channels is None:
         return dataset
     return ArrayDataset(name, fit_array(images, size, channels), labels, dataset.num_classes)

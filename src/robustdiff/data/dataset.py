@@ -1,14 +1,13 @@
-r"""Images as data (integers) and as a random variable (real numbers).
+r"""Image datasets, and the conversion between pixels and the range of models.
 
-A dataset holds pixels k ∈ {0, …, 255}; the model sees
+A dataset holds pixels k ∈ {0, …, 255}; a model takes x. The conversions are
 
-    x = k / 127.5 − 1 ∈ [−1, 1]        and back       k = clip(round(127.5 (x + 1)), 0, 255)
+    x = k / 127.5 − 1 ∈ [−1, 1]        and       k = clip(round(127.5 (x + 1)), 0, 255)
 
-The second is the exact inverse of the first on all 256 values. Pixels stay uint8 until the batch is on the
-model's device: a quarter of the memory and of the traffic between processes.
+The second is the exact inverse of the first on all 256 values. Pixels are converted on the model's device, because
+uint8 needs a quarter of the memory and of the traffic between processes.
 
-A batch is one call: torch's DataLoader fetches through `__getitems__` when a dataset has it, so a batch is
-one indexing operation and not B of them followed by a stack.
+torch's DataLoader fetches a batch by `__getitems__`, with one indexing operation per batch.
 """
 
 from __future__ import annotations
@@ -33,15 +32,15 @@ __all__ = ["ArrayDataset", "ImageDataset", "check_labels", "to_uint8", "to_unit"
 
 logger = logging.getLogger(__name__)
 
-# A larger number is no class: an embedding has a row of weights for each.
+# A network has a row of weights for each class, so larger labels are refused.
 MOST_CLASSES = 1_000_000
 
 
 def to_unit(x: Tensor) -> Tensor:
-    """Map pixels to the model's range.
+    """Map pixels to the range of models.
 
     Args:
-        x: uint8, any shape, 0 to 255.
+        x: Pixels, uint8 of any shape.
 
     Returns:
         float32 of the same shape, x/127.5 − 1, in [−1, 1].
@@ -50,10 +49,10 @@ def to_unit(x: Tensor) -> Tensor:
 
 
 def to_uint8(x: Tensor) -> Tensor:
-    """Map the model's range to pixels: the inverse of `to_unit`, rounding to the nearest and clipping.
+    """Map the range of models to pixels, by rounding and clipping; the inverse of `to_unit`.
 
     Args:
-        x: Floating point, any shape, nominally in [−1, 1].
+        x: Floating point of any shape, nominally in [−1, 1].
 
     Returns:
         uint8 of the same shape, 0 to 255.
@@ -64,13 +63,13 @@ def to_uint8(x: Tensor) -> Tensor:
 class ImageDataset(Dataset[tuple[Tensor, Any]]):
     """Images of one shape, with class labels or without.
 
-    Use it with `DataLoader(dataset, batch_sampler=…, collate_fn=lambda batch: batch)`: the fetch is a whole
-    batch already, there is nothing to collate.
+    Use it with `DataLoader(dataset, batch_sampler=…, collate_fn=lambda batch: batch)`: `__getitems__` returns whole
+    batches, which need no collation.
 
     Attributes:
-        name: The name it was loaded by.
-        shape: (C, H, W) of every image.
-        num_classes: Labels are in 0 … num_classes − 1; None when there are no labels.
+        name: The name of the dataset.
+        shape: The shape (C, H, W) of every image.
+        num_classes: The number of classes K, with labels in {0, …, K − 1}; None without labels.
     """
 
     def __init__(
@@ -83,7 +82,7 @@ class ImageDataset(Dataset[tuple[Tensor, Any]]):
 
     @property
     def labels(self) -> Tensor | None:
-        """The labels of all images, int64 (N,), or None when there are none."""
+        """The labels of all images, int64 (N,), or None without labels."""
         return self._labels
 
     @abstractmethod
@@ -94,20 +93,20 @@ class ImageDataset(Dataset[tuple[Tensor, Any]]):
         """Fetch a batch.
 
         Args:
-            indices: B indices, each in 0 … len − 1.
+            indices: The B indices of the images, in {0, …, N − 1}.
 
         Returns:
-            Images uint8 (B, C, H, W), and labels int64 (B,), or None when there are none.
+            Images uint8 (B, C, H, W), and labels int64 (B,) or None.
         """
 
     def latents(self, batch: Tensor, codec: Codec, flipped: Tensor | None, noise: Tensor | None) -> Tensor:
-        """Return what a network is trained on for a batch, in float32, (B, C', H', W').
+        """Return the latents of a batch, float32 (B, C', H', W').
 
         Arguments:
-            batch: The images that :meth:`__getitems__` returned, on any device.
-            codec: The way from images to what the network takes.
-            flipped: The images that are mirrored, booleans (B,); None: none of them.
-            noise: Standard normal noise of the shape of the result, where the codec is random.
+            batch: The images from :meth:`__getitems__`, on any device.
+            codec: The codec from images to latents.
+            flipped: The mask (B,) of the images to mirror; None mirrors none.
+            noise: Standard normal noise of the shape of the result, if the codec is random.
         """
         images = to_unit(batch)
         if flipped is not None:
@@ -115,13 +114,13 @@ class ImageDataset(Dataset[tuple[Tensor, Any]]):
         return codec.encode(images, noise)
 
     def labels_of(self, indices: Sequence[int]) -> Tensor | None:
-        """Return the labels of a batch, int64 (B,), or None when there are none."""
+        """Return the labels of a batch, int64 (B,), or None without labels."""
         return None if self.labels is None else self.labels[torch.as_tensor(indices, dtype=torch.int64)]
 
     def contents(self) -> bytes:
-        """Return a hash of the images, the same in every process and wherever the data lies.
+        """Return a hash of the images; it does not depend on the process or on the location of the data.
 
-        Here it is the sha256 of all pixels; datasets that are costly to decode hash what is stored.
+        By default it is the sha256 of all pixels; datasets that are slow to decode hash the encoded images.
         """
         digest = hashlib.sha256()
         for start in range(0, len(self), 256):
@@ -138,7 +137,7 @@ class ImageDataset(Dataset[tuple[Tensor, Any]]):
         return digest.hexdigest()
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor | None]:
-        """Fetch one image uint8 (C, H, W) and its label, int64 (), or None."""
+        """Fetch one image, uint8 (C, H, W), and its label, int64 (), or None."""
         index = operator.index(index)
         if not -len(self) <= index < len(self):
             raise IndexError(f"index {index} is out of range for {self.name}, which has {len(self)} images")
@@ -154,10 +153,10 @@ class ArrayDataset(ImageDataset):
     """Images held in memory.
 
     Args:
-        name: What to call it in messages.
-        images: uint8 (N, H, W, C), C = 1 or 3, N ≥ 1.
-        labels: Integers (N,), each ≥ 0, or None.
-        num_classes: Number of classes; by default the largest label + 1.
+        name: The name of the dataset in messages.
+        images: The images, uint8 (N, H, W, C), with C = 1 or 3 and N ≥ 1.
+        labels: The labels, non-negative integers (N,), or None.
+        num_classes: The number of classes; by default the largest label + 1.
 
     Raises:
         InputError: Wrong dtype or shape, or a label that is negative or not below `num_classes`.
@@ -184,7 +183,7 @@ class ArrayDataset(ImageDataset):
             checked, num_classes = check_labels(name, "image", labels, num_classes)
         height, width, channels = images.shape[1:]
         super().__init__(name, (channels, height, width), num_classes, checked)
-        # Writable, because torch warns of tensors on memory that is not.
+        # torch warns of tensors on memory that is not writable.
         self._images = torch.from_numpy(np.require(images.transpose(0, 3, 1, 2), requirements=["C", "W"]))
 
     def __len__(self) -> int:
@@ -199,13 +198,13 @@ class ArrayDataset(ImageDataset):
 
 
 def check_labels(name: str, row: str, labels: NDArray[Any], num_classes: int | None) -> tuple[Tensor, int]:
-    """Check the labels of a dataset, and count its classes.
+    """Check the labels of a dataset and count its classes.
 
     Args:
-        name: The dataset, in messages.
-        row: What a label belongs to, in messages.
-        labels: Integers (N,).
-        num_classes: Number of classes; None: the largest label + 1, with a warning of those that no row has.
+        name: The name of the dataset in messages.
+        row: The word for a row of the dataset in messages.
+        labels: The labels, integers (N,).
+        num_classes: The number of classes; by default the largest label + 1, with a warning of classes without a row.
 
     Returns:
         The labels as int64 (N,), and the number of classes.

@@ -1,11 +1,10 @@
-"""Encoded pictures to pixels, for every dataset that holds files or their bytes.
+"""Decoding of image files.
 
-Pillow is restricted to six formats wherever a picture is opened: it would start Ghostscript for an EPS file whatever
-the file's name says. What would take minutes or gigabytes to open is refused.
+Pillow is restricted to six formats, because for others it may run external programs, such as Ghostscript for EPS files
+of any name. Files that would take minutes or gigabytes to open are refused.
 
-The first frame or page is read, EXIF's orientation is applied, the largest centred square is taken, and transparency is
-composed on one background colour before anything is resized, so that the colours hidden under transparent pixels never
-show.
+The first frame or page is read, its EXIF orientation is applied, and the largest centred square is cropped. Transparent
+pixels are composed on a background colour before resizing, so that their hidden colours have no effect.
 """
 
 from __future__ import annotations
@@ -48,41 +47,41 @@ Colour = tuple[int, int, int]
 
 
 def _quoted(value: Any) -> Any:
-    if value is None:  # to YAML, what follows a # is a comment
+    if value is None:  # in YAML, a # begins a comment
         raise ValueError("no colour: a code such as '#808080' needs quotes")
     return value
 
 
 Background = Annotated[Text, BeforeValidator(_quoted)]
-"""The name or code of a colour, as an option of a dataset."""
+"""The type of a dataset's option for a colour: its name or its code."""
 Source = Callable[[], BinaryIO]
 
 GREY = ("1", "L", "LA", "La")
 SIXTEEN_BITS = ("I;16", "I;16B", "I;16L", "I;16N")
 MODES = (*GREY, *SIXTEEN_BITS, "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV")
 TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-TIFF_BYTES = (1, 2, 6, 7)  # types of which a tag may have many: profiles, thumbnails, text
-# Grey of fewer than 8 bits is scaled by Pillow, the transparent value that goes with it is not.
+TIFF_BYTES = (1, 2, 6, 7)  # types of tags that may have many values: profiles, thumbnails, text
+# Pillow scales grey values of fewer than 8 bits, but not the transparent value among them.
 PNG_SCALE = {"L;2": 85, "L;4": 17}
 SAMPLE = 4096
 STRIP = 256
 
-# Pictures beyond these are made to take time and memory, or are none to train on.
+# Limits above which a file is refused, because decoding it may take excessive time or memory.
 MOST_PIXELS_A_SIDE = 2**16
-MOST_TIFF_VALUES = 2**18  # strips or tiles, above all
-MOST_PNG_CHUNKS = 10_000  # other than those of pixels and frames
+MOST_TIFF_VALUES = 2**18  # mostly strips or tiles
+MOST_PNG_CHUNKS = 10_000  # not counting chunks of pixels and frames
 MOST_JPEG_SCANS = 100
 
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """The properties of a picture that are known without decoding its pixels.
+    """The properties of an image that are known without decoding its pixels.
 
     Attributes:
-        side: Side of the centred square, in pixels.
-        grey: Whether it has one channel.
-        transparent: Whether some of its pixels may be transparent.
-        sample: sha256 of its length in bytes, its first 4 KiB and its last 4 KiB.
+        side: The side of the centred square in pixels.
+        grey: Whether the image has one channel.
+        transparent: Whether some pixels may be transparent.
+        sample: The sha256 of the length of the file in bytes, its first 4 KiB and its last 4 KiB.
     """
 
     side: int
@@ -107,7 +106,7 @@ def parse_colour(text: str) -> Colour:
 
 
 def file_source(path: str | os.PathLike[str]) -> Source:
-    """Return what opens a file; it raises OSError for a device or a pipe, which may have no end."""
+    """Return a function that opens a file; it raises OSError for a device or a pipe, which may be endless."""
 
     def opened() -> BinaryIO:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
@@ -120,7 +119,7 @@ def file_source(path: str | os.PathLike[str]) -> Source:
 
 
 def open_image(source: str | os.PathLike[str] | IO[bytes]) -> Image.Image:
-    """Open a picture by its content, in one of `FORMATS` only. Raises what `PIL.Image.open` raises."""
+    """Open an image of one of `FORMATS`, detected from its content; raises the errors of `PIL.Image.open`."""
     if isinstance(source, str | os.PathLike):
         with file_source(source)() as file:
             _check_structure(file)
@@ -133,7 +132,7 @@ def open_image(source: str | os.PathLike[str] | IO[bytes]) -> Image.Image:
 
 
 def _check_structure(file: IO[bytes]) -> None:
-    """Refuse files that Pillow would take minutes over, or gigabytes, before it knows their size in pixels."""
+    """Refuse files for which Pillow needs minutes or gigabytes to read the size in pixels."""
     head = file.read(16)
     if head[:8] == b"\x89PNG\r\n\x1a\n":
         _check_png(file)
@@ -154,7 +153,7 @@ def _check_png(file: IO[bytes]) -> None:
 
 
 def _check_tiff(file: IO[bytes], head: bytes) -> None:
-    """Look at the first directory of a TIFF or BigTIFF file."""
+    """Check the first directory of a TIFF or BigTIFF file."""
     order: Literal["little", "big"] = "little" if head[:2] == b"II" else "big"
     big = 43 in head[2:4]
     count_bytes, entry, value = (8, 20, 8) if big else (2, 12, 4)
@@ -172,7 +171,7 @@ def _check_tiff(file: IO[bytes], head: bytes) -> None:
 
 @contextmanager
 def allow_large() -> Iterator[None]:
-    """Silence Pillow's warning of pictures that are large but below its limit. Not for use in threads."""
+    """Silence Pillow's warning of images that are large but below its limit. This is not thread-safe."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         yield
@@ -193,7 +192,7 @@ def _reading(name: str) -> Iterator[None]:
         raise InputError(
             f"{name}: not an image that can be read as {', '.join(FORMATS[:-1])} or {FORMATS[-1]}; remove or replace it"
         ) from error
-    except Exception as error:  # Pillow's decoders raise nearly all there are on damaged files
+    except Exception as error:  # for damaged files, Pillow's decoders may raise almost any error
         if isinstance(error, OSError) and error.errno is not None:
             raise InputError(f"{name}: cannot be read ({error.strerror}); make it readable or remove it") from error
         raise InputError(f"{name}: cannot be decoded ({_first_line(error)}); remove it or replace it") from error
@@ -205,7 +204,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _check(image: Image.Image, name: str) -> None:
-    """Refuse the kinds of pixels that have no fixed range."""
+    """Refuse images whose pixels have no fixed range."""
     if image.mode not in MODES and not (image.mode == "I" and image.format == "PNG"):
         raise InputError(
             f"{name}: pixels of Pillow's mode {image.mode}, which have no fixed range; convert it to 8 or 16 bits"
@@ -217,7 +216,7 @@ def _check(image: Image.Image, name: str) -> None:
 
 
 def _raw_mode(image: Image.Image) -> str:
-    """Return Pillow's name of the layout of the pixels in the file; "" when they are decoded."""
+    """Return Pillow's name for the layout of the pixels in the file; "" if they are already decoded."""
     tile = getattr(image, "tile", None)
     arguments = tile[0][3] if tile else ""
     return str(arguments[0] if isinstance(arguments, tuple) else arguments)
@@ -229,14 +228,14 @@ def _transparent(image: Image.Image) -> bool:
 
 
 def read_header(source: Source, name: str) -> Header:
-    """Look at a picture without decoding its pixels.
+    """Read the properties of an image without decoding its pixels.
 
     Args:
-        source: Opens the file.
-        name: What to call it in messages.
+        source: A function that opens the file.
+        name: The name of the image in messages.
 
     Raises:
-        InputError: No such file, not a picture, too many pixels, or pixels without a fixed range.
+        InputError: No such file, not an image, too many pixels, or pixels without a fixed range.
     """
     with _reading(name), source() as file:
         image = open_image(file)
@@ -253,26 +252,26 @@ def read_header(source: Source, name: str) -> Header:
 
 
 def common_channels(headers: Iterable[Header], background: Colour) -> int:
-    """Return 1 if all pictures are grey, on the background too where they are transparent, and otherwise 3."""
+    """Return 1 if all images are grey, including the background of transparent ones, and otherwise 3."""
     grey_background = len(set(background)) == 1
     return 1 if all(h.grey and (grey_background or not h.transparent) for h in headers) else 3
 
 
 def decode_image(source: Source, name: str, size: int, channels: int, background: Colour) -> NDArray[np.uint8]:
-    """Decode, turn upright, crop to the centred square, compose on the background, resize and convert one picture.
+    """Decode an image, apply its orientation, crop the centred square, compose on the background, resize and convert.
 
     Args:
-        source: Opens the file.
-        name: What to call it in messages.
-        size: Side of the result in pixels.
-        channels: 1 (luma) or 3 (RGB).
-        background: What shows where the picture is transparent.
+        source: A function that opens the file.
+        name: The name of the image in messages.
+        size: The side of the result in pixels.
+        channels: The number of channels: 1 (luma) or 3 (RGB).
+        background: The colour behind transparent pixels.
 
     Returns:
         uint8 (size, size, channels).
 
     Raises:
-        InputError: No such file, not a picture, damaged, too many pixels, or pixels without a fixed range.
+        InputError: No such file, not an image, damaged, too many pixels, or pixels without a fixed range.
     """
     with _reading(name), source() as file:
         image = open_image(file)
@@ -283,7 +282,7 @@ def decode_image(source: Source, name: str, size: int, channels: int, background
 
 
 def _check_scans(file: BinaryIO) -> None:
-    """Refuse a JPEG file of many scans, each of which goes over all pixels."""
+    """Refuse a JPEG file with many scans, because each scan covers all pixels."""
     position = file.tell()
     file.seek(0)
     if file.read().count(b"\xff\xda") > MOST_JPEG_SCANS:
@@ -292,13 +291,13 @@ def _check_scans(file: BinaryIO) -> None:
 
 
 def _flatten(image: Image.Image, background: Colour) -> Image.Image:
-    """The centred square in 8 bits, without transparency: mode L or RGB."""
+    """Return the centred square in 8 bits, without transparency: mode L or RGB."""
     key = image.info.get("transparency") if image.mode not in ("P", "PA") else None
     if isinstance(key, int):
         key *= PNG_SCALE.get(_raw_mode(image), 1)
     grey = image.mode in GREY or image.mode.startswith("I")
     transparent = _transparent(image)
-    tags = getattr(image, "tag_v2", {})  # of TIFF
+    tags = getattr(image, "tag_v2", {})  # TIFF only
     bits, inverted = tags.get(258, (16,))[0], tags.get(262) == 0
     ImageOps.exif_transpose(image, in_place=True)
     image = crop_square(image)
@@ -318,7 +317,7 @@ def _flatten(image: Image.Image, background: Colour) -> Image.Image:
         if image.mode == premultiplied:
             image = image.convert(straight)
     result = Image.new("RGB", image.size)
-    for top in range(0, image.height, STRIP):  # a strip at a time: whole copies of a large picture are gigabytes
+    for top in range(0, image.height, STRIP):  # in strips, because a copy of a large image takes gigabytes
         strip = image.crop((0, top, image.width, min(top + STRIP, image.height))).convert("RGBA")
         canvas = Image.new("RGBA", strip.size, (*background, 255))
         result.paste(Image.alpha_composite(canvas, strip).convert("RGB"), (0, top))

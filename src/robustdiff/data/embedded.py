@@ -1,7 +1,7 @@
-"""Datasets that need no download: shipped in this package or in scikit-learn.
+"""Datasets without a download, shipped with this package or scikit-learn.
 
 `fashion-16` is Fashion-MNIST (Xiao, Rasul and Vollgraf, arXiv 1708.07747) averaged over 2 × 2 blocks: 28 × 28
-padded with zeros to 32 × 32, then y_ij = round(¼ Σ x over the block). `scripts/make_fashion16.py` makes it.
+padded with zeros to 32 × 32, then y_ij = round(¼ Σ x over the block). `scripts/make_fashion16.py` creates it.
 
 `digits` is scikit-learn's copy of the UCI optical digits (Alpaydin and Kaynak, 1998), 8 × 8, 17 grey levels.
 """

@@ -1,10 +1,10 @@
-"""Images as files in a folder, decoded when they are asked for.
+"""Image files in a folder, decoded on access.
 
     root/a.png, root/b.jpg, …          no labels
     root/CLASS/…/a.png, …              the label is the rank of CLASS among the sorted sub-folder names
 
-Every header is looked at when the folder is loaded: a file that is not an image must fail now and by name,
-not in a worker process three hours into a run.
+All headers are read when the folder is loaded, so that a file that is not an image raises an error at once, with its
+name.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def _identity(path: Path) -> Identity:
 
 
 def _above(folder: Path) -> frozenset[Identity]:
-    """The folder and those that it lies in, with links resolved: a link to one of them leads back to it."""
+    """Return the folder and its ancestors, with links resolved: a link to one of them is a cycle."""
     real = folder.resolve()
     return frozenset(_identity(path) for path in (real, *real.parents))
 
@@ -60,10 +60,10 @@ def _hidden(name: str) -> bool:
 
 
 def _files(root: Path) -> Iterator[tuple[Path, bool]]:
-    """All files below a folder, through links, without what is hidden, and whether they are regular ones.
+    """Yield all files below a folder except hidden ones, following links, and whether each is a regular file.
 
     Raises:
-        InputError: A folder that cannot be read, a broken link, or a link to a folder that it lies in.
+        InputError: A folder that cannot be read, a broken link, or a link to one of its own ancestors.
     """
     stack = [(root, _above(root))]
     while stack:
@@ -92,7 +92,7 @@ def _files(root: Path) -> Iterator[tuple[Path, bool]]:
 
 
 def _report_others(name: str, others: list[Path]) -> None:
-    """Say how many files are passed over."""
+    """Log the number of files that are skipped."""
     if others:
         is_one = len(others) == 1
         logger.warning(
@@ -110,25 +110,25 @@ def _header(path: Path) -> Header:
 
 
 class FolderDataset(ImageDataset):
-    """Image files, opened on demand.
+    """Image files, opened on access.
 
-    Hidden files and folders, those whose names begin with a dot and `__MACOSX`, are skipped; links are followed;
-    other files that are not images are counted in one line of the log.
+    Files and folders named `__MACOSX` or with a leading dot are skipped, and links are followed. Other files that are
+    not images are counted in the log.
 
     Args:
-        root: The folder; searched at all depths for BMP, GIF, JPEG, PNG, TIFF and WebP files.
-        size: Side in pixels to which the centred square is resized; None: all images must share their side.
-        channels: 1 or 3; None: 1 if every image is grey, otherwise 3.
-        background: The colour that shows where an image is transparent.
+        root: The folder, searched recursively for BMP, GIF, JPEG, PNG, TIFF and WebP files.
+        size: The side in pixels to which the centred square is resized; None requires images of the same side.
+        channels: The number of channels, 1 or 3; None is 1 if every image is grey, otherwise 3.
+        background: The colour behind transparent pixels.
 
     Attributes:
-        paths: The images' files, sorted.
-        classes: The names of the sub-folders, sorted; empty when there are none.
+        paths: The image files, sorted.
+        classes: The names of the sub-folders, sorted; empty without sub-folders.
 
     Raises:
-        InputError: No such folder, no images in it, a file that is not an image, sides that differ while
-            `size` is None, a class folder without images, images both in sub-folders and beside them, or links
-            without an end. Later, on access: corrupt pixels.
+        InputError: No such folder, no images in it, a file that is not an image, images of different sides with
+            `size` None, a class folder without images, images both in sub-folders and beside them, or a cycle of
+            links. Later, on access: corrupt pixels.
     """
 
     def __init__(
@@ -147,7 +147,7 @@ class FolderDataset(ImageDataset):
         for path, regular in _files(folder):
             (images if regular and path.suffix.lower() in SUFFIXES else others).append(path)
         _report_others(name, others)
-        # Sorted, because the order of a directory listing differs between machines and the seed must not.
+        # The order of a directory listing differs between machines; with a seed, the batches must not.
         self.paths = sorted(images)
         if not self.paths:
             raise InputError(f"{name}: no images in it; put files in it that end in {', '.join(SUFFIXES)}")
@@ -175,7 +175,7 @@ class FolderDataset(ImageDataset):
         self._contents = digest.digest()
 
     def _check_classes(self, folder: Path) -> None:
-        """See that the images are all in class folders or none is, and that every class folder has some."""
+        """Check that all images are in class folders or none is, and that every class folder has images."""
         beside = [p for p in self.paths if p.parent == folder]
         if self.classes and beside:
             raise InputError(
@@ -206,9 +206,9 @@ class FolderDataset(ImageDataset):
         return torch.from_numpy(images), self.labels_of(indices)
 
     def contents(self) -> bytes:
-        """Return a hash of the names of the files, their lengths and ends, and the background.
+        """Return a hash of the background and of the names, lengths, first and last bytes of the files.
 
-        Whole files are not read: that takes hours where there are a million of them.
+        Whole files are not read, because that would take hours for a million files.
         """
         return self._contents
 

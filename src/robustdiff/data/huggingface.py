@@ -1,7 +1,7 @@
-"""Datasets of the Hugging Face hub, and those that `datasets` saved to disk.
+"""Datasets of the Hugging Face hub, and datasets saved to disk by `datasets`.
 
-`datasets` is used for its tables alone. Pictures are opened by `robustdiff.data.decode` as those of a folder are, and
-every row's header and label is looked at when the dataset is loaded, so that a bad row fails at once and by number.
+`datasets` provides only the tables. Images are decoded by :mod:`robustdiff.data.decode`, and all headers and labels are
+checked when the dataset is loaded, so that an invalid row raises an error at once, with its number.
 """
 
 from __future__ import annotations
@@ -43,31 +43,31 @@ MOST_CARD_VALUES = 100_000
 
 
 def is_remote(name: str) -> bool:
-    """Return whether `hf:NAME` is not a folder on this machine, so that loading it uses the network."""
+    """Return whether loading a dataset uses the network: `hf:NAME`, where NAME is no folder on this machine."""
     return not os.path.isdir(name.removeprefix("hf:"))
 
 
 class HuggingFaceDataset(ImageDataset):
-    """A `datasets.Dataset` with an image column, decoded on demand.
+    """A `datasets.Dataset` with an image column, decoded on access.
 
-    The image column is `image` or `img`, else the only one of type `Image`. The label column is `label` or `labels`,
-    else the only one of type `ClassLabel`; other datasets have no labels. Labels are class labels, integers from 0, or
-    strings, which are numbered in the order of their sorted distinct values.
+    By default the image column is `image` or `img`, or else the only column of type `Image`. The label column is
+    `label` or `labels`, or else the only column of type `ClassLabel`; other datasets have no labels. Labels are class
+    labels, non-negative integers, or strings, which are numbered in sorted order.
 
     Args:
-        name: What to call it in messages.
-        table: The dataset, one split of it.
-        size: Side in pixels to which the centred square is resized; None: all images must share their side.
-        channels: 1 or 3, to which all images are converted; None: 1 if every image is grey, otherwise 3.
-        background: The colour that shows where an image is transparent.
-        image_column: The column of the images, where it is not to be found by the rule above.
-        label_column: The column of the labels, likewise.
-        folders: Where the files may lie that rows give the paths of; None: anywhere on this machine.
+        name: The name of the dataset in messages.
+        table: One split of the dataset.
+        size: The side in pixels to which the centred square is resized; None requires images of the same side.
+        channels: The number of channels, 1 or 3; None is 1 if every image is grey, otherwise 3.
+        background: The colour behind transparent pixels.
+        image_column: The name of the image column.
+        label_column: The name of the label column.
+        folders: The folders that may contain the files named by rows; None allows any folder on this machine.
 
     Raises:
-        InputError: No such column, or several that might be it; no rows; a row without an image or a label; an image
-            that cannot be read, is elsewhere than in `folders`, or has to be fetched; sides that differ while `size` is
-            None. Later, on access: corrupt pixels.
+        InputError: No such column, or more than one candidate; no rows; a row without an image or a label; an image
+            that cannot be read, is not in `folders`, or is remote; images of different sides with `size` None. Later,
+            on access: corrupt pixels.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class HuggingFaceDataset(ImageDataset):
         if len(table) == 0:
             raise InputError(f"{name}: no rows; choose another split")
         checked, num_classes = (None, None) if labels is None else _labels(name, table, labels)
-        # As Arrow holds them: nothing is decoded.
+        # The format "arrow" does not decode images.
         self._table = table.select_columns([images]).with_format("arrow")
         self._name = name
         with allow_large():
@@ -102,7 +102,7 @@ class HuggingFaceDataset(ImageDataset):
                         f"{name}: images differ in size (row 0: {size}, row {row}: {header.side} pixels); "
                         "give images of one size, or set data.size=PIXELS"
                     )
-        mode = table.features[images].mode  # to which `datasets` would convert
+        mode = table.features[images].mode  # the mode to which `datasets` converts images
         if channels is None:
             channels = common_channels(headers, self._background) if mode is None else 1 if mode in ("1", "L") else 3
         digest = hashlib.sha256(f"{self._background}\n".encode())
@@ -122,7 +122,7 @@ class HuggingFaceDataset(ImageDataset):
         return f"{self._name}: row {row}"
 
     def _source(self, row: int, value: Any) -> Source:
-        """Return a function that opens the encoded image of a row. No bytes are copied: Arrow maps the file."""
+        """Return a function that opens the encoded image of a row. Bytes in the table are memory-mapped, not copied."""
         import pyarrow
 
         data = value["bytes"] if value.is_valid else None
@@ -134,13 +134,13 @@ class HuggingFaceDataset(ImageDataset):
         return file_source(self._checked_path(row, path))
 
     def _checked_path(self, row: int, path: str) -> Path:
-        """The file of a row, if it is one of the dataset's own: rows of a downloaded table can name any file."""
+        """Return the file of a row, if it is in `folders`: rows of a downloaded table can name any file."""
         remedy = "store the images themselves in the table, as its save_to_disk does with rows of pixels or bytes"
         if "://" in path or "::" in path or "\0" in path:
             raise InputError(f"{self._row(row)} is at {printable(path[:200])}, which is not fetched; {remedy}")
         if self._folders is None:
             return Path(path)
-        file = self._folders[0] / path  # an absolute path stays one
+        file = self._folders[0] / path  # unchanged if the path is absolute
         if not any(file.resolve().is_relative_to(folder.resolve()) for folder in self._folders):
             raise InputError(
                 f"{self._row(row)} is the file {printable(path[:200])}, outside the folder of the dataset; {remedy}"
@@ -161,7 +161,7 @@ class HuggingFaceDataset(ImageDataset):
         return torch.from_numpy(images), self.labels_of(rows)
 
     def contents(self) -> bytes:
-        """Return a hash of the lengths and ends of the encoded images, in order, and of the background."""
+        """Return a hash of the background and of the lengths, first and last bytes of the encoded images, in order."""
         return self._contents
 
 
@@ -170,7 +170,7 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def _image_column(name: str, features: Any, asked: str | None) -> str:
-    """The column of the images."""
+    """Return the name of the image column."""
     import datasets
 
     columns = [column for column, feature in features.items() if isinstance(feature, datasets.Image)]
@@ -191,7 +191,7 @@ def _image_column(name: str, features: Any, asked: str | None) -> str:
 
 
 def _label_column(name: str, features: Any, asked: str | None) -> str | None:
-    """The column of the labels, or None."""
+    """Return the name of the label column, or None."""
     import datasets
 
     def labels(feature: Any) -> bool:
@@ -223,7 +223,7 @@ def _label_column(name: str, features: Any, asked: str | None) -> str | None:
 
 
 def _labels(name: str, table: Any, column: str) -> tuple[Tensor, int]:
-    """The labels of all rows and the number of classes."""
+    """Return the labels of all rows and the number of classes."""
     import datasets
     import pyarrow.compute
 
@@ -242,7 +242,7 @@ def _labels(name: str, table: Any, column: str) -> tuple[Tensor, int]:
 
 
 def _check_name(name: str) -> None:
-    """Refuse the names of the readers in `datasets`, which would read whatever lies in the working folder."""
+    """Refuse the names of readers in `datasets`, which would read files of the working folder."""
     from datasets import packaged_modules
 
     readers = {module.name for module in pkgutil.iter_modules(packaged_modules.__path__)}
@@ -270,11 +270,11 @@ def hf(
     """Load a dataset through Hugging Face's `datasets`.
 
     Args:
-        root: A name on the hub (`ylecun/mnist`), a folder that `Dataset.save_to_disk` wrote, or any other
-            folder that `datasets.load_dataset` reads. No script of a dataset is run.
+        root: A name on the hub (`ylecun/mnist`), a folder written by `Dataset.save_to_disk`, or any other folder that
+            `datasets.load_dataset` reads. Scripts of datasets are not run.
         size: See `HuggingFaceDataset`.
         channels: See `HuggingFaceDataset`.
-        split: Its name for the split.
+        split: The name of the split in the dataset.
         background: See `HuggingFaceDataset`.
         image_column: See `HuggingFaceDataset`.
         label_column: See `HuggingFaceDataset`.
@@ -283,7 +283,7 @@ def hf(
         The dataset.
 
     Raises:
-        InputError: `datasets` is not installed, or there is no such dataset, split or image column.
+        InputError: `datasets` is not installed, or the dataset, the split or the image column is missing.
     """
     root = str(root)
     name = f"hf:{printable(root)}"
@@ -301,17 +301,17 @@ def hf(
         table = _load_table(datasets, name, root, split)
     except InputError:
         raise
-    except Exception as error:  # whatever its readers raise on what they find
+    except Exception as error:  # the readers of `datasets` may raise any error
         message = printable(str(error).splitlines()[0]) if str(error) else type(error).__name__
         raise InputError(f"{name}: cannot be loaded ({message}); check the name, the split and the network") from error
-    # What `datasets` downloads or unpacks lies in its cache.
+    # `datasets` downloads and unpacks files into its cache.
     cache = [Path(datasets.config.HF_DATASETS_CACHE), Path(constants.HF_HUB_CACHE)]
     folders = [Path(root), *cache] if os.path.isdir(root) else cache
     return HuggingFaceDataset(name, table, size, channels, background, image_column, label_column, folders)
 
 
 def _check_card(name: str, folder: Path) -> None:
-    """Refuse a folder whose card has `datasets` read files elsewhere, on this machine or in the network."""
+    """Refuse a folder whose dataset card names files outside the folder, on this machine or in the network."""
     for path in (folder / "README.md", folder / ".huggingface.yaml"):
         if not path.is_file():
             continue
@@ -339,7 +339,7 @@ def _check_card(name: str, folder: Path) -> None:
 
 
 def _load_table(datasets: Any, name: str, root: str, split: str) -> Any:
-    """The rows of one split."""
+    """Return the table of one split."""
     folder = Path(root)
     if not ((folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()):
         if folder.is_dir():

@@ -1,8 +1,8 @@
-"""The IDX file format of MNIST and its descendants, and Fashion-MNIST in it.
+"""The IDX file format of MNIST and similar datasets, and Fashion-MNIST.
 
-An IDX file is: two zero bytes; one byte for the type (0x08: unsigned byte, the only one these datasets use);
-one byte for the number of dimensions D; D big-endian uint32 sizes; the values in C order and nothing after
-them (Y. LeCun, C. Cortes and C. Burges, "The MNIST database of handwritten digits").
+An IDX file consists of two zero bytes, one byte for the type (0x08, unsigned byte, in these datasets), one byte for the
+number of dimensions D, D big-endian uint32 sizes, and the values in C order (Y. LeCun, C. Cortes and C. Burges, "The
+MNIST database of handwritten digits").
 
 Fashion-MNIST: H. Xiao, K. Rasul and R. Vollgraf, arXiv 1708.07747, 2017.
 """
@@ -28,7 +28,7 @@ from robustdiff.errors import InputError, printable
 
 __all__ = ["FASHION_MNIST_ROOT", "fashion_mnist", "read_fashion_mnist", "read_idx"]
 
-# Where Debian's package dataset-fashion-mnist puts them.
+# The folder of Debian's package dataset-fashion-mnist.
 FASHION_MNIST_ROOT = Path("/usr/share/datasets/fashion-mnist")
 
 MOST_DIMENSIONS = 8
@@ -38,13 +38,13 @@ def read_idx(path: str | os.PathLike[str]) -> NDArray[np.uint8]:
     """Read an IDX file of unsigned bytes, gzipped or plain.
 
     Args:
-        path: The file. It is gzipped if it starts as gzip does, whatever its name.
+        path: The file. Compression is detected from its first bytes, not from its name.
 
     Returns:
-        uint8 of the shape in the file's header.
+        The values, uint8 of the shape in the header.
 
     Raises:
-        InputError: No such file, not IDX, another type than unsigned byte, truncated, or longer than it says.
+        InputError: No such file, not IDX, another type than unsigned byte, or a length that contradicts the header.
     """
     name = printable(path)
     if not os.path.isfile(path):
@@ -67,13 +67,13 @@ def read_idx(path: str | os.PathLike[str]) -> NDArray[np.uint8]:
 def _read_values(
     file: IO[bytes] | gzip.GzipFile, name: str, stored: int, length: int | None = None
 ) -> NDArray[np.uint8]:
-    """Read header and values.
+    """Read the header and the values.
 
     Args:
-        file: Where to read; its length, if that is known, is `length`.
-        name: What to call it in messages.
-        stored: The bytes that it takes on the disk.
-        length: Its bytes, if it is not gzipped.
+        file: The open file.
+        name: The name of the file in messages.
+        stored: The size of the file on disk, in bytes.
+        length: The size of the file in bytes; None if it is gzipped.
     """
     head = file.read(4)
     if len(head) < 4 or head[:3] != b"\x00\x00\x08":
@@ -101,11 +101,11 @@ def _read_values(
 
 
 def read_fashion_mnist(root: str | os.PathLike[str], split: str) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-    """Read one split of an MNIST-like folder.
+    """Read one split of a folder in MNIST's layout.
 
     Args:
-        root: Folder of `train-images-idx3-ubyte`, `train-labels-idx1-ubyte`, `t10k-…`, with `.gz` or without.
-        split: "train" or "test".
+        root: The folder with `train-images-idx3-ubyte`, `train-labels-idx1-ubyte`, `t10k-…`, with `.gz` or without.
+        split: The split, "train" or "test".
 
     Returns:
         Images uint8 (N, 28, 28) and labels uint8 (N,).

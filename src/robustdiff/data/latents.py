@@ -1,13 +1,13 @@
-"""Latents of a dataset, computed once and kept on disk.
+"""A cache on disk of the latents of a dataset.
 
-The entry of a dataset in the cache is a folder of parts, ``00000.float16`` and so on: plain arrays of numbers in
-float16, (n, V, C', H', W'), read by memory map. V is 1, or 2 with the latents of the mirrored images as the second: the
-latents of a mirrored image are not the mirrored latents. Where latents are samples of a posterior, C' are the means and
-then the standard deviations, so that every epoch draws new samples.
+The entry of a dataset in the cache is a folder of parts, ``00000.float16`` and so on: raw float16 arrays of shape
+(n, V, C', H', W'), read by memory map. V is 1, or 2 if the latents of the mirrored images follow, because the latents
+of a mirrored image are not the mirrored latents. If latents are samples of a posterior, the C' channels are the means
+and then the standard deviations, so that every epoch draws new samples.
 
-The folder's name is a hash of the VAE's weights and settings, of the images, of V and of this user's key: another VAE,
-a changed image or another size is another entry, and what is not this user's is not read. Each part is whole or
-absent, so that a killed process loses one part at most, and several processes fill an entry together.
+The name of the folder is a hash of the VAE's weights and settings, of the images, of V and of a key of the user. A
+change of any of them gives another entry, and entries of other users are not read. Parts are written atomically, so a
+killed process loses at most one part, and several processes can fill an entry together.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ __all__ = ["LatentDataset"]
 logger = logging.getLogger(__name__)
 
 _PART_BYTES = 2**26
-_MOST_PARTS = 128  # each that is open is a file descriptor
+_MOST_PARTS = 128  # each open part uses a file descriptor
 _BATCH = 64
 
 
@@ -49,11 +49,11 @@ class LatentDataset(ImageDataset):
     Arguments:
         images: The dataset.
         codec: The codec that encodes them.
-        flip: Whether mirrored images are encoded, too.
-        folder: The folder of the entries; by default ``latents`` in :func:`robustdiff.files.cache_folder`.
+        flip: Whether mirrored images are encoded as well.
+        folder: The folder of the cache; by default ``latents`` in :func:`robustdiff.files.cache_folder`.
 
     Raises:
-        InputError: If the codec does not take such images.
+        InputError: If the codec does not take images of this shape.
     """
 
     def __init__(self, images: ImageDataset, codec: Codec, flip: bool = False, folder: Path | None = None) -> None:
@@ -72,7 +72,7 @@ class LatentDataset(ImageDataset):
         return len(self.images)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_open": {}}  # a memory map would be copied
+        return {**self.__dict__, "_open": {}}  # pickling would copy the memory maps
 
     def contents(self) -> bytes:
         """Return the hash of the images."""
@@ -105,18 +105,18 @@ class LatentDataset(ImageDataset):
         processes: int = 1,
         progress: Progress = SILENT,
     ) -> None:
-        """Compute the parts that are missing.
+        """Compute the missing parts.
 
         Arguments:
             device: The device of the codec.
-            workers: Processes that load images ahead.
-            process: The number of this process, of ``processes`` that fill the entry together: each makes a share of
-                what is missing, and all have to be done before the dataset is read.
-            processes: Their number.
-            progress: Told how many images are done.
+            workers: The number of processes that load images.
+            process: The index of this process. Each process computes a share of the missing parts; all must finish
+                before the dataset is read.
+            processes: The number of processes that fill the entry together.
+            progress: The progress, in images.
 
         Raises:
-            InputError: If the entry is not a folder of this package, or an image cannot be read.
+            InputError: If the folder of the entry was not created by this package, or an image cannot be read.
             RunError: If latents are not finite.
             OSError: If the cache cannot be written.
         """
@@ -156,7 +156,7 @@ class LatentDataset(ImageDataset):
 
     @contextmanager
     def _claimed(self) -> Iterator[None]:
-        """Hold the entry as one that is being filled, and remove what killed processes left if no other fills it."""
+        """Lock the entry while it is filled, and remove leftovers of killed processes if no other process fills it."""
         claim_folder(self.folder, "a cache of latents")
         with open_regular(self.folder / "lock", "ab") as lock:
             try:

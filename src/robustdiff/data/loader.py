@@ -1,4 +1,4 @@
-"""Batches of a dataset, loaded here or ahead in worker processes, with the same errors in the same words."""
+"""Batches of a dataset, loaded in this process or in worker processes, with the same error messages."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["load_batches", "worker_failures"]
 
 Batch = tuple[Tensor, Tensor | None]
 
-# What torch says when a worker is gone, or when workers can no longer hand over what they loaded.
+# Parts of torch's error messages for a worker that was killed, or that cannot send its batches.
 GONE = (
     "DataLoader worker (pid",
     "unable to allocate shared memory",
@@ -30,7 +30,7 @@ GONE = (
 
 
 class _Reporting(Dataset[Any]):
-    """A dataset that returns its error: of one that a worker raises, torch makes another with a traceback in it."""
+    """A dataset that returns its errors, because torch adds a traceback to the message of an error in a worker."""
 
     def __init__(self, dataset: ImageDataset) -> None:
         self.dataset = dataset
@@ -49,19 +49,19 @@ def _as_it_is(batch: Any) -> Any:
 def load_batches(
     dataset: ImageDataset, indices: Iterable[list[int]], workers: int = 0, pin_memory: bool = False
 ) -> Iterator[Batch]:
-    """Load one batch after the other.
+    """Load batches in order.
 
     Args:
         dataset: The images.
-        indices: Those of each batch.
-        workers: Processes that load ahead; 0: none.
-        pin_memory: Whether the batches are put into page-locked memory.
+        indices: The indices of each batch.
+        workers: The number of worker processes; with 0 this process loads the batches.
+        pin_memory: Whether batches are copied to page-locked memory.
 
     Yields:
         Images uint8 (B, C, H, W), and labels int64 (B,) or None.
 
     Raises:
-        InputError: What the dataset raised, in this process or in a worker.
+        InputError: An error of the dataset, in this process or in a worker.
     """
     loader = DataLoader(
         _Reporting(dataset),
@@ -69,7 +69,7 @@ def load_batches(
         collate_fn=_as_it_is,
         num_workers=workers,
         pin_memory=pin_memory,
-        # Of its own: it would take a number from the global one, which a resumed run has just restored.
+        # Without a generator, DataLoader draws from the global one, which a resumed run has just restored.
         generator=torch.Generator(),
     )
     for batch in loader:
@@ -80,10 +80,10 @@ def load_batches(
 
 @contextmanager
 def worker_failures() -> Iterator[None]:
-    """Turn the end of a worker process, which torch may report at any instruction, into an error that says what to do.
+    """Replace torch's error for a killed worker process, which may come at any instruction, by one with a remedy.
 
     Raises:
-        RunError: A worker was killed or cannot hand over its batches.
+        RunError: A worker was killed or cannot send its batches.
     """
     try:
         yield

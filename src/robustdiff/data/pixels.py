@@ -1,9 +1,9 @@
-"""One image to the size and the channels that were asked for, and many as one picture.
+"""Cropping, resizing and conversion of images, and their arrangement in a grid.
 
-The crop is the largest centred square; the resize is Pillow's bicubic, which widens its kernel when it
-shrinks an image, i.e. filters before it subsamples. Resizers that do not (OpenCV's, and torch's by default)
-alias, and aliasing alone moves FID by whole points (Parmar, Zhang and Zhu, "On Aliased Resizing and
-Surprising Subtleties in GAN Evaluation", CVPR 2022, arXiv 2104.11222).
+The crop is the largest centred square. Images are resized by Pillow's bicubic filter, which widens its kernel to
+prevent aliasing when it shrinks an image. OpenCV, and torch by default, do not, and aliasing alone changes FID by whole
+points (Parmar, Zhang and Zhu, "On Aliased Resizing and Surprising Subtleties in GAN Evaluation", CVPR 2022,
+arXiv 2104.11222).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ __all__ = ["crop_square", "fit_array", "fit_image", "tile"]
 
 
 def crop_square(image: Image.Image) -> Image.Image:
-    """Return the largest centred square of an image; the image itself if it is one."""
+    """Return the largest centred square of an image; the image itself if it is square."""
     side = min(image.size)
     if image.size == (side, side):
         return image
@@ -26,12 +26,12 @@ def crop_square(image: Image.Image) -> Image.Image:
 
 
 def fit_image(image: Image.Image, size: int | None, channels: int) -> NDArray[np.uint8]:
-    """Crop one image to the centred square, resize and convert it.
+    """Crop one image to the centred square, resize it and convert its channels.
 
     Args:
         image: An image of mode L or RGB.
-        size: Side of the result in pixels; None keeps the side of the centred square.
-        channels: 1 (luma) or 3 (RGB).
+        size: The side of the result in pixels; None keeps the side of the centred square.
+        channels: The number of channels: 1 (luma) or 3 (RGB).
 
     Returns:
         uint8 (size, size, channels).
@@ -45,12 +45,12 @@ def fit_image(image: Image.Image, size: int | None, channels: int) -> NDArray[np
 
 
 def fit_array(images: NDArray[np.uint8], size: int | None, channels: int | None) -> NDArray[np.uint8]:
-    """Fit all images of an array, as `fit_image` does; nothing is copied, cropped or converted when it fits already.
+    """Apply `fit_image` to all images of an array; returns the array itself if it fits already.
 
     Args:
-        images: uint8 (N, H, W, C), C = 1 or 3.
-        size: Side in pixels, None to keep height and width.
-        channels: 1, 3 or None to keep.
+        images: The images, uint8 (N, H, W, C), with C = 1 or 3.
+        size: The side of the result in pixels; None keeps the height and width.
+        channels: The number of channels, 1 or 3; None keeps it.
 
     Returns:
         uint8 (N, size, size, channels).
@@ -59,7 +59,7 @@ def fit_array(images: NDArray[np.uint8], size: int | None, channels: int | None)
     channels = depth if channels is None else channels
     if channels == depth and (size is None or size == height == width):
         return images
-    if size is None and channels == 3:  # grey to colour; a change of channels alone does not crop
+    if size is None and channels == 3:  # from grey to colour; without a size, images are not cropped
         return np.repeat(images, 3, axis=3)
     if size is None:
         return np.stack([np.asarray(Image.fromarray(image).convert("L"))[..., None] for image in images])
@@ -67,7 +67,7 @@ def fit_array(images: NDArray[np.uint8], size: int | None, channels: int | None)
 
 
 def tile(images: Tensor, columns: int, scale: int = 1) -> NDArray[np.uint8]:
-    """Return images uint8 (n, C, H, W) as one, (rows·H·scale, columns·W·scale, C), with white lines between them."""
+    """Return a grid (rows·H·scale, columns·W·scale, C) of images uint8 (n, C, H, W), with white lines between them."""
     pixels = images.permute(0, 2, 3, 1).numpy().repeat(scale, 1).repeat(scale, 2)
     pixels = np.pad(pixels, ((0, -len(pixels) % columns), (1, 1), (1, 1), (0, 0)), constant_values=255)
     n, height, width, channels = pixels.shape

@@ -1,13 +1,13 @@
-"""Datasets by name: one name, one function, and the section ``data`` of a recipe.
+"""Datasets by name, and the section ``data`` of a recipe.
 
-A function takes `size`, `channels` and `split` by name, and any options that are its own, `root` (the folder or file of
-the data) among them. Each option is a field of the section, of the type that the function gives it::
+A dataset is registered as a function with the keyword arguments `size`, `channels` and `split` and any options of its
+own, such as `root` (the folder or file of the data). Each option is a field of the section, of the annotated type::
 
     @DATASETS.register("stripes")
     def stripes(*, size: int | None, channels: int | None, split: str, width: int = 3) -> ImageDataset:
         ...                                  # data: {name: stripes, width: 5}
 
-A function that is registered as `PREFIX:NAME` is for all names that begin so; what follows is its `root`.
+A function registered as `PREFIX:NAME` handles all names with that prefix, and gets the rest of the name as `root`.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ DATASETS: Registry[Callable[..., ImageDataset]] = Registry("dataset", "datasets"
 
 
 def _find(name: str) -> tuple[Callable[..., ImageDataset], str | None]:
-    """Return the function of a dataset and, for one that is registered as `PREFIX:NAME`, what the name has for NAME."""
+    """Return the function of a dataset and, if it is registered as `PREFIX:NAME`, the part of the name after it."""
     prefix, colon, root = name.partition(":")
     if colon and f"{prefix}:NAME" in DATASETS:
         return DATASETS[f"{prefix}:NAME"], root
@@ -39,7 +39,7 @@ def _find(name: str) -> tuple[Callable[..., ImageDataset], str | None]:
 
 
 def _options(function: Callable[..., ImageDataset]) -> Mapping[str, inspect.Parameter]:
-    """Return the options that are a dataset's own, `root` among them."""
+    """Return the options of one dataset, including `root`."""
     parameters = inspect.signature(function).parameters
     return {name: parameters[name] for name in parameters if name not in ("size", "channels", "split")}
 
@@ -63,19 +63,18 @@ def load_dataset(
 
     Args:
         name: A key of `DATASETS`, or `hf:NAME` for a dataset of the Hugging Face hub or a folder of one.
-        root: Folder (`imagefolder`, `fashion-mnist`) or file (`npz`) of the data.
-        size: Side in pixels: the centred square is resized to it. None keeps the images' own.
-        channels: 1 (grey) or 3 (RGB). None keeps the images' own.
-        split: "train", or where there is one "test"; for `hf:` its own names.
-        options: The dataset's own, None where one is not given: `background` (`imagefolder`, `hf:`), the colour that
-            shows where an image is transparent, white by default; `image_column` and `label_column` (`hf:`).
+        root: The folder (`imagefolder`, `fashion-mnist`) or file (`npz`) of the data.
+        size: The side in pixels to which the centred square is resized; None keeps the size of the images.
+        channels: The number of channels: 1 (grey) or 3 (RGB); None keeps that of the images.
+        split: The split, such as "train" or "test".
+        options: The options of the dataset; None is the default. `background` (`imagefolder`, `hf:`) is the colour
+            behind transparent pixels, by default white; `image_column` and `label_column` (`hf:`) name columns.
 
     Returns:
         The dataset.
 
     Raises:
-        InputError: An unknown name, an option that the dataset does not take, or data that is missing or malformed;
-            the message says what to do.
+        InputError: An unknown name, an option that the dataset does not take, or missing or malformed data.
     """
     if size is not None and size < 1:
         raise InputError(f"size is {size}; give the side of the images in pixels, 1 or more")
@@ -94,17 +93,17 @@ def load_dataset(
 
 
 class DataConfig(Named):
-    """The section ``data`` of a recipe. The options of the dataset that it names are fields of it as well."""
+    """The section ``data`` of a recipe. The options of the named dataset are fields as well."""
 
     model_config = ConfigDict(extra="allow")
 
-    name: Text = Field("fashion-16", description="a dataset by name, or hf:NAME")
-    root: Text | None = Field(None, description="the folder or file of the data, where the dataset needs one")
+    name: Text = Field("fashion-16", description="name of a dataset, or hf:NAME")
+    root: Text | None = Field(None, description="folder or file of the data, if the dataset needs one")
     size: int | None = Field(None, ge=1, le=16_384, description="resize to this many pixels a side")
     channels: Literal[1, 3] | None = Field(None, description="convert to grey (1) or colour (3)")
-    split: Text = Field("train", description="which part of the dataset")
-    flip: bool = Field(False, description="mirror every other image at random")
-    workers: int = Field(0, ge=0, le=256, description="processes that load images ahead")
+    split: Text = Field("train", description="split of the dataset")
+    flip: bool = Field(False, description="mirror each image with probability 1/2")
+    workers: int = Field(0, ge=0, le=256, description="number of processes that load images")
 
     @model_validator(mode="before")
     @classmethod
@@ -119,7 +118,7 @@ class DataConfig(Named):
         shared = {field: v for field, v in value.items() if field in cls.model_fields or not isinstance(field, str)}
         own = {field: v for field, v in value.items() if field not in shared}
         for field in own.keys() - options.model_fields.keys():
-            # A recipe that was written whole, when all datasets shared one section, has the defaults of others.
+            # Recipes saved by earlier versions, with one section for all datasets, have defaults of other datasets.
             others = [_options(function) for function in DATASETS.values()]
             if own.pop(field) not in [other[field].default for other in others if field in other]:
                 message = f"{_refuse(name, field)}; known here: {', '.join([*cls.model_fields, *options.model_fields])}"
@@ -127,10 +126,10 @@ class DataConfig(Named):
         return {**shared, **dict(options.model_validate(own))}
 
     def load(self) -> ImageDataset:
-        """Load the images.
+        """Load the dataset.
 
         Raises:
-            InputError: If the dataset is unknown, missing or malformed, or does not take ``root`` where it is given.
+            InputError: If the dataset is unknown, missing or malformed, or ``root`` is given and it takes none.
         """
         return load_dataset(
             self.name,
@@ -144,10 +143,10 @@ class DataConfig(Named):
 
 @cache
 def _section(function: Callable[..., ImageDataset]) -> type[Section]:
-    """Return a section of the options of a dataset that not all have.
+    """Return a section with the options of one dataset.
 
     Raises:
-        InputError: If their annotations are no types that a recipe's fields can have.
+        InputError: If an annotation is not a valid type of a recipe's field.
     """
     try:
         types = get_type_hints(function, include_extras=True)
@@ -157,7 +156,7 @@ def _section(function: Callable[..., ImageDataset]) -> type[Section]:
             if name not in DataConfig.model_fields
         }
         return create_model("Options", __base__=Section, **fields)
-    except Exception as error:  # whatever the annotations of somebody else's code raise
+    except Exception as error:  # annotations of third-party code may raise any error
         reason = printable((str(error).splitlines() or [""])[0])
         raise InputError(
             f"the options of the dataset function {function.__module__}.{function.__qualname__} are no fields of a "

@@ -1,11 +1,11 @@
-"""guided-diffusion (ADM) checkpoints as diffusers UNets, and back, bit for bit.
+"""Bit-exact conversion between guided-diffusion (ADM) checkpoints and diffusers UNets.
 
 ADM is the UNet of Dhariwal & Nichol, "Diffusion Models Beat GANs on Image Synthesis", 2021, arXiv 2105.05233.
-Its checkpoints are state dicts without a description: the flags of the training command say what the network
-is. :func:`load_adm` turns such a file and its flags into a `UNet2DModel` with the same outputs;
-:func:`save_adm` writes the same file again.
+Its checkpoints are state dicts without a configuration: the network is defined by the flags of the training command.
+:func:`load_adm` converts a checkpoint and its flags into a `UNet2DModel` with the same outputs; :func:`save_adm`
+converts it back into an identical checkpoint.
 
-Super-resolution UNets (`SuperResModel`) and classifiers (`EncoderUNetModel`) are other networks and refused.
+Super-resolution UNets (`SuperResModel`) and classifiers (`EncoderUNetModel`) are not supported.
 """
 
 from robustdiff.backbones.adm.backbone import Adm

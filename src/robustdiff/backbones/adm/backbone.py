@@ -1,4 +1,4 @@
-"""The networks of :class:`AdmUNet2DModel` as a backbone."""
+"""The backbone for networks of class :class:`AdmUNet2DModel`."""
 
 from __future__ import annotations
 
@@ -20,6 +20,6 @@ class Adm(UNet2D):
     section = None
     classes: ClassVar[dict[tuple[str, str], type[nn.Module]]] = {
         (library, "AdmUNet2DModel"): AdmUNet2DModel
-        # where it is, and where it was before
+        # the current module and the earlier ones
         for library in (AdmUNet2DModel.__module__, "robustdiff.backbones.adm", "robustdiff.models.adm")
     }

@@ -1,9 +1,9 @@
-"""ADM networks: built, loaded from a checkpoint of guided-diffusion, and saved as one.
+"""ADM networks: created from flags, loaded from a guided-diffusion checkpoint, and saved as one.
 
-Three things that the way back needs and no field of a `UNet2DModel`'s config holds are kept in the config under
-`_adm`, which `save_pretrained` writes and `from_pretrained` restores: the attention order, the dimension of the qkv
-convolutions, and the types of tensors that are not float32. A file in half precision is loaded in float32 and
-written in half precision again.
+The field `_adm` of the config stores the information that saving needs and that a `UNet2DModel` has no field for: the
+attention order, the dimension of the qkv convolutions, and the types of tensors that are not float32.
+`save_pretrained` and `from_pretrained` preserve it. A checkpoint in half precision is loaded in float32 and saved in
+half precision.
 """
 
 from __future__ import annotations
@@ -44,14 +44,14 @@ def _join_qkv(qkv: Tensor, heads: int, new_order: bool) -> Tensor:
 
 
 def build_adm(flags: AdmFlags, in_channels: int = 3) -> UNet2DModel:
-    """Return an untrained ADM network, initialised as guided-diffusion does.
+    """Return an untrained ADM network, initialised as in guided-diffusion.
 
-    It has PyTorch's initialisation everywhere, except that the last layer of every residual block, of every
-    attention block and of the network is zero: at first the blocks only pass on and the output is 0.
+    The initialisation is PyTorch's default, except that the last layer of every residual block, of every attention
+    block and of the network is zero. Each block is then the identity, and the output is 0.
 
     Args:
-        flags: The network (:data:`PRESETS` has the published ones).
-        in_channels: Channels of the images; the output has as many, or twice with `learn_sigma`.
+        flags: The flags of the network (:data:`PRESETS` has those of published networks).
+        in_channels: The number of image channels; the output has as many, or twice as many with `learn_sigma`.
 
     Returns:
         The UNet in train mode.
@@ -70,7 +70,7 @@ def _way_back(new_order: bool, qkv_dims: int = 1, dtypes: Mapping[str, str] | No
 
 
 def _recorded(unet: UNet2DModel) -> tuple[dict[str, Any], dict[str, torch.dtype]]:
-    """Return the way back and the types in the config of a `UNet2DModel`, possibly from a file of unknown origin."""
+    """Return the field `_adm` of a config and its types, after validation: the config may be from an untrusted file."""
     recorded = unet.config.get("_adm", {})
     way_back = {**_way_back(new_order=True), **(recorded if isinstance(recorded, Mapping) else {})}
     types = {str(dtype).removeprefix("torch."): dtype for dtype in FLOATS}
@@ -87,12 +87,12 @@ def _recorded(unet: UNet2DModel) -> tuple[dict[str, Any], dict[str, torch.dtype]
 
 
 def _working_type(dtypes: Iterable[torch.dtype]) -> torch.dtype:
-    """Return the type to compute in: float32, unless there is something wider."""
+    """Return the type to compute in: float32, or a wider type if there is one."""
     return functools.reduce(torch.promote_types, dtypes, torch.float32)
 
 
 def _types(state: Mapping[str, Tensor]) -> dict[str, str]:
-    """Return the types if not all are float32: the most common one under "*", the others by tensor."""
+    """Return the types unless all are float32: the most common type under "*", the others by tensor."""
     names = {name: str(value.dtype).removeprefix("torch.") for name, value in state.items()}
     [(common, _)] = Counter(names.values()).most_common(1)
     rare = {name: dtype for name, dtype in names.items() if dtype != common}
@@ -104,7 +104,7 @@ def _read_state(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     for tensor, ndims in ((TIME, (2,)), (INPUT, (4,)), (OUTPUT, (4,)), (QKV, (3, 4))):
         if tensor not in state or state[tensor].ndim not in ndims:
             raise InputError(f"{path} is not a guided-diffusion UNet checkpoint: no image UNet's {tensor}")
-    # Three channels of the image, three of its low resolution.
+    # Three channels of the image and three of its low-resolution version.
     if state[INPUT].shape[1] == 6 and state[OUTPUT].shape[0] in (3, 6):
         raise InputError(f"{path} is a super-resolution checkpoint, which is another network")
     return state
@@ -131,26 +131,26 @@ def load_adm(
 ) -> UNet2DModel:
     """Read a guided-diffusion checkpoint (Dhariwal & Nichol 2021) as a diffusers UNet with the same outputs.
 
-    The flags are those of :class:`AdmFlags`; here they default to `PRESETS["cifar10-adm"]`. With others in
-    hand, write `load_adm(path, **dataclasses.asdict(flags))`.
+    The flags are those of :class:`AdmFlags`; here they default to `PRESETS["cifar10-adm"]`. To pass an instance of
+    `AdmFlags`, write `load_adm(path, **dataclasses.asdict(flags))`.
 
-    The shapes of the tensors confirm the flags, except those that leave no trace in them: the attention
-    order, the number of heads, and the rate of dropout. With a wrong attention order or number of heads the
-    network runs and its outputs are wrong; only the training command can tell.
+    The flags are checked against the shapes of the tensors. The attention order, the number of heads and the dropout
+    rate have no effect on the shapes and cannot be checked. With a wrong attention order or number of heads the network
+    runs, but its outputs are wrong.
 
-    The number of image channels is the file's, and so is the number of classes unless it is given.
+    The number of image channels is read from the file, and so is the number of classes unless it is given.
 
     Args:
-        path: The `.pt` or `.safetensors` file: a state dict (an EMA file is one too), or a training script's dict that
-            holds one, of which the moving average is read. Prefixes of wrappers are stripped.
+        path: The `.pt` or `.safetensors` file: a state dict, such as that of an EMA, or a training script's dict with
+            one, from which the moving average is read. Prefixes of wrappers are stripped.
 
     Returns:
-        The UNet in eval mode, in float32; call it as `unet(x, t, class_labels=y).sample`. It is a plain
-        `UNet2DModel`, or for rare networks its subclass :class:`AdmUNet2DModel`.
+        The UNet in eval mode, in float32; call it as `unet(x, t, class_labels=y).sample`. It is a `UNet2DModel`, or its
+        subclass :class:`AdmUNet2DModel` for networks that `UNet2DModel` cannot represent.
 
     Raises:
-        InputError: There is no such file, it is not a guided-diffusion UNet, or the flags do not fit it. The
-            message then names the first tensor that differs and the flag that most likely explains it.
+        InputError: The file is missing, it is not a guided-diffusion UNet, or the flags do not fit it. In the last
+            case the message names the first tensor that differs and the flag that is most likely wrong.
     """
     flags = AdmFlags(**{name: value for name, value in locals().items() if name != "path"})
     state = _read_state(path)
@@ -161,16 +161,16 @@ def load_adm(
     working = _working_type(value.dtype for value in state.values())
     weights: dict[str, Tensor] = {}
     for tensor in layout.tensors():
-        value = state[tensor.adm].to(working, copy=True)  # the file's may be mapped from it
+        value = state[tensor.adm].to(working, copy=True)  # the file's tensors may be memory-mapped
         if tensor.heads:
             parts = _split_qkv(value, tensor.heads, use_new_attention_order)
-            # Each on memory of its own, as the parameters of a UNet are.
+            # The parameters of a UNet do not share memory.
             weights |= {name: part.clone() for name, part in zip(tensor.unet, parts, strict=True)}
         else:
             weights[tensor.unet[0]] = value
     with torch.device("meta"):
         unet = layout.unet(flags.image_size, flags.dropout)
-    # A convolution of width 1 in the file is a linear layer in the UNet.
+    # A convolution with kernel size 1 in the file is a linear layer in the UNet.
     reshaped = {name: weights[name].reshape(parameter.shape) for name, parameter in unet.named_parameters()}
     unet.load_state_dict(reshaped, assign=True)
     unet.register_to_config(_adm=_way_back(use_new_attention_order, layout.qkv_dims, _types(state)))
@@ -180,17 +180,16 @@ def load_adm(
 def save_adm(unet: UNet2DModel, path: str | os.PathLike[str]) -> None:
     """Write a UNet as a guided-diffusion checkpoint; the inverse of :func:`load_adm`.
 
-    A UNet that `load_adm` made, whether or not it was trained or went through `save_pretrained` and
-    `from_pretrained`, is written in the attention order and the tensor types of the file it came from, and in
-    guided-diffusion's order of tensors. Any other `UNet2DModel` of ADM's structure is written in the new
-    attention order and its own tensor types.
+    A UNet from `load_adm` is written in the attention order and the tensor types of its file, and in guided-diffusion's
+    order of tensors, also after training or `save_pretrained` and `from_pretrained`. Any other `UNet2DModel` with ADM's
+    structure is written in the new attention order and its own tensor types.
 
     Args:
-        unet: The network. Parameters that were cast, for example by `unet.half()`, are written as they are.
-        path: The file to create or replace; it appears whole or not at all.
+        unet: The network. Parameters that were cast, for example by `unet.half()`, are written in their new type.
+        path: The file to create or replace; the write is atomic.
 
     Raises:
-        InputError: ADM has no counterpart of this UNet, or the folder of `path` does not exist.
+        InputError: ADM cannot represent this UNet, or the folder of `path` does not exist.
     """
     if not isinstance(unet, UNet2DModel):
         raise InputError(f"save_adm needs a diffusers UNet2DModel, got a {type(unet).__name__}")
@@ -213,7 +212,7 @@ def save_adm(unet: UNet2DModel, path: str | os.PathLike[str]) -> None:
             raise InputError(
                 f"{NO_COUNTERPART}: {tensor.unet[0]} is {tuple(parts[0].shape)}, and {tensor.adm} {tensor.shape}"
             )
-        # Only what loading widened is narrowed again.
+        # Only tensors that loading cast to the working type are cast back.
         dtype = dtypes.get(tensor.adm, dtypes.get("*", working)) if value.dtype == working else value.dtype
         state[tensor.adm] = value.reshape(tensor.shape).to(dtype).contiguous()
     if weights:

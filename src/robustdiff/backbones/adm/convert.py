@@ -1,7 +1,7 @@
-"""Guided-diffusion checkpoints as diffusers pipeline folders, and back.
+"""Conversion between guided-diffusion checkpoints and diffusers pipeline folders.
 
-A checkpoint holds a network and nothing of its process; a pipeline folder has both. So the noise schedule comes with
-the flags: with a preset, or from ``--noise_schedule`` among them, or guided-diffusion's default, linear.
+A checkpoint holds a network without its process; a pipeline folder holds both. The noise schedule therefore comes with
+the flags: from the preset, from ``--noise_schedule``, or guided-diffusion's default, linear.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ _SCHEDULES: dict[str, Schedule] = {
     "imagenet64-cm": "consistency",
     "lsun256-cm": "consistency",
 }
-"""Schedules of the presets; the others are linear."""
+"""The schedules of presets whose schedule is not linear."""
 
 
 def read_flags(preset: str | None, text: str) -> tuple[AdmFlags, Schedule]:
-    """Return the flags of a network and its schedule, by a preset's name or from guided-diffusion's own flags.
+    """Return the flags of a network and its schedule, from the name of a preset or from guided-diffusion's flags.
 
     Arguments:
         preset: A key of :data:`robustdiff.backbones.adm.flags.PRESETS`.
-        text: Flags as guided-diffusion spells them, such as ``--image_size 64 --class_cond True``.
+        text: Flags of guided-diffusion, such as ``--image_size 64 --class_cond True``.
 
     Raises:
-        InputError: If both are given, or neither, or one is not known.
+        InputError: If both are given, or neither, or the preset or a flag is unknown.
     """
     if (preset is None) == (not text.strip()):
         raise InputError("give either --preset or guided-diffusion's flags, such as --image_size 64 --learn_sigma True")
@@ -64,10 +64,10 @@ def convert(source: Path, output: Path, flags: AdmFlags | None = None, schedule:
     Arguments:
         source: A checkpoint of guided-diffusion or of OpenAI's consistency models, ``.pt`` or
             ``.safetensors``; or a folder (a run, a pipeline).
-        output: The folder, or the ``.pt``.
-        flags: The flags that the checkpoint was trained with; a folder needs none.
-        schedule: The process of the checkpoint; "consistency" makes a ``ConsistencyModelPipeline``, "edm" a denoiser
-            over noise levels, a teacher of those.
+        output: The folder or the ``.pt`` file to create.
+        flags: The flags that the checkpoint was trained with; not needed for a folder.
+        schedule: The process of the checkpoint; "consistency" gives a ``ConsistencyModelPipeline``, "edm" a denoiser
+            over noise levels, the teacher of a consistency model.
 
     Raises:
         InputError: If the source is missing or unreadable, the flags are missing or do not fit, or the output exists.

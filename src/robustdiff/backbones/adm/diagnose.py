@@ -1,7 +1,7 @@
-"""The flag that most likely is wrong when a checkpoint does not fit its flags.
+"""Diagnosis of wrong flags for a checkpoint.
 
-The names and shapes of the tensors imply most flags. Those that they contradict are corrected one at a time; the most
-likely one is that whose correction lets the most tensors agree.
+The names and shapes of the tensors imply most flags. Each flag that they contradict is corrected in turn; the flag most
+likely to be wrong is the one whose correction makes the most tensors agree.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ __all__ = ["Mismatch", "explanation", "first_mismatch"]
 
 
 class Mismatch(NamedTuple):
-    """The first tensor that a file and its flags disagree about; a shape is None where the tensor is missing."""
+    """The first tensor that differs between a file and its flags; a shape is None if the tensor is missing."""
 
-    place: int  # how many tensors agree before it
+    place: int  # number of tensors before it that agree
     tensor: str
     found: tuple[int, ...] | None
     expected: tuple[int, ...] | None
 
 
 def first_mismatch(shapes: Shapes, flags: AdmFlags) -> Mismatch | None:
-    """Return the first tensor, in the order of a checkpoint, that the flags and the file do not agree about."""
+    """Return the first tensor, in the order of a checkpoint, that differs between the flags and the file."""
     expected = {tensor.adm: tensor.shape for tensor in Layout.from_shapes(flags, shapes).tensors()}
     for place, (wanted, found) in enumerate(zip_longest(expected, shapes)):
-        # When both sides have both names, the file is merely in another order.
+        # If both sides have both names, only the order differs.
         if found is not None and found not in expected and (wanted is None or wanted in shapes):
             return Mismatch(place, found, shapes[found], None)
         if wanted is not None and shapes.get(wanted) != expected[wanted]:
@@ -40,13 +40,13 @@ def first_mismatch(shapes: Shapes, flags: AdmFlags) -> Mismatch | None:
 
 
 def explanation(shapes: Shapes, flags: AdmFlags, mismatch: Mismatch) -> str:
-    """Return the tensor that differs, and the flag that most likely is wrong with its value, as part of a sentence."""
+    """Return part of an error message: the tensor that differs, and the flag most likely to be wrong."""
     found = "missing" if mismatch.found is None else str(mismatch.found)
     wanted = "no such tensor" if mismatch.expected is None else str(mismatch.expected)
     text = f"{mismatch.tensor} is {found} in the file, expected {wanted}"
     contradicted = _contradicted(shapes, flags)
     for image_size in CHANNEL_MULT:
-        # One wrong image size shows as two or more wrong flags: those that are relative to it.
+        # A wrong image size shows as two or more wrong flags, because others are relative to it.
         resized = _changed(flags, {"image_size": image_size})
         remaining = None if resized is None else _contradicted(shapes, resized)
         if remaining is not None and len(remaining) < len(contradicted) - 1:
@@ -61,7 +61,7 @@ def explanation(shapes: Shapes, flags: AdmFlags, mismatch: Mismatch) -> str:
         rest = first_mismatch(shapes, changed)
         return len(shapes) if rest is None else rest.place
 
-    # The flag that explains this tensor is the one whose correction moves the first mismatch furthest.
+    # The most likely flag is the one whose correction moves the first mismatch furthest.
     likely = max(contradicted, key=progress)
     names = [likely, *(name for name in contradicted if name != likely)]
     says = ", ".join(f"{name}={contradicted[name]!r}" for name in names)
@@ -79,7 +79,7 @@ def _changed(flags: AdmFlags, values: Mapping[str, Any]) -> AdmFlags | None:
 
 
 def _contradicted(shapes: Shapes, flags: AdmFlags) -> dict[str, Any]:
-    """Return the flags that the file's names and shapes contradict, with the values that they suggest."""
+    """Return the flags that the names and shapes in the file contradict, with the values that these imply."""
     values: dict[str, Any] = {}
     values["num_channels"] = channels = shapes[TIME][1]
     values["class_cond"] = labelled = "label_emb.weight" in shapes
@@ -87,10 +87,10 @@ def _contradicted(shapes: Shapes, flags: AdmFlags) -> dict[str, Any]:
         values["num_classes"] = shapes["label_emb.weight"][0]
     values["learn_sigma"] = shapes[OUTPUT][0] == 2 * shapes[INPUT][1]
     if (modulation := shapes.get("middle_block.0.emb_layers.1.weight")) is not None:
-        # The middle attention is as wide as the residual block before it.
+        # The attention in the middle has the width of the residual block before it.
         values["use_scale_shift_norm"] = modulation[0] == 2 * shapes[QKV][1]
 
-    # The way up shows where a level ends: its last block has an upsampling, numbered after the attention.
+    # On the way up, the last block of a level has an upsampling, numbered after the attention.
     levels: list[tuple[int, int, bool]] = []  # width, residual blocks, attention
     block = first = 0
     while (weight := shapes.get(f"output_blocks.{block}.0.out_layers.3.weight")) is not None:
@@ -106,7 +106,7 @@ def _contradicted(shapes: Shapes, flags: AdmFlags) -> dict[str, Any]:
             first = block
     numbers = {int(name.split(".")[1]) for name in shapes if name.startswith("input_blocks.")}
     if "resblock_updown" not in values and len(numbers) <= max(numbers):
-        # Downsampling without parameters leaves gaps in the numbering, and nothing marks the levels' ends.
+        # Downsampling without parameters leaves gaps in the numbering, and the ends of the levels are unknown.
         values |= {"resblock_updown": False, "conv_resample": False}
     elif levels:
         values["num_res_blocks"] = levels[0][1]

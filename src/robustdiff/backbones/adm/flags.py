@@ -1,4 +1,4 @@
-"""The flags that decide an ADM network, those of the published networks, and their reading from a command line."""
+"""The flags that define an ADM network, the flags of published networks, and a parser for command lines."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ CHANNEL_MULT = {
     64: "1,2,3,4",
     32: "1,2,2,2",
 }
-"""guided-diffusion's channel_mult by image size; that of 32 is improved-diffusion's, kept by ADM-IP."""
+"""guided-diffusion's channel_mult by image size; the one for 32 is from improved-diffusion and used by ADM-IP."""
 
 GROUPS = 32
-"""The groups of every normalisation."""
+"""The number of groups in every group norm."""
 
 _Number = TypeVar("_Number", int, float)
 
@@ -38,32 +38,33 @@ _TYPES: Mapping[str, tuple[type, ...]] = {
 
 @dataclass(frozen=True)
 class AdmFlags:
-    """A network's flags, with guided-diffusion's names and defaults.
+    """The flags of a network, with guided-diffusion's names and defaults.
 
     Args:
-        image_size: Side of the images. It decides the empty `channel_mult` and the meaning of
+        image_size: Side of the images. It determines the default of `channel_mult` and the meaning of
             `attention_resolutions`; the network itself is convolutional.
-        num_channels: Base width; level l is channel_mult[l] · num_channels wide.
+        num_channels: Base width; level l has channel_mult[l] · num_channels channels.
         num_res_blocks: Residual blocks per level.
-        channel_mult: Comma-separated widths of the levels in units of `num_channels`; "" stands for
-            guided-diffusion's choice for `image_size` (512, 256, 128, 64 or 32).
-        attention_resolutions: Comma-separated sides of the feature maps that get attention; the middle block
-            always has it.
+        channel_mult: Comma-separated widths of the levels in units of `num_channels`; "" is guided-diffusion's
+            default for `image_size` (512, 256, 128, 64 or 32).
+        attention_resolutions: Comma-separated sides of the feature maps with attention; the middle block always has
+            attention.
         num_heads: Number of attention heads, unless `num_head_channels` is given.
-        num_head_channels: Width of one head; −1 leaves it to `num_heads`.
+        num_head_channels: Width of one head; −1 uses `num_heads` instead.
         num_heads_upsample: Number of heads on the way up; −1 is `num_heads`.
-        use_scale_shift_norm: The time embedding scales and shifts what is normalised; otherwise it is added.
-        resblock_updown: Residual blocks change the resolution; otherwise convolutions do.
-        use_new_attention_order: Rows of qkv are ordered (q|k|v, head) instead of (head, q|k|v).
-        learn_sigma: The output has twice the channels: prediction and variance values.
-        class_cond: The network takes class labels.
-        num_classes: How many; None is the file's number, and guided-diffusion's 1000 when there is no file.
-        dropout: Rate of the dropout in every residual block.
+        use_scale_shift_norm: Whether the time embedding scales and shifts the normalised activations; otherwise it is
+            added.
+        resblock_updown: Whether residual blocks change the resolution; otherwise convolutions do.
+        use_new_attention_order: Whether rows of qkv are ordered (q|k|v, head); otherwise (head, q|k|v).
+        learn_sigma: Whether the output has twice the channels, for the prediction and the variance.
+        class_cond: Whether the network takes class labels.
+        num_classes: Number of classes; None is the number in the file, or guided-diffusion's 1000 without a file.
+        dropout: Dropout rate in every residual block.
         conv_resample: Without `resblock_updown`, whether resampling has convolutions; otherwise it is average
-            pooling and nearest neighbours. Not a flag of guided-diffusion's scripts, where it is True.
+            pooling and nearest neighbours. guided-diffusion's scripts have no such flag and use True.
 
     Raises:
-        InputError: A value has the wrong type or no such network exists.
+        InputError: A value has the wrong type, or the flags define no valid network.
     """
 
     image_size: int = 64
@@ -86,7 +87,7 @@ class AdmFlags:
     def __post_init__(self) -> None:
         for field in fields(self):
             value, kinds = getattr(self, field.name), _TYPES[str(field.type)]
-            # bool is an int to Python, but num_heads=True is a mistake.
+            # In Python a bool is an int, but num_heads=True is an error.
             if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
                 raise InputError(f"{field.name} must be of type {field.type}, got {value!r}")
         for name in ("image_size", "num_channels", "num_res_blocks", "num_heads"):
@@ -118,7 +119,7 @@ class AdmFlags:
 
     @property
     def multipliers(self) -> tuple[float, ...]:
-        """Widths of the levels in units of `num_channels`, the default resolved."""
+        """Widths of the levels in units of `num_channels`, with the default resolved."""
         text = self.channel_mult or CHANNEL_MULT.get(self.image_size, "")
         if not text:
             raise InputError(f"channel_mult must be given for image_size={self.image_size}, which has no default")
@@ -129,7 +130,7 @@ class AdmFlags:
 
     @property
     def widths(self) -> tuple[int, ...]:
-        """Channels of each level, the finest resolution first."""
+        """Number of channels of each level, the finest resolution first."""
         return tuple(int(multiplier * self.num_channels) for multiplier in self.multipliers)
 
     @property
@@ -144,7 +145,7 @@ class AdmFlags:
 
     @property
     def heads_upsample(self) -> int:
-        """Number of heads on the way up, the default resolved."""
+        """Number of heads on the way up, with the default resolved."""
         return self.num_heads if self.num_heads_upsample == -1 else self.num_heads_upsample
 
 
@@ -200,12 +201,12 @@ PRESETS: Mapping[str, AdmFlags] = {
 """The published networks by name.
 
 `cifar10-adm` is the network of the CIFAR-10 checkpoints of ADM-IP (Ning et al. 2023), the other `*-adm` are
-guided-diffusion's releases, and `*-edm` and `*-cm` are the EDM and consistency models of Song et al. 2023. These ignore
-use_new_attention_order: their flash attention splits q, k and v first, which is the new order. `imagenet64-edm` was
-trained with a dropout of 0.1, and has none here: distillation begins with it, and none is what that was published with.
+guided-diffusion's releases, and `*-edm` and `*-cm` are the EDM and consistency models of Song et al. 2023. The models
+of Song et al. ignore use_new_attention_order: their flash attention always uses the new order. `imagenet64-edm` was
+trained with a dropout of 0.1; here it is 0, the published value for the distillation of consistency models from it.
 """
 
-# Flags of guided-diffusion, consistency_models, ADM-IP and ADM-ES that say nothing of the network.
+# Flags of guided-diffusion, consistency_models, ADM-IP and ADM-ES that do not affect the network.
 _OTHER_FLAGS = frozenset(
     word
     for words in (
@@ -228,17 +229,17 @@ _TRUE, _FALSE = ("yes", "true", "t", "y", "1"), ("no", "false", "f", "n", "0")
 
 
 def parse_flags(text: str) -> AdmFlags:
-    """Read guided-diffusion's flags as one pastes them, a whole command line included.
+    """Parse guided-diffusion's flags from a command line or a part of one.
 
-    Flags of diffusion, training and sampling are skipped. A flag that is not given keeps guided-diffusion's default,
-    except that a command of OpenAI's consistency models, recognised by its own flags, means the new attention
-    order (see :data:`PRESETS`).
+    Flags of diffusion, training and sampling are skipped. Missing flags have guided-diffusion's defaults, except that a
+    command of OpenAI's consistency models, recognised by its own flags, implies the new attention order (see
+    :data:`PRESETS`).
 
     Args:
-        text: For example `MODEL_FLAGS="--image_size 64 --class_cond True"`.
+        text: The flags, for example `MODEL_FLAGS="--image_size 64 --class_cond True"`.
 
     Raises:
-        InputError: A flag is unknown, lacks its value, or has one of the wrong type.
+        InputError: A flag is unknown, has no value, or has a value of the wrong type.
     """
     command = read_command(text)
     values = {
@@ -252,15 +253,15 @@ def parse_flags(text: str) -> AdmFlags:
 
 
 def read_command(text: str) -> dict[str, str]:
-    """Return the values of all flags in a command line, by the flags' names without dashes.
+    """Return the values of all flags in a command line by the names of the flags, without dashes.
 
     Raises:
-        InputError: A flag is unknown or lacks its value.
+        InputError: A flag is unknown or has no value.
     """
     start = text.find("--")
     if start < 0:
         raise InputError(f"no flags in {text!r}: expected something like --image_size 64 --class_cond True")
-    # A command is pasted with its line continuations, and MODEL_FLAGS="…" with the quote that closes it.
+    # A pasted command may have line continuations, and MODEL_FLAGS="…" a closing quote.
     command = text[start:].replace("\\\n", " ").strip().rstrip("`")
     if command[-1] in "\"'" and command.count(command[-1]) % 2:
         command = command[:-1]

@@ -1,7 +1,7 @@
 """The correspondence of tensors between an ADM file and a `UNet2DModel`.
 
 With n = num_res_blocks, level l of L has n residual blocks on the way down and n + 1 on the way up; ADM numbers the
-blocks of all levels in one row, its downsampling among them:
+blocks of all levels consecutively, and counts downsampling as a block:
 
     ADM                                  UNet2DModel
     time_embed.0, .2                     time_embedding.linear_1, .linear_2  (cosines first, freq_shift 0)
@@ -22,9 +22,9 @@ and in a residual block and an attention block:
     skip_connection                      conv_shortcut
     norm, qkv, proj_out                  group_norm, (to_q, to_k, to_v), to_out.0
 
-The rows of qkv are (q|k|v, head, channel) in ADM's new attention order and (head, q|k|v, channel) in the
-legacy one. They are permuted at conversion, so no attention code is patched. In the file, qkv and proj_out
-are one-dimensional convolutions (two-dimensional in OpenAI's consistency models), in diffusers linear layers.
+The rows of qkv are (q|k|v, head, channel) in ADM's new attention order and (head, q|k|v, channel) in the legacy order.
+The conversion permutes them. In the file, qkv and proj_out are one-dimensional convolutions (two-dimensional in
+OpenAI's consistency models), in diffusers linear layers.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from robustdiff.errors import InputError
 __all__ = ["INPUT", "NO_COUNTERPART", "OUTPUT", "QKV", "TIME", "Layout", "Shapes", "TensorLayout"]
 
 Shapes = Mapping[str, tuple[int, ...]]
-"""The shapes of the tensors in a file, by name, in its order."""
+"""The shapes of the tensors in a file by name, in the order of the file."""
 
 NO_COUNTERPART = "ADM has no counterpart of this UNet"
 
@@ -52,7 +52,7 @@ QKV = "middle_block.1.qkv.weight"
 
 _Resample = Literal["resblock", "conv", "none"]
 
-# Arguments of UNet2DModel that ADM fixes.
+# Arguments of UNet2DModel that are the same for all ADM networks.
 _FIXED: Mapping[str, Any] = {
     "center_input_sample": False,
     "time_embedding_type": "positional",
@@ -73,14 +73,14 @@ class TensorLayout(NamedTuple):
     """A tensor of an ADM file and its place in the UNet."""
 
     adm: str
-    unet: tuple[str, ...]  # one name, or those of q, k and v
+    unet: tuple[str, ...]  # one name, or the names of q, k and v
     shape: tuple[int, ...]  # in the ADM file
-    heads: int = 0  # of q, k and v
+    heads: int = 0  # number of heads if the tensor is qkv
 
 
 @dataclass(frozen=True)
 class Layout:
-    """A network's structure, made of flags or of a UNet, from which the UNet and the tensors of a file follow."""
+    """The structure of a network, which determines the UNet and the tensors of a file."""
 
     in_channels: int
     out_channels: int
@@ -88,7 +88,7 @@ class Layout:
     widths: tuple[int, ...]
     num_res_blocks: int
     attention: tuple[bool, ...]
-    head_dims: tuple[int, ...]  # per level on the way down; the middle is as the last level
+    head_dims: tuple[int, ...]  # per level on the way down; the middle block uses the last level's
     up_head_dims: tuple[int, ...]
     scale_shift: bool
     resample: _Resample
@@ -97,7 +97,7 @@ class Layout:
 
     @classmethod
     def from_flags(cls, flags: AdmFlags, in_channels: int = 3, num_classes: int = 1000, qkv_dims: int = 1) -> Layout:
-        """Return the structure of a network with these flags; `num_classes` is used where they say no number."""
+        """Return the structure of a network with these flags; `num_classes` is the default for theirs."""
         widths = flags.widths
         if flags.num_head_channels != -1:
             head_dims = up_head_dims = (flags.num_head_channels,) * len(widths)
@@ -166,7 +166,7 @@ class Layout:
         )
 
     def unet(self, sample_size: int, dropout: float) -> UNet2DModel:
-        """Return an untrained UNet of this structure, a plain `UNet2DModel` if that can be."""
+        """Return an untrained UNet of this structure, of class `UNet2DModel` if possible."""
         residual = self.resample == "resblock"
         down, up = ("ResnetDownsampleBlock2D", "ResnetUpsampleBlock2D") if residual else ("DownBlock2D", "UpBlock2D")
         arguments: dict[str, Any] = {
@@ -181,7 +181,7 @@ class Layout:
             "downsample_type": "resnet" if residual else "conv",
             "upsample_type": "resnet" if residual else "conv",
             "dropout": dropout,
-            # UNet2DModel leaves the normalisation out of the middle's attention unless told so.
+            # By default UNet2DModel has no normalisation in the attention of the middle block.
             "attn_norm_num_groups": GROUPS,
             "resnet_time_scale_shift": "scale_shift" if self.scale_shift else "default",
             "num_class_embeds": self.num_classes,

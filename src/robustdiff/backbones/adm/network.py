@@ -1,12 +1,10 @@
-"""A `UNet2DModel` with what the rarer ADM networks need on top.
+"""An extension of `UNet2DModel` for ADM networks that it cannot represent.
 
-- Heads by number (num_head_channels = −1) when the attention blocks differ in width, as in OpenAI's 128×128
-  model: `UNet2DModel` has one head width for the whole network. For the same reason, num_heads_upsample that
-  is not num_heads.
-- channel_mult that does not start with 1, as in OpenAI's 512×512 model: `UNet2DModel` ties the width of the
-  sinusoidal embedding to that of the first level.
-- Resampling without parameters (conv_resample = False), which guided-diffusion's classes know and its scripts
-  do not.
+- A fixed number of heads (num_head_channels = −1) in attention blocks of different widths, as in OpenAI's 128×128
+  model, or a num_heads_upsample other than num_heads: `UNet2DModel` has one head width for the whole network.
+- A channel_mult that does not start with 1, as in OpenAI's 512×512 model: the sinusoidal embedding of `UNet2DModel`
+  has the width of the first level.
+- Resampling without parameters (conv_resample = False), which guided-diffusion's classes support, but not its scripts.
 """
 
 from __future__ import annotations
@@ -16,7 +14,7 @@ from typing import Any
 from diffusers.models.downsampling import Downsample2D
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 
-# Not used here: to load a pipeline with this class, diffusers looks for its base by name in this module.
+# To load a pipeline with this class, diffusers looks up the name of its base class in this module.
 from diffusers.models.modeling_utils import ModelMixin as ModelMixin
 from diffusers.models.unets.unet_2d import UNet2DModel
 from diffusers.models.upsampling import Upsample2D
@@ -25,14 +23,15 @@ __all__ = ["AdmUNet2DModel", "per_level"]
 
 
 class AdmUNet2DModel(UNet2DModel):
-    """A `UNet2DModel` whose attention heads, time embedding and resampling are free.
+    """A `UNet2DModel` with configurable attention heads, time embedding and resampling.
 
-    A pipeline that holds one loads with `DDPMPipeline.from_pretrained` wherever robustdiff is installed.
+    A pipeline with this class loads with `DDPMPipeline.from_pretrained` if robustdiff is installed.
 
     Args:
-        model_channels: Width of the sinusoidal time embedding; None is that of the first level.
-        attention_head_dim: Width of one attention head, of all levels or of each; the middle is as the last.
-        upsample_attention_head_dim: The same on the way up; None is `attention_head_dim`.
+        model_channels: Width of the sinusoidal time embedding; None is the width of the first level.
+        attention_head_dim: Width of an attention head, for all levels or for each; the middle block uses the last
+            level's.
+        upsample_attention_head_dim: Width of an attention head on the way up; None is `attention_head_dim`.
         conv_resample: Whether resampling by "conv" has convolutions; otherwise it is average pooling and
             nearest neighbours.
         unet: The arguments of `UNet2DModel`.
@@ -74,10 +73,10 @@ class AdmUNet2DModel(UNet2DModel):
 
     @staticmethod
     def _get_init_keys(input_class: type) -> set[str]:
-        # from_config passes to __init__ what this names, and **unet has no names of its own.
+        # from_config passes only the arguments named here to __init__, and **unet has no names.
         return (UNet2DModel._get_init_keys(input_class) - {"unet"}) | UNet2DModel._get_init_keys(UNet2DModel)
 
 
 def per_level(value: int | tuple[int, ...], levels: int) -> tuple[int, ...]:
-    """Return a head width for each level, given one for all of them or for each."""
+    """Return a head width for each level, from one width for all levels or one for each."""
     return (value,) * levels if isinstance(value, int) else tuple(value)
