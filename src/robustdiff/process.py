@@ -47,7 +47,7 @@ PREDICTIONS: tuple[str, ...] = get_args(Prediction)
 
 
 def broadcast(values: Tensor, like: Tensor) -> Tensor:
-    """Reshape one value for each sample, (B,), to (B, 1, …, 1), to multiply ``like`` (B, *)."""
+    """Return one value for each sample, (B,), as (B, 1, …, 1), to multiply ``like`` (B, *)."""
     return values.reshape(-1, *(1,) * (like.ndim - 1))
 
 
@@ -65,7 +65,7 @@ class Table:
 
     def _on(self, device: torch.device, dtype: torch.dtype) -> Tensor:
         if (device, dtype) not in self._copies:
-            with torch.inference_mode(False):  # made while sampling, it may be used in training
+            with torch.inference_mode(False):  # a copy that is made in sampling may be used in training
                 # Rounded before it moves: not every device has float64.
                 self._copies[device, dtype] = self._padded.to(dtype).to(device)
         return self._copies[device, dtype]
@@ -515,7 +515,7 @@ def _levels_of(scheduler: Any, times: Tensor) -> tuple[Tensor, Tensor] | None:
     zeros = torch.zeros(len(times), 1, dtype=torch.float64)
     generator = torch.Generator().manual_seed(0)
     x0, noise = (torch.randn(zeros.shape, generator=generator, dtype=torch.float64) for _ in range(2))
-    some = torch.randperm(len(times), generator=generator)[:3]  # a batch, and not the whole table
+    some = torch.randperm(len(times), generator=generator)[:3]  # a batch instead of the whole table
     try:
         alpha, sigma = noisy(zeros + 1, zeros, times), noisy(zeros, zeros + 1, times)
         expected = (alpha * x0 + sigma * noise)[some]
@@ -533,8 +533,8 @@ class ProcessConfig(Named):
     )
     T: Times = Field(
         1000,
-        description="the number of times; flow, whose times are drawn continuously: the size of the table alone, which "
-        "loss-second-moment and probes use",
+        description="the number of times; flow: the size of the table for loss-second-moment alone, since times are "
+        "otherwise drawn continuously and the saved scheduler has 1000",
     )
     shift: float = Field(1.0, gt=0, description="flow: the shift s; above 1, more of the times are noisy")
 

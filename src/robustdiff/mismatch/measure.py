@@ -210,14 +210,14 @@ class _Truth:
             return self.codec.encode(images.to(self.device)).cpu() if self.codec.components else images
 
     def batch(self, indices: range, second: bool = False) -> tuple[Tensor, Tensor]:
-        """Return x_0 and ε of some images of a set, each with shape (B, C, H, W)."""
+        """Return x_0 and ε of images of the first or second set, each with shape (B, C, H, W)."""
         x0 = self._images(self._order[np.asarray(indices) + second * self.num])
         start = _TRUE * (1 + second)
         numbers = range(start + indices.start, start + indices.stop)
         return x0.to(self.device), ImageNoise(self.seed, numbers, self.shape, self.device).draw()
 
     def labels(self, indices: range) -> Tensor | None:
-        """Return the classes of some images of the first set, with shape (B,)."""
+        """Return the classes of images of the first set, with shape (B,), or None if there are none."""
         labels = self.dataset.__getitems__(self._order[np.asarray(indices)].tolist())[1]
         return None if labels is None else labels.to(self.device)
 

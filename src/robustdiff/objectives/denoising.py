@@ -169,7 +169,7 @@ class DenoisingObjective(Objective):
         if delta is not None:
             x, noise = x + delta, self.process.absorb(noise, draw.t, delta)
             if self.through_target:
-                noise = noise + (delta - delta.detach()) / self.process.levels(draw.t, delta)[1]  # + 0, with a gradient
+                noise = noise + (delta - delta.detach()) / self.process.levels(draw.t, delta)[1]  # + 0
         output = predict(model, x, self.process.times_at(draw.t, x), draw.condition)
         channels = draw.x0.shape[1] * (2 if self.variance == "learned_range" else 1)
         if output.shape[1] != channels:
@@ -252,7 +252,7 @@ class DenoisingConfig(ObjectiveConfig):
         if (process.name == "flow") != (self.prediction == "flow"):
             raise InputError("process=flow and objective.prediction=flow go together: set both, or neither")
         if process.name == "flow":
-            # A flow's time is continuous: T is the size of the table alone, and the scheduler's times are 1000 σ.
+            # A flow's time is continuous: T is the size of the table alone, and the scheduler always has 1000 times.
             return table, FlowMatchEulerDiscreteScheduler(shift=process.shift)
         return table, DDPMScheduler(
             process.T,

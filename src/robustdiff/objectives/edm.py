@@ -118,7 +118,7 @@ class EdmConfig(LevelsConfig):
         1000,
         ge=2,
         le=100_000,
-        description="the number of levels in the table, which probes and the saved scheduler use; training draws σ "
+        description="the number of levels in the table of the saved scheduler, which probes use; training draws σ "
         "continuously",
     )
     mean: float = Field(-1.2, description="the mean P_mean of ln σ")

@@ -97,11 +97,11 @@ class Preconditioned:
 
 
 class DiffusionDenoiser:
-    """A network over the discrete times of a variance-preserving process as a denoiser.
+    """A denoiser D made of a network over the discrete times of a variance-preserving process.
 
-    The time of a level σ is where the table's σ_t/α_t equals it, between two times by interpolation in ln(σ_t/α_t); the
-    network is called there. Levels outside the table are those of its ends: there D(x, σ) is asked at the end's time,
-    of the point x/√(1 + σ²), whose signal is weaker (σ larger) or stronger than the network was trained for.
+    D(x, σ) calls the network with x/√(1 + σ²) at the time t with σ_t/α_t = σ, found by linear interpolation of
+    ln(σ_t/α_t) between the times of the table. For σ outside the table, t is the first or last time, at which the
+    network was trained for points with less (small σ) or more (large σ) signal.
 
     Arguments:
         network: The network, called as diffusers calls it.

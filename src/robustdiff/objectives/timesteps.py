@@ -239,7 +239,7 @@ class LossSecondMoment(TimestepSampler):
         order = t.argsort(stable=True)
         t, losses = t[order], losses[order]
         kept = losses.isfinite()
-        before = torch.cat([kept.new_zeros(1, dtype=torch.int64), kept.cumsum(0)])  # how many are kept before each
+        before = torch.cat([kept.new_zeros(1, dtype=torch.int64), kept.cumsum(0)])  # the number kept before each
         first, end = torch.searchsorted(t, t), torch.searchsorted(t, t, right=True)
         rank = before[:-1] - before[first]  # among those of the same time
         # Each loss replaces the oldest of its time; of more losses than the history holds, the last are stored. The

@@ -29,8 +29,8 @@ class NoAdversary(Adversary):
 
 @ADVERSARIES.register("none")
 class NoConfig(AscentConfig):
-    """Ordinary training. Settings of other adversaries are accepted and have no effect, so that the name alone may
-    change."""
+    """Ordinary training. Settings of other adversaries are accepted without effect, so that a recipe can switch its
+    adversary off by the name alone."""
 
     name: Literal["none"] = "none"
 
