@@ -1,27 +1,27 @@
-r"""The forward (noising) process, and what a perturbation of a noisy point means in it.
+r"""The forward (noising) process, and the noise that corresponds to a perturbed noisy point.
 
-A process gives each time t its signal and noise levels,
+A process gives each time t its signal level α_t and noise level σ_t:
 
-    q(x_t | x_0) = N(α_t x_0, σ_t² I),        x_t = α_t x_0 + σ_t ε,   ε ~ N(0, I),
+    q(x_t | x_0) = N(α_t x_0, σ_t² I),        x_t = α_t x_0 + σ_t ε,   ε ~ N(0, I).
 
-in a table of T times, and where time is continuous (flow matching, EDM) at every time as well, by functions.
+The levels are stored in a table of T times. Processes with continuous time (flow matching, EDM) also define them at
+every other time, by functions.
 
-Moving the noisy point by δ is exactly a change of its noise:
+A perturbation δ of the noisy point is equivalent to a change of its noise:
 
     x_t + δ = α_t x_0 + σ_t (ε + δ/σ_t),
 
-so a model trained at x_t + δ is trained as usual, at the noise ε' = ε + δ/σ_t. That one line is
-:meth:`DiffusionProcess.absorb`, and :func:`absorb` where σ is at hand; every parameterisation follows from it
-(:data:`PREDICTIONS`):
+so training at x_t + δ is ordinary training with the noise ε' = ε + δ/σ_t, which :meth:`DiffusionProcess.absorb` (or
+:func:`absorb`, for a caller that has σ) returns. The target of each parameterisation (:data:`PREDICTIONS`) follows:
 
     epsilon       ε'
     sample        x_0
     v_prediction  α_t ε' − σ_t x_0
     flow          ε' − x_0                      (with α_t = 1 − t, σ_t = t)
 
-and each of them is inverted from (x_t, prediction) back to (x_0, ε) by :meth:`DiffusionProcess.split`.
+:meth:`DiffusionProcess.split` is the inverse: it maps (x_t, prediction) to (x_0, ε).
 
-Tables are float64 on the CPU. A device gets its copy of them once (:class:`Table`), so that a training pass neither
+Tables are float64 on the CPU. Each is copied to a device once (:class:`Table`), so that a training pass neither
 copies from the host nor waits for it.
 """
 
@@ -52,20 +52,20 @@ def broadcast(values: Tensor, like: Tensor) -> Tensor:
 
 
 class Table:
-    """One number for each of T times, with a copy for every device and precision in which it is used.
+    """A table of one number for each of T times, copied once to every device and precision that uses it.
 
     Arguments:
         values: The numbers, with shape (T,), on the CPU.
     """
 
     def __init__(self, values: Tensor) -> None:
-        # Behind the last number, where times that are not of the table are looked up (DiffusionProcess.index).
+        # DiffusionProcess.index returns T for a time that is not in the table: the last entry is the value there.
         self._padded = torch.cat([values, values.new_full((1,), math.nan if values.is_floating_point() else -1)])
         self._copies: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
     def _on(self, device: torch.device, dtype: torch.dtype) -> Tensor:
         if (device, dtype) not in self._copies:
-            with torch.inference_mode(False):  # made while sampling, it may be used in training
+            with torch.inference_mode(False):  # a copy that is made in sampling may be used in training
                 # Rounded before it moves: not every device has float64.
                 self._copies[device, dtype] = self._padded.to(dtype).to(device)
         return self._copies[device, dtype]
@@ -75,8 +75,11 @@ class Table:
         return self._on(device, dtype)[:-1]
 
     def take(self, index: Tensor, dtype: torch.dtype) -> Tensor:
-        """Return the numbers at indices (B,) in [0, T], with shape (B,), on the device of the indices; NaN at T."""
-        # Not table[index], which takes −1 for the last.
+        """Return the numbers at indices (B,) in [0, T], with shape (B,), on the device of the indices.
+
+        At index T, which stands for an unknown time, the number is NaN (−1 in a table of integers).
+        """
+        # Not table[index], which would accept negative indices.
         return self._on(index.device, dtype).index_select(0, index.reshape(-1))
 
     def at(self, index: Tensor, like: Tensor) -> Tensor:
@@ -85,19 +88,18 @@ class Table:
 
 
 def absorb(noise: Tensor, delta: Tensor, sigma: Tensor | float) -> Tensor:
-    """Return the noise ε' = ε + δ/σ at which x_t + δ is an ordinary noisy point, where the caller's loop has σ itself.
+    """Return the noise ε' = ε + δ/σ for which x_t + δ = α x_0 + σ ε', given σ itself.
 
-    For a loop with x_t = (1 − σ) x_0 + σ ε (flow matching: SD3, Flux) or x_t = x_0 + σ ε (EDM), and any other
-    x_t = α x_0 + σ ε. δ is detached: it is the point at which we train, not a variable of the target.
+    Use it in a training loop with x_t = (1 − σ) x_0 + σ ε (flow matching: SD3, Flux), x_t = x_0 + σ ε (EDM), or any
+    other x_t = α x_0 + σ ε. δ is detached: no gradient reaches it through the target.
 
     Arguments:
         noise: The noise ε, with shape (B, *).
         delta: The perturbation δ of x_t, with shape (B, *).
-        sigma: The level σ > 0 of each sample, with shape (B,) or (B, 1, …, 1); or one number for all.
+        sigma: The noise level σ > 0 of each sample, with shape (B,) or (B, 1, …, 1); or one number for all samples.
 
     Raises:
-        ValueError: If the shapes do not belong together, or σ is not positive (tensors on a GPU are not read back for
-            this check).
+        ValueError: If the shapes do not match, or σ is not positive. The second is checked on the CPU only.
     """
     sigma = torch.as_tensor(sigma, dtype=noise.dtype, device=noise.device)
     if noise.shape != delta.shape:
@@ -115,15 +117,15 @@ class DiffusionProcess:
     Arguments:
         alphas: The signal levels α_t, with shape (T,).
         sigmas: The noise levels σ_t > 0, with shape (T,).
-        times: The times that the network is given, by index, with shape (T,); the indices themselves by default.
-        levels_at: Where time is continuous, the function that gives floating-point times (B,), as the network is given
-            them, their levels (α, σ), each with shape (B,). Floating-point times need then not be in the table.
-        time_at: Where time is continuous and drawn uniformly, the function that gives fractions u in (0, 1], with shape
-            (B,), their floating-point times; 1 is the noisiest.
+        times: The time that is passed to the network for each index, with shape (T,). Default: the indices.
+        levels_at: For continuous time, a function that maps floating-point times (B,), as passed to the network, to
+            their levels (α, σ), each with shape (B,). With it, floating-point times need not be in the table.
+        time_at: For continuous time that is drawn uniformly, a function that maps fractions u in (0, 1], with shape
+            (B,), to floating-point times (B,); u = 1 is the noisiest time.
 
     Raises:
-        ValueError: If the tables differ in shape, are empty, or hold a level that is not finite, an α_t < 0
-            or a σ_t ≤ 0 (a step without noise cannot absorb a perturbation).
+        ValueError: If the tables differ in shape, are empty, or contain a level that is not finite, an α_t < 0
+            or a σ_t ≤ 0 (δ/σ_t would be undefined).
     """
 
     def __init__(
@@ -162,19 +164,22 @@ class DiffusionProcess:
 
     @classmethod
     def from_alphas_cumprod(cls, alphas_cumprod: Tensor) -> DiffusionProcess:
-        """Return the variance-preserving process of a table ᾱ_t in [0, 1), with shape (T,)."""
+        """Return the variance-preserving process for a table of ᾱ_t in [0, 1), with shape (T,)."""
         alphas_cumprod = torch.as_tensor(alphas_cumprod, dtype=torch.float64, device="cpu")
         return cls(alphas_cumprod.sqrt(), (1.0 - alphas_cumprod).sqrt())
 
     @classmethod
     def linear(cls, T: int = 1000) -> DiffusionProcess:
-        """Return the process of β_t from 0.0001 to 0.02, linear, scaled by 1000/T (Ho et al., 2020, as in ADM)."""
+        """Return the linear schedule: β_t from 0.0001 to 0.02, scaled by 1000/T (Ho et al., 2020, as in ADM)."""
         scale = 1000 / T
         return cls.from_betas(torch.linspace(scale * 0.0001, scale * 0.02, T, dtype=torch.float64))
 
     @classmethod
     def cosine(cls, T: int = 1000) -> DiffusionProcess:
-        """Return that of ᾱ(t) ∝ cos²(π/2 · (t + 0.008)/1.008), β_t ≤ 0.999 (Nichol & Dhariwal, 2021, equation 17)."""
+        """Return the cosine schedule of Nichol & Dhariwal (2021, equation 17).
+
+        ᾱ(t) ∝ cos²(π/2 · (t + 0.008)/1.008), with β_t ≤ 0.999.
+        """
 
         def alpha_bar(t: float) -> float:
             return math.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2
@@ -186,14 +191,17 @@ class DiffusionProcess:
     def flow(cls, T: int = 1000, shift: float = 1.0, time_scale: float = 1000.0) -> DiffusionProcess:
         """Return rectified flow (Liu et al., 2023; Lipman et al., 2023): α = 1 − σ, σ = s u/(1 + (s − 1) u), 0 < u ≤ 1.
 
-        Time is continuous: the network is given 1000·σ, as diffusers' flow-matching schedulers give it, for any u. The
-        table has u = 1/T, …, 1; its indices ascend with the noise, and the positions in ``scheduler.timesteps``
-        descend (:meth:`from_scheduler`).
+        Time is continuous: for any u, the time passed to the network is ``time_scale``·σ, as in diffusers'
+        flow-matching schedulers. The table contains u = 1/T, …, 1. Its indices ascend with the noise, whereas the
+        positions in ``scheduler.timesteps`` descend (:meth:`from_scheduler`).
 
         Arguments:
-            T: The number of times of the table.
-            shift: s > 0; above 1 it moves the times towards the noise (Esser et al., 2024, equation 23).
-            time_scale: The time that the network is given at σ = 1.
+            T: The number of times in the table.
+            shift: The shift s > 0; s > 1 moves the times towards the noise (Esser et al., 2024, equation 23).
+            time_scale: The time that is passed to the network at σ = 1.
+
+        Raises:
+            ValueError: If ``shift`` is not positive and finite.
         """
         if not (shift > 0 and math.isfinite(shift)):
             raise ValueError(f"shift must be positive and finite; got {shift}")
@@ -212,18 +220,18 @@ class DiffusionProcess:
 
     @classmethod
     def from_scheduler(cls, scheduler: Any) -> DiffusionProcess:
-        """Return the process in which a diffusers scheduler's ``add_noise`` (or ``scale_noise``) puts x_0.
+        """Return the process that a diffusers scheduler's ``add_noise`` (or ``scale_noise``) defines.
 
-        The scheduler itself is asked for α_t and σ_t, so that x_t + δ = add_noise(x_0, absorb(ε, t, δ), t) for every
-        kind that is accepted. α_t is √ᾱ_t for DDPM-like schedulers, 1 for Euler-like and EDM ones, 1 − σ_t for flow
-        matching.
+        α_t and σ_t are computed by calling the scheduler, so that x_t + δ = add_noise(x_0, absorb(ε, t, δ), t) for
+        every accepted scheduler. α_t is √ᾱ_t for DDPM-like schedulers, 1 for Euler-like and EDM schedulers, and
+        1 − σ_t for flow matching.
 
-        Where the scheduler takes the whole numbers 0 … T − 1 as timesteps, t is the timestep. Elsewhere (flow matching,
-        EDM, consistency models) t is a position in ``scheduler.timesteps``, from the noisiest on, or one of these
-        floating-point timesteps.
+        If the scheduler accepts the whole numbers 0 … T − 1 as timesteps, t is the timestep. Otherwise (flow matching,
+        EDM, consistency models) t is a position in ``scheduler.timesteps``, which begin with the noisiest, or one of
+        these floating-point timesteps.
 
         Raises:
-            ValueError: If the scheduler does not add Gaussian noise at timesteps of its own, or none at one of them.
+            ValueError: If the scheduler does not add Gaussian noise at its own timesteps, or adds none at one of them.
         """
         name = type(scheduler).__name__
         for times in _timesteps_of(scheduler):
@@ -252,30 +260,30 @@ class DiffusionProcess:
 
     @property
     def variance_preserving(self) -> bool:
-        """Return whether α_t² + σ_t² = 1 at every t."""
+        """True if α_t² + σ_t² = 1 at every t."""
         return bool(torch.allclose(self.alphas**2 + self.sigmas**2, torch.ones_like(self.alphas)))
 
     @property
     def alphas_cumprod(self) -> Tensor:
-        """Return ᾱ_t = α_t²/(α_t² + σ_t²), with shape (T,): the signal's share of the variance."""
+        """The signal's share of the variance, ᾱ_t = α_t²/(α_t² + σ_t²), with shape (T,)."""
         return self.alphas**2 / (self.alphas**2 + self.sigmas**2)
 
     @property
     def betas(self) -> Tensor:
-        """Return β_t = 1 − ᾱ_t/ᾱ_{t−1}, with ᾱ_{−1} = 1 and shape (T,): the variance of one step q(x_t | x_{t−1})."""
+        """The variance of one step q(x_t | x_{t−1}), β_t = 1 − ᾱ_t/ᾱ_{t−1} with ᾱ_{−1} = 1, with shape (T,)."""
         a = self.alphas_cumprod
         return 1 - a / torch.cat([a.new_ones(1), a[:-1]])
 
     @property
     def posterior_variance(self) -> Tensor:
-        """Return β̃_t = β_t (1 − ᾱ_{t−1})/(1 − ᾱ_t), (T,): the variance of q(x_{t−1} | x_t, x_0); 0 at t = 0."""
+        """The variance of q(x_{t−1} | x_t, x_0), β̃_t = β_t (1 − ᾱ_{t−1})/(1 − ᾱ_t), with shape (T,); 0 at t = 0."""
         a = self.alphas_cumprod
         before = torch.cat([a.new_ones(1), a[:-1]])
         return self.betas * (1 - before) / (1 - a)
 
     @property
     def log_variance_range(self) -> tuple[Tensor, Tensor]:
-        """Return (log β̃_t, log β_t), each with shape (T,): the two ends between which a learned variance lies.
+        """The bounds (log β̃_t, log β_t) of a learned log-variance, each with shape (T,).
 
         β̃_0 = 0 is replaced by β̃_1 (Nichol & Dhariwal, 2021, section 3.1, as in their code).
         """
@@ -290,35 +298,40 @@ class DiffusionProcess:
         return low.at(index, like), high.at(index, like)
 
     def posterior_mean(self, x0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """Return the mean (B, *) of q(x_{t−1} | x_t, x_0), variance-preserving (Ho et al., 2020, equation 7)."""
+        """Return the mean (B, *) of q(x_{t−1} | x_t, x_0) (Ho et al., 2020, equation 7).
+
+        The process must preserve variance.
+        """
         index = self.index(t)
         of_x0, of_x_t = self._posterior
         return of_x0.at(index, x0) * x0 + of_x_t.at(index, x_t) * x_t
 
     def respace(self, t: Tensor) -> DiffusionProcess:
-        """Return the process at some of its times only, indices or times (S,): the table of a sampler with fewer steps.
+        """Return the process restricted to given indices or times (S,), such as the times that a sampler visits.
 
         Raises:
-            ValueError: If the process has no such time.
+            ValueError: If one of the times is not in the process.
         """
         t = t.cpu()
         levels, like = self._levels(t, t.device, torch.float64), torch.empty((), dtype=torch.float64)
         return DiffusionProcess(*levels, self.times_at(t, like), levels_at=self.levels_at)
 
     def at(self, u: Tensor) -> Tensor:
-        """Return the times at fractions u in (0, 1] of the process, (B,): indices ⌈uT⌉ − 1 where time is discrete."""
+        """Return the times (B,) at fractions u (B,) in (0, 1] of the process; for discrete time the ⌈uT⌉ − 1."""
         if self.time_at is not None:
             return self.time_at(u)
-        return (u * len(self) * (1 - 1e-7)).ceil().long() - 1  # less than whole numbers that were rounded up
+        return (u * len(self) * (1 - 1e-7)).ceil().long() - 1  # u·T may be rounded to just above a whole number
 
     def index(self, t: Tensor) -> Tensor:
-        """Return the indices (B,), int64, of times in the table: whole numbers are indices, others are in ``times``.
+        """Return the table indices of times (B,), with shape (B,), int64.
 
-        A tensor on a GPU is not read back. There an index that is out of range is an error of the device, and a time
-        that the process does not have makes NaN of all that is computed from it.
+        Integer tensors are indices already; the values of floating-point tensors are looked up in ``times``.
+
+        Tensors on a GPU are not read back: there, an index out of range raises a device error, and an unknown time
+        gives the index T, at which levels are NaN.
 
         Raises:
-            ValueError: If ``t`` is boolean, an index is not in [0, T), or ``times`` has no such time.
+            ValueError: If ``t`` is boolean or, on the CPU, an index is not in [0, T) or a time is not in ``times``.
         """
         if t.dtype == torch.bool:
             raise ValueError("t is boolean: give time indices as whole numbers, or times")
@@ -333,7 +346,7 @@ class DiffusionProcess:
         above = torch.searchsorted(known, value).clamp_max(len(self) - 1)
         below = (above - 1).clamp_min(0)
         nearest = torch.where((value - known[below]).abs() < (known[above] - value).abs(), below, above)
-        # As wide as the rounding of float32, which is far below the distance of two times.
+        # The tolerance is the rounding of float32, far below the distance of two times.
         found = (known[nearest] - value).abs() <= self._tolerance
         if readable and not bool(found.all()):
             raise ValueError(
@@ -343,7 +356,7 @@ class DiffusionProcess:
         return torch.where(found, order.on(t.device, torch.int64)[nearest], len(self))
 
     def _levels(self, t: Tensor, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Return α_t and σ_t, each (B,); where a GPU has no such time, NaN."""
+        """Return α_t and σ_t, each with shape (B,); NaN for an unknown time on a GPU."""
         if self.levels_at is None or not t.is_floating_point():
             index = self.index(t).to(device)
             return self._alphas.take(index, dtype), self._sigmas.take(index, dtype)
@@ -357,9 +370,9 @@ class DiffusionProcess:
         return alphas, sigmas
 
     def times_at(self, t: Tensor, like: Tensor) -> Tensor:
-        """Return what a network is given as the times of points ``like`` (B, *), with shape (B,), on their device.
+        """Return the times that the network receives with points ``like`` (B, *), with shape (B,), on their device.
 
-        Whole numbers stay whole; others are never below float32, in which neighbouring times differ.
+        Integers stay integers. Other times have at least the precision of float32, in which neighbouring times differ.
         """
         dtype = self.times.dtype
         if self.times.is_floating_point():
@@ -371,13 +384,13 @@ class DiffusionProcess:
     def levels(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """Return α_t and σ_t shaped (B, 1, …, 1), on the device and in the precision of ``like`` (B, *).
 
-        Times (B,) are indices, or floating-point times: any where time is continuous, elsewhere those of the table.
+        ``t`` (B,) holds indices, or floating-point times: any for continuous time, otherwise those of the table.
         """
         alphas, sigmas = self._levels(t, like.device, like.dtype)
         return broadcast(alphas, like), broadcast(sigmas, like)
 
     def sigmas_at(self, t: Tensor, like: Tensor) -> Tensor:
-        """Return σ_t with shape (B,), on the device of ``like`` and never below float32, in which levels differ."""
+        """Return σ_t with shape (B,), on the device of ``like``, in at least float32 so that levels stay distinct."""
         return self._levels(t, like.device, torch.promote_types(like.dtype, torch.float32))[1]
 
     @cached_property
@@ -408,7 +421,7 @@ class DiffusionProcess:
 
     @cached_property
     def _posterior(self) -> tuple[Table, Table]:
-        """Return the factors of x_0 and x_t in :meth:`posterior_mean`."""
+        """The factors of x_0 and x_t in :meth:`posterior_mean`."""
         a = self.alphas_cumprod
         before = torch.cat([a.new_ones(1), a[:-1]])
         of_x0 = before.sqrt() * self.betas / (1 - a)
@@ -426,9 +439,9 @@ class DiffusionProcess:
         return alpha * x0 + sigma * noise
 
     def absorb(self, noise: Tensor, t: Tensor, delta: Tensor) -> Tensor:
-        """Return the noise ε' = ε + δ/σ_t at which x_t + δ is an ordinary noisy point.
+        """Return the noise ε' = ε + δ/σ_t for which x_t + δ = α_t x_0 + σ_t ε'.
 
-        δ is detached: it is the point at which we train, not a variable of the target.
+        δ is detached: no gradient reaches it through the target.
 
         Arguments:
             noise: The noise ε, with shape (B, *).
@@ -436,12 +449,12 @@ class DiffusionProcess:
             delta: The perturbation δ of x_t, with shape (B, *).
 
         Raises:
-            ValueError: If the process has no such time.
+            ValueError: If one of the times is not in the process.
         """
         return noise + delta.detach() / self.levels(t, noise)[1]
 
     def target(self, prediction: Prediction, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-        """Return what a model of a parameterisation is to predict at x_t = α_t x_0 + σ_t ε, with shape (B, *)."""
+        """Return the training target of a parameterisation at x_t = α_t x_0 + σ_t ε, with shape (B, *)."""
         alpha, sigma = self.levels(t, x0)
         match prediction:
             case "epsilon":
@@ -455,9 +468,9 @@ class DiffusionProcess:
         raise ValueError(f"unknown prediction {prediction!r}: use one of {', '.join(PREDICTIONS)}")
 
     def split(self, prediction: Prediction, x_t: Tensor, t: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the (x_0, ε) that a model's output means at x_t, each (B, *): the inverse of :meth:`target`.
+        """Return x_0 and ε, each with shape (B, *), from a model's output at x_t: the inverse of :meth:`target`.
 
-        x_t = α x_0 + σ ε and output = target(x_0, ε) are two linear equations in x_0 and ε.
+        They solve the two linear equations x_t = α x_0 + σ ε and output = target(x_0, ε).
         """
         alpha, sigma = self.levels(t, x_t)
         match prediction:
@@ -475,12 +488,12 @@ class DiffusionProcess:
 
 
 def _timesteps_of(scheduler: Any) -> list[Tensor]:
-    """Return the timesteps (T,) that a scheduler may be asked for: whole numbers first, then those of its table."""
+    """Return the timesteps (T,) to try with a scheduler: first whole numbers, then those of its table."""
     T = getattr(getattr(scheduler, "config", None), "num_train_timesteps", None)
     table = getattr(scheduler, "timesteps", None)
     table = None if table is None or len(table) == 0 else table.detach().cpu()
     whole = None if T is None or not hasattr(scheduler, "add_noise") else torch.arange(T)
-    # Some take a timestep that is not in their table for its last one, and say nothing.
+    # Some schedulers silently replace a timestep that is not in their table by the last one.
     if whole is not None and hasattr(scheduler, "index_for_timestep"):
         whole = whole if table is not None and bool(torch.isin(whole.to(table.dtype), table).all()) else None
     if whole is None and table is not None and _levels_of(scheduler, table.max() + 1 + torch.arange(3)) is not None:
@@ -489,10 +502,10 @@ def _timesteps_of(scheduler: Any) -> list[Tensor]:
 
 
 def _levels_of(scheduler: Any, times: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Return the α and σ of a scheduler at timesteps (T,), each with shape (T,), float64; None if it has none there."""
+    """Return α and σ of a scheduler at timesteps (T,), each with shape (T,), float64; None if it refuses them."""
 
     def noisy(x0: Tensor, noise: Tensor, times: Tensor) -> Tensor:
-        asked = copy.deepcopy(scheduler)  # some remember the timestep that they were asked for first
+        asked = copy.deepcopy(scheduler)  # some schedulers store the first timestep that they are called with
         if hasattr(asked, "add_noise"):
             result: Tensor = asked.add_noise(x0, noise, times)
         else:
@@ -502,12 +515,12 @@ def _levels_of(scheduler: Any, times: Tensor) -> tuple[Tensor, Tensor] | None:
     zeros = torch.zeros(len(times), 1, dtype=torch.float64)
     generator = torch.Generator().manual_seed(0)
     x0, noise = (torch.randn(zeros.shape, generator=generator, dtype=torch.float64) for _ in range(2))
-    some = torch.randperm(len(times), generator=generator)[:3]  # a batch, and not the whole table
+    some = torch.randperm(len(times), generator=generator)[:3]  # a batch instead of the whole table
     try:
         alpha, sigma = noisy(zeros + 1, zeros, times), noisy(zeros, zeros + 1, times)
         expected = (alpha * x0 + sigma * noise)[some]
         linear = torch.allclose(noisy(x0[some], noise[some], times[some]), expected, rtol=1e-6, atol=1e-6)
-    except Exception:  # a scheduler that is asked for what it does not have raises anything
+    except Exception:  # with timesteps that it does not support, a scheduler may raise anything
         return None
     return (alpha[:, 0], sigma[:, 0]) if linear else None
 
@@ -516,10 +529,14 @@ class ProcessConfig(Named):
     """The section ``process`` of a recipe."""
 
     name: Literal["cosine", "linear", "flow", "pretrained"] = Field(
-        "cosine", description="pretrained: the one that the checkpoint was trained with"
+        "cosine", description="the noise schedule; pretrained: that of the checkpoint"
     )
-    T: Times = Field(1000, description="the number of times")
-    shift: float = Field(1.0, gt=0, description="flow: above 1 more of the times are noisy")
+    T: Times = Field(
+        1000,
+        description="the number of times; flow: the size of the table for loss-second-moment alone, since times are "
+        "otherwise drawn continuously and the saved scheduler has 1000",
+    )
+    shift: float = Field(1.0, gt=0, description="flow: the shift s; above 1, more of the times are noisy")
 
     @model_validator(mode="after")
     def _shifted(self) -> ProcessConfig:
@@ -528,10 +545,10 @@ class ProcessConfig(Named):
         return self
 
     def build(self) -> DiffusionProcess:
-        """Make the process.
+        """Return the process.
 
         Raises:
-            InputError: If it is that of a checkpoint.
+            InputError: If the name is "pretrained", which only a checkpoint can supply.
         """
         match self.name:
             case "cosine":

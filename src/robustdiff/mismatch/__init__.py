@@ -1,1 +1,1 @@
-"""The distance of p_θ(x_t), the law of a sampler's states, from q(x_t), the law that the network was trained on."""
+"""Distances between p_θ(x_t), the distribution of a sampler's states, and q(x_t), that of the training points."""

@@ -1,20 +1,20 @@
-r"""Distances between samples of two laws, each with an interval.
+r"""Distances between samples of two distributions, each with a 95 % interval.
 
 Let x_1 … x_n be drawn from p and y_1 … y_n from q, in d dimensions.
 
 **Sliced Wasserstein** (Bonneel et al., J. Math. Imaging and Vision 51, 2015). Along a direction θ the optimal coupling
-of two samples joins the i-th smallest to the i-th smallest, hence
+of two samples pairs the i-th smallest values, hence
 
     SW₂² = mean over θ of mean over i of ( (θ·x)_(i) − (θ·y)_(i) )²,       θ uniform on the unit sphere.
 
-Since E(θ·v)² = ‖v‖²/d, SW₂ is a displacement per dimension in the units of x: SW₂ ≤ W₂/√d, and a ball of the radius
-η√d around the points of q cannot hold p unless SW₂ ≤ η.
+Since E(θ·v)² = ‖v‖²/d, SW₂ is a displacement per dimension in the units of x: SW₂ ≤ W₂/√d. Balls of radius η√d around
+the points of q can contain p only if SW₂ ≤ η.
 
 **Energy distance** (Székely & Rizzo, J. Statistical Planning and Inference 143, 2013), in units of x:
 
     E = 2 E‖x − y‖ − E‖x − x'‖ − E‖y − y'‖,
 
-zero only if p = q; estimated without bias (the pairs x, x' exclude i = j), so it may come out below zero.
+which is zero only if p = q. The estimate is unbiased (the pairs x, x' exclude i = j), and so may be negative.
 
 **Kullback–Leibler divergence** by nearest neighbours (Wang, Kulkarni & Verdú, IEEE Trans. Information Theory 55, 2009;
 Pérez-Cruz, ISIT 2008), in nats. With ρ_i the distance of y_i to its k-th neighbour among the other y, and ν_i to its
@@ -22,22 +22,22 @@ k-th neighbour among the x,
 
     KL(q‖p) ≈ d/n Σ_i log(ν_i/ρ_i) + log(n/(n − 1)).
 
-It tends to the truth as n grows, but slowly, and ever more slowly with d: it takes the two densities as constant over
-balls whose radius is n^(−1/d) of the spread. This bias is not in the interval, and not of one sign. If p is narrower
-than q, neighbours of a point in the tails of q are found on the near side only, and the estimate is too low. For
-Gaussians, k = 2, n = 2000 and p narrower by a fifth in each of 4 dimensions it is 0.04 on average instead of 0.23, in 8
-dimensions −0.14 instead of 0.46. In 4 dimensions a p wider by a fifth gives 0.16 instead of 0.12, and a shift of 0.7
-standard deviations 0.24 instead of 0.25. Beyond some four dimensions it is a score, not an estimate: reduce the
-dimension first. More neighbours vary less and are more biased. KL is unchanged by invertible maps and the estimate is
-not: bring the coordinates of q to unit variance first.
+The estimate is consistent but converges slowly, the more so for large d: it assumes that the two densities are constant
+over balls whose radius is n^(−1/d) of the spread. The interval does not include this bias, which can have either sign.
+If p is narrower than q, neighbours of a point in the tails of q are found on one side only, and the estimate is too
+low. For Gaussians, k = 2, n = 2000 and p narrower by a fifth in each of 4 dimensions, its mean is 0.04 instead of 0.23;
+in 8 dimensions it is −0.14 instead of 0.46. In 4 dimensions a p wider by a fifth gives 0.16 instead of 0.12, and a
+shift of 0.7 standard deviations 0.24 instead of 0.25. In more than about four dimensions the estimate is a score
+rather than a divergence: reduce the dimension first. A larger k lowers the variance and increases the bias. KL is
+invariant under invertible maps and the estimate is not: scale the coordinates of q to unit variance first.
 
-**Intervals.** The images fall into K blocks. A replicate is the statistic of the images of K/2 blocks drawn without
-replacement, the same for x and y. For a mean the spread of such half-samples is exactly that of the mean of all (the
-delete-half jackknife; Shao & Wu, Annals of Statistics 17, 1989), and no image is in a half-sample twice, where the ties
-of a bootstrap would set nearest-neighbour distances to zero. The interval is value ± t_{K−1}·(standard deviation of the
-replicates). It says how the value would vary with other images, at this n: a bias that depends on n (of SW₂, Fréchet
-and KL) is in the value and not in the interval. The floor of a statistic is its value between two samples of q, of the
-same n.
+**Intervals.** The images are divided into K blocks. A replicate is the statistic of the images of K/2 blocks drawn
+without replacement, the same for x and y. For a mean, the variance of such half-samples is exactly that of the mean of
+all images (the delete-half jackknife; Shao & Wu, Annals of Statistics 17, 1989). No image is in a half-sample twice,
+whereas the ties of a bootstrap would set nearest-neighbour distances to zero. The interval is value ± t_{K−1}·(standard
+deviation of the replicates). It describes the variation over other sets of n images: a bias that depends on n (of SW₂,
+Fréchet and KL) affects the value and is not in the interval. The floor of a statistic is its value between two samples
+of q of the same n.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ class Estimate:
         value: The statistic of all images.
         low: The lower end of the interval.
         high: The upper end of the interval.
-        floor: The same statistic between two samples of q of the same size; None if it is zero in expectation.
+        floor: The statistic between two samples of q of the same size; None if it is zero in expectation.
     """
 
     value: float
@@ -91,26 +91,26 @@ class Estimate:
 
 
 def half_samples(replicates: int = 40, seed: int = 0) -> Subsets:
-    """Return all blocks, and then random halves of them: (1 + replicates, K)."""
+    """Return masks of blocks, with shape (1 + replicates, K): all blocks first, then random halves of them."""
     generator = np.random.default_rng(seed)
     halves = [generator.permutation(BLOCKS) < BLOCKS // 2 for _ in range(replicates)]
     return np.stack([np.ones(BLOCKS, np.bool_), *halves])
 
 
 def block_of(indices: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Return the block of each image, by its number: images drawn at random have no order that a block could follow."""
+    """Return the block of each image: its number modulo K. The images must be in random order."""
     return indices % BLOCKS
 
 
 def estimate(values: NDArray[Any], floor: float | None = None) -> Estimate:
-    """Return the interval from the statistic of all images, values[0], and of half-samples, values[1:]."""
+    """Return the estimate from the statistic of all images, values[0], and of half-samples, values[1:]."""
     value = float(values[0])
     half = float(stats.t.ppf(0.975, BLOCKS - 1) * np.std(values[1:], ddof=1))
     return Estimate(value, value - half, value + half, floor)
 
 
 def _given(x: NDArray[Any], y: NDArray[Any], subsets: Subsets | None) -> tuple[Array, Array, Subsets]:
-    """Return the samples in double precision, and one subset that is all of them by default."""
+    """Return the samples in double precision and the subsets; by default one subset with all samples."""
     x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
     if x.shape != y.shape or x.ndim != 2 or len(x) < 4:
         raise InputError(f"samples of shapes {x.shape} and {y.shape}: give as many of each, 4 or more, as (n, d)")
@@ -118,22 +118,22 @@ def _given(x: NDArray[Any], y: NDArray[Any], subsets: Subsets | None) -> tuple[A
 
 
 def random_directions(d: int, number: int = 128, seed: int = 0) -> Array:
-    """Draw directions that are uniform on the unit sphere, (number, d)."""
+    """Draw directions uniformly on the unit sphere, with shape (number, d)."""
     gaussian = np.random.default_rng(seed).standard_normal((number, d))
     return np.asarray(gaussian / np.linalg.norm(gaussian, axis=1, keepdims=True))
 
 
 def sliced_wasserstein(x: NDArray[Any], y: NDArray[Any], directions: Array, subsets: Subsets | None = None) -> Array:
-    """Return SW₂ along given directions, in units of x per dimension, biased upwards by the distance of samples of q.
+    """Return SW₂ along given directions, in units of x per dimension; for p = q its mean is above zero (the floor).
 
     Arguments:
         x: Samples of p, with shape (n, d).
         y: Samples of q, with shape (n, d).
         directions: Unit vectors, with shape (L, d).
-        subsets: The images that count in each of S evaluations, with shape (S, n); all by default.
+        subsets: Masks of the images in each of S evaluations, with shape (S, n). Default: one with all images.
 
     Returns:
-        (S,).
+        The distance for each subset, with shape (S,).
 
     Raises:
         InputError: If the samples differ in shape, or are fewer than 4.
@@ -153,9 +153,9 @@ def sliced_wasserstein(x: NDArray[Any], y: NDArray[Any], directions: Array, subs
 
 
 def energy_distance(x: NDArray[Any], y: NDArray[Any], subsets: Subsets | None = None) -> Array:
-    """Return the energy distance, in units of x, without bias: between samples of one law it is zero in expectation.
+    """Return the unbiased estimate of the energy distance, in units of x, with shape (S,).
 
-    Arguments and errors are those of :func:`sliced_wasserstein`. Memory: n² numbers at a time.
+    Arguments and errors are those of :func:`sliced_wasserstein`, without the directions. The memory is n² numbers.
     """
     x, y, subsets = _given(x, y, subsets)
     chosen = subsets.astype(np.float64)
@@ -168,10 +168,10 @@ def energy_distance(x: NDArray[Any], y: NDArray[Any], subsets: Subsets | None = 
 
 
 def frechet(x: NDArray[Any], y: NDArray[Any], subsets: Subsets | None = None) -> Array:
-    """Return the squared Fréchet distance of the Gaussians with the samples' moments, in squared units of x.
+    """Return the squared Fréchet distance of Gaussians with the samples' moments, in squared units of x, (S,).
 
-    It sees means and covariances alone, and is biased upwards by some d²/n of the variance of a dimension.
-    Arguments and errors are those of :func:`sliced_wasserstein`.
+    It depends on means and covariances alone. Its bias is positive, about d²/n times the variance of a dimension.
+    Arguments and errors are those of :func:`sliced_wasserstein`, without the directions.
     """
     x, y, subsets = _given(x, y, subsets)
     result = np.empty(len(subsets))
@@ -183,15 +183,15 @@ def frechet(x: NDArray[Any], y: NDArray[Any], subsets: Subsets | None = None) ->
 
 
 def kl_divergence(x: NDArray[Any], y: NDArray[Any], k: int = 2, subsets: Subsets | None = None) -> Array:
-    """Return KL(q‖p) of the law of y from that of x by k nearest neighbours, in nats; the module states its bias.
+    """Return KL(q‖p) by k nearest neighbours, in nats, with shape (S,). The module's documentation states the bias.
 
-    Arguments and errors are those of :func:`sliced_wasserstein`, and
+    Further arguments and errors are those of :func:`sliced_wasserstein`.
 
     Arguments:
-        k: The number of the neighbour, ≥ 1: more of them vary less and are more biased.
+        k: The rank of the neighbour, ≥ 1. A larger k lowers the variance and increases the bias.
 
     Raises:
-        InputError: Also if the subsets have k points or fewer, or points of y coincide.
+        InputError: If a subset has k points or fewer, or more than k points coincide.
     """
     x, y, subsets = _given(x, y, subsets)
     d = x.shape[1]

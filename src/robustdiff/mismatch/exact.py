@@ -1,32 +1,32 @@
-r"""The mismatch on known densities: computed, not estimated.
+r"""The mismatch between sampling and training on known densities, computed exactly.
 
-For a mixture of Gaussians q(x_0) = Σ_k w_k N(m_k, S_k) everything about the forward process is in closed form:
+For a mixture of Gaussians q(x_0) = Σ_k w_k N(m_k, S_k), the distribution of x_t and the optimal ε̂ are
 
     q(x_t) = Σ_k w_k N(α m_k, α² S_k + σ² I),        ε*(x, t) = (x − α E[x_0 | x_t = x])/σ = −σ ∇ log q(x_t),
 
-with (α, σ) the levels at t, and so is what x_t says of an earlier point. A mixture z observed as y = a z + b ξ,
-ξ ~ N(0, I), has the posterior
+with (α, σ) the levels at t. Posteriors of less noisy points have closed forms as well. If z is distributed as the
+mixture and observed as y = a z + b ξ, ξ ~ N(0, I), its posterior is
 
     q(z | y) = Σ_k r_k(y) N( m_k + G_k (y − a m_k), b² S_k (a² S_k + b²)⁻¹ ),     G_k = a S_k (a² S_k + b²)⁻¹,
     r_k(y) ∝ w_k N(y; a m_k, a² S_k + b² I).
 
-With z = x_0, a = α_t, b = σ_t it gives E[x_0 | x_t]; with z = x_s, a = α_t/α_s, b² = σ_t² − a² σ_s² it gives
-q(x_s | x_t), whose mean is the minimiser of the t-th term of the variational bound (Wang et al., 2025,
-arXiv 2502.17099, Proposition 3; the noise-prediction loss is the same in other words, Ho et al., 2020).
+With z = x_0, a = α_t, b = σ_t this gives E[x_0 | x_t]. With z = x_s, a = α_t/α_s, b² = σ_t² − a² σ_s² it gives
+q(x_s | x_t), whose mean minimises the t-th term of the variational bound (Wang et al., 2025, arXiv 2502.17099,
+Proposition 3; the noise-prediction loss is equivalent, Ho et al., 2020).
 
 A step of a sampler is affine in x and ε̂, with noise of variance v (0 for DDIM):
 
     x_s = c_x x_t + c_ε ε̂(x_t, t) + √v z,        z ~ N(0, I).
 
-So the density of the sampler's states, p_θ(x_t), is followed exactly in three cases:
+The density p_θ(x_t) of the sampler's states is therefore computable in three cases:
 
     Gaussian state, affine ε̂, any d      mean and covariance                               :func:`push_gaussian`
     v = 0, invertible step, any d         log p_s(f(x)) = log p_t(x) − log |det ∂f/∂x|      :func:`change_of_variables`
-    d ≤ 2, any step                       the same where v = 0, and otherwise the integral
+    d ≤ 2, any step                       the same if v = 0, otherwise the integral
                                           ∫ p_t(x) N(y; c_x x + c_ε ε̂(x), v I) dx           :class:`Density`
 
-and compared with q(x_t) by D_KL and W₂. :func:`step_divergence` is what the chain rule of D_KL adds in one step,
-E_{q(x_t)} D_KL( q(x_s | x_t) ‖ p_θ(x_s | x_t) ) (Wang et al., 2025, Proposition 2). All is float64.
+It is compared with q(x_t) by D_KL and W₂. :func:`step_divergence` returns the term of one step in the chain rule of
+D_KL, E_{q(x_t)} D_KL( q(x_s | x_t) ‖ p_θ(x_s | x_t) ) (Wang et al., 2025, Proposition 2). Computations are in float64.
 """
 
 from __future__ import annotations
@@ -63,7 +63,8 @@ __all__ = [
 ]
 
 NoiseModel = Callable[[Tensor, Tensor], Tensor]
-"""(x_t (B, *), times (B,)) ↦ ε̂ (B, *), as samplers call a network; each sample on its own."""
+"""A network as samplers call it: a function that maps (x_t (B, *), times (B,)) to ε̂ (B, *), separately for each
+sample."""
 
 
 # -- the data and its forward process ------------------------------------------------------------------------
@@ -71,12 +72,12 @@ NoiseModel = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Posterior:
-    """A mixture for each of B observations: what they say of the point behind them.
+    """The posterior q(z | y) for each of B observations y, a mixture of Gaussians.
 
     Attributes:
-        weights: r_k(y), with shape (B, K).
-        means: Of each component, with shape (B, K, d).
-        variances: The eigenvalues of each component's covariance, which no observation changes, with shape (K, d).
+        weights: The weights r_k(y) of the components, with shape (B, K).
+        means: The means of the components, with shape (B, K, d).
+        variances: The eigenvalues of the components' covariances, which do not depend on y, with shape (K, d).
     """
 
     weights: Tensor
@@ -85,33 +86,33 @@ class Posterior:
 
     @property
     def mean(self) -> Tensor:
-        """Return E[z | y], with shape (B, d)."""
+        """The posterior mean E[z | y], with shape (B, d)."""
         return torch.einsum("bk,bkd->bd", self.weights, self.means)
 
     @property
     def total_variance(self) -> Tensor:
-        """Return tr Cov[z | y], with shape (B,)."""
+        """The trace of the posterior covariance, tr Cov[z | y], with shape (B,)."""
         around = (self.means - self.mean[:, None]).square().sum(2) + self.variances.sum(1)
         return (self.weights * around).sum(1)
 
 
 class GaussianMixture:
-    """Σ_k w_k N(m_k, S_k) in d dimensions.
+    """The Gaussian mixture Σ_k w_k N(m_k, S_k) in d dimensions.
 
     Arguments:
-        weights: w_k > 0 that sum to 1, with shape (K,).
-        means: m_k, with shape (K, d).
-        covariances: S_k, with shape (K, d, d), symmetric and positive semi-definite; or, for isotropic components,
-            their variances ≥ 0, with shape (K,).
+        weights: The weights w_k > 0, which sum to 1, with shape (K,).
+        means: The means m_k, with shape (K, d).
+        covariances: The covariances S_k, symmetric and positive semi-definite, with shape (K, d, d); or, for isotropic
+            components, their variances ≥ 0, with shape (K,).
 
     Attributes:
-        weights: With shape (K,).
-        means: With shape (K, d).
+        weights: The weights w_k, with shape (K,).
+        means: The means m_k, with shape (K, d).
         variances: The eigenvalues of S_k, with shape (K, d).
-        axes: Its eigenvectors, in columns, with shape (K, d, d); None where all components are isotropic.
+        axes: The eigenvectors of S_k, in columns, with shape (K, d, d); None if all components are isotropic.
 
     Raises:
-        InputError: If the shapes do not belong together, or a value is outside its range.
+        InputError: If the shapes do not match, or a value is out of range.
     """
 
     def __init__(self, weights: Tensor, means: Tensor, covariances: Tensor) -> None:
@@ -143,17 +144,17 @@ class GaussianMixture:
 
     @property
     def dim(self) -> int:
-        """Return d."""
+        """The number d of dimensions."""
         return self.means.shape[1]
 
     @property
     def mean(self) -> Tensor:
-        """Return E[x], with shape (d,)."""
+        """The mean E[x], with shape (d,)."""
         return self.weights @ self.means
 
     @property
     def covariance(self) -> Tensor:
-        """Return Cov[x], with shape (d, d)."""
+        """The covariance Cov[x], with shape (d, d)."""
         if self.axes is None:
             within = torch.diag(self.weights @ self.variances)
         else:
@@ -162,11 +163,11 @@ class GaussianMixture:
         return within + torch.einsum("k,ki,kj->ij", self.weights, around, around)
 
     def at(self, alpha: float, sigma: float) -> GaussianMixture:
-        """Return the law of α x + σ ε: q(x_t) at the levels (α, σ)."""
+        """Return the distribution of α x + σ ε, which is q(x_t) at the levels (α, σ)."""
         return self._like(alpha * self.means, alpha**2 * self.variances + sigma**2)
 
     def _along_axes(self, x: Tensor) -> Tensor:
-        """Return points (B, d) in the eigenvectors of each component, with shape (B, K, d)."""
+        """Return the coordinates (B, K, d) of points (B, d) in the eigenvectors of each component."""
         return x if self.axes is None else torch.einsum("bki,kid->bkd", x, self.axes)
 
     def _from_axes(self, x: Tensor) -> Tensor:
@@ -179,21 +180,21 @@ class GaussianMixture:
         return self.weights.log() + log_normal
 
     def log_prob(self, x: Tensor) -> Tensor:
-        """Return log q(x), for x (B, d), with shape (B,)."""
+        """Return log q(x), with shape (B,), for points x (B, d)."""
         return self._log_joint(x).logsumexp(1)
 
     def score(self, x: Tensor) -> Tensor:
-        """Return ∇ log q(x), for x (B, d), with shape (B, d)."""
+        """Return the score ∇ log q(x), with shape (B, d), for points x (B, d)."""
         pull = self._from_axes(self._along_axes(self.means - x[:, None]) / self.variances)
         return torch.einsum("bk,bkd->bd", self._log_joint(x).softmax(1), pull)
 
     def posterior(self, y: Tensor, a: float, b: float) -> Posterior:
-        """Return q(z | y) for observations y = a z + b ξ of draws z of this mixture.
+        """Return the posterior q(z | y) for observations y = a z + b ξ, with z distributed as this mixture.
 
         Arguments:
-            y: Observations, with shape (B, d).
-            a: The factor of z.
-            b: > 0, the standard deviation of the noise.
+            y: The observations, with shape (B, d).
+            a: The factor a of z.
+            b: The standard deviation b > 0 of the noise.
         """
         observed = self.at(a, b)
         gain = a * self.variances / observed.variances
@@ -210,7 +211,7 @@ class GaussianMixture:
         return self.means[k] + x
 
     def cdf(self, x: Tensor) -> Tensor:
-        """Return P(X ≤ x) in one dimension, for x (B,), with shape (B,)."""
+        """Return P(X ≤ x) in one dimension, with shape (B,), for x (B,)."""
         z = (x[:, None] - self.means[:, 0]) / self.variances[:, 0].sqrt()
         return torch.from_numpy(ndtr(z.numpy())) @ self.weights
 
@@ -219,12 +220,12 @@ class GaussianMixture:
 
 
 class ExactModel:
-    """ε*(x, t): the network that training can at best become. Called as samplers call a network.
+    """The minimiser ε*(x, t) of the training loss, called as samplers call a network.
 
-    It is given ``process.times``; between two of them (which only dpm++ visits) the levels are linear.
+    Its times are ``process.times``; between two of them, where only dpm++ evaluates, levels are interpolated linearly.
 
     Arguments:
-        mixture: The law of the data.
+        mixture: The distribution of the data.
         process: The forward process.
     """
 
@@ -233,7 +234,7 @@ class ExactModel:
         self.process = process
 
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
-        """Return ε* at x (B, *) with d elements each and times t (B,), in the precision of x, with shape (B, *)."""
+        """Return ε*, with shape (B, *) and the precision of x, at points x (B, *) of d elements and times t (B,)."""
         times = self.process.times.double().numpy()
         flat = x.reshape(len(x), -1).double()
         noise = torch.empty_like(flat)
@@ -249,13 +250,13 @@ class ExactModel:
 class ShiftedModel:
     """A model with an error of known size: ε̂ = (1 + scale)·ε + offset.
 
-    Of an exact model the relative root-mean-square error is |scale| along ε*, and ‖offset‖/√(E‖ε*‖²) across it. An
-    affine model stays affine.
+    For an exact model, the relative root-mean-square error is |scale| due to the scale and ‖offset‖/√(E‖ε*‖²) due to
+    the offset. If the model is affine, so is the result.
 
     Arguments:
-        model: The model.
-        scale: Relative error along the prediction.
-        offset: The same for all x, to broadcast against x (B, *).
+        model: The model that predicts ε.
+        scale: The relative error in proportion to the prediction.
+        offset: The error that is the same for all x, broadcast against x (B, *).
     """
 
     model: NoiseModel
@@ -272,15 +273,15 @@ class ShiftedModel:
 
 @dataclass(frozen=True)
 class Step:
-    """x_s = c_x x_t + c_ε ε̂(x_t, t) + √v z.
+    """The sampling step x_s = c_x x_t + c_ε ε̂(x_t, t) + √v z.
 
     Attributes:
-        time: What the network is given as t.
-        of_x: c_x.
-        of_noise: c_ε.
-        variance: v ≥ 0.
-        before: (α_t, σ_t).
-        after: (α_s, σ_s).
+        time: The time t that is passed to the network.
+        of_x: The coefficient c_x.
+        of_noise: The coefficient c_ε.
+        variance: The variance v ≥ 0 of the noise.
+        before: The levels (α_t, σ_t).
+        after: The levels (α_s, σ_s).
     """
 
     time: float
@@ -291,12 +292,12 @@ class Step:
     after: tuple[float, float]
 
     def mean(self, model: NoiseModel, x: Tensor) -> Tensor:
-        """Return c_x x + c_ε ε̂(x, t), with shape (B, d)."""
+        """Return the mean c_x x + c_ε ε̂(x, t) of the step, with shape (B, d), for points x (B, d)."""
         return self.of_x * x + self.of_noise * model(x, torch.full((len(x),), self.time, dtype=torch.float64))
 
     @property
     def transition(self) -> tuple[float, float]:
-        """Return (a, b) of the forward step q(x_t | x_s) = N(a x_s, b² I)."""
+        """The coefficients (a, b) of the forward step q(x_t | x_s) = N(a x_s, b² I)."""
         a = self.before[0] / self.after[0]
         return a, math.sqrt(self.before[1] ** 2 - a**2 * self.after[1] ** 2)
 
@@ -306,12 +307,11 @@ def sampler_steps(process: DiffusionProcess, sampler: str, steps: int) -> list[S
 
     Arguments:
         process: A variance-preserving process.
-        sampler: "ddim" or "iddpm".
-        steps: S, in [1, T].
+        sampler: The name of the sampler: "ddim" or "iddpm".
+        steps: The number S of steps, in [1, T].
 
     Raises:
-        InputError: If the sampler has another form than this, the process does not preserve variance, or S is out of
-            range.
+        InputError: If the sampler is another one, the process does not preserve variance, or S is out of range.
     """
     if sampler not in ("ddim", "iddpm"):
         raise InputError(f"the density of {sampler!r} is not followed here: use ddim or iddpm")
@@ -319,7 +319,7 @@ def sampler_steps(process: DiffusionProcess, sampler: str, steps: int) -> list[S
         raise InputError("the density is followed for a variance-preserving process: use .linear or .cosine")
     plan = check_sampler(sampler, steps, process)
     points, levels, result = plan.path.points, plan.path.levels, []
-    # A step is linear in x, ε̂ and z: what it makes of each alone is its coefficient.
+    # A step is linear in x, ε̂ and z: with one of them 1 and the others 0, its result is the coefficient of that one.
     x, noise, z = torch.eye(3, dtype=torch.float64)[:, :, None]
     for i in reversed(range(len(points))):
         x0, _ = points.split("epsilon", x, torch.full((3,), i), noise)
@@ -336,23 +336,23 @@ def sampler_steps(process: DiffusionProcess, sampler: str, steps: int) -> list[S
 def gaussian_kl(mean0: Tensor, cov0: Tensor, mean1: Tensor, cov1: Tensor) -> float:
     """Return D_KL(N(μ₀, C₀) ‖ N(μ₁, C₁)), for means (d,) and covariances (d, d), both positive definite.
 
-    The Wasserstein distance of the same two is the root of :func:`robustdiff.metrics.fid.frechet_distance`.
+    Their Wasserstein distance is the square root of :func:`robustdiff.metrics.fid.frechet_distance`.
     """
     root = torch.linalg.cholesky(cov1)
     eigenvalues = torch.linalg.eigvalsh(
         torch.linalg.solve_triangular(root, torch.linalg.solve_triangular(root, cov0, upper=False).mT, upper=False)
     )
     shift = torch.linalg.solve_triangular(root, (mean1 - mean0)[:, None], upper=False)
-    # λ − 1 − log λ for each eigenvalue of C₁⁻¹C₀, so that small divergences do not cancel.
+    # λ − 1 − log λ for each eigenvalue of C₁⁻¹C₀, without cancellation for small divergences.
     excess = eigenvalues - 1
     return 0.5 * float((excess - torch.log1p(excess)).sum() + shift.square().sum())
 
 
 def affine_map(model: NoiseModel, time: float, d: int) -> tuple[Tensor, Tensor]:
-    """Return (M, c) of a model with ε̂(x, t) = M x + c, with shapes (d, d) and (d,).
+    """Return the matrix M (d, d) and the offset c (d,) of an affine model ε̂(x, t) = M x + c at one time.
 
     Raises:
-        ValueError: If the model is not affine there.
+        ValueError: If the model is not affine at this time.
     """
     probes = torch.cat([torch.zeros(1, d), torch.eye(d), torch.full((1, d), -3.0)]).double()
     values = model(probes, torch.full((len(probes),), time, dtype=torch.float64))
@@ -366,7 +366,7 @@ def affine_map(model: NoiseModel, time: float, d: int) -> tuple[Tensor, Tensor]:
 
 
 def push_gaussian(step: Step, model: NoiseModel, mean: Tensor, cov: Tensor) -> tuple[Tensor, Tensor]:
-    """Return mean (d,) and covariance (d, d) of the state after a step of an affine model, from those before.
+    """Return the mean (d,) and covariance (d, d) of the state after a step with an affine model, from those before it.
 
     Raises:
         ValueError: If the model is not affine.
@@ -381,9 +381,9 @@ def push_gaussian(step: Step, model: NoiseModel, mean: Tensor, cov: Tensor) -> t
 
 
 def change_of_variables(step: Step, model: NoiseModel, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the point that a step without noise makes of x, and the determinant of its Jacobian there.
+    """Return the images of points x under a step without noise, and the determinants of its Jacobian at x.
 
-    Where the determinant is not positive the step has folded space: log p − log |det| is then that of one branch.
+    If a determinant is not positive, the step is not invertible, and log p − log |det| is the density of one branch.
 
     Arguments:
         step: A step with v = 0.
@@ -391,7 +391,7 @@ def change_of_variables(step: Step, model: NoiseModel, x: Tensor) -> tuple[Tenso
         x: Points, with shape (B, d).
 
     Returns:
-        Points (B, d) and determinants (B,).
+        The images, with shape (B, d), and the determinants, with shape (B,).
 
     Raises:
         ValueError: If the step has noise.
@@ -406,20 +406,20 @@ def change_of_variables(step: Step, model: NoiseModel, x: Tensor) -> tuple[Tenso
 
 
 def _reach(q: GaussianMixture, deviations: float) -> tuple[Tensor, Tensor]:
-    """Return the corners (d,) of a box that so many standard deviations around each component fit in."""
+    """Return the lower and upper corner (d,) of a box that contains each component up to the given deviations."""
     reach = deviations * q.variances.amax(1, keepdim=True).sqrt()
     return (q.means - reach).amin(0), (q.means + reach).amax(0)
 
 
 @dataclass(frozen=True)
 class Density:
-    """A density on a lattice of points, in one or two dimensions, with the volume of the cell that each stands for.
+    """A density on a lattice of points in one or two dimensions.
 
     Attributes:
-        points: With shape (n^d, d), the last dimension the fastest; carried along by steps without noise.
-        log_density: log p at the points, with shape (n^d,); −∞ where it is below what the lattice can tell.
-        volumes: With shape (n^d,): ∫ f ≈ Σ volume · f.
-        size: n.
+        points: The points, with shape (n^d, d) and the last dimension varying fastest. Steps without noise move them.
+        log_density: log p at the points, with shape (n^d,); −∞ where the lattice does not resolve it.
+        volumes: The volume of each point's cell, with shape (n^d,): ∫ f ≈ Σ volume · f.
+        size: The number n of points in each dimension.
     """
 
     points: Tensor
@@ -431,7 +431,13 @@ class Density:
     def on_lattice(
         cls, log_prob: Callable[[Tensor], Tensor], low: list[float], high: list[float], size: int
     ) -> Density:
-        """Make a density of its logarithm (B, d) ↦ (B,), on a regular lattice of size^d points from low to high.
+        """Return a density on a regular lattice of size^d points.
+
+        Arguments:
+            log_prob: The logarithm of the density, (B, d) ↦ (B,).
+            low: The lowest coordinate in each of the d dimensions.
+            high: The highest coordinate in each dimension.
+            size: The number of points in each dimension, ≥ 3.
 
         Raises:
             InputError: If d is not 1 or 2, or the size is below 3.
@@ -445,32 +451,31 @@ class Density:
 
     @property
     def masses(self) -> Tensor:
-        """Return the mass of each cell, with shape (n^d,)."""
+        """The mass of each cell, with shape (n^d,)."""
         return self.volumes * self.log_density.exp()
 
     @property
     def mass(self) -> float:
-        """Return ∫ p: 1 as long as the lattice is fine and wide enough."""
+        """The integral ∫ p, which is 1 if the lattice is fine and wide enough."""
         return float(self.masses.sum())
 
     def push(self, step: Step, model: NoiseModel, cover: GaussianMixture | None = None) -> Density:
-        """Return p_θ(x_s), from p_θ(x_t).
+        """Return p_θ(x_s), where this density is p_θ(x_t).
 
-        A step without noise carries the lattice along. One with noise is integrated on a new regular lattice, as wide
-        as the means of what has any mass, with six standard deviations around them, and as ``cover``. The rectangle
-        rule, which is exact to 2·exp(−2π²s²) for a Gaussian of standard deviation s times the distance of the points,
-        is held to 10⁻⁵.
+        A step without noise moves the points of the lattice. A step with noise is integrated on a new regular lattice,
+        which contains the means of all points with mass and six standard deviations of the noise around them. The
+        rectangle rule is exact to 2·exp(−2π²s²) for a Gaussian whose standard deviation is s times the distance of the
+        points; a step with an error above 10⁻⁵ is refused.
 
         Arguments:
-            step: From t to s.
+            step: The step from t to s.
             model: The model.
-            cover: What the density will be compared with by :meth:`kl_from`, q(x_s): a new lattice then reaches
-                sixteen of its standard deviations far. The tails of p_θ, even where they hold next to nothing, decide
-                D_KL(q ‖ p).
+            cover: The density q(x_s) for a later comparison by :meth:`kl_from`. A new lattice then also contains
+                sixteen of its standard deviations, since D_KL(q ‖ p) depends on the far tails of p_θ.
 
         Raises:
-            ValueError: If the step folds space (a determinant ≤ 0), or a lattice is too coarse for the noise: begin
-                with a larger size.
+            ValueError: If the step is not invertible (a determinant ≤ 0), or the lattice is too coarse for the noise:
+                begin with a larger size.
         """
         if step.variance == 0:
             points, determinants = change_of_variables(step, model, self.points)
@@ -504,14 +509,14 @@ class Density:
                 terms = log_masses - squares / (2 * step.variance)
                 most, source = terms.max(1)
                 log_sum = most + (terms - most[:, None]).exp().sum(1).log()
-                # What comes from the edge would mostly come from beyond it: p is not known there.
+                # Where the edge contributes most, points beyond it would contribute more: p is unknown there.
                 result.append(torch.where(edge[source], -math.inf, log_sum))
             return torch.cat(result) - 0.5 * d * math.log(2 * math.pi * step.variance)
 
         return Density.on_lattice(log_prob, low.tolist(), high.tolist(), self.size)
 
     def _edge(self) -> Tensor:
-        """Return whether a point is the outermost along some axis at which the density is known, with shape (n^d,)."""
+        """Return a mask (n^d,) of the outermost points at which the density is known, along any axis."""
         d = self.points.shape[1]
         known = self.log_density.isfinite().reshape(*(self.size,) * d)
         inner = torch.ones_like(known)
@@ -523,10 +528,11 @@ class Density:
         return (known & ~inner).flatten()
 
     def kl_from(self, q: GaussianMixture) -> float:
-        """Return D_KL(q ‖ p), over the lattice of p.
+        """Return D_KL(q ‖ p), by a sum over the lattice of p.
 
         Raises:
-            ValueError: If the lattice misses, or sums wrongly, more than 10⁻⁴ of q, or 10⁻⁸ of q is where p is unknown.
+            ValueError: If the sum of q over the lattice differs from 1 by 10⁻⁴ or more, or a mass of 10⁻⁸ or more of q
+                is where p is unknown.
         """
         log_q = q.log_prob(self.points)
         masses = self.volumes * log_q.exp()
@@ -540,9 +546,9 @@ class Density:
         return float((masses * (log_q - self.log_density))[known].sum())
 
     def displacement(self, q: GaussianMixture) -> Tensor:
-        """Return how far optimal transport from p to q moves each point, with shape (n,); in one dimension.
+        """Return the displacement of each point by optimal transport from p to q in one dimension, with shape (n,).
 
-        It is the increasing map Q⁻¹∘P of the two distribution functions, and W₂² = Σ mass · displacement².
+        The transport map is Q⁻¹∘P with the distribution functions P and Q, and W₂² = Σ mass · displacement².
 
         Raises:
             ValueError: In two dimensions.
@@ -557,7 +563,7 @@ class Density:
         return torch.from_numpy(np.interp(below.numpy(), cdf, fine.numpy()[first])) - x
 
     def w2(self, q: GaussianMixture) -> float:
-        """Return W₂(p, q), in one dimension.
+        """Return the Wasserstein distance W₂(p, q), in one dimension.
 
         Raises:
             ValueError: In two dimensions.
@@ -572,17 +578,19 @@ def step_divergence(mixture: GaussianMixture, step: Step, model: NoiseModel, siz
 
         H(x_t) − H(x_s) − d/2 log(2πe b²) + d/2 log(2πv) + E[ tr Cov(x_s | x_t) + ‖E[x_s | x_t] − μ(x_t)‖² ] / 2v.
 
-    In closed form for a single Gaussian and an affine model; otherwise by quadrature in one or two dimensions.
+    A single Gaussian with an affine model has a closed form; others are integrated on a lattice in one or two
+    dimensions.
 
     Arguments:
-        mixture: q(x_0).
-        step: From t to s, both with noise of their own.
+        mixture: The distribution q(x_0) of the data.
+        step: The step from t to s, with σ_t > 0 and σ_s > 0.
         model: The model.
-        size: Of the lattice, in each dimension.
+        size: The number of points of the lattice in each dimension.
 
     Raises:
-        ValueError: If v = 0, where the divergence is infinite.
-        InputError: If it has neither form: more than two dimensions, and not a single Gaussian.
+        ValueError: If v = 0, for which the divergence is infinite, or the mixture is a single Gaussian and the model is
+            not affine.
+        InputError: If a mixture of several Gaussians has more than two dimensions.
     """
     if step.variance == 0:
         raise ValueError("without noise a step's conditional law has no density: the divergence is infinite")
@@ -614,6 +622,6 @@ def step_divergence(mixture: GaussianMixture, step: Step, model: NoiseModel, siz
 
 
 def _lattice_of(q: GaussianMixture, size: int) -> Density:
-    """Return q itself on a lattice nine standard deviations wide."""
+    """Return q on a lattice that extends nine standard deviations around each component."""
     low, high = _reach(q, 9)
     return Density.on_lattice(q.log_prob, low.tolist(), high.tolist(), size)

@@ -1,29 +1,30 @@
-r"""Exposure bias as Ning et al. measure it ("Elucidating the Exposure Bias in Diffusion Models", ICLR 2024, arXiv
-2308.15321), by comparing the spread of the sampler's states with that of the points the network was trained on.
+r"""Exposure bias of a sampler (Ning et al., "Elucidating the Exposure Bias in Diffusion Models", ICLR 2024, arXiv
+2308.15321): the standard deviation of its states compared with that of training points.
 
-Let std be the standard deviation over images, averaged over the elements of x. Training has x_t ~ q(x_t), the sampler
-makes x̂_t ~ p_θ(x_t), and
+Let std be the standard deviation over images, averaged over the elements of x. With training points x_t ~ q(x_t) and
+states x̂_t ~ p_θ(x_t) of the sampler,
 
     δ_t = ( std(x̂_t) − std(x_t) )².
 
-Errors of the network's predictions widen x̂_t step by step; a wider x̂_t in turn makes longer predictions, so that their
-second measure is ‖ε̂(x̂_t, t)‖₂ in sampling against ‖ε̂(x_t, t)‖₂ in training.
+Errors of the network's predictions increase std(x̂_t) step by step, which in turn increases the norm of the predictions.
+The second measure of Ning et al. therefore compares ‖ε̂(x̂_t, t)‖₂ in sampling with ‖ε̂(x_t, t)‖₂ in training.
 
 As published (their section 3.3 and algorithm 3, and their code) δ_t subtracts the mean given x_0 first,
 
     δ_t' = ( std(x̂_t − α_t x_0) − σ_t )²,         where x̂_T = α_T x_0 + σ_T ε,
 
-so that the training side is σ_t without sampling. But x̂_t forgets the x_0 it was started from. As α_T → 0 the two are
-independent, and
+so that the second term is known to be σ_t. But x̂_t does not keep the x_0 that it started from. As α_T → 0, x̂_t and x_0
+become independent, and
 
-    var(x̂_t − α_t x_0) = var(x̂_t) + α_t² var(x_0)      where training has      σ_t² = var(x_t) − α_t² var(x_0):
+    var(x̂_t − α_t x_0) = var(x̂_t) + α_t² var(x_0),     whereas in training      σ_t² = var(x_t) − α_t² var(x_0).
 
-δ_t' holds 2 α_t² var(x_0) that no error of the network has put there. It is large also for a perfect sampler and grows
-as t falls; and while the left side is above σ_t, a path that is too narrow rates better than one that is right. δ_t is
-without that term: zero exactly when the spreads agree. Both are measured: judge by δ_t, and compare with published
-numbers by δ_t'.
+The difference of these variances contains 2 α_t² var(x_0), which is no error of the network. δ_t' is thus large even
+for a perfect sampler, and grows as t falls. As long as std(x̂_t − α_t x_0) exceeds σ_t, states with too small a standard
+deviation score better than correct ones. δ_t does not contain that term, and is zero exactly if the standard deviations
+agree. Both are reported: use δ_t to judge a sampler, and δ_t' to compare with published numbers.
 
-Only sums are kept, by block of images (:mod:`robustdiff.mismatch.distances`): memory does not grow with their number.
+Only sums over blocks of images are stored (:mod:`robustdiff.mismatch.distances`), so that memory does not grow with the
+number of images.
 """
 
 from __future__ import annotations
@@ -38,10 +39,10 @@ __all__ = ["BlockMoments"]
 
 
 class BlockMoments:
-    """A streaming mean and variance of each element over images, by blocks.
+    """The running mean and variance of each element over images, for each of K blocks of images.
 
     Arguments:
-        d: The number of elements. Memory is 16·K·d bytes.
+        d: The number of elements of an image. The memory is 16·K·d bytes.
     """
 
     def __init__(self, d: int) -> None:
@@ -50,7 +51,12 @@ class BlockMoments:
         self._squares = np.zeros((BLOCKS, d))
 
     def update(self, values: Tensor, indices: range) -> None:
-        """Add the images (B, *) with the given numbers."""
+        """Add a batch of images, with shape (B, *).
+
+        Arguments:
+            values: The images.
+            indices: Their numbers, which determine their blocks.
+        """
         flat = values.flatten(1).double().cpu().numpy()
         blocks: NDArray[np.bool_] = block_of(np.asarray(indices)) == np.arange(BLOCKS)[:, None]
         self._count += blocks.sum(1)
@@ -58,11 +64,11 @@ class BlockMoments:
         self._squares += blocks @ flat**2
 
     def mean(self, subsets: Subsets) -> Array:
-        """Return the mean over images and elements, for subsets of the blocks (S, K): (S,)."""
+        """Return the mean over images and elements, with shape (S,), for subsets (S, K) of the blocks."""
         return np.asarray((subsets @ self._total).mean(1) / (subsets @ self._count))
 
     def std(self, subsets: Subsets) -> Array:
-        """Return the standard deviation over images, averaged over elements, for subsets of blocks (S, K): (S,)."""
+        """Return the standard deviation over images, averaged over elements, (S,), for subsets (S, K) of the blocks."""
         n = (subsets @ self._count)[:, None]
         mean = subsets @ self._total / n
         variance = (subsets @ self._squares / n - mean**2) * n / (n - 1)

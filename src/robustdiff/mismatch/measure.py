@@ -1,11 +1,11 @@
-r"""The distance of p_θ(x_t) from q(x_t) along a sampler's own path, for checkpoints on common random numbers.
+r"""Distances between p_θ(x_t) and q(x_t) along the path of a sampler, for checkpoints with common random numbers.
 
-A network is trained on x_t ~ q(x_t), x_t = α_t x_0 + σ_t ε, and is called by a sampler on states x̂_t of its own making,
-the law of which is p_θ(x_t) (Wang et al., 2025, arXiv 2502.17099, section 4.1). At each call of the network
-:attr:`robustdiff.samplers.denoiser.Denoiser.on_evaluation` shows the state and its time. The states of n images are
-compared with n points of q at the α_t and σ_t of that call, and the network is called on these points too.
+A network is trained on x_t ~ q(x_t), x_t = α_t x_0 + σ_t ε. A sampler calls it on its own states x̂_t, whose
+distribution is p_θ(x_t) (Wang et al., 2025, arXiv 2502.17099, section 4.1). At each call of the network, the callback
+:attr:`robustdiff.samplers.denoiser.Denoiser.on_evaluation` receives the state and its time. The states of n images are
+compared with n points of q at the same α_t and σ_t, on which the network is also evaluated.
 
-    measure    definition                                              unit            equal laws give
+    measure    definition                                              unit            value for p_θ = q
     delta      δ_t = (std x̂_t − std x_t)² (exposure.py)                x², per element its floor
     x0_std     std x̂_0 on the path − std x̂_0 at true x_t               x_0             0
     noise      ‖ε̂‖ on the path over ‖ε̂‖ at true x_t, less 1            none            0
@@ -14,21 +14,22 @@ compared with n points of q at the α_t and σ_t of that call, and the network i
     frechet    squared Fréchet distance in PCA space (≤ 16 dimensions) x²              its floor
     kl         KL(q‖p_θ) by k-NN in PCA space (≤ 4 dimensions)         nats            0 (its floor: noise)
 
-x̂_0 is the estimate that the sampler uses, clipped if it clips; ε̂ is the network's own, before scaling and clipping.
+x̂_0 is the estimate that the sampler uses, after clipping; ε̂ is the network's estimate before scaling and clipping.
 
-**PCA space.** The covariance of q(x_t) is α² C + σ² I with C that of the data, so its principal components are the
-data's at every t: one basis for all steps, samplers and checkpoints, and, for KL, coordinates of unit variance under
-q(x_t). These two measures do not see differences outside it; sliced Wasserstein and energy distance use all dimensions.
-Projecting can only lower KL, so this is an estimate of a lower bound; with a few thousand images nearest neighbours
-need as few as four dimensions (:mod:`robustdiff.mismatch.distances`).
+**PCA space.** The covariance of q(x_t) is α² C + σ² I with C the covariance of the data, so that its principal
+components at every t are those of the data. One basis therefore serves all steps, samplers and checkpoints; for KL its
+coordinates are scaled to unit variance under q(x_t). The Fréchet distance and KL do not detect differences outside this
+space; the sliced Wasserstein and the energy distance use all dimensions. A projection can only lower KL, so that its
+value estimates a lower bound. For a few thousand images, nearest neighbours require no more than about four dimensions
+(:mod:`robustdiff.mismatch.distances`).
 
-**Common random numbers.** :class:`robustdiff.evaluation.generate.ImageNoise` draws x_T and the step noise of image i;
-image i of q has one x_0 and one ε, the same at all times, samplers and checkpoints. A class-conditional network gets
-the classes of the real image i on both sides. Replicates leave out the same images everywhere, so means over steps and
-differences of checkpoints have intervals of their own.
+**Common random numbers.** :class:`robustdiff.evaluation.generate.ImageNoise` draws x_T and the step noise of image i.
+Image i of q has one x_0 and one ε, which are the same for all times, samplers and checkpoints. A class-conditional
+network receives the class of the real image i in sampling and on the points of q. Replicates omit the same images
+everywhere, which gives intervals for means over steps and for differences of checkpoints.
 
-**Memory.** Means, variances and norms are sums. Distances need samples: the states of the first ``kept`` images are
-held, 4·kept·d bytes a step, for one checkpoint and sampler at a time.
+**Memory.** Means, variances and norms are stored as sums. For the distances, the states of the first ``kept`` images
+are stored, 4·kept·d bytes for each step, for one checkpoint and sampler at a time.
 """
 
 from __future__ import annotations
@@ -76,30 +77,32 @@ MEASURES: dict[str, str] = {
     "frechet": "squared Fréchet distance, PCA",
     "kl": "KL(q‖p) in nats, k-NN, PCA",
 }
-"""The measures of each step, by name."""
+"""The descriptions of the measures of each step, by name."""
 
 RESERVOIR = 2000
 _FRECHET_DIMENSIONS, _KL_DIMENSIONS = 16, 4
 _PCA_IMAGES = 5000
-_TRUE = 2**40  # image numbers from here on are those of true points: no sampler comes this far
+_TRUE = 2**40  # the first image number of the points of q, far above the numbers of sampled images
 
 
 @dataclass(frozen=True)
 class Step:
     """One evaluation of the network on the sampler's path.
 
+    Standard deviations are over images, averaged over elements; times, levels and norms are averaged over images.
+
     Attributes:
-        time: The time that the network is given, averaged over images.
-        alpha: α_t, averaged over images.
-        sigma: σ_t, averaged over images.
-        std_sampling: std x̂_t, over images, averaged over elements.
-        std_training: std x_t.
-        delta_given_x0: δ_t as published, with the mean given x_0 subtracted (:mod:`robustdiff.mismatch.exposure`).
-        x0_std_sampling: std x̂_0 at x̂_t.
-        x0_std_training: std x̂_0 at x_t.
-        noise_norm_sampling: ‖ε̂‖₂ at x̂_t, averaged over images.
-        noise_norm_training: ‖ε̂‖₂ at x_t.
-        estimates: The estimate of each of :data:`MEASURES`.
+        time: The time that is passed to the network.
+        alpha: The signal level α_t.
+        sigma: The noise level σ_t.
+        std_sampling: The standard deviation of x̂_t.
+        std_training: The standard deviation of x_t.
+        delta_given_x0: δ_t' as published, with the mean given x_0 subtracted (:mod:`robustdiff.mismatch.exposure`).
+        x0_std_sampling: The standard deviation of x̂_0 at x̂_t.
+        x0_std_training: The standard deviation of x̂_0 at x_t.
+        noise_norm_sampling: The norm ‖ε̂‖₂ at x̂_t.
+        noise_norm_training: The norm ‖ε̂‖₂ at x_t.
+        estimates: The estimate of each of :data:`MEASURES`, by name.
     """
 
     time: float
@@ -117,17 +120,17 @@ class Step:
 
 @dataclass(frozen=True)
 class Path:
-    """One checkpoint under one sampler.
+    """The measurements of one checkpoint with one sampler.
 
     Attributes:
-        checkpoint: Its name.
-        sampler: The sampler.
-        steps: Network evaluations for one image.
+        checkpoint: The name of the checkpoint.
+        sampler: The name of the sampler.
+        steps: The number of network evaluations for one image.
         n: The number of images.
-        kept: The number of images that the distances are estimated from.
-        path: The steps, from the noisiest on.
-        mean: The mean over steps of each measure.
-        last: The estimate of each measure at the last step.
+        kept: The number of images from which the distances are estimated.
+        path: The steps, beginning with the noisiest.
+        mean: The mean over steps of each measure, by name.
+        last: The estimate of each measure at the last step, by name.
     """
 
     checkpoint: str
@@ -142,17 +145,17 @@ class Path:
 
 @dataclass(frozen=True)
 class Difference:
-    """The mean over steps of a measure, of one checkpoint minus that of another, on common random numbers.
+    """The difference of two checkpoints in the mean over steps of a measure, with common random numbers.
 
     Attributes:
-        checkpoint: The checkpoint.
-        baseline: The checkpoint that is subtracted.
-        sampler: The sampler.
-        steps: Network evaluations for one image.
-        measure: One of :data:`MEASURES`.
+        checkpoint: The name of the checkpoint.
+        baseline: The name of the checkpoint that is subtracted.
+        sampler: The name of the sampler.
+        steps: The number of network evaluations for one image.
+        measure: The name of the measure, one of :data:`MEASURES`.
         value: The difference.
         low: The lower end of its 95 % interval.
-        high: The upper end.
+        high: The upper end of its 95 % interval.
     """
 
     checkpoint: str
@@ -167,7 +170,15 @@ class Difference:
 
 @dataclass(frozen=True)
 class Mismatch:
-    """All paths, the differences of all pairs of checkpoints, and the robustness of each checkpoint by time."""
+    """The result of :func:`measure_mismatch`.
+
+    Attributes:
+        data: The name of the dataset.
+        seed: The seed of images and noise.
+        paths: The measurements of each sampler, number of steps and checkpoint.
+        differences: The differences of all pairs of checkpoints.
+        robustness: The robustness of each checkpoint at each time.
+    """
 
     data: str
     seed: int
@@ -179,7 +190,7 @@ class Mismatch:
 class _Truth:
     """Points of q(x_t): two disjoint sets of n real images in random order, each image with one ε.
 
-    The first set is what a sampler is compared with; the second, compared with the first, makes the floor.
+    A sampler is compared with the first set; the second set, compared with the first, gives the floor.
     """
 
     def __init__(self, dataset: ImageDataset, num: int, kept: int, seed: int, model: Model) -> None:
@@ -199,21 +210,21 @@ class _Truth:
             return self.codec.encode(images.to(self.device)).cpu() if self.codec.components else images
 
     def batch(self, indices: range, second: bool = False) -> tuple[Tensor, Tensor]:
-        """Return x_0 and ε of some images of a set, each with shape (B, C, H, W)."""
+        """Return x_0 and ε of images of the first or second set, each with shape (B, C, H, W)."""
         x0 = self._images(self._order[np.asarray(indices) + second * self.num])
         start = _TRUE * (1 + second)
         numbers = range(start + indices.start, start + indices.stop)
         return x0.to(self.device), ImageNoise(self.seed, numbers, self.shape, self.device).draw()
 
     def labels(self, indices: range) -> Tensor | None:
-        """Return the classes of some images of the first set, with shape (B,)."""
+        """Return the classes of images of the first set, with shape (B,), or None if there are none."""
         labels = self.dataset.__getitems__(self._order[np.asarray(indices)].tolist())[1]
         return None if labels is None else labels.to(self.device)
 
 
 @dataclass
 class _Record:
-    """Sums over all images of one evaluation of the network, and the states of the first ``kept``."""
+    """The sums over all images at one evaluation of the network, and the states of the first ``kept`` images."""
 
     d: int
     time: float = 0.0
@@ -229,14 +240,14 @@ class _Record:
 
 
 class _Observer:
-    """A recorder of the states while batches of images are sampled, and of points of q beside every state."""
+    """A callback that records the states of a sampler, and points of q at the same times."""
 
     def __init__(self, truth: _Truth, kept: int) -> None:
         self.truth, self.kept = truth, kept
         self.records: list[_Record] = []
 
     def begin(self, indices: range) -> None:
-        """Take the next evaluations as those of these images."""
+        """Begin a batch: the next evaluations are those of the images with the given numbers."""
         self.indices, self.evaluation = indices, 0
         self.first, self.second = self.truth.batch(indices), self.truth.batch(indices, second=True)
 
@@ -267,7 +278,7 @@ class _Observer:
 
 
 def _summarise(record: _Record, truth: _Truth, num: int, blocks: NDArray[np.bool_]) -> tuple[Step, dict[str, Array]]:
-    """Return a step, and for each measure its value and replicates, (1 + R,)."""
+    """Return a step, and the value and R replicates of each measure, with shape (1 + R,)."""
     alpha, sigma = np.concatenate(record.alphas)[:, None], np.concatenate(record.sigmas)[:, None]
     sampled = np.concatenate(record.states)
     first, second = (alpha * x0 + sigma * noise for x0, noise in truth.kept)
@@ -320,7 +331,7 @@ def _summarise(record: _Record, truth: _Truth, num: int, blocks: NDArray[np.bool
 def _follow(
     generator: Generator, truth: _Truth, num: int, kept: int, blocks: NDArray[np.bool_], progress: Progress
 ) -> tuple[list[Step], list[dict[str, Array]]]:
-    """Return the steps of one checkpoint under one sampler, and the values and replicates of each."""
+    """Return the steps of one checkpoint with one sampler, and the values and replicates at each step."""
     observer = _Observer(truth, kept)
     for batch in generator.batches(range(num)):
         observer.begin(batch)
@@ -332,7 +343,7 @@ def _follow(
 
 
 def _mean_over_steps(path: list[Step], values: list[dict[str, Array]]) -> tuple[dict[str, Estimate], dict[str, Array]]:
-    """Return the estimate of the mean over steps of each measure, and its value and replicates, (1 + R,)."""
+    """Return the estimate of each measure's mean over steps, and its value and replicates, with shape (1 + R,)."""
     means: dict[str, Array] = {m: np.mean([step[m] for step in values], axis=0) for m in MEASURES}
     floors = {m: [step.estimates[m].floor for step in path] for m in MEASURES}
     floor = {m: None if None in f else float(np.mean(np.asarray(f, np.float64))) for m, f in floors.items()}
@@ -353,26 +364,28 @@ def measure_mismatch(
     reservoir: int = RESERVOIR,
     progress: Progress = SILENT,
 ) -> Mismatch:
-    """Measure checkpoints under samplers, and their robustness at true points.
+    """Measure checkpoints with samplers, and their robustness at points of q.
 
     Arguments:
-        generators: By the checkpoint's name; their sampler, steps and seed are replaced, the rest is used as it is;
-            their precision is that of the paths, and robustness is measured without autocast.
+        generators: The generators, by the checkpoint's name. Their sampler, steps and seed are replaced. Their
+            precision applies to the paths; robustness is measured without autocast.
         dataset: The real images.
-        samplers: Names of samplers; by default that of the first generator.
-        steps: Numbers of network evaluations.
-        num: Images n of each path, in [40, half of the dataset]; by default 2000, or half of the dataset if that is
-            less. The network is called twice an image and step.
-        radii: ℓ2 radii of the robust loss, in units of x_t; none for no robust loss. The paper's is η√d, with η = 0.1.
-        probes: Images of the robust loss and the Lipschitz constant, in [2, n], by default 32; 0 leaves both out.
-        times: Times of the robust loss and the Lipschitz constant, as fractions of T, in [0, 1).
+        samplers: The names of the samplers. Default: the sampler of the first generator.
+        steps: The numbers of network evaluations.
+        num: The number n of images of each path, in [40, half of the dataset]. Default: 2000, or half of the dataset if
+            that is less. The network is called twice for each image and step.
+        radii: The ℓ2 radii of the robust loss, in units of x_t; empty for no robust loss. The radius of Wang et al.
+            (2025) is η√d, with η = 0.1.
+        probes: The number of images for the robust loss and the Lipschitz constant, in [2, n], or 0 to omit both.
+            Default: 32, or n if that is less.
+        times: The times of the robust loss and the Lipschitz constant, as fractions of T, in [0, 1).
         seed: The seed of images and noise.
-        reservoir: The most states of each step that are kept for distances.
+        reservoir: The largest number of states of each step that are stored for the distances, ≥ 40.
         progress: The receiver of the progress.
 
     Raises:
-        InputError: If a sampler or steps do not suit a checkpoint, the images do not suit it or lack classes, or a
-            number is out of range.
+        InputError: If a sampler, the steps or the images do not suit a checkpoint, classes are missing, or a number is
+            out of range.
         RunError: If a measure is not a number.
     """
     cells = list(itertools.product(samplers or [next(iter(generators.values())).sampler], steps))
@@ -428,7 +441,7 @@ def _check_generators(
                 "give the images that it was trained on"
             )
         for sampler, count in cells:
-            replace(generator, sampler=sampler, steps=count)  # its checks, before anything takes time
+            replace(generator, sampler=sampler, steps=count)  # the constructor's checks, before any computation
 
 
 def _check_numbers(

@@ -1,22 +1,22 @@
-r"""The sensitivity of a network to perturbations of x_t: the robust loss, and the Lipschitz constant of ε̂.
+r"""The sensitivity of a network to perturbations of x_t: the robust loss and the Lipschitz constant of ε̂.
 
 A perturbation of x_t = α_t x_0 + σ_t ε changes the noise (:mod:`robustdiff.process`): the training loss at x_t + δ is
 
     L(δ) = mean over elements of ( target(x_0, t, ε + δ/σ_t) − model(x_t + δ, t) )²,
 
-and the **robust loss** of radius r is sup over ‖δ‖ ≤ r of L(δ), per sample, averaged over samples, which adversarial
-training minimises (Wang et al., 2025, arXiv 2502.17099, Theorem 1). Here δ is moved in the target as well, since the
-supremum is that of L as a function; training holds it fixed there, as the point at which it trains. The ascent is that
-of :class:`robustdiff.perturbation.PGDAdversary`, from the worst point of the next smaller radius and from random points
-of the ball; the worst of all points that it visits counts. So it is a lower bound of the supremum, never below the
-clean loss, never falling with the radius, and in the units of the training loss.
+and the **robust loss** of radius r is the supremum of L(δ) over ‖δ‖ ≤ r for each sample, averaged over samples, which
+adversarial training minimises (Wang et al., 2025, arXiv 2502.17099, Theorem 1). The gradient here includes δ in the
+target, since the supremum is that of L(δ); in training, δ in the target is a constant by default. The ascent is that of
+:class:`robustdiff.perturbation.PGDAdversary`, from the worst point of the next smaller radius and from random points of
+the ball. The result is the largest loss of all visited points: a lower bound of the supremum, at least the clean loss,
+nondecreasing in the radius, and in the units of the training loss.
 
 The **local Lipschitz constant** is the largest singular value of J = ∂ε̂(x, t)/∂x at x_t, by power iteration on JᵀJ,
 
     v ← JᵀJ v / ‖JᵀJ v‖,        ‖J v‖ → s_max from below.
 
-It is without unit, ε̂ per x. An error e of x_t becomes an error of ε̂ of up to s_max·‖e‖. For data of unit variance the
-exact ε̂ has the constant σ_t; for concentrated data the constant comes near to 1/σ_t.
+It is the ratio of a change of ε̂ to a change of x: a small error e of x_t changes ε̂ by up to s_max·‖e‖. For Gaussian
+data of unit variance the exact ε̂ has the constant σ_t; for concentrated data the constant approaches 1/σ_t.
 """
 
 from __future__ import annotations
@@ -40,18 +40,21 @@ __all__ = ["Robustness", "lipschitz", "measure_robustness", "robust_loss"]
 
 @dataclass(frozen=True)
 class Robustness:
-    """One checkpoint at one time, over some samples of q(x_t).
+    """The robustness of one checkpoint at one time, over n samples of q(x_t).
 
     Attributes:
-        checkpoint: Its name.
-        index: The time's index in the process.
-        sigma: σ_t.
-        n: Samples.
-        loss: The clean loss, with its standard error ``loss_se``.
+        checkpoint: The name of the checkpoint.
+        index: The index of the time in the process.
+        sigma: The noise level σ_t.
+        n: The number of samples.
+        loss: The mean of the loss at δ = 0.
+        loss_se: The standard error of ``loss``.
         radii: The ℓ2 radii, ascending, in units of x_t.
-        robust: The robust loss of each, with standard errors ``robust_se``.
-        lipschitz: The mean over samples of the local Lipschitz constant, with its standard error ``lipschitz_se``.
-        lipschitz_max: The largest of all samples.
+        robust: The robust loss at each radius.
+        robust_se: The standard error of each robust loss.
+        lipschitz: The mean over samples of the local Lipschitz constant.
+        lipschitz_se: The standard error of ``lipschitz``.
+        lipschitz_max: The largest local Lipschitz constant of the samples.
     """
 
     checkpoint: str
@@ -69,10 +72,10 @@ class Robustness:
 
 
 class _WorstPoint(PGDAdversary):
-    """The ascent from any point, which returns the worst of the points on its way."""
+    """Projected gradient ascent from any point, which returns the worst of the visited points."""
 
     def ascend(self, loss: Callable[[Tensor], Tensor], x_t: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the worst δ (B, *) of each sample on the way from ``start`` (B, *), and its loss (B,)."""
+        """Return the worst visited δ (B, *) of each sample, starting from ``start`` (B, *), and its loss (B,)."""
         delta, worst, highest = start, start, torch.full((len(x_t),), -torch.inf, device=x_t.device)
         for step in range(self.steps + 1):
             delta = delta.detach().requires_grad_()
@@ -87,7 +90,7 @@ class _WorstPoint(PGDAdversary):
         return worst, highest
 
     def inside(self, x_t: Tensor, radius: float, generator: torch.Generator) -> Tensor:
-        """Draw a point of the ball for each sample: r·u^(1/d) in a random direction, which is uniform for ℓ2."""
+        """Draw a point of the ball for each sample, at the distance r·u^(1/d) in a random direction; uniform for ℓ2."""
         gaussian = torch.randn(x_t.shape, generator=generator).to(x_t)
         u = torch.rand(len(x_t), generator=generator).to(x_t)
         size = radius * u ** (1 / x_t[0].numel()) / self.norm(gaussian)
@@ -103,19 +106,20 @@ def robust_loss(
     restarts: int = 1,
     seed: int = 0,
 ) -> Tensor:
-    """Find the largest loss in the ball of each radius.
+    """Find the largest loss in the ball of each radius, by projected gradient ascent: a lower bound of the supremum.
 
     Arguments:
-        loss: δ (B, *) ↦ losses (B,), differentiable, each a function of its own sample's δ alone.
+        loss: A differentiable function that maps δ (B, *) to losses (B,), separately for each sample.
         x_t: The points, with shape (B, *).
-        radii: r > 0, ascending, in units of the norm.
-        norm: "l2", "linf" or "l1".
-        ascents: Gradient steps of each start, of length r/2.
-        restarts: Random starts, besides the worst point of the next smaller ball (at first, δ = 0).
+        radii: The radii r > 0, ascending, in units of the norm.
+        norm: The name of the norm: "l2", "linf" or "l1".
+        ascents: The number of gradient steps from each start, of length r/2.
+        restarts: The number of random starts, in addition to the worst point of the next smaller ball (for the
+            smallest, δ = 0).
         seed: The seed of the random starts.
 
     Returns:
-        (radii, B).
+        The largest losses, with shape (number of radii, B).
     """
     generator = torch.Generator().manual_seed(seed)
     worst, result = torch.zeros_like(x_t), []
@@ -130,24 +134,24 @@ def robust_loss(
 
 
 def lipschitz(function: Callable[[Tensor], Tensor], x: Tensor, iterations: int = 20, seed: int = 0) -> Tensor:
-    """Estimate the largest singular value of each sample's Jacobian, by power iteration: from below.
+    """Estimate the largest singular value of each sample's Jacobian by power iteration, which converges from below.
 
     Arguments:
-        function: (B, *) ↦ (B, *), each sample's value of its own input alone.
+        function: A differentiable function (B, *) ↦ (B, *), applied separately to each sample.
         x: The points, with shape (B, *).
-        iterations: Products with JᵀJ. After m of them an error of the order (s_2/s_1)^4m of the value is left.
-        seed: The seed of the first vector.
+        iterations: The number m of products with JᵀJ. The relative error is of the order (s_2/s_1)^4m.
+        seed: The seed of the initial vector.
 
     Returns:
-        (B,).
+        The singular values, with shape (B,).
     """
     v = torch.randn(x.shape, generator=torch.Generator().manual_seed(seed)).to(x)
     pushed, shape = v, (-1, *(1,) * (x.ndim - 1))
-    # Only this backend of attention has second derivatives.
+    # No other backend of attention supports second derivatives.
     with sdpa_kernel(SDPBackend.MATH), torch.enable_grad():
         point = x.detach().requires_grad_()
         value = function(point)
-        # u ↦ Jᵀu is linear, so its own derivative along v, at any u, is Jv: both products come from one graph.
+        # u ↦ Jᵀu is linear, so that its derivative along v, at any u, is Jv: one graph serves both products.
         u = torch.zeros_like(value, requires_grad=True)
         (pulled,) = torch.autograd.grad(value, point, u, create_graph=True)
         for _ in range(iterations):
@@ -174,23 +178,23 @@ def measure_robustness(
     seed: int = 0,
     progress: Progress = SILENT,
 ) -> list[Robustness]:
-    """Measure the robust loss and the local Lipschitz constant at some times.
+    """Measure the robust loss and the local Lipschitz constant at given times.
 
     Arguments:
-        checkpoint: The name to give it.
-        model: Called as diffusers calls it, in eval mode. Its parameters get no gradients.
-        process: Its process.
-        prediction: Its parameterisation.
+        checkpoint: The name of the checkpoint, copied to the result.
+        model: The model in eval mode, called as diffusers calls it. Its parameters get no gradients.
+        process: The process of the model.
+        prediction: The parameterisation of the model.
         x0: Real images in [−1, 1], with shape (B, C, H, W).
-        noise: ε, with shape (B, C, H, W).
-        indices: Times in [0, T).
-        radii: ℓ2 radii > 0, in units of x_t.
-        condition: Other arguments that the model is called with.
-        ascents: Gradient steps of each start.
-        restarts: Random starts.
-        iterations: Steps of the power iteration.
+        noise: The noise ε, with shape (B, C, H, W).
+        indices: The time indices, in [0, T).
+        radii: The ℓ2 radii > 0, in units of x_t; empty for no robust loss.
+        condition: Further keyword arguments of the model.
+        ascents: The number of gradient steps from each start.
+        restarts: The number of random starts.
+        iterations: The number of power iterations.
         seed: The seed of the random starts and vectors.
-        progress: The receiver of the progress, one for each of the times.
+        progress: The receiver of the progress, which advances by one for each time.
     """
     channels, condition, radii = x0.shape[1], condition or {}, sorted(radii)
     result = []
@@ -237,6 +241,6 @@ def measure_robustness(
 
 
 def _mean(values: Tensor) -> tuple[float, float]:
-    """Return the mean over samples, and its standard error."""
+    """Return the mean over samples and its standard error."""
     numbers = values.double().cpu().numpy()
     return float(numbers.mean()), float(numbers.std(ddof=1) / np.sqrt(len(numbers)))

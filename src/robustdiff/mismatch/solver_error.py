@@ -1,18 +1,19 @@
-r"""The error of a solver's step on a teacher's probability-flow ODE, the mismatch that consistency distillation has.
+r"""The error of a solver's step on a teacher's probability-flow ODE, which is the mismatch in consistency distillation.
 
-Distillation pulls f(x_{n+1}, σ_{n+1}) to f⁻(Φ̂(x_{n+1}), σ_n), with Φ̂ one step of a solver, and not to f⁻ at the point
-x(σ_n) of the trajectory through x_{n+1}. The difference is measured on x_{n+1} = x_0 + σ_{n+1} ε with real x_0,
+Distillation trains f(x_{n+1}, σ_{n+1}) towards f⁻(Φ̂(x_{n+1}), σ_n), where Φ̂ is one step of a solver, instead of f⁻ at
+the point x(σ_n) of the trajectory through x_{n+1}. The local error is measured at x_{n+1} = x_0 + σ_{n+1} ε with real
+x_0:
 
-    δ_n = Φ̂(x_{n+1}; σ_{n+1} → σ_n) − x(σ_n),        RMS per dimension  √(E‖δ_n‖² / d),
+    δ_n = Φ̂(x_{n+1}; σ_{n+1} → σ_n) − x(σ_n),        RMS per dimension  √(E‖δ_n‖² / d).
 
-the local error. √d times that is its ℓ2 norm, which the radius of adversarial training with ``perturb="solver"`` is
-to be compared with (Wang et al., 2025, arXiv 2502.17099). With N levels uniform in σ^{1/ρ} a step is of the order 1/N,
-and so the error falls as N⁻² with Euler's method and N⁻³ with Heun's, until rounding, for a D that is smooth over a
-step. A network's is not below some scale (its time embedding has fast waves), and there Heun's error falls more slowly.
+√d times the RMS is comparable to the ℓ2 radius of adversarial training with ``perturb="solver"`` (Wang et al., 2025,
+arXiv 2502.17099). With N levels uniform in σ^{1/ρ} a step is of the order 1/N. If D is smooth over a step, the error
+falls as N⁻² with Euler's method and as N⁻³ with Heun's, down to rounding. A network is not smooth at small scales (its
+time embedding has high frequencies), so that for short steps Heun's error falls more slowly.
 
-x(σ_n) comes from M of Heun's steps between the two levels, uniform in σ^{1/ρ}; its error is about M⁻² of that of one
-step. It is taken to be the distance from the result of 2M steps, rounding included. Errors that are not clearly above
-it say nothing, and are left out of the order that is fitted.
+The reference x(σ_n) is computed by M Heun steps between the two levels, uniform in σ^{1/ρ}. Its error is about M⁻² of
+that of one step, and is estimated, with rounding, by the distance from the result of 2M steps. Local errors that are
+not clearly larger than this estimate are left out when the order is fitted.
 """
 
 from __future__ import annotations
@@ -37,9 +38,9 @@ from robustdiff.recipe import DataConfig
 __all__ = ["LocalError", "SolverError", "fitted_order", "integrate", "measure_solver_error", "measure_teacher"]
 
 _CHECKED = 32
-"""Images on which the reference is integrated again in steps of half the size."""
+"""The number of images on which the error of the reference is estimated."""
 _ABOVE = 4.0
-"""The least ratio of an error that counts to the reference's own error."""
+"""The ratio to the reference's error above which a local error is used for the fit."""
 
 
 @dataclass(frozen=True)
@@ -47,15 +48,15 @@ class LocalError:
     """The error of one solver's step between two levels.
 
     Attributes:
-        solver: "heun" or "euler".
-        scales: N.
+        solver: The name of the solver: "heun" or "euler".
+        scales: The number N of levels.
         n: The index of the lower level, ascending in σ.
-        position: The place that was asked for on the scale from the smallest pair, 0, to the largest, 1.
-        upper: σ_{n+1}.
-        lower: σ_n.
-        rms: √(mean ‖δ_n‖² / d).
+        position: The requested position of the pair of levels, from 0 (the smallest) to 1 (the largest).
+        upper: The upper level σ_{n+1}.
+        lower: The lower level σ_n.
+        rms: The local error √(mean ‖δ_n‖² / d).
         quantiles: The 5 %, 50 % and 95 % quantiles of ‖δ_n‖/√d over the images.
-        reference: The same RMS for the reference's own error.
+        reference: The RMS error of the reference, per dimension.
     """
 
     solver: str
@@ -70,15 +71,15 @@ class LocalError:
 
 
 def integrate(denoise: Denoise, x: Tensor, upper: float, lower: float, steps: int, rho: float = 7.0) -> Tensor:
-    """Follow dx/dσ = (x − D(x, σ))/σ from one level to a lower one by Heun's method.
+    """Integrate dx/dσ = (x − D(x, σ))/σ from one level to a lower one by Heun's method.
 
     Arguments:
-        denoise: D.
+        denoise: The denoiser D.
         x: Points at the level ``upper``, with shape (B, *).
-        upper: σ to start from.
-        lower: σ to end at, positive.
+        upper: The initial level σ.
+        lower: The final level σ > 0.
         steps: The number of steps, uniform in σ^{1/ρ}.
-        rho: ρ.
+        rho: The exponent ρ.
     """
     sigmas = karras_sigmas(steps + 1, lower, upper, rho).flip(0).to(x.dtype).to(x.device)
     for sigma, after in pairwise(sigmas):
@@ -87,7 +88,7 @@ def integrate(denoise: Denoise, x: Tensor, upper: float, lower: float, steps: in
 
 
 def _sizes(difference: Tensor) -> Tensor:
-    """Return ‖δ‖/√d per sample, (B,), float64 on the CPU."""
+    """Return ‖δ‖/√d of each sample, with shape (B,), float64, on the CPU."""
     return difference.flatten(1).cpu().double().square().mean(1).sqrt()
 
 
@@ -108,21 +109,21 @@ def measure_solver_error(
     rho: float = 7.0,
     progress: Progress = SILENT,
 ) -> list[LocalError]:
-    """Measure the local errors of solvers for several numbers of levels, all on the same images and noise.
+    """Measure the local errors of solvers for several numbers of levels, with the same images and noise.
 
     Arguments:
-        denoise: The teacher D.
+        denoise: The teacher as a denoiser D.
         images: Real x_0 in [−1, 1], with shape (B, *).
         scales: The numbers N of levels.
-        solvers: Names of :data:`robustdiff.objectives.consistency.SOLVERS`.
+        solvers: The names of the solvers, from :data:`robustdiff.objectives.consistency.SOLVERS`.
         labels: The classes of the images for a class-conditional teacher, with shape (B,).
-        points: The number of pairs of levels, evenly spaced from the smallest to the largest; all if there are fewer.
-        substeps: M of the reference.
+        points: The number of pairs of levels, evenly spaced from the smallest to the largest; at most N − 1 are used.
+        substeps: The number M of steps of the reference.
         seed: The seed of the noise.
-        batch_size: Images at a time.
+        batch_size: The number of images in a batch.
         sigma_min: The smallest level.
         sigma_max: The largest level.
-        rho: ρ of the levels.
+        rho: The exponent ρ of the levels.
         progress: The receiver of the progress.
     """
     noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(seed)).to(images)
@@ -166,10 +167,13 @@ def measure_solver_error(
 
 
 def fitted_order(errors: Sequence[LocalError]) -> float | None:
-    """Fit p of the RMS ∝ N⁻ᵖ by least squares over the positions that several N have in common; None if there is none.
+    """Fit the order p of RMS ∝ N⁻ᵖ by least squares over positions that several N have in common.
 
     Arguments:
-        errors: The errors of one solver; those within four times the reference's own error are left out.
+        errors: The local errors of one solver. Those up to four times the error of the reference are left out.
+
+    Returns:
+        The order p, or None if no position has errors for several N.
     """
     clear = [e for e in errors if e.rms > _ABOVE * e.reference]
     logs: dict[float, list[tuple[float, float]]] = {}
@@ -183,7 +187,18 @@ def fitted_order(errors: Sequence[LocalError]) -> float | None:
 
 @dataclass(frozen=True)
 class SolverError:
-    """The local errors of solvers on a teacher's ODE, and the order in N that is fitted to those of each solver."""
+    """The result of :func:`measure_teacher`.
+
+    Attributes:
+        teacher: The path or name of the teacher.
+        data: The name of the dataset.
+        num: The number of images.
+        dimensions: The number d of elements of an image, or of its latents.
+        substeps: The number M of steps of the reference.
+        seed: The seed of the noise.
+        orders: The fitted order of each solver, by name.
+        errors: The local errors.
+    """
 
     teacher: str
     data: str
@@ -207,11 +222,22 @@ def measure_teacher(
     seed: int = 0,
     **settings: Any,
 ) -> SolverError:
-    """Load a teacher and the first ``num`` real images, and measure as :func:`measure_solver_error` does.
+    """Load a teacher and real images, and measure the local errors of solvers.
+
+    Arguments:
+        teacher: The path of a run or a pipeline folder, or the name of a shipped model.
+        source: The section ``data`` of a recipe, which describes the images.
+        device: The device on which the teacher is evaluated.
+        scales: The numbers N of levels, each ≥ 2.
+        solvers: The names of the solvers.
+        num: The number of images, which are the first of the dataset.
+        substeps: The number M of steps of the reference.
+        seed: The seed of the noise.
+        settings: Further arguments of :func:`measure_solver_error`.
 
     Raises:
-        InputError: If the teacher or the images cannot be loaded or do not suit each other, there are fewer images, a
-            solver is unknown, or a number of levels is below 2.
+        InputError: If the teacher or the images cannot be loaded or do not match, there are fewer than ``num`` images,
+            a solver is unknown, or a number of levels is below 2.
     """
     if unknown := [name for name in solvers if name not in SOLVERS]:
         raise InputError(f"unknown solver {unknown[0]!r}: use {' or '.join(SOLVERS)}")

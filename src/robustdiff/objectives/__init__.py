@@ -1,1 +1,2 @@
-"""Training losses: one per file, each an object with ``draw`` (once per batch) and a call (once per pass)."""
+"""Training losses, one in each file: objects with ``draw`` (once for each batch) and ``__call__`` (once for each
+pass)."""

@@ -1,36 +1,36 @@
 r"""Consistency distillation and training (Song et al., 2023, arXiv 2303.01469), at a perturbed point.
 
 A consistency function f (:class:`~robustdiff.objectives.preconditioning.Preconditioned`) maps every point of a
-trajectory of the probability-flow ODE to its end. With levels σ_0 < … < σ_{N−1} (:func:`karras_sigmas`; Song et al.
-count them from 1), a draw fixes, once for a batch,
+trajectory of the probability-flow ODE to its end. Given levels σ_0 < … < σ_{N−1} (:func:`karras_sigmas`; Song et al.
+count them from 1), a draw fixes the following once for a batch:
 
-    n < N − 1,      x_{n+1} = x_0 + σ_{n+1} ε,      Φ̂ = the solver's step from x_{n+1} at σ_{n+1} to σ_n,
+    n < N − 1,      x_{n+1} = x_0 + σ_{n+1} ε,      Φ̂ = the solver's step from x_{n+1} at σ_{n+1} to σ_n.
 
-and every pass over the batch evaluates at another δ, with θ⁻ the target network's parameters,
+Every pass over the batch evaluates the loss at another δ, with θ⁻ the parameters of the target network:
 
     perturb = "solver"      L(δ) = w_n d( f_θ(x_{n+1}, σ_{n+1}), f_θ⁻(Φ̂ + δ, σ_n) ),
     perturb = "student"     L(δ) = w_n d( f_θ(x_{n+1} + δ, σ_{n+1}), f_θ⁻(Φ̂, σ_n) ).
 
-The solver errs, and its error is the mismatch between training and sampling that a consistency model has (Wang et al.,
-2025, arXiv 2502.17099): "solver" trains on the worst of the points that Φ̂ may stand for. The gradient reaches δ through
-the target network, whose parameters are frozen but whose input is not, and θ through the student, in one backward.
-"student" spares the backward through the target network. Φ̂ depends neither on δ nor on θ.
+The error of the solver is the mismatch between training and sampling of a consistency model (Wang et al., 2025,
+arXiv 2502.17099): "solver" trains on the worst point near Φ̂. One backward pass computes the gradient of δ, through the
+target network with frozen parameters, and that of θ, through the student. "student" needs no backward pass through the
+target network. Φ̂ depends neither on δ nor on θ.
 
 Distillation (Song et al., algorithm 2) integrates dx/dσ = (x − D(x, σ))/σ with a teacher D, by Euler's or Heun's step.
-Training without a teacher (algorithm 3) has Euler's with x_0 for D: Φ̂ = x_0 + σ_n ε, the same ε.
+Training without a teacher (algorithm 3) takes Euler's step with D = x_0, so that Φ̂ = x_0 + σ_n ε with the same ε.
 
-After every optimiser update θ⁻ ← μ θ⁻ + (1 − μ) θ. N and μ may change with the updates k of K that were made:
+After every optimiser update θ⁻ ← μ θ⁻ + (1 − μ) θ. N and μ may depend on the number k of updates made, out of K:
 
     fixed        N, μ
     growing      N(k) = ⌈√(k/K ((s_1 + 1)² − s_0²) + s_0²) − 1⌉ + 1,   μ(k) = exp(s_0 ln μ_0 / N(k))      (appendix C)
     doubling     N(k) = min(s_0 2^⌊k/K'⌋, s_1) + 1,   K' = ⌊K/(log_2⌊s_1/s_0⌋ + 1)⌋,   μ as given
 
-The last is of Song & Dhariwal (2024, arXiv 2310.14189), as are μ = 0 (θ⁻ = θ, no gradient), the pseudo-Huber distance
-√(‖a − b‖² + c²) − c with c = 0.00054 √d, weights w_n = 1/(σ_{n+1} − σ_n), and n by a log-normal share instead of
-uniformly (:class:`~robustdiff.objectives.timesteps.LogNormal`).
+"doubling" is due to Song & Dhariwal (2024, arXiv 2310.14189), as are μ = 0 (θ⁻ = θ, no gradient), the pseudo-Huber
+distance √(‖a − b‖² + c²) − c with c = 0.00054 √d, the weights w_n = 1/(σ_{n+1} − σ_n), and the log-normal instead of
+the uniform distribution of n (:class:`~robustdiff.objectives.timesteps.LogNormal`).
 
-As in the original, the target network drops out the same activations as the student: it is called from the same state
-of the random number generator.
+As in the original, dropout is the same in the target network and the student: both are called with the same state of
+the random number generator.
 """
 
 from __future__ import annotations
@@ -88,20 +88,23 @@ WEIGHTINGS: tuple[str, ...] = get_args(Weighting)
 
 
 def euler_step(denoise: Denoise, x: Tensor, sigma: Tensor, lower: Tensor) -> Tensor:
-    """Make one step of dx/dσ = (x − D(x, σ))/σ, with one call of D.
+    """Make one Euler step of dx/dσ = (x − D(x, σ))/σ, with one call of D.
 
     Arguments:
-        denoise: D.
+        denoise: The denoiser D.
         x: Points, with shape (B, *).
         sigma: Their levels, with shape (B,).
-        lower: The levels to go to, with shape (B,).
+        lower: The levels after the step, with shape (B,).
     """
     slope = (x - denoise(x, sigma)) / broadcast(sigma, x)
     return (x + broadcast(lower - sigma, x) * slope).to(x.dtype)
 
 
 def heun_step(denoise: Denoise, x: Tensor, sigma: Tensor, lower: Tensor) -> Tensor:
-    """Make a step with the mean of the slopes at both ends, in two calls of D; ``lower`` must be positive."""
+    """Make one Heun step, with the mean of the slopes at both ends and two calls of D.
+
+    The arguments are those of :func:`euler_step`; ``lower`` must be positive.
+    """
     slope = (x - denoise(x, sigma)) / broadcast(sigma, x)
     gap = broadcast(lower - sigma, x)
     end = (x + gap * slope).to(x.dtype)
@@ -126,15 +129,15 @@ def _l2(a: Tensor, b: Tensor) -> Tensor:
 def _pseudo_huber(a: Tensor, b: Tensor) -> Tensor:
     square = (a - b).square().flatten(1).sum(1)
     c = 0.00054 * math.sqrt(a[0].numel())
-    # √(s + c²) − c without its cancellation where s is small.
+    # √(s + c²) − c, without cancellation for small s.
     return square / ((square + c**2).sqrt() + c)
 
 
 class _LPIPS:
-    """The perceptual distance of Zhang et al. (2018), from the package lpips: VGG-16, with its own max pooling.
+    """The perceptual distance of Zhang et al. (2018), from the package lpips: VGG-16 with max pooling.
 
-    Images of less than 256 pixels a side are made 224×224, as in the code of Song et al., whose LPIPS is that of the
-    package piq with average pooling: losses are not to be compared with theirs.
+    Images of less than 256 pixels a side are resized to 224×224, as in the code of Song et al. They use the LPIPS of
+    the package piq, with average pooling, so that the values of the loss cannot be compared with theirs.
     """
 
     def __init__(self) -> None:
@@ -167,18 +170,19 @@ METRICS: dict[str, Callable[[], Callable[[Tensor, Tensor], Tensor]]] = {
     "pseudo-huber": lambda: _pseudo_huber,
     "lpips": _LPIPS,
 }
-"""Functions that make d: (B, *), (B, *) ↦ (B,). l1 and l2 are means over the elements of |a − b| and (a − b)²."""
+"""Constructors of the distance d: (B, *), (B, *) ↦ (B,). l1 and l2 are the means of |a − b| and (a − b)² over
+elements."""
 
 
-# -- how many scales -----------------------------------------------------------------------------------------
+# -- the number of scales ------------------------------------------------------------------------------------
 
 
 class ScaleSchedule(ABC):
-    """The number N of levels and the decay μ of the target network, by the updates made."""
+    """The number N of levels and the decay μ of the target network as functions of the number of updates made."""
 
     @abstractmethod
     def __call__(self, updates: int) -> tuple[int, float]:
-        """Return (N, μ) when so many optimiser updates have been made."""
+        """Return (N, μ) after the given number of optimiser updates."""
 
 
 def _check_decay(decay: float) -> None:
@@ -188,11 +192,11 @@ def _check_decay(decay: float) -> None:
 
 @dataclass(frozen=True)
 class FixedScales(ScaleSchedule):
-    """The same throughout.
+    """A constant number of levels N and decay μ.
 
     Arguments:
-        scales: N ≥ 2.
-        decay: μ in [0, 1).
+        scales: The number of levels N ≥ 2.
+        decay: The decay μ in [0, 1).
 
     Raises:
         ValueError: If an argument is out of its range.
@@ -212,13 +216,13 @@ class FixedScales(ScaleSchedule):
 
 @dataclass(frozen=True)
 class _MoreScales(ScaleSchedule):
-    """More levels from s_0 to s_1, so that the last N is s_1 + 1.
+    """A growing number of levels N, which is s_1 + 1 at the end.
 
     Arguments:
-        start: s_0 ≥ 1; 2 where the levels are growing.
+        start: s_0 ≥ 1; for ``GrowingScales`` ≥ 2.
         end: s_1 ≥ s_0.
-        decay: μ in [0, 1); where the levels are growing μ_0, and 0 is 0 throughout.
-        total: K ≥ 1.
+        decay: The decay μ in [0, 1); for ``GrowingScales`` μ_0, where 0 means μ = 0 throughout.
+        total: The number K ≥ 1 of optimiser updates.
 
     Raises:
         ValueError: If an argument is out of its range.
@@ -240,7 +244,7 @@ class _MoreScales(ScaleSchedule):
 
 
 class GrowingScales(_MoreScales):
-    """Song et al. (2023), appendix C, as printed; their code has N(k) − 1 in the place of N(k) in μ(k)."""
+    """The schedule of Song et al. (2023), appendix C, as printed; their code has N(k) − 1 instead of N(k) in μ(k)."""
 
     least = 2
 
@@ -252,7 +256,7 @@ class GrowingScales(_MoreScales):
 
 
 class DoublingScales(_MoreScales):
-    """Song & Dhariwal (2024), section 3.4; the first N is s_0 + 1."""
+    """The schedule of Song & Dhariwal (2024), section 3.4. The initial N is s_0 + 1."""
 
     least = 1
 
@@ -266,13 +270,14 @@ class DoublingScales(_MoreScales):
 
 @dataclass(kw_only=True)
 class ConsistencyDraw(Draw):
-    """A batch to train on. ``x_t`` is what δ moves, and ``t`` the index of its level.
+    """A training batch. ``x_t`` holds the points to which δ is added (Φ̂ or x_{n+1}), and ``t`` the indices of their
+    levels.
 
     Attributes:
-        x_next: x_{n+1}, with shape (B, *).
-        solved: Φ̂, with shape (B, *).
-        upper: σ_{n+1}, with shape (B,).
-        lower: σ_n, with shape (B,).
+        x_next: The points x_{n+1}, with shape (B, *).
+        solved: The solver's points Φ̂, with shape (B, *).
+        upper: The levels σ_{n+1}, with shape (B,).
+        lower: The levels σ_n, with shape (B,).
     """
 
     x_next: Tensor
@@ -282,26 +287,30 @@ class ConsistencyDraw(Draw):
 
 
 class ConsistencyObjective(Objective):
-    """The consistency loss, as a callable. Student and target are F: called with (c_in x, 250 ln σ).
+    """The consistency loss, as a callable.
+
+    Student and target are networks F, called with (c_in x, 250 ln σ) as diffusers calls them.
 
     Arguments:
-        target: The target network, a copy of the student at the start; its parameters are frozen.
-        teacher: D, such as a ``Preconditioned`` or a ``DiffusionDenoiser``; none is training without a teacher.
-        scales: N, or a schedule of (N, μ).
-        decay: μ in [0, 1), where ``scales`` is a number.
-        solver: "heun" or "euler", of the teacher's ODE.
-        metric: d: "l1", "l2", "pseudo-huber" or "lpips".
-        perturb: What δ moves: "solver" or "student".
-        weighting: w_n: "uniform", or "inverse-gap", 1/(σ_{n+1} − σ_n).
-        times: (P_mean, P_std) of n by log-normal shares; (−1.1, 2.0) in Song & Dhariwal (2024). None: uniform.
-        sigma_min: σ_0.
-        sigma_max: σ_{N−1}.
-        rho: ρ of the levels.
-        sigma_data: σ_d > 0, the standard deviation of the data.
+        target: The target network, initially a copy of the student. Its parameters are frozen.
+        teacher: The denoiser D, such as a ``Preconditioned`` or a ``DiffusionDenoiser``; None for training without a
+            teacher.
+        scales: The number N of levels, or a schedule of (N, μ).
+        decay: The decay μ in [0, 1), if ``scales`` is a number.
+        solver: The solver of the teacher's ODE: "heun" or "euler".
+        metric: The distance d: "l1", "l2", "pseudo-huber" or "lpips".
+        perturb: The point that δ is added to: "solver" (Φ̂) or "student" (x_{n+1}).
+        weighting: The weights w_n: "uniform" (1), or "inverse-gap" (1/(σ_{n+1} − σ_n)).
+        times: (P_mean, P_std) of the log-normal distribution of n, (−1.1, 2.0) in Song & Dhariwal (2024); None for the
+            uniform distribution.
+        sigma_min: The smallest level σ_0 > 0.
+        sigma_max: The largest level σ_{N−1} > σ_0.
+        rho: The exponent ρ of the levels, which are uniform in σ^{1/ρ}.
+        sigma_data: The standard deviation σ_d > 0 of the data.
 
     Raises:
-        ValueError: If a name is unknown or a number out of its range.
-        InputError: If the metric needs a package that is not there.
+        ValueError: If a name is unknown or a number is out of range.
+        InputError: If the metric "lpips" lacks its package or its weights.
     """
 
     def __init__(
@@ -342,7 +351,7 @@ class ConsistencyObjective(Objective):
         self._set_scales()
 
     def _set_scales(self) -> None:
-        """Make the tables for the number of levels that the schedule now has."""
+        """Make the tables for the current number of levels."""
         N, _ = self.schedule(self.updates)
         self.process = karras_process(karras_sigmas(N, self.sigma_min, self.sigma_max, self.rho))
         self.timesteps = Uniform(N - 1) if self.times is None else LogNormal(self.process.sigmas, *self.times)
@@ -357,15 +366,17 @@ class ConsistencyObjective(Objective):
         weight: Tensor | None = None,
         **condition: Any,
     ) -> ConsistencyDraw:
-        """Fix n, ε, x_{n+1} and Φ̂ for a batch. The teacher is called here, and only here.
+        """Draw n, ε, x_{n+1} and Φ̂ for a batch.
+
+        The teacher is evaluated here and not in the passes over the batch.
 
         Arguments:
             x0: Clean samples in [−1, 1], with shape (B, *).
-            t: The indices n in [0, N − 1), ascending in σ, with shape (B,); from ``timesteps`` by default.
-            noise: The noise ε, with shape (B, *); standard normal by default.
-            generator: Where what is not given comes from.
-            weight: What multiplies the loss of each sample beside w_n, with shape (B,); none is 1.
-            condition: What else student, target and teacher are called with, such as ``class_labels``.
+            t: The indices n in [0, N − 1), ascending in σ, with shape (B,). Default: drawn from ``timesteps``.
+            noise: The noise ε, with shape (B, *). Default: standard normal.
+            generator: The source of randomness for arguments that are not given. Default: PyTorch's global generator.
+            weight: A weight of each sample's loss in addition to w_n, with shape (B,); None for weights of 1.
+            condition: Further keyword arguments of student, target and teacher, such as ``class_labels``.
         """
         if t is None:
             t, _ = self.timesteps.draw(len(x0), generator, x0.device)  # neither distribution has weights
@@ -402,10 +413,10 @@ class ConsistencyObjective(Objective):
         Arguments:
             model: The student, called as diffusers calls it.
             draw: The batch.
-            delta: The perturbation δ, with shape (B, *); none is 0.
+            delta: The perturbation δ, with shape (B, *); None for δ = 0.
 
         Returns:
-            Losses with shape (B,): "loss" (weighted) and "distance", never below float32.
+            Losses with shape (B,), in at least float32: "loss" (weighted) and "distance".
         """
         assert isinstance(draw, ConsistencyDraw)
         x_next, solved = draw.x_next, draw.solved
@@ -426,8 +437,8 @@ class ConsistencyObjective(Objective):
         return {"loss": distance if draw.weight is None else draw.weight * distance, "distance": distance}
 
     def _fork(self, device: torch.device) -> AbstractContextManager[None]:
-        """Leave the generators as they were before the block, so that the target's dropout is the student's."""
-        # Otherwise nothing is dropped out; and states of generators cannot be read while a CUDA graph is captured.
+        """Restore the generators after the block, so that the target's dropout is the student's."""
+        # In eval mode nothing is dropped out, and generator states cannot be read while a CUDA graph is captured.
         if not getattr(self.target, "training", True):
             return nullcontext()
         fork = torch.random.fork_rng
@@ -438,9 +449,9 @@ class ConsistencyObjective(Objective):
         """Set θ⁻ ← μ θ⁻ + (1 − μ) θ and the number of levels of the next update. Call it after every optimiser step.
 
         Arguments:
-            model: The student; its parameters are those of the target, in the same order.
-            stepped: Whether the optimiser made the step, a boolean scalar on the model's device; where it is false θ⁻
-                stays. None: it did.
+            model: The student, with parameters in the same order as those of the target.
+            stepped: A boolean scalar on the model's device: if False, the optimiser skipped the step and θ⁻ stays as it
+                is. Default: True.
         """
         _, decay = self.schedule(self.updates)
         follow([p.data for p in self.target.parameters()], [p.data for p in model.parameters()], 1 - decay, stepped)
@@ -449,7 +460,7 @@ class ConsistencyObjective(Objective):
             self._set_scales()
 
     def state(self) -> dict[str, Any]:
-        """Return the updates made. The target's parameters are the caller's to keep."""
+        """Return the number of updates made. The caller saves the parameters of the target network."""
         return {"updates": self.updates}
 
     def load_state(self, state: dict[str, Any]) -> None:
@@ -465,19 +476,21 @@ class ConsistencyConfig(LevelsConfig):
     scheduler: ClassVar[str] = "CMStochasticIterativeScheduler"
 
     name: Literal["consistency"] = "consistency"
-    solver: Solver = Field("heun", description="of the teacher's ODE")
-    perturb: Perturbed = Field("solver", description="what the adversary moves")
-    metric: Metric = Field("pseudo-huber", description="the distance")
-    weighting: Weighting = Field("uniform", description="inverse-gap: 1/(σ_{n+1} − σ_n)")
-    times: Literal["uniform", "log-normal"] = Field("uniform", description="how pairs of levels are drawn")
-    mean: float = Field(-1.1, description="log-normal: P_mean")
-    std: float = Field(2.0, gt=0, description="log-normal: P_std")
-    schedule: Literal["fixed", "growing", "doubling"] = Field("fixed", description="of the number of levels")
-    scales: int = Field(
-        18, ge=2, le=100_000, description="fixed: the number N of levels; otherwise s_1, the last N − 1"
+    solver: Solver = Field("heun", description="the solver of the teacher's ODE")
+    perturb: Perturbed = Field("solver", description="the point that δ is added to: the solver's or the student's")
+    metric: Metric = Field("pseudo-huber", description="the distance d")
+    weighting: Weighting = Field("uniform", description="the weights w_n; inverse-gap: 1/(σ_{n+1} − σ_n)")
+    times: Literal["uniform", "log-normal"] = Field("uniform", description="the distribution of pairs of levels")
+    mean: float = Field(-1.1, description="log-normal: the mean P_mean of ln σ")
+    std: float = Field(2.0, gt=0, description="log-normal: the standard deviation P_std of ln σ")
+    schedule: Literal["fixed", "growing", "doubling"] = Field(
+        "fixed", description="the schedule of the number of levels"
     )
-    start_scales: int | None = Field(None, ge=2, description="growing, doubling: s_0")
-    decay: Fraction = Field(0.95, description="μ of the target network, growing: μ_0; 0: the student itself")
+    scales: int = Field(
+        18, ge=2, le=100_000, description="fixed: the number N of levels; otherwise s_1 = N − 1 at the end"
+    )
+    start_scales: int | None = Field(None, ge=2, description="growing, doubling: the initial s_0")
+    decay: Fraction = Field(0.95, description="the decay μ of the target network (growing: μ_0); 0: the student itself")
 
     @model_validator(mode="after")
     def _scheduled(self) -> ConsistencyConfig:
@@ -501,7 +514,7 @@ class ConsistencyConfig(LevelsConfig):
         return self.schedule == "fixed"
 
     def scale_schedule(self, steps: int) -> ScaleSchedule:
-        """Return the schedule of the numbers of levels over so many optimiser updates."""
+        """Return the schedule of the number of levels over the given number of optimiser updates."""
         if self.start_scales is None:
             return FixedScales(self.scales, self.decay)
         kind = GrowingScales if self.schedule == "growing" else DoublingScales
@@ -526,5 +539,5 @@ class ConsistencyConfig(LevelsConfig):
                 times=(self.mean, self.std) if self.times == "log-normal" else None,
                 **self.arguments,
             )
-        except ValueError as error:  # levels that the log-normal times never fall between
+        except ValueError as error:  # such as levels that have no share of the log-normal distribution
             raise InputError(str(error)) from None

@@ -1,34 +1,35 @@
 r"""The denoising loss of diffusion models and flow matching, at a perturbed point.
 
-A draw fixes (x_0, t, ε), and so x_t, once for a batch; every pass over the batch evaluates the loss at another δ:
+t and ε, and so x_t, are drawn once for a batch. Every pass over the batch evaluates the loss at another δ:
 
     mse(δ) = mean over elements of ( target(x_0, t, ε + δ/σ_t) − model(x_t + δ, t) )²,
 
 which is the ordinary loss at the noise ε + δ/σ_t (Wang et al., 2025, equation 16; :mod:`robustdiff.process`).
 
-With a learned variance the model has 2C output channels, the second half v ∈ [−1, 1] of which place the log-variance
-of p(x_{t−1} | x_t) between log β̃_t and log β_t. It is trained by the variational bound, with the mean frozen,
+With a learned variance the model has 2C output channels. The second half, v ∈ [−1, 1], interpolates the log-variance
+of p(x_{t−1} | x_t) between log β̃_t and log β_t. It is trained by the variational bound, with the mean detached:
 
     vb(δ) = KL( q(x_{t−1} | x_t + δ, x_0) ‖ p(x_{t−1} | x_t + δ) )   in bits per dimension,
 
-at t = 0 the negative log-likelihood of x_0 on 256 grey values; loss = mse + scale · vb (Nichol & Dhariwal, 2021,
-equations 15 and 16).
+and at t = 0 by the negative log-likelihood of x_0 on 256 grey values. The loss is mse + scale · vb (Nichol & Dhariwal,
+2021, equations 15 and 16).
 
-The gradient that moves δ has two terms: the model's output at x_t + δ, and the target. The authors' code takes the
-first alone (δ in the target is a constant), and so do we by default. That step need not raise the loss: with r the
-residual and J = ∂ε̂/∂x it moves δ along −Jᵀr, which changes ‖r‖² at the rate −2 rᵀ(I/σ_t − J)Jᵀr, below 0 where the
-model is near a denoiser and 0 ≺ J ≺ I/σ_t. ``through_target`` takes both terms, for the steepest ascent of the loss
-itself. Its direction is the same in every parameterisation, since their losses differ by a factor per sample; it is
-also that of x_0-prediction without it, whose target does not move.
+The gradient with respect to δ has two terms, one through the model's output at x_t + δ and one through the target. The
+authors' code takes the first alone (δ in the target is a constant), which is the default here. A step along it need not
+raise the loss: with the residual r and J = ∂ε̂/∂x it moves δ along −Jᵀr, which changes ‖r‖² at the rate
+−2 rᵀ(I/σ_t − J)Jᵀr. This is negative if the model is near a denoiser and 0 ≺ J ≺ I/σ_t. ``through_target`` takes both
+terms, which gives the steepest ascent of the loss. That direction is the same for every parameterisation, since their
+losses differ by a factor for each sample. For x_0-prediction, whose target does not depend on δ, it is also the
+default direction.
 
-Times that are not drawn uniformly carry a weight that multiplies the loss (:mod:`robustdiff.objectives.timesteps`).
+If times are not drawn uniformly, each loss is multiplied by a weight (:mod:`robustdiff.objectives.timesteps`).
 
-Input perturbation (Ning et al., ICML 2023, arXiv 2301.11706) is the baseline that moves x_t by random noise,
+Input perturbation (Ning et al., ICML 2023, arXiv 2301.11706) is a baseline that adds random noise to x_t:
 
-    x_t = α_t x_0 + σ_t (ε + γξ),   ξ ~ N(0, I),   with ε as it was in the target.
+    x_t = α_t x_0 + σ_t (ε + γξ),   ξ ~ N(0, I),   with the noise ε in the target.
 
-It is the one perturbation that the target does not absorb: the network learns to take γξ for signal, where adversarial
-training learns to remove δ. Both together train at x_t + δ with the target's noise ε + δ/σ_t.
+Its target does not include the perturbation: the network learns to treat γξ as signal, whereas adversarial training
+learns to remove δ. With both, the network is trained at x_t + δ with the noise ε + δ/σ_t in the target.
 """
 
 from __future__ import annotations
@@ -55,22 +56,22 @@ VARIANCES: tuple[str, ...] = get_args(Variance)
 
 
 class DenoisingObjective(Objective):
-    """The (hybrid) denoising loss, as a callable.
+    """The denoising loss, with the variational bound if the variance is learned, as a callable.
 
     Arguments:
         process: The forward process.
-        prediction: What the model predicts: "epsilon", "sample" (x_0), "v_prediction" or "flow".
+        prediction: The parameterisation of the model: "epsilon", "sample" (x_0), "v_prediction" or "flow".
         variance: "fixed", or "learned_range" for models with 2C output channels (ADM's hybrid loss).
-        vb_scale: The factor of the variational bound in the loss, with a learned variance; 1 by default, T/1000 for
-            guided-diffusion's ``rescale_learned_sigmas``.
-        timesteps: How times are drawn; uniformly by default.
-        input_perturbation: γ ≥ 0 of input perturbation; 0.1, and 0.15 on CIFAR-10, in Ning et al. (2023).
-        through_target: Whether the gradient with respect to δ goes through the target of mse as well. No loss changes,
-            nor any gradient of the parameters.
+        vb_scale: The factor of the variational bound in the loss, for a learned variance only. Default: 1; guided-
+            diffusion's ``rescale_learned_sigmas`` corresponds to T/1000.
+        timesteps: The distribution of the times. Default: uniform.
+        input_perturbation: The strength γ ≥ 0 of input perturbation; 0.1, and 0.15 on CIFAR-10, in Ning et al. (2023).
+        through_target: If True, the gradient with respect to δ includes the target of mse. The losses and the gradients
+            of the parameters are unaffected.
 
     Raises:
-        ValueError: If a name is unknown, γ < 0, or a learned variance is asked of a process that does not preserve
-            variance.
+        ValueError: If a name is unknown, γ < 0, a learned variance is combined with a process that does not preserve
+            variance, or ``vb_scale`` is given for a fixed variance.
     """
 
     def __init__(
@@ -111,16 +112,16 @@ class DenoisingObjective(Objective):
         input_noise: Tensor | None = None,
         **condition: Any,
     ) -> Draw:
-        """Fix t, ε and, with input perturbation, ξ for a batch.
+        """Draw t, ε and, for input perturbation, ξ for a batch.
 
         Arguments:
             x0: Clean samples in [−1, 1], with shape (B, *).
-            t: Time indices, or times, with shape (B,); from ``timesteps`` by default, and their weights with them.
-            noise: The noise ε, with shape (B, *); standard normal by default.
-            generator: Where what is not given comes from.
-            weight: The weights of given times, with shape (B,); none is 1.
-            input_noise: The ξ of input perturbation, with shape (B, *); standard normal by default.
-            condition: What else the model is called with, such as ``class_labels``.
+            t: Time indices, or times, with shape (B,). Default: drawn from ``timesteps``, with their weights.
+            noise: The noise ε, with shape (B, *). Default: standard normal.
+            generator: The source of randomness for arguments that are not given. Default: PyTorch's global generator.
+            weight: The weights of the losses at given ``t``, with shape (B,); None for weights of 1.
+            input_noise: The noise ξ of input perturbation, with shape (B, *). Default: standard normal.
+            condition: Further keyword arguments of the model, such as ``class_labels``.
         """
 
         if t is None:
@@ -133,13 +134,13 @@ class DenoisingObjective(Objective):
         return Draw(x0, t, noise, self.process.diffuse(x0, t, at), weight, condition)
 
     def more_noise(self, shape: tuple[int, ...], generator: torch.Generator) -> dict[str, Tensor]:
-        """Draw the ξ of input perturbation, if there is any."""
+        """Draw ``input_noise`` for :meth:`draw`, if there is input perturbation."""
         if not self.input_perturbation:
             return {}
         return {"input_noise": torch.randn(shape, generator=generator, device=generator.device)}
 
     def state(self) -> dict[str, Any]:
-        """Return the losses that the sampler of times remembers."""
+        """Return the losses that the distribution of the times has stored."""
         if not isinstance(self.timesteps, LossSecondMoment):
             return {}
         return {name: value.tolist() for name, value in self.timesteps.state_dict().items()}
@@ -153,29 +154,29 @@ class DenoisingObjective(Objective):
         """Return the losses at x_t + δ.
 
         Arguments:
-            model: Called as diffusers calls it; it is given ``process.times[t]``.
+            model: The model, called as diffusers calls it with the times of the process.
             draw: The batch.
-            delta: The perturbation δ of x_t, with shape (B, *); none is 0.
+            delta: The perturbation δ of x_t, with shape (B, *); None for δ = 0.
 
         Returns:
-            Losses with shape (B,), never below float32: "loss" (weighted), "mse", and "vb" (bits per dimension, before
-            scaling) with a learned variance.
+            Losses with shape (B,), in at least float32: "loss" (weighted), "mse", and for a learned variance "vb" (in
+            bits per dimension, unscaled).
 
         Raises:
-            ValueError: If the model's output does not have the channels that the objective needs.
+            ValueError: If the number of the model's output channels does not match the variance.
         """
         x, noise = draw.x_t, draw.noise
         if delta is not None:
             x, noise = x + delta, self.process.absorb(noise, draw.t, delta)
             if self.through_target:
-                noise = noise + (delta - delta.detach()) / self.process.levels(draw.t, delta)[1]  # + 0, with a gradient
+                noise = noise + (delta - delta.detach()) / self.process.levels(draw.t, delta)[1]  # + 0
         output = predict(model, x, self.process.times_at(draw.t, x), draw.condition)
         channels = draw.x0.shape[1] * (2 if self.variance == "learned_range" else 1)
         if output.shape[1] != channels:
             raise ValueError(
                 f"the model gives {output.shape[1]} channels where variance={self.variance!r} needs {channels}"
             )
-        # Losses of points in half precision are not computed in it.
+        # The losses are computed in float32 if the points are in half precision.
         precision = precise(draw.x0.dtype)
         x0, x, noise, output = (value.to(precision) for value in (draw.x0, x, noise, output))
         prediction, v = output[:, : x0.shape[1]], output[:, x0.shape[1] :]
@@ -183,13 +184,13 @@ class DenoisingObjective(Objective):
         losses = {"mse": (target - prediction).square().flatten(1).mean(1)}
         loss = losses["mse"]
         if self.variance == "learned_range":
-            # As in the target, δ is in the two posteriors only as the point at which we train (x.detach()).
+            # As in the target, δ is a constant in the two posteriors (x.detach()).
             losses["vb"] = self._variational_bound(x0, x.detach(), draw.t, prediction.detach(), v)
             loss = loss + self.vb_scale * losses["vb"]
         return {"loss": loss if draw.weight is None else draw.weight * loss, **losses}
 
     def _variational_bound(self, x0: Tensor, x_t: Tensor, t: Tensor, prediction: Tensor, v: Tensor) -> Tensor:
-        """One term of the variational bound, in bits per dimension, with shape (B,)."""
+        """Return one term of the variational bound, in bits per dimension, with shape (B,)."""
         low, high = self.process.log_variances(t, x_t)
         fraction = (v + 1) / 2
         log_variance = fraction * high + (1 - fraction) * low
@@ -205,10 +206,10 @@ class DenoisingObjective(Objective):
 
 
 def _log_likelihood_of_pixels(x0: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
-    """log P of the 256 grey values in [−1, 1] under a Gaussian, elementwise (Ho et al., 2020, section 3.3).
+    """Return log P of each element among 256 grey values in [−1, 1], under a Gaussian (Ho et al., 2020, section 3.3).
 
-    The bin of a value reaches half a step, 1/255, to each side; the first and last are open. Φ is the tanh
-    approximation that ADM uses, so that bits per dimension can be compared.
+    The bin of a value extends half a step, 1/255, to each side; the first and the last bin are unbounded. The normal
+    distribution function is approximated by tanh as in ADM, so that bits per dimension can be compared.
     """
 
     def cdf(z: Tensor) -> Tensor:
@@ -228,10 +229,10 @@ class DenoisingConfig(ObjectiveConfig):
     name: Literal["denoising"] = "denoising"
     prediction: Prediction = "epsilon"  # type: ignore[misc]
     variance: Variance = "fixed"
-    vb_scale: float | None = Field(None, gt=0, description="factor of the variational bound; learned_range only")
-    timesteps: Literal["uniform", "loss-second-moment"] = Field("uniform", description="how times are drawn")
-    input_perturbation: float = Field(0.0, ge=0, description="γ of input perturbation; 0: none")
-    through_target: bool = Field(False, description="whether the gradient that moves δ goes through the target as well")
+    vb_scale: float | None = Field(None, gt=0, description="the factor of the variational bound; learned_range only")
+    timesteps: Literal["uniform", "loss-second-moment"] = Field("uniform", description="the distribution of times")
+    input_perturbation: float = Field(0.0, ge=0, description="the strength γ of input perturbation; 0: none")
+    through_target: bool = Field(False, description="true: the gradient with respect to δ includes the target")
 
     @property
     def learned_variance(self) -> bool:
@@ -251,7 +252,7 @@ class DenoisingConfig(ObjectiveConfig):
         if (process.name == "flow") != (self.prediction == "flow"):
             raise InputError("process=flow and objective.prediction=flow go together: set both, or neither")
         if process.name == "flow":
-            # A flow's time is continuous: T is how finely it is drawn, and the scheduler has always 1000 t.
+            # A flow's time is continuous: T is the size of the table alone, and the scheduler always has 1000 times.
             return table, FlowMatchEulerDiscreteScheduler(shift=process.shift)
         return table, DDPMScheduler(
             process.T,
@@ -275,5 +276,5 @@ class DenoisingConfig(ObjectiveConfig):
                 input_perturbation=self.input_perturbation,
                 through_target=self.through_target,
             )
-        except ValueError as error:  # a variance that is not learned, or that the process cannot have
+        except ValueError as error:  # vb_scale for a fixed variance, or a variance that the process cannot have
             raise InputError(f"objective: {error}") from None

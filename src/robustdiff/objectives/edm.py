@@ -2,17 +2,17 @@ r"""The denoising loss of Karras et al. (2022, arXiv 2206.00364, equations 2 and
 
     L(δ) = λ(σ) · mean over elements of ( D(x_0 + σ ε + δ, σ) − x_0 )²,     λ(σ) = (σ² + σ_d²)/(σ σ_d)²,
 
-with ln σ ~ N(P_mean, P_std²). D is a network in their preconditioning (:mod:`robustdiff.objectives.preconditioning`),
-and λ makes the loss that of the network itself: mean (F − target)² with a target of unit variance. δ changes the noise,
-σ ε' = σ ε + δ, and so not the target x_0 (Wang et al., 2025, equation 16, with α = 1).
+with ln σ ~ N(P_mean, P_std²). D is a network F in their preconditioning (:mod:`robustdiff.objectives.preconditioning`).
+With the weight λ the loss is mean (F − target)², with a target of unit variance. δ changes the noise,
+σ ε' = σ ε + δ, but not the target x_0 (Wang et al., 2025, equation 16, with α = 1).
 
-With a teacher D̂, a diffusion model whose denoiser is to be had in this preconditioning, the target at levels below a
-bound is D̂(x_0 + σ ε, σ) ≈ E[x_0 | x_0 + σ ε] in the place of x_0: at δ = 0 the same minimiser, without the variance of
-x_0 given x_t in the gradient. (With an adversary the two may differ, for its δ depends on the target.) Above the bound
-it is x_0, since a network that predicts ε has its error times σ in D̂.
+With a teacher, a pretrained diffusion model with denoiser D̂, the target at levels below a bound is
+D̂(x_0 + σ ε, σ) ≈ E[x_0 | x_0 + σ ε] instead of x_0. At δ = 0 the minimiser is the same, and the gradient is free of
+the variance of x_0 given x_t. (With an adversary the minimisers may differ, since δ depends on the target.) Above the
+bound the target is x_0, since the error of a teacher that predicts ε is multiplied by σ in D̂.
 
-σ is any level, drawn from the log-normal distribution itself, as Karras et al. draw it: it is not truncated to
-[σ_min, σ_max], the levels of sampling, outside of which the default distribution has a share of 2·10⁻⁵.
+As in Karras et al., σ is drawn from the continuous log-normal distribution. It is not truncated to [σ_min, σ_max], the
+levels of sampling, outside of which the default distribution has a probability of 2·10⁻⁵.
 """
 
 from __future__ import annotations
@@ -37,22 +37,25 @@ __all__ = ["EDMObjective", "EdmConfig"]
 
 
 class EDMObjective(DenoisingObjective):
-    """Karras et al.'s loss, as a callable. The model is F: called with (c_in x, 250 ln σ), as diffusers calls it.
+    """The denoising loss of Karras et al. (2022), as a callable.
+
+    The model is the network F, called with (c_in x, 250 ln σ) as diffusers calls it.
 
     Arguments:
-        levels: T, the number of levels in the table of the process; training does not depend on it.
-        sigma_min: The smallest level.
-        sigma_max: The largest level.
-        rho: ρ of the levels.
-        sigma_data: σ_d > 0, the standard deviation of the data.
-        mean: P_mean.
-        std: P_std > 0.
-        teacher: D̂, such as a ``DiffusionDenoiser``; none is training on the data alone.
-        teacher_below: The bound of the levels at which the teacher gives the target.
+        levels: The number T of levels in the table of the process. Training does not depend on it, since σ is drawn
+            continuously.
+        sigma_min: The smallest level of the table, σ_min > 0.
+        sigma_max: The largest level of the table, σ_max > σ_min.
+        rho: The exponent ρ of the levels, which are uniform in σ^{1/ρ}.
+        sigma_data: The standard deviation σ_d > 0 of the data.
+        mean: The mean P_mean of ln σ.
+        std: The standard deviation P_std > 0 of ln σ.
+        teacher: The denoiser D̂, such as a ``DiffusionDenoiser``; None for training on the data alone.
+        teacher_below: The bound below which the teacher supplies the target.
 
     Raises:
-        ValueError: If the levels are not ascending and positive, or the distribution reaches levels without a finite
-            loss.
+        ValueError: If the levels are not ascending and positive.
+        InputError: If the distribution reaches levels without a finite loss.
     """
 
     def __init__(
@@ -84,7 +87,10 @@ class EDMObjective(DenoisingObjective):
         input_noise: Tensor | None = None,
         **condition: Any,
     ) -> Draw:
-        """Fix t and ε for a batch, as in :class:`DenoisingObjective`. The teacher is called here, and only here."""
+        """Draw t and ε for a batch as :meth:`DenoisingObjective.draw` does, and evaluate the teacher.
+
+        The teacher is not evaluated again in the passes over the batch.
+        """
         draw = super().draw(x0, t, noise, generator, weight, input_noise, **condition)
         if self.teacher is None:
             return draw
@@ -94,7 +100,7 @@ class EDMObjective(DenoisingObjective):
         return replace(draw, x0=torch.where(below, taught, draw.x0))
 
     def __call__(self, model: Callable[..., Any], draw: Draw, delta: Tensor | None = None) -> dict[str, Tensor]:
-        """Return the losses at x_t + δ: "loss" is λ(σ) · "mse", each with shape (B,)."""
+        """Return the losses at x_t + δ, each with shape (B,): "mse", and "loss" = λ(σ) · "mse" times given weights."""
         losses = super().__call__(Preconditioned(model, self.sigma_data), draw, delta)
         sigma = self.process.sigmas_at(draw.t, losses["loss"])
         weight = (sigma**2 + self.sigma_data**2) / (sigma * self.sigma_data) ** 2
@@ -103,15 +109,23 @@ class EDMObjective(DenoisingObjective):
 
 @OBJECTIVES.register("edm")
 class EdmConfig(LevelsConfig):
-    """The denoising loss of Karras et al."""
+    """The denoising loss of Karras et al. (2022)."""
 
     scheduler: ClassVar[str] = "EDMEulerScheduler"
 
     name: Literal["edm"] = "edm"
-    levels: int = Field(1000, ge=2, le=100_000, description="the number of levels")
-    mean: float = Field(-1.2, description="P_mean of ln σ")
-    std: float = Field(1.2, gt=0, description="P_std of ln σ")
-    teacher_below: float = Field(5.0, gt=0, description="the levels that the teacher gives; above, from the data")
+    levels: int = Field(
+        1000,
+        ge=2,
+        le=100_000,
+        description="the number of levels in the table of the saved scheduler, which probes use; training draws σ "
+        "continuously",
+    )
+    mean: float = Field(-1.2, description="the mean P_mean of ln σ")
+    std: float = Field(1.2, gt=0, description="the standard deviation P_std of ln σ")
+    teacher_below: float = Field(
+        5.0, gt=0, description="the level σ below which the teacher supplies the target; above it the data do"
+    )
 
     @model_validator(mode="after")
     def _taught(self) -> EdmConfig:

@@ -1,4 +1,4 @@
-"""The part that sections of objectives over noise levels σ have in common."""
+"""The base class of recipe sections for objectives over noise levels σ."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ __all__ = ["LevelsConfig"]
 
 
 class LevelsConfig(ObjectiveConfig):
-    """A loss over noise levels σ; its network predicts x_0 by way of its preconditioning.
+    """The section of a loss over noise levels σ, whose preconditioned network predicts x_0.
 
     Attributes:
-        scheduler: The name of the diffusers scheduler that describes such a network.
+        scheduler: The class name of the diffusers scheduler that describes such a network.
     """
 
     over_levels: ClassVar[bool] = True
@@ -29,10 +29,11 @@ class LevelsConfig(ObjectiveConfig):
 
     sigma_min: float = Field(0.002, gt=0, description="the smallest level")
     sigma_max: float = Field(80.0, gt=0, description="the largest level")
-    rho: float = Field(7.0, gt=0, description="the levels are uniform in σ^{1/ρ}")
+    rho: float = Field(7.0, gt=0, description="the exponent ρ: the levels are uniform in σ^{1/ρ}")
     sigma_data: float = Field(0.5, gt=0, description="the standard deviation of the data")
     teacher: Text | None = Field(
-        None, description="a run, a pipeline folder, or a shipped model, of diffusion or edm; none: the data alone"
+        None,
+        description="the teacher (diffusion or edm): a run, a pipeline folder or a shipped model; none: data alone",
     )
 
     @model_validator(mode="after")
@@ -55,11 +56,11 @@ class LevelsConfig(ObjectiveConfig):
 
     @abstractmethod
     def last_levels(self, steps: int) -> int:
-        """Return the number of levels after so many optimiser updates."""
+        """Return the number of levels after the given number of optimiser updates."""
 
     @property
     def arguments(self) -> dict[str, float]:
-        """The arguments that all objectives over levels take."""
+        """The arguments that all objectives over noise levels have in common."""
         return self.model_dump(include={"sigma_min", "sigma_max", "rho", "sigma_data"})
 
     def new_process(self, process: ProcessConfig | None, steps: int) -> tuple[DiffusionProcess, Any]:

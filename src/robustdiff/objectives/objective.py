@@ -1,5 +1,7 @@
-"""The base class of objectives, losses that are drawn once for a batch and evaluated in every pass over it, and of
-their sections in a recipe."""
+"""The base classes of objectives and of their recipe sections.
+
+An objective draws times and noise once for a batch, and evaluates the loss in every pass over it.
+"""
 
 from __future__ import annotations
 
@@ -22,15 +24,15 @@ __all__ = ["OBJECTIVES", "Draw", "Objective", "ObjectiveConfig", "follow", "gaus
 
 @dataclass
 class Draw:
-    """A batch to train on, the same in all its passes.
+    """A training batch with its times and noise, which are the same in all passes over it.
 
     Attributes:
         x0: Clean samples, with shape (B, *).
-        t: Time indices, or where time is continuous times, with shape (B,).
+        t: Time indices, or times if time is continuous, with shape (B,).
         noise: The noise ε, with shape (B, *).
-        x_t: The noisy points that δ moves, with shape (B, *).
-        weight: What multiplies the loss of each sample, with shape (B,); none is 1.
-        condition: What else the model is called with, such as ``class_labels``.
+        x_t: The noisy points to which δ is added, with shape (B, *).
+        weight: The weight of each sample's loss, with shape (B,); None for weights of 1.
+        condition: Further keyword arguments of the model, such as ``class_labels``.
     """
 
     x0: Tensor
@@ -42,7 +44,7 @@ class Draw:
 
 
 def gaussian(like: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Return standard normal noise like a tensor, drawn where the generator is, or else where the tensor is."""
+    """Return standard normal noise like a tensor, drawn on the device of the generator if there is one."""
     device = generator.device if generator is not None else like.device
     return torch.randn(like.shape, generator=generator, device=device, dtype=like.dtype).to(like.device)
 
@@ -54,38 +56,38 @@ def predict(model: Callable[..., Any], x: Tensor, t: Tensor, condition: dict[str
 
 
 def precise(dtype: torch.dtype) -> torch.dtype:
-    """Return the precision of levels, times and weights beside points of some precision: never below float32.
+    """Return the precision of levels, times and weights for points of a given precision: at least float32.
 
-    250 ln σ would be rounded to steps of 8 in bfloat16, and neighbouring levels to the same number.
+    In bfloat16, 250 ln σ would be rounded to steps of up to 8, so that neighbouring levels would coincide.
     """
     return torch.promote_types(dtype, torch.float32)
 
 
 @torch.no_grad()
 def follow(average: list[Tensor], values: list[Tensor], weight: float, stepped: Tensor | None = None) -> None:
-    """Move an average towards its parameters in place, a ← (1 − w) a + w θ.
+    """Update a moving average of parameters in place, a ← (1 − w) a + w θ.
 
     Arguments:
-        average: a.
-        values: θ, of the same shapes.
-        weight: w in [0, 1]; with 1, a becomes θ exactly.
-        stepped: Whether θ has changed, a boolean scalar on its device; where it is false a stays. None: it has.
+        average: The averages a.
+        values: The parameters θ, with the shapes of ``average``.
+        weight: The weight w in [0, 1]; w = 1 copies θ exactly.
+        stepped: A boolean scalar on the device of θ: if False, the averages stay as they are. Default: True.
     """
     if stepped is None or weight == 1:
         torch._foreach_lerp_(average, values, weight)
         return
-    # The flag is not read: on a GPU that would wait for everything before it.
+    # The flag is not read on the host, which would make it wait for the GPU.
     gaps = torch._foreach_sub(values, average)
     torch._foreach_mul_(gaps, weight * stepped)
     torch._foreach_add_(average, gaps)
 
 
 class Objective(ABC):
-    """A training loss.
+    """The base class of training losses.
 
     Attributes:
-        process: The process whose times ``Draw.t`` are.
-        timesteps: How they are drawn.
+        process: The noising process, to which the times ``Draw.t`` refer.
+        timesteps: The distribution of the times.
     """
 
     process: DiffusionProcess
@@ -93,41 +95,41 @@ class Objective(ABC):
 
     @abstractmethod
     def draw(self, x0: Tensor, t: Tensor | None = None, noise: Tensor | None = None, **more: Any) -> Draw:
-        """Fix everything about a batch x_0 (B, *) that depends neither on δ nor on the parameters."""
+        """Draw everything for a batch x_0 (B, *) that depends neither on δ nor on the parameters."""
 
     @abstractmethod
     def __call__(self, model: Callable[..., Any], draw: Draw, delta: Tensor | None = None) -> dict[str, Tensor]:
-        """Return the losses (B,) at x_t + δ by name, "loss" among them."""
+        """Return the losses at x_t + δ by name, each with shape (B,). The key "loss" holds the one to minimise."""
 
     def more_noise(self, shape: tuple[int, ...], generator: torch.Generator) -> dict[str, Tensor]:
-        """Draw what is random about a batch beside t and ε: arguments of :meth:`draw`, with a row for each sample."""
+        """Draw further random arguments of :meth:`draw` besides t and ε, with a row for each sample."""
         return {}
 
     def after_update(  # noqa: B027  (most objectives have nothing to do)
         self, model: torch.nn.Module, stepped: Tensor | None = None
     ) -> None:
-        """Follow an optimiser update. Called with the model after each.
+        """Update the objective's own state. The training loop calls it after each optimiser update.
 
         Arguments:
             model: The model.
-            stepped: Whether the update changed the model, a boolean scalar on its device; None: it did.
+            stepped: A boolean scalar on the model's device: False if the optimiser skipped the update. Default: True.
         """
 
     def state(self) -> dict[str, Any]:
-        """Return what a resumed run has to know, as JSON."""
+        """Return the state that a resumed run needs, as JSON-serialisable values."""
         return {}
 
     def load_state(self, state: dict[str, Any]) -> None:  # noqa: B027
-        """Take what :meth:`state` gave."""
+        """Restore the state that :meth:`state` returned."""
 
 
 class ObjectiveConfig(Named):
-    """The section ``objective`` of a recipe. Every kind has a ``name``, and says what its network predicts.
+    """The section ``objective`` of a recipe. Each kind has a ``name``.
 
     Attributes:
-        over_levels: Whether the objective has noise levels σ of its own. Otherwise it is over the process of the
-            recipe, or of the checkpoint.
-        needs_target: Whether it needs a target network, a copy of the student.
+        over_levels: True if the objective has noise levels σ of its own. Otherwise it uses the process of the recipe or
+            of the checkpoint.
+        needs_target: True if the objective needs a target network, which is a copy of the student.
         prediction: The parameterisation of the network.
     """
 
@@ -138,34 +140,38 @@ class ObjectiveConfig(Named):
 
     @property
     def learned_variance(self) -> bool:
-        """True if the network has 2C output channels, the second half a variance."""
+        """True if the network has 2C output channels, of which the second half is the variance."""
         return False
 
     @property
     def fixed_levels(self) -> bool:
-        """True if the times or noise levels are the same throughout a training."""
+        """True if the times or noise levels stay the same throughout training."""
         return True
 
     @property
     def teacher_path(self) -> str | None:
-        """The model to learn from: a run, a pipeline folder, or a shipped model."""
+        """The path or name of the teacher (a run, a pipeline folder, or a shipped model), if there is one."""
         return None
 
     @property
     def teacher_sigma_max(self) -> float:
-        """The highest noise level at which the teacher is asked."""
+        """The highest noise level at which the teacher is evaluated."""
         return 0.0
 
     def adopt(self, own: ObjectiveConfig) -> ObjectiveConfig:
-        """Return this section with what it does not say taken from the objective that a checkpoint was trained by."""
+        """Return this section, with fields of the network that it leaves unset taken from a checkpoint's objective.
+
+        Arguments:
+            own: The objective that the checkpoint was trained with.
+        """
         return self
 
     def new_process(self, process: ProcessConfig | None, steps: int) -> tuple[DiffusionProcess, Any]:
-        """Return the process of a new network when training ends, and the diffusers scheduler that describes it.
+        """Return the process of a new network at the end of training, and the diffusers scheduler that describes it.
 
         Arguments:
             process: The section ``process`` of the recipe.
-            steps: The optimiser updates of the training.
+            steps: The number of optimiser updates of the training.
 
         Raises:
             InputError: If the section does not suit the objective.
@@ -179,13 +185,13 @@ class ObjectiveConfig(Named):
         target: Module | None = None,
         teacher: Callable[..., Tensor] | None = None,
     ) -> Objective:
-        """Make the objective.
+        """Return the objective.
 
         Arguments:
             process: The network's process.
-            steps: The optimiser updates of the training.
-            target: The target network, where one is needed.
-            teacher: The denoiser D(x, σ) to learn from, where there is one.
+            steps: The number of optimiser updates of the training.
+            target: The target network, if the objective needs one.
+            teacher: The teacher as a denoiser D(x, σ), if there is one.
 
         Raises:
             InputError: If the settings do not suit the process or one another.
@@ -194,4 +200,4 @@ class ObjectiveConfig(Named):
 
 
 OBJECTIVES: Registry[type[ObjectiveConfig]] = Registry("objective", "objectives")
-"""The sections by the names of the objectives."""
+"""The recipe sections of objectives, by name."""

@@ -1,20 +1,20 @@
-r"""Networks over noise levels σ, and the ways between them and networks over discrete times.
+r"""Networks over noise levels σ, and conversions between them and networks over discrete times.
 
 The process of Karras et al. (2022, arXiv 2206.00364) has α = 1, x = x_0 + σ ε, at levels σ_min … σ_max that are
-uniform in σ^{1/ρ} (their equation 5). A network F becomes a denoiser D, or a consistency function f, by
+uniform in σ^{1/ρ} (their equation 5). A network F defines a denoiser D, or a consistency function f, by
 
     f(x, σ) = c_skip(σ) x + c_out(σ) F(c_in(σ) x, k ln σ),
 
     c_skip = σ_d²/((σ − σ_0)² + σ_d²),   c_out = (σ − σ_0) σ_d/√(σ² + σ_d²),   c_in = 1/√(σ² + σ_d²),
 
-with σ_0 = 0 for D (their table 1), and σ_0 = σ_min for f, which is then the identity at σ_min, the boundary condition
-of a consistency model (Song et al., 2023, arXiv 2303.01469, appendix C). k = 250, a thousand times Karras et al.'s 1/4,
-is what the networks of Song et al. are given, and diffusers' ``CMStochasticIterativeScheduler`` gives.
+with σ_0 = 0 for D (their table 1), and σ_0 = σ_min for f. f is then the identity at σ_min, which is the boundary
+condition of a consistency model (Song et al., 2023, arXiv 2303.01469, appendix C). k = 250 as in Song et al. and
+diffusers' ``CMStochasticIterativeScheduler``, a thousand times the 1/4 of Karras et al.
 
-A denoiser D(x, σ) ↦ x̂_0 is the common language. Dividing x by √(1 + σ²) makes the process variance-preserving, with
-α = 1/√(1 + σ²) and the same signal-to-noise ratio. So a network over discrete times is a denoiser
-(:class:`DiffusionDenoiser`), and a denoiser is a network over the times σ of such a process (:class:`OverTimes`), to
-which the samplers of diffusion models apply.
+Division of x by √(1 + σ²) makes the process variance-preserving, with α = 1/√(1 + σ²) and the same signal-to-noise
+ratio. A network over discrete times can therefore be used as a denoiser D(x, σ) ↦ x̂_0 (:class:`DiffusionDenoiser`),
+and a denoiser as a network over the times σ of such a process (:class:`OverTimes`), to which the samplers of diffusion
+models apply.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ from robustdiff.process import DiffusionProcess, Prediction, Table, broadcast
 __all__ = ["Denoise", "DiffusionDenoiser", "OverTimes", "Preconditioned", "karras_process", "karras_sigmas"]
 
 Denoise = Callable[..., Tensor]
-"""(x (B, *), σ (B,), **condition) ↦ x̂_0 (B, *)."""
+"""A denoiser: a function that maps (x (B, *), σ (B,), **condition) to x̂_0 (B, *)."""
 
 
 def karras_sigmas(N: int, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0) -> Tensor:
-    """Return N levels from σ_min up to σ_max, uniform in σ^{1/ρ}, with shape (N,), float64.
+    """Return N levels ascending from σ_min to σ_max, uniform in σ^{1/ρ}, with shape (N,), float64.
 
     Raises:
-        ValueError: If not N ≥ 2, 0 < σ_min < σ_max and ρ > 0.
+        ValueError: Unless N ≥ 2, 0 < σ_min < σ_max and ρ > 0.
     """
     if not (N >= 2 and 0 < sigma_min < sigma_max and rho > 0):
         raise ValueError(
@@ -49,23 +49,23 @@ def karras_sigmas(N: int, sigma_min: float = 0.002, sigma_max: float = 80.0, rho
     ends = torch.tensor([sigma_min, sigma_max], dtype=torch.float64)
     low, high = ends ** (1 / rho)
     sigmas = (low + torch.linspace(0, 1, N, dtype=torch.float64) * (high - low)) ** rho
-    sigmas[0], sigmas[-1] = ends  # exactly: the boundary condition is at σ_min
+    sigmas[0], sigmas[-1] = ends  # exact, since the boundary condition is at σ_min
     return sigmas
 
 
 def karras_process(sigmas: Tensor) -> DiffusionProcess:
-    """Return the process x = x_0 + σ ε at any σ > 0, whose network is given σ itself, with a table of levels (T,)."""
+    """Return the process x = x_0 + σ ε at any σ > 0, with σ as its time and a table of the given levels (T,)."""
     return DiffusionProcess(torch.ones_like(sigmas), sigmas, sigmas, levels_at=lambda s: (torch.ones_like(s), s))
 
 
 class Preconditioned:
-    """A network F as a denoiser or, with σ_min, as a consistency function.
+    """A denoiser D or, with ``sigma_min`` > 0, a consistency function f, made of a network F.
 
     Arguments:
-        network: F, called as diffusers calls it.
-        sigma_data: σ_d > 0, the standard deviation of the data.
-        sigma_min: σ_0 ≥ 0, the level at which the result is x itself.
-        time_scale: k.
+        network: The network F, called as diffusers calls it.
+        sigma_data: The standard deviation σ_d > 0 of the data.
+        sigma_min: The level σ_0 ≥ 0 at which the result is x itself.
+        time_scale: The factor k of the network's time k ln σ.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class Preconditioned:
         Arguments:
             x: Noisy points, with shape (B, *).
             sigma: Their levels, with shape (B,).
-            condition: What else the network is called with.
+            condition: Further keyword arguments of the network.
         """
         sigma = sigma.to(precise(sigma.dtype))
         time = (self.time_scale * sigma.log()).to(precise(x.dtype))
@@ -91,22 +91,22 @@ class Preconditioned:
         c_skip = self.sigma_data**2 / ((s - self.sigma_min) ** 2 + self.sigma_data**2)
         c_out = (s - self.sigma_min) * self.sigma_data / size
         output = predict(self.network, (1 / size).to(x.dtype) * x, time, condition)
-        # A network that also has a variance says it in further channels.
+        # A learned variance is in further channels.
         output = output[:, : x.shape[1]].to(x.dtype)
         return c_skip.to(x.dtype) * x + c_out.to(x.dtype) * output
 
 
 class DiffusionDenoiser:
-    """A network over the discrete times of a variance-preserving process as a denoiser.
+    """A denoiser D made of a network over the discrete times of a variance-preserving process.
 
-    The time of a level σ is where the table's σ_t/α_t equals it, between two times by interpolation in ln(σ_t/α_t); the
-    network is called there. Levels outside the table are those of its ends: there D(x, σ) is asked at the end's time,
-    of the point x/√(1 + σ²), whose signal is weaker (σ larger) or stronger than the network was trained for.
+    D(x, σ) calls the network with x/√(1 + σ²) at the time t with σ_t/α_t = σ, found by linear interpolation of
+    ln(σ_t/α_t) between the times of the table. For σ outside the table, t is the first or last time, at which the
+    network was trained for points with less (small σ) or more (large σ) signal.
 
     Arguments:
         network: The network, called as diffusers calls it.
-        process: Its process.
-        prediction: What it predicts; "epsilon", "sample" or "v_prediction".
+        process: The process that the network was trained on, which must preserve variance.
+        prediction: The parameterisation of the network: "epsilon", "sample" or "v_prediction".
 
     Raises:
         ValueError: If the process does not preserve variance, or the network predicts flow.
@@ -128,11 +128,11 @@ class DiffusionDenoiser:
 
     @property
     def sigma_max(self) -> float:
-        """Return the largest level of the table."""
+        """The largest level of the table."""
         return math.exp(self._log_range[1])
 
     def times(self, sigma: Tensor) -> Tensor:
-        """Return the (fractional) times of levels (B,), with shape (B,), float64."""
+        """Return the (fractional) times of levels (B,), with shape (B,), float64 (float32 on MPS)."""
         precision = double(sigma.device)
         log_sigmas = self._log_sigmas.on(sigma.device, precision)
         times = self._times.on(sigma.device, precision)
@@ -146,7 +146,7 @@ class DiffusionDenoiser:
         sigma = sigma.to(x.device)
         time = self.times(sigma).to(precise(x.dtype))
         exact = sigma.to(double(x.device))
-        # The levels of σ itself, not of the table, so that x̂_0 is what ε̂ leaves of x as it is.
+        # The levels of σ itself, not of the table, so that x = x̂_0 + σ ε̂ holds exactly.
         scale = (1 + exact**2) ** -0.5
         alpha, sigma = (broadcast(level.to(x.dtype), x) for level in (scale, exact * scale))
         x_t = alpha * x
@@ -160,12 +160,12 @@ class DiffusionDenoiser:
 
 
 class OverTimes:
-    """A denoiser as a network that predicts x_0 over the times of :meth:`process`, which preserves variance.
+    """A network that predicts x_0 over the variance-preserving process of :meth:`process`, made of a denoiser D.
 
-    Its time is σ, any positive number.
+    Its time is the level σ, any positive number.
 
     Arguments:
-        denoise: D.
+        denoise: The denoiser D.
     """
 
     def __init__(self, denoise: Denoise) -> None:
@@ -173,7 +173,7 @@ class OverTimes:
 
     @staticmethod
     def process(sigmas: Tensor) -> DiffusionProcess:
-        """Return the process of α = 1/√(1 + σ²) and σα at any σ > 0, with a table of levels (T,)."""
+        """Return the process with levels 1/√(1 + σ²) and σ/√(1 + σ²) at any time σ > 0, with a table of times (T,)."""
 
         def levels(sigmas: Tensor) -> tuple[Tensor, Tensor]:
             scale = (1 + sigmas**2).sqrt()
@@ -183,7 +183,7 @@ class OverTimes:
         return DiffusionProcess(*levels(sigmas), sigmas, levels_at=levels)
 
     def __call__(self, x_t: Tensor, sigma: Tensor, **condition: Any) -> Tensor:
-        """Return x̂_0 at x_t = x/√(1 + σ²), with shape (B, *), for levels σ (B,)."""
+        """Return x̂_0 for x_t = x/√(1 + σ²), with shape (B, *), and times σ, with shape (B,)."""
         sigma = sigma.to(x_t.device, precise(x_t.dtype)).expand(len(x_t))
         scale = broadcast((1 + sigma**2).sqrt().to(x_t.dtype), x_t)
         return self.denoise(scale * x_t, sigma, **condition)

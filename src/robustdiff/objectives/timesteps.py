@@ -1,21 +1,21 @@
 r"""Distributions of the times of a batch, and the weights that make the loss unbiased where they are not uniform.
 
-The loss is a mean over t = 0 … T − 1. Drawn with probabilities p_t, each sample is weighted by 1/(p_t T):
+The loss is a mean over t = 0 … T − 1. If t is drawn with probabilities p_t, weights of 1/(p_t T) make it unbiased:
 
-    E_{t∼p} [ L_t / (p_t T) ] = Σ_t p_t L_t / (p_t T) = (1/T) Σ_t L_t,
+    E_{t∼p} [ L_t / (p_t T) ] = Σ_t p_t L_t / (p_t T) = (1/T) Σ_t L_t.
 
-whatever p is. The variance is least at p_t ∝ √E[L_t²] (Nichol & Dhariwal, 2021, section 3.3), which is estimated from
-the last ten losses at every t, and mixed with a little of the uniform distribution so that no t is forgotten:
+The variance is least at p_t ∝ √E[L_t²] (Nichol & Dhariwal, 2021, section 3.3), which is estimated from the last ten
+losses at every t and mixed with the uniform distribution, so that every t is drawn at times:
 
-    p_t = (1 − u) · √(mean of the last 10 L_t²) / Σ_s(same) + u/T,        u = 0.001,
+    p_t = (1 − u) · √(mean of the last 10 L_t²) / Σ_s(same) + u/T,        u = 0.001.
 
-from when every t has its ten losses; until then p is uniform. ADM's networks were trained so.
+p is uniform until every t has ten losses. ADM's networks were trained with this distribution.
 
-Models over noise levels σ (Karras et al., 2022; consistency models) have instead a distribution of their own, which is
-a part of the loss and not weighted away: ln σ ~ N(P_mean, P_std²). Where time is continuous (flow matching, EDM) times
-are floating-point numbers; elsewhere they are indices.
+For models over noise levels σ (Karras et al., 2022; consistency models) the distribution ln σ ~ N(P_mean, P_std²) is a
+part of the loss, and has no such weights. If time is continuous (flow matching, EDM), times are floating-point numbers;
+otherwise they are indices.
 
-Probabilities and losses are kept in float64 where times are drawn. On a GPU nothing here is read back.
+Probabilities and losses are float64, on the device where times are drawn. Nothing is read back from a GPU.
 """
 
 from __future__ import annotations
@@ -44,28 +44,32 @@ __all__ = [
 
 
 def double(device: torch.device) -> torch.dtype:
-    """Return float64, or float32 on the devices that have nothing wider."""
+    """Return float64, or float32 on a device without float64."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 
 class TimestepSampler(ABC):
-    """A distribution over times."""
+    """The base class of distributions over times."""
 
     @abstractmethod
     def draw(
         self, n: int, generator: torch.Generator | None = None, device: torch.device | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """Draw times (indices, or floating-point) and the weights of their losses, each (n,). No weights: all are 1.
+        """Draw times, and return them with the weights of their losses.
 
         Arguments:
-            n: How many.
-            generator: Where they come from, on its device; torch's global generator by default.
-            device: Where to draw without a generator; the CPU by default.
+            n: The number of times.
+            generator: The source of randomness; times are drawn on its device. Default: PyTorch's global generator.
+            device: The device on which times are drawn without a generator. Default: the CPU.
+
+        Returns:
+            The times, indices or floating-point, with shape (n,), and the weights, with shape (n,), or None for
+            weights of 1.
         """
 
 
 class Uniform(TimestepSampler):
-    """Every index is as likely as any other.
+    """The uniform distribution over the indices 0 … T − 1.
 
     Arguments:
         T: The number of times.
@@ -82,7 +86,7 @@ class Uniform(TimestepSampler):
 
 
 class Continuous(TimestepSampler):
-    """Every fraction u in (0, 1] of a process is as likely as any other.
+    """The uniform distribution over the fractions u in (0, 1] of a process.
 
     Arguments:
         process: A process whose time is continuous.
@@ -99,14 +103,15 @@ class Continuous(TimestepSampler):
 
 
 class LogNormalLevels(TimestepSampler):
-    """Levels σ of ln σ ~ N(P_mean, P_std²), not truncated, as Karras et al. (2022) draw them.
+    """The log-normal distribution of levels σ, ln σ ~ N(P_mean, P_std²), not truncated (Karras et al., 2022).
 
     Arguments:
-        mean: P_mean.
-        std: P_std > 0.
+        mean: The mean P_mean of ln σ.
+        std: The standard deviation P_std > 0 of ln σ.
 
     Raises:
-        InputError: If six standard deviations reach levels below 10⁻¹² or above 10¹², which have no finite loss.
+        InputError: If P_std is not positive, or six standard deviations reach levels below 10⁻¹² or above 10¹², at
+            which the loss is not finite.
     """
 
     def __init__(self, mean: float, std: float) -> None:
@@ -125,17 +130,19 @@ class LogNormalLevels(TimestepSampler):
 
 
 class LogNormal(TimestepSampler):
-    r"""Bins between noise levels, by their share of a log-normal distribution (Song & Dhariwal, 2024, section 3.5):
+    r"""A distribution over T intervals of noise levels (Song & Dhariwal, 2024, section 3.5).
+
+    The probability of an interval is its share of a log-normal distribution:
 
         p_n ∝ Φ((ln σ_{n+1} − P_mean)/P_std) − Φ((ln σ_n − P_mean)/P_std).
 
     Arguments:
-        edges: σ_0 < … < σ_T, with shape (T + 1,); the first may be 0 and the last infinite.
-        mean: P_mean.
-        std: P_std > 0.
+        edges: The levels σ_0 < … < σ_T, with shape (T + 1,); the first may be 0 and the last infinite.
+        mean: The mean P_mean of ln σ.
+        std: The standard deviation P_std > 0 of ln σ.
 
     Raises:
-        ValueError: If P_std is not positive, or no bin has a share.
+        ValueError: If P_std is not positive, or all probabilities are 0.
     """
 
     def __init__(self, edges: Tensor, mean: float, std: float) -> None:
@@ -143,7 +150,7 @@ class LogNormal(TimestepSampler):
             raise ValueError(f"std must be positive; got {std}")
         self.T = len(edges) - 1
         z = (edges.to("cpu", torch.float64).log() - mean) / std
-        # Differences of the upper tail where it is the smaller one, for the precision of both tails.
+        # Above the mean, differences of the upper tail are taken, for precision in both tails.
         shares = torch.where(
             z[:-1] > 0,
             torch.special.ndtr(-z[:-1]) - torch.special.ndtr(-z[1:]),
@@ -155,7 +162,7 @@ class LogNormal(TimestepSampler):
                 "mean, or a larger std"
             )
         self.probabilities = shares / shares.sum()
-        """p, with shape (T,), float64."""
+        """The probabilities p, with shape (T,), float64."""
         self._cumulative = Table(self.probabilities.cumsum(0))
 
     def draw(
@@ -168,14 +175,14 @@ class LogNormal(TimestepSampler):
 
 
 class LossSecondMoment(TimestepSampler):
-    """Times in proportion to the root of the second moment of their losses (Nichol & Dhariwal, 2021, section 3.3).
+    """Importance sampling by the root of the second moment of the losses (Nichol & Dhariwal, 2021, section 3.3).
 
-    While the history fills, the times are those of :class:`Uniform`.
+    Until every time has ``history`` losses, the distribution is :class:`Uniform`.
 
     Arguments:
         T: The number of times.
-        history: The losses that are remembered for each time.
-        uniform_prob: The share u of the uniform distribution.
+        history: The number of losses that are stored for each time.
+        uniform_prob: The share u of the uniform distribution, in [0, 1].
     """
 
     def __init__(self, T: int, history: int = 10, uniform_prob: float = 0.001) -> None:
@@ -189,12 +196,12 @@ class LossSecondMoment(TimestepSampler):
 
     @property
     def _full(self) -> Tensor:
-        """Return whether every time has its losses, a boolean scalar."""
+        """A boolean scalar tensor: True if every time has ``history`` losses."""
         return (self._counts >= self._losses.shape[1]).all()
 
     @property
     def probabilities(self) -> Tensor:
-        """Return p, with shape (T,), float64."""
+        """The probabilities p, with shape (T,), float64 (float32 on MPS)."""
         moments = self._losses.square().mean(1).sqrt()
         p = (1 - self.uniform_prob) * moments / moments.sum() + self.uniform_prob / self.T
         return torch.where(self._full, p, 1 / self.T)
@@ -207,7 +214,7 @@ class LossSecondMoment(TimestepSampler):
         readable = device.type == "cpu"
         if readable and not self._full:
             return Uniform(self.T).draw(n, generator)
-        # In fixed point, since sums of integers do not depend on their order, which on a GPU is not always the same.
+        # In fixed point: sums of integers do not depend on their order, which can vary on a GPU.
         scale = 2.0**53
         p = self.probabilities
         cumulative = (p * scale).round().long().cumsum(0)
@@ -216,26 +223,27 @@ class LossSecondMoment(TimestepSampler):
         weight = (1 / (p[t] * self.T)).to(torch.float32)
         if readable:
             return t, weight
-        # A GPU is not asked whether the history is full: both are drawn, and the device chooses.
+        # On a GPU the flag is not read back: both are drawn, and the device selects one.
         uniform, _ = Uniform(self.T).draw(n, generator, device)
         return torch.where(self._full, t, uniform), torch.where(self._full, weight, 1.0)
 
     def update(self, t: Tensor, losses: Tensor) -> None:
-        """Remember the losses of a batch, in its order. A loss that is not finite, as when fp16 overflows, is left out.
+        """Store the losses of a batch. Losses that are not finite, as when fp16 overflows, are skipped.
 
         Arguments:
-            t: Their times, with shape (B,).
-            losses: The losses, not weighted, with shape (B,).
+            t: The indices of the times, with shape (B,).
+            losses: The unweighted losses, with shape (B,), in the order in which they are stored.
         """
         T, history = self._losses.shape
         t, losses = t.to(self._counts), losses.detach().to(self._losses)
         order = t.argsort(stable=True)
         t, losses = t[order], losses[order]
         kept = losses.isfinite()
-        before = torch.cat([kept.new_zeros(1, dtype=torch.int64), kept.cumsum(0)])  # how many are kept before each
+        before = torch.cat([kept.new_zeros(1, dtype=torch.int64), kept.cumsum(0)])  # the number kept before each
         first, end = torch.searchsorted(t, t), torch.searchsorted(t, t, right=True)
         rank = before[:-1] - before[first]  # among those of the same time
-        # The place of the oldest; of more than the history holds, the last. What has none goes behind the end.
+        # Each loss replaces the oldest of its time; of more losses than the history holds, the last are stored. The
+        # others are written to an extra entry at the end, which is dropped.
         last = kept & (before[end] - before[first] - rank <= history)
         place = torch.where(last, t * history + (self._counts[t] + rank) % history, T * history)
         flat = torch.cat([self._losses.flatten(), self._losses.new_zeros(1)])
@@ -244,16 +252,16 @@ class LossSecondMoment(TimestepSampler):
         self._counts.index_add_(0, t, kept.long())
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return the history, on the CPU."""
+        """Return a copy of the history, on the CPU."""
         return {"losses": self._losses.to("cpu", torch.float64, copy=True), "counts": self._counts.to("cpu", copy=True)}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Take a history from :meth:`state_dict`."""
+        """Restore a history that :meth:`state_dict` returned."""
         self._losses, self._counts = state["losses"].clone(), state["counts"].clone()
 
 
 def uniform(process: DiffusionProcess) -> TimestepSampler:
-    """Return the uniform distribution over the times of a process."""
+    """Return the uniform distribution over the times of a process, continuous if the process's time is."""
     return Uniform(len(process)) if process.time_at is None else Continuous(process)
 
 

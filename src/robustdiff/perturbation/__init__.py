@@ -1,12 +1,12 @@
-r"""Perturbations of noisy points: norms, radii, and the adversaries that move δ.
+r"""Perturbations δ of noisy points: norms, radii, and adversaries.
 
 Training on the worst point of a ball around each x_t is distributionally robust optimisation over the points
 that a sampler may produce (Wang et al., 2025, arXiv 2502.17099, Theorem 1). The inner maximisation is projected
-steepest ascent, per sample, from δ⁰ = 0:
+steepest ascent, for each sample, from δ⁰ = 0:
 
     δ ← Π_r( δ + α · d ),        d = argmax_{‖d‖ ≤ 1} ⟨∇_δ L, d⟩,        Π_r(z) = argmin_{‖δ‖ ≤ r} ‖δ − z‖₂.
 
-An adversary is called on a batch of noisy points and yields perturbations; the caller trains on each::
+An adversary is called with a batch of noisy points and yields perturbations; the caller trains on each::
 
     for delta in adversary(x_t):
         loss = ...                      # of the model at x_t + delta
@@ -14,8 +14,7 @@ An adversary is called on a batch of noisy points and yields perturbations; the 
         optimizer.step()
         optimizer.zero_grad()
 
-When the body is left, the adversary reads ``delta.grad`` and ascends. :class:`FreeAdversary` thus needs no
-backward pass of its own.
+After each iteration, :class:`FreeAdversary` reads ``delta.grad`` and ascends, and so needs no backward pass of its own.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The base class of adversaries, and of their sections in a recipe."""
+"""The base classes of adversaries and of their recipe sections."""
 
 from __future__ import annotations
 
@@ -23,19 +23,20 @@ LossOfDelta = Callable[[Tensor], Tensor]
 
 
 class Adversary(ABC):
-    """A way of moving δ.
+    """The base class of adversaries, which yield perturbations δ of noisy points.
+
+    A sample whose gradient is zero or not finite (as when fp16 overflows) keeps its δ, and is counted in ``skipped``.
 
     Arguments:
         steps: The number K of steps, ≥ 1.
         step_size: The length α > 0 of one step, in units of the norm.
-        radius: None for no projection, a number in units of the norm, or a :class:`RadiusSchedule`.
-        norm: The norm, by name: "l2", "linf" or "l1".
-        grad_floor: A gradient whose ℓ2 norm is below it makes a step that is shorter in proportion, α·‖∇‖₂/grad_floor.
-            0 for full steps always. (The authors' code in float32 has 2²⁰·10⁻⁸ for the gradient of the mean loss: it
-            undoes a loss scale that was not applied before it bounds the norm below by 10⁻⁸. In fp16 it has none to
-            speak of.)
-
-    A sample whose gradient is zero or not finite (as when fp16 overflows) keeps its δ, and is counted in ``skipped``.
+        radius: The radius of the ball, as a number in units of the norm or a :class:`RadiusSchedule`; None for no
+            projection.
+        norm: The name of the norm: "l2", "linf" or "l1".
+        grad_floor: The ℓ2 norm of the gradient below which a step is shortened in proportion, to α·‖∇‖₂/grad_floor; 0
+            for full steps always. (The authors' float32 code behaves as with 2²⁰·10⁻⁸ for the gradient of the mean
+            loss, since it divides by a loss scale that was not applied before it bounds the norm below by 10⁻⁸. Its
+            fp16 code behaves nearly as with 0.)
 
     Raises:
         ValueError: If an argument is out of its range or the norm is unknown.
@@ -68,7 +69,7 @@ class Adversary(ABC):
 
     @property
     def skipped(self) -> int:
-        """The number of single ascents left out so far: the gradient of that sample was zero or not finite."""
+        """The number of ascent steps of single samples skipped so far because the gradient was zero or not finite."""
         return int(self._skipped)
 
     @skipped.setter
@@ -77,7 +78,7 @@ class Adversary(ABC):
 
     @property
     def passes(self) -> int:
-        """The number of perturbations yielded for one batch: the optimiser updates that it is trained on."""
+        """The number of perturbations yielded for one batch, which is the number of optimiser updates made on it."""
         return self.steps
 
     @abstractmethod
@@ -88,9 +89,10 @@ class Adversary(ABC):
 
         Arguments:
             x_t: The noisy points, with shape (B, *).
-            t: Their time indices, with shape (B,); for a radius by timestep.
-            loss: δ ↦ the losses (B,), or their sum or mean, at x_t + δ; for adversaries that ascend on their own.
-            training_step: The optimiser updates made so far; for a ramped radius.
+            t: Their time indices, with shape (B,). Required by radii that depend on the timestep.
+            loss: A function that maps δ to the losses (B,) at x_t + δ, or to their sum or mean. Required by adversaries
+                that call backward themselves.
+            training_step: The number of optimiser updates made so far. Required by ramped radii.
         """
 
     def _project(self, delta: Tensor, x_t: Tensor, t: Tensor | None, training_step: int | None) -> Tensor:
@@ -100,27 +102,27 @@ class Adversary(ABC):
 
     @torch.no_grad()
     def _ascend(self, delta: Tensor, grad: Tensor, x_t: Tensor, t: Tensor | None, training_step: int | None) -> Tensor:
-        """Return Π_r(δ + α d); a sample whose gradient is zero or not finite keeps its δ and is counted."""
+        """Return Π_r(δ + α d), except for samples whose gradient is zero or not finite: they keep δ and are counted."""
         flat = grad.flatten(1)
         usable = flat.isfinite().all(1) & (flat != 0).any(1)
-        # A harmless stand-in where the gradient is unusable: the result there is thrown away.
+        # Ones replace an unusable gradient; the result there is discarded.
         safe = torch.where(broadcast(usable, grad), grad, torch.ones_like(grad))
         step = self.step_size * self.norm.ascent(safe)
         if self.grad_floor > 0:
             step = step * broadcast((safe.flatten(1).norm(dim=1) / self.grad_floor).clamp_max(1), step)
         moved = self._project(delta + step, x_t, t, training_step)
-        self._skipped = self._skipped + (~usable).sum()  # stays on the device: reading it here would stall a GPU
+        self._skipped = self._skipped + (~usable).sum()  # kept on the device: reading it here would stall a GPU
         return torch.where(broadcast(usable, delta), moved, delta)
 
 
 class AdversaryConfig(Named):
-    """The section ``adversary`` of a recipe. Every kind has a ``name``."""
+    """The section ``adversary`` of a recipe. Each kind has a ``name``."""
 
     name: Any
 
     @property
     def backward_passes(self) -> int:
-        """The number of backward passes for one optimiser update, those included that only move δ."""
+        """The number of backward passes for each optimiser update, including those that only move δ."""
         return 1
 
     @property
@@ -129,34 +131,34 @@ class AdversaryConfig(Named):
         return False
 
     def build(self, process: DiffusionProcess) -> Adversary:
-        """Make the adversary.
+        """Return the adversary.
 
         Arguments:
             process: The process of the noisy points.
 
         Raises:
-            InputError: If it does not suit the process.
+            InputError: If the adversary does not suit the process.
         """
         raise NotImplementedError
 
 
 ADVERSARIES: Registry[type[AdversaryConfig]] = Registry("adversary", "adversaries", folder="perturbation")
-"""The sections by the names of the adversaries."""
+"""The recipe sections of adversaries, by name."""
 
 
 class AscentConfig(AdversaryConfig):
-    """The section of an adversary that makes K steps of a length within a ball.
+    """The section of an adversary that takes K steps of length α within a ball.
 
     Attributes:
-        adversary: The class of the adversary, which takes K, α, the radius and the norm.
+        adversary: The class of the adversary, constructed with K, α, the radius and the norm.
     """
 
     adversary: ClassVar[type[Adversary]]
-    steps: int = Field(3, ge=1, le=1000, description="K")
-    step_size: float = Field(0.1, gt=0, description="α, in units of the norm")
+    steps: int = Field(3, ge=1, le=1000, description="the number K of steps")
+    step_size: float = Field(0.1, gt=0, description="the length α of a step, in units of the norm")
     norm: Literal["l2", "linf", "l1"] = "l2"
-    radius: RadiusConfig | None = Field(None, description="none: no projection")
-    ramp: int = Field(0, ge=0, le=MOST_UPDATES, description="updates over which the radius grows from 0")
+    radius: RadiusConfig | None = Field(None, description="the radius of the ball; none: no projection")
+    ramp: int = Field(0, ge=0, le=MOST_UPDATES, description="the number of updates over which the radius grows from 0")
 
     @model_validator(mode="after")
     def _consistent(self) -> AscentConfig:

@@ -14,14 +14,14 @@ __all__ = ["FreeAdversary", "FreeConfig"]
 
 
 class FreeAdversary(Adversary):
-    """Free adversarial training: K passes over one batch, each of which trains and ascends with one backward.
+    """Free adversarial training: K passes over one batch, with one backward pass each for the parameters and for δ.
 
-    Yields δ⁰ = 0, δ¹, …, δ^{K−1}. The caller calls backward and steps the optimiser in every pass; the gradient
-    that the same backward left in ``delta.grad`` moves δ for the next one (Wang et al., 2025, Algorithm 1).
+    The adversary yields δ⁰ = 0, δ¹, …, δ^{K−1}. In every pass, the caller calls backward and steps the optimiser; the
+    gradient in ``delta.grad`` then moves δ for the next pass (Wang et al., 2025, Algorithm 1).
 
     Raises:
-        RuntimeError: If ``delta.grad`` is missing when the body is left and another pass follows: the loss was not
-            computed at x_t + delta, or backward was not called.
+        RuntimeError: If ``delta.grad`` is None after a pass that another one follows: the loss was not computed at
+            x_t + delta, or backward was not called.
     """
 
     def __call__(
@@ -41,7 +41,7 @@ class FreeAdversary(Adversary):
 
 @ADVERSARIES.register("free")
 class FreeConfig(AscentConfig):
-    """Free adversarial training: one backward pass trains and moves δ."""
+    """Free adversarial training: the same backward pass updates the parameters and moves δ."""
 
     adversary: ClassVar[type[Adversary]] = FreeAdversary
     name: Literal["free"] = "free"

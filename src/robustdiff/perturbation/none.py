@@ -1,4 +1,4 @@
-"""Ordinary training."""
+"""Ordinary training, without a perturbation."""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ class NoAdversary(Adversary):
 
 @ADVERSARIES.register("none")
 class NoConfig(AscentConfig):
-    """No perturbation. The settings of another adversary may stay beside the name, which alone switches it off."""
+    """Ordinary training. Settings of other adversaries are accepted without effect, so that a recipe can switch its
+    adversary off by the name alone."""
 
     name: Literal["none"] = "none"
 

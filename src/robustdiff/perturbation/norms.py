@@ -1,4 +1,4 @@
-r"""Norms on samples: the direction of steepest ascent, and the projection on the ball.
+r"""Norms of samples, with the direction of steepest ascent d and the projection Π_r on the ball of radius r:
 
 d = argmax_{‖d‖ ≤ 1} ⟨g, d⟩,        Π_r(z) = argmin_{‖δ‖ ≤ r} ‖δ − z‖₂.
 
@@ -22,42 +22,45 @@ __all__ = ["L1", "L2", "NORMS", "Linf", "Norm"]
 
 
 class Norm(ABC):
-    """A norm on samples: its size, its direction of steepest ascent, and the projection on its ball."""
+    """A norm of samples, with its direction of steepest ascent and the projection on its ball."""
 
     name: str
     order: float
-    """p of ℓp."""
+    """The exponent p of ℓp."""
 
     def __call__(self, delta: Tensor) -> Tensor:
         """Return ‖δ‖ for each sample: (B, *) → (B,)."""
         return torch.linalg.vector_norm(delta.flatten(1), ord=self.order, dim=1)
 
     def of_ones(self, d: int) -> float:
-        """Return ‖(1, …, 1)‖ in d dimensions, d^(1/p): a radius η per dimension is η·‖(1, …, 1)‖ in every norm."""
+        """Return ‖(1, …, 1)‖ = d^(1/p) in d dimensions: the radius η per dimension is η·‖(1, …, 1)‖ in every norm."""
         return d ** (1 / self.order)
 
     @abstractmethod
     def ascent(self, grad: Tensor) -> Tensor:
-        """Return the d of norm 1 that maximises ⟨grad, d⟩ for each sample, (B, *); each gradient must be nonzero."""
+        """Return the direction d of norm 1 that maximises ⟨grad, d⟩, for each sample: (B, *) → (B, *).
+
+        The gradient of every sample must be nonzero.
+        """
 
     @abstractmethod
     def project(self, delta: Tensor, radius: Tensor) -> Tensor:
-        """Return the nearest point (in ℓ2) of the ball of the radius (B,) for each sample: (B, *) → (B, *)."""
+        """Return the nearest point (in ℓ2) in the ball of each sample's radius (B,): (B, *) → (B, *)."""
 
 
 class L2(Norm):
-    """The Euclidean norm; the paper's choice."""
+    """The Euclidean norm, which Wang et al. (2025) use."""
 
     name, order = "l2", 2.0
 
     def ascent(self, grad: Tensor) -> Tensor:
-        # Scaled to a largest entry of 1 first: the squares of a tiny gradient would underflow.
+        # The largest entry is scaled to 1 first, since the squares of a tiny gradient would underflow.
         grad = grad / broadcast(grad.flatten(1).abs().amax(1), grad)
         return grad / broadcast(self(grad), grad)
 
     def project(self, delta: Tensor, radius: Tensor) -> Tensor:
         size = self(delta)
-        # Inside the ball the factor is exactly 1, so that δ keeps its bits.
+        # Inside the ball the factor is exactly 1, so that δ is unchanged bit for bit.
         factor = torch.where(size > radius, radius / size.clamp_min(torch.finfo(size.dtype).tiny), 1.0)
         return delta * broadcast(factor, delta)
 
@@ -76,7 +79,7 @@ class Linf(Norm):
 
 
 class L1(Norm):
-    """The sum of absolute values: its steepest ascent moves one coordinate."""
+    """The sum of absolute values. The direction of steepest ascent is a single coordinate."""
 
     name, order = "l1", 1.0
 
@@ -88,8 +91,8 @@ class L1(Norm):
     def project(self, delta: Tensor, radius: Tensor) -> Tensor:
         flat = delta.flatten(1)
         size = flat.abs()
-        # Duchi et al. (2008), figure 1: with u sorted downwards, the threshold is (Σ_{j ≤ k} u_j − r)/k for the
-        # largest k at which it is still below u_k.
+        # Duchi et al. (2008), figure 1: with u in descending order, the threshold is (Σ_{j ≤ k} u_j − r)/k for the
+        # largest k for which it is below u_k.
         ordered = size.sort(dim=1, descending=True).values
         k = torch.arange(1, flat.shape[1] + 1, device=flat.device, dtype=flat.dtype)
         thresholds = (ordered.cumsum(1) - radius[:, None]) / k

@@ -14,9 +14,9 @@ __all__ = ["PGDAdversary", "PGDConfig"]
 
 
 class PGDAdversary(Adversary):
-    """Projected gradient ascent, then one update: K forwards and backwards that compute no parameter gradients.
+    """Projected gradient ascent: K forward and backward passes that compute no parameter gradients, then one update.
 
-    Yields δ^K once. It ascends on its own, so it must be given ``loss``.
+    The adversary yields δ^K alone. It calls backward itself, so ``loss`` is required.
 
     Raises:
         ValueError: If ``loss`` is not given.
@@ -42,7 +42,7 @@ class PGDAdversary(Adversary):
 
 @ADVERSARIES.register("pgd")
 class PGDConfig(AscentConfig):
-    """K ascents, then one update."""
+    """Projected gradient ascent: K steps of δ, then one optimiser update."""
 
     adversary: ClassVar[type[Adversary]] = PGDAdversary
     name: Literal["pgd"] = "pgd"

@@ -1,4 +1,4 @@
-"""Radii of the ball in which δ stays, and the section ``adversary.radius`` of a recipe."""
+"""Radii of the ball to which δ is projected, and the section ``adversary.radius`` of a recipe."""
 
 from __future__ import annotations
 
@@ -29,23 +29,23 @@ __all__ = [
 
 
 class RadiusSchedule(ABC):
-    """A radius r of the ball for each sample, which may depend on the timestep and on the updates made."""
+    """The radius r of the ball for each sample, which may depend on the timestep and on the number of updates made."""
 
     @abstractmethod
     def __call__(self, x_t: Tensor, t: Tensor | None, training_step: int | None, norm: Norm) -> Tensor:
-        """Return the radius for each of the noisy points (B, *), with shape (B,).
+        """Return the radius for each of the noisy points ``x_t`` (B, *), with shape (B,).
 
         Raises:
-            ValueError: If the schedule needs ``t`` or ``training_step`` and it is not given.
+            ValueError: If the schedule depends on ``t`` or ``training_step`` and that argument is None.
         """
 
 
 @dataclass(frozen=True)
 class Constant(RadiusSchedule):
-    """The same radius everywhere.
+    """A constant radius.
 
     Arguments:
-        radius: ≥ 0, in units of the norm.
+        radius: The radius, ≥ 0, in units of the norm.
     """
 
     radius: float
@@ -60,7 +60,7 @@ class Constant(RadiusSchedule):
 
 @dataclass(frozen=True)
 class PerDimension(RadiusSchedule):
-    """η·‖(1, …, 1)‖: in ℓ2 the paper's η√d, in ℓ∞ η, in ℓ1 ηd, with d the elements of one sample.
+    """The radius η·‖(1, …, 1)‖: η√d in ℓ2 (Wang et al., 2025), η in ℓ∞, ηd in ℓ1, for samples of d elements.
 
     Arguments:
         eta: η ≥ 0, in units of x_t (0.1 in the reference implementation).
@@ -78,14 +78,14 @@ class PerDimension(RadiusSchedule):
 
 @dataclass(frozen=True)
 class NoiseLevel(RadiusSchedule):
-    """η·σ_t·‖(1, …, 1)‖: the noise ε + δ/σ_t moves by at most η‖(1, …, 1)‖, at every timestep alike.
+    """The radius η·σ_t·‖(1, …, 1)‖, in proportion to the noise level.
 
-    In ℓ2 that is η per dimension in root mean square, in ℓ∞ the most that any moves.
-
-    Where the radius does not shrink with σ_t, the least noisy points are moved by many times their noise.
+    The noise ε + δ/σ_t then changes by at most η‖(1, …, 1)‖ at every timestep: in ℓ2 by a root mean square of η over
+    the dimensions, in ℓ∞ by η in each dimension. With a radius that does not shrink with σ_t, the perturbation of the
+    least noisy points is many times their noise.
 
     Arguments:
-        process: The process.
+        process: The noising process.
         eta: η ≥ 0, in units of the noise.
     """
 
@@ -105,17 +105,17 @@ class NoiseLevel(RadiusSchedule):
 
 @dataclass(frozen=True)
 class SamplerDistance(RadiusSchedule):
-    r"""The distance that a sampler covers in one step at t, at most η, per dimension:
+    r"""The distance that a sampler covers in one step at t, limited to η per dimension:
 
         r_t = min( √(2 − 2√(ᾱ_t/ᾱ_s)), η ) · ‖(1, …, 1)‖,
 
-    with s the time one step before t in a schedule of ``steps`` steps (ᾱ_s = 1 past the end). For data of unit
-    variance E‖x_t − x_s‖² = (2 − 2√(ᾱ_t/ᾱ_s))·d.
+    where s is the less noisy time to which a sampler of ``steps`` steps goes from t (ᾱ_s = 1 after its last step). For
+    data of unit variance E‖x_t − x_s‖² = (2 − 2√(ᾱ_t/ᾱ_s))·d.
 
     Arguments:
-        process: The (variance-preserving) process.
-        eta: The largest radius per dimension.
-        steps: The number of steps of the schedule.
+        process: The noising process, which must preserve variance.
+        eta: The largest radius per dimension, η ≥ 0.
+        steps: The number of sampling steps, in [1, T].
     """
 
     process: DiffusionProcess
@@ -123,7 +123,7 @@ class SamplerDistance(RadiusSchedule):
     steps: int = 50
 
     def distances(self) -> Tensor:
-        """Return √(2 − 2√(ᾱ_t/ᾱ_s)) for every t, with shape (T,), float64, before the cap."""
+        """Return √(2 − 2√(ᾱ_t/ᾱ_s)) for every t, without the limit η, with shape (T,), float64."""
         a = self.process.alphas_cumprod
         stride = len(a) // self.steps
         before = torch.cat([a.new_ones(stride), a[: len(a) - stride]])
@@ -147,15 +147,15 @@ class SamplerDistance(RadiusSchedule):
 
 @dataclass(frozen=True)
 class Within(RadiusSchedule):
-    """Another radius at the times whose noise σ_t is between two levels, and 0 at all others.
+    """A given radius at times with σ_t in [low, high], and 0 at all others.
 
-    Where the radius is 0 all K passes train at the noisy point itself.
+    At a radius of 0, all K passes train at the unperturbed point.
 
     Arguments:
-        radius: The radius between the levels.
-        process: The process.
+        radius: The radius between the two levels.
+        process: The noising process.
         low: The lowest σ_t that is perturbed, ≥ 0.
-        high: The highest, ≥ low.
+        high: The highest σ_t that is perturbed, ≥ low.
     """
 
     radius: RadiusSchedule
@@ -176,11 +176,11 @@ class Within(RadiusSchedule):
 
 @dataclass(frozen=True)
 class Ramp(RadiusSchedule):
-    """Another radius, times min(1, (training_step + 1)/steps): a warm-up from almost nothing.
+    """A given radius times min(1, (training_step + 1)/steps): a linear warm-up.
 
     Arguments:
-        radius: The radius at the end.
-        steps: The optimiser updates that the warm-up takes, ≥ 1.
+        radius: The radius after the warm-up.
+        steps: The number of optimiser updates of the warm-up, ≥ 1.
     """
 
     radius: RadiusSchedule
@@ -197,16 +197,16 @@ class Ramp(RadiusSchedule):
 
 
 class RadiusConfig(Section):
-    """The radius of the ball: exactly one way of giving it."""
+    """The radius of the ball, given by exactly one of ``value`` and ``eta``."""
 
-    value: float | None = Field(None, ge=0, description="a number, in units of the norm")
-    eta: float | None = Field(None, ge=0, description="η·‖(1, …, 1)‖; in ℓ2 η√d")
+    value: float | None = Field(None, ge=0, description="the radius, in units of the norm")
+    eta: float | None = Field(None, ge=0, description="the radius per dimension, η·‖(1, …, 1)‖; in ℓ2 η√d")
     sampler_steps: Times | None = Field(
-        None, description="with eta: no more than a sampler of so many steps covers in one"
+        None, description="with eta: at most the distance that a sampler with this number of steps covers in one"
     )
-    by_noise: bool = Field(False, description="with eta: η·σ_t·‖(1, …, 1)‖, in proportion to the noise")
+    by_noise: bool = Field(False, description="with eta: a radius in proportion to the noise, η·σ_t·‖(1, …, 1)‖")
     within: tuple[float, float] | None = Field(
-        None, description="the lowest and the highest σ_t that are perturbed; none: all"
+        None, description="the lowest and the highest σ_t that are perturbed; none: every σ_t"
     )
 
     @model_validator(mode="before")
@@ -232,10 +232,10 @@ class RadiusConfig(Section):
         return self.by_noise or self.within is not None
 
     def build(self, process: DiffusionProcess) -> RadiusSchedule:
-        """Make the radius.
+        """Return the radius as a schedule.
 
         Raises:
-            InputError: If it is a sampler's distance, and the process does not preserve variance or has fewer times.
+            InputError: If ``sampler_steps`` is given, and the process does not preserve variance or has fewer times.
         """
         radius: RadiusSchedule
         if self.eta is None:

@@ -1,4 +1,4 @@
-"""Random directions of δ: the control of an adversary."""
+"""Perturbations in random directions, a control for adversarial training."""
 
 from __future__ import annotations
 
@@ -15,14 +15,19 @@ __all__ = ["RandomAdversary", "RandomConfig"]
 
 
 class RandomAdversary(Adversary):
-    """The control: δ of free AT's size in a direction that knows nothing of the loss.
+    """A control for adversarial training: δ has the size of free adversarial training and a random direction.
 
-    One direction u per sample is drawn uniformly from the unit sphere of the norm (for ℓ2; for ℓ∞ a random sign
-    vector, for ℓ1 a random signed coordinate: what steepest ascent on a random gradient gives), and the K passes
-    yield Π_r(k·α·u), k = 0 … K−1: the sizes of :class:`FreeAdversary` when its gradient does not turn.
+    For each sample a direction u is drawn: the direction of steepest ascent for a Gaussian gradient. It is uniform on
+    the unit sphere for ℓ2, a random sign vector for ℓ∞, and a random signed coordinate for ℓ1. The K passes yield
+    Π_r(k·α·u), k = 0 … K−1, which have the sizes of :class:`FreeAdversary` for a gradient of constant direction.
 
     Arguments:
-        generator: Where the directions come from, on the device of x_t; torch's global generator by default.
+        steps: The number K of steps, ≥ 1.
+        step_size: The length α > 0 of one step, in units of the norm.
+        radius: The radius of the ball, as a number in units of the norm or a :class:`RadiusSchedule`; None for no
+            projection.
+        norm: The name of the norm: "l2", "linf" or "l1".
+        generator: The source of randomness, on the device of x_t. Default: PyTorch's global generator.
     """
 
     def __init__(
@@ -47,7 +52,7 @@ class RandomAdversary(Adversary):
 
 @ADVERSARIES.register("random")
 class RandomConfig(AscentConfig):
-    """Steps of the same length in a random direction."""
+    """Steps of length α in a random direction, as a control."""
 
     adversary: ClassVar[type[Adversary]] = RandomAdversary
     name: Literal["random"] = "random"

@@ -1,4 +1,4 @@
-"""Samplers by name, one step rule in each file, with all of their randomness from outside if wanted."""
+"""Samplers by name, each with its step rule in one file; their random numbers may be given as arguments."""
 
 from __future__ import annotations
 

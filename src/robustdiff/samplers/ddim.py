@@ -1,6 +1,6 @@
-r"""DDIM (Song et al., ICLR 2021), x_s = α_s x̂_0 + σ_s ε̂, over guided-diffusion's "ddimS" times unless told otherwise.
+r"""DDIM (Song et al., ICLR 2021), x_s = α_s x̂_0 + σ_s ε̂, by default at the "ddimS" times of guided-diffusion.
 
-No term divides by α, so a schedule that ends without any signal (zero terminal SNR) needs no special case.
+No term is divided by α, so a schedule with zero terminal SNR (α_T = 0) needs no special case.
 """
 
 from __future__ import annotations
@@ -18,11 +18,13 @@ __all__ = ["DDIM"]
 
 @SAMPLERS.register("ddim")
 class DDIM(Sampler):
-    """DDIM."""
+    """The DDIM sampler."""
 
     default: ClassVar[bool] = True
 
-    set_alpha_to_one: bool = Field(True, description="whether the last step ends at x̂_0, or at the noise of index 0")
+    set_alpha_to_one: bool = Field(
+        True, description="true: the last step ends at x̂_0; false: at the noise level of index 0"
+    )
 
     def along(self, times: Tensor, process: DiffusionProcess) -> Path:
         end = (1.0, 0.0) if self.set_alpha_to_one else (float(process.alphas[0]), float(process.sigmas[0]))

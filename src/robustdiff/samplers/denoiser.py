@@ -1,15 +1,16 @@
-r"""A network as a sampler sees it: x_t and a time in, (x̂_0, ε̂) out.
+r"""The evaluation of a network by a sampler: (x_t, t) ↦ (x̂_0, ε̂).
 
-Whatever the network predicts is turned into ε̂, divided by the epsilon scale λ, and x̂_0 follows from
-x_t = α_t x̂_0 + σ_t ε̂. Clipping holds x̂_0 in [−c, c], or by dynamic thresholding (Saharia et al., "Photorealistic
-Text-to-Image Diffusion Models with Deep Language Understanding", 2022, section 2.3) in [−s, s]/s with s a quantile of
-|x̂_0|; ε̂ is then what x_t and the clipped x̂_0 imply.
+The network's output is converted to ε̂, which is divided by the epsilon scale λ, and x̂_0 follows from
+x_t = α_t x̂_0 + σ_t ε̂. Clipping limits x̂_0 to [−c, c]. Dynamic thresholding (Saharia et al., "Photorealistic
+Text-to-Image Diffusion Models with Deep Language Understanding", 2022, section 2.3) clips x̂_0 to [−s, s] and divides
+it by s, a quantile of |x̂_0|. ε̂ is then recomputed from x_t and the clipped x̂_0.
 
-Where there is no signal, α_t = 0, x̂_0 is what a network that predicts v or x_0 says, and a scaled ε̂ leaves it as it is.
+At α_t = 0 (no signal), x̂_0 comes from the output of a network that predicts v or x_0, and λ does not change it.
 
-Epsilon scaling (Ning et al., "Elucidating the Exposure Bias in Diffusion Models", ICLR 2024, arXiv 2308.15321): at
-inference ε̂ is longer than it was in training, and dividing it by λ > 1 brings x_t back to where it was trained.
-λ is constant, or λ(i) = k·i + b at the i-th of the sampler's times, counted from the least noisy, 0, as in their code.
+Epsilon scaling (Ning et al., "Elucidating the Exposure Bias in Diffusion Models", ICLR 2024, arXiv 2308.15321)
+corrects a norm of ε̂ that is larger in sampling than in training: dividing ε̂ by λ > 1 brings x_t closer to the points
+of training. λ is constant, or λ(i) = k·i + b at the i-th of the sampler's times, counted from 0, the least noisy, as
+in their code.
 """
 
 from __future__ import annotations
@@ -29,11 +30,13 @@ __all__ = ["Denoised", "Denoiser", "DynamicThreshold", "Evaluation"]
 
 @dataclass(frozen=True)
 class DynamicThreshold:
-    """Clip each x̂_0 to its own quantile of |x̂_0|, and divide by it (diffusers' ``thresholding``).
+    """Dynamic thresholding: each x̂_0 is clipped to its own quantile of |x̂_0| and divided by it.
+
+    It is diffusers' ``thresholding``.
 
     Arguments:
         ratio: The quantile, in (0, 1].
-        maximum: The largest value that is divided by, ≥ 1; the smallest is 1.
+        maximum: The upper limit of the threshold, ≥ 1; its lower limit is 1.
     """
 
     ratio: float = 0.995
@@ -47,12 +50,13 @@ class DynamicThreshold:
 
 @dataclass(frozen=True)
 class Denoised:
-    """A prediction of a network at x_t; each with shape (B, C, H, W).
+    """The prediction of a network at x_t. Each tensor has shape (B, C, H, W).
 
     Attributes:
-        x0: x̂_0.
-        noise: ε̂, consistent with x̂_0.
-        variance: Where in its range the log-variance of p(x_{t−1} | x_t) lies, in [−1, 1], when it is learned.
+        x0: The estimate x̂_0.
+        noise: The estimate ε̂, consistent with x̂_0.
+        variance: The position of the log-variance of p(x_{t−1} | x_t) in its range, from −1, the lower bound, to 1, the
+            upper bound; None if the variance is not learned.
     """
 
     x0: Tensor
@@ -62,15 +66,15 @@ class Denoised:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One call of a network by a sampler, for who looks on.
+    """One evaluation of a network by a sampler, passed to the callback ``on_evaluation``.
 
     Attributes:
-        denoiser: What was called; it may be called again at other points of the same times.
+        denoiser: The denoiser that was called. The callback may call it at other points.
         x_t: The sampler's state, with shape (B, C, H, W).
-        index: The times in the process, with shape (B,).
-        process: The process that α_t, σ_t and the network's times come from.
-        predicted: What the network says, before scaling and clipping.
-        used: What the sampler goes on with.
+        index: The indices of the times in ``process``, with shape (B,).
+        process: The process that gives α_t, σ_t and the times passed to the network.
+        predicted: The network's prediction, before scaling and clipping.
+        used: The prediction after scaling and clipping, which the sampler uses.
     """
 
     denoiser: Denoiser
@@ -83,16 +87,17 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Denoiser:
-    """A network with its process and parameterisation.
+    """A network, called as a sampler needs it.
 
     Arguments:
-        model: Called as diffusers calls it.
-        prediction: What it predicts.
-        eps_scale: λ, or (k, b) for λ(i) = k·i + b.
-        clip: c > 0 for x̂_0 in [−c, c], or a :class:`DynamicThreshold`; none is not clipped.
-        condition: What else the model is called with.
-        on_evaluation: Called after each evaluation.
-        finite: Gets after each evaluation whether all that the network says is finite, as a tensor on its device.
+        model: The network, called as diffusers calls it.
+        prediction: The parameterisation of the network.
+        eps_scale: The epsilon scale λ, or (k, b) for λ(i) = k·i + b.
+        clip: The bound c > 0 that limits x̂_0 to [−c, c], or a :class:`DynamicThreshold`; None for no clipping.
+        condition: Further keyword arguments of the model.
+        on_evaluation: A callback that is called after each evaluation.
+        finite: A list. Each evaluation appends a boolean scalar tensor, on the network's device: True if the whole
+            output is finite.
     """
 
     model: Callable[..., Any]
@@ -104,13 +109,19 @@ class Denoiser:
     finite: list[Tensor] | None = None
 
     def __call__(self, x_t: Tensor, index: int | Tensor, process: DiffusionProcess) -> Denoised:
-        """Evaluate the network at time ``process.times[index]``; indices with shape (B,) are one for each sample."""
+        """Evaluate the network at time ``process.times[index]``.
+
+        Arguments:
+            x_t: The noisy points, with shape (B, C, H, W).
+            index: The index of the time, or one index for each sample, with shape (B,).
+            process: The process that the index refers to.
+        """
         channels = x_t.shape[1]
         t = index if isinstance(index, Tensor) else torch.full((len(x_t),), index, device=x_t.device)
         output = predict(self.model, x_t, process.times_at(t, x_t), self.condition).to(x_t.dtype)
         variance = output[:, channels:] if output.shape[1] == 2 * channels else None
         x0, noise = process.split(self.prediction, x_t, t, output[:, :channels])
-        if self.finite is not None:  # before clipping, which would make numbers of infinities
+        if self.finite is not None:  # before clipping, which would make infinite values finite
             self.finite.append(x0.isfinite().all() & noise.isfinite().all())
         predicted = Denoised(x0, noise, variance)
         k, b = self.eps_scale if isinstance(self.eps_scale, tuple) else (0.0, self.eps_scale)

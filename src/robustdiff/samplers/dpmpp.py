@@ -3,17 +3,18 @@ the network's x̂_0 at point i, a step is
 
     x_i = (σ_i/σ_{i−1}) x_{i−1} + α_i (1 − e^{−h_i}) (D_{i−1} + (h_i/2h_{i−1}) (D_{i−1} − D_{i−2})).
 
-The first step has D_0 in the last bracket, and so has the last one where there are fewer than ten: first order.
+The first step omits the last term, and so does the last of fewer than ten steps: they are of first order.
 
-Points are by default those of its authors on a discrete process. Times with logSNR λ below −5.1 are cut off, which
-leaves N of T. Index i is then t = (i + 1)/N in continuous time, log α is linear between the indices, σ = √(1 − α²). The
-points are uniform in λ between t = 0.992 and t = 1/N, where sampling ends. The network is called at the time
-T·(t − 1/N), which, as in the original, differs from the index N·t − 1 by up to T − N where something was cut off. Where
-time is continuous, the levels are those of that time.
+The default points are those of the authors' code for a discrete process. Times with λ below −5.1 are removed, which
+leaves N of T times. Index i corresponds to t = (i + 1)/N in continuous time, log α is interpolated linearly between
+indices, and σ = √(1 − α²). The points are uniform in λ between t = 0.992 and t = 1/N, where sampling ends. The network
+is called at the time T·(t − 1/N), which, as in the original, differs from the index N·t − 1 by up to T − N if times
+were removed. If the time of the process is continuous, the levels are those of the time at which the network is called.
 
-At given times of the process (as a checkpoint's scheduler may ask for) sampling ends at x̂_0.
+With given times of the process (such as those of a checkpoint's scheduler), sampling ends at x̂_0.
 
-x̂_0 is not clipped to a range, in which the correction of second order would be lost; dynamic thresholding applies.
+x̂_0 is not clipped to a fixed range, since that would undo the second-order correction; dynamic thresholding is
+possible.
 """
 
 from __future__ import annotations
@@ -41,27 +42,27 @@ def _logsnr(log_alpha: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def _h(step: Step) -> float:
-    """Return λ_s − λ_t; from no signal, or to no noise, it is infinite."""
+    """Return λ_s − λ_t, which is infinite for α_t = 0 or σ_s = 0."""
     (alpha_t, sigma_t), (alpha_s, sigma_s) = step.before, step.after
     return math.log(alpha_s * sigma_t / (alpha_t * sigma_s)) if alpha_t * sigma_s > 0 else math.inf
 
 
 @SAMPLERS.register("dpm++")
 class DPMSolver(Sampler):
-    """DPM-Solver++ (2M)."""
+    """The DPM-Solver++ (2M) sampler."""
 
     strings: ClassVar[bool] = False
     clips: ClassVar[bool] = False
 
     def own(self, steps: int, process: DiffusionProcess) -> Path:
-        """Return the path over points that are uniform in logSNR."""
+        """Return the path over points that are uniform in λ = log(α/σ)."""
         check_steps(steps, len(process))
         log_alphas = np.log(process.alphas.clamp_min(1e-12).numpy())
         log_alphas = log_alphas[_logsnr(log_alphas) >= _LEAST_LOGSNR]
         t = np.arange(1, len(log_alphas) + 1) / len(log_alphas)
         first = np.interp(_LAST, t, log_alphas)
         lambdas = np.linspace(_logsnr(first), _logsnr(log_alphas[0]), steps + 1)[::-1]
-        # α from λ = log(α/σ) with α² + σ² = 1; then the t at which the (descending) table has this α.
+        # α from λ = log(α/σ) with α² + σ² = 1; then the t of this α in the (descending) table.
         log_alpha = -0.5 * np.logaddexp(0, -2 * lambdas)
         positions = len(process) * (np.interp(-log_alpha, -log_alphas, t) - t[0])
         times = torch.from_numpy(np.interp(positions, np.arange(len(process)), process.times.numpy()))

@@ -1,7 +1,7 @@
 r"""Epsilon scaling (Ning et al., ICLR 2024, arXiv 2308.15321): ancestral sampling with ε̂ divided by λ > 1.
 
-λ is 1.017 by default, what they take on CIFAR-10 at 100 steps (fewer steps want more), or linear, k·i + b at the i-th
-of the sampler's times, the least noisy being 0 (:mod:`robustdiff.samplers.denoiser`).
+The default λ = 1.017 is theirs for CIFAR-10 at 100 steps; fewer steps need a larger one. λ may also be linear, k·i + b
+at the i-th of the sampler's times, counted from 0, the least noisy (:mod:`robustdiff.samplers.denoiser`).
 """
 
 from __future__ import annotations
@@ -18,8 +18,10 @@ __all__ = ["EpsilonScaling"]
 
 @SAMPLERS.register("es")
 class EpsilonScaling(IDDPM):
-    """Ancestral sampling with a scaled ε̂."""
+    """Ancestral sampling with ε̂ divided by λ."""
 
     linear_scale: ClassVar[bool] = True
 
-    eps_scale: float | tuple[float, float] = Field(1.017, description="a number, or k,b for k·i + b at the i-th time")
+    eps_scale: float | tuple[float, float] = Field(
+        1.017, description="λ: a number, or k,b for k·i + b at the i-th time"
+    )

@@ -16,9 +16,9 @@ __all__ = ["Euler"]
 
 @SAMPLERS.register("euler")
 class Euler(Sampler):
-    """Euler's method at fractions of the process with equal gaps, from the noisiest on, the last a whole gap above 0.
+    """The Euler sampler, in S steps at the fractions 1, (S − 1)/S, …, 1/S of the process.
 
-    Times are continuous where the process's are: any number of steps can be taken.
+    If the time of the process is continuous, any number of steps is possible.
     """
 
     model: ClassVar[str] = "flow-matching model"
@@ -36,7 +36,7 @@ class Euler(Sampler):
         return Path(process.respace(times), process, times)
 
     def along(self, times: Tensor, process: DiffusionProcess) -> Path:
-        """Return the path over ascending indices, or over levels σ in (0, 1], floating-point, descending."""
+        """Return the path over ascending indices (S,), or over descending floating-point levels σ (S,) in (0, 1]."""
         if not times.is_floating_point():
             return super().along(times, process)
         sigmas = times.to("cpu", torch.float64).flip(0)

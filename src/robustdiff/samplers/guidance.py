@@ -1,9 +1,9 @@
-r"""Classifier-free guidance (Ho & Salimans, 2022, arXiv 2207.12598), on what a network predicts:
+r"""Classifier-free guidance (Ho & Salimans, 2022, arXiv 2207.12598) of a network's output F:
 
     F = F(x, t, ∅) + g · (F(x, t, c) − F(x, t, ∅)),
 
-with c the condition and ∅ the empty one. ε, v and x_0 are linear in one another at a given x_t, so it does not matter
-which of them is guided. A learned variance is that of the conditional call.
+with c the condition and ∅ the empty condition. ε, v and x_0 are linear in one another at a given x_t, so that the
+result is the same for each parameterisation. A learned variance is taken from the conditional output.
 """
 
 from __future__ import annotations
@@ -24,16 +24,17 @@ __all__ = ["guided"]
 def guided(
     model: Callable[..., Any], guidance: float, condition: Mapping[str, Any], unconditional: Mapping[str, Any]
 ) -> Callable[..., Tensor]:
-    """Return a model that is called as the given one, and evaluates it with and without the condition in one batch.
+    """Return a guided model, which evaluates the given one with and without the condition in one batch.
 
     Arguments:
-        model: Called as diffusers calls it.
-        guidance: g ≥ 0, finite.
-        condition: The condition that it will be called with.
-        unconditional: ∅, by the same names: tensors with one row, or with one for each sample; or one number for all.
+        model: The model, called as diffusers calls it.
+        guidance: The guidance scale g ≥ 0, finite.
+        condition: The condition that the guided model will be called with.
+        unconditional: The empty condition ∅, under the names of the condition. Each value is a tensor with one row, a
+            tensor with one row for each sample, or a number.
 
     Raises:
-        InputError: If the scale is out of range, or there is no condition, or ∅ lacks a part of it.
+        InputError: If the scale is out of range, the condition is empty, or a name is missing from ``unconditional``.
     """
     if not (guidance >= 0 and math.isfinite(guidance)):
         raise InputError(f"guidance must be at least 0 and finite; got {guidance}")

@@ -2,8 +2,8 @@ r"""Ancestral sampling of DDPM and IDDPM (Ho et al., 2020; Nichol & Dhariwal, 20
 
     x_s = mean of q(x_s | x_t, x̂_0) + √v z,      z ~ N(0, I), and no noise in the last step,
 
-with v = β̃ of the respaced process ("fixed_small") or its β ("fixed_large"), or, where the network has learned it,
-between the two. (diffusers' DDPMScheduler is the same but takes no noise from outside; the tests compare the two.)
+with v = β̃ of the respaced process ("fixed_small"), v = β ("fixed_large"), or a learned v between the two. (diffusers'
+DDPMScheduler computes the same but does not accept given noise; the tests compare the two.)
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ __all__ = ["IDDPM"]
 
 @SAMPLERS.register("iddpm")
 class IDDPM(Sampler):
-    """Ancestral sampling."""
+    """The ancestral sampler of DDPM and IDDPM."""
 
     variance: Literal["fixed_small", "fixed_large"] = Field(
-        "fixed_small", description="the variance where the network has not learned it"
+        "fixed_small", description="the variance of a step, unless it is learned: β̃ (small) or β (large)"
     )
 
     def own(self, steps: int, process: DiffusionProcess) -> Path:

@@ -2,12 +2,13 @@ r"""Multistep consistency sampling (Song et al., 2023, arXiv 2303.01469, algorit
 
     x = σ_{τ_1} z,   x̂ = f(x, σ_{τ_1});    for the other times τ:   x = x̂ + √(σ_τ² − σ_min²) z,   x̂ = f(x, σ_τ).
 
-Times are numbers of the N training scales, counted as in the original from the largest, σ_0 = σ_max, σ_{N−1} = σ_min.
-They are S evenly spaced ones, 0, ⌊N/S⌋, 2⌊N/S⌋, …, as diffusers' ``CMStochasticIterativeScheduler`` has them, or are
-given as a string such as the original's "0,22,39". A last N − 1 costs nothing: there f is the identity.
+The times are positions among the N training scales, counted as in the original from the largest: σ_0 = σ_max,
+σ_{N−1} = σ_min. S steps take the evenly spaced positions 0, ⌊N/S⌋, 2⌊N/S⌋, …, as diffusers'
+``CMStochasticIterativeScheduler`` does. A string such as the original's "0,22,39" gives the positions themselves. A
+final N − 1 needs no evaluation, since f is the identity there.
 
-With S near N the evenly spaced ones do not reach the lower levels: where N/2 < S they are 0, 1, …, S − 1, and for any
-S the last is (S − 1)⌊N/S⌋. A string reaches them.
+The last of the evenly spaced positions is (S − 1)⌊N/S⌋; for N/2 < S < N they are 0, 1, …, S − 1, which excludes the
+lowest levels. A string can include them.
 """
 
 from __future__ import annotations
@@ -26,10 +27,14 @@ __all__ = ["Multistep", "scale_numbers"]
 
 
 def scale_numbers(steps: int | str, N: int) -> list[int]:
-    """Return the numbers of the scales at which the network is evaluated, ascending: from the noisiest on.
+    """Return the positions of the scales at which the network is evaluated, ascending from 0, the noisiest.
+
+    Arguments:
+        steps: The number of steps, in [1, N − 1], or the positions as a string such as "0,22,39".
+        N: The number of training scales.
 
     Raises:
-        InputError: If they are not ascending numbers from 0 to N − 1, or there are more than N − 1.
+        InputError: If the number is out of range, or the positions do not ascend from 0 to at most N − 1.
     """
     if isinstance(steps, int):
         if not 1 <= steps < N:
@@ -50,7 +55,7 @@ def scale_numbers(steps: int | str, N: int) -> list[int]:
 
 @SAMPLERS.register("multistep")
 class Multistep(Sampler):
-    """Multistep consistency sampling."""
+    """The multistep sampler of consistency models."""
 
     model: ClassVar[str] = "consistency model"
     needs: ClassVar[str] = "α = 1"

@@ -1,4 +1,4 @@
-"""One entry for all samplers: :func:`sample`."""
+"""The entry point of all samplers, :func:`sample`."""
 
 from __future__ import annotations
 
@@ -23,14 +23,19 @@ Clip = bool | float | DynamicThreshold
 
 @dataclass(frozen=True)
 class Plan:
-    """A sampler with its options, and the path that it takes: one evaluation of the network at each point."""
+    """A sampler with its options and its path. The network is evaluated once at each point of the path.
+
+    Attributes:
+        sampler: The sampler.
+        path: The points that it visits.
+    """
 
     sampler: Sampler
     path: Path
 
 
 def suited(process: DiffusionProcess) -> tuple[str, ...]:
-    """Return the names of the samplers for a process, the one that is taken by default first."""
+    """Return the names of the samplers that suit a process, with the default sampler first."""
     names = [name for name, kind in SAMPLERS.items() if kind.suits(process)]
     return tuple(sorted(names, key=lambda name: not SAMPLERS[name].default))
 
@@ -43,14 +48,14 @@ def check_sampler(
     steps_offset: int = 0,
     **options: Any,
 ) -> Plan:
-    """Return what :func:`sample` does; the arguments are those of :func:`sample`.
+    """Check the arguments of :func:`sample`, and return its plan.
 
     Raises:
-        InputError: If the sampler does not exist, or does not suit the process, or cannot have these steps, or has no
-            such option, or an option is out of range.
+        InputError: If the sampler is unknown or does not suit the process, cannot make these steps, lacks an option, or
+            an option is out of range.
     """
     kind = SAMPLERS[sampler]
-    if bool(process.sigmas[0] > process.sigmas[-1]):  # in the order of a flow-matching scheduler
+    if bool(process.sigmas[0] > process.sigmas[-1]):  # descending, as in a flow-matching scheduler
         process = process.respace(torch.arange(len(process)).flip(0))
     if not kind.suits(process):
         names = suited(process)
@@ -76,7 +81,7 @@ def check_sampler(
 
 
 def _bound(clip: Clip | None, model: Any, channels: int) -> float | DynamicThreshold | None:
-    """Return what x̂_0 is clipped to; None where it is not."""
+    """Return the bound to which x̂_0 is clipped, or None for no clipping."""
     if clip is None:
         codec = getattr(model, "codec", None)
         bound: float | None = (1.0 if channels in (1, 3) else None) if codec is None else codec.clip
@@ -114,48 +119,53 @@ def sample(
     """Sample images.
 
     Arguments:
-        model: Called as diffusers calls it, ``model(x, t, class_labels=…).sample``, or returning a tensor. Put it into
-            eval mode before. 2C output channels mean a learned variance, which iddpm and es use. For multistep a
-            consistency function, ``Preconditioned(network, sigma_min=…)``, with ``prediction="sample"``.
-        process: The process that it was trained on.
-        sampler: One of :data:`SAMPLERS`.
-        steps: Network evaluations, in [1, T]; for ddim, iddpm, es and time-shift also one of guided-diffusion's
-            strings: "10", "10,20,30" (sections) or "ddim25"; for euler any number where time is continuous; for
-            multistep, in [1, N − 1], or scales as "0,22,39".
-        shape: (n, C, H, W), where ``latents`` are not given.
-        latents: x_T, with shape (n, C, H, W); standard normal by default.
-        step_noise: The noise of each step: (steps, n, C, H, W), or any iterable of (n, C, H, W), from the noisiest step
-            on. Common random numbers: the same latents and step noise make samples of two models comparable one to one.
-        generator: Where what is not given comes from.
-        eps_scale: What ε̂ is divided by: a number, for es also (k, b), which is k·i + b at the i-th of the sampler's
-            times, the least noisy being 0. The sampler's own by default: 1, and 1.017 for es.
-        clip: Whether x̂_0 is clipped to [−1, 1] in each step; a number c clips to [−c, c], a ``DynamicThreshold`` by
-            dynamic thresholding. By default it is clipped where the model works on pixels: to ``model.codec.clip`` if
-            the model has a codec; otherwise points with 1 or 3 channels are taken to be pixels, and all others are
-            latents that nothing bounds. dpm++ clips by dynamic thresholding only.
-        class_labels: Labels, with shape (n,).
-        prediction: What the model predicts.
-        on_evaluation: Called after each evaluation of the network with the sampler's state and what was made of it.
-        condition: What else the model is called with, each a tensor with n rows.
+        model: The model, called as diffusers calls it, ``model(x, t, class_labels=…)``, in eval mode. It returns a
+            tensor, or an object with the attribute ``sample``. 2C output channels mean a learned variance, which iddpm
+            and es use. For multistep: a consistency function, ``Preconditioned(network, sigma_min=…)``, with
+            ``prediction="sample"``.
+        process: The process that the model was trained on.
+        sampler: The name of a sampler in :data:`SAMPLERS`.
+        steps: The number of network evaluations, in [1, T]. For ddim, iddpm, es and time-shift also a string of
+            guided-diffusion: "10", "10,20,30" (sections) or "ddim25". For euler with continuous time any number. For
+            multistep a number in [1, N − 1], or scales such as "0,22,39".
+        shape: The shape (n, C, H, W) of the samples. Required without ``latents``.
+        latents: The initial noise x_T, with shape (n, C, H, W). Default: standard normal.
+        step_noise: The noise of each step, from the noisiest on: a tensor (steps, n, C, H, W), or any iterable of
+            tensors (n, C, H, W). Default: standard normal. Samples of two models with the same latents and step noise
+            (common random numbers) can be compared one by one.
+        generator: The source of randomness for latents and step noise that are not given. Default: PyTorch's global
+            generator.
+        eps_scale: The number by which ε̂ is divided; for es also (k, b), which stands for k·i + b at the i-th of the
+            sampler's times, counted from 0, the least noisy. Default: 1, and 1.017 for es.
+        clip: The clipping of x̂_0 in each step: True for [−1, 1], a number c for [−c, c], a ``DynamicThreshold``, or
+            False for none. Default: ``model.codec.clip`` if the model has a codec; otherwise True for 1 or 3 channels,
+            which are taken to be pixels, and False for other numbers, taken to be latents. dpm++ supports
+            ``DynamicThreshold`` only.
+        class_labels: The class of each sample, with shape (n,).
+        prediction: The parameterisation of the model.
+        on_evaluation: A callback that is called with an ``Evaluation`` after each evaluation of the network.
+        condition: Further keyword arguments of the model, tensors with n rows each.
         guidance: The scale g of classifier-free guidance (Ho & Salimans, 2022): the output becomes
-            unconditional + g · (conditional − unconditional), in two evaluations for each step; 1 is none.
-        unconditional: The empty condition, by the names of the condition: a tensor with n rows each, or a number, such
-            as the null class for ``class_labels``.
-        spacing: Which times are visited in a number of steps: "own" (the default, as the sampler's authors space them),
-            "leading", "trailing" or "linspace" as in diffusers' schedulers, or (S, T) ↦ S ascending indices, for euler
-            also S descending levels σ. For multistep "own" only.
-        steps_offset: The first time of "leading".
-        options: The sampler's own options, which are the fields of its class, such as ``variance`` of iddpm; None is
-            its default.
+            unconditional + g · (conditional − unconditional), with two evaluations in each step. None and 1: no
+            guidance.
+        unconditional: The empty condition, under the names of the condition. Each value is a tensor with one or n rows,
+            or a number, such as the null class for ``class_labels``.
+        spacing: The choice of the times for a number of steps: "own" (default: as the sampler's authors space them);
+            "leading", "trailing" or "linspace" as in diffusers' schedulers; or a function of (S, T) that returns S
+            ascending indices or, for euler, S descending levels σ. multistep supports "own" only.
+        steps_offset: The first time of the spacing "leading".
+        options: The options of the sampler, which are the fields of its class, such as ``variance`` of iddpm. None
+            selects the default.
 
     Returns:
         Images, nominally in [−1, 1], with shape (n, C, H, W), on the device of the latents.
 
     Raises:
-        InputError: If the sampler is unknown or does not suit the process, or has no such option, or an option or steps
-            are out of range, or the model predicts noise where the process has no signal.
-        RunError: If an evaluation of the network is not finite; the message names the first such step.
-        ValueError: If neither or both of shape and latents are given, or the step noise has another shape.
+        InputError: If the sampler is unknown, does not suit the process or lacks an option, if an option or the steps
+            are out of range, or if the model predicts noise and the process has times without signal.
+        RunError: If an output of the network is not finite; the message names the first such step.
+        ValueError: If ``shape`` and ``latents`` are both missing or disagree, or the step noise has another shape or
+            ends early.
     """
     plan = check_sampler(sampler, steps, process, spacing, steps_offset, eps_scale=eps_scale, **options)
     if prediction == "epsilon" and not bool((process.alphas > 0).all()):
@@ -197,7 +207,7 @@ def sample(
     denoiser = Denoiser(model, prediction, plan.sampler.eps_scale, bound, given, on_evaluation, finite)
     x = plan.sampler.run(denoiser, plan.path, latents, noises())
     finite.append(x.isfinite().all())
-    if not all(whole := torch.stack(finite).tolist()):  # read once, and not in every step
+    if not all(whole := torch.stack(finite).tolist()):  # read once, not in every step
         evaluations = len(plan.path)
         raise RunError(
             f"{sampler}: the network's output is not finite in step {min(whole.index(False) + 1, evaluations)} of "

@@ -1,14 +1,14 @@
-r"""A sampler as a rule for one step, and the one loop over steps.
+r"""The base class of samplers, with the loop over steps.
 
-A sampler visits S points of a process, from the noisiest to the least noisy. At each the network is called, and the
-step leads from the time t to the next one, s:
+A sampler visits S points of a process, from the noisiest to the least noisy. At each point it calls the network, and
+steps from the time t to the next time s. The step of the base class is DDIM's, which other samplers replace:
 
-    x_s = α_s x̂_0 + σ_s ε̂,
+    x_s = α_s x̂_0 + σ_s ε̂.
 
-which is DDIM's step; other samplers add terms to it. After the last point come the levels where sampling ends,
-(α, σ) = (1, 0) as a rule, where x_s = x̂_0.
+The last step leads to the levels where sampling ends, usually (α, σ) = (1, 0), where x_s = x̂_0.
 
-A file of this folder, or a module that a package names as an entry point in ``robustdiff.samplers``, adds one::
+A sampler is added by a file in this folder, or by a module that a package declares as an entry point in the group
+``robustdiff.samplers``::
 
     @SAMPLERS.register("midpoint")
     class Midpoint(Sampler):
@@ -36,7 +36,7 @@ from robustdiff.section import Section
 __all__ = ["SAMPLERS", "Path", "Sampler", "Step", "TimeSpacing"]
 
 TimeSpacing = Spacing | Callable[[int, int], Tensor]
-"""The choice of S times out of T: a name, or a function (S, T) ↦ S ascending indices or times."""
+"""A choice of S out of T times: a name, or a function of (S, T) that returns S ascending indices or times."""
 
 
 @dataclass(frozen=True)
@@ -44,9 +44,9 @@ class Path:
     """The points that a sampler visits.
 
     Attributes:
-        points: The process at the S points, in ascending noise.
+        points: The process restricted to the S points, with ascending noise.
         process: The process that the network was trained on.
-        times: The indices (or times) of the points in it, with shape (S,).
+        times: The indices or times of the points in ``process``, with shape (S,).
         end: The levels (α, σ) at which sampling ends.
     """
 
@@ -60,23 +60,23 @@ class Path:
 
     @property
     def levels(self) -> list[tuple[float, float]]:
-        """Return (α, σ) at the end and at the S points, in ascending noise."""
+        """The S + 1 levels (α, σ): those where sampling ends, then those of the S points with ascending noise."""
         return [self.end, *zip(self.points.alphas.tolist(), self.points.sigmas.tolist(), strict=True)]
 
 
 @dataclass
 class Step:
-    """One step, from the time t to s.
+    """One sampling step, from the time t to the time s.
 
     Attributes:
-        x: x_t, with shape (B, C, H, W).
-        denoised: The network's x̂_0 and ε̂ there.
-        path: The path.
-        index: The position of t in it; the last step is that at 0.
-        before: (α_t, σ_t).
-        after: (α_s, σ_s).
-        noises: Standard normal noise: the next, (B, C, H, W), is that of this step.
-        previous: The step before this one, if any.
+        x: The state x_t, with shape (B, C, H, W).
+        denoised: The network's x̂_0 and ε̂ at x_t.
+        path: The path of the sampler.
+        index: The position of t in the path; 0 in the last step.
+        before: The levels (α_t, σ_t).
+        after: The levels (α_s, σ_s).
+        noises: An iterator over standard normal noise, (B, C, H, W) each; a step takes its noise by ``next``.
+        previous: The step before this one; None in the first step.
     """
 
     x: Tensor
@@ -90,17 +90,17 @@ class Step:
 
 
 class Sampler(Section):
-    """A sampler; its fields are its own options. The rule and the times of this class are DDIM's.
+    """The base class of samplers, whose step and times are DDIM's. The fields of a subclass are its options.
 
     Attributes:
-        model: The kind of model that it samples, for messages.
-        needs: The condition on the process, for messages.
-        default: Whether it is taken for its kind of model where no sampler is asked for.
-        strings: Whether guided-diffusion's respacing strings are for it.
-        clips: Whether x̂_0 may be clipped to a range, and not by dynamic thresholding only.
-        linear_scale: Whether ``eps_scale`` may be (k, b), for k·i + b at the i-th point.
-        default_steps: The number of steps where none is asked for.
-        grid_steps: The same for a comparison of several.
+        model: The kind of model that the sampler is for, used in messages.
+        needs: The condition on the process, used in messages.
+        default: True if the sampler is the default for its kind of model.
+        strings: True if the sampler accepts guided-diffusion's respacing strings.
+        clips: True if x̂_0 may be clipped to a fixed range; otherwise only by dynamic thresholding.
+        linear_scale: True if ``eps_scale`` may be (k, b), for k·i + b at the i-th point.
+        default_steps: The default number of steps.
+        grid_steps: The default numbers of steps for a comparison of several.
     """
 
     model: ClassVar[str] = "diffusion model"
@@ -112,7 +112,9 @@ class Sampler(Section):
     default_steps: ClassVar[int] = 20
     grid_steps: ClassVar[tuple[int, ...]] = (5, 10, 20, 50)
 
-    eps_scale: float | tuple[float, float] = Field(1.0, description="what the predicted noise is divided by")
+    eps_scale: float | tuple[float, float] = Field(
+        1.0, description="the number by which the predicted noise is divided"
+    )
 
     @field_validator("eps_scale")
     @classmethod
@@ -124,28 +126,28 @@ class Sampler(Section):
 
     @classmethod
     def suits(cls, process: DiffusionProcess) -> bool:
-        """Return whether the sampler is for a process."""
+        """Return True if the sampler can be used with the process."""
         return process.variance_preserving
 
     def own(self, steps: int, process: DiffusionProcess) -> Path:
-        """Return the path of S steps as the sampler's authors space it.
+        """Return the path of S steps with the spacing of the sampler's authors.
 
         Raises:
-            InputError: If there is no path of so many steps.
+            InputError: If the number of steps is out of range.
         """
         return self.along(strided(steps, len(process)), process)
 
     def along(self, times: Tensor, process: DiffusionProcess) -> Path:
-        """Return the path over given times: ascending indices in [0, T), or times of the process, with shape (S,)."""
+        """Return the path over given times (S,): ascending indices in [0, T), or times of the process."""
         return Path(process.respace(times), process, times)
 
     def path(
         self, steps: int | str, process: DiffusionProcess, spacing: TimeSpacing | None = None, steps_offset: int = 0
     ) -> Path:
-        """Return the path of some steps; the arguments are those of :func:`robustdiff.sample`.
+        """Return the path for a number or string of steps; the arguments are those of :func:`robustdiff.sample`.
 
         Raises:
-            InputError: If the sampler cannot have these steps, or they are not of this spacing.
+            InputError: If the sampler does not support these steps or this spacing.
         """
         T = len(process)
         if isinstance(spacing, str) and spacing not in SPACINGS:
@@ -165,27 +167,27 @@ class Sampler(Section):
         return self.along(spacing(steps, T), process)
 
     def start(self, x: Tensor, path: Path) -> Tensor:
-        """Return the first state from standard normal noise (B, C, H, W)."""
+        """Return the initial state for standard normal noise ``x`` (B, C, H, W)."""
         return x
 
     def denoise(self, denoiser: Denoiser, x: Tensor, index: int, path: Path) -> Denoised:
-        """Call the network on the state (B, C, H, W) at a point of the path."""
+        """Evaluate the network at the state ``x`` (B, C, H, W) and the point ``index`` of the path."""
         return denoiser(x, index, path.points)
 
     def step(self, step: Step) -> Tensor:
-        """Return x_s (B, C, H, W)."""
+        """Return the next state x_s, with shape (B, C, H, W)."""
         alpha, sigma = step.after
         return alpha * step.denoised.x0 + sigma * step.denoised.noise
 
     def run(self, denoiser: Denoiser, path: Path, x: Tensor, noises: Iterator[Tensor]) -> Tensor:
-        """Sample from standard normal noise x (B, C, H, W) to the end of a path."""
+        """Run all steps of a path from standard normal noise ``x`` (B, C, H, W), and return the samples."""
         levels, previous = path.levels, None
         x = self.start(x, path)
         for index in reversed(range(len(path))):
             denoised = self.denoise(denoiser, x, index, path)
             step = Step(x, denoised, path, index, levels[index + 1], levels[index], noises, previous)
             x = self.step(step)
-            previous, step.previous = step, None  # two steps back nothing is kept
+            previous, step.previous = step, None  # keep one previous step only
         return x
 
 

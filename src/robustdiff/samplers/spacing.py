@@ -1,8 +1,8 @@
-"""The T training times that a sampler visits, ascending: guided-diffusion's respacing, and diffusers' spacings.
+"""The choice of the times that a sampler visits out of T training times: guided-diffusion's and diffusers' spacings.
 
-Steps are a number S, spaced as the sampler's authors did or as a checkpoint's scheduler says (:func:`scheduled`), or
-one of guided-diffusion's strings, which mean the same times for every sampler: "10" (evenly over all times), "10,20,30"
-(sections: so many steps in each third of the times, the least noisy first), "ddim25" (a whole stride from 0 on).
+The steps are a number S, spaced as the sampler's authors did or as a diffusers scheduler does (:func:`scheduled`), or
+a string of guided-diffusion, which means the same times for every sampler: "10" (evenly over all times), "10,20,30"
+(10, 20 and 30 steps in the three thirds of the times, the least noisy first), "ddim25" (an integer stride from 0).
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ __all__ = ["SPACINGS", "Spacing", "check_steps", "evenly_spaced", "respaced", "s
 
 Spacing = Literal["own", "leading", "trailing", "linspace"]
 SPACINGS: tuple[str, ...] = get_args(Spacing)
-"""own: as the sampler's authors space its times."""
+"""The names of the spacings; "own" is that of the sampler's authors."""
 
 
 def check_steps(steps: int, T: int | None) -> None:
-    """Check a number of network evaluations, in [1, T], or any where time is continuous.
+    """Check that a number of network evaluations is in [1, T], or at least 1 if T is None (continuous time).
 
     Raises:
-        InputError: If it is out of range.
+        InputError: If the number is out of range.
     """
     if steps < 1 or (T is not None and steps > T):
         raise InputError(f"steps must be {'at least 1' if T is None else f'between 1 and {T}'}; got {steps}")
@@ -38,18 +38,19 @@ def _section(steps: int, size: int) -> list[int]:
     stride = (size - 1) / (steps - 1) if steps > 1 else 1
     times, position = [], 0.0
     for _ in range(steps):
-        times.append(round(position))  # accumulated, as the original does, so that halves round the same way
+        times.append(round(position))  # accumulated as in the original, so that halves are rounded the same way
         position += stride
     return times
 
 
 def respaced(spacing: str, T: int) -> Tensor:
-    """Return the times of a respacing string: ``space_timesteps(T, spacing)`` of Nichol & Dhariwal (2021).
+    """Return the times of a respacing string, as ``space_timesteps(T, spacing)`` of Nichol & Dhariwal (2021).
 
-    A single step is at the noisiest time (there the original would visit only time 0, and leave noise as it is).
+    Unlike the original, which visits time 0 alone and so returns noise, a single step is at the noisiest time.
 
     Raises:
-        InputError: If the string is none of these, asks for more steps than there are times, or "ddimS" has no stride.
+        InputError: If the string is malformed, a section has more steps than times, or no integer stride makes the S
+            steps of "ddimS".
     """
     ddim = spacing.removeprefix("ddim")
     try:
@@ -76,14 +77,17 @@ def respaced(spacing: str, T: int) -> Tensor:
 
 
 def evenly_spaced(steps: int | str, T: int) -> Tensor:
-    """Return S times from 0 to T − 1 with equal (rounded) gaps; or those of a string."""
+    """Return S times from 0 to T − 1 with equal (rounded) gaps, or the times of a respacing string."""
     if isinstance(steps, int):
         check_steps(steps, T)
     return respaced(str(steps), T)
 
 
 def strided(steps: int | str, T: int) -> Tensor:
-    """Return every (T/S)-th time from 0 on: "ddimS", its nearest where S does not divide T; or those of a string."""
+    """Return the S times ⌊iT/S⌋, i = 0 … S − 1, or the times of a respacing string.
+
+    If S divides T, they are the times of "ddimS".
+    """
     if isinstance(steps, str):
         return respaced(steps, T)
     check_steps(steps, T)
@@ -94,16 +98,16 @@ def scheduled(spacing: Spacing, steps: int, T: int, offset: int = 0, left_out: i
     """Return the S times of diffusers' ``timestep_spacing`` (Lin et al., 2024, arXiv 2305.08891, table 2), ascending.
 
     Arguments:
-        spacing: "leading" (a whole stride from ``offset`` on), "trailing" (from the last time down) or "linspace" (from
-            the first to the last).
-        steps: S, in [1, T].
+        spacing: The spacing: "leading" (an integer stride from ``offset``), "trailing" (from the last time down) or
+            "linspace" (from the first time to the last).
+        steps: The number S of steps, in [1, T].
         T: The number of times.
-        offset: ``steps_offset`` of a scheduler, for "leading".
-        left_out: With 1 the first of S + 1 times is left out, as the multistep solvers of diffusers do; not for
-            "trailing".
+        offset: The ``steps_offset`` of a scheduler, for "leading".
+        left_out: 1 to omit the first of S + 1 times, as the multistep solvers of diffusers do, otherwise 0; without
+            effect for "trailing".
 
     Raises:
-        InputError: If S is out of range, or the times reach beyond the last one.
+        InputError: If S is out of range, or the times are not S distinct times in [0, T).
     """
     check_steps(steps, T)
     n = steps + left_out

@@ -1,8 +1,8 @@
-r"""The times of multistep consistency sampling, found greedily (Song et al., 2023, arXiv 2303.01469, section 3).
+r"""A greedy search for the times of multistep consistency sampling (Song et al., 2023, arXiv 2303.01469, section 3).
 
-With τ_1 = 0 (σ_max) and τ_1 … τ_{k−1} found, τ_k is the scale between τ_{k−1} and σ_min at which the FID of k-step
-samples is least, by ternary search, which takes the FID to be a unimodal function of τ_k. Samples of all candidates
-come from common noise, so that their FIDs can be compared.
+The search starts at τ_1 = 0 (σ_max). Given τ_1 … τ_{k−1}, τ_k is the scale between τ_{k−1} and σ_min that minimises the
+FID of k-step samples, found by ternary search, which assumes that the FID is a unimodal function of τ_k. All candidates
+should be sampled with the same noise, so that their FIDs can be compared.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ class TimeSearch:
     """The result of a search.
 
     Attributes:
-        numbers: The scales τ_1 … τ_S, ascending, counted from the noisiest: ``steps`` of the sampler multistep.
-        value: The objective there.
-        evaluated: The objective of everything that was tried, in order.
+        numbers: The scales τ_1 … τ_S, ascending, counted from the noisiest: the argument ``steps`` of multistep.
+        value: The objective at ``numbers``.
+        evaluated: The objective at every candidate, in the order of evaluation.
     """
 
     numbers: tuple[int, ...]
@@ -31,15 +31,16 @@ class TimeSearch:
 
 
 def search_times(objective: Callable[[tuple[int, ...]], float], steps: int, N: int) -> TimeSearch:
-    """Find the S scales that minimise an objective, one after the other.
+    """Find S scales that minimise an objective, one after the other.
 
     Arguments:
-        objective: (τ_1, …, τ_k) ↦ what is to be small, such as an FID; called once for each tuple.
-        steps: S, from 1 to N − 1.
-        N: The number of scales.
+        objective: A function that maps (τ_1, …, τ_k) to the value to minimise, such as an FID. It is called once for
+            each candidate.
+        steps: The number S of scales to find, in [1, N − 1].
+        N: The number of training scales.
 
     Raises:
-        InputError: If there are not so many scales.
+        InputError: If S is out of range.
     """
     if not 1 <= steps < N:
         raise InputError(f"steps of this consistency model must be between 1 and {N - 1}; got {steps}")
@@ -53,7 +54,7 @@ def search_times(objective: Callable[[tuple[int, ...]], float], steps: int, N: i
     found: tuple[int, ...] = (0,)
     value(found)
     for k in range(2, steps + 1):
-        # The last N − 1 is σ_min, where nothing is left to do, and the times after this one need room as well.
+        # N − 1 is σ_min, where f is the identity; the S − k times after this one need room as well.
         low, high = found[-1] + 1, N - 2 - (steps - k)
         while high - low > 2:
             third = (high - low) // 3
