@@ -201,7 +201,8 @@ def load_network(
             "pipeline again"
         )
     parameters = class_parameters(kind) if parameters is None else parameters
-    _check_names(config, set(parameters), path, kind)
+    # The class of another name had more, which are off for networks of this kind.
+    _check_names(config, set(parameters), path, kind, off=(None, False) if aliases else (None,))
     source, state = _read_weights(folder)
     prepare(config, len(state), path)
     with torch.device("meta"):
@@ -227,9 +228,11 @@ def class_parameters(kind: type) -> dict[str, Any]:
     return {p.name: p.default for p in arguments if p.name != "self" and p.kind is not p.VAR_KEYWORD}
 
 
-def _check_names(config: Mapping[str, Any], known: set[str], path: Path, kind: type) -> None:
+def _check_names(
+    config: Mapping[str, Any], known: set[str], path: Path, kind: type, off: Collection[Any] = (None,)
+) -> None:
     for name, value in config.items():
-        if name not in known and not name.startswith("_") and value is not None and value is not False:
+        if name not in known and not name.startswith("_") and not any(value is one for one in off):
             raise InputError(
                 f"{path}: {kind.__name__} of the installed diffusers has no {name} (={shown(value)}): update "
                 "diffusers, or remove the field if the model was trained without it"

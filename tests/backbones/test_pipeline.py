@@ -192,7 +192,7 @@ def test_loaded_weights_do_not_depend_on_the_file(pipeline, unet):
         ({"transformer": ["diffusers", "DiTTransformer2DModel"]}, ["transformer", "DiTTransformer2DModel"]),
         ({"mel": ["audio_diffusion", "Mel"]}, ["mel", "audio_diffusion"]),
         ({"safety": True}, ["safety", "true"]),
-        ({"unet": None}, ["names no unet"]),
+        ({"unet": None}, ["names no transformer and no unet"]),
         ({"scheduler": [None, None]}, ["names no scheduler"]),
         ({"unet": ["diffusers", "UNet2DConditionModel"]}, ["UNet2DConditionModel", "UNet2DModel"]),
         ({"unet": ["evil_module", "UNet2DModel"]}, ["evil_module"]),

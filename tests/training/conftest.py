@@ -40,7 +40,8 @@ def tiny(tmp_path):
     def recipe(output="run", **fields):
         values = {**TINY, "output": str(tmp_path / output)}
         for name, value in fields.items():
-            if isinstance(value, dict) and isinstance(values.get(name), dict):
+            same = isinstance(value, dict) and value.get("name") != "pretrained"
+            if same and isinstance(values.get(name), dict):
                 value = {**values[name], **value}
             values[name] = value
         return Recipe.model_validate(values)

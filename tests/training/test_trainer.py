@@ -469,7 +469,7 @@ def test_a_run_is_fine_tuned_from_a_run(tiny):
     train(base, cpu=True)
     tuned = tiny(
         "tuned",
-        model={"name": "pretrained", "path": base.output, "channels": [32], "groups": 32},
+        model={"name": "pretrained", "path": base.output},
         steps=1,
         lr=1e-12,
         ema=0,

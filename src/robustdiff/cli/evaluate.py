@@ -64,14 +64,13 @@ def evaluate(
     names = options.parse_names(metrics, "--metrics")
     cells = options.parse_names(sampler), options.parse_counts(steps), num, names
     given = {"--data": data, "--root": root, "--set": overrides, "--reference": reference}
-    given |= {"--features": features, "--weights": weights}
-    target = load_target(_real_images(names, given, runs), features, weights, accelerator.device)
+    real = _real_images(names, given | {"--features": features, "--weights": weights}, runs)
+    target = load_target(real, features, weights, accelerator.device)
     chosen = options.given(spacing=spacing)
     settings = options.given(seed=seed, batch_size=batch_size, precision=precision, guidance=guidance, options=chosen)
     with Bar(err, quiet=not accelerator.is_main_process) as bar:
         grid = evaluate_sources(runs, images, target, accelerator, *cells, progress=bar, **settings)
-    if accelerator.is_main_process:
-        _show(grid, target, seed, output)
+    accelerator.on_main_process(_show)(grid, target, seed, output)
 
 
 def _real_images(metrics: list[str], given: dict[str, Any], runs: dict[str, str]) -> DataConfig | Path | None:

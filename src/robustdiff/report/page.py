@@ -528,7 +528,7 @@ def write_page(study: Study, folder: Path, page: Path) -> str:
     parts = [
         f"# {_text(study.title)}",
         f"Trained on {_text(training['data'])}, {training['images']:,} images. "
-        f"Base: {_text(recipe['model']['path'] or 'none')}. "
+        f"Base: {_text(recipe['model'].get('path') or 'none')}. "
         f"{recipe['steps']:,} optimiser updates of batch {recipe['batch_size']}, learning rate {recipe['lr']:g} "
         f"({recipe['lr_schedule']}), moving average {recipe['ema']}, {recipe['precision']}, unless a method says "
         f"otherwise. {_obtained_on(results)} This page is made by `robustdiff study` from the files of the cells.",
