@@ -77,7 +77,7 @@ def evaluate(
 
 
 def _real_images(metrics: list[str], given: dict[str, Any], run: str | None) -> DataConfig | Path | None:
-    """Return the configuration of the real images, or the file of their statistics; None where nothing is compared."""
+    """Return the configuration of the real images or the file of their statistics, or None if no metric compares."""
     from robustdiff.metrics.metric import DEFAULT, compared
 
     if not compared(metrics or DEFAULT):
