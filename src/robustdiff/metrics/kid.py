@@ -37,8 +37,8 @@ def kernel_distance(generated: NDArray[Any], reference: NDArray[Any], block: int
     Arguments:
         generated: The features of generated images, (n, D), in random order.
         reference: The features of real images, (n', D), in random order.
-        block: The largest number m of features in a group. It is reduced to make at least ten groups. Remaining
-            features are not used.
+        block: The largest number m of features in a group; small sets have groups of a tenth. Remaining features are
+            not used.
 
     Raises:
         InputError: If a set has fewer than 4 features.

@@ -78,8 +78,12 @@ def save_figure(figure: Figure, path: Path) -> None:
 class Line:
     """A line with a band.
 
-        Attributes:         x: The x coordinates.         y: The y coordinates, as many as x.         low: The lower
-    edge of the band, as many values as x.         high: The upper edge of the band, as many values as x."""
+    Attributes:
+        x: The x coordinates.
+        y: The y coordinates.
+        low: The lower edge of the band.
+        high: The upper edge of the band.
+    """
 
     x: Sequence[float]
     y: Sequence[float]

@@ -413,7 +413,8 @@ def _sensitivity(results: Results, steps: int) -> tuple[str, Figure] | None:
 def _fid_figure(results: Results) -> Figure:
     """Return the figure of FID against steps, with a line for each training.
 
-    Methods with a single point are left out, unless all have a single point."""
+    Methods with a single point are left out, unless all have a single point.
+    """
     counts = {m: len({steps for method, _, _, steps in results.cells if method == m}) for m in results.methods}
     methods = [m for m in results.methods if counts[m] > 1 or max(counts.values()) == 1]
     beside = levels(results, beside=True)

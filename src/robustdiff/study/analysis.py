@@ -70,8 +70,11 @@ DIGITS = 4
 class Interval:
     """A relative difference with an interval.
 
-        Attributes:         mean: The difference.         low: The lower end of the 95 % interval.         high: The
-    upper end of the 95 % interval."""
+    Attributes:
+        mean: The difference.
+        low: The lower end of the 95 % interval.
+        high: The upper end of the 95 % interval.
+    """
 
     mean: float
     low: float
@@ -87,7 +90,9 @@ class Interval:
 class Change(Interval):
     """A relative difference with its interval over images.
 
-    Attributes:         seeds: The difference of each seed."""
+    Attributes:
+        seeds: The difference of each seed.
+    """
 
     seeds: tuple[float, ...]
 

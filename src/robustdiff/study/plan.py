@@ -61,8 +61,12 @@ class Cell:
 class Run:
     """A training of a study.
 
-        Attributes:         study: The study.         folder: The study's folder.         method: The name of the
-    method.         seed: The seed of the training."""
+    Attributes:
+        study: The study.
+        folder: The study's folder.
+        method: The name of the method.
+        seed: The seed of the training.
+    """
 
     study: Study
     folder: Path

@@ -655,9 +655,7 @@ def train(
     except ValueError as error:  # the device does not support this precision
         message = f"precision={recipe.precision} is not for this device: {str(error).rstrip('.')}; set precision=auto"
         raise InputError(message) from None
-    if (
-        recipe.precision == "fp16" and accelerator.device.type == "cpu"
-    ):  # accelerate would say nothing, and train in fp32
+    if recipe.precision == "fp16" and accelerator.device.type == "cpu":  # accelerate would silently train in fp32
         raise InputError("precision=fp16 is not for a CPU: set precision=bf16, fp32 or auto")
     set_seed(recipe.seed)  # before the network is built, so that all processes start from the same weights
     built = build_model(recipe, dataset)
