@@ -75,6 +75,13 @@ def test_every_command_runs(path, robustdiff, tmp_path, monkeypatch):
         assert outcome.code == 0, (command, outcome.err)
 
 
+def test_python_in_the_readme_runs():
+    (text,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    variables: dict = {}
+    exec(text, variables)
+    assert variables["images"].shape == (16, 1, 16, 16)
+
+
 def test_make_targets_exist():
     makefile = (ROOT / "Makefile").read_text()
     for target in re.findall(r"^make (\w+)", (ROOT / "README.md").read_text(), re.MULTILINE):
