@@ -1,8 +1,8 @@
-"""The demonstrations: studies that come with the package, at the size of minutes or of an hour, and their evidence.
+"""The demonstrations: studies that come with the package and take minutes, or an hour at full size.
 
 The shipped checkpoint is fine-tuned plainly, with a random perturbation, and adversarially (``studies/demo.yaml``), or
-distilled into consistency models (``studies/demo-consistency.yaml``). The study is kept in the folder, as
-``study.yaml``, with its trainings and cells, so that ``robustdiff study`` reads the same results.
+distilled into consistency models (``studies/demo-consistency.yaml``). The study is written into the output folder as
+``study.yaml``, with its trainings and cells, so that ``robustdiff study`` can read the same results.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ __all__ = ["demo_study", "run_demo"]
 
 FULL = {"demo": (1200, 5000), "demo-consistency": (6000, 5000)}  # updates of a training, images of a cell
 DATA = "fashion-16: 60,000 training images of Fashion-MNIST at 16×16"
-MOST = 8  # processes: each holds torch, half a gigabyte
+MOST = 8  # processes, each of which takes half a gigabyte for torch
 
 
 def demo_study(name: str, full: bool = False, seed: int = 0) -> Study:
@@ -41,7 +41,7 @@ def demo_study(name: str, full: bool = False, seed: int = 0) -> Study:
 
     Arguments:
         name: "demo" or "demo-consistency".
-        full: More updates and images.
+        full: Use more updates and images.
         seed: The seed of the batches, the noise and the samples.
     """
     study = load_study(name)
@@ -55,21 +55,21 @@ def demo_study(name: str, full: bool = False, seed: int = 0) -> Study:
 def run_demo(
     study: Study, folder: Path, *, processes: int | None = None, progress: Progress = SILENT
 ) -> tuple[Grid, dict[str, Any]] | None:
-    """Work on the study of a demonstration, and write figures and ``result.json`` into a folder.
+    """Run the study of a demonstration, and write figures and ``result.json`` into a folder.
 
-    Trainings and cells that are there already are not made again, and trainings that were interrupted go on, also those
-    of a smaller demonstration, if their learning rate is constant.
+    Existing trainings and cells are kept, and interrupted trainings are resumed. Trainings of a smaller demonstration
+    are continued if their learning rate is constant.
 
     Arguments:
         study: The study, with one seed.
         folder: The folder.
-        processes: How many share the work, which does not change the results; by default one for each core that there
-            is, at most 8, and 1 on a GPU.
-        progress: Told of the percentage of the work that is done.
+        processes: The number of processes that share the work, which does not change the results. By default one for
+            each core, at most 8, and one on a GPU.
+        progress: The receiver of the progress, as a percentage of the work.
 
     Returns:
-        The grid of the methods and what ``result.json`` holds, with the references' cells under their names; None when
-        a signal stopped it.
+        The grid of the methods, and the contents of ``result.json`` with the references' cells under their names, or
+        None if a signal stopped the work.
 
     Raises:
         InputError: If the folder holds a demonstration of another size or seed.
@@ -104,7 +104,7 @@ def run_demo(
 
 
 def _claim(study: Study, folder: Path) -> None:
-    """Write the study file, or see that what is there is the same study, or a smaller one that it goes on from."""
+    """Write the study file, or check that an existing one is of the same study, or of a smaller one to continue."""
     make_folder(folder)
     path = folder / "study.yaml"
     if path.is_file() and (before := load_study(path)) != study:
@@ -120,7 +120,7 @@ def _claim(study: Study, folder: Path) -> None:
         if grown != study or before.set["steps"] > study.set["steps"] or not constant:
             other = next((name for name in sizes[0] if sizes[0][name] != sizes[1][name]), "study")
             raise InputError(f"{printable(folder)} holds a demonstration with another {other}: choose another --output")
-        for run in runs:  # their networks have had fewer updates
+        for run in runs:  # these results are of networks with fewer updates
             for done in (run.path, *(cell.path for cell in run.cells)):
                 done.unlink(missing_ok=True)
     text = yaml.safe_dump(study.model_dump(mode="json", exclude_defaults=True), sort_keys=False, allow_unicode=True)
@@ -129,7 +129,7 @@ def _claim(study: Study, folder: Path) -> None:
 
 
 def _cell(name: str, record: dict[str, Any]) -> Cell:
-    """Return a cell of a study as one of a grid."""
+    """Convert a cell of a study to a cell of a grid."""
     numbers = {**record, **record["numbers"], "checkpoint": name}
     kept = ("checkpoint", "sampler", "steps", "n", "fid", "fid_ci", "kid", "kid_se", "precision", "recall")
     own = {key: numbers[key] for key in (*kept, "brightness", "seconds")}
@@ -139,7 +139,7 @@ def _cell(name: str, record: dict[str, Any]) -> Cell:
 
 
 def _grid(results: Results) -> Grid:
-    """Return the cells of the methods, the differences of all pairs, and their pictures."""
+    """Return the grid of the methods, with the differences of all pairs and the pictures."""
     (seed,) = {seed for _, seed, *_ in results.cells}
     grid = Grid([], [], {})
     for sampler, steps in itertools.product(results.samplers, results.steps):
@@ -152,7 +152,7 @@ def _grid(results: Results) -> Grid:
 
 
 def _references(results: Results) -> dict[str, list[Cell]]:
-    """Return the cells of each reference by its name."""
+    """Return the cells of each reference by name."""
     found: dict[str, list[Cell]] = {}
     for (name, *_), record in results.references.items():
         found.setdefault(name, []).append(_cell(name, record))
@@ -160,7 +160,7 @@ def _references(results: Results) -> dict[str, list[Cell]]:
 
 
 def _images(results: Results, method: str, sampler: str, steps: int) -> Tensor:
-    """Return the images of a cell's picture, uint8 (k, C, H, W): they stand in a row, each in a frame of one pixel."""
+    """Return the images in a cell's picture, uint8 (k, C, H, W), where they are in a row with one-pixel frames."""
     path = results.pictures.get((method, sampler, steps))
     columns = results.study.measure.pictured
     if path is None:

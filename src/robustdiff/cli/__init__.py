@@ -1,6 +1,7 @@
 """The command line: each file of this folder is a command, which parses, calls a function of the library, and prints.
 
-Exit code 0 is success; 2 bad input, with one line on stderr that names the thing and the remedy; 1 a failed run.
+The exit code is 0 for success, 2 for bad input, and 1 for a failed run. Errors are one line on stderr that names the
+cause and the remedy.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-# click's; newer typers hold a copy of click, and export only this one's descendant.
+# click's UsageError; newer versions of typer hold a copy of click and export only its subclass.
 _UsageError: Any = typer.BadParameter.__base__
 
 out = Console(highlight=False)
@@ -36,7 +37,7 @@ err = Console(stderr=True, highlight=False)
 
 
 def say(message: str, console: Console = out) -> None:
-    """Print one line as it is: paths are neither broken at the width of the terminal nor read as markup or escapes."""
+    """Print a line without wrapping it to the width of the terminal, and without interpreting markup or escapes."""
     console.print(printable(message), markup=False, emoji=False, soft_wrap=True)
 
 
@@ -51,19 +52,19 @@ def _root(
         raise typer.Exit
 
 
-for _module in iter_modules(__path__):  # the commands import what is above
+for _module in iter_modules(__path__):  # the commands import the names above
     import_module(f"{__name__}.{_module.name}")
 
 
 def main() -> None:
     """Run the command line and exit."""
-    # logging stays as it is: its last resort writes warnings to what sys.stderr is at the time, so above a bar.
+    # logging is not configured: its last resort writes warnings to the current sys.stderr, so above a progress bar.
     try:
         code = app(prog_name="robustdiff", standalone_mode=False)
     except InputError as error:
         sys.exit(_fail(str(error), 2))
     except _UsageError as error:
-        message = error.format_message().replace("Value error, ", "")  # what pydantic, in newer typers, says before it
+        message = error.format_message().replace("Value error, ", "")  # pydantic's prefix, in newer typers
         sys.exit(_fail(f"{message} (robustdiff --help)", 2))
     except (typer.Abort, KeyboardInterrupt):
         sys.exit(_fail("interrupted", 130))
@@ -75,7 +76,7 @@ def main() -> None:
         if error.filename is None or error.errno == errno.EIO:
             raise
         sys.exit(_fail(f"{os.fsdecode(error.filename)}: {error.strerror}: give another path", 2))
-    except ValueError as error:  # what Python raises for names that the system cannot have
+    except ValueError as error:  # raised by Python for file names that the system does not allow
         if isinstance(error, UnicodeEncodeError) and error.reason == "surrogates not allowed":
             sys.exit(_fail(f"{error.object!r} holds a character that no text has: correct the path or the name", 2))
         if "embedded null" not in str(error):
@@ -85,6 +86,6 @@ def main() -> None:
 
 
 def _fail(message: str, code: int) -> int:
-    """Print one line on stderr, without what would move the cursor or hide text, and return the exit code."""
+    """Print one line on stderr, without control characters, and return the exit code."""
     print("robustdiff: " + printable(" ".join(message.split())), file=sys.stderr)
     return code

@@ -74,7 +74,7 @@ def evaluate(
 
 
 def _real_images(metrics: list[str], given: dict[str, Any], runs: dict[str, str]) -> DataConfig | Path | None:
-    """Return the configuration of the real images, or the file of their statistics; None where nothing is compared."""
+    """Return the configuration of the real images or the file of their statistics, or None if no metric compares."""
     from robustdiff.metrics.metric import DEFAULT, compared
 
     if not compared(metrics or DEFAULT):

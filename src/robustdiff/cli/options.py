@@ -44,10 +44,10 @@ def parse_names(text: str | None, option: str = "--sampler") -> list[str]:
 
 
 def parse_assignments(texts: list[str], taken: dict[str, Any]) -> dict[str, Any]:
-    """Return the values, read as YAML, of assignments ``KEY=VALUE``.
+    """Return the values, parsed as YAML, of assignments ``KEY=VALUE`` by key.
 
     Raises:
-        InputError: If one is malformed, or a key is given twice, or among those that are taken.
+        InputError: If an assignment is malformed, or a key is given twice or is in ``taken``.
     """
     from robustdiff.yaml_reader import parse_yaml
 
@@ -72,7 +72,7 @@ def parse_numbers(text: str, option: str, remedy: str, most: int | None = None) 
     """Return the numbers of a comma-separated text.
 
     Raises:
-        InputError: If a part is not a number, or there are more than ``most``; the message ends with the remedy.
+        InputError: If a part is not a number, or there are more than ``most`` parts. The message ends with ``remedy``.
     """
     try:
         numbers = [float(part) for part in text.split(",")]
@@ -84,14 +84,14 @@ def parse_numbers(text: str, option: str, remedy: str, most: int | None = None) 
 
 
 def real_images(run: str | None, data: str | None, root: str | None, overrides: list[str]) -> DataConfig:
-    """Return the configuration of the real images, and print what a run's recipe has this command read."""
+    """Return the configuration of the real images, and print the folder that a run's recipe names, if it is read."""
     from robustdiff.evaluation.real_images import choose_real_images
 
     return choose_real_images(run, data, root, overrides, on_read=lambda message: say(message, err))
 
 
 def _native(precision: str) -> str:
-    if precision != "auto":  # without importing torch while arguments are parsed
+    if precision != "auto":  # returns before torch is imported
         return precision
     from robustdiff.section import native_precision
 

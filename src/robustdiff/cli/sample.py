@@ -89,7 +89,7 @@ def _steps(text: str | None) -> int | str | None:
 
 
 def _prepare(output: Path, generator: Generator) -> None:
-    """Make the folder of the images, once nothing else stands against them."""
+    """Check the output path, and create its folder."""
     if output.suffix and output.suffix != ".npz":
         raise InputError(f"{output}: give a file that ends in .npz, or a folder")
     generator.shape  # noqa: B018  (raises where the model does not say it)

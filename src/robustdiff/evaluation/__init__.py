@@ -1,1 +1,1 @@
-"""Evaluation: how good the samples are, and how sure we are of it."""
+"""Evaluation: generation of images, and metrics of them with intervals."""

@@ -1,8 +1,8 @@
-r"""Any number of images from a network, each a function of (seed, its number) alone.
+r"""Generation of images, each of which depends on the seed and its own number alone.
 
-Image i has its own generator, seeded by (seed, i), for x_T and for the noise of every step. So it is the same whatever
-the batch size and the number of processes, its x_T is the same for all samplers, steps and checkpoints (common random
-numbers), and a run that was interrupted goes on where it was.
+Image i has its own random generator, seeded by (seed, i), for x_T and for the noise of every step. Its noise does not
+depend on the batch size or the number of processes, its x_T is the same for all samplers, steps and checkpoints (common
+random numbers), and an interrupted run can be continued.
 """
 
 from __future__ import annotations
@@ -39,21 +39,21 @@ from robustdiff.samplers.sample import SAMPLERS, check_sampler, sample
 __all__ = ["Generator", "ImageNoise", "share_of", "write_npz", "write_pngs"]
 
 RECORD = ".robustdiff-samples.json"
-"""The file in a folder of PNGs that says how they were made."""
+"""The file in a folder of PNGs that holds their settings."""
 
 _SIGNATURE = 32  # bytes
 
-_NOISE = 2  # the stream of (seed, stream, number) that images have; training has others
+_NOISE = 2  # the stream of images in (seed, stream, number); training uses others
 
 
 class ImageNoise:
-    """The noise of some images: each draws from a generator of its own, on the CPU.
+    """A source of noise for some images, each with its own random generator on the CPU.
 
     Arguments:
         seed: The seed of the whole set.
         indices: The numbers of the images.
-        shape: (C, H, W).
-        device: Where the noise goes.
+        shape: The shape (C, H, W) of one image's noise.
+        device: The device of the noise.
     """
 
     def __init__(self, seed: int, indices: range, shape: tuple[int, ...], device: torch.device) -> None:
@@ -72,23 +72,24 @@ class ImageNoise:
 
 @dataclass(frozen=True)
 class Generator:
-    """A model, and the settings by which it makes images.
+    """A model with its sampling settings.
 
     Arguments:
-        model: The model; its network is put into eval mode.
-        sampler: The sampler's name.
-        steps: Network evaluations for one image, or a respacing string.
+        model: The model, whose network is set to eval mode.
+        sampler: The name of the sampler.
+        steps: The number of network evaluations for one image, or a respacing string.
         seed: The seed of the set of images.
-        batch_size: Images at a time.
-        precision: "fp32", or "bf16" or "fp16" for autocast.
-        label: The class of all images, for class-conditional networks; image i has the class i modulo their number by
-            default.
-        num_classes: How many of the network's classes are sampled, where the last is the null class of classifier-free
-            guidance; known of networks that this package trained with ``model.condition_dropout``.
-        guidance: The scale of classifier-free guidance; none is no guidance.
-        options: Further arguments of :func:`robustdiff.sample`, such as ``eps_scale``. They come before those that the
-            checkpoint's scheduler says.
-        prompts: The captions of text-conditional networks; image i has the one of number i modulo their number.
+        batch_size: The number of images at a time.
+        precision: "fp32", or for autocast "bf16" or "fp16".
+        label: The class of all images, for class-conditional networks. By default image i has the class i modulo the
+            number of classes.
+        num_classes: The number of the network's classes to sample, without the null class of classifier-free guidance.
+            By default all classes but a null class that the checkpoint records.
+        guidance: The scale of classifier-free guidance; None is no guidance.
+        options: Further arguments of :func:`robustdiff.sample`, such as ``eps_scale``. They override the settings of
+            the checkpoint's scheduler.
+        prompts: The captions for text-conditional networks; image i has the caption with the number i modulo their
+            number.
 
     Raises:
         InputError: If the sampler is unknown or does not suit the model, or the label does not exist.
@@ -108,13 +109,13 @@ class Generator:
 
     @classmethod
     def of(cls, model: Model, *, data_classes: int | None = None, **settings: Any) -> Generator:
-        """Make a generator of a model.
+        """Create a generator of a model.
 
         Arguments:
             model: The model.
-            data_classes: The number of classes of the data. A network that embeds one more has a null class.
-            settings: The other fields. By default, or where they are None, the sampler is the first that suits the
-                model, and the steps are the sampler's default.
+            data_classes: The number of classes of the data. If the network embeds one more, the last is a null class.
+            settings: The other fields. By default, or if they are None, the sampler is the first that suits the model,
+                and the number of steps is the sampler's default.
 
         Raises:
             InputError: If a setting does not suit the model.
@@ -133,13 +134,14 @@ class Generator:
         """Load a generator from a run, a pipeline folder, or a model shipped with the package.
 
         Arguments:
-            path: Where the model is.
-            device: Where it goes.
-            size: The side of the images, where the network's configuration does not say it, or another one.
-            settings: The other fields; where neither sampler nor steps are given those of a run's recipe.
+            path: The run, the pipeline folder, or the name of a shipped model.
+            device: The device of the model.
+            size: The height and width of the images, if the network's configuration does not give them or others are
+                wanted.
+            settings: The other fields. If neither sampler nor steps are given, both are those of the run's recipe.
 
         Raises:
-            InputError: If there is no model, or it cannot be read, or a setting does not suit it.
+            InputError: If the model is missing or cannot be read, or a setting does not suit it.
         """
         model = load_model(path, size).to(device)
         recipe = Path(path) / "recipe.yaml"
@@ -165,19 +167,19 @@ class Generator:
             raise InputError(f"there is no class {self.label}: {known}")
 
     def fingerprint(self) -> str:
-        """Return the sha256 of the network's parameters, in their order, in any device and memory format."""
+        """Return the sha256 of the network's parameters, which does not depend on device or memory format."""
         return self.model.fingerprint()
 
     @cached_property
     def condition(self) -> Condition:
-        """The condition of the network, with the classes that are sampled."""
+        """The condition of the network, restricted to the classes that are sampled."""
         own = self.model.condition
         return own if self.num_classes is None else own.with_classes(self.num_classes)
 
     @property
     def sampling(self) -> dict[str, Any]:
-        """The arguments of :func:`robustdiff.sample`: the checkpoint's settings that the sampler takes, and over them
-        the options."""
+        """The arguments of :func:`robustdiff.sample` from the checkpoint, if the sampler takes them, and from
+        ``options``."""
         takes = ("clip", "spacing", "steps_offset", *SAMPLERS[self.sampler].model_fields)
         checkpoint = {name: value for name, value in self.model.sampling.items() if name in takes}
         return {**checkpoint, **(self.options or {})}
@@ -192,34 +194,34 @@ class Generator:
         """(C, H, W) of an image.
 
         Raises:
-            InputError: If the network's configuration does not say its size.
+            InputError: If the network's configuration does not give the size.
         """
         return self.model.image_shape
 
     def labels(self, indices: range) -> Tensor | None:
-        """Return the classes of some images, with shape (B,); None for networks without."""
+        """Return the classes of some images, with shape (B,), or None if the network has no classes."""
         if self.classes is None:
             return None
         return torch.tensor([i % self.classes if self.label is None else self.label for i in indices])
 
     def images(self, indices: range) -> Iterator[tuple[range, Tensor]]:
-        """Make the images of a range of numbers, in batches: (their numbers, uint8 (B, C, H, W) on the CPU)."""
+        """Yield the images of a range in batches: the numbers, and the images as uint8 (B, C, H, W) on the CPU."""
         for batch in self.batches(indices):
             with torch.inference_mode():
                 images = self.model.codec.decode(self.sample(batch, self.labels(batch)))
             yield batch, to_uint8(images).cpu()
 
     def batches(self, indices: range) -> Iterator[range]:
-        """Divide a range into parts of at most ``batch_size``."""
+        """Yield the parts of a range, each of at most ``batch_size`` numbers."""
         for start in range(indices.start, indices.stop, self.batch_size):
             yield range(start, min(start + self.batch_size, indices.stop))
 
     def sample(self, batch: range, labels: Tensor | None, **more: Any) -> Tensor:
-        """Sample some numbers, all at once: what the model's codec decodes, with shape (B, C, H, W), on the device.
+        """Sample one batch, before decoding by the model's codec, with shape (B, C, H, W), on the device.
 
         Arguments:
-            batch: The numbers.
-            labels: Their classes, with shape (B,); none for networks without.
+            batch: The numbers of the images.
+            labels: The classes of the images, with shape (B,), or None if the network has no classes.
             more: Further arguments of :func:`robustdiff.sample`, such as ``on_evaluation``.
         """
         model = self.model
@@ -246,7 +248,7 @@ class Generator:
 
 
 def share_of(num: int, accelerator: Accelerator) -> range:
-    """Return the numbers of the images that this process makes."""
+    """Return the numbers of the images that this process generates."""
     return _share(num, accelerator.process_index, accelerator.num_processes)
 
 
@@ -255,12 +257,12 @@ def _share(num: int, rank: int, processes: int) -> range:
 
 
 def _signature(batch: range, pixels: bytes, key: str, secret: bytes) -> bytes:
-    """Return what stands behind a batch in a part, and only this user's own call can have put there."""
+    """Return the signature after a batch in a temporary file, which only a call of the same user can have written."""
     return hmac.digest(secret, f"{key} {batch.start} {batch.stop} ".encode() + pixels, "sha256")
 
 
 def _finished(file: BinaryIO, batches: list[range], size: int, key: str, secret: bytes) -> int:
-    """Return how many of the batches of a part are whole and this user's own; the others are no samples."""
+    """Return the number of batches at the start of a temporary file that are whole and written by the same user."""
     for done, batch in enumerate(batches):
         pixels = file.read(len(batch) * size)
         if not hmac.compare_digest(file.read(_SIGNATURE), _signature(batch, pixels, key, secret)):
@@ -275,29 +277,29 @@ def write_npz(
     accelerator: Accelerator,
     progress: Progress = SILENT,
 ) -> bool:
-    """Write ``arr_0``, uint8 (num, H, W, C), and ``arr_1``, the labels if there are any: what ADM's evaluator reads.
+    """Write images as ``arr_0``, uint8 (num, H, W, C), and labels, if any, as ``arr_1``, as ADM's evaluator reads them.
 
-    The images go to the disk as they come, so that memory does not grow with their number, and the file appears when it
-    is complete. Interrupted, the same call by the same user goes on where it was. The archive's comment holds the
-    settings as JSON.
+    Each batch is written to disk at once, so that memory does not grow with the number of images. The file appears
+    under its name when it is complete. After an interruption, the same call by the same user continues. The archive's
+    comment holds the settings as JSON.
 
     Arguments:
-        generator: Where the images come from.
-        num: How many.
+        generator: The source of the images.
+        num: The number of images.
         path: The file.
-        accelerator: Each of its processes makes its share.
-        progress: Told of the images made, over all processes.
+        accelerator: The accelerator, whose processes share the images.
+        progress: The receiver of the progress, in images of all processes.
 
     Returns:
-        Whether the file was written: False where the same call had written it before.
+        True if the file was written, False if the same call had written it before.
 
     Raises:
-        InputError: If there is such a file already, and another call made it.
+        InputError: If the file exists and was written with another network or other settings.
     """
     progress.begin(f"{generator.sampler}, {generator.steps} steps", num)
     channels, height, width = generator.shape
     settings = {**_settings(generator), "num": num}
-    # Of another network or other settings, what is there is not used.
+    # Temporary files of another network or other settings have another name and are not used.
     key = hashlib.sha256(json.dumps([settings, accelerator.num_processes]).encode()).hexdigest()[:12]
     parts = path.with_name(f".{path.name}.{key}.parts")
     if accelerator.is_main_process:
@@ -349,7 +351,7 @@ def write_npz(
 def _remove_parts(folder: Path, processes: int) -> None:
     for rank in range(processes):
         (folder / f"{rank}.uint8").unlink(missing_ok=True)
-    with suppress(OSError):  # something else is in it, which is not ours to remove
+    with suppress(OSError):  # the folder holds other files, which are kept
         folder.rmdir()
 
 
@@ -360,20 +362,20 @@ def write_pngs(
     accelerator: Accelerator,
     progress: Progress = SILENT,
 ) -> bool:
-    """Write ``000000.png``, … into a folder; files that are there are kept, so that an interrupted call goes on.
+    """Write ``000000.png``, … into a folder. Existing files are kept, so that an interrupted call can be continued.
 
     The file :data:`RECORD` in the folder holds the settings. A call with the same settings and a larger number of
     images adds those that are missing.
 
     Arguments:
-        generator: Where the images come from.
-        num: How many.
-        folder: The folder; made if it is not there.
-        accelerator: Each of its processes makes its share.
-        progress: Told of the images made, over all processes.
+        generator: The source of the images.
+        num: The number of images.
+        folder: The folder, which is created if it is missing.
+        accelerator: The accelerator, whose processes share the images.
+        progress: The receiver of the progress, in images of all processes.
 
     Returns:
-        Whether images were missing.
+        True if images were written, False if none was missing.
 
     Raises:
         InputError: If the folder holds anything that was not made with the same network and settings.
@@ -407,7 +409,7 @@ def write_pngs(
 
 
 def _settings(generator: Generator) -> dict[str, Any]:
-    """Return all that an image depends on besides its number, as JSON holds it."""
+    """Return everything that an image depends on besides its number, as JSON values."""
     model, process = generator.model, generator.model.process
     levels = np.stack([process.alphas.numpy(), process.sigmas.numpy()])
     settings = {
@@ -432,7 +434,7 @@ def _settings(generator: Generator) -> dict[str, Any]:
 
 
 def _comment(path: Path) -> bytes:
-    """Return the comment of a zip archive; nothing where it is no archive."""
+    """Return the comment of a zip archive, or nothing if the file is not an archive."""
     try:
         with open_regular(path) as file, zipfile.ZipFile(file) as archive:
             return archive.comment
@@ -441,7 +443,7 @@ def _comment(path: Path) -> bytes:
 
 
 def _contents(record: Path) -> bytes:
-    """Return what a record holds, as far as one can be long; nothing where there is none."""
+    """Return the contents of a record, up to the largest possible size, or nothing if there is no record."""
     try:
         with open_regular(record) as file:
             return file.read(2**20)
@@ -450,10 +452,10 @@ def _contents(record: Path) -> bytes:
 
 
 def _is_there(path: Path) -> bool:
-    """Whether there is a file at a path.
+    """Return whether a path is a regular file.
 
     Raises:
-        InputError: If there is something else, such as a link.
+        InputError: If the path is something else, such as a link.
     """
     try:
         open_regular(path).close()
@@ -463,15 +465,15 @@ def _is_there(path: Path) -> bool:
 
 
 def _check_record(path: Path, record: bytes, settings: dict[str, Any]) -> None:
-    """Check that what is at a path was made with some settings.
+    """Check that a file or folder was made with the given settings.
 
     Raises:
-        InputError: If it was not, or does not say so.
+        InputError: If it was made with other settings, or its record cannot be read.
     """
     remedy = "give another --output, or remove it"
     try:
         found = json.loads(record)
-    except (ValueError, RecursionError):  # that it is not JSON, or not UTF-8
+    except (ValueError, RecursionError):  # not JSON, or not UTF-8
         found = None
     if not isinstance(found, dict):
         raise InputError(f"{path} exists, and does not say that robustdiff sample made it: {remedy}")

@@ -1,12 +1,12 @@
 r"""The grid: checkpoint × sampler × number of function evaluations (NFE).
 
-Every cell is made from the same random numbers: image i of each has the same x_T and step noise
-(:mod:`robustdiff.evaluation.generate`). A number with bootstrap replicates has an interval, and each pair of
-checkpoints has, at equal sampler and NFE, an interval of its difference, from replicates that resample the same images
-of both. Common random numbers make that interval narrower than the two intervals suggest.
+All cells use the same random numbers: image i of each has the same x_T and step noise
+(:mod:`robustdiff.evaluation.generate`). A number with bootstrap replicates has an interval. For each pair of
+checkpoints at equal sampler and NFE, the difference has an interval from replicates that resample the same images of
+both, which common random numbers make narrow.
 
-Images that are there already, in a folder or a file, are measured in the same way and give one cell, without sampler
-and steps. Nothing pairs them with the images of another cell, so they have no differences.
+Existing images, in a folder or a file, are measured in the same way and give one cell, without sampler and steps. They
+are not paired with the images of another cell, so they have no differences.
 """
 
 from __future__ import annotations
@@ -32,24 +32,24 @@ from robustdiff.progress import SILENT, Progress
 __all__ = ["FILE", "Cell", "Difference", "Grid", "differences", "evaluate_cell", "evaluate_grid", "evaluate_images"]
 
 FILE = "file"
-"""The sampler of a cell whose images were there already."""
+"""The value of :attr:`Cell.sampler` for existing images."""
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One checkpoint under one sampler, or the images of one folder or file.
+    """The numbers of one checkpoint under one sampler, or of the images of one folder or file.
 
     Attributes:
-        checkpoint: Its name.
-        sampler: The sampler; :data:`FILE` for images that were there already.
-        steps: Network evaluations for one image; None for images that were there already.
-        n: Images.
-        values: The numbers of the metrics by name, and the standard error of NAME as ``NAME_se``. None is a number that
-            is not known, as KID is where the reference has no features.
-        intervals: The 95 % intervals of some of them.
-        replicates: The bootstrap replicates, (R,), of those numbers. They belong one to one to those of any other cell
-            with as many images.
-        seconds: The time that making and measuring the images took.
+        checkpoint: The name of the checkpoint, folder or file.
+        sampler: The sampler, or :data:`FILE` for existing images.
+        steps: The number of network evaluations for one image, or None for existing images.
+        n: The number of images.
+        values: The numbers of the metrics by name, with the standard error of NAME as ``NAME_se``. The value is None if
+            it is not known, such as KID if the reference has no features.
+        intervals: The 95 % intervals, by name, of the numbers that have one.
+        replicates: The bootstrap replicates, (R,), of those numbers. Replicate r resamples the same images in all cells
+            with the same number of images.
+        seconds: The time taken to generate and measure the images, in seconds.
     """
 
     checkpoint: str
@@ -62,7 +62,7 @@ class Cell:
     seconds: float
 
     def record(self) -> dict[str, Any]:
-        """Return the cell as ``result.json`` holds it, each interval as ``NAME_ci``, and without replicates."""
+        """Return the record of the cell in ``result.json``, with each interval as ``NAME_ci``, without replicates."""
         record: dict[str, Any] = {key: getattr(self, key) for key in ("checkpoint", "sampler", "steps", "n")}
         for name, value in self.values.items():
             record[name] = value
@@ -72,10 +72,10 @@ class Cell:
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any], replicates: dict[str, Array]) -> Cell:
-        """Return the cell of a record.
+        """Create a cell from its record.
 
         Raises:
-            ValueError: If it is none.
+            ValueError: If the record is malformed.
         """
         head = ("checkpoint", "sampler", "steps", "n", "seconds")
         numbers = {key: record[key] for key in record if key not in head}
@@ -91,8 +91,8 @@ class Difference:
     """A number of one checkpoint minus that of a baseline, at equal sampler, steps and random numbers.
 
     Attributes:
-        value: The difference, with its 95 % ``interval``.
-        relative: The difference over the baseline's number; None where that is not positive.
+        value: The difference, whose 95 % interval is ``interval``.
+        relative: The difference divided by the baseline's number, or None if that is not positive.
     """
 
     checkpoint: str
@@ -105,7 +105,7 @@ class Difference:
     relative: float | None
 
     def record(self) -> dict[str, Any]:
-        """Return the difference as ``result.json`` holds it, under the keys of a cell's record, with ``relative``."""
+        """Return the record of the difference in ``result.json``, with the keys of a cell's record and ``relative``."""
         pair = {"checkpoint": self.checkpoint, "baseline": self.baseline, "sampler": self.sampler, "steps": self.steps}
         return {**pair, self.number: self.value, f"{self.number}_ci": list(self.interval), "relative": self.relative}
 
@@ -128,19 +128,19 @@ def evaluate_cell(
     keep: int = 16,
     progress: Progress = SILENT,
 ) -> tuple[Cell, Tensor]:
-    """Make the images of one cell and measure them.
+    """Generate the images of one cell and measure them.
 
     Arguments:
-        name: The checkpoint's name.
-        generator: The source of the images; its ``steps`` are a number.
-        num: Images.
-        metrics: The metrics, which begin a new set of images.
-        accelerator: Each of its processes makes its share of the images.
-        keep: The number of the first images that are returned, uint8 (k, C, H, W).
-        progress: Told of the images, over all processes.
+        name: The name of the checkpoint.
+        generator: The source of the images, whose ``steps`` is a number.
+        num: The number of images.
+        metrics: The metrics, which are reset.
+        accelerator: The accelerator, whose processes share the images.
+        keep: The number k of first images to return.
+        progress: The receiver of the progress, in images of all processes.
 
     Raises:
-        InputError: If images do not suit a metric.
+        InputError: If a metric does not take the images.
         RunError: If a number is not finite.
     """
     sampler, steps = generator.sampler, int(generator.steps)
@@ -159,16 +159,16 @@ def evaluate_images(
     batch_size: int = 128,
     progress: Progress = SILENT,
 ) -> Cell:
-    """Measure images that are there already. Other arguments and errors are those of :func:`evaluate_cell`.
+    """Measure existing images. Other arguments and errors are those of :func:`evaluate_cell`.
 
     Arguments:
-        name: Their name.
-        dataset: The images; their labels are the condition that metrics are given.
-        num: The number of them, from the first.
-        batch_size: Images at a time.
+        name: The name of the images.
+        dataset: The images, whose labels are the condition for metrics.
+        num: The number of images to measure, from the first on.
+        batch_size: The number of images at a time.
 
     Raises:
-        InputError: If images cannot be read.
+        InputError: If an image cannot be read.
     """
 
     def batches() -> Iterator[tuple[range, Tensor, Any]]:
@@ -183,7 +183,7 @@ def evaluate_images(
 
 
 class _Within:
-    """The progress of a cell within that of the grid, in network evaluations."""
+    """The progress of a cell as a part of the grid's, in network evaluations."""
 
     def __init__(self, progress: Progress, steps: int) -> None:
         self.progress, self.steps, self.note = progress, steps, ""
@@ -206,7 +206,7 @@ def _measure(
     keep: int,
     progress: Progress,
 ) -> tuple[Cell, Tensor]:
-    """Measure this process's share of the images, (indices, images, condition) by batches, with those of the others."""
+    """Measure batches (indices, images, condition) of this process, and merge the metrics of all processes."""
     start = time.perf_counter()
     metrics.reset()
     first: list[Tensor] = []
@@ -225,9 +225,9 @@ def _measure(
 
 
 def differences(cell: Cell, other: Cell) -> list[Difference]:
-    """Return the numbers of a cell minus those of another, with the intervals that common random numbers allow.
+    """Return the numbers of a cell minus those of another, with intervals that use the common random numbers.
 
-    Numbers without replicates in both cells have no difference.
+    A number must have replicates in both cells; others are left out.
     """
     found = []
     for name, replicates in cell.replicates.items():
@@ -253,16 +253,16 @@ def evaluate_grid(
     """Evaluate every checkpoint under every sampler and number of steps, as :func:`evaluate_cell` does for one.
 
     Arguments:
-        generators: By the checkpoint's name; their sampler and steps are replaced, the rest is used as it is.
-        samplers: Names of samplers.
-        steps: Numbers of network evaluations.
-        progress: Told of the network evaluations, over all processes, and of the cell.
+        generators: The generators by the name of the checkpoint. Their sampler and steps are replaced.
+        samplers: The names of the samplers.
+        steps: The numbers of network evaluations.
+        progress: The receiver of the progress, in network evaluations of all processes, with the cell as a note.
 
     Raises:
         InputError: If a sampler or a number of steps does not suit a checkpoint.
     """
     for generator, sampler, count in itertools.product(generators.values(), samplers, steps):
-        replace(generator, sampler=sampler, steps=count)  # its checks, before anything takes time
+        replace(generator, sampler=sampler, steps=count)  # runs the checks before any cell is generated
     progress.begin("network evaluations", len(generators) * len(samplers) * sum(steps) * num)
     grid = Grid([], [], {})
     for sampler, count in itertools.product(samplers, steps):

@@ -1,7 +1,7 @@
-"""Images that are there already, in a folder or an ``.npz`` file, to be measured as those of a run are.
+"""Existing images, in a folder or an ``.npz`` file, which are measured as generated images are.
 
-A folder is read by :func:`robustdiff.data.load_dataset` under the name ``imagefolder``; a file has ``arr_0``, uint8
-(N, H, W, C), as ``robustdiff sample`` and guided-diffusion write it. Labels are not used.
+A folder is read as the dataset ``imagefolder``. A file holds ``arr_0``, uint8 (N, H, W, C), as ``robustdiff sample``
+and guided-diffusion write it. Labels are not used.
 """
 
 from __future__ import annotations
@@ -17,24 +17,24 @@ from robustdiff.metrics.reference import FEWEST
 __all__ = ["check_size", "load_images", "number_of_images"]
 
 MODEL = ("model_index.json", "model/model_index.json", "recipe.yaml", "unet/config.json", "config.json")
-"""Files of which every run and pipeline folder has one."""
+"""The files by which runs and pipeline folders are recognised."""
 
 
 def load_images(source: str) -> ImageDataset | None:
     """Load the images of a folder or an ``.npz`` file.
 
     Arguments:
-        source: A folder or a file, or else something that :func:`robustdiff.load_model` takes.
+        source: A folder or a file, or a source of :func:`robustdiff.load_model`.
 
     Returns:
-        The images, uint8; None where the source is a run, a pipeline folder or the name of a shipped model.
+        The images, uint8, or None if the source is a run, a pipeline folder or the name of a shipped model.
 
     Raises:
-        InputError: If it is a file of another kind, or its images are missing or malformed.
+        InputError: If the file is of another kind, or the images are missing or malformed.
     """
     path = Path(source)
     if path.is_dir():
-        shipped = "/" not in source and (PRETRAINED / source).is_dir()  # ./NAME is the folder
+        shipped = "/" not in source and (PRETRAINED / source).is_dir()  # ./NAME names a folder
         if shipped or any((path / name).is_file() for name in MODEL):
             return None
         return load_dataset("imagefolder", root=source)
@@ -53,10 +53,10 @@ def check_size(dataset: ImageDataset, shape: tuple[int, int, int]) -> None:
 
     Arguments:
         dataset: The images.
-        shape: (C, H, W) of the real images.
+        shape: The shape (C, H, W) of the real images.
 
     Raises:
-        InputError: If they have another.
+        InputError: If the shapes differ.
     """
     if dataset.shape != shape:
         (channels, height, width), of = dataset.shape, "×".join(map(str, shape))
@@ -67,7 +67,7 @@ def check_size(dataset: ImageDataset, shape: tuple[int, int, int]) -> None:
 
 
 def number_of_images(dataset: ImageDataset, num: int | None) -> int:
-    """Return how many images to measure: all, or the first ``num``.
+    """Return the number of images to measure: all, or ``num`` if it is given.
 
     Raises:
         InputError: If there are fewer than ``num``, or too few to measure.

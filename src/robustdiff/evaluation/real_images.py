@@ -1,4 +1,4 @@
-"""The real images that generated ones are compared with, and the features that both are compared by."""
+"""The real images with which generated images are compared, and the features for the comparison."""
 
 from __future__ import annotations
 
@@ -29,21 +29,20 @@ def choose_real_images(
     overrides: Sequence[str] = (),
     on_read: Callable[[str], None] = lambda message: None,
 ) -> DataConfig:
-    """Return the data section of a run's recipe, or else that of fashion-16, with fields of it changed.
+    """Return the data section of a run's recipe, or that of fashion-16 if there is no recipe, with overrides.
 
-    A run may come from somebody else. Nothing is fetched and no folder above the working folder is searched because a
-    recipe says so.
+    A run may come from somebody else. A recipe alone never causes a download, nor the reading of a folder that contains
+    the working folder.
 
     Arguments:
-        run: A run, or a model without a recipe.
-        name: Another dataset.
-        root: Another folder or file.
+        run: A run, a model without a recipe, or None.
+        name: The name of another dataset.
+        root: The path of another folder or file.
         overrides: Assignments ``data.key=value``.
-        on_read: Called in the first process, before anything is read, with a sentence on the folder that the recipe
-            names.
+        on_read: A function that the main process calls with a message before the folder that the recipe names is read.
 
     Raises:
-        InputError: If a field is unknown or out of its range, or the recipe names images that it may not.
+        InputError: If a field is unknown or out of its range, or the recipe names images that it must not.
     """
     recipe = None if run is None else Path(run) / "recipe.yaml"
     if recipe is None or not recipe.is_file():
@@ -73,9 +72,9 @@ def choose_real_images(
 
 @dataclass(frozen=True)
 class Target:
-    """Real images, or an ``.npz`` file of their statistics, and the features by which images are compared with them.
+    """Real images, or an ``.npz`` file of their statistics, with the extractor of the features for comparisons.
 
-    Without a source nothing is compared, and there are no features.
+    Without a source, nothing is compared and there is no extractor.
     """
 
     source: DataConfig | Path | None = None
@@ -84,41 +83,41 @@ class Target:
 
     @property
     def name(self) -> str | None:
-        """The name of the images, or the path of the file."""
+        """The name of the images, the path of the file, or None without a source."""
         if self.dataset is not None:
             return self.dataset.name
         return None if self.source is None else str(self.source)
 
     @property
     def record(self) -> dict[str, Any]:
-        """The settings that a result names, as JSON holds them."""
+        """The settings that a result records, as JSON values."""
         source = self.source.model_dump(mode="json") if isinstance(self.source, DataConfig) else self.name
         data = None if self.dataset is None else self.dataset.name
         features = None if self.extractor is None else self.extractor.name
         return {"data": data, "reference": source, "features": features}
 
     def statistics(self, accelerator: Accelerator, progress: Progress = SILENT) -> Reference | None:
-        """Return the statistics of the real images under the features, from the cache if they are in it.
+        """Return the statistics of the real images, from the cache if possible, or None without a source.
 
         Raises:
-            InputError: If images cannot be read, or the file is malformed or holds statistics of other features.
+            InputError: If an image cannot be read, or the file is malformed or of another number of features.
         """
         if self.extractor is None:
             return None
         progress.begin("statistics of the real images", 1)
         if self.dataset is None:
             return load_reference(str(self.source), self.extractor)
-        with accelerator.main_process_first():  # the others read the cache
+        with accelerator.main_process_first():  # the other processes read the cache
             return reference_statistics(self.dataset, self.extractor)
 
 
 def load_target(
     source: DataConfig | Path | None, features: str | None, weights: Path | None, device: torch.device
 ) -> Target:
-    """Load real images, and the features of a name or else those that are made for the images.
+    """Load real images, and the extractor of the given name or else the one made for the dataset.
 
     Raises:
-        InputError: If the images cannot be loaded, or the features are not known, not given, or lack their weights.
+        InputError: If the images cannot be loaded, or the extractor is unknown, not given, or lacks its weights.
     """
     if source is None:
         return Target()

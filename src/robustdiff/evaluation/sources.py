@@ -1,4 +1,4 @@
-"""Several sources of images on common random numbers: models that are sampled, and images that are there already."""
+"""Evaluation of several sources of images: models, sampled with common random numbers, and existing images."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ __all__ = ["evaluate_sources", "load_generators", "load_sources", "name_sources"
 
 
 def name_sources(sources: Sequence[str]) -> dict[str, str]:
-    """Return sources by the last part of their paths, or by the whole path if that is not unique.
+    """Return sources by the last part of their paths, or by the whole path if the last part is not unique.
 
     Raises:
         InputError: If a source is given twice.
@@ -37,10 +37,10 @@ def name_sources(sources: Sequence[str]) -> dict[str, str]:
 
 
 def load_sources(sources: Sequence[str]) -> tuple[dict[str, str], dict[str, ImageDataset]]:
-    """Return the runs, pipeline folders and shipped models among sources, and the images of the others, by name.
+    """Return the models among sources (runs, pipeline folders, shipped models), and the images of the others, by name.
 
     Raises:
-        InputError: If a source is given twice, or its images are missing or malformed.
+        InputError: If a source is given twice, or images are missing or malformed.
     """
     named = name_sources(sources)
     images = {name: found for name, source in named.items() if (found := load_images(source)) is not None}
@@ -55,10 +55,10 @@ def load_generators(
     steps: Sequence[int | None],
     **settings: Any,
 ) -> dict[str, Generator]:
-    """Return the generators of runs by name, with the first of the samplers and numbers of steps.
+    """Return the generators of runs by name, with the first of the samplers and of the numbers of steps.
 
     Raises:
-        InputError: If a run cannot be loaded, a setting does not suit it, or it makes images of another shape than the
+        InputError: If a run cannot be loaded, a setting does not suit it, or its images have another shape than the
             dataset's.
     """
     settings |= {"sampler": samplers[0] if samplers else None, "steps": steps[0]}
@@ -84,26 +84,27 @@ def evaluate_sources(
     progress: Progress = SILENT,
     **settings: Any,
 ) -> Grid:
-    """Compare runs under samplers and numbers of steps, and images as they are, with real images.
+    """Compare runs, at each sampler and number of steps, and existing images with real images.
 
     Arguments:
         runs: Runs, pipeline folders and shipped models, by name.
-        images: Images that are there already, by name.
-        target: The real images and the features.
-        accelerator: Each of its processes makes its share of the images.
-        samplers: Names of samplers for all runs; by default one that suits the first.
-        steps: Numbers of network evaluations; by default those of the first sampler.
-        num: Images of each cell; by default 5000, and all of those that are there already.
-        metrics: Names of metrics; by default FID, KID, precision, recall and brightness, as far as the target allows.
-        batch_size: Images at a time.
+        images: Existing images, by name.
+        target: The real images and the feature extractor.
+        accelerator: The accelerator, whose processes share the images.
+        samplers: The names of samplers for all runs; by default one that suits the first run.
+        steps: The numbers of network evaluations; by default those of the first sampler.
+        num: The number of images of each cell; by default 5000 for runs, and all existing images.
+        metrics: The names of metrics; by default FID, KID, precision, recall and brightness, as far as the target
+            allows.
+        batch_size: The number of images at a time.
         progress: The receiver of the progress.
-        settings: Other fields of the generators.
+        settings: Other fields of :class:`Generator`.
 
     Returns:
-        The cells of the runs, then those of the images, and the differences between runs.
+        A grid of the cells of runs, then those of existing images, and the differences between runs.
 
     Raises:
-        InputError: If a setting does not suit a run, or images do not suit the real ones or the features.
+        InputError: If a setting does not suit a run, or images do not fit the real images or the extractor.
         RunError: If a metric is not finite.
     """
     numbers = {name: number_of_images(dataset, num) for name, dataset in images.items()}
@@ -111,7 +112,7 @@ def evaluate_sources(
     for option, value in (("--sampler", samplers), ("--steps", steps)):
         if value and not runs:
             raise InputError(f"{option} is how runs are sampled, and only images are given: leave it out")
-    # Steps are given, so that no run's recipe decides how all are sampled.
+    # Steps are always given, so that the recipe of a run does not choose the sampler.
     settings |= {"samplers": samplers, "steps": steps or [1], "batch_size": batch_size}
     generators = load_generators(runs, accelerator.device, target.dataset, **settings)
     if generators:

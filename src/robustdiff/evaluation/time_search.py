@@ -1,4 +1,4 @@
-"""The search for the times of multistep consistency sampling at which the FID is least."""
+"""Search for the times of multistep consistency sampling with the lowest FID."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ def search_times_by_fid(
     accelerator: Accelerator,
     progress: Progress = SILENT,
 ) -> TimeSearch:
-    """Search the scales of multistep sampling, one after the other, with candidates from common noise.
+    """Search the scales of multistep sampling greedily, with the same noise for all candidates.
 
     Arguments:
-        generator: The source of the images, by the sampler multistep; its ``steps`` are replaced.
-        steps: How many scales.
-        num: Images of each candidate.
-        target: The real images and the features.
-        accelerator: The process that reads their statistics first.
-        progress: Told of the images of each candidate.
+        generator: The source of the images, with the sampler multistep. Its ``steps`` is replaced.
+        steps: The number of scales.
+        num: The number of images for each candidate.
+        target: The real images and the feature extractor.
+        accelerator: The accelerator, whose main process computes the statistics of the real images.
+        progress: The receiver of the progress, in images of each candidate.
 
     Raises:
-        InputError: If there are not so many scales, or images do not suit the features.
+        InputError: If the process has too few scales, or the extractor does not take the images.
         RunError: If an FID is not finite.
     """
     metric = FID(target.statistics(accelerator, progress))

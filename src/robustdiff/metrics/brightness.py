@@ -1,4 +1,4 @@
-"""The mean grey value of the images, in [0, 255]. Few-step FID follows it closely."""
+"""The mean grey value of the images, in [0, 255], with which FID at few steps is strongly correlated."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Brightness(Metric):
 
     def reset(self) -> None:
         self._n = 0
-        self._sums: list[float] = []  # over a batch, of the means of its images
+        self._sums: list[float] = []  # of each batch: the sum of the means of its images
 
     def update(self, batch: Batch) -> None:
         self._n += len(batch.images)

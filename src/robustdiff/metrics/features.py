@@ -1,15 +1,15 @@
-r"""Features: the space in which sets of images are compared.
+r"""Feature extractors: the space in which sets of images are compared.
 
-An extractor is a fixed map φ: {0, …, 255}^{C×H×W} → R^D, the activations of a classifier one layer before its
-logits. FID, KID, precision and recall compare the laws of φ(generated) and φ(real), so a number means something
-only together with its φ: each extractor has a fingerprint, the hash of its weights, and the cache of reference
-statistics is keyed by it.
+An extractor is a fixed map φ: {0, …, 255}^{C×H×W} → R^D, the activations of a classifier one layer before its logits.
+FID, KID, precision and recall compare the distributions of φ(generated) and φ(real), so their values can be compared
+only under the same φ. Each extractor has a fingerprint, the hash of its weights, which is part of the key of cached
+reference statistics.
 
-- `digits`, `fashion-16`, `fashion-mnist`: small convolutional classifiers that ship with this package
-  (`scripts/train_extractors.py` trains them), for images for which Inception, trained on 299 × 299
-  photographs, was not made.
-- `inception`: the network of the FID that papers report (Heusel et al., NeurIPS 2017, arXiv 1706.08500), as
-  torch-fidelity (Obukhov et al., 2020) ports it from TensorFlow, resizing and padding included.
+- `digits`, `fashion-16`, `fashion-mnist`: small convolutional classifiers that come with this package
+  (`scripts/train_extractors.py` trains them), for small images, to which Inception, trained on 299 × 299 photographs,
+  is not suited.
+- `inception`: the network by which papers report FID (Heusel et al., NeurIPS 2017, arXiv 1706.08500), as torch-fidelity
+  (Obukhov et al., 2020) ports it from TensorFlow, resizing and padding included.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class FeatureExtractor(nn.Module):
     """A map from a batch of images to a batch of feature vectors.
 
     Attributes:
-        name: Its name, for messages and results.
+        name: The name, for messages and results.
         dim: D, the number of features.
         fingerprint: The sha256 of the weights, 64 hexadecimal digits.
     """
@@ -71,23 +71,24 @@ class FeatureExtractor(nn.Module):
 
     @abstractmethod
     def forward(self, images: Tensor) -> Tensor:
-        """Return the features, float32 (B, D), on the extractor's device, without a graph, under autocast too.
+        """Return the features, float32 (B, D), on the extractor's device. They need no gradient and ignore autocast.
 
         Args:
             images: uint8 (B, C, H, W), on any device.
 
         Raises:
-            InputError: The images are not uint8, or have a size or channels this extractor was not made for.
+            InputError: If the images are not uint8, or have a size or number of channels that the extractor does not
+                take.
         """
 
     def extract(self, images: Tensor) -> NDArray[np.float32]:
         """Return the features as an array; arguments and errors are those of :meth:`forward`.
 
         Raises:
-            RunError: Features that are not finite.
+            RunError: If a feature is not finite.
         """
         features: NDArray[np.float32] = self(images).cpu().numpy()
-        # A distance to NaN is not below any radius: precision and recall would be numbers.
+        # Precision and recall would be finite: a distance to NaN is not below any radius.
         if not np.isfinite(features).all():
             raise RunError(f"extractor {self.name}: features that are not finite; check its weights")
         return features
@@ -115,15 +116,15 @@ def _batch(name: str, images: Tensor) -> None:
 class Classifier(nn.Module):
     """A convolutional classifier.
 
-    Its layers are [3×3 convolution, SiLU, 2×2 maximum]* → linear, SiLU (the features) → linear.
+    The layers are [3×3 convolution, SiLU, 2×2 max pooling]* → linear, SiLU (the features) → linear.
 
-    No batch normalisation, so a feature depends on its own image only. SiLU and not ReLU, because a unit that
-    is never active makes a zero row in the covariance that FID takes the root of.
+    There is no batch normalisation, so that a feature depends on its own image only. The activation is SiLU, since a
+    ReLU unit that is never active would make the covariance of the features singular.
 
     Args:
-        channels: C of the images, 1 or 3.
-        size: H = W of the images; at least 2^len(widths).
-        widths: The channels after each stage.
+        channels: The number of channels C of the images, 1 or 3.
+        size: The height and width of the images, at least 2^len(widths).
+        widths: The number of channels after each stage.
         dim: D, the number of features.
         num_classes: The number of logits.
     """
@@ -140,7 +141,7 @@ class Classifier(nn.Module):
         self.embed = nn.Linear(widths[-1] * side * side, dim)
         self.head = nn.Linear(dim, num_classes)
         for layer in [*self.stages, self.embed]:
-            if isinstance(layer, nn.Conv2d | nn.Linear):  # He's scale: without normalisation torch's fades out
+            if isinstance(layer, nn.Conv2d | nn.Linear):  # He's: torch's default fades without normalisation
                 nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
                 nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
 
@@ -154,8 +155,8 @@ class Classifier(nn.Module):
         return logits
 
     def save(self, path: str | os.PathLike[str], **metadata: str) -> None:
-        """Write the weights as safetensors; the architecture is JSON in its metadata, as are others."""
-        # One key, because safetensors writes several in an order of its own, another one each time.
+        """Write the weights as safetensors, with the architecture and other metadata as JSON in the file's metadata."""
+        # One key, because safetensors writes several keys in an order that is not reproducible.
         record = json.dumps({"architecture": self.architecture, **metadata})
         weights = {key: value.detach().cpu().contiguous() for key, value in self.state_dict().items()}
         with atomic_write(path) as file:
@@ -163,10 +164,10 @@ class Classifier(nn.Module):
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Classifier:
-        """Read what `save` wrote.
+        """Load a classifier that `save` wrote.
 
         Raises:
-            InputError: No such file, or not such a file.
+            InputError: If the file is missing or malformed.
         """
         if not Path(path).is_file():
             raise InputError(f"{path}: no such file; give the weights that scripts/train_extractors.py wrote")
@@ -178,7 +179,7 @@ class Classifier(nn.Module):
             numbers = [*architecture["widths"], *(v for k, v in architecture.items() if k != "widths")]
             if len(numbers) > 100 or not all(type(n) is int and 0 < n <= 2**20 for n in numbers):
                 raise ValueError("an architecture of numbers that are not from 1 to a million")
-            with torch.device("meta"):  # no memory for what the file does not hold
+            with torch.device("meta"):  # allocates no memory for an architecture that the file does not hold
                 classifier = cls(**architecture)
             expected = {key: value.shape for key, value in classifier.state_dict().items()}
             if {key: value.shape for key, value in weights.items()} != expected:
@@ -187,7 +188,7 @@ class Classifier(nn.Module):
                 raise ValueError(f"{wrong[0]} is {weights[wrong[0]].dtype}")
             copies = {key: value.to(torch.float32, copy=True) for key, value in weights.items()}
             classifier.load_state_dict(copies, assign=True)
-        except Exception as error:  # what safetensors, JSON of any kind and torch raise
+        except Exception as error:  # safetensors, JSON and torch raise errors of many kinds
             message = printable(str(error).splitlines()[0]) if str(error) else type(error).__name__
             raise InputError(
                 f"{path}: not weights of a classifier ({message}); give a file that Classifier.save wrote"
@@ -220,10 +221,10 @@ class ClassifierExtractor(FeatureExtractor):
 
 
 def _torch_fidelity_inception() -> Any:
-    """Return torch-fidelity's class, also where torchvision, which other parts of it need, is missing or does not fit.
+    """Import torch-fidelity's Inception class, even if torchvision, which its other modules need, cannot be imported.
 
-    If the package does not import, this one module is imported under a bare package object, which is taken out again,
-    so that a later `import torch_fidelity` does as it would have done.
+    If the package cannot be imported, this module alone is imported under an empty package object, which is removed
+    again, so that a later `import torch_fidelity` is not affected.
     """
     module = "torch_fidelity.feature_extractor_inceptionv3"
     spec = importlib.util.find_spec("torch_fidelity")
@@ -248,13 +249,13 @@ def _torch_fidelity_inception() -> Any:
 
 
 class InceptionExtractor(FeatureExtractor):
-    """An extractor of the 2048 pooled features of the Inception-v3 that FID is defined by.
+    """An extractor of the 2048 pooled features of the Inception-v3 network of the original FID.
 
     Args:
-        weights: torch-fidelity's weight file, `weights-inception-2015-12-05-6726825d.pth`.
+        weights: The path of torch-fidelity's weight file, `weights-inception-2015-12-05-6726825d.pth`.
 
     Raises:
-        InputError: torch-fidelity is not installed, or the file is missing or not those weights.
+        InputError: If torch-fidelity is not installed, or the file is missing or malformed.
     """
 
     def __init__(self, weights: str | os.PathLike[str]) -> None:
@@ -266,14 +267,14 @@ class InceptionExtractor(FeatureExtractor):
         if not path.is_file():
             raise InputError(f"{path}: no such file; download it from {INCEPTION_URL}")
         try:
-            # torch-fidelity unpickles the file it is given without restriction. Read it here, tensors only,
+            # torch-fidelity unpickles its file without restriction. Read the file here, tensors only,
             # and hand over a copy of what was read.
             state = read_file(path)
             buffer = io.BytesIO()
             torch.save(state, buffer)
             buffer.seek(0)
             self.network = network("inception", ["2048"], feature_extractor_weights_path=buffer)
-        except Exception as error:  # what torch-fidelity raises for other weights is anything
+        except Exception as error:  # torch-fidelity raises errors of many kinds for other weights
             message = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise InputError(f"{path}: not Inception weights ({message}); download {INCEPTION_URL}") from error
         self.fingerprint = _fingerprint(self.network.state_dict())
@@ -296,14 +297,14 @@ def load_extractor(
 
     Args:
         name: One of `EXTRACTORS`, or the path of a `.safetensors` file that `Classifier.save` wrote.
-        weights: The weight file of `inception`; the others take none.
-        device: Where to put it.
+        weights: The path of the weight file of `inception`; other extractors take none.
+        device: The device of the extractor.
 
     Returns:
         The extractor, in evaluation mode, its parameters frozen.
 
     Raises:
-        InputError: An unknown name, or missing or malformed weights.
+        InputError: If the name is unknown, or the weights are missing or malformed.
     """
     extractor: FeatureExtractor
     if name == "inception":

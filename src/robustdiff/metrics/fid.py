@@ -1,12 +1,12 @@
 r"""The Fréchet inception distance (Heusel et al., NeurIPS 2017, arXiv 1706.08500), with bootstrap replicates.
 
-It is the squared Fréchet (2-Wasserstein) distance between the Gaussians with the moments of the features of generated
-and of real images:
+FID is the squared Fréchet (2-Wasserstein) distance between two Gaussians with the mean and covariance of the features
+of generated and of real images:
 
     FID = ‖μ₁ − μ₂‖² + tr C₁ + tr C₂ − 2 tr (C₁C₂)^½
 
-C₁C₂ is not symmetric, but it has the eigenvalues of C₂^½ C₁ C₂^½, which is: so the last trace is the sum of the square
-roots of the eigenvalues of a symmetric positive semi-definite matrix, which may be singular.
+C₁C₂ has the same eigenvalues as the symmetric positive semi-definite matrix C₂^½ C₁ C₂^½, so the last trace is the sum
+of the square roots of the eigenvalues of that matrix, also where it is singular.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ __all__ = ["FID", "bootstrap_frechet", "frechet_distance"]
 
 
 def _root(cov: Array) -> Array:
-    """Return C^½ of a symmetric positive semi-definite (D, D). Eigenvalues that rounding made negative are zero."""
+    """Return C^½ of a symmetric positive semi-definite C, (D, D). Eigenvalues made negative by rounding become zero."""
     values, vectors = np.linalg.eigh(cov)
     return np.asarray((vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T)
 
 
 def _frechet(mean1: Array, cov1: Array, mean2: Array, cov2: Array, root2: Array) -> Array:
-    """Return FID of each of R Gaussians, (R, D) and (R, D, D), from one; ``root2`` is C₂^½. The shape is (R,)."""
+    """Return the FID, (R,), between each of R Gaussians, (R, D) and (R, D, D), and a single one; ``root2`` is C₂^½."""
     values = np.linalg.eigvalsh(root2 @ cov1 @ root2)
     overlap = np.sqrt(np.maximum(values, 0)).sum(axis=-1)
     traces = np.trace(cov1, axis1=-2, axis2=-1) + np.trace(cov2)
@@ -39,14 +39,14 @@ def _frechet(mean1: Array, cov1: Array, mean2: Array, cov2: Array, root2: Array)
 
 
 def frechet_distance(mean1: Array, cov1: Array, mean2: Array, cov2: Array) -> float:
-    """Return the squared Fréchet distance of two Gaussians, ≥ 0: what rounding takes below zero is zero.
+    """Return the squared Fréchet distance between two Gaussians; a value made negative by rounding becomes zero.
 
     Arguments:
-        mean1: The mean of one, (D,); ``mean2`` that of the other.
-        cov1: The covariance of one, (D, D), symmetric positive semi-definite; ``cov2`` that of the other.
+        mean1: The mean of the first Gaussian, (D,); ``mean2`` is that of the second.
+        cov1: The covariance of the first, (D, D), symmetric positive semi-definite; ``cov2`` is that of the second.
 
     Raises:
-        ValueError: The shapes do not belong together.
+        ValueError: If the shapes do not fit together.
     """
     mean1, cov1, mean2, cov2 = (np.asarray(a, np.float64) for a in (mean1, cov1, mean2, cov2))
     if not mean1.shape == mean2.shape or not cov1.shape == cov2.shape == (*mean1.shape, *mean1.shape):
@@ -58,17 +58,16 @@ def frechet_distance(mean1: Array, cov1: Array, mean2: Array, cov2: Array) -> fl
 def bootstrap_frechet(
     moments: Moments, reference: Moments | Reference, replicates: int = REPLICATES, seed: int = 0
 ) -> Array:
-    """Return bootstrap replicates of the FID, (R,), the reference held fixed; they are not centred.
+    """Return bootstrap replicates of the FID with a fixed reference, (R,), which are not recentred.
 
     Arguments:
-        moments: Of the generated images. With fewer images than blocks a block is an image.
-        reference: Of the real ones.
-        replicates: R. Each takes one eigendecomposition: with 64 features 200 take a fraction of a second, with
-            Inception's 2048 seconds each.
-        seed: Of the weights.
+        moments: The moments of the generated images. With fewer images than blocks, each block is one image.
+        reference: The moments or statistics of the real images.
+        replicates: The number of replicates R. Each takes one eigendecomposition of a D × D matrix.
+        seed: The seed of the block weights.
 
     Raises:
-        InputError: Fewer than two non-empty blocks.
+        InputError: If fewer than two blocks hold images.
     """
     filled = moments.count > 0
     blocks = int(filled.sum())
@@ -94,7 +93,7 @@ def bootstrap_frechet(
 
 @METRICS.register("fid")
 class FID(Metric):
-    """FID of all images, with replicates over 50 blocks, or 20 above 512 features, where blocks are large."""
+    """FID of all images, with replicates over 50 blocks, or over 20 blocks above 512 features to save memory."""
 
     numbers = (Number("fid", "FID", ".2f", "lower", log=True),)
     needs: ClassVar[Need] = "features"
@@ -113,7 +112,7 @@ class FID(Metric):
         self.moments.merge_state(state)
 
     def distance(self) -> float:
-        """Return the FID of the images so far, of which there must be 2."""
+        """Return the FID of the images so far, of which there must be at least two."""
         return frechet_distance(self.moments.mean, self.moments.cov, self.real.mean, self.real.cov)
 
     def result(self) -> dict[str, float | None]:

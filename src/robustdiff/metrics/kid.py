@@ -1,11 +1,11 @@
 r"""The kernel inception distance (Bińkowski et al., ICLR 2018, arXiv 1801.01401).
 
-It is the squared maximum mean discrepancy with k(x, y) = (x·y/D + 1)³, without bias. With m features x of the
-generated images and m features y of the real ones
+KID is an unbiased estimate of the squared maximum mean discrepancy with the kernel k(x, y) = (x·y/D + 1)³. For the
+features x of m generated images and y of m real ones
 
     KID_m = 1/(m(m−1)) Σ_{i≠j} [k(x_i, x_j) + k(y_i, y_j)] − 2/m² Σ_{i,j} k(x_i, y_j)
 
-and as the estimate the mean over disjoint groups of m features: the groups are independent, so their spread gives the
+and the estimate is the mean over disjoint groups of m features. The groups are independent, so their spread gives the
 standard error (the B-test of Zaremba, Gretton and Blaschko, NeurIPS 2013, arXiv 1307.1954).
 """
 
@@ -30,17 +30,18 @@ def _kernel(x: Array, y: Array) -> Array:
 
 
 def kernel_distance(generated: NDArray[Any], reference: NDArray[Any], block: int = 1000) -> tuple[float, float]:
-    """Return KID by disjoint groups, which may be negative since it is unbiased, and its standard error.
+    """Return KID over disjoint groups, which may be negative since it is unbiased, and its standard error.
 
-    Where the sets are alike the estimate is skewed: the error is its scale, and no t-test.
+    If both sets have the same distribution, the estimate is skewed, and the standard error does not make a t-test.
 
     Arguments:
-        generated: (n, D), in random order.
-        reference: (n', D), in random order.
-        block: The most features of each set in one group; fewer make at least ten groups. The rest is not used.
+        generated: The features of generated images, (n, D), in random order.
+        reference: The features of real images, (n', D), in random order.
+        block: The largest number m of features in a group; small sets have groups of a tenth. Remaining features are
+            not used.
 
     Raises:
-        InputError: Fewer than 4 features in a set.
+        InputError: If a set has fewer than 4 features.
     """
     n = min(len(generated), len(reference))
     if n < 4:

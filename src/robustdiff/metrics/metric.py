@@ -1,7 +1,7 @@
-"""The metric: batches of images in, named numbers out.
+"""The metric protocol: a metric takes batches of images and returns named numbers.
 
-A metric is a class in one file of this folder, or in a module that an installed package names as an entry point of the
-group ``robustdiff.metrics``. What it says of its numbers makes the columns of tables, the figures and the keys of
+A metric is a class in a file of this folder, or in a module that an installed package names as an entry point of the
+group ``robustdiff.metrics``. Its attribute ``numbers`` gives the columns of tables, the figures and the keys of
 ``result.json``::
 
     @METRICS.register("contrast")
@@ -43,22 +43,22 @@ __all__ = [
 ]
 
 DEFAULT = ("fid", "kid", "precision-recall", "brightness")
-"""The metrics that are computed where none are named."""
+"""The metrics that are computed by default."""
 
 Need = Literal["nothing", "features", "reference features"]
 
 
 @dataclass(frozen=True)
 class Number:
-    """A number that a metric gives.
+    """A description of a number that a metric returns.
 
     Attributes:
-        name: Its key in records; that of its standard error, if it has one, is ``NAME_se``.
-        title: Its name in tables and figures.
-        format: The format of its value, as :func:`format` takes it.
-        better: Which values are better; None: neither.
-        standard_error: Whether it has a standard error.
-        log: Whether figures have a logarithmic axis for it.
+        name: The key in records; the key of a standard error is ``NAME_se``.
+        title: The name in tables and figures.
+        format: The format of the value, as :func:`format` takes it.
+        better: The direction of better values, "lower" or "higher", or None if neither is better.
+        standard_error: True if the metric also returns a standard error.
+        log: True for a logarithmic axis in figures.
     """
 
     name: str
@@ -71,12 +71,12 @@ class Number:
 
 @dataclass(frozen=True)
 class Batch:
-    """Some of the images, uint8 (B, C, H, W).
+    """A batch of images, uint8 (B, C, H, W).
 
     Attributes:
-        start: The index of the first among all images of all processes.
-        condition: The classes (B,) or the B captions that they were made for; None where there are none.
-        extractor: The features, for metrics that need them.
+        start: The index of the first image of the batch among the images of all processes.
+        condition: The classes, (B,), or the B captions for which the images were made, or None.
+        extractor: The feature extractor, for metrics that need features.
     """
 
     images: Tensor
@@ -86,25 +86,25 @@ class Batch:
 
     @cached_property
     def features(self) -> NDArray[np.float32]:
-        """Return the features, (B, D), which are extracted once for all metrics."""
+        """Return the features, (B, D), which are extracted once and shared by all metrics."""
         assert self.extractor is not None
         return self.extractor.extract(self.images)
 
 
 class Metric(ABC):
-    """A metric of sets of images, one set after the other, each of which arrives in batches.
+    """A metric of sets of images, which arrive in batches. :meth:`reset` begins a new set.
 
-    With several processes each updates its own with its own indices, and one merges the states of all. What is costly,
-    such as a network of its own, is loaded in ``__init__`` and serves all sets.
+    With several processes, each updates its own instance with its own images, and the states of all are merged in one.
+    A network that the metric needs is loaded once, in ``__init__``, for all sets.
 
     Arguments:
-        real: The statistics of the real images; None only for metrics that need nothing.
-        device: The device of a network of its own.
+        real: The statistics of the real images, or None for metrics that need nothing.
+        device: The device of networks that the metric loads.
 
     Attributes:
-        numbers: The numbers that it gives.
-        needs: "nothing"; "features", those of the images, and the mean and covariance of those of the real images;
-            "reference features", a sample of the real ones as well.
+        numbers: The numbers that the metric returns.
+        needs: "nothing"; "features", for features of the images and their mean and covariance over the real images; or
+            "reference features", for a sample of the features of real images as well.
     """
 
     numbers: ClassVar[tuple[Number, ...]]
@@ -116,43 +116,43 @@ class Metric(ABC):
 
     @abstractmethod
     def reset(self) -> None:
-        """Begin a set of images."""
+        """Begin a new set of images."""
 
     @abstractmethod
     def update(self, batch: Batch) -> None:
         """Add a batch.
 
         Raises:
-            InputError: If the metric does not take the images, or lacks their condition.
+            InputError: If the metric does not take these images, or the condition that it needs is missing.
         """
 
     @abstractmethod
     def state(self) -> Any:
-        """Return what :meth:`merge_state` takes, to be pickled and sent to another process."""
+        """Return the state for :meth:`merge_state`, which can be pickled and sent to another process."""
 
     @abstractmethod
     def merge_state(self, state: Any) -> None:
-        """Add the images of which another one's :meth:`state` was taken."""
+        """Add the images of another instance, given its :meth:`state`."""
 
     @abstractmethod
     def result(self) -> dict[str, float | None]:
-        """Return the numbers and their standard errors by their keys; None is one that is not defined.
+        """Return the numbers and standard errors by key; a number that is not defined is None.
 
         Raises:
-            InputError: If the images are too few.
+            InputError: If there are too few images.
         """
 
     def replicates(self) -> dict[str, Array]:
-        """Return bootstrap replicates, (R,), of those numbers that have an interval, as in ``metrics.bootstrap``."""
+        """Return bootstrap replicates, (R,), by key, of the numbers that have them (see ``metrics.bootstrap``)."""
         return {}
 
 
 METRICS: Registry[type[Metric]] = Registry("metric", "metrics")
-"""The metrics by name."""
+"""The registry of metrics."""
 
 
 def number_named(name: str) -> Number:
-    """Return the number of a name; of one that no metric knows, the name is the title."""
+    """Return the number with a key. An unknown key gives a number with that title."""
     known = (number for metric in METRICS.values() for number in metric.numbers if number.name == name)
     return next(known, Number(name, name, ".4g"))
 
@@ -168,18 +168,18 @@ def compared(names: Sequence[str] = DEFAULT) -> bool:
 
 
 class MetricCollection:
-    """Several metrics of the same images, which share the features that are extracted from them.
+    """A collection of metrics of the same images, which share the extracted features.
 
     Arguments:
-        names: The metrics; by default :data:`DEFAULT`, and those of them that the reference does not suffice for give
-            None.
-        extractor: The features; none for metrics that need none.
-        reference: The statistics of the real images under them.
-        device: The device of networks that metrics have of their own.
+        names: The names of the metrics. By default those of :data:`DEFAULT`, with the value None for a metric that the
+            reference does not suffice for.
+        extractor: The feature extractor, or None if no metric needs features.
+        reference: The statistics of the real images under the extractor.
+        device: The device of networks that metrics load.
 
     Raises:
-        InputError: If a metric is unknown, or one that is named lacks what it needs.
-        ValueError: If the reference is of another extractor.
+        InputError: If a metric is unknown, or a named metric lacks the extractor or reference that it needs.
+        ValueError: If the reference was made with another extractor.
     """
 
     def __init__(
@@ -221,22 +221,22 @@ class MetricCollection:
             metric.update(batch)
 
     def state(self) -> dict[str, Any]:
-        """Return the state of each metric, to be sent to another process."""
+        """Return the state of each metric by name, which can be sent to another process."""
         return {name: metric.state() for name, metric in self.metrics.items()}
 
     def merge_state(self, state: Mapping[str, Any]) -> None:
-        """Add the images of which the :meth:`state` of a collection of the same metrics was taken."""
+        """Add the images of another collection of the same metrics, given its :meth:`state`."""
         for name, metric in self.metrics.items():
             metric.merge_state(state[name])
 
     def result(self, what: str) -> tuple[dict[str, float | None], dict[str, tuple[float, float]], dict[str, Array]]:
-        """Return the numbers by their keys, the 95 % intervals of some, and the replicates that these are made of.
+        """Return the numbers, and the 95 % intervals and replicates of those that have them, each by key.
 
         Arguments:
-            what: The images, for messages.
+            what: The name of the images, for messages.
 
         Raises:
-            InputError: If the images are too few.
+            InputError: If there are too few images.
             RunError: If a number is not finite.
         """
         found: dict[str, Any] = {}
@@ -252,10 +252,10 @@ class MetricCollection:
 
 
 def check_finite(what: str, values: Mapping[str, float | None]) -> None:
-    """Check that no number of some images is infinite or undefined; None is one that is left out.
+    """Check that no number is infinite or NaN; None is allowed.
 
     Raises:
-        RunError: If one is.
+        RunError: If a number is not finite.
     """
     for name, value in values.items():
         if value is not None and not math.isfinite(value):

@@ -1,4 +1,4 @@
-"""Means and covariances of features that arrive in batches, kept by blocks for the bootstrap."""
+"""Means and covariances of features that arrive in batches, accumulated by blocks for the bootstrap."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ __all__ = ["Moments"]
 
 
 class Moments:
-    """The first and second moments of a stream, by blocks.
+    """The first and second moments of a stream of features, by blocks.
 
     Arguments:
         dim: D, the number of features.
-        blocks: K, the number of blocks. Memory is 8·K·D² bytes.
+        blocks: K, the number of blocks. The memory is 8·K·D² bytes.
 
     Attributes:
-        count: n_k, int64 (K,).
-        total: s_k = Σf, float64 (K, D).
-        outer: S_k = Σff^⊤, float64 (K, D, D).
+        count: The number n_k of images of each block, int64 (K,).
+        total: The sum s_k = Σf of the features of each block, float64 (K, D).
+        outer: The sum S_k = Σff^⊤ of each block, float64 (K, D, D).
     """
 
     def __init__(self, dim: int, blocks: int = 50) -> None:
@@ -49,28 +49,28 @@ class Moments:
 
     @property
     def mean(self) -> Array:
-        """Return μ, (D,)."""
+        """Return the mean μ of the features, (D,)."""
         if self.n == 0:
             raise InputError("no images: the mean of nothing is not defined; update first")
         return np.asarray(self.total.sum(axis=0) / self.n)
 
     @property
     def cov(self) -> Array:
-        """Return C, (D, D), divided by n − 1 as numpy.cov does and the original FID."""
+        """Return the covariance C, (D, D), with the divisor n − 1, as in numpy.cov and the original FID."""
         if self.n < 2:
             raise InputError(f"{self.n} images: the covariance needs 2 or more; generate more images")
         mean = self.mean
         return np.asarray((self.outer.sum(axis=0) - self.n * np.outer(mean, mean)) / (self.n - 1))
 
     def state(self) -> dict[str, NDArray[Any]]:
-        """Return the three arrays by their attributes' names."""
+        """Return the arrays ``count``, ``total`` and ``outer`` by name."""
         return {"count": self.count, "total": self.total, "outer": self.outer}
 
     def merge_state(self, state: Mapping[str, NDArray[Any]]) -> None:
-        """Add the images of another one's state.
+        """Add the images of another instance, given its :meth:`state`.
 
         Raises:
-            ValueError: If its D or K is another.
+            ValueError: If its D or K is different.
         """
         for name, array in self.state().items():
             if state[name].shape != array.shape:

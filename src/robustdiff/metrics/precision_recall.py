@@ -1,7 +1,8 @@
 """Improved precision and recall (Kynkäänniemi et al., NeurIPS 2019, arXiv 1904.06991).
 
-The manifold of a set is the union of balls around its features, each as wide as the distance to its k-th nearest
-neighbour. Precision is the fraction of generated features in the manifold of the real ones, recall the reverse.
+The manifold of a set is the union of balls around its features; the radius of a ball is the distance to the k-th
+nearest neighbour of its centre. Precision is the fraction of generated features in the manifold of the real ones, and
+recall the fraction of real features in the manifold of the generated ones.
 """
 
 from __future__ import annotations
@@ -20,13 +21,13 @@ __all__ = ["PrecisionRecall", "precision_recall"]
 
 
 def _squared_distances(x: Array, y: Array) -> Array:
-    """Return ‖x_i − y_j‖² of (m, D) and (n, D): (m, n)."""
+    """Return ‖x_i − y_j‖², (m, n), of points (m, D) and (n, D)."""
     squares = (x * x).sum(axis=1)[:, None] + (y * y).sum(axis=1)[None] - 2 * (x @ y.T)
     return np.asarray(np.maximum(squares, 0))
 
 
 def _squared_radii(points: Array, k: int, chunk: int) -> Array:
-    """Return the squared distance of each to its k-th neighbour; the nearest of all is the point itself."""
+    """Return the squared distance of each point to its k-th nearest neighbour, the point itself not counted."""
     parts = [points[i : i + chunk] for i in range(0, len(points), chunk)]
     return np.concatenate([np.partition(_squared_distances(p, points), k, axis=1)[:, k] for p in parts])
 
@@ -37,22 +38,23 @@ def precision_recall(
     """Return improved precision and recall, each in [0, 1].
 
     Arguments:
-        generated: (n, D).
-        reference: (n', D). The two numbers depend on n and n': compare only results at the same ones.
-        k: Which nearest neighbour sets the radius of a ball, the point itself not counted.
-        chunk: Rows of the distance matrix in memory at a time.
+        generated: The features of generated images, (n, D).
+        reference: The features of real images, (n', D). Precision and recall depend on n and n', so compare only
+            results with the same numbers.
+        k: The number of the nearest neighbour that gives the radius, the point itself not counted.
+        chunk: The number of rows of the distance matrix in memory at a time.
 
     Raises:
-        InputError: A set of k features or fewer.
+        InputError: If a set has k features or fewer.
     """
     if min(len(generated), len(reference)) <= k:
         raise InputError(f"precision of {len(generated)} and {len(reference)} images: give more than {k} of each")
     x, y = np.asarray(generated, np.float64), np.asarray(reference, np.float64)
-    centre = y.mean(axis=0)  # distances do not change, but ‖x‖² + ‖y‖² − 2x·y then cancels less
+    centre = y.mean(axis=0)  # leaves distances unchanged, and makes ‖x‖² + ‖y‖² − 2x·y more accurate
     x, y = x - centre, y - centre
     radii_x, radii_y = (_squared_radii(points, k, chunk) for points in (x, y))
-    inside_y = np.zeros(len(x), np.bool_)  # is x_i in some ball of y
-    inside_x = np.zeros(len(y), np.bool_)  # is y_j in some ball of x
+    inside_y = np.zeros(len(x), np.bool_)  # x_i is in a ball of y
+    inside_x = np.zeros(len(y), np.bool_)  # y_j is in a ball of x
     for start in range(0, len(x), chunk):
         rows = slice(start, start + chunk)
         squares = _squared_distances(x[rows], y)
@@ -63,7 +65,7 @@ def precision_recall(
 
 @METRICS.register("precision-recall")
 class PrecisionRecall(SampledMetric):
-    """Precision and recall with three neighbours."""
+    """Precision and recall with k = 3."""
 
     numbers = (Number("precision", "precision", ".3f", "higher"), Number("recall", "recall", ".3f", "higher"))
 

@@ -1,4 +1,4 @@
-"""Statistics of real images, which generated ones are compared with."""
+"""Statistics of the real images with which generated images are compared."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from robustdiff.metrics.reservoir import LIMIT, Reservoir
 __all__ = ["FEWEST", "Reference", "load_reference", "reference_statistics"]
 
 FEWEST = 4
-"""Images of which every metric is defined: KID has a standard error, and precision three neighbours."""
+"""The smallest number of images for which every metric is defined: precision needs three neighbours, KID two groups."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,12 +32,12 @@ class Reference:
     """The statistics of real images.
 
     Attributes:
-        mean: μ of their features, (D,).
-        cov: C of their features, (D, D).
-        fingerprint: That of the extractor.
-        features: A uniform sample of the features in random order, float32 (n, D), n ≤ 10,000; None where only μ and C
-            are known.
-        n: Number of images; None where it is not known.
+        mean: The mean μ of the features, (D,).
+        cov: The covariance C of the features, (D, D).
+        fingerprint: The fingerprint of the extractor.
+        features: A uniform sample of the features in random order, float32 (n, D), n ≤ 10,000; None if only μ and C are
+            known.
+        n: The number of images, or None if it is not known.
     """
 
     mean: Array
@@ -48,15 +48,16 @@ class Reference:
 
 
 def load_reference(path: str | os.PathLike[str], extractor: FeatureExtractor) -> Reference:
-    """Load precomputed statistics, as pytorch-fid and guided-diffusion write them.
+    """Load precomputed statistics in the format of pytorch-fid and guided-diffusion.
 
     Arguments:
         path: An ``.npz`` file with ``mu``, (D,), and ``sigma``, (D, D). Other arrays are not read.
-        extractor: The features that the statistics are of. The file does not say which they are: this is checked by
-            their number alone.
+        extractor: The extractor with which the statistics were made. Only the number of features can be checked, since
+            the file does not name the extractor.
 
     Raises:
-        InputError: No such file, statistics that are missing or are no mean and covariance of as many features.
+        InputError: If the file or an array is missing, or the arrays are not a mean and a covariance of as many
+            features.
     """
     arrays = read_npz(path, ("mu", "sigma"))
     if missing := [name for name in ("mu", "sigma") if name not in arrays]:
@@ -96,21 +97,21 @@ def reference_statistics(
     cache_dir: str | os.PathLike[str] | None = None,
     batch_size: int = 256,
 ) -> Reference:
-    """Return the statistics of a dataset under an extractor, computed once.
+    """Return the statistics of a dataset under an extractor, and cache them on disk.
 
-    They are kept on disk under a name made of the pixels and of the extractor's weights, so that a changed image or
-    another extractor is another entry, and a copied or renamed dataset is not. An entry that cannot be read is computed
-    again, and a folder that cannot be written is left, each with a warning.
+    The key of an entry is a hash of the pixels and of the extractor's weights, so a copied or renamed dataset has the
+    same entry. An entry that cannot be read is computed again, and statistics that cannot be written are not cached,
+    each with a warning.
 
     Arguments:
         dataset: The real images.
-        extractor: The features.
-        cache_dir: The folder; by default :func:`robustdiff.files.cache_folder`.
-        batch_size: Images at a time.
+        extractor: The feature extractor.
+        cache_dir: The folder of the cache; by default :func:`robustdiff.files.cache_folder`.
+        batch_size: The number of images at a time.
 
     Raises:
-        InputError: Fewer than 4 images, or images of a size that the extractor does not take.
-        RunError: Features that are not finite.
+        InputError: If there are fewer than 4 images, or the extractor does not take their size.
+        RunError: If a feature is not finite.
     """
     if len(dataset) < FEWEST:
         raise InputError(f"{dataset.name}: {len(dataset)} real images; give {FEWEST} or more, better thousands")

@@ -1,4 +1,4 @@
-"""A uniform sample of features that arrive in batches, the same however they are divided."""
+"""A uniform sample of features that arrive in batches, which does not depend on how they are divided into batches."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 __all__ = ["LIMIT", "Reservoir"]
 
 LIMIT = 10_000
-"""Features that are kept for metrics whose cost is the square of their number."""
+"""The number of features kept for metrics whose cost grows with its square."""
 
 
 def _priority(index: NDArray[np.int64]) -> NDArray[np.uint64]:
@@ -25,9 +25,9 @@ def _priority(index: NDArray[np.int64]) -> NDArray[np.uint64]:
 class Reservoir:
     """A uniform sample of at most ``limit`` features (D,) of a stream.
 
-    Each image index has a pseudo-random priority; those with the smallest are kept. The sample of a union is therefore
-    found in the union of the samples. Features come out in the order of priority, so that any prefix is itself a
-    uniform sample, also when the images were ordered by class.
+    Each image index has a pseudo-random priority, and the images with the smallest priorities are kept, so that samples
+    of several processes can be merged. Features are returned in the order of priority, so that any prefix is itself a
+    uniform sample, even if the images were ordered by class.
     """
 
     def __init__(self, dim: int, limit: int = LIMIT) -> None:
@@ -35,14 +35,14 @@ class Reservoir:
         self._parts = [(np.empty(0, np.int64), np.empty((0, dim), np.float32))]
 
     def update(self, features: NDArray[Any], start: int) -> None:
-        """Offer the features (B, D) of images start … start + B − 1."""
+        """Add the features (B, D) of images start … start + B − 1."""
         index = start + np.arange(len(features), dtype=np.int64)
         self.merge_state({"index": index, "features": np.asarray(features, np.float32)})
 
     def merge_state(self, state: Mapping[str, NDArray[Any]]) -> None:
-        """Offer what :meth:`state` of another one returned."""
+        """Add the sample of another instance, given its :meth:`state`."""
         self._parts.append((state["index"], state["features"]))
-        # Not at each batch, since it copies all that is kept.
+        # Not for each batch, since it copies the whole sample.
         if sum(len(index) for index, _ in self._parts) >= 2 * self.limit:
             self.state()
 
@@ -50,7 +50,7 @@ class Reservoir:
         """Return arrays to send to another process: ``index`` (n,) and ``features`` (n, D), n ≤ limit.
 
         Raises:
-            ValueError: If an index came twice.
+            ValueError: If an index was added twice.
         """
         index, features = (np.concatenate(part) for part in zip(*self._parts, strict=True))
         order = np.argsort(_priority(index), kind="stable")[: self.limit]

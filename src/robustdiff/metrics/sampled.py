@@ -1,4 +1,4 @@
-"""Metrics that compare a sample of the images with as many real ones, feature by feature."""
+"""Base class of metrics that compare a sample of the generated features with as many real ones."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["SampledMetric"]
 
 
 class SampledMetric(Metric):
-    """A metric of a uniform sample of at most 10,000 images."""
+    """A metric of a uniform sample of at most 10,000 generated images."""
 
     needs: ClassVar[Need] = "reference features"
 
@@ -31,7 +31,7 @@ class SampledMetric(Metric):
         self._sample.merge_state(state)
 
     def samples(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """Return the features of the images and of as many real ones: numbers of unequal samples do not compare."""
+        """Return the features of the sampled images, and those of as many real images."""
         assert self.real.features is not None
         generated = self._sample.features
         return generated, self.real.features[: len(generated)]

@@ -1,1 +1,1 @@
-"""Figures of results."""
+"""Reports of results: tables, figures, pages and progress."""

@@ -1,4 +1,4 @@
-"""The progress of long work: a bar on a terminal, a line now and then elsewhere."""
+"""Display of the progress of long work: a bar on a terminal, else a line every 30 seconds."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ _LINE_EVERY = 30.0  # seconds, where there is no terminal
 
 
 class Bar:
-    """A progress bar with a note beside it, as a context manager: a :class:`robustdiff.progress.Progress`.
+    """A progress bar with a note, as a context manager. It implements :class:`robustdiff.progress.Progress`.
 
     Arguments:
-        console: The console that it is shown on.
-        quiet: Show nothing, as in all processes but the first.
+        console: The console of the output.
+        quiet: Show nothing, for all processes but the main one.
     """
 
     def __init__(self, console: Console, quiet: bool = False) -> None:
@@ -49,11 +49,11 @@ class Bar:
         self._progress.stop()
 
     def begin(self, description: str, total: float) -> None:
-        """Show another part of the work, from 0 on."""
+        """Start the display of another part of the work at 0."""
         self._progress.reset(self._task, total=total, visible=True, description=printable(description), note="")
 
     def advance(self, amount: float, note: str = "") -> None:
-        """Add to the part that is done, and show a note."""
+        """Add an amount to the completed work, and show a note."""
         self._progress.update(self._task, advance=amount, note=printable(note))
         now, task = time.monotonic(), self._progress.tasks[0]
         if not self.quiet and not self.console.is_terminal and now - self._shown > _LINE_EVERY:

@@ -1,8 +1,8 @@
-"""Figures: numbers against steps, and samples on common noise side by side.
+"""Figures: numbers against steps, and samples from common noise side by side.
 
-All of the package's figures are made through this module, the only one that imports matplotlib: on import, matplotlib
-reads a file ``matplotlibrc`` of the working folder, which may be somebody else's, and its settings can start programs
-(LaTeX). It is imported from another folder here, and figures are drawn under its default settings.
+This is the only module that imports matplotlib. On import, matplotlib reads a file ``matplotlibrc`` in the working
+folder, which may come from somebody else and whose settings can start programs (LaTeX). Therefore it is imported from
+another folder here, and figures are drawn under its default settings.
 """
 
 from __future__ import annotations
@@ -51,24 +51,24 @@ MARKERS = "osD^vP*X"
 
 @contextlib.contextmanager
 def default_settings() -> Iterator[None]:
-    """Draw under matplotlib's default settings, whatever the process has; also a decorator."""
+    """Use matplotlib's default settings within a block, or as a decorator within a function."""
     defaults = matplotlib.rcParamsDefault
-    # The backend is not used, and asking for it would choose one.
+    # The backend is not used, and reading its setting would select one.
     with matplotlib.rc_context({name: defaults[name] for name in defaults if not name.startswith("backend")}):
         yield
 
 
 def label(name: str) -> str:
-    """Return a name from a file as a figure shows it: its dollar signs are no formula, and a legend has it."""
+    """Return a name from a file for a figure, escaped so that it is no formula and appears in legends."""
     shown = printable(name)
     shown = shown if len(shown) <= 200 else shown[:199] + "…"
-    # Matplotlib leaves what begins with _ out of legends.
+    # Matplotlib leaves names that begin with _ out of legends.
     return (" " if shown.startswith("_") else "") + shown.replace("$", r"\$")
 
 
 @default_settings()
 def save_figure(figure: Figure, path: Path) -> None:
-    """Write a PNG atomically."""
+    """Write a figure as a PNG file atomically."""
     FigureCanvasAgg(figure)
     with atomic_write(path) as file:
         figure.savefig(file, format="png", dpi=150, bbox_inches="tight")
@@ -76,7 +76,14 @@ def save_figure(figure: Figure, path: Path) -> None:
 
 @dataclass(frozen=True)
 class Line:
-    """A line with a band around it. Attributes: x; y; low, high: the band's edges; each of one length."""
+    """A line with a band.
+
+    Attributes:
+        x: The x coordinates.
+        y: The y coordinates.
+        low: The lower edge of the band.
+        high: The upper edge of the band.
+    """
 
     x: Sequence[float]
     y: Sequence[float]
@@ -91,13 +98,13 @@ def step_panels(
     levels: Mapping[str, float] = {},
     number: Number = FID.numbers[0],
 ) -> Figure:
-    """Draw a number against steps: panels by title, lines by label, one colour for all of a label; steps logarithmic.
+    """Draw a number against steps, on a logarithmic axis. Lines with the same label have the same colour.
 
     Arguments:
-        panels: The lines of each panel.
-        title: Above them all.
-        levels: Dashed lines across each panel, by label.
-        number: What is drawn.
+        panels: The lines by title of the panel and by label.
+        title: The title of the figure.
+        levels: The values of dashed horizontal lines, by label.
+        number: The number that is drawn.
     """
     labels = list(dict.fromkeys(name for groups in panels.values() for name in groups))
     steps = sorted({x for groups in panels.values() for lines in groups.values() for line in lines for x in line.x})
@@ -136,7 +143,7 @@ def step_panels(
 
 @default_settings()
 def numbers_against_steps(cells: Sequence[Cell], number: Number, title: str) -> Figure:
-    """Draw one panel for each sampler, one line for each checkpoint; images without steps are levels.
+    """Draw a number with one panel for each sampler and one line for each checkpoint. Cells without steps are levels.
 
     Cells with steps must have an interval of the number.
     """
@@ -152,7 +159,7 @@ def numbers_against_steps(cells: Sequence[Cell], number: Number, title: str) -> 
     checkpoints = dict.fromkeys(checkpoint for _, checkpoint in points)
     panels = {
         sampler: {
-            # Without points it is empty: the legend is that of the first panel.
+            # A line without points is kept, since the legend is that of the first panel.
             checkpoint: [Line(*np.reshape(sorted(points.get((sampler, checkpoint), [])), (-1, 4)).T.tolist())]
             for checkpoint in checkpoints
         }
@@ -163,7 +170,7 @@ def numbers_against_steps(cells: Sequence[Cell], number: Number, title: str) -> 
 
 @default_settings()
 def loss_curves(curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], title: str) -> Figure:
-    """Draw the training loss of each run, (steps, losses) by its label, smoothed over ten values; logarithmic."""
+    """Draw the training loss of each run, (steps, losses) by label, smoothed over ten values, on a logarithmic axis."""
     figure = Figure(figsize=(8.4, 3.6), layout="constrained")
     panel = figure.subplots()
     for i, (name, (steps, losses)) in enumerate(curves.items()):
@@ -182,7 +189,7 @@ def loss_curves(curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], t
 
 @default_settings()
 def points(panels: dict[str, dict[str, list[tuple[float, float]]]], xlabel: str, ylabel: str, title: str) -> Figure:
-    """Draw points (x, y) by label, one panel for each title, each with axes of its own."""
+    """Draw points (x, y) by title of the panel and by label. Each panel has axes of its own."""
     labels = list(dict.fromkeys(name for found in panels.values() for name in found))
     figure = Figure(figsize=(3 + 3.2 * len(panels), 3.6), layout="constrained")
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
@@ -208,7 +215,7 @@ def sample_grid(
     steps: Sequence[int],
     title: str,
 ) -> Figure:
-    """Draw checkpoints side by side, numbers of steps below each other; column j is the same x_T everywhere."""
+    """Draw samples, a column for each checkpoint and a row for each number of steps, from the same noise in all."""
     figure = Figure(figsize=(2.8 * len(checkpoints) + 0.6, 0.95 * len(steps) + 0.6), layout="constrained")
     panels = figure.subplots(len(steps), len(checkpoints), squeeze=False)
     for row, count in zip(panels, steps, strict=True):

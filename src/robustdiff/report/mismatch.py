@@ -1,4 +1,4 @@
-"""The mismatch along the sampler's path, and the robustness at true points, as tables, figures and a file."""
+"""Tables, figures and a file of the mismatch along a sampler's path and of the robustness at true points."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ def _checkpoints(mismatch: Mismatch) -> list[str]:
 
 
 def mismatch_table(mismatch: Mismatch) -> Table:
-    """Return a table of means over steps ± half of their intervals, with samplers, steps and measures down.
+    """Return a table of means over steps ± half of their intervals, with rows by sampler, steps and measure.
 
-    The value of a checkpoint that differs from the first beyond the interval of the difference is green (lower) or red
-    (higher); the two signed measures are not judged.
+    A value is green (lower) or red (higher) if the interval of its difference to the first checkpoint excludes 0. The
+    two signed measures are not coloured.
     """
     checkpoints = _checkpoints(mismatch)
     paths = {(p.checkpoint, p.sampler, p.steps): p for p in mismatch.paths}
@@ -94,9 +94,9 @@ def robustness_table(mismatch: Mismatch) -> Table:
 
 @default_settings()
 def mismatch_figure(mismatch: Mismatch, title: str) -> Figure:
-    """Draw each measure against time: a row for each, a column for each sampler and steps, a line for each checkpoint.
+    """Draw measures against time: a row for each, a column for each sampler and steps, a line for each checkpoint.
 
-    Bands are 95 % intervals; the dashed line is the floor, two samples of q against each other.
+    Bands are 95 % intervals. The dashed line is the floor, the measure between two samples of q.
     """
     checkpoints = _checkpoints(mismatch)
     columns = list(dict.fromkeys((p.sampler, p.steps) for p in mismatch.paths))
@@ -170,10 +170,10 @@ def robustness_figure(mismatch: Mismatch, title: str) -> Figure:
 
 
 def write_mismatch(folder: Path, mismatch: Mismatch) -> None:
-    """Write ``mismatch.json``, and then the figures, into a folder; it is made if it is missing.
+    """Write ``mismatch.json`` and the figures into a folder, which is created if it is missing.
 
     Raises:
-        RunError: If a number is not finite; nothing is written.
+        RunError: If a number is not finite. Nothing is written then.
     """
     write_json(folder / "mismatch.json", asdict(mismatch))
     title = f"{mismatch.data}, {mismatch.paths[0].n} images, seed {mismatch.seed}"

@@ -1,4 +1,4 @@
-"""The page of a study: text, tables and figures of what :mod:`robustdiff.study.analysis` finds in its cells."""
+"""The page of a study: text, tables and figures of the statistics of :mod:`robustdiff.study.analysis`."""
 
 from __future__ import annotations
 
@@ -55,12 +55,12 @@ TITLES = {"kid": "KID"}
 
 
 def _text(words: str) -> str:
-    """Return words from a file as they are: in one line, and not as Markdown, HTML or the end of a table's cell."""
+    """Return text from a file in one line, with Markdown, HTML and separators of table cells escaped."""
     return re.sub(r"([\\`*_{}\[\]<>#|~$&])", r"\\\1", printable(" ".join(words.split())))
 
 
 def _code(word: str) -> str:
-    """Return a word from a file in a code span, within more backticks than it has."""
+    """Return a word from a file as a code span, delimited by more backticks than it holds."""
     fence = "`" * (1 + max(map(len, re.findall("`+", word)), default=0))
     space = " " if len(fence) > 1 else ""
     return f"{fence}{space}{printable(word)}{space}{fence}"
@@ -75,7 +75,7 @@ def _ends(interval: Interval) -> str:
 
 
 def _bold(interval: Interval) -> str:
-    """Return the mean, bold where the interval excludes 0."""
+    """Return the mean, in bold if the interval excludes 0."""
     mark = "**" if interval.sign else ""
     return f"{mark}{_percent(interval.mean)}{mark}"
 
@@ -85,7 +85,7 @@ def _estimate(interval: Interval) -> str:
 
 
 def _counted(interval: Interval | None, change: Change | None) -> str:
-    """Return an estimate with the number of seeds; a dash where there is none."""
+    """Return an estimate with the number of seeds, or a dash without an estimate."""
     return "–" if interval is None or change is None else f"{_estimate(interval)}, n = {len(change.seeds)}"
 
 
@@ -107,7 +107,7 @@ def _table(heading: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def _over_trainings(results: Results, steps: int) -> list[str]:
-    """Return what the seeds say of each pair that has several."""
+    """Return the result over trainings for each pair with several seeds."""
     lines = []
     for method, baseline in pairs(results):
         found = change(results, method, results.samplers, steps, baseline)
@@ -122,14 +122,14 @@ def _over_trainings(results: Results, steps: int) -> list[str]:
         decided = [
             f"{sampler} {_percent(own.mean)} ({_ends(own.over_seeds)})"
             for sampler, own in alone.items()
-            if len(alone) > 1 and own is not None and own.over_seeds.sign  # seeds that are whole are so in each sampler
+            if len(alone) > 1 and own is not None and own.over_seeds.sign  # these seeds have cells of every sampler
         ]
         lines.append(text + (f" By sampler: {', '.join(decided)}." if decided else ""))
     return lines
 
 
 def _single_trainings(results: Results, steps: int) -> list[str]:
-    """Return which methods of one training are further from their baseline than chance explains."""
+    """Return the methods of one training that differ from their baseline by more than seeds explain."""
     lines = []
     for baseline, (deviation, bound) in chance(results, steps).items():
         text = (
@@ -150,7 +150,7 @@ def _single_trainings(results: Results, steps: int) -> list[str]:
 
 
 def _beside_references(results: Results, steps: int) -> list[str]:
-    """Return how far the baseline, and the best of as many trainings, are from each network as it is."""
+    """Return the changes from each reference to the baseline and to the best method with as many trainings."""
     lines, baseline = [], results.study.baseline
     for name, (own, best, lowest) in over_references(results, steps).items():
         rest = "" if best == baseline else f", {best}, {_percent(lowest)}"
@@ -162,7 +162,7 @@ def _beside_references(results: Results, steps: int) -> list[str]:
 
 
 def _verdict(results: Results) -> str:
-    """Return which networks are better where, in sentences made of the numbers; first those of most trainings."""
+    """Return the comparisons of methods in sentences, those with most trainings first."""
     lines = []
     for method in results.methods:
         if method == results.study.baseline:
@@ -188,7 +188,7 @@ def _verdict(results: Results) -> str:
 
 
 def _mean(numbers: Sequence[float]) -> str:
-    """Return the mean over seeds with their standard deviation."""
+    """Return the mean over seeds with the standard deviation."""
     if not numbers:
         return "–"
     return f"{np.mean(numbers):.2f}" + (f" ± {np.std(numbers, ddof=1):.2f}" if len(numbers) > 1 else "")
@@ -210,7 +210,7 @@ def _fid_tables(results: Results) -> str:
 
 
 def _references(results: Results) -> list[str]:
-    """Return the table of the levels to reach."""
+    """Return the table of the reference levels."""
     rows = [
         [name, f"{sampler} {steps}", f"{r['numbers'][FID]:.2f} ({r['fid_ci'][0]:.2f} … {r['fid_ci'][1]:.2f})"]
         + [f"{r['numbers'][measure]:.3f}" for measure in OTHERS]
@@ -221,7 +221,7 @@ def _references(results: Results) -> list[str]:
 
 
 def _against_references(results: Results) -> list[str]:
-    """Return FID over that of each reference at its largest number of steps, of those that are levels."""
+    """Return the ratio of FID to that of each reference level at its largest number of steps."""
     found = levels(results)
     if not found:
         return []
@@ -229,7 +229,7 @@ def _against_references(results: Results) -> list[str]:
         "## FID over that of the references",
         "Ratio of FIDs, geometric mean over n seeds, with the 95 % interval over images.",
     ]
-    best = {(name, sampler): steps for name, sampler, steps in sorted(found)}  # the last one stays
+    best = {(name, sampler): steps for name, sampler, steps in sorted(found)}  # keeps the largest number of steps
     for (name, sampler), count in best.items():
         reference = found[name, sampler, count]
         for own in results.samplers:
@@ -242,7 +242,7 @@ def _against_references(results: Results) -> list[str]:
 
 
 def _changes(results: Results, samplers: Sequence[str], heading: str) -> str:
-    """Return the change of each pair that has some, by number of steps."""
+    """Return the table of the changes of each pair, by number of steps."""
     rows = []
     for method, baseline in pairs(results):
         found = [change(results, method, samplers, steps, baseline) for steps in results.steps]
@@ -253,7 +253,7 @@ def _changes(results: Results, samplers: Sequence[str], heading: str) -> str:
 
 
 def _spread(results: Results, steps: int) -> list[str]:
-    """Return what other seeds change: each training's own difference, and intervals over trainings."""
+    """Return the variation over seeds: the difference of each training, and intervals over trainings."""
     rows = []
     for method, baseline in pairs(results):
         found = change(results, method, results.samplers, steps, baseline)
@@ -282,7 +282,7 @@ def _spread(results: Results, steps: int) -> list[str]:
 
 
 def _at_equal_brightness(results: Results, steps: int) -> list[str]:
-    """Return what remains of each pair's difference at equal brightness."""
+    """Return the difference of each pair at equal brightness."""
     found = {sampler: at_equal_brightness(results, sampler, steps) for sampler in results.samplers}
     found = {sampler: intervals for sampler, intervals in found.items() if intervals}
     rows = [
@@ -315,7 +315,7 @@ def _other_measures(results: Results, steps: int) -> str:
 
 
 def _mismatch(results: Results) -> list[str]:
-    """Return FID beside each measure of the mismatch, and how their ranks agree."""
+    """Return FID beside each measure of the mismatch, and their rank correlations."""
     keys, compared = mismatch_pairs(results)
     if len({method for method, *_ in keys}) < 2:
         return []
@@ -350,7 +350,7 @@ def _mismatch(results: Results) -> list[str]:
 
 
 def _of_method(results: Results, method: str) -> dict[str, Any]:
-    """Return a cell of a method that has some: all say the same of its recipe, but for the seed."""
+    """Return the record of a cell of a method. All of them hold the same recipe, except for the seed."""
     return next(record for (name, *_), record in results.cells.items() if name == method)
 
 
@@ -365,7 +365,7 @@ def _cost(results: Results) -> str:
 
 
 def _brightness(results: Results, steps: int) -> tuple[str, Figure] | None:
-    """Return FID against the mean grey value of the images, over all trainings, in words and as a figure."""
+    """Return FID against the mean grey value of the images, over all trainings, as text and as a figure."""
     panels: dict[str, dict[str, list[tuple[float, float]]]] = {}
     ranks = []
     for sampler in results.samplers:
@@ -411,7 +411,10 @@ def _sensitivity(results: Results, steps: int) -> tuple[str, Figure] | None:
 
 
 def _fid_figure(results: Results) -> Figure:
-    """Return one line for each training; none of the methods that have a point alone, unless all do."""
+    """Return the figure of FID against steps, with a line for each training.
+
+    Methods with a single point are left out, unless all have a single point.
+    """
     counts = {m: len({steps for method, _, _, steps in results.cells if method == m}) for m in results.methods}
     methods = [m for m in results.methods if counts[m] > 1 or max(counts.values()) == 1]
     beside = levels(results, beside=True)
@@ -440,7 +443,7 @@ def read_picture(path: Path) -> NDArray[np.uint8]:
     """Return the pixels of a cell's picture, (H, W) or (H, W, 3).
 
     Raises:
-        InputError: If it is no picture, or a huge one.
+        InputError: If the file is not a picture, or too large.
     """
     try:
         with open_image(path) as image:
@@ -449,13 +452,13 @@ def read_picture(path: Path) -> NDArray[np.uint8]:
             return np.asarray(image.convert("L" if image.mode == "L" else "RGB"))
     except InputError:
         raise
-    except Exception as error:  # Pillow's decoders raise nearly all there are on damaged files
+    except Exception as error:  # Pillow's decoders raise errors of many kinds on damaged files
         raise InputError(f"{printable(path)} is no picture ({printable(str(error))}): remove it") from None
 
 
 @default_settings()
 def _pictures(results: Results, sampler: str, steps: int) -> Figure | None:
-    """Return the first images of each method, all from the same noise."""
+    """Return a figure of the first images of each method, all from the same noise."""
     paths = {method: results.pictures.get((method, sampler, steps)) for method in results.study.methods}
     rows = [(method, read_picture(path)) for method, path in paths.items() if path is not None]
     if not rows:
@@ -471,7 +474,7 @@ def _pictures(results: Results, sampler: str, steps: int) -> Figure | None:
 
 
 def _obtained_on(results: Results) -> str:
-    """Return what the cells say they were made on."""
+    """Return a description of the machines on which the cells were made."""
     records = [*results.cells.values(), *results.references.values()]
     measure = results.study.measure
     data = measure.data.name if measure.data is not None else next(iter(results.cells.values()))["training"]["data"]
@@ -484,7 +487,7 @@ def _obtained_on(results: Results) -> str:
 
 
 def _check_settings(results: Results) -> None:
-    """See that the cells say what the page says of how they were made."""
+    """Check that the cells hold the settings that the page shows."""
     for key, record in itertools.chain(results.cells.items(), results.references.items()):
         needed = {name: record[name] for name in ("threads", "device", "torch")}
         if len(key) == 4:
@@ -497,18 +500,18 @@ def _check_settings(results: Results) -> None:
 
 
 def write_page(study: Study, folder: Path, page: Path) -> str:
-    """Write the page and its figures (into a folder beside it, of the page's name).
+    """Write the page of a study, and its figures into a folder of the page's name beside it.
 
     Arguments:
         study: The study.
-        folder: Where its cells are.
-        page: The Markdown file.
+        folder: The study's folder.
+        page: The path of the Markdown file.
 
     Returns:
         The page's text.
 
     Raises:
-        InputError: If there are no cells of the baseline, or the page does not end in .md.
+        InputError: If the baseline has no cells, or the path does not end in .md.
     """
     if page.suffix != ".md":
         raise InputError(f"{page}: give a file that ends in .md")
@@ -533,7 +536,7 @@ def write_page(study: Study, folder: Path, page: Path) -> str:
         f"({recipe['lr_schedule']}), moving average {recipe['ema']}, {recipe['precision']}, unless a method says "
         f"otherwise. {_obtained_on(results)} This page is made by `robustdiff study` from the files of the cells.",
     ]
-    if verdict := _verdict(results):  # of what there is to compare
+    if verdict := _verdict(results):  # empty without pairs to compare
         parts.append("## What the numbers say")
         if lines := [
             *_over_trainings(results, middle),

@@ -1,4 +1,4 @@
-"""A grid of checkpoints, samplers and steps as files: ``NUMBER.png``, ``samples-SAMPLER.png`` and ``result.json``."""
+"""The files of a grid of results: ``NUMBER.png``, ``samples-SAMPLER.png`` and ``result.json``."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ __all__ = ["write_results"]
 def write_results(
     folder: Path, grid: Grid, title: str, settings: dict[str, Any], beside: Sequence[Cell] = ()
 ) -> dict[str, Any]:
-    """Write the numbers with what they were obtained on, and then figures; images that were there already have none.
+    """Write ``result.json``, and figures for the cells of checkpoints. Existing images have no figures.
 
     Arguments:
-        folder: Where to; made if it is not there.
-        grid: The results.
-        title: Of the figures of numbers, of which those with intervals have one.
-        settings: What ``result.json`` says before the numbers.
-        beside: Cells that are in those figures, but not compared.
+        folder: The output folder, which is created if it is missing.
+        grid: The cells and their differences.
+        title: The title of the figures of numbers. Numbers with intervals have a figure.
+        settings: The settings at the beginning of ``result.json``.
+        beside: Further cells for the figures of numbers, without comparison.
 
     Returns:
-        What ``result.json`` holds.
+        The contents of ``result.json``.
     """
     folder.mkdir(parents=True, exist_ok=True)
     remove_leftovers(folder, r"result\.json|[\w.-]+\.png")

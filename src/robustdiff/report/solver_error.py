@@ -1,4 +1,4 @@
-"""The solver's local error as a table and as a figure."""
+"""Table and figure of the local error of a solver."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def _by_solver(errors: Sequence[LocalError]) -> dict[str, dict[int, list[LocalEr
 
 
 def solver_error_table(errors: Sequence[LocalError]) -> Table:
-    """Return a table of the RMS per dimension at some of the levels that all N have, with the fitted orders in N."""
+    """Return a table of the RMS error per dimension at some levels that all N share, with the fitted orders in N."""
     grouped = _by_solver(errors)
     by_position = {(e.solver, e.scales, round(e.position, 6)): e for e in errors}
     numbers = dict.fromkeys(e.scales for e in errors)
@@ -55,7 +55,7 @@ def solver_error_table(errors: Sequence[LocalError]) -> Table:
 
 @default_settings()
 def solver_error_figure(errors: Sequence[LocalError], title: str) -> Figure:
-    """Draw the RMS against σ, one panel for each solver and one line for each N; the reference's error is dotted."""
+    """Draw the RMS error against σ, a panel for each solver and a line for each N. The reference's error is dotted."""
     grouped = _by_solver(errors)
     figure = Figure(figsize=(1 + 3.8 * len(grouped), 3.8), layout="constrained")
     panels = figure.subplots(1, len(grouped), sharey=True, squeeze=False)[0]
@@ -80,10 +80,10 @@ def solver_error_figure(errors: Sequence[LocalError], title: str) -> Figure:
 
 
 def write_solver_error(folder: Path, result: SolverError) -> None:
-    """Write ``result.json``, and then the figure ``solver-error.png``, into a folder; it is made if it is missing.
+    """Write ``result.json`` and the figure ``solver-error.png`` into a folder, which is created if it is missing.
 
     Raises:
-        RunError: If a number is not finite; nothing is written.
+        RunError: If a number is not finite. Nothing is written then.
     """
     write_json(folder / "result.json", asdict(result))
     title = f"One step of the solver on {Path(result.teacher).name}, {result.num} images of {result.data}"

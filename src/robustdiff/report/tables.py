@@ -1,4 +1,4 @@
-"""The grid as a table on the terminal."""
+"""Tables of results for the terminal."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ __all__ = ["cell_table", "grid_table", "print_whole", "remaining_table", "reprod
 
 
 def shown(name: str) -> Text:
-    """Return a name from a file or the command line as it is: without markup, emoji codes or control characters."""
+    """Return a name from a file or the command line as text without markup, emoji codes or control characters."""
     return Text(printable(name))
 
 
 def print_whole(console: Console, table: Table) -> None:
-    """Print a table at its full width, however narrow the terminal: what is cut off cannot be read elsewhere."""
+    """Print a table at its full width, even if the terminal is narrower."""
     width = console.width
     console.width = max(width, console.measure(table, options=console.options.update(max_width=1000)).maximum)
     console.print(table)
@@ -34,7 +34,7 @@ def print_whole(console: Console, table: Table) -> None:
 
 
 def cell_table(cells: Sequence[Cell]) -> Table:
-    """Return one row for each cell, with all that was measured of it; "—" is what does not apply or is not known."""
+    """Return a table with a row for each cell and all of its numbers. "—" means not applicable or unknown."""
     names = dict.fromkeys(name for cell in cells for name in cell.values)
     numbers = [number_named(name) for name in names if not (name.endswith("_se") and name.removesuffix("_se") in names)]
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), collapse_padding=True)
@@ -54,7 +54,7 @@ def cell_table(cells: Sequence[Cell]) -> Table:
 
 
 def _value(cell: Cell, number: Number) -> str:
-    """Return a number with half of its 95 % interval, or its standard error."""
+    """Return a number with half of its 95 % interval, or with its standard error."""
     value = cell.values.get(number.name)
     if value is None:
         return "—"
@@ -66,12 +66,12 @@ def _value(cell: Cell, number: Number) -> str:
 
 
 def grid_table(grid: Grid, baseline: str, number: Number) -> Table:
-    """Return samplers and steps down, checkpoints across: a number ± half of its interval, and its differences.
+    """Return a table of a number ± half of its interval, with its differences, by sampler and steps and by checkpoint.
 
     Arguments:
-        grid: The results, all of checkpoints.
-        baseline: The checkpoint that the others are compared with.
-        number: One that has intervals.
+        grid: The results, without cells of existing images.
+        baseline: The checkpoint with which the others are compared.
+        number: A number that has intervals.
     """
     checkpoints = list(dict.fromkeys(cell.checkpoint for cell in grid.cells))
     cells = {(c.checkpoint, c.sampler, c.steps): c for c in grid.cells}
@@ -79,7 +79,7 @@ def grid_table(grid: Grid, baseline: str, number: Number) -> Table:
         (d.checkpoint, d.baseline, d.sampler, d.steps): d for d in grid.differences if d.number == number.name
     }
     lower, higher = {"lower": ("green", "red"), "higher": ("red", "green"), None: ("", "")}[number.better]
-    # Narrow enough for a terminal of 80 columns with three checkpoints.
+    # Three checkpoints fit into a terminal of 80 columns.
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), collapse_padding=True, caption_justify="left")
     table.add_column("", no_wrap=True)
     for checkpoint in checkpoints:
@@ -96,7 +96,7 @@ def grid_table(grid: Grid, baseline: str, number: Number) -> Table:
                 difference = differences[checkpoint, baseline, sampler, steps]
                 low, high = difference.interval
                 style = lower if high < 0 else higher if low > 0 else "dim"
-                if difference.relative is None:  # of a baseline whose value is 0
+                if difference.relative is None:  # the baseline's value is 0
                     text = f"{difference.value:+{number.format}} ({low:+{number.format}}…{high:+{number.format}})"
                 else:
                     base = cells[baseline, sampler, steps].values[number.name] or 1.0
@@ -109,7 +109,7 @@ def grid_table(grid: Grid, baseline: str, number: Number) -> Table:
 
 
 def remaining_table(parts: Sequence[Remaining]) -> Table:
-    """Return what is left of a study, method by method, and the hours that one process takes for it."""
+    """Return a table of the work that is left in a study, by method, with the hours of one process."""
     table = Table(box=box.SIMPLE_HEAD, show_footer=True)
     runs, cells, seconds = (sum(values) for values in zip(*((p.runs, p.cells, p.seconds) for p in parts), strict=True))
     table.add_column("method", "in all", no_wrap=True)
@@ -122,7 +122,7 @@ def remaining_table(parts: Sequence[Remaining]) -> Table:
 
 
 def reproduced_table(before: dict[str, Any], after: dict[str, Any]) -> Table:
-    """Return a cell as it was and as it was made again."""
+    """Return a table of the numbers of a cell in its file and as reproduced."""
     table = Table(box=box.SIMPLE_HEAD, caption_justify="left")
     for heading in ("", "in the file", "made again", ""):
         table.add_column(heading, no_wrap=True)

@@ -1,1 +1,1 @@
-"""Studies: methods × seeds × samplers × steps from one recipe, each result a file."""
+"""Studies: methods × seeds × samplers × steps from one recipe, with a file for each result."""

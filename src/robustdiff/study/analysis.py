@@ -1,15 +1,15 @@
-r"""Statistics of a study's results: functions of what :func:`robustdiff.study.store.read_results` returns.
+r"""Statistics of the results of a study, which :func:`robustdiff.study.store.read_results` returns.
 
 The change from a baseline B to a method M under one sampler and number of steps is
 
     D = exp( mean of ln FID_M − ln FID_B ) − 1
 
-over runs of the same seed, and over samplers where there are several: a geometric mean, so that M against B and B
-against M are each other's inverse. Its 95 % interval comes from the cells' bootstrap replicates, centred at each cell's
-FID and averaged in the same way: replicate r resamples the same images in all cells, which share their noise, so that
-what they have in common cancels. It is an interval over images, for the trained networks as they are. How much another
-training would change is shown by the seeds: each by its own, and the interval mean ± t_{n−1} · s/√n of Student's t over
-their n values of ln(1 + D).
+where the mean is over pairs of runs with the same seed, and over samplers if there are several. It is a geometric mean,
+so that the changes from B to M and from M to B are inverse. The 95 % interval of D comes from the bootstrap replicates
+of the cells, centred at each cell's FID and averaged in the same way. Replicate r resamples the same images in all
+cells, which share their noise, so that common variation cancels. This is an interval over images, for given trained
+networks. The variation between trainings is given by the change of each seed, and by Student's interval mean ± t_{n−1}
+· s/√n over the n seeds' values of ln(1 + D).
 """
 
 from __future__ import annotations
@@ -61,14 +61,20 @@ Pair = tuple[str, str]
 Key = tuple[str, int, str, int]
 
 FID = MEASURES[0]
-SMALLEST = 1e-3  # an FID near 0 has replicates below it
+SMALLEST = 1e-3  # replicates of an FID near 0 can be negative
 DIGITS = 4
-"""The significant digits to which the numbers of a cell that is made again have to agree."""
+"""The number of significant digits to which the numbers of a reproduced cell must agree."""
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A relative difference. Attributes: mean; low, high: its 95 % interval."""
+    """A relative difference with an interval.
+
+    Attributes:
+        mean: The difference.
+        low: The lower end of the 95 % interval.
+        high: The upper end of the 95 % interval.
+    """
 
     mean: float
     low: float
@@ -76,36 +82,40 @@ class Interval:
 
     @property
     def sign(self) -> int:
-        """Return −1 or 1 where the interval excludes 0, else 0."""
+        """Return the sign, −1 or 1, if the interval excludes 0, else 0."""
         return -1 if self.high < 0 else int(self.low > 0)
 
 
 @dataclass(frozen=True)
 class Change(Interval):
-    """A relative difference with its interval over images. Attributes: seeds: the difference of each seed."""
+    """A relative difference with its interval over images.
+
+    Attributes:
+        seeds: The difference of each seed.
+    """
 
     seeds: tuple[float, ...]
 
     @property
     def over_seeds(self) -> Interval:
-        """Return the mean with its interval over trainings, of two seeds or more."""
+        """Return the mean with its interval over trainings, which needs at least two seeds."""
         ends = student_interval(np.log1p(self.seeds))
         return Interval(self.mean, ends.low, ends.high)
 
     @property
     def direction(self) -> int:
-        """Return −1 or 1 where the interval excludes 0 and all seeds agree in sign, else 0."""
+        """Return the sign, −1 or 1, if the interval excludes 0 and all seeds agree in sign, else 0."""
         agreed = all(math.copysign(1, seed) == self.sign and seed != 0 for seed in self.seeds)
         return self.sign if agreed else 0
 
 
 def log(value: float) -> float:
-    """Return the logarithm of an FID, of one near 0 that of 0.001."""
+    """Return the logarithm of an FID, or of 0.001 if the FID is smaller."""
     return float(np.log(max(value, SMALLEST)))
 
 
 def _logs(record: Record) -> Array:
-    """Return ln FID, and of its replicates, which are centred at FID, since a bootstrap's own mean is too high.
+    """Return ln FID of a cell and of its replicates, which are centred at FID since their own mean is biased upwards.
 
     Returns:
         An array with shape (1 + R,).
@@ -115,7 +125,7 @@ def _logs(record: Record) -> Array:
 
 
 def change_of_logs(seeds: Sequence[Array]) -> Change | None:
-    """Return the mean over seeds of log ratios with their replicates, (1 + R,) each; None where there is no seed."""
+    """Return the mean over seeds of log ratios and their replicates, (1 + R,) each, or None without seeds."""
     if not seeds:
         return None
     logs, *replicates = np.transpose(seeds)
@@ -126,30 +136,30 @@ def change_of_logs(seeds: Sequence[Array]) -> Change | None:
 
 
 def student_interval(logs: Sequence[float] | Array) -> Interval:
-    """Return the relative difference of log ratios of two trainings or more, with Student's interval."""
+    """Return the mean relative difference of two log ratios or more, with Student's interval."""
     mean = np.mean(logs)
     half = student_t.ppf(0.975, len(logs) - 1) * np.std(logs, ddof=1) / np.sqrt(len(logs))
     return Interval(*np.expm1([mean, mean - half, mean + half]).tolist())
 
 
 def baseline_of(results: Results, method: str) -> str:
-    """Return the method that a method is compared with."""
+    """Return the baseline of a method."""
     return results.study.methods[method].baseline or results.study.baseline
 
 
 def pairs(results: Results) -> list[Pair]:
-    """Return each method that is there with its baseline, and the further pairs that the study asks for."""
+    """Return each method that has cells with its baseline, and the further pairs that the study compares."""
     own = [(method, baseline_of(results, method)) for method in results.methods if method != results.study.baseline]
     return list(dict.fromkeys([*own, *results.study.compare]))
 
 
 def _seeds(results: Results, method: str, sampler: str, steps: int) -> list[int]:
-    """Return the seeds for which a cell is there."""
+    """Return the seeds of a method that have a cell."""
     return [s for s in results.study.methods[method].seeds if (method, s, sampler, steps) in results.cells]
 
 
 def values(results: Results, method: str, sampler: str, steps: int, measure: str = FID) -> list[float]:
-    """Return a measure for each seed for which a cell is there."""
+    """Return the values of a measure for each seed of a method that has a cell."""
     seeds = _seeds(results, method, sampler, steps)
     return [results.cells[method, seed, sampler, steps]["numbers"][measure] for seed in seeds]
 
@@ -162,7 +172,7 @@ def change(
     baseline: str | None = None,
     seeds: Sequence[int] | None = None,
 ) -> Change | None:
-    """Return the change from a baseline to a method, averaged over samplers and the seeds that both have whole.
+    """Return the change from a baseline to a method, averaged over samplers and over the seeds that have all cells.
 
     Arguments:
         results: The results.
@@ -170,10 +180,10 @@ def change(
         samplers: The samplers.
         steps: The number of steps.
         baseline: The baseline; the method's own by default.
-        seeds: The seeds that are looked at; all by default.
+        seeds: The seeds to use; by default all of the method.
 
     Returns:
-        The change; None where there is no such seed.
+        The change, or None if no seed has all cells.
     """
     baseline = baseline or baseline_of(results, method)
     found = []
@@ -187,14 +197,14 @@ def change(
 
 
 def ratio_to(results: Results, method: str, sampler: str, steps: int, reference: Record) -> Change | None:
-    """Return the change from a reference's cell to a method's, averaged over its seeds; None where there is none."""
+    """Return the change from a reference's cell to a method, averaged over seeds, or None if no seed has a cell."""
     base = _logs(reference)
     seeds = _seeds(results, method, sampler, steps)
     return change_of_logs([_logs(results.cells[method, seed, sampler, steps]) - base for seed in seeds])
 
 
 def levels(results: Results, beside: bool = False) -> dict[tuple[str, str, int], Record]:
-    """Return the cells of references that stand beside cells of methods, or the others, which are levels to reach."""
+    """Return the cells of references at the samplers and steps of methods (``beside``), or all others."""
     return {
         key: record
         for key, record in results.references.items()
@@ -203,11 +213,12 @@ def levels(results: Results, beside: bool = False) -> dict[tuple[str, str, int],
 
 
 def over_references(results: Results, steps: int) -> dict[str, tuple[float, str, float]]:
-    """Compare the baseline with each network as it is, over all samplers.
+    """Compare the baseline with each reference, over all samplers.
 
     Returns:
-        By the reference's name: the baseline's change from it, the method that is lowest among those with as many
-        trainings, since the lowest of many single trainings would be low by chance, and that one's change.
+        By name of the reference: the baseline's change from it, the method with the lowest FID, and that method's
+        change. Only methods with at least as many trainings as the baseline are considered, since the lowest of many
+        single trainings would be low by chance.
     """
     found, baseline = {}, results.study.baseline
     references = levels(results, beside=True)
@@ -231,11 +242,11 @@ def over_references(results: Results, steps: int) -> dict[str, tuple[float, str,
 
 
 def chance(results: Results, steps: int) -> dict[str, tuple[float, float]]:
-    """Return how far apart trainings are that differ in their seed alone.
+    """Return the variation between trainings that differ in their seed alone.
 
     Returns:
-        By the baseline, for it and the methods compared with it: the pooled standard deviation of ln FID, averaged over
-        samplers, and the difference of two trainings in it that 95 % of such pairs stay below.
+        By baseline, over it and the methods compared with it: the pooled standard deviation of ln FID averaged over
+            samplers, and the 95 % bound of the absolute difference between two trainings.
     """
     variances: dict[str, list[tuple[int, float]]] = {}
     baselines = {baseline_of(results, method) for method in results.methods}
@@ -256,10 +267,10 @@ def chance(results: Results, steps: int) -> dict[str, tuple[float, float]]:
 
 
 def sensitivity(results: Results, steps: int) -> dict[tuple[float, int], Change]:
-    """Return the changes by α and K of free adversarial training in ℓ2 without a radius.
+    """Return the changes by (α, K) of free adversarial training in ℓ2 without a radius.
 
-    Of the first seed for all, since a mean of several beside a single one would compare seeds; and of the methods that
-    differ from the first of them in α and K alone.
+    Only the first seed of each method is used, so that all changes are of the same seed, and only methods that differ
+    from the first of them in α and K alone.
     """
     found: dict[tuple[float, int], Change] = {}
     settings: set[str] = set()
@@ -279,7 +290,7 @@ def sensitivity(results: Results, steps: int) -> dict[tuple[float, int], Change]
 
 
 def brightness(results: Results, sampler: str, steps: int) -> dict[str, list[tuple[float, float]]]:
-    """Return the mean grey value and FID of each training, by method, of the cells that hold both."""
+    """Return the mean grey value and FID of each training, by method, from the cells that hold both."""
     found: dict[str, list[tuple[float, float]]] = {}
     for (method, _, *own), record in results.cells.items():
         if own == [sampler, steps] and record["brightness"] is not None:
@@ -288,7 +299,7 @@ def brightness(results: Results, sampler: str, steps: int) -> dict[str, list[tup
 
 
 def at_equal_brightness(results: Results, sampler: str, steps: int) -> dict[Pair, Interval]:
-    """Return what remains of each pair's difference in FID at equal brightness, with intervals over trainings."""
+    """Return the difference in FID of each pair at equal brightness, with intervals over trainings."""
     logs = {
         method: np.array([(grey, log(fid)) for grey, fid in own])
         for method, own in brightness(results, sampler, steps).items()
@@ -297,17 +308,18 @@ def at_equal_brightness(results: Results, sampler: str, steps: int) -> dict[Pair
 
 
 def adjusted_differences(groups: Mapping[str, Array], compared: Sequence[Pair]) -> dict[Pair, Interval]:
-    """Return differences of groups at an equal covariate: an analysis of covariance.
+    """Return the differences of groups at an equal covariate, by an analysis of covariance.
 
-    y is modelled as a_group + b·x + e. With b from the deviations from each group's mean, the adjusted difference of
-    two groups is Δȳ − b·Δx̄, with the variance s²·(1/n₁ + 1/n₀ + Δx̄²/Σ(x − x̄)²).
+    The model is y = a_group + b·x + e. With b estimated from the deviations from each group's mean, the adjusted
+    difference of two groups is Δȳ − b·Δx̄, with the variance s²·(1/n₁ + 1/n₀ + Δx̄²/Σ(x − x̄)²).
 
     Arguments:
-        groups: Points (x, y) with shape (n, 2) of each group; y is a logarithm.
-        compared: Pairs of groups.
+        groups: The points (x, y) of each group, with shape (n, 2); y is a logarithm.
+        compared: The pairs of groups to compare.
 
     Returns:
-        The relative differences of the pairs of which both are there; none where less than two degrees of freedom are.
+        The relative differences of the pairs whose groups both exist, or nothing with fewer than two degrees of
+        freedom.
     """
     means = {name: points.mean(axis=0) for name, points in groups.items()}
     freedom = sum(len(points) - 1 for points in groups.values()) - 1
@@ -329,23 +341,23 @@ def adjusted_differences(groups: Mapping[str, Array], compared: Sequence[Pair]) 
 
 
 def rank_correlation(points: Sequence[tuple[float, float]]) -> float | None:
-    """Return Spearman's rank correlation; None of fewer than three points."""
+    """Return Spearman's rank correlation, or None for fewer than three points."""
     return float(spearmanr(*zip(*points, strict=True)).statistic) if len(points) > 2 else None
 
 
 def mismatch_pairs(results: Results) -> tuple[list[Key], list[tuple[Key, Key]]]:
-    """Return the keys of cells that have a mismatch, and those with that of their baseline, where it has one, too."""
+    """Return the keys of cells that have a mismatch, and pairs of such keys: a cell and that of its baseline."""
     keys = [key for key in results.mismatch if key in results.cells]
     own = [(key, (baseline_of(results, key[0]), *key[1:])) for key in keys]
     return keys, [(key, base) for key, base in own if base in keys and base != key]
 
 
 def mismatch_agreement(results: Results) -> dict[str, tuple[float | None, float | None, int]]:
-    """Return the agreement of FID with each measure of the mismatch.
+    """Return the agreement between FID and each measure of the mismatch.
 
     Returns:
-        By measure: the rank correlation over all cells; that of changes from the baseline; the number of changes in
-        which both have the same sign.
+        By measure: the rank correlation over all cells, the rank correlation of changes from the baseline, and the
+            number of changes with the same sign in both.
     """
     keys, compared = mismatch_pairs(results)
     fids = {key: results.cells[key]["numbers"][FID] for key in keys}
@@ -359,13 +371,13 @@ def mismatch_agreement(results: Results) -> dict[str, tuple[float | None, float 
 
 
 def _excess(record: Record, name: str) -> float:
-    """Return what a measure is above what equal laws give: its floor, or for those that may have either sign 0."""
+    """Return the excess of a measure over its floor, or its absolute value if it has no floor."""
     estimate = record["mean"][name]
     return float(abs(estimate["value"]) if estimate["floor"] is None else estimate["value"] - estimate["floor"])
 
 
 def agreeing_digits(one: float, other: float) -> float:
-    """Return to how many significant digits two numbers agree; infinity where they are equal.
+    """Return the number of significant digits to which two numbers agree, infinity if they are equal.
 
     They agree to d digits where they differ by at most half a unit in the d-th digit of the larger one.
     """
@@ -379,14 +391,14 @@ def compare(before: Record, after: Record) -> str:
     """Compare the numbers of a cell with those of the same cell made again.
 
     Arguments:
-        before: The contents of the cell's file.
-        after: The contents that it would have now.
+        before: The record in the cell's file.
+        after: The record of the reproduced cell.
 
     Returns:
-        What they have in common, such as "the same to 5 digits".
+        A statement of their agreement, such as "the same to 5 digits".
 
     Raises:
-        RunError: If they agree to fewer than four significant digits.
+        RunError: If the numbers agree to fewer than four significant digits.
     """
     numbers = [(before[name], after[name]) for name in MEASURES]
     numbers += zip(before["replicates"], after["replicates"], strict=True)

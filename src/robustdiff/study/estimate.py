@@ -1,4 +1,4 @@
-"""The work that is left of a study, and the time that one process takes for it."""
+"""Estimation of the work that is left in a study, and of its time in one process."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ __all__ = ["Remaining", "remaining"]
 
 @dataclass(frozen=True)
 class Remaining:
-    """The work that is left of one method or reference.
+    """The work that is left for one method or reference.
 
     Attributes:
-        method: Its name.
+        method: The name of the method or reference.
         runs: The number of runs to train.
         cells: The number of cells to measure.
-        seconds: The time that one process takes.
+        seconds: The time that one process takes, in seconds.
     """
 
     method: str
@@ -40,10 +40,9 @@ class Remaining:
 
 
 def remaining(study: Study, folder: Path) -> list[Remaining]:
-    """Return what is left of each method and reference of a study.
+    """Return the work that is left for each method and reference of a study.
 
-    The speed is that of the runs and cells that are finished; where there are none, a few updates and images are made
-    to measure it.
+    The speed is taken from finished runs and cells. If there are none, a few updates and images are timed.
     """
     runs = plan(study, folder)
     trained = [(run, read(run.path, Loss).seconds) for run in runs if run.path.is_file()]
@@ -53,7 +52,7 @@ def remaining(study: Study, folder: Path) -> list[Remaining]:
         training = sum(seconds for _, seconds in trained) / sum(image_passes(run.recipe) for run, _ in trained)
     else:
         training = _time_training(runs[0])
-    # A cell takes a + b·steps for each image: making it, and its features.
+    # A cell takes a + b·steps for each image: a for its features, b·steps for generating it.
     if len({record["steps"] for record in measured}) > 1:
         each = [record["seconds"] / record["n"] for record in measured]
         fit = np.polynomial.Polynomial.fit([record["steps"] for record in measured], each, 1).convert()
@@ -64,7 +63,7 @@ def remaining(study: Study, folder: Path) -> list[Remaining]:
     def left(name: str, own: Sequence[Piece]) -> Remaining:
         cells = [piece.cell for piece in own if piece.cell is not None]
         untrained = [piece.run.recipe for piece in own if piece.training and piece.run is not None]
-        evaluations = sum(piece.size for piece in own if piece.cell is None and not piece.training)  # of the mismatch
+        evaluations = sum(piece.size for piece in own if piece.cell is None and not piece.training)  # for the mismatch
         seconds = training * sum(map(image_passes, untrained)) + sampling * evaluations
         seconds += study.measure.num * sum(once + sampling * cell.steps for cell in cells)
         return Remaining(name, len(untrained), len(cells), float(seconds))
@@ -79,7 +78,7 @@ def remaining(study: Study, folder: Path) -> list[Remaining]:
 
 
 def _time_training(run: Run) -> float:
-    """Return the seconds of one image in one pass, measured."""
+    """Measure the seconds that training takes for one image in one pass."""
     with tempfile.TemporaryDirectory() as scratch:
         recipe = run.recipe.model_copy(
             update={"output": str(Path(scratch) / "run"), "steps": 4, "log_every": 1, "trackers": ()}
@@ -88,11 +87,11 @@ def _time_training(run: Run) -> float:
         lines = (Path(recipe.output) / "metrics.jsonl").read_text().splitlines()
         speeds = [json.loads(line)["images_per_second"] for line in lines]
     passes = image_passes(run.recipe) / (run.recipe.steps * run.recipe.batch_size)
-    return 1 / (max(speeds) * passes)  # the first updates also set things up
+    return 1 / (max(speeds) * passes)  # the first updates include initialisation
 
 
 def _time_sampling(run: Run) -> float:
-    """Return the seconds of one evaluation of the network for one image, measured on the network as it begins."""
+    """Measure the seconds of one network evaluation for one image, with the initial network."""
     recipe, measure = run.recipe, run.study.measure
     built = build_model(recipe, recipe.data.load())
     generator = Generator.of(

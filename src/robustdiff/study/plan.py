@@ -1,10 +1,10 @@
 """The runs and cells of a study, each with its files.
 
     runs/M-sS/                    one training for each method M and seed S
-    trainings/M-sS.json           its loss over the updates, and how long it took
-    cells/M-sS-SAMPLER-N.json     the numbers measured of that run under one sampler at N steps
-    cells/R-SAMPLER-N.json        the same of a reference R, a network as it is, such as the base or a teacher
-    mismatch/M-sS.json            where asked for: how far its samplers' states are from q(x_t)
+    trainings/M-sS.json           its loss over the updates, and the time taken
+    cells/M-sS-SAMPLER-N.json     the numbers of that run under one sampler at N steps
+    cells/R-SAMPLER-N.json        the numbers of a reference R, a network that the study does not train
+    mismatch/M-sS.json            if requested, the distance of the samplers' states from q(x_t)
 
 A piece of work is done when its file exists.
 """
@@ -21,8 +21,8 @@ from robustdiff.study.schema import Study
 
 __all__ = ["Cell", "Piece", "Run", "image_passes", "pieces", "plan", "reference_cells"]
 
-UPDATE = 4  # the time of an update for one image, in evaluations of the network
-CELL = 1000  # the time of a cell beside the evaluations for its images: their features, the bootstrap
+UPDATE = 4  # the time of an update for one image, in network evaluations
+CELL = 1000  # the time of features and bootstrap of a cell, in network evaluations
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Cell:
         folder: The study's folder.
         network: The name of the run or reference.
         sampler: The sampler.
-        steps: Network evaluations for one image.
+        steps: The number of network evaluations for one image.
     """
 
     folder: Path
@@ -43,23 +43,30 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """Return the name of its file, without the suffix."""
+        """Return the name of the cell's file, without the suffix."""
         return f"{self.network}-{self.sampler}-{self.steps}"
 
     @property
     def path(self) -> Path:
-        """Return the path of its file."""
+        """Return the path of the cell's file."""
         return self.folder / "cells" / f"{self.name}.json"
 
     @property
     def done(self) -> bool:
-        """Return whether it is measured."""
+        """Return whether the cell is measured."""
         return self.path.is_file()
 
 
 @dataclass(frozen=True)
 class Run:
-    """A training of a study. Attributes: study; folder: the study's; method; seed."""
+    """A training of a study.
+
+    Attributes:
+        study: The study.
+        folder: The study's folder.
+        method: The name of the method.
+        seed: The seed of the training.
+    """
 
     study: Study
     folder: Path
@@ -68,48 +75,48 @@ class Run:
 
     @property
     def name(self) -> str:
-        """Return the name of its folder."""
+        """Return the name of the run's folder."""
         return f"{self.method}-s{self.seed}"
 
     @property
     def round(self) -> int:
-        """Return the place of its seed among those of its method, from 0."""
+        """Return the index of the run's seed among the seeds of its method."""
         return self.study.methods[self.method].seeds.index(self.seed)
 
     @property
     def first(self) -> bool:
-        """Return whether it is its method's first seed, which is measured and pictured more fully."""
+        """Return whether the run has the first seed of its method, for which more is measured and pictured."""
         return self.round == 0
 
     @property
     def output(self) -> Path:
-        """Return its folder."""
+        """Return the run's folder."""
         return self.folder / "runs" / self.name
 
     @cached_property
     def recipe(self) -> Recipe:
-        """Return its recipe, which :func:`robustdiff.study.schema.load_study` has validated."""
+        """Return the run's recipe, which :func:`robustdiff.study.schema.load_study` has validated."""
         changes = {**self.study.set, **self.study.methods[self.method].set}
         return load_recipe(self.study.recipe, changes={**changes, "seed": self.seed, "output": str(self.output)})
 
     @property
     def path(self) -> Path:
-        """Return the path of the record of its training."""
+        """Return the path of the record of the training."""
         return self.folder / "trainings" / f"{self.name}.json"
 
     @property
     def done(self) -> bool:
-        """Return whether it is trained."""
+        """Return whether the training is finished."""
         return self.path.is_file() and (self.output / "model" / "model_index.json").is_file()
 
     @property
     def failure(self) -> Path:
-        """Return the path of the file that says why the training failed; while it is there, no other try is made."""
+        """Return the path of the file with the reason of a failure. A training with such a file is not tried again."""
         return self.path.with_suffix(".failed.json")
 
     @property
     def mismatch_path(self) -> Path | None:
-        """Return the path of the file of the mismatch; None where it is not asked for."""
+        """Return the path of the mismatch file, or None if the study does not measure the mismatch of this run."""
         measure = self.study.measure
         of = self.study.methods if measure.mismatch_methods is None else measure.mismatch_methods
         wanted = measure.mismatch and self.first and self.method in of
@@ -117,7 +124,7 @@ class Run:
 
     @property
     def missing(self) -> list[Path]:
-        """Return the paths of files that are not there yet, but for the training's own."""
+        """Return the paths of missing files, except for those of the training."""
         paths = [cell.path for cell in self.cells]
         if self.mismatch_path is not None:
             paths.append(self.mismatch_path)
@@ -125,19 +132,19 @@ class Run:
 
     @property
     def steps(self) -> tuple[int, ...]:
-        """Return the numbers of steps at which it is measured, in ascending order."""
+        """Return the numbers of steps at which the run is measured, in ascending order."""
         method = self.study.methods[self.method]
         return tuple(sorted(method.seed_steps.get(self.seed) or method.steps or self.study.measure.steps))
 
     @property
     def mismatch_steps(self) -> tuple[int, ...]:
-        """Return the numbers of steps at which its mismatch is measured, in ascending order."""
+        """Return the numbers of steps at which the run's mismatch is measured, in ascending order."""
         wanted = self.study.measure.mismatch_steps
         return self.steps if wanted is None else tuple(sorted(wanted))
 
     @property
     def cells(self) -> list[Cell]:
-        """Return its cells."""
+        """Return the cells of the run."""
         samplers = self.study.measure.samplers
         return [Cell(self.folder, self.name, sampler, count) for count in self.steps for sampler in samplers]
 
@@ -164,19 +171,19 @@ def reference_cells(study: Study, folder: Path) -> list[Cell]:
 
 
 def image_passes(recipe: Recipe) -> float:
-    """Return the number of images that go through forward and backward in a training."""
+    """Return the number of forward and backward passes of single images in a training."""
     return float(recipe.steps * recipe.batch_size * recipe.adversary.backward_passes)
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A piece of a study's work, which one process does.
+    """A piece of a study's work, done by one process.
 
     Attributes:
-        name: Its name, unique in the study; also that of its lock.
-        size: The time that it takes, roughly, in evaluations of the network for one image.
-        run: The run that is trained or measured; None for a reference's cell.
-        cell: The cell; None for a training or the mismatch.
+        name: The name of the piece and of its lock, unique in the study.
+        size: The estimated time, in network evaluations for one image.
+        run: The run that is trained or measured, or None for the cell of a reference.
+        cell: The cell, or None for a training or a mismatch.
     """
 
     name: str
@@ -186,12 +193,12 @@ class Piece:
 
     @property
     def training(self) -> bool:
-        """Return whether it is the training of its run."""
+        """Return whether the piece is a training."""
         return self.run is not None and self.name == f"training {self.run.name}"
 
     @property
     def done(self) -> bool:
-        """Return whether it is finished, or cannot or need not be done: its training failed, or nothing needs it."""
+        """Return whether the piece is finished, impossible since the training failed, or no longer needed."""
         if self.run is not None and self.run.failure.is_file():
             return True
         if self.cell is not None:
@@ -203,16 +210,16 @@ class Piece:
 
     @property
     def ready(self) -> bool:
-        """Return whether all that it needs is done."""
+        """Return whether everything that the piece depends on is done."""
         return self.run is None or self.training or self.run.done
 
 
 def pieces(study: Study, folder: Path) -> list[Piece]:
-    """Return the work of a study in the order in which it is begun.
+    """Return the pieces of a study in the order in which they are started.
 
-    First what belongs to the first seed of every method, then what belongs to the second, and so on; in each of these
-    rounds the trainings, which other pieces wait for, and then the rest; of either the largest first, so that processes
-    that share a study end at about the same time.
+    The pieces of the first seed of every method come first, then those of the second, and so on. Within a round,
+    trainings come before the other pieces, which depend on them. Larger pieces come before smaller ones, so that
+    processes that share a study finish at about the same time.
     """
     measure = study.measure
 
@@ -224,7 +231,7 @@ def pieces(study: Study, folder: Path) -> list[Piece]:
             for cell in run.cells:
                 yield run.round, Piece(cell.name, measure.num * cell.steps + CELL, run, cell)
             if run.mismatch_path is not None:
-                calls = 2 * len(measure.samplers) * sum(run.mismatch_steps)  # at the sampler's states and at true ones
+                calls = 2 * len(measure.samplers) * sum(run.mismatch_steps)  # at the sampler's states and true points
                 yield run.round, Piece(f"mismatch {run.name}", measure.mismatch * calls, run)
 
     ordered = sorted(all_pieces(), key=lambda item: (item[0], not item[1].training, -item[1].size))

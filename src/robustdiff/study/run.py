@@ -1,7 +1,7 @@
-"""Work on a study until nothing of it is missing, in this process or in several; and make one cell again.
+"""Execution of a study in one process or several, and reproduction of a single cell.
 
-All cells start from the same noise (:mod:`robustdiff.evaluation.generate`), all runs of one seed read the same batches,
-times and noise (:mod:`robustdiff.training.stream`). Trainings resume, and so an interrupted study goes on where it was.
+All cells start from the same noise (:mod:`robustdiff.evaluation.generate`), and all runs of one seed use the same
+batches, times and noise (:mod:`robustdiff.training.stream`). An interrupted study continues from its files.
 """
 
 from __future__ import annotations
@@ -60,18 +60,19 @@ def run_study(
 
     Arguments:
         study: The study.
-        folder: Where its runs and cells are.
-        processes: The number of processes of one thread that share the work; by default it is done in this process.
-        progress: Told of each piece of work, or with ``processes`` of the percentage of all that is missing.
-        wait: Seconds between looks at what other processes hold, when there is nothing else to do.
+        folder: The folder of runs and cells.
+        processes: The number of single-threaded processes that share the work. By default it is done in this process.
+        progress: The receiver of the progress of each piece of work, or with ``processes`` of the percentage of the
+            whole.
+        wait: The time in seconds between checks of the locks of other processes, when no other work is left.
 
     Returns:
         False when a signal stopped it.
 
     Raises:
-        InputError: If a run cannot be built from its recipe, a sampler does not suit the networks, or what is there was
-            made with other settings.
-        RunError: When all else is done, if a training failed; if a process is killed.
+        InputError: If a run cannot be built from its recipe, a sampler does not suit the networks, or existing results
+            were made with other settings.
+        RunError: If a training failed, after all other work is done, or if a process is killed.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise InputError("a study is shared by processes of its own: start robustdiff once, without accelerate")
@@ -79,7 +80,7 @@ def run_study(
     first = plan(study, folder)[0]
     if first.missing:
         _check_samplers(study, first)
-    for part in ("cells", "locks", "mismatch", "runs", "trainings"):  # none of them may be a link out of the folder
+    for part in ("cells", "locks", "mismatch", "runs", "trainings"):  # raises if one is a link out of the folder
         make_folder(folder / part)
     if processes is None:
         finished = _work(study, folder, wait, progress)
@@ -98,14 +99,14 @@ def run_study(
 
 
 def _check_samplers(study: Study, run: Run) -> None:
-    """See that the samplers suit the networks that the study begins with, before anything is trained."""
+    """Check that the samplers suit the initial networks of the study, before anything is trained."""
     built = build_model(run.recipe, run.recipe.data.load())
     for sampler, steps in itertools.product(study.measure.samplers, run.steps):
         Generator.of(built.model, sampler=sampler, steps=steps)
 
 
 def _work(study: Study, folder: Path, wait: float, progress: Progress) -> bool:
-    """Do, one after another, the pieces that no other process holds, until none is missing; False when stopped."""
+    """Do the pieces that no other process holds until none is missing. Return False if a signal stopped the work."""
     left = pieces(study, folder)
     while left := [piece for piece in left if not piece.done]:
         for piece in left:
@@ -115,19 +116,19 @@ def _work(study: Study, folder: Path, wait: float, progress: Progress) -> bool:
                 if mine and not piece.done:
                     if not _do(study, piece, progress):
                         return False
-                    break  # what can be begun now may be larger than what comes next
+                    break  # pieces that have become ready may be larger than the next one
         else:
             time.sleep(wait)
     return True
 
 
 def _do(study: Study, piece: Piece, progress: Progress) -> bool:
-    """Do a piece of work; False when a signal stopped it."""
+    """Do a piece of work. Return False if a signal stopped it."""
     if piece.training:
         assert piece.run is not None
         return _train_run(piece.run, progress)
     recipe = (piece.run or plan(study, Path())[0]).recipe
-    if recipe.threads is not None:  # as many as are trained on
+    if recipe.threads is not None:  # as in training
         torch.set_num_threads(recipe.threads)
     if piece.cell is not None:
         _measure_cell(study, piece.run, piece.cell, recipe, progress)
@@ -138,7 +139,7 @@ def _do(study: Study, piece: Piece, progress: Progress) -> bool:
 
 
 def _train_run(run: Run, progress: Progress) -> bool:
-    """Train a run, and keep of it what outlives its folder: the loss, at most 100 times, and how long it took."""
+    """Train a run, and write its record: at most 100 values of the loss, and the time taken."""
     try:
         if not _train(run.recipe, progress):
             return False
@@ -163,7 +164,7 @@ def _train_run(run: Run, progress: Progress) -> bool:
 
 
 def _measure_cell(study: Study, run: Run | None, cell: Cell, recipe: Recipe, progress: Progress) -> None:
-    """Make a cell's file, and for the first seed of a method a picture of the first images."""
+    """Measure a cell and write its file, and for the first seed of a method a picture of the first images."""
     measure = study.measure
     progress.begin(cell.name, measure.num)
     if run is None:
@@ -172,7 +173,7 @@ def _measure_cell(study: Study, run: Run | None, cell: Cell, recipe: Recipe, pro
             reference.path, measure, recipe.data, cell.sampler, cell.steps, reference.precision, progress
         )
         settings = {"name": cell.network, "path": reference.path, "data": recipe.data.model_dump(mode="json")}
-        # Within a section of its own, since a cell's precision is that of precision and recall.
+        # In a section of their own, since ``precision`` of a cell is that of precision and recall.
         write(cell.path, {"reference": {**settings, "precision": reference.precision}, **record})
         return
     record, images = _measure(recipe.output, measure, recipe.data, cell.sampler, cell.steps, recipe.precision, progress)
@@ -183,7 +184,7 @@ def _measure_cell(study: Study, run: Run | None, cell: Cell, recipe: Recipe, pro
 
 
 def _measure_mismatch(run: Run, name: str, progress: Progress) -> None:
-    """Measure how far a run's samplers' states are from q(x_t): the mean over steps of each measure."""
+    """Measure the distance of a run's sampler states from q(x_t), and write the mean over steps of each measure."""
     recipe, measure = run.recipe, run.study.measure
     assert run.mismatch_path is not None
     generator = Generator.load(
@@ -212,22 +213,22 @@ def _measure_mismatch(run: Run, name: str, progress: Progress) -> None:
 
 
 def _train(recipe: Recipe, progress: Progress, cpu: bool = False) -> bool:
-    """Train or go on with a run. False when a signal stopped it."""
-    make_folder(Path(recipe.output))  # before anything is loaded: it may be a link out of the study's folder
+    """Start or continue the training of a run. Return False if a signal stopped it."""
+    make_folder(Path(recipe.output))  # before anything is loaded, since it may be a link out of the study's folder
     progress.begin(f"training {Path(recipe.output).name}", recipe.steps)
     return train(recipe, resume=True, cpu=cpu, progress=_Piece(progress)) is not None
 
 
 def _training_settings(recipe: Recipe) -> dict[str, Any]:
-    """Return the settings that a cell's file has of its network's training."""
+    """Return the settings of the network's training for a cell's file."""
     path = Path(recipe.output) / "result.json"
     read(path, Training, f"delete the run {recipe.output}")
     return {"training": read_json(path), "recipe": {**parse_yaml(recipe.to_yaml(), "the recipe"), "output": ""}}
 
 
-@lru_cache(maxsize=4)  # what all cells of one process share
+@lru_cache(maxsize=4)  # shared by the cells of one process
 def _metrics(measure: Measurement, data: DataConfig, device: torch.device) -> MetricCollection:
-    """Return the metrics of a measurement, which know the real images."""
+    """Return the metrics of a measurement, with the statistics of the real images."""
     weights = None if measure.weights is None else Path(measure.weights)
     extractor = load_extractor(measure.features, weights=weights, device=device)
     reference = reference_statistics((measure.data or data).load(), extractor)
@@ -244,8 +245,8 @@ def _measure(
     progress: Progress,
     cpu: bool = False,
 ) -> tuple[dict[str, Any], torch.Tensor]:
-    """Measure a network under one sampler: return what a cell's file holds of it, and the first images."""
-    state = PartialState(cpu=cpu)  # one process: the device is all that it says
+    """Measure a network under one sampler, and return the numbers for a cell's file and the first images."""
+    state = PartialState(cpu=cpu)  # used for the device alone, with one process
     metrics = _metrics(measure, data, state.device)
     assert metrics.reference is not None
     generator = Generator.load(
@@ -278,7 +279,7 @@ def _measure(
 
 
 class _Piece:
-    """The progress of a piece of work, whichever parts it consists of."""
+    """The progress of a piece of work over all of its parts."""
 
     def __init__(self, progress: Progress) -> None:
         self.advance = progress.advance
@@ -287,7 +288,7 @@ class _Piece:
 
 
 class _Whole:
-    """The percentage of a study's missing work that is done, told to a progress."""
+    """The progress of several processes, as a percentage of the study's missing work."""
 
     def __init__(self, title: str, missing: list[Piece], progress: Progress) -> None:
         self.sizes = {piece.name: piece.size for piece in missing}
@@ -298,7 +299,7 @@ class _Whole:
         progress.begin(title, 100)
 
     def tell(self, process: _Share, share: float) -> None:
-        """Say how much of its present piece a process has done, in [0, 1]."""
+        """Report the share, in [0, 1], of its present piece that a process has done."""
         if process.name in self.shares:
             self.shares[process.name] = share
         self.notes[process] = f"{process.name} {share:.0%}" if process.name else ""
@@ -309,7 +310,7 @@ class _Whole:
 
 
 class _Share:
-    """The progress of one of the processes that share a study; what it began before is done."""
+    """The progress of one of the processes that share a study. Beginning a piece marks its previous piece as done."""
 
     def __init__(self, whole: _Whole) -> None:
         self.whole = whole
@@ -326,19 +327,19 @@ class _Share:
 
 
 def reproduce(path: Path, folder: Path, *, progress: Progress = SILENT) -> tuple[dict[str, Any], dict[str, Any]] | None:
-    """Make a cell again from its file alone: train its recipe and measure the result.
+    """Repeat a cell from its file alone: train its recipe and measure the result.
 
     Arguments:
         path: The cell's file.
-        folder: Where the run goes; one that is there already is gone on with.
-        progress: Told of the training and of the images.
+        folder: The folder of the run. An existing run in it is continued.
+        progress: The receiver of the progress of training and sampling.
 
     Returns:
-        The record of the file and the new one, which :func:`robustdiff.study.analysis.compare` compares: on the same
-        machine and one thread the same to the last digit, but for the seconds. None when a signal stopped the training.
+        The record in the file and the new one, for :func:`robustdiff.study.analysis.compare`, or None if a signal
+        stopped the training. On the same machine and one thread, all but the times are equal to the last digit.
 
     Raises:
-        InputError: If the file is not a cell.
+        InputError: If the file is not a cell of a study.
     """
     before = read_json(path, limit=2**22)
     cell = reproducible(before, path)
@@ -354,7 +355,7 @@ def reproduce(path: Path, folder: Path, *, progress: Progress = SILENT) -> tuple
     else:
         assert cell.recipe is not None
         name = str(folder / f"{cell.method}-s{cell.seed}")
-        # The run is nobody's to track but whoever made the cell.
+        # Trackers of the original run are not used.
         recipe = cell.recipe.model_copy(update={"output": name, "trackers": ()})
         data, precision = recipe.data, recipe.precision
         if not _train(recipe, progress, cpu):

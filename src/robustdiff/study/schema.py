@@ -1,7 +1,7 @@
-"""The study file: which methods change what in a recipe, with which seeds, and how the results are measured.
+"""The study file: the methods as changes of a recipe, their seeds, and the settings of the measurement.
 
-A study file may be somebody else's: names are those of files in the study's folder and nothing else, numbers are finite
-and bounded.
+A study file may come from somebody else: names must be valid as file names in the study's folder, and numbers are
+finite and bounded.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def _known(name: str) -> str:
 
 
 def _file_name(name: str) -> str:
-    # One that begins with _ would be left out of a figure's legend, and one with - taken for an option.
+    # Matplotlib leaves names that begin with _ out of legends, and names that begin with - look like options.
     if not re.fullmatch(r"[^\W_]([\w.+() -]*[\w.+)-])?", name):
         raise ValueError(
             f"the name {name[:100]!r} is that of files: use letters, digits, spaces and . + - _ ( ) only, a letter or "
@@ -71,7 +71,7 @@ Changes = Annotated[dict[str, Any], AfterValidator(_of_methods)]
 
 
 class Method(Section):
-    """A way of training, as changes in the study's recipe."""
+    """A method of training, as changes of the study's recipe."""
 
     set: Changes = Field({}, description="fields by their dotted names, such as adversary.step_size: 0.5")
     seeds: Seeds = (0,)
@@ -88,7 +88,7 @@ class Method(Section):
 
 
 class Reference(Section):
-    """A network that is measured as it is, beside the methods."""
+    """A network that is measured without training, beside the methods."""
 
     path: Text = Field(description="a run, a pipeline folder, or a model shipped with the package")
     samplers: Samplers
@@ -97,7 +97,7 @@ class Reference(Section):
 
 
 class Measurement(Section):
-    """The settings by which a run is measured."""
+    """The settings of the measurement of a run."""
 
     samplers: Samplers = ("iddpm", "ddim", "es", "dpm++")
     steps: Counts = (5, 8, 10, 20, 50)
@@ -158,10 +158,10 @@ def load_study(source: str | Path) -> Study:
     """Read and validate a study file, and the recipe of each of its methods.
 
     Arguments:
-        source: A file, or the name of a study that comes with the package.
+        source: The path of a file, or the name of a study that comes with the package.
 
     Raises:
-        InputError: If there is no such study, or a field is unknown or out of its range.
+        InputError: If the study does not exist, or a field is unknown or out of its range.
     """
     shipped = {path.name: path for path in (files("robustdiff") / "studies").iterdir()}
     file = shipped.get(f"{source}.yaml")
@@ -179,7 +179,7 @@ def load_study(source: str | Path) -> Study:
 
 
 def first_mistake(error: ValidationError) -> str:
-    """Return the first fault and its place, in one line."""
+    """Return the first error and its place, in one line."""
     first = error.errors()[0]
     where = ".".join(str(part) for part in first["loc"] if part != "[key]")
     return printable(f"{where[:200] or 'the file'}: {first['msg'].removeprefix('Value error, ')[:1000]}")

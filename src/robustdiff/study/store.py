@@ -1,12 +1,12 @@
-"""The files of a study: written whole, read with all checks, and held by locks.
+"""The files of a study: atomic writes, validated reads, and locks.
 
-A file that was made with other settings than the study now says is an error, not a result. A piece of work that is
-being done is held by a lock of the operating system (flock), which goes away with the process that holds it: any number
-of processes share a study, and none waits for a dead one.
+A file that was made with other settings than the study's is an error. A piece of work in progress is held by a lock of
+the operating system (flock), which is released when its process ends, so that any number of processes can share a
+study.
 
-A cell keeps its bootstrap replicates of FID, so that the interval of any difference can be had later from two files,
-and the whole recipe, so that it can be made again from its file alone. Files may be somebody else's: what is written
-goes into the study's folder, through no symbolic link.
+A cell keeps its bootstrap replicates of FID, so that the interval of any difference can be computed later from two
+files, and the whole recipe, so that the cell can be reproduced from its file alone. Since files may come from somebody
+else, everything is written inside the study's folder, and not through symbolic links.
 """
 
 from __future__ import annotations
@@ -50,20 +50,20 @@ __all__ = [
 ]
 
 MEASURES = ("fid", "kid", "precision", "recall")
-"""The numbers of a cell that are compared; the first is that of which a cell has replicates."""
+"""The numbers of a cell that are compared. A cell has replicates of the first."""
 
 Number = Annotated[float, Field(strict=True, ge=-1e12, le=1e12)]
 Whole = Annotated[int, Field(strict=True, ge=0, lt=2**63)]
 
 
 class _Record(BaseModel):
-    """The required contents of a file of a study; further fields are left out."""
+    """The required contents of a study's file; further fields are ignored."""
 
     model_config = ConfigDict(frozen=True, allow_inf_nan=False)
 
 
 class Training(_Record):
-    """A cell's record of its training; all but the updates is only for the page."""
+    """The record of a training in a cell. All fields but the updates are used by the page alone."""
 
     steps: Whole
     batches: Whole | None = None
@@ -74,7 +74,7 @@ class Training(_Record):
 
 
 class _Network(_Record):
-    """A cell's record of a reference."""
+    """The record of a reference in a cell."""
 
     name: Name
     path: Text
@@ -83,9 +83,9 @@ class _Network(_Record):
 
 
 class CellRecord(_Record):
-    """A cell's numbers and settings; those that have a default are only for the page or to make it again.
+    """The numbers and settings of a cell. Fields with a default are needed for the page or for reproduction alone.
 
-    In the file, ``numbers`` are fields of their own.
+    In the file, each of ``numbers`` is a field of its own.
     """
 
     method: Name | None = None
@@ -160,7 +160,7 @@ class _Mismatch(_Record):
 
 
 class _Metrics(_Record):
-    """A line of a run's metrics."""
+    """A line of ``metrics.jsonl``."""
 
     step: Whole
     loss: Number
@@ -171,7 +171,7 @@ _Kind = TypeVar("_Kind", bound=_Record)
 
 
 def read(path: Path, kind: type[_Kind], remedy: str = "delete it, and run the study again") -> _Kind:
-    """Read a file of a study.
+    """Read and validate a file of a study.
 
     Raises:
         InputError: If it is not whole.
@@ -201,8 +201,8 @@ def write(path: Path, record: Mapping[str, Any]) -> None:
 
 @contextmanager
 def held(path: Path) -> Iterator[bool]:
-    """Hold a lock while the block lasts, if no other process does; yields whether it is held."""
-    import fcntl  # only here, since not every system has it
+    """Hold a lock within the block, if no other process holds it. Yields True if the lock is held."""
+    import fcntl  # imported here, since not every system has it
 
     make_folder(path.parent)
     with open_regular(path, "ab") as file:  # nothing is written into it
@@ -215,10 +215,10 @@ def held(path: Path) -> Iterator[bool]:
 
 
 def read_metrics(run: Run) -> list[_Metrics]:
-    """Return the lines of metrics of a finished run.
+    """Return the lines of ``metrics.jsonl`` of a finished run.
 
     Raises:
-        InputError: If they are damaged.
+        InputError: If the file is damaged.
     """
     path = run.output / "metrics.jsonl"
     try:
@@ -230,26 +230,26 @@ def read_metrics(run: Run) -> list[_Metrics]:
 
 
 def cell_settings(measure: Measurement) -> dict[str, Any]:
-    """Return the settings of a measurement that a cell's numbers depend on."""
+    """Return the settings of a measurement that affect a cell's numbers."""
     others = {"samplers", "steps", "pictured", "mismatch", "mismatch_steps", "mismatch_methods"}
     return measure.model_dump(mode="json", exclude=others)
 
 
 def _network_settings(recipe: Recipe) -> dict[str, Any]:
-    """Return the settings of a recipe that the trained network depends on."""
+    """Return the settings of a recipe that affect the trained network."""
     return recipe.model_dump(mode="json", exclude=FREE_TO_CHANGE)
 
 
 def read_cell(cell: Cell, study: Study, run: Run | None) -> dict[str, Any]:
-    """Return the numbers and settings of a cell's file; its numbers are finite.
+    """Return the numbers, which are finite, and settings of a cell's file.
 
     Arguments:
         cell: The cell.
-        study: Its study.
-        run: The run that it measures; none for a reference.
+        study: The study of the cell.
+        run: The run of the cell, or None for a reference.
 
     Raises:
-        InputError: If it is not whole, or was made with other settings than the study's.
+        InputError: If the file is damaged, or was made with other settings than the study's.
     """
     remedy = "restore them, delete the file, or choose another --output"
     record = read(cell.path, CellRecord)
@@ -272,10 +272,10 @@ def read_cell(cell: Cell, study: Study, run: Run | None) -> dict[str, Any]:
 
 
 def check_results(study: Study, folder: Path) -> None:
-    """See that what is there was made with the study's settings. A run may have fewer updates yet.
+    """Check that existing results were made with the study's settings. A run may have fewer updates.
 
     Raises:
-        InputError: If a cell or a run was not.
+        InputError: If a cell or a run was made with other settings.
     """
     for run in plan(study, folder):
         path = run.output / "recipe.yaml"
@@ -296,10 +296,10 @@ def check_results(study: Study, folder: Path) -> None:
 
 
 def reproducible(record: Any, path: Path) -> CellRecord:
-    """Return a cell that holds what it takes to make it again.
+    """Return the record of a cell that has everything needed to reproduce it.
 
     Raises:
-        InputError: If something is missing or is not as a cell has it.
+        InputError: If a field is missing or malformed.
     """
     try:
         cell = CellRecord.model_validate(record)
@@ -316,17 +316,17 @@ def reproducible(record: Any, path: Path) -> CellRecord:
 
 
 class Results:
-    """The files of a study that are there.
+    """The existing results of a study.
 
     Attributes:
         study: The study.
-        cells: The records of cells by method, seed, sampler and steps.
-        references: Those of references by name, sampler and steps.
-        mismatch: The mismatch by method, seed, sampler and steps.
-        losses: Those of the first seed of each method.
-        pictures: The paths of pictures by method, sampler and steps.
-        missing: The number of files that are not there, by run or reference.
-        failed: The reasons of failed trainings, by run.
+        cells: The records of the methods' cells, by method, seed, sampler and steps.
+        references: The records of the references' cells, by name, sampler and steps.
+        mismatch: The records of the mismatch, by method, seed, sampler and steps.
+        losses: The training losses of the first seed of each method.
+        pictures: The paths of pictures, by method, sampler and steps.
+        missing: The number of missing files, by run or reference.
+        failed: The errors of failed trainings, by run.
         planned: The number of cells that the study plans.
     """
 
@@ -343,26 +343,26 @@ class Results:
 
     @cached_property
     def methods(self) -> list[str]:
-        """Return the methods of which there are cells, in the study's order."""
+        """Return the methods that have cells, in the study's order."""
         present = {method for method, *_ in self.cells}
         return [method for method in self.study.methods if method in present]
 
     @cached_property
     def samplers(self) -> list[str]:
-        """Return the samplers of which there are cells of methods."""
+        """Return the samplers for which methods have cells."""
         return [sampler for sampler in self.study.measure.samplers if any(key[2] == sampler for key in self.cells)]
 
     @cached_property
     def steps(self) -> list[int]:
-        """Return the numbers of steps at which there are cells of methods, in ascending order."""
+        """Return the numbers of steps for which methods have cells, in ascending order."""
         return sorted({key[3] for key in self.cells})
 
 
 def read_results(study: Study, folder: Path) -> Results:
-    """Read the files of a study.
+    """Read the existing results of a study.
 
     Raises:
-        InputError: If there is no cell of the baseline, or a file is not whole or was made with other settings.
+        InputError: If the baseline has no cell, or a file is damaged or was made with other settings.
     """
     results = Results(study)
     for run in plan(study, folder):

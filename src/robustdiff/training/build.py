@@ -1,4 +1,4 @@
-"""The model that a recipe trains: new, or from a pipeline folder, with its process and objective."""
+"""Construction of the model that a recipe trains, new or from a pipeline folder, with its process and objective."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Built:
     Attributes:
         model: The model.
         process: The process of the objective, in float64.
-        objective: The objective, with the model's own parameterisation where the recipe does not give one.
+        objective: The objective; its parameterisation is the model's unless the recipe sets one.
     """
 
     model: Model
@@ -34,7 +34,7 @@ class Built:
 
 
 def build_model(recipe: Recipe, dataset: ImageDataset) -> Built:
-    """Return the model of a recipe with its process and objective.
+    """Build the model of a recipe, with its process and objective.
 
     Raises:
         InputError: If the checkpoint is missing or of another kind, or the data does not fit the network.
@@ -107,10 +107,10 @@ def _check_channels(backbone: Backbone, objective: ObjectiveConfig, path: str) -
 
 
 def _retargeted(scheduler: Any, own: ObjectiveConfig, objective: ObjectiveConfig, path: str) -> Any:
-    """Return a checkpoint's scheduler with the parameterisation that is trained, for the pipeline folder.
+    """Return the scheduler of a checkpoint with the parameterisation that the objective trains.
 
     Raises:
-        InputError: If the process of the checkpoint has no such parameterisation.
+        InputError: If the checkpoint's process does not support this parameterisation.
     """
     if objective.prediction == own.prediction:
         return scheduler

@@ -1,13 +1,13 @@
-"""Checkpoints that are whole or absent, and that cannot do harm.
+"""Checkpoints that are written atomically and read without running code.
 
-A checkpoint is the folder ``checkpoints/step-00001200``: tensors in safetensors, which can hold neither code nor a
-memory layout (the parameters and buffers of the network and of a target network, the optimiser's moments, the moving
-average, torch's random states), ``state.json``, and ``manifest.json`` with the SHA-256 of each of the others. It is
-written under a temporary name, flushed, and renamed.
+A checkpoint is a folder such as ``checkpoints/step-00001200``. It holds safetensors files (the parameters and buffers
+of the network and of a target network, the optimiser's moments, the moving average, torch's random states),
+``state.json``, and ``manifest.json`` with the SHA-256 of each other file. It is written under a temporary name,
+flushed, and renamed.
 
-A folder under its final name whose hashes do not agree was damaged later, and the one before it is used. One whose
-hashes agree is read only if it has exactly what the run needs: its files, and in each of them the names, shapes and
-types of the run's own tensors, into which the values are copied. How the optimiser works is the recipe's alone.
+If the hashes of a checkpoint do not agree with its files, it is damaged, and the one before it is used. A whole
+checkpoint is read only if its files hold exactly the names, shapes and types of the run's own tensors, into which the
+values are copied. The settings of the optimiser come from the recipe alone.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ _LARGEST_SCALE = torch.finfo(torch.float32).max
 
 
 class Scale(BaseModel):
-    """The scale of the loss in fp16, and the updates since it last changed."""
+    """The scale of the loss in fp16, and the number of updates since the scale last changed."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -64,16 +64,16 @@ class Scale(BaseModel):
 
 
 class State(BaseModel):
-    """The state of a run besides its tensors: ``state.json``.
+    """The state of a run besides its tensors, stored as ``state.json``.
 
     Attributes:
-        step: Optimiser updates made.
-        batch: Batches done with.
-        skipped: Perturbations that were left as they were (:class:`robustdiff.perturbation.Adversary`).
-        skipped_updates: Updates that were left out because their gradient overflowed.
-        objective: What the objective remembers, numbers and lists of them.
-        scaler: The scale of the loss; none but in fp16.
-        processes: How many processes there were.
+        step: The number of optimiser updates made.
+        batch: The number of batches completed.
+        skipped: The number of perturbations that were not updated (see :class:`robustdiff.perturbation.Adversary`).
+        skipped_updates: The number of updates that were left out because their gradient overflowed.
+        objective: The state of the objective, numbers and lists of numbers.
+        scaler: The scale of the loss in fp16; None in other precisions.
+        processes: The number of processes that wrote the checkpoint.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True)
@@ -98,7 +98,7 @@ def _checkpoints(folder: Path) -> list[Path]:
 
 
 def _file(part: str, accelerator: Accelerator) -> str:
-    """Return the file of a process's tensors. FSDP's hold different shards; elsewhere they all hold the same."""
+    """Return the name of the file of this process's tensors, which under FSDP are a shard in a file of its own."""
     sharded = accelerator.distributed_type == DistributedType.FSDP
     return f"{part}-{accelerator.process_index:03d}.safetensors" if sharded else f"{part}.safetensors"
 
@@ -108,7 +108,7 @@ def _random_file(process: int) -> str:
 
 
 def _local(tensor: Tensor) -> Tensor:
-    """Return a tensor itself, or the shard of it that this process has."""
+    """Return the shard of a tensor that this process has, or the tensor if it is not sharded."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor.detach()
 
 
@@ -125,14 +125,16 @@ def _random_states(device: torch.device) -> dict[str, Tensor]:
 def save_checkpoint(
     folder: Path, state: State, accelerator: Accelerator, tensors: Mapping[str, Mapping[str, Tensor]], keep: int
 ) -> Path:
-    """Write ``folder/step-<step>`` atomically, then remove all but the newest ``keep``. Called by every process.
+    """Write ``folder/step-<step>`` atomically, then remove all but the newest ``keep`` checkpoints.
+
+    Every process must call this function.
 
     Arguments:
-        folder: The run's ``checkpoints`` folder, which exists and has nothing in it that is not the run's.
-        state: What the run has to know.
-        accelerator: Whose processes they are.
+        folder: The run's ``checkpoints`` folder, which must exist and hold only files of the run.
+        state: The state of the run.
+        accelerator: The accelerator of the run.
         tensors: The tensors of each part ("model", "target", "optimizer", "ema") by name.
-        keep: How many checkpoints to keep, ≥ 1.
+        keep: The number of checkpoints to keep, ≥ 1.
 
     Raises:
         OSError: If the disk is full or cannot be written; nothing is left behind.
@@ -160,7 +162,7 @@ def save_checkpoint(
 
 
 def remove_before(checkpoint: Path, keep: int) -> None:
-    """Remove the checkpoints before a whole one but for ``keep``, it among them: a killed run may have left some."""
+    """Remove the checkpoints before a whole one, so that ``keep`` remain with it. A killed run may have left more."""
     for old in [path for path in _checkpoints(checkpoint.parent) if path.name <= checkpoint.name][:-keep]:
         shutil.rmtree(old, ignore_errors=True)
 
@@ -169,7 +171,7 @@ def remove_before(checkpoint: Path, keep: int) -> None:
 
 
 def damage(path: Path) -> str | None:
-    """Return the fault of a damaged checkpoint in words, or None."""
+    """Return a description of a checkpoint's damage, or None if it is whole."""
     try:
         hashes = _manifest(path)
         for name, expected in hashes.items():
@@ -181,11 +183,11 @@ def damage(path: Path) -> str | None:
 
 
 def _manifest(path: Path) -> dict[str, str]:
-    """Return the hashes of a checkpoint's files, each a file in it.
+    """Return the SHA-256 hashes of a checkpoint's files by file name.
 
     Raises:
-        InputError: If there is none that names files of a checkpoint.
-        OSError: If there is none.
+        InputError: If the manifest is malformed or names a file that no checkpoint has.
+        OSError: If the manifest cannot be read.
     """
     hashes = read_json(path / "manifest.json", 2**20)
     if path.is_symlink() or not isinstance(hashes, dict) or "state.json" not in hashes:
@@ -197,10 +199,10 @@ def _manifest(path: Path) -> dict[str, str]:
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    """Return the newest whole checkpoint of a folder, or None if it has none; damaged ones are passed over.
+    """Return the newest whole checkpoint of a folder, or None if the folder has no checkpoint.
 
     Raises:
-        InputError: If all are damaged.
+        InputError: If all checkpoints are damaged.
     """
     first = None
     for path in reversed(_checkpoints(folder)):
@@ -220,12 +222,13 @@ def load_checkpoint(path: Path, accelerator: Accelerator, tensors: Mapping[str, 
 
     Arguments:
         path: A whole checkpoint.
-        accelerator: Whose processes they are.
-        tensors: The tensors of each part by name, as :func:`save_checkpoint` was given them, on any device and in any
-            memory format. When this raises, some may have been written.
+        accelerator: The accelerator of the run.
+        tensors: The tensors of each part by name, as in :func:`save_checkpoint`, on any device and in any memory
+            format. After an error, some of them may have been overwritten.
 
     Raises:
-        InputError: If it has other files, or they hold other names, shapes or types, or numbers that are not finite.
+        InputError: If the checkpoint's files, or the names, shapes or types of its tensors, are not the run's, or a
+            number is not finite.
     """
     try:
         state = State.model_validate(read_json(path / "state.json"))
@@ -259,7 +262,7 @@ def load_checkpoint(path: Path, accelerator: Accelerator, tensors: Mapping[str, 
 
 
 def _restore_random(path: Path, accelerator: Accelerator, processes: int) -> None:
-    """Restore torch's random states, as far as the checkpoint is of this device and number of processes."""
+    """Restore torch's random states that fit this type of device and number of processes."""
     now = _random_states(accelerator.device)
     if processes != accelerator.num_processes:
         logger.warning("%s is of %d processes: random numbers such as dropout's begin anew", printable(path), processes)
@@ -292,10 +295,10 @@ def _opened(path: Path) -> Any:
 
 
 def _read(path: Path, expected: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """Return the tensors of a file, if it has those that are expected by name, shape and type, and only numbers.
+    """Yield the tensors of a file with their names, after checking names, shapes, types and finiteness.
 
     Raises:
-        InputError: If it has others.
+        InputError: If the file does not hold exactly the expected tensors, or a value is not finite.
     """
     with _opened(path) as file:
         if different := sorted(set(file.keys()) ^ expected.keys()):
@@ -317,15 +320,15 @@ def _read(path: Path, expected: Mapping[str, Tensor]) -> Iterator[tuple[str, Ten
 
 
 def check_moments(path: Path, moments: Mapping[str, Tensor], step: int) -> None:
-    """Check that AdamW can go on: second moments are ≥ 0, and the updates whole and at most the run's.
+    """Check the moments of AdamW: second moments ≥ 0, and counts of updates that are whole and at most the run's.
 
     Arguments:
         path: The checkpoint.
-        moments: "<parameter>/step", "<parameter>/exp_avg" and "<parameter>/exp_avg_sq".
-        step: The updates of the run.
+        moments: The tensors "<parameter>/step", "<parameter>/exp_avg" and "<parameter>/exp_avg_sq" by name.
+        step: The number of updates of the run.
 
     Raises:
-        InputError: If it cannot.
+        InputError: If a moment or a count is out of its range.
     """
     for name, value in moments.items():
         if name.endswith("/exp_avg_sq") and bool((_local(value) < 0).any()):
@@ -335,10 +338,10 @@ def check_moments(path: Path, moments: Mapping[str, Tensor], step: int) -> None:
 
 
 def check_objective(path: Path, saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Check that the state of an objective is numbers ≥ 0, in lists of the same lengths as the run's.
+    """Check that the saved state of an objective holds numbers ≥ 0, in lists as long as the run's.
 
     Raises:
-        InputError: If it is not.
+        InputError: If the saved state has another form.
     """
     if different := sorted(saved.keys() ^ now.keys()):
         raise _refusal(path / "state.json", f"objective.{printable(different[0])} is not as the recipe's objective has")

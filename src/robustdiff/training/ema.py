@@ -1,15 +1,14 @@
 r"""The exponential moving average of the parameters, θ̄_t = β_t θ̄_{t−1} + (1 − β_t) θ_t, from θ̄_0 = θ_0 at the start.
 
-Two choices of β_t after update t = 1, 2, …:
+There are two choices of β_t after update t = 1, 2, …:
 
-- a constant, ADM's. After T updates the start has the weight β^T, which is most of the average where T is not several
-  times 1/(1 − β).
+- A constant, as in ADM. After T updates θ_0 has the weight β^T, which is large unless T is several times 1/(1 − β).
 - "auto", the power function of Karras et al. (2024, "Analyzing and Improving the Training Dynamics of Diffusion
-  Models", Section 3.1 and Appendix C): β_t = (1 − 1/t)^{γ+1}. Its weights grow as t^γ: their width is a constant
-  fraction σ_rel of the run so far, and the start has none of them after the first update.
+  Models", Section 3.1 and Appendix C): β_t = (1 − 1/t)^{γ+1}. The weight of θ_t grows as t^γ: the width of the weights
+  is a constant fraction σ_rel of the run so far, and θ_0 has no weight after the first update.
 
-It is kept over the list of parameters, not over a copy of the module, so that it works on the shards of FSDP as on
-a whole model. (diffusers' EMAModel warms a constant up from 0; ADM's is needed to agree with it.)
+The average is kept over the list of parameters and not over a copy of the module, so that it also works on the shards
+of FSDP. (diffusers' EMAModel warms a constant decay up from 0, which does not agree with ADM.)
 """
 
 from __future__ import annotations
@@ -28,20 +27,20 @@ from robustdiff.objectives.objective import follow
 __all__ = ["EMA", "power_exponent", "sufficient_decay"]
 
 RELATIVE_WIDTH = 0.10  # σ_rel of "auto", the middle of what Karras et al. find best
-REMAINDER = 0.05  # of the starting weights that an average may hold at the end without a warning
+REMAINDER = 0.05  # the largest weight of the start in the final average that gives no warning
 
 
 def power_exponent(relative_width: float) -> float:
     r"""Return γ of the power-function average whose weights have a standard deviation of σ_rel times the run.
 
-    The weights at τ = t/T in [0, 1] are (γ + 1) τ^γ, whose variance is σ_rel² = (γ + 1) / ((γ + 2)² (γ + 3)): a cubic
-    in γ with one root ≥ 0 for each width up to that of constant weights, 12^{-1/2}.
+    The weights at τ = t/T in [0, 1] are (γ + 1) τ^γ, with variance σ_rel² = (γ + 1) / ((γ + 2)² (γ + 3)). This is a
+    cubic in γ with one root ≥ 0 for each σ_rel up to 12^{-1/2}, the width of constant weights.
 
     Arguments:
         relative_width: σ_rel in (0, 12^{-1/2}].
 
     Raises:
-        ValueError: If it is out of its range.
+        ValueError: If the width is out of its range.
     """
     if not 0 < relative_width <= 12**-0.5:
         raise ValueError(f"the relative width must be in (0, {12**-0.5:.4f}]; got {relative_width}")
@@ -50,7 +49,7 @@ def power_exponent(relative_width: float) -> float:
 
 
 def sufficient_decay(steps: int) -> float:
-    """Return the largest decay of two digits that leaves at most 5 % of the start in an average of so many updates."""
+    """Return the largest two-digit decay with which θ_0 has a weight of at most 5 % after a number of updates."""
     complement = 1 - REMAINDER ** (1 / steps)
     digits = 1 - math.floor(math.log10(complement))
     return round(1 - math.ceil(complement * 10**digits) / 10**digits, digits)
@@ -65,7 +64,7 @@ class EMA:
 
     Attributes:
         average: The averages, in the order of the parameters.
-        updates: The number of updates averaged. The power function depends on it, so set it when averages are loaded.
+        updates: The number of updates so far, on which "auto" depends. Set it when averages are loaded.
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter], decay: float | Literal["auto"]) -> None:
@@ -78,11 +77,11 @@ class EMA:
         self._exponent = power_exponent(RELATIVE_WIDTH)
 
     def update(self, stepped: Tensor | None = None) -> None:
-        """Update the average by the parameters, after an optimiser step.
+        """Update the average with the parameters, after an optimiser step.
 
         Arguments:
-            stepped: A boolean scalar on the parameters' device, false where the optimiser left the step out: θ̄ then
-                stays. None is true.
+            stepped: A boolean scalar on the parameters' device. If it is false, the average is left as it is. None
+                means true.
         """
         self.updates += 1
         power = (1 - 1 / self.updates) ** (self._exponent + 1)

@@ -1,12 +1,13 @@
-r"""The random numbers of a batch, as a function of (seed, batch number) alone.
+r"""The random numbers of a batch, which depend on (seed, batch number) alone.
 
 Batch b of a run holds the rows b·B … (b+1)·B − 1 of an endless list of indices, in which every epoch is a new
-permutation of the data; its times, noise and flips come from a generator that is seeded anew for each batch. So
+permutation of the data. The times, noise and flips of a batch come from a generator that is seeded for each batch.
+Therefore
 
-- a resumed run needs to know its batch number and nothing else;
-- two runs that differ in their adversary see the same images, times and noise: common random numbers;
-- the randomness of the whole batch is drawn in every process, which keeps its own rows: the number of processes and
-  of microbatches does not change what is trained on.
+- a resumed run needs its batch number alone;
+- two runs that differ in their adversary alone see the same images, times and noise (common random numbers);
+- the number of processes and of microbatches does not change the training data, since every process draws the random
+  numbers of the whole batch and keeps its own rows.
 """
 
 from __future__ import annotations

@@ -1,18 +1,18 @@
 r"""The training loop: adversarial or plain, from scratch or from a checkpoint.
 
-One batch is drawn once, and trained on in each of the adversary's passes, with an optimiser step after every pass
-(Wang et al., 2025, Algorithm 1); one batch of M microbatches goes through the passes in lockstep, so that every
-microbatch keeps its own δ and the optimiser steps when all of them have been through:
+A batch is drawn once and used in every pass of the adversary, with an optimiser step after each pass (Wang et al.,
+2025, Algorithm 1). With M microbatches, each pass goes over all of them before the optimiser step, and every microbatch
+keeps its own δ:
 
     for each pass k:   for each microbatch m:   ∇_θ L(x_m + δ_m^k) accumulates, ∇_δ L moves δ_m^k → δ_m^{k+1}
                        θ ← AdamW(θ);  θ̄ ← β θ̄ + (1 − β) θ
 
-Checkpoints are taken between batches, where there is no δ to remember.
+Checkpoints are taken between batches, so that no δ has to be stored.
 
-In fp16 the loss is scaled, and an update whose gradient overflows is left out: θ, θ̄ and a target network stay. It
-counts as one of the run's steps, by which rates and schedules go, and in ``skipped_updates``.
+In fp16 the loss is scaled. An update whose gradient overflows leaves θ, θ̄ and a target network as they are. It still
+counts as a step of the run, for learning rates and schedules, and is counted in ``skipped_updates``.
 
-Nothing in a pass waits for a GPU: what is counted stays on the device until a line of metrics is written.
+A pass does not synchronise with the GPU: counters stay on the device until a line of metrics is written.
 """
 
 from __future__ import annotations
@@ -75,14 +75,14 @@ __all__ = ["Trainer", "build_objective", "read_result", "train"]
 
 logger = logging.getLogger(__name__)
 
-# What may differ between a run and its continuation without changing what has been trained.
+# Fields that a resumed run may change.
 FREE_TO_CHANGE = {"output", "threads", "checkpoint_every", "keep", "log_every", "trackers", "sampler"}
-# These change how it is rounded.
+# Fields that change the rounding alone.
 FREE_TO_CHANGE |= {"compile", "channels_last"}
 
 
 def _build_teacher(path: str, highest: float, built: Built, dataset: ImageDataset, accelerator: Accelerator) -> Denoise:
-    """Return the denoiser that is learned from, at levels up to the highest, in the precision of the student."""
+    """Build the teacher, a denoiser for noise levels up to ``highest``, in the precision of the student."""
     model = load_model(path)
     model.check_data(dataset)
     if model.condition != built.model.condition:
@@ -105,17 +105,17 @@ def _build_teacher(path: str, highest: float, built: Built, dataset: ImageDatase
 def build_objective(
     recipe: Recipe, built: Built, dataset: ImageDataset, accelerator: Accelerator, target: torch.nn.Module | None
 ) -> Objective:
-    """Make the loss of a recipe.
+    """Build the objective of a recipe.
 
     Arguments:
         recipe: The configuration.
-        built: The network and what it predicts.
-        dataset: What is trained on.
-        accelerator: Where a teacher goes, and its precision.
-        target: The target network, where the objective needs one.
+        built: The model with its process and objective.
+        dataset: The training data.
+        accelerator: The device and precision of a teacher.
+        target: The target network, or None if the objective has none.
 
     Raises:
-        InputError: If there is no such teacher, or it does not fit.
+        InputError: If the teacher cannot be loaded, or does not fit the data or the objective.
     """
     config, teacher = built.objective, None
     if config.teacher_path is not None:
@@ -124,16 +124,16 @@ def build_objective(
 
 
 class Trainer:
-    """A run: its network, optimiser, objective and adversary. :meth:`updates` is the training loop.
+    """A training run with its network, optimiser, objective and adversary. :meth:`updates` is the training loop.
 
     Arguments:
         recipe: The configuration.
         accelerator: The devices and the precision.
-        dataset: The data.
+        dataset: The training data.
         built: The model with its process and objective, as :func:`build_model` returns it.
 
     Raises:
-        InputError: If the recipe, the data and the checkpoint do not fit.
+        InputError: If the recipe, the data and the checkpoint do not fit together.
     """
 
     def __init__(self, recipe: Recipe, accelerator: Accelerator, dataset: ImageDataset, built: Built) -> None:
@@ -190,7 +190,7 @@ class Trainer:
     # -- the loop --------------------------------------------------------------------------------------------
 
     def learning_rate(self) -> float:
-        """Return the rate of the next update: linear warm-up, then constant or half a cosine."""
+        """Return the learning rate of the next update: linear warm-up, then constant or half a cosine."""
         recipe = self.recipe
         rate = recipe.lr * min(1.0, (self.step + 1) / recipe.warmup if recipe.warmup else 1.0)
         if recipe.lr_schedule == "cosine":
@@ -198,7 +198,7 @@ class Trainer:
         return rate
 
     def batches(self) -> Iterator[list[Draw]]:
-        """Yield the microbatches of one batch after the other, from the run's position on."""
+        """Yield the list of microbatches of each batch, from the run's current batch on."""
         recipe, accelerator = self.recipe, self.accelerator
         indices = BatchIndices(
             len(self.dataset),
@@ -217,7 +217,7 @@ class Trainer:
             t, weight = self.objective.timesteps.draw(recipe.batch_size, generator, accelerator.device)
             noise = torch.randn((recipe.batch_size, *shape), generator=generator, device=accelerator.device)
             flip = torch.rand(recipe.batch_size, generator=generator, device=accelerator.device) < 0.5
-            # What not every run draws comes last: the rest is as without.
+            # Draws that not every run makes come last, so that they do not change the others.
             more = self.objective.more_noise(tuple(noise.shape), generator)
             of_codec = (
                 torch.randn(noise.shape, generator=generator, device=accelerator.device) if codec.random else None
@@ -251,10 +251,10 @@ class Trainer:
             yield draws
 
     def _remember(self, draws: list[Draw], losses: list[Tensor]) -> None:
-        """Give the losses of a batch, over all processes and in its order, to the sampler of times.
+        """Pass the losses of a batch, gathered from all processes in batch order, to the sampler of times.
 
-        Only those of the first pass: the others are at points that were moved to where the loss is larger, and at the
-        same few times again, which would fill a time's history with one image.
+        Only the losses of the first pass are used. Later passes repeat the same times at perturbed points, where the
+        loss is larger, and would fill a time's history with one image.
         """
         if not isinstance(self.objective.timesteps, LossSecondMoment):
             return
@@ -264,7 +264,7 @@ class Trainer:
             self.objective.timesteps.update(t, plain)
 
     def _loss_of_delta(self, draw: Draw) -> Callable[[Tensor], Tensor]:
-        """δ ↦ losses (B,), for adversaries that ascend on their own."""
+        """Return the function δ ↦ losses (B,), for adversaries with passes of their own."""
 
         def losses(delta: Tensor) -> Tensor:
             # No gradients of parameters are made here, so there is none to wait for from other processes.
@@ -276,7 +276,7 @@ class Trainer:
         return losses
 
     def _optimizer_step(self) -> Tensor | None:
-        """Make an optimiser step, and return whether it was made, a boolean scalar; None where nothing is scaled."""
+        """Make an optimiser step. Return whether it was made, as a boolean scalar, or None if no loss is scaled."""
         scaler = self.accelerator.scaler
         if scaler is None:
             self.optimizer.step()
@@ -293,11 +293,11 @@ class Trainer:
         """Train until ``recipe.steps`` updates are made.
 
         Yields:
-            After each optimiser update: the mean of each loss of this process, the mean ‖δ‖, and whether the batch
-            is done with, so that a checkpoint may be taken. Tensors, so that looking at them is the caller's choice.
+            After each optimiser update, the mean of each loss in this process and the mean ‖δ‖, as tensors on the
+            device, and whether the batch is complete, so that a checkpoint may be taken.
         """
         accelerator, recipe = self.accelerator, self.recipe
-        if self.step >= recipe.steps:  # killed after the last checkpoint, before the export
+        if self.step >= recipe.steps:  # killed between the last checkpoint and the export
             return
         for draws in self.batches():
             perturbations = [
@@ -341,7 +341,7 @@ class Trainer:
     # -- in and out ------------------------------------------------------------------------------------------
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """Return all that has been learned, the tensors themselves: part of a checkpoint → name → tensor."""
+        """Return the tensors of the run's state, not copies, by part of a checkpoint and name."""
         student = self.accelerator.unwrap_model(self.model)
         parameters = dict(student.named_parameters())
         tensors = {
@@ -360,11 +360,10 @@ class Trainer:
         return tensors
 
     def save(self, folder: Path) -> None:
-        """Write a checkpoint into the run's ``checkpoints``. Called by every process, between batches.
+        """Write a checkpoint into a folder. Every process must call it, between batches.
 
         Raises:
-            RunError: If a parameter or a moment of the optimiser is not finite: the last update broke it, and the next
-                loss would show it.
+            RunError: If a parameter or a moment of the optimiser is not finite.
         """
         tensors = self.tensors()
         for part, what in (("model", "parameter"), ("optimizer", "moment of the optimiser")):
@@ -389,10 +388,10 @@ class Trainer:
         save_checkpoint(folder, state, self.accelerator, tensors, self.recipe.keep)
 
     def load(self, checkpoint: Path) -> None:
-        """Continue from a checkpoint, whatever device and memory format it was made in.
+        """Continue from a checkpoint, which may have been made on another device or in another memory format.
 
         Raises:
-            InputError: If it is of another network, or holds what training does not write.
+            InputError: If the checkpoint is of another network or malformed.
         """
         tensors = self.tensors()
         state = load_checkpoint(checkpoint, self.accelerator, tensors)
@@ -411,10 +410,10 @@ class Trainer:
         self.objective.load_state(state.objective)
 
     def export(self, folder: Path) -> None:
-        """Write the model, by its moving average if there is one, as a diffusers pipeline folder."""
+        """Write the model as a diffusers pipeline folder, with the averaged weights if there is a moving average."""
         with self.ema.applied() if self.ema is not None else nullcontext():
             state = self.accelerator.get_state_dict(self.model)
-            if self.accelerator.is_main_process:  # inside: the state holds the parameters themselves, not copies
+            if self.accelerator.is_main_process:  # inside, since the state holds the parameters and not copies
                 with atomic_folder(folder, replace=True) as temporary:
                     self.built.model.save(temporary, state)
         self.accelerator.wait_for_everyone()
@@ -428,7 +427,7 @@ def _finite(value: Any) -> bool:
 
 
 class _Metrics:
-    """``metrics.jsonl``, one line in ``log_every`` updates, and accelerate's trackers."""
+    """Metrics of a run, written every ``log_every`` updates to ``metrics.jsonl`` and to accelerate's trackers."""
 
     def __init__(self, trainer: Trainer, path: Path) -> None:
         self.trainer = trainer
@@ -441,7 +440,7 @@ class _Metrics:
         self._restart()
 
     def _drop_after(self, step: int) -> None:
-        """Lines that a killed run wrote after its last checkpoint will be written again."""
+        """Remove the lines that a killed run wrote after its last checkpoint, since they will be written again."""
         with atomic_write(self.path) as kept:
             if not os.path.lexists(self.path):
                 return
@@ -455,10 +454,10 @@ class _Metrics:
                         self.line = values
 
     def _values(self, line: bytes) -> dict[str, float]:
-        """The numbers of a line.
+        """Return the numbers of a line.
 
         Raises:
-            InputError: If it holds anything else.
+            InputError: If the line holds anything else than numbers.
         """
         try:
             values = json.loads(line)
@@ -479,12 +478,12 @@ class _Metrics:
             self.sums[name] = self.sums.get(name, 0) + value
         self.updates += 1
         self.size = size
-        if done:  # the last pass is the farthest
+        if done:  # the last pass has the largest δ
             self.sizes = self.sizes + size
             self.batches += 1
 
     def flush(self) -> str:
-        """Write a line, and return a summary of it.
+        """Write a line of metrics, and return a summary of it.
 
         Raises:
             RunError: If the loss is not finite.
@@ -515,7 +514,7 @@ class _Metrics:
 
 
 def _warn_of_the_start(recipe: Recipe) -> None:
-    """Say so where the model that will be exported holds much of the starting weights."""
+    """Log a warning if the exported moving average will contain much of the starting weights."""
     if isinstance(recipe.ema, str) or (left := recipe.ema**recipe.steps) <= REMAINDER:
         return
     logger.warning(
@@ -543,7 +542,7 @@ def _describe(dataset: ImageDataset) -> dict[str, Any]:
 
 
 def _check_data(path: Path, data: dict[str, Any]) -> None:
-    """See that a run goes on with the data that it began with. A run of before ``data.json`` is not checked."""
+    """Check that a resumed run has the data that it began with. A run without ``data.json`` is not checked."""
     if not path.exists():
         return
     try:
@@ -568,10 +567,10 @@ def _check_data(path: Path, data: dict[str, Any]) -> None:
 
 
 def _prepare_folder(recipe: Recipe, folder: Path, resume: bool, dataset: ImageDataset) -> None:
-    """Make the run's folder, or see that what is there is the same run.
+    """Make the run's folder, or check that an existing folder holds the same run.
 
     Raises:
-        InputError: If the folder holds anything that is not this run, or without ``resume`` anything at all.
+        InputError: If the folder holds anything else than this run, or without ``resume`` if it is not empty.
     """
     teacher = None if recipe.objective is None else recipe.objective.teacher_path
     for source in (recipe.model.source, teacher, recipe.data.root):
@@ -584,9 +583,9 @@ def _prepare_folder(recipe: Recipe, folder: Path, resume: bool, dataset: ImageDa
             raise InputError(f"{folder} already holds a run: go on with --resume, or choose another --set output=…")
         _check_recipe(recipe, folder)
     data, checkpoints = _describe(dataset), folder / "checkpoints"
-    if any(checkpoints.glob("step-*")):  # otherwise nothing has been learned from other data
+    if any(checkpoints.glob("step-*")):  # without checkpoints nothing was trained on other data
         _check_data(folder / "data.json", data)
-    with atomic_write(folder / "recipe.yaml") as file:  # first: what follows is a run's only with it
+    with atomic_write(folder / "recipe.yaml") as file:  # first, since the other files belong to a run only with it
         file.write(recipe.to_yaml().encode())
     make_folder(checkpoints)
     remove_leftovers(checkpoints, r"step-\d{8}")
@@ -595,12 +594,12 @@ def _prepare_folder(recipe: Recipe, folder: Path, resume: bool, dataset: ImageDa
 
 
 def _check_recipe(recipe: Recipe, folder: Path) -> None:
-    """See that a folder holds a run of a recipe."""
+    """Check that a folder holds a run of a recipe."""
     path = folder / "recipe.yaml"
     if not path.exists():
         raise InputError(f"{folder} has no recipe.yaml, so it is not known of what it is a run: choose another output")
     before = load_recipe(str(path))
-    # The cosine, and numbers of levels that grow, are of so many steps.
+    # The cosine schedule and growing numbers of levels depend on the number of steps.
     fixed = recipe.lr_schedule == "constant" and (recipe.objective is None or recipe.objective.fixed_levels)
     free = FREE_TO_CHANGE | ({"steps"} if fixed else set())
     for name in Recipe.model_fields:
@@ -612,7 +611,7 @@ def _check_recipe(recipe: Recipe, folder: Path) -> None:
 
 
 def _fixed(recipe: Recipe, name: str) -> Any:
-    """A field of a recipe, without what changes nothing of what is trained."""
+    """Return a field of a recipe, without settings that do not change the training."""
     value = getattr(recipe, name)
     return value.model_copy(update={"workers": 0}) if name == "data" else value
 
@@ -624,16 +623,17 @@ def train(
     cpu: bool = False,
     progress: Progress = SILENT,
 ) -> dict[str, Any] | None:
-    """Train a recipe to its end, or until SIGTERM or Ctrl-C.
+    """Train a recipe until it is finished, or until SIGTERM or Ctrl-C.
 
     Arguments:
         recipe: The configuration.
-        resume: Go on from the newest whole checkpoint of ``recipe.output``, or start if there is none.
-        cpu: Use the CPU even where there is a GPU.
-        progress: Told of the updates made, once in ``log_every``, and the loss, the mean ‖δ‖ and the speed.
+        resume: Continue from the newest whole checkpoint in ``recipe.output``, or start from the beginning if there is
+            none.
+        cpu: Use the CPU even if there is a GPU.
+        progress: The receiver of the progress, in updates, with the loss, the mean ‖δ‖ and the speed as a note.
 
     Returns:
-        What ``result.json`` holds; None when a signal stopped the run, which was saved and can be resumed.
+        The contents of ``result.json``, or None if a signal stopped the run; it was then saved and can be resumed.
 
     Raises:
         InputError: If the recipe, the data, the checkpoint and the folder do not fit together.
@@ -652,12 +652,12 @@ def train(
             log_with=list(recipe.trackers) or None,
             project_config=ProjectConfiguration(project_dir=str(folder), logging_dir=str(folder)),
         )
-    except ValueError as error:  # a device that cannot compute so
+    except ValueError as error:  # the device does not support this precision
         message = f"precision={recipe.precision} is not for this device: {str(error).rstrip('.')}; set precision=auto"
         raise InputError(message) from None
-    if recipe.precision == "fp16" and accelerator.device.type == "cpu":  # accelerate would train in fp32
+    if recipe.precision == "fp16" and accelerator.device.type == "cpu":  # accelerate would silently train in fp32
         raise InputError("precision=fp16 is not for a CPU: set precision=bf16, fp32 or auto")
-    set_seed(recipe.seed)  # before the network is made: all processes start from the same
+    set_seed(recipe.seed)  # before the network is built, so that all processes start from the same weights
     built = build_model(recipe, dataset)
     cached = None
     if getattr(recipe.codec, "cache", False):
@@ -736,11 +736,11 @@ def train(
 
 
 def read_result(path: Path) -> dict[str, Any]:
-    """Return what the ``result.json`` of a run holds.
+    """Read the ``result.json`` of a run.
 
     Raises:
-        InputError: If it is not as :func:`train` writes it.
-        OSError: If it is missing.
+        InputError: If the file is malformed.
+        OSError: If the file cannot be read.
     """
     result = read_json(path, 2**20)
     kinds: dict[str, type] = {"loss": float, "delta_norm": float, "data": str, "device": str, "torch": str}
@@ -759,7 +759,7 @@ def read_result(path: Path) -> dict[str, Any]:
 
 
 def _check_result(path: Path, result: dict[str, Any], trainer: Trainer) -> None:
-    """See that a result is of a trainer's recipe and data, and that there is a model with it."""
+    """Check that a result belongs to a trainer's recipe and data, and that the model was exported."""
     expected = {
         "batches": result["steps"] // trainer.adversary.passes,
         "batch_size": trainer.recipe.batch_size,
@@ -775,5 +775,5 @@ def _check_result(path: Path, result: dict[str, Any], trainer: Trainer) -> None:
 
 
 def _backward_passes(trainer: Trainer, steps: int) -> int:
-    """Backward passes over a batch, counting those that only move δ."""
+    """Return the number of backward passes over a batch, including those that only update δ."""
     return steps * trainer.recipe.adversary.backward_passes
