@@ -86,3 +86,21 @@ def test_a_model_without_a_size_says_so():
     model.network.register_to_config(sample_size=None)
     with pytest.raises(InputError, match=r"the model here does not say the size of its images .* --size"):
         model.shape  # noqa: B018
+
+
+def test_a_model_is_sampled_as_its_scheduler_says():
+    """Parameterisation, spacing and clipping come with the model; an argument comes before them."""
+    scheduler = DDIMScheduler(prediction_type="v_prediction", timestep_spacing="trailing", clip_sample=False)
+    model = Model.of(network(), scheduler)
+    noise = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+
+    def bare(x, t, **condition):
+        return model(x, t, **condition)
+
+    images = sample(model, model.process, "ddim", 3, latents=noise)
+    given = {"prediction": "v_prediction", "spacing": "trailing", "clip": False}
+    assert torch.equal(images, sample(bare, model.process, "ddim", 3, latents=noise, **given))
+    assert torch.equal(
+        sample(model, model.process, "ddim", 3, latents=noise, spacing="own", clip=True),
+        sample(bare, model.process, "ddim", 3, latents=noise, prediction="v_prediction"),
+    )

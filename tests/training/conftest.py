@@ -27,6 +27,8 @@ def one_thread_and_no_state_of_accelerate():
     """Accelerate keeps the first precision it was given for the whole process; a run is bit for bit on one thread."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
+    for reset in (AcceleratorState._reset_state, PartialState._reset_state):
+        reset()
     yield
     torch.set_num_threads(threads)
     AcceleratorState._reset_state(reset_partial_state=True)

@@ -34,7 +34,7 @@ from robustdiff.errors import InputError, printable
 from robustdiff.files import atomic_write, make_folder, open_regular, remove_leftovers, user_key
 from robustdiff.progress import SILENT, Progress
 from robustdiff.recipe import load_recipe
-from robustdiff.samplers.sample import SAMPLERS, check_sampler, sample
+from robustdiff.samplers.sample import SAMPLERS, check_sampler, sample, sampling_settings
 
 __all__ = ["Generator", "ImageNoise", "share_of", "write_npz", "write_pngs"]
 
@@ -180,9 +180,7 @@ class Generator:
     def sampling(self) -> dict[str, Any]:
         """The arguments of :func:`robustdiff.sample` from the checkpoint, if the sampler takes them, and from
         ``options``."""
-        takes = ("clip", "spacing", "steps_offset", *SAMPLERS[self.sampler].model_fields)
-        checkpoint = {name: value for name, value in self.model.sampling.items() if name in takes}
-        return {**checkpoint, **(self.options or {})}
+        return sampling_settings(self.model, self.sampler, self.options or {})
 
     @property
     def classes(self) -> int | None:

@@ -16,7 +16,7 @@ from robustdiff.samplers.denoiser import Denoiser, DynamicThreshold, Evaluation
 from robustdiff.samplers.guidance import guided
 from robustdiff.samplers.sampler import SAMPLERS, Path, Sampler, TimeSpacing
 
-__all__ = ["SAMPLERS", "Clip", "Plan", "TimeSpacing", "check_sampler", "sample", "suited"]
+__all__ = ["SAMPLERS", "Clip", "Plan", "TimeSpacing", "check_sampler", "sample", "sampling_settings", "suited"]
 
 Clip = bool | float | DynamicThreshold
 
@@ -80,6 +80,22 @@ def check_sampler(
     return Plan(chosen, path)
 
 
+def sampling_settings(model: Any, sampler: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of sampling that a model brings with it and a sampler has, and over them those given.
+
+    Arguments:
+        model: The model. Its attribute ``sampling``, if it has one, holds settings by name.
+        sampler: The name of the sampler.
+        given: The settings given by the caller, by name; those that are None are left out.
+    """
+    own: Mapping[str, Any] = getattr(model, "sampling", {})
+    has = ("clip", "spacing", "steps_offset", *SAMPLERS[sampler].model_fields)
+    return {
+        **{name: value for name, value in own.items() if name in has},
+        **{name: value for name, value in given.items() if value is not None},
+    }
+
+
 def _bound(clip: Clip | None, model: Any, channels: int) -> float | DynamicThreshold | None:
     """Return the bound to which x̂_0 is clipped, or None for no clipping."""
     if clip is None:
@@ -106,14 +122,14 @@ def sample(
     eps_scale: float | tuple[float, float] | None = None,
     clip: Clip | None = None,
     class_labels: Tensor | None = None,
-    prediction: Prediction = "epsilon",
+    prediction: Prediction | None = None,
     on_evaluation: Callable[[Evaluation], None] | None = None,
     *,
     condition: Mapping[str, Any] | None = None,
     guidance: float | None = None,
     unconditional: Mapping[str, Any] | None = None,
     spacing: TimeSpacing | None = None,
-    steps_offset: int = 0,
+    steps_offset: int | None = None,
     **options: Any,
 ) -> Tensor:
     """Sample images.
@@ -121,8 +137,9 @@ def sample(
     Arguments:
         model: The model, called as diffusers calls it, ``model(x, t, class_labels=…)``, in eval mode. It returns a
             tensor, or an object with the attribute ``sample``. 2C output channels mean a learned variance, which iddpm
-            and es use. For multistep: a consistency function, ``Preconditioned(network, sigma_min=…)``, with
-            ``prediction="sample"``.
+            and es use. A model that :func:`robustdiff.load_model` returned brings its settings of sampling with it:
+            arguments that are not given are those of its scheduler. For multistep: a consistency function,
+            ``Preconditioned(network, sigma_min=…)``, with ``prediction="sample"``.
         process: The process that the model was trained on.
         sampler: The name of a sampler in :data:`SAMPLERS`.
         steps: The number of network evaluations, in [1, T]. For ddim, iddpm, es and time-shift also a string of
@@ -142,7 +159,8 @@ def sample(
             which are taken to be pixels, and False for other numbers, taken to be latents. dpm++ supports
             ``DynamicThreshold`` only.
         class_labels: The class of each sample, with shape (n,).
-        prediction: The parameterisation of the model.
+        prediction: The parameterisation of the model. Default: ``model.prediction`` if the model is one that
+            :func:`robustdiff.load_model` returned, otherwise "epsilon".
         on_evaluation: A callback that is called with an ``Evaluation`` after each evaluation of the network.
         condition: Further keyword arguments of the model, tensors with n rows each.
         guidance: The scale g of classifier-free guidance (Ho & Salimans, 2022): the output becomes
@@ -150,9 +168,10 @@ def sample(
             guidance.
         unconditional: The empty condition, under the names of the condition. Each value is a tensor with one or n rows,
             or a number, such as the null class for ``class_labels``.
-        spacing: The choice of the times for a number of steps: "own" (default: as the sampler's authors space them);
+        spacing: The choice of the times for a number of steps: "own" (as the sampler's authors space them);
             "leading", "trailing" or "linspace" as in diffusers' schedulers; or a function of (S, T) that returns S
-            ascending indices or, for euler, S descending levels σ. multistep supports "own" only.
+            ascending indices or, for euler, S descending levels σ. multistep supports "own" only. Default: the spacing
+            of the model's scheduler, otherwise "own".
         steps_offset: The first time of the spacing "leading".
         options: The options of the sampler, which are the fields of its class, such as ``variance`` of iddpm. None
             selects the default.
@@ -167,8 +186,13 @@ def sample(
         ValueError: If ``shape`` and ``latents`` are both missing or disagree, or the step noise has another shape or
             ends early.
     """
-    plan = check_sampler(sampler, steps, process, spacing, steps_offset, eps_scale=eps_scale, **options)
-    if prediction == "epsilon" and not bool((process.alphas > 0).all()):
+    given_options = {"clip": clip, "spacing": spacing, "steps_offset": steps_offset, "eps_scale": eps_scale, **options}
+    settings = sampling_settings(model, sampler, given_options)
+    clip = settings.pop("clip", None)
+    plan = check_sampler(sampler, steps, process, **settings)
+    own: Prediction = getattr(model, "prediction", "epsilon")
+    parameterisation = own if prediction is None else prediction
+    if parameterisation == "epsilon" and not bool((process.alphas > 0).all()):
         raise InputError(
             "the process ends without any signal (zero terminal SNR), where x̂_0 does not follow from the noise: a "
             "network for it predicts v or x_0"
@@ -204,7 +228,7 @@ def sample(
     if guidance is not None and guidance != 1:
         model = guided(model, guidance, given, unconditional or {})
     finite: list[Tensor] = []
-    denoiser = Denoiser(model, prediction, plan.sampler.eps_scale, bound, given, on_evaluation, finite)
+    denoiser = Denoiser(model, parameterisation, plan.sampler.eps_scale, bound, given, on_evaluation, finite)
     x = plan.sampler.run(denoiser, plan.path, latents, noises())
     finite.append(x.isfinite().all())
     if not all(whole := torch.stack(finite).tolist()):  # read once, not in every step
