@@ -120,6 +120,11 @@ class Recipe(Section):
             )
         return self
 
+    @property
+    def caches_latents(self) -> bool:
+        """True if the latents of the dataset are computed once and kept on disk."""
+        return self.codec is not None and self.codec.caches
+
     def to_yaml(self) -> str:
         """Return the recipe as YAML, including defaults."""
         values = self.model_dump(mode="json")

@@ -88,6 +88,11 @@ class CodecSection(Named):
 
     name: Any
 
+    @property
+    def caches(self) -> bool:
+        """True if the latents of a dataset are computed once and kept on disk."""
+        return False
+
     def build(self, own: Codec | None) -> Codec:
         """Create the codec.
 

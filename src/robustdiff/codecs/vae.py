@@ -241,6 +241,10 @@ class VAESection(CodecSection):
     posterior: Posterior = Field("sample", description="encoding of an image: mean or sample of the posterior")
     cache: bool = Field(False, description="compute the latents of the dataset once, and cache them on disk")
 
+    @property
+    def caches(self) -> bool:
+        return self.cache
+
     def build(self, own: Codec | None) -> VAE:
         if own is not None and "vae" not in own.components:
             raise InputError("codec=vae does not suit a model of pixels: leave codec out")

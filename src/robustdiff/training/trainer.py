@@ -644,27 +644,13 @@ def train(
     if recipe.threads is not None:
         torch.set_num_threads(recipe.threads)
     dataset = recipe.data.load()
-    AcceleratorState._reset_state()  # another run in this process may have had another precision
-    try:
-        accelerator = Accelerator(
-            cpu=cpu,
-            mixed_precision="no" if recipe.precision == "fp32" else recipe.precision,
-            log_with=list(recipe.trackers) or None,
-            project_config=ProjectConfiguration(project_dir=str(folder), logging_dir=str(folder)),
-        )
-    except ValueError as error:  # the device does not support this precision
-        message = f"precision={recipe.precision} is not for this device: {str(error).rstrip('.')}; set precision=auto"
-        raise InputError(message) from None
-    if recipe.precision == "fp16" and accelerator.device.type == "cpu":  # accelerate would silently train in fp32
-        raise InputError("precision=fp16 is not for a CPU: set precision=bf16, fp32 or auto")
+    accelerator = _accelerator(recipe, cpu)
     set_seed(recipe.seed)  # before the network is built, so that all processes start from the same weights
     built = build_model(recipe, dataset)
-    cached = None
-    if getattr(recipe.codec, "cache", False):
-        dataset = cached = LatentDataset(dataset, built.model.codec, recipe.data.flip)
-    trainer = Trainer(recipe, accelerator, dataset, built)
+    latents = LatentDataset(dataset, built.model.codec, recipe.data.flip) if recipe.caches_latents else None
+    trainer = Trainer(recipe, accelerator, latents or dataset, built)
     if accelerator.is_main_process:
-        _prepare_folder(recipe, folder, resume, dataset)
+        _prepare_folder(recipe, folder, resume, trainer.dataset)
     accelerator.wait_for_everyone()
     finished = folder / "result.json"
     if resume and finished.exists():
@@ -673,9 +659,9 @@ def train(
             _check_result(finished, before, trainer)
             logger.info("%s is finished", folder)
             return before
-    if cached is not None:
+    if latents is not None:
         rank, processes = accelerator.process_index, accelerator.num_processes
-        cached.fill(accelerator.device, recipe.data.workers, rank, processes, progress)
+        latents.fill(accelerator.device, recipe.data.workers, rank, processes, progress)
         accelerator.wait_for_everyone()
     set_seed(recipe.seed, device_specific=True)  # dropout and random directions differ between processes
     if resume and (checkpoint := newest_checkpoint(folder / "checkpoints")) is not None:
@@ -687,45 +673,11 @@ def train(
     if accelerator.is_main_process:
         _warn_of_the_start(recipe)
     metrics = _Metrics(trainer, folder / "metrics.jsonl")
-    saved = shown = trainer.step
-    progress.begin(recipe.output, recipe.steps)
-    progress.advance(trainer.step)
     with Interrupt() as interrupt, worker_failures():
-        for losses, size, done in trainer.updates():
-            metrics.add(losses, size, done)
-            stop = interrupt.received is not None and done
-            if accelerator.num_processes > 1 and done:  # a signal may reach one process before another
-                flag = torch.tensor(float(stop), device=accelerator.device)
-                stop = bool(accelerator.reduce(flag, reduction="sum"))
-            due = done and trainer.step - saved >= recipe.checkpoint_every
-            last = trainer.step >= recipe.steps
-            # Between batches, so that every line covers whole batches; before a checkpoint, so that none has a NaN.
-            if (done and metrics.updates >= recipe.log_every) or due or stop or last:
-                progress.advance(trainer.step - shown, metrics.flush())
-                shown = trainer.step
-            if due or ((stop or last) and done):
-                trainer.save(folder / "checkpoints")
-                saved = trainer.step
-            if stop and not last:
-                logger.warning("%s: %s is saved at update %d", interrupt.received, folder, trainer.step)
-                return None
+        if not _run(trainer, metrics, folder, interrupt, progress):
+            return None
         trainer.export(folder / "model")
-        result: dict[str, Any] = {
-            "steps": trainer.step,
-            "batches": trainer.batch,
-            "batch_size": recipe.batch_size,
-            "backward_passes": _backward_passes(trainer, trainer.step),
-            "loss": metrics.line.get("loss"),
-            "delta_norm": metrics.line.get("delta_norm"),
-            "skipped": trainer.adversary.skipped,
-            "skipped_updates": int(trainer.skipped_updates),
-            "parameters": sum(p.numel() for p in trainer.built.model.network.parameters()),
-            "data": dataset.name,
-            "images": len(dataset),
-            "processes": accelerator.num_processes,
-            "device": accelerator.device.type,
-            "torch": torch.__version__,
-        }
+        result = _result(trainer, metrics)
         if accelerator.is_main_process:
             with atomic_write(finished) as file:
                 file.write(json.dumps(result, indent=1).encode())
@@ -733,6 +685,75 @@ def train(
     if recipe.trackers:
         accelerator.end_training()
     return result
+
+
+def _accelerator(recipe: Recipe, cpu: bool) -> Accelerator:
+    """Return the accelerator of a run.
+
+    Raises:
+        InputError: If the device does not support the precision.
+    """
+    AcceleratorState._reset_state()  # another run in this process may have had another precision
+    try:
+        accelerator = Accelerator(
+            cpu=cpu,
+            mixed_precision="no" if recipe.precision == "fp32" else recipe.precision,
+            log_with=list(recipe.trackers) or None,
+            project_config=ProjectConfiguration(project_dir=recipe.output, logging_dir=recipe.output),
+        )
+    except ValueError as error:
+        message = f"precision={recipe.precision} is not for this device: {str(error).rstrip('.')}; set precision=auto"
+        raise InputError(message) from None
+    if recipe.precision == "fp16" and accelerator.device.type == "cpu":  # accelerate would silently train in fp32
+        raise InputError("precision=fp16 is not for a CPU: set precision=bf16, fp32 or auto")
+    return accelerator
+
+
+def _run(trainer: Trainer, metrics: _Metrics, folder: Path, interrupt: Interrupt, progress: Progress) -> bool:
+    """Make all updates, with lines of metrics and checkpoints; False if a signal stopped the run, which was saved."""
+    recipe, accelerator = trainer.recipe, trainer.accelerator
+    saved = shown = trainer.step
+    progress.begin(recipe.output, recipe.steps)
+    progress.advance(trainer.step)
+    for losses, size, done in trainer.updates():
+        metrics.add(losses, size, done)
+        stop = interrupt.received is not None and done
+        if accelerator.num_processes > 1 and done:  # a signal may reach one process before another
+            flag = torch.tensor(float(stop), device=accelerator.device)
+            stop = bool(accelerator.reduce(flag, reduction="sum"))
+        due = done and trainer.step - saved >= recipe.checkpoint_every
+        last = trainer.step >= recipe.steps
+        # Between batches, so that every line covers whole batches; before a checkpoint, so that none has a NaN.
+        if (done and metrics.updates >= recipe.log_every) or due or stop or last:
+            progress.advance(trainer.step - shown, metrics.flush())
+            shown = trainer.step
+        if due or ((stop or last) and done):
+            trainer.save(folder / "checkpoints")
+            saved = trainer.step
+        if stop and not last:
+            logger.warning("%s: %s is saved at update %d", interrupt.received, folder, trainer.step)
+            return False
+    return True
+
+
+def _result(trainer: Trainer, metrics: _Metrics) -> dict[str, Any]:
+    """Return the contents of ``result.json`` of a finished run."""
+    return {
+        "steps": trainer.step,
+        "batches": trainer.batch,
+        "batch_size": trainer.recipe.batch_size,
+        "backward_passes": _backward_passes(trainer, trainer.step),
+        "loss": metrics.line.get("loss"),
+        "delta_norm": metrics.line.get("delta_norm"),
+        "skipped": trainer.adversary.skipped,
+        "skipped_updates": int(trainer.skipped_updates),
+        "parameters": sum(p.numel() for p in trainer.built.model.network.parameters()),
+        "data": trainer.dataset.name,
+        "images": len(trainer.dataset),
+        "processes": trainer.accelerator.num_processes,
+        "device": trainer.accelerator.device.type,
+        "torch": torch.__version__,
+    }
 
 
 def read_result(path: Path) -> dict[str, Any]:
