@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from robustdiff import ConsistencyObjective, DenoisingObjective, DiffusionProcess, FreeAdversary, load_adm
+from robustdiff.codecs.vae import VAESection
 from robustdiff.evaluation.generate import Generator
 from robustdiff.objectives.preconditioning import Preconditioned
 from robustdiff.perturbation import PerDimension
@@ -99,3 +100,13 @@ def test_losses_of_the_original_consistency_models(device, exact, golden, kind, 
     draw = objective.draw(data["N18_l2_x0"].to(device), t=n.to(device), noise=data["N18_l2_noise"].to(device))
     with torch.no_grad():
         assert_met(objective(student, draw)["distance"], data[f"N18_l2_{kind}_loss"])
+
+
+def test_latents_are_encoded_and_decoded_as_on_the_cpu(device, exact):
+    vae = VAESection(name="vae", path="fashion-16-vae", posterior="mean").build(None)
+    images = 2 * torch.rand(4, 1, 16, 16, generator=torch.Generator().manual_seed(0)) - 1
+    expected = vae.encode(images), vae.decode(vae.encode(images))
+    vae.to(device)
+    latents = vae.encode(images.to(device))
+    torch.testing.assert_close(latents.cpu(), expected[0], rtol=0, atol=1e-3)
+    torch.testing.assert_close(vae.decode(latents).cpu(), expected[1], rtol=0, atol=1e-3)

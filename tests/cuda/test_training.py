@@ -15,7 +15,14 @@ from robustdiff.evaluation.generate import Generator
 from robustdiff.training import trainer as module
 from robustdiff.training.trainer import train
 
-RECIPES = ["digits", "fashion-16", "fashion-16-at", "fashion-16-edm", "fashion-16-consistency"]
+RECIPES = {
+    "digits": ["adversary.radius=1.0"],
+    "fashion-16": [],
+    "fashion-16-at": ["adversary.radius=1.0"],
+    "fashion-16-edm": [],
+    "fashion-16-consistency": ["adversary.radius=1.0"],
+    "fashion-16-dit": ["codec.cache=false", "adversary=free", "adversary.radius={eta: 0.1}"],
+}
 SECOND_MOMENT = ["objective.timesteps=loss-second-moment", "process.name=cosine", "process.T=2"]
 
 
@@ -30,9 +37,7 @@ def losses(recipe):
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_trains_and_resumes_bit_for_bit(device, exact, recipe, train_cut, learned, name):
-    whole, cut = (recipe(name, output, "adversary.radius=1.0") for output in ("whole", "cut"))
-    if name in ("fashion-16", "fashion-16-edm"):  # these have no adversary
-        whole, cut = (recipe(name, output) for output in ("whole", "cut"))
+    whole, cut = (recipe(name, output, *RECIPES[name]) for output in ("whole", "cut"))
     assert train(whole, cpu=device == "cpu")["device"] == device
     train_cut(cut)
     assert different(learned(whole), learned(cut)) == []
