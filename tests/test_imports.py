@@ -32,7 +32,7 @@ ORDER = [
 ]
 """Folders and modules by the order of their imports; those of one line may import each other."""
 
-RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
+RANK = {"__version__": 0, **{name: rank for rank, names in enumerate(ORDER) for name in names}}
 
 
 def imported(tree: ast.AST) -> Iterator[str]:

@@ -11,7 +11,6 @@ import os
 import time
 from dataclasses import asdict
 from functools import lru_cache, partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ import torch
 from accelerate import PartialState
 from PIL import Image
 
+from robustdiff import __version__
 from robustdiff.data import DataConfig
 from robustdiff.data.pixels import tile
 from robustdiff.errors import InputError, RunError, printable
@@ -270,7 +270,7 @@ def _measure(
         "weights": generator.fingerprint(),
         "extractor": metrics.reference.fingerprint,
         "real_images": metrics.reference.n,
-        "robustdiff": version("robustdiff"),
+        "robustdiff": __version__,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "device": state.device.type,
