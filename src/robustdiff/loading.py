@@ -26,7 +26,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import logging as diffusers_logging
 from torch import Tensor, nn
 
-from robustdiff.errors import InputError
+from robustdiff.errors import InputError, first_line
 from robustdiff.weights import check_weights, read_state, strip_prefixes
 
 __all__ = [
@@ -102,7 +102,7 @@ def read_config(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
-        reason = str(error).splitlines()[0] if isinstance(error, json.JSONDecodeError) else type(error).__name__
+        reason = first_line(error) if isinstance(error, json.JSONDecodeError) else type(error).__name__
         raise InputError(f"{path} is not JSON ({reason}): download it or save the model again") from None
     if not isinstance(value, dict):
         raise InputError(f"{path} holds {shown(value)}, not a JSON object: download it or save the model again")
@@ -255,8 +255,7 @@ def _from_config(kind: Any, config: Mapping[str, Any], path: Path, defaults: Map
             # diffusers would import the class named in the configuration.
             return kind.from_config({**config, "_class_name": kind.__name__})
         except Exception as error:  # the classes check few of their arguments, and may raise any error
-            reason = (str(error).splitlines() or [""])[0] or type(error).__name__
-            raise InputError(f"{path} does not describe a {kind.__name__}: {reason}") from None
+            raise InputError(f"{path} does not describe a {kind.__name__}: {first_line(error)}") from None
 
 
 def _like(value: Any, default: Any) -> bool:

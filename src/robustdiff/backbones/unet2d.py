@@ -17,7 +17,7 @@ from robustdiff.codecs.pixels import Pixels
 from robustdiff.conditions.condition import Condition
 from robustdiff.conditions.labels import Labels
 from robustdiff.conditions.none import Unconditional
-from robustdiff.errors import InputError
+from robustdiff.errors import InputError, first_line
 from robustdiff.loading import Components, class_parameters, component, load_network, shown
 from robustdiff.section import MOST_PARAMETERS, Fraction, Width
 
@@ -189,7 +189,7 @@ def _check(network: UNet2DModel, path: Path) -> None:
             out = network(images, torch.zeros(1, device="meta"), class_labels=labels).sample
         reason = None if out.shape[2:] == images.shape[2:] else f"the output is {out.shape[2]}×{out.shape[3]}"
     except Exception as error:  # the network can be created from the configuration, but not called
-        reason = (str(error).splitlines() or [""])[0] or type(error).__name__
+        reason = first_line(error)
     if reason is not None:
         remedy = f"the size must be a multiple of {multiple}" if height % multiple or width % multiple else "correct it"
         raise InputError(f"{path}: the network cannot take images of {height}×{width} ({reason}): {remedy}")

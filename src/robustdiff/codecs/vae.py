@@ -27,7 +27,7 @@ from pydantic import Field
 from torch import Tensor
 
 from robustdiff.codecs.codec import CODECS, Codec, CodecSection, Shape
-from robustdiff.errors import InputError, printable
+from robustdiff.errors import InputError, first_line, printable
 from robustdiff.loading import load_network, shown
 from robustdiff.section import Text
 
@@ -211,8 +211,7 @@ def _check(network: AutoencoderKL, path: Path) -> None:
         if found != shapes or not mean.numel():
             raise ValueError(f"latents and images are {found} instead of {shapes}")
     except Exception as error:  # the network can be created from the configuration, but not called
-        reason = (str(error).splitlines() or [""])[0] or type(error).__name__
-        raise InputError(f"{path}: the VAE cannot be called ({reason}): correct it") from None
+        raise InputError(f"{path}: the VAE cannot be called ({first_line(error)}): correct it") from None
 
 
 def _folder(path: str | Path) -> Path:

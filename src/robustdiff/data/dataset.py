@@ -70,6 +70,7 @@ class ImageDataset(Dataset[tuple[Tensor, Any]]):
         name: The name of the dataset.
         shape: The shape (C, H, W) of every image.
         num_classes: The number of classes K, with labels in {0, …, K − 1}; None without labels.
+        labels: The labels of all images, int64 (N,); None without labels.
     """
 
     def __init__(
@@ -78,12 +79,7 @@ class ImageDataset(Dataset[tuple[Tensor, Any]]):
         self.name = name
         self.shape = shape
         self.num_classes = num_classes
-        self._labels = labels
-
-    @property
-    def labels(self) -> Tensor | None:
-        """The labels of all images, int64 (N,), or None without labels."""
-        return self._labels
+        self.labels = labels
 
     @abstractmethod
     def __len__(self) -> int: ...
