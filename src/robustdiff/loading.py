@@ -54,6 +54,9 @@ _WEIGHTS = re.compile(
     r"diffusion_pytorch_model(?:\.(\w+))?\.(safetensors|bin)(\.index(?:\.(\w+))?\.json)?"  # variant, kind, index
 )
 
+# Names in attention blocks up to diffusers 0.16.
+_OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+
 _JSON_BYTES = 2**24
 _LARGEST_T = 10**5
 _LARGEST_INTEGER = 10**6
@@ -171,7 +174,6 @@ def load_network(
     parameters: Mapping[str, Any] | None = None,
     prepare: Callable[[dict[str, Any], int, Path], None] = lambda config, tensors, path: None,
     check: Callable[[_Network, Path], None] = lambda network, path: None,
-    old_names: Mapping[str, str] | None = None,
     aliases: Collection[str] = (),
 ) -> _Network:
     """Load a network of diffusers from a folder with ``config.json`` and weights, in float32 and eval mode, on the CPU.
@@ -181,13 +183,11 @@ def load_network(
     weights if their names and shapes match.
 
     Arguments:
-        folder: The folder.
         kind: The class of the network.
         parameters: The arguments of the class by name, with their defaults; by default those of ``kind``.
         prepare: A function of the configuration, the number of tensors in the weights and the path of the
             configuration. It may change the configuration, or raise InputError before memory is allocated.
         check: A function of the network on the meta device and the path of the configuration. It may raise InputError.
-        old_names: The current names of layers by their names in earlier versions of diffusers.
         aliases: The other names of the class in configurations.
 
     Raises:
@@ -209,7 +209,7 @@ def load_network(
         network: _Network = _from_config(kind, config, path, parameters)
     check(network, path)
     expected = {name: value.shape for name, value in network.state_dict().items()}
-    state = {_new_name(name, expected, old_names or {}): v for name, v in strip_prefixes(state, source).items()}
+    state = {_new_name(name, expected): v for name, v in strip_prefixes(state, source).items()}
     _check_fit(state, expected, source, path)
     network.load_state_dict(check_weights(state, source, torch.float32), assign=True)
     unsaved = [name for name, buffer in network.named_buffers() if buffer.is_meta]
@@ -288,12 +288,12 @@ def _quietly() -> Iterator[None]:
         diffusers_logging.set_verbosity(verbosity)
 
 
-def _new_name(name: str, expected: Mapping[str, Any], old_names: Mapping[str, str]) -> str:
+def _new_name(name: str, expected: Mapping[str, Any]) -> str:
     """Return the current name of a tensor that diffusers has renamed."""
     if name in expected:
         return name
     *block, layer, kind = name.split(".") if name.count(".") else ("", name)
-    renamed = ".".join([*block, old_names.get(layer, layer), kind])
+    renamed = ".".join([*block, _OLD_NAMES.get(layer, layer), kind])
     return renamed if renamed in expected else name
 
 

@@ -178,7 +178,6 @@ def _prepare(config: dict[str, Any], tensors: int, path: Path) -> None:
 
 
 def _check(network: DiTTransformer2DModel, path: Path) -> None:
-    """Check that a network on the meta device takes noisy latents, a time and a class."""
     check_size(network, path, class_labels=torch.zeros(1, dtype=torch.long, device="meta"))
 
 

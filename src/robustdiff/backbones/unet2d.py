@@ -25,9 +25,6 @@ __all__ = ["UNet2D", "UNetSection"]
 
 _LARGEST_SIZE = 2**14
 
-# Names in attention blocks up to diffusers 0.16.
-_OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-
 
 class UNetSection(BackboneSection):
     """A new UNet."""
@@ -129,7 +126,6 @@ class UNet2D(Backbone):
             parameters={**class_parameters(UNet2DModel), **class_parameters(kind)},
             prepare=prepare,
             check=_check,
-            old_names=_OLD_NAMES,
         )
         return cls(network), Pixels()
 

@@ -41,9 +41,6 @@ Posterior = Literal["mean", "sample"]
 _PIXELS_AT_ONCE = 2**21  # 32 images of 256×256: enough to occupy a GPU, and within its memory
 _TENSORS_OF_A_BLOCK = 8
 
-# Names in attention blocks up to diffusers 0.16.
-_OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-
 
 class VAE(Codec):
     """A codec that encodes images as scaled latents of an ``AutoencoderKL``.
@@ -181,7 +178,7 @@ def load_vae(path: str | Path) -> AutoencoderKL:
     Raises:
         InputError: If the VAE is missing, is of another class, or its configuration and weights do not fit.
     """
-    return load_network(_folder(path), AutoencoderKL, prepare=_prepare, check=_check, old_names=_OLD_NAMES)
+    return load_network(_folder(path), AutoencoderKL, prepare=_prepare, check=_check)
 
 
 def _prepare(config: dict[str, Any], tensors: int, path: Path) -> None:
