@@ -75,11 +75,9 @@ class LatentDataset(ImageDataset):
         return {**self.__dict__, "_open": {}}  # pickling would copy the memory maps
 
     def contents(self) -> bytes:
-        """Return the hash of the images."""
         return self.images.contents()
 
     def fingerprint(self) -> str:
-        """Return the fingerprint of the images."""
         return self.images.fingerprint()
 
     def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor | None]:
