@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-__all__ = ["InputError", "RunError", "printable"]
+__all__ = ["InputError", "RunError", "first_line", "printable"]
 
 
 class InputError(ValueError):
@@ -21,6 +21,11 @@ def printable(name: str | os.PathLike[str]) -> str:
     Bytes that are not UTF-8, control characters, line breaks and marks of direction are escaped.
     """
     return "".join(c if c.isprintable() else _escape(c) for c in os.fsdecode(name))
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of an error's message, or the name of its class if it has none."""
+    return (str(error).splitlines() or [""])[0] or type(error).__name__
 
 
 def _escape(character: str) -> str:

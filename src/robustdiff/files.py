@@ -55,12 +55,6 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     If the block raises, the temporary file is removed and `path` is unchanged. The folder of `path` must exist. The
     temporary file is hidden (`.NAME.RANDOM.tmp`), so that after a kill no glob for the target's suffix finds it.
 
-    Args:
-        path: The file to create or replace.
-
-    Yields:
-        A binary file object.
-
     Raises:
         OSError: The folder does not exist or cannot be written.
     """
@@ -87,9 +81,6 @@ def atomic_folder(path: str | os.PathLike[str], *, replace: bool = False) -> Ite
     Args:
         path: The folder to create.
         replace: Whether to replace an existing folder at `path`, which must belong to this package.
-
-    Yields:
-        The temporary folder, beside `path`.
 
     Raises:
         InputError: `path` exists and is not to be replaced.

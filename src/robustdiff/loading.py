@@ -26,7 +26,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import logging as diffusers_logging
 from torch import Tensor, nn
 
-from robustdiff.errors import InputError
+from robustdiff.errors import InputError, first_line
 from robustdiff.weights import check_weights, read_state, strip_prefixes
 
 __all__ = [
@@ -53,6 +53,9 @@ _OF_OLD = {"tensor_format"}
 _WEIGHTS = re.compile(
     r"diffusion_pytorch_model(?:\.(\w+))?\.(safetensors|bin)(\.index(?:\.(\w+))?\.json)?"  # variant, kind, index
 )
+
+# Names in attention blocks up to diffusers 0.16.
+_OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 _JSON_BYTES = 2**24
 _LARGEST_T = 10**5
@@ -102,7 +105,7 @@ def read_config(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
-        reason = str(error).splitlines()[0] if isinstance(error, json.JSONDecodeError) else type(error).__name__
+        reason = first_line(error) if isinstance(error, json.JSONDecodeError) else type(error).__name__
         raise InputError(f"{path} is not JSON ({reason}): download it or save the model again") from None
     if not isinstance(value, dict):
         raise InputError(f"{path} holds {shown(value)}, not a JSON object: download it or save the model again")
@@ -171,7 +174,6 @@ def load_network(
     parameters: Mapping[str, Any] | None = None,
     prepare: Callable[[dict[str, Any], int, Path], None] = lambda config, tensors, path: None,
     check: Callable[[_Network, Path], None] = lambda network, path: None,
-    old_names: Mapping[str, str] | None = None,
     aliases: Collection[str] = (),
 ) -> _Network:
     """Load a network of diffusers from a folder with ``config.json`` and weights, in float32 and eval mode, on the CPU.
@@ -181,13 +183,11 @@ def load_network(
     weights if their names and shapes match.
 
     Arguments:
-        folder: The folder.
         kind: The class of the network.
         parameters: The arguments of the class by name, with their defaults; by default those of ``kind``.
         prepare: A function of the configuration, the number of tensors in the weights and the path of the
             configuration. It may change the configuration, or raise InputError before memory is allocated.
         check: A function of the network on the meta device and the path of the configuration. It may raise InputError.
-        old_names: The current names of layers by their names in earlier versions of diffusers.
         aliases: The other names of the class in configurations.
 
     Raises:
@@ -209,7 +209,7 @@ def load_network(
         network: _Network = _from_config(kind, config, path, parameters)
     check(network, path)
     expected = {name: value.shape for name, value in network.state_dict().items()}
-    state = {_new_name(name, expected, old_names or {}): v for name, v in strip_prefixes(state, source).items()}
+    state = {_new_name(name, expected): v for name, v in strip_prefixes(state, source).items()}
     _check_fit(state, expected, source, path)
     network.load_state_dict(check_weights(state, source, torch.float32), assign=True)
     unsaved = [name for name, buffer in network.named_buffers() if buffer.is_meta]
@@ -255,8 +255,7 @@ def _from_config(kind: Any, config: Mapping[str, Any], path: Path, defaults: Map
             # diffusers would import the class named in the configuration.
             return kind.from_config({**config, "_class_name": kind.__name__})
         except Exception as error:  # the classes check few of their arguments, and may raise any error
-            reason = (str(error).splitlines() or [""])[0] or type(error).__name__
-            raise InputError(f"{path} does not describe a {kind.__name__}: {reason}") from None
+            raise InputError(f"{path} does not describe a {kind.__name__}: {first_line(error)}") from None
 
 
 def _like(value: Any, default: Any) -> bool:
@@ -289,12 +288,12 @@ def _quietly() -> Iterator[None]:
         diffusers_logging.set_verbosity(verbosity)
 
 
-def _new_name(name: str, expected: Mapping[str, Any], old_names: Mapping[str, str]) -> str:
+def _new_name(name: str, expected: Mapping[str, Any]) -> str:
     """Return the current name of a tensor that diffusers has renamed."""
     if name in expected:
         return name
     *block, layer, kind = name.split(".") if name.count(".") else ("", name)
-    renamed = ".".join([*block, old_names.get(layer, layer), kind])
+    renamed = ".".join([*block, _OLD_NAMES.get(layer, layer), kind])
     return renamed if renamed in expected else name
 
 

@@ -218,10 +218,9 @@ def strip_prefixes(state: Mapping[str, Tensor], path: str | os.PathLike[str]) ->
 def check_weights(
     state: Mapping[str, Tensor], path: str | os.PathLike[str], dtype: torch.dtype | None = None
 ) -> dict[str, Tensor]:
-    """Check that weights are dense tensors of finite floating-point numbers, and return them.
+    """Check that weights are dense tensors of finite floating-point numbers, and return them by name.
 
     Arguments:
-        state: The weights by name.
         path: The file, for messages.
         dtype: The type of contiguous copies to return; None returns the weights themselves.
 

@@ -9,8 +9,9 @@ here: the condition drops labels, once for the whole network.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DiTPipeline
@@ -23,11 +24,13 @@ from robustdiff.codecs.codec import Codec, Shape
 from robustdiff.codecs.vae import VAE, load_vae
 from robustdiff.conditions.condition import Condition
 from robustdiff.conditions.labels import Labels
-from robustdiff.errors import InputError
+from robustdiff.errors import InputError, first_line
 from robustdiff.loading import Components, component, load_network, read_config, shown
 from robustdiff.section import MOST_PARAMETERS, Fraction, Width
 
-__all__ = ["DiT", "DiTSection", "check_size", "exported", "load_codec", "prepare"]
+__all__ = ["DiT", "DiTSection", "check_size", "exported", "load_transformer"]
+
+_Network = TypeVar("_Network", bound=nn.Module)
 
 _LARGEST_SIZE = 512  # in latents: 4096 pixels with a VAE of factor 8
 
@@ -128,14 +131,7 @@ class DiT(Backbone):
 
     @classmethod
     def load(cls, folder: Path, components: Components, size: int | None) -> tuple[DiT, Codec]:
-        network = load_network(
-            component(folder, cls.part),
-            DiTTransformer2DModel,
-            aliases=("Transformer2DModel",),
-            prepare=prepare,
-            check=_check,
-        )
-        codec = load_codec(folder, components, network, size)
+        network, codec = load_transformer(folder, components, DiTTransformer2DModel, _check, size)
         index = folder / "model_index.json"
         names = read_config(index).get("id2label")
         if names is not None and not (
@@ -166,17 +162,8 @@ def exported(scheduler: Any) -> Any:
     return scheduler
 
 
-def prepare(config: dict[str, Any], tensors: int, path: Path) -> None:
-    """Check the size of a diffusers transformer before it is created.
-
-    Arguments:
-        config: The configuration of the transformer.
-        tensors: The number of tensors in its weights.
-        path: The file of the configuration, for messages.
-
-    Raises:
-        InputError: If a size is invalid, or the weights have too few tensors for the number of layers.
-    """
+def _prepare(config: dict[str, Any], tensors: int, path: Path) -> None:
+    """Check the size of a transformer before it is created."""
     size, patch, layers = (config.get(name, 1) for name in ("sample_size", "patch_size", "num_layers"))
     if not (type(size) is int and type(patch) is int and 1 <= patch <= size <= _LARGEST_SIZE and size % patch == 0):
         raise InputError(
@@ -191,7 +178,6 @@ def prepare(config: dict[str, Any], tensors: int, path: Path) -> None:
 
 
 def _check(network: DiTTransformer2DModel, path: Path) -> None:
-    """Check that a network on the meta device takes noisy latents, a time and a class."""
     check_size(network, path, class_labels=torch.zeros(1, dtype=torch.long, device="meta"))
 
 
@@ -217,22 +203,31 @@ def check_size(network: Any, path: Path, **condition: Any) -> None:
         if not x.numel():
             raise ValueError("it has no channels")
     except Exception as error:  # the network can be created from the configuration, but not called
-        reason = (str(error).splitlines() or [""])[0] or type(error).__name__
-        raise InputError(f"{path}: the network cannot be called ({reason}): correct it") from None
+        raise InputError(f"{path}: the network cannot be called ({first_line(error)}): correct it") from None
 
 
-def load_codec(folder: Path, components: Components, network: Any, size: int | None) -> VAE:
-    """Load the VAE of a pipeline whose network is a transformer of a fixed size.
+def load_transformer(
+    folder: Path,
+    components: Components,
+    kind: type[_Network],
+    check: Callable[[_Network, Path], None],
+    size: int | None,
+) -> tuple[_Network, VAE]:
+    """Load the transformer of a pipeline, which has a fixed size, and its VAE.
 
     Arguments:
         folder: The pipeline folder.
         components: The components of the pipeline.
-        network: The transformer.
+        kind: The class of the transformer.
+        check: A check of the transformer on the meta device, as for :func:`robustdiff.loading.load_network`.
         size: The requested side of the images in pixels, if any.
 
     Raises:
-        InputError: If the VAE is missing, cannot be read, or does not fit the transformer or the size.
+        InputError: If one of them is missing or cannot be read, or they do not fit each other or the size.
     """
+    network = load_network(
+        component(folder, "transformer"), kind, aliases=("Transformer2DModel",), prepare=_prepare, check=check
+    )
     index = folder / "model_index.json"
     if components.get("vae") != ("diffusers", "AutoencoderKL"):
         raise InputError(
@@ -241,7 +236,7 @@ def load_codec(folder: Path, components: Components, network: Any, size: int | N
     codec = VAE(load_vae(component(folder, "vae")))
     if codec.shifted:
         raise InputError(f"{index}: the pipeline does not shift latents, and its VAE has a shift: give another VAE")
-    config = network.config
+    config: Any = network.config
     channels, height, _ = codec.decoded_shape((config.in_channels, config.sample_size, config.sample_size))
     if codec.encoded_shape((channels, height, height))[0] != config.in_channels:
         raise InputError(
@@ -250,4 +245,4 @@ def load_codec(folder: Path, components: Components, network: Any, size: int | N
         )
     if size not in (None, height):
         raise InputError(f"size {size} is not for this model: its positions are those of {height}×{height} pixels")
-    return codec
+    return network, codec

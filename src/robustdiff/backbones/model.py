@@ -74,12 +74,7 @@ class Model:
 
     @classmethod
     def of(cls, network: nn.Module, scheduler: Any, **settings: Any) -> Model:
-        """Return the model of a diffusers network, such as a ``UNet2DModel``, and its scheduler.
-
-        Arguments:
-            network: The network.
-            scheduler: The scheduler.
-            settings: The other arguments of :class:`Model`.
+        """Return the model of a diffusers network, such as a ``UNet2DModel``; the other arguments are the model's.
 
         Raises:
             InputError: If no family of networks has this class.
@@ -167,10 +162,7 @@ class Model:
         return network if self.scheduler is None else model_of(self.scheduler, network)
 
     def denoiser(self, network: Callable[..., Any] | None = None) -> Denoise:
-        """Return the model as a denoiser D(x, σ) ↦ x̂_0, such as a teacher.
-
-        Arguments:
-            network: A wrapper to call instead of the network.
+        """Return the model, or a wrapper ``network`` of its network, as a denoiser D(x, σ) ↦ x̂_0, such as a teacher.
 
         Raises:
             InputError: If the model is a consistency model or a flow-matching model.
@@ -209,7 +201,6 @@ class Model:
         """Write a diffusers pipeline folder. The write is not atomic.
 
         Arguments:
-            folder: The folder.
             state: The parameters to save by name, in any memory format; by default the network's own.
         """
         state = self.network.state_dict() if state is None else state

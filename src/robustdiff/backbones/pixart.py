@@ -17,12 +17,12 @@ from diffusers.models.transformers.pixart_transformer_2d import PixArtTransforme
 from torch import Tensor, nn
 
 from robustdiff.backbones.backbone import BACKBONES, Backbone
-from robustdiff.backbones.dit import check_size, exported, load_codec, prepare
+from robustdiff.backbones.dit import check_size, exported, load_transformer
 from robustdiff.codecs.codec import Codec
 from robustdiff.conditions.condition import Condition
 from robustdiff.conditions.text import Text, load_text
 from robustdiff.errors import InputError
-from robustdiff.loading import Components, component, load_network, read_config
+from robustdiff.loading import Components, read_config
 
 __all__ = ["PixArt"]
 
@@ -31,29 +31,6 @@ _PIPELINES: dict[str, tuple[type[Any], int]] = {
     "PixArtAlphaPipeline": (PixArtAlphaPipeline, 120),
     "PixArtSigmaPipeline": (PixArtSigmaPipeline, 300),
 }
-
-
-class _Sized:
-    """A wrapper, called as ``model(x, t, **condition)``, that passes the size of the images to networks that take it.
-
-    Arguments:
-        network: The network, or a wrapper of it.
-        sized: Whether the network takes the size.
-        factor: The downsampling factor of the codec, in pixels per latent on a side.
-    """
-
-    def __init__(self, network: Callable[..., Any], sized: bool, factor: int) -> None:
-        self.network, self.sized, self.factor = network, sized, factor
-
-    def __call__(self, x: Tensor, t: Tensor, **condition: Any) -> Any:
-        added = None
-        if self.sized:
-            height, width = (self.factor * side for side in x.shape[2:])
-            added = {
-                "resolution": torch.tensor([[height, width]], dtype=x.dtype, device=x.device).repeat(len(x), 1),
-                "aspect_ratio": torch.tensor([[height / width]], dtype=x.dtype, device=x.device).repeat(len(x), 1),
-            }
-        return self.network(x, timestep=t, added_cond_kwargs=added, **condition)
 
 
 @BACKBONES.register("pixart")
@@ -98,14 +75,7 @@ class PixArt(Backbone):
             library, given = components[name]
             if library != "transformers" or given not in expected:
                 raise InputError(f"{index}: {name} is {given} of {library}, and only {expected[0]} is supported")
-        network = load_network(
-            component(folder, cls.part),
-            PixArtTransformer2DModel,
-            aliases=("Transformer2DModel",),
-            prepare=prepare,
-            check=_check,
-        )
-        codec = load_codec(folder, components, network, size)
+        network, codec = load_transformer(folder, components, PixArtTransformer2DModel, _check, size)
         text = load_text(folder, _PIPELINES[kind][1])
         width = text.encoder.config.d_model
         if width != _caption_width(network):
@@ -132,7 +102,17 @@ class PixArt(Backbone):
         return self.text
 
     def bind(self, network: Callable[..., Any]) -> Callable[..., Any]:
-        return _Sized(network, self.network.use_additional_conditions, self.factor)
+        def call(x: Tensor, t: Tensor, **condition: Any) -> Any:
+            added = None
+            if self.network.use_additional_conditions:
+                height, width = (self.factor * side for side in x.shape[2:])
+                added = {
+                    "resolution": x.new_tensor([[height, width]]).repeat(len(x), 1),
+                    "aspect_ratio": x.new_tensor([[height / width]]).repeat(len(x), 1),
+                }
+            return network(x, timestep=t, added_cond_kwargs=added, **condition)
+
+        return call
 
     @property
     def multiple(self) -> int:

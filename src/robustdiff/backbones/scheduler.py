@@ -12,8 +12,6 @@ diffusers' EDM schedulers call a denoiser at the time ln σ/4. Denoisers trained
 convention of Song et al. for consistency models and their teachers; their scheduler stores the factor as
 ``_time_scale``. Schedulers written by this package also have ``_timestep_spacing: own``, with which each sampler uses
 its own default spacing. (diffusers preserves fields that begin with an underscore, and ignores them.)
-
-A setting that is not supported raises InputError.
 """
 
 from __future__ import annotations
@@ -198,12 +196,7 @@ def _preconditioned(scheduler: Any, network: Callable[..., Any]) -> Precondition
 
 
 def denoiser_of(scheduler: Any, backbone: Backbone, network: Callable[..., Any] | None = None) -> Denoise:
-    """Return a pipeline's network as a denoiser D(x, σ), such as a teacher.
-
-    Arguments:
-        scheduler: The pipeline's scheduler.
-        backbone: The pipeline's network.
-        network: A wrapper to call instead of the network.
+    """Return a pipeline's network, or a wrapper ``network`` of it, as a denoiser D(x, σ), such as a teacher.
 
     Raises:
         InputError: If the network is a consistency model or a flow-matching model.

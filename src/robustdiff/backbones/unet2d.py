@@ -17,16 +17,13 @@ from robustdiff.codecs.pixels import Pixels
 from robustdiff.conditions.condition import Condition
 from robustdiff.conditions.labels import Labels
 from robustdiff.conditions.none import Unconditional
-from robustdiff.errors import InputError
+from robustdiff.errors import InputError, first_line
 from robustdiff.loading import Components, class_parameters, component, load_network, shown
 from robustdiff.section import MOST_PARAMETERS, Fraction, Width
 
 __all__ = ["UNet2D", "UNetSection"]
 
 _LARGEST_SIZE = 2**14
-
-# Names in attention blocks up to diffusers 0.16.
-_OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
 class UNetSection(BackboneSection):
@@ -129,7 +126,6 @@ class UNet2D(Backbone):
             parameters={**class_parameters(UNet2DModel), **class_parameters(kind)},
             prepare=prepare,
             check=_check,
-            old_names=_OLD_NAMES,
         )
         return cls(network), Pixels()
 
@@ -189,7 +185,7 @@ def _check(network: UNet2DModel, path: Path) -> None:
             out = network(images, torch.zeros(1, device="meta"), class_labels=labels).sample
         reason = None if out.shape[2:] == images.shape[2:] else f"the output is {out.shape[2]}×{out.shape[3]}"
     except Exception as error:  # the network can be created from the configuration, but not called
-        reason = (str(error).splitlines() or [""])[0] or type(error).__name__
+        reason = first_line(error)
     if reason is not None:
         remedy = f"the size must be a multiple of {multiple}" if height % multiple or width % multiple else "correct it"
         raise InputError(f"{path}: the network cannot take images of {height}×{width} ({reason}): {remedy}")

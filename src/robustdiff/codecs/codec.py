@@ -47,18 +47,14 @@ class Codec(ABC):
 
     @abstractmethod
     def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
-        """Encode images as latents (B, C', H', W').
+        """Encode images (B, C, H, W) in [−1, 1] as latents (B, C', H', W').
 
         Arguments:
-            images: The images in [−1, 1], (B, C, H, W).
             noise: Standard normal noise of the shape of the result, if the codec is :attr:`random`; drawn by default.
         """
 
     def moments(self, images: Tensor) -> Tensor:
-        """Return the deterministic part of encoding, which can be cached.
-
-        Arguments:
-            images: The images in [−1, 1], (B, C, H, W).
+        """Return the deterministic part of :meth:`encode`, which can be cached.
 
         Returns:
             The means and then the standard deviations, (B, 2C', H', W'), if the codec is :attr:`random`; otherwise the

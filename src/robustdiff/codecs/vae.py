@@ -27,7 +27,7 @@ from pydantic import Field
 from torch import Tensor
 
 from robustdiff.codecs.codec import CODECS, Codec, CodecSection, Shape
-from robustdiff.errors import InputError, printable
+from robustdiff.errors import InputError, first_line, printable
 from robustdiff.loading import load_network, shown
 from robustdiff.section import Text
 
@@ -40,9 +40,6 @@ Posterior = Literal["mean", "sample"]
 
 _PIXELS_AT_ONCE = 2**21  # 32 images of 256×256: enough to occupy a GPU, and within its memory
 _TENSORS_OF_A_BLOCK = 8
-
-# Names in attention blocks up to diffusers 0.16.
-_OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
 class VAE(Codec):
@@ -181,7 +178,7 @@ def load_vae(path: str | Path) -> AutoencoderKL:
     Raises:
         InputError: If the VAE is missing, is of another class, or its configuration and weights do not fit.
     """
-    return load_network(_folder(path), AutoencoderKL, prepare=_prepare, check=_check, old_names=_OLD_NAMES)
+    return load_network(_folder(path), AutoencoderKL, prepare=_prepare, check=_check)
 
 
 def _prepare(config: dict[str, Any], tensors: int, path: Path) -> None:
@@ -211,8 +208,7 @@ def _check(network: AutoencoderKL, path: Path) -> None:
         if found != shapes or not mean.numel():
             raise ValueError(f"latents and images are {found} instead of {shapes}")
     except Exception as error:  # the network can be created from the configuration, but not called
-        reason = (str(error).splitlines() or [""])[0] or type(error).__name__
-        raise InputError(f"{path}: the VAE cannot be called ({reason}): correct it") from None
+        raise InputError(f"{path}: the VAE cannot be called ({first_line(error)}): correct it") from None
 
 
 def _folder(path: str | Path) -> Path:

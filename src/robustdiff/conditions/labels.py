@@ -28,7 +28,6 @@ class Labels(Condition):
 
     @property
     def classes(self) -> int:
-        """The number of classes, without the null class."""
         return self.embedded - self.null
 
     def with_classes(self, num_classes: int) -> Labels:

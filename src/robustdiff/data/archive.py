@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from robustdiff.data.dataset import ArrayDataset
 from robustdiff.data.pixels import fit_array
 from robustdiff.data.registry import DATASETS
-from robustdiff.errors import InputError, printable
+from robustdiff.errors import InputError, first_line, printable
 
 __all__ = ["expands_too_far", "list_npz", "npz", "read_into", "read_npz"]
 
@@ -60,7 +60,7 @@ def _open(path: str | os.PathLike[str]) -> zipfile.ZipFile:
 
 
 def _unreadable(path: str | os.PathLike[str], error: Exception) -> InputError:
-    message = printable(str(error).splitlines()[0]) if str(error) else type(error).__name__
+    message = printable(first_line(error))
     return InputError(f"{printable(path)}: not a readable .npz file ({message}); make it with numpy.savez")
 
 

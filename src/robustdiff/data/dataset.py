@@ -37,25 +37,14 @@ MOST_CLASSES = 1_000_000
 
 
 def to_unit(x: Tensor) -> Tensor:
-    """Map pixels to the range of models.
-
-    Args:
-        x: Pixels, uint8 of any shape.
-
-    Returns:
-        float32 of the same shape, x/127.5 − 1, in [−1, 1].
-    """
+    """Map pixels, uint8 of any shape, to the range of models: float32 of the same shape, in [−1, 1]."""
     return x.to(torch.float32) / 127.5 - 1.0
 
 
 def to_uint8(x: Tensor) -> Tensor:
-    """Map the range of models to pixels, by rounding and clipping; the inverse of `to_unit`.
+    """Map floating-point numbers of any shape, nominally in [−1, 1], to pixels, uint8 of the same shape.
 
-    Args:
-        x: Floating point of any shape, nominally in [−1, 1].
-
-    Returns:
-        uint8 of the same shape, 0 to 255.
+    The numbers are rounded and clipped; this is the inverse of `to_unit`.
     """
     return ((x.to(torch.float32) + 1.0) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
@@ -70,6 +59,7 @@ class ImageDataset(Dataset[tuple[Tensor, Any]]):
         name: The name of the dataset.
         shape: The shape (C, H, W) of every image.
         num_classes: The number of classes K, with labels in {0, …, K − 1}; None without labels.
+        labels: The labels of all images, int64 (N,); None without labels.
     """
 
     def __init__(
@@ -78,12 +68,7 @@ class ImageDataset(Dataset[tuple[Tensor, Any]]):
         self.name = name
         self.shape = shape
         self.num_classes = num_classes
-        self._labels = labels
-
-    @property
-    def labels(self) -> Tensor | None:
-        """The labels of all images, int64 (N,), or None without labels."""
-        return self._labels
+        self.labels = labels
 
     @abstractmethod
     def __len__(self) -> int: ...

@@ -14,15 +14,17 @@ import hashlib
 import os
 import stat
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import IO, Annotated, Any, BinaryIO, Literal
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageColor, ImageOps, UnidentifiedImageError
 from pydantic import BeforeValidator
+from torch import Tensor
 
 from robustdiff.data.pixels import crop_square, fit_image
 from robustdiff.errors import InputError, printable
@@ -34,6 +36,8 @@ __all__ = [
     "Header",
     "allow_large",
     "common_channels",
+    "common_side",
+    "decode_batch",
     "decode_image",
     "file_source",
     "open_image",
@@ -251,6 +255,27 @@ def read_header(source: Source, name: str) -> Header:
         return Header(min(image.size), grey, _transparent(image), digest.digest())
 
 
+def common_side(name: str, headers: Sequence[Header], word: Callable[[int], str]) -> int:
+    """Return the side of images of one size.
+
+    Args:
+        name: The name of the dataset in messages.
+        headers: The properties of the images.
+        word: A function that returns the name of an image in messages, from its index.
+
+    Raises:
+        InputError: The images differ in size.
+    """
+    size = headers[0].side
+    for k, header in enumerate(headers):
+        if header.side != size:
+            raise InputError(
+                f"{name}: images differ in size ({word(0)}: {size}, {word(k)}: {header.side} pixels); "
+                "give images of one size, or set data.size=PIXELS"
+            )
+    return size
+
+
 def common_channels(headers: Iterable[Header], background: Colour) -> int:
     """Return 1 if all images are grey, including the background of transparent ones, and otherwise 3."""
     grey_background = len(set(background)) == 1
@@ -279,6 +304,16 @@ def decode_image(source: Source, name: str, size: int, channels: int, background
         if image.format == "JPEG":
             _check_scans(file)
         return fit_image(_flatten(image, background), size, channels)
+
+
+def decode_batch(files: Sequence[tuple[Source, str]], shape: tuple[int, int, int], background: Colour) -> Tensor:
+    """Decode images as :func:`decode_image`, from their sources and names, to uint8 (B, C, H, W)."""
+    channels, size, _ = shape
+    images = np.empty((len(files), *shape), np.uint8)
+    with allow_large():
+        for k, (source, name) in enumerate(files):
+            images[k] = decode_image(source, name, size, channels, background).transpose(2, 0, 1)
+    return torch.from_numpy(images)
 
 
 def _check_scans(file: BinaryIO) -> None:

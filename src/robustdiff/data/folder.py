@@ -17,7 +17,6 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,7 +26,8 @@ from robustdiff.data.decode import (
     Header,
     allow_large,
     common_channels,
-    decode_image,
+    common_side,
+    decode_batch,
     file_source,
     parse_colour,
     read_header,
@@ -156,14 +156,7 @@ class FolderDataset(ImageDataset):
         with allow_large(), ThreadPoolExecutor() as pool:
             headers = list(pool.map(_header, self.paths))
         if size is None:
-            size = headers[0].side
-            for path, header in zip(self.paths, headers, strict=True):
-                if header.side != size:
-                    raise InputError(
-                        f"{name}: images differ in size ({printable(self.paths[0].name)}: {size}, "
-                        f"{printable(path.name)}: {header.side} pixels); "
-                        "give images of one size, or set data.size=PIXELS"
-                    )
+            size = common_side(name, headers, lambda k: printable(self.paths[k].name))
         if channels is None:
             channels = common_channels(headers, self._background)
         rank = {name: k for k, name in enumerate(self.classes)}
@@ -196,14 +189,9 @@ class FolderDataset(ImageDataset):
         return len(self.paths)
 
     def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor | None]:
-        images = np.empty((len(indices), *self.shape), np.uint8)
-        with allow_large():
-            for k, index in enumerate(indices):
-                path = self.paths[int(index)]
-                source = file_source(path)
-                pixels = decode_image(source, printable(path), self.shape[1], self.shape[0], self._background)
-                images[k] = pixels.transpose(2, 0, 1)
-        return torch.from_numpy(images), self.labels_of(indices)
+        paths = [self.paths[int(index)] for index in indices]
+        files = [(file_source(path), printable(path)) for path in paths]
+        return decode_batch(files, self.shape, self._background), self.labels_of(indices)
 
     def contents(self) -> bytes:
         """Return a hash of the background and of the names, lengths, first and last bytes of the files.

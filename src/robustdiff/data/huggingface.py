@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from robustdiff.data.dataset import ImageDataset, check_labels
@@ -26,13 +25,14 @@ from robustdiff.data.decode import (
     Source,
     allow_large,
     common_channels,
-    decode_image,
+    common_side,
+    decode_batch,
     file_source,
     parse_colour,
     read_header,
 )
 from robustdiff.data.registry import DATASETS
-from robustdiff.errors import InputError, printable
+from robustdiff.errors import InputError, first_line, printable
 from robustdiff.section import Text
 from robustdiff.yaml_reader import parse_yaml
 
@@ -95,13 +95,7 @@ class HuggingFaceDataset(ImageDataset):
         with allow_large():
             headers = list(self._headers())
         if size is None:
-            size = headers[0].side
-            for row, header in enumerate(headers):
-                if header.side != size:
-                    raise InputError(
-                        f"{name}: images differ in size (row 0: {size}, row {row}: {header.side} pixels); "
-                        "give images of one size, or set data.size=PIXELS"
-                    )
+            size = common_side(name, headers, lambda row: f"row {row}")
         mode = table.features[images].mode  # the mode to which `datasets` converts images
         if channels is None:
             channels = common_channels(headers, self._background) if mode is None else 1 if mode in ("1", "L") else 3
@@ -152,13 +146,9 @@ class HuggingFaceDataset(ImageDataset):
 
     def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor | None]:
         rows = [int(index) for index in indices]
-        images = np.empty((len(rows), *self.shape), np.uint8)
-        with allow_large():
-            for k, (row, value) in enumerate(zip(rows, self._table[rows].column(0), strict=True)):
-                source = self._source(row, value)
-                pixels = decode_image(source, self._row(row), self.shape[1], self.shape[0], self._background)
-                images[k] = pixels.transpose(2, 0, 1)
-        return torch.from_numpy(images), self.labels_of(rows)
+        values = self._table[rows].column(0)
+        files = [(self._source(row, value), self._row(row)) for row, value in zip(rows, values, strict=True)]
+        return decode_batch(files, self.shape, self._background), self.labels_of(rows)
 
     def contents(self) -> bytes:
         """Return a hash of the background and of the lengths, first and last bytes of the encoded images, in order."""
@@ -269,18 +259,12 @@ def hf(
 ) -> HuggingFaceDataset:
     """Load a dataset through Hugging Face's `datasets`.
 
+    The other arguments are those of :class:`HuggingFaceDataset`.
+
     Args:
         root: A name on the hub (`ylecun/mnist`), a folder written by `Dataset.save_to_disk`, or any other folder that
             `datasets.load_dataset` reads. Scripts of datasets are not run.
-        size: See `HuggingFaceDataset`.
-        channels: See `HuggingFaceDataset`.
         split: The name of the split in the dataset.
-        background: See `HuggingFaceDataset`.
-        image_column: See `HuggingFaceDataset`.
-        label_column: See `HuggingFaceDataset`.
-
-    Returns:
-        The dataset.
 
     Raises:
         InputError: `datasets` is not installed, or the dataset, the split or the image column is missing.
@@ -302,7 +286,7 @@ def hf(
     except InputError:
         raise
     except Exception as error:  # the readers of `datasets` may raise any error
-        message = printable(str(error).splitlines()[0]) if str(error) else type(error).__name__
+        message = printable(first_line(error))
         raise InputError(f"{name}: cannot be loaded ({message}); check the name, the split and the network") from error
     # `datasets` downloads and unpacks files into its cache.
     cache = [Path(datasets.config.HF_DATASETS_CACHE), Path(constants.HF_HUB_CACHE)]

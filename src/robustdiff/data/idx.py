@@ -67,14 +67,7 @@ def read_idx(path: str | os.PathLike[str]) -> NDArray[np.uint8]:
 def _read_values(
     file: IO[bytes] | gzip.GzipFile, name: str, stored: int, length: int | None = None
 ) -> NDArray[np.uint8]:
-    """Read the header and the values.
-
-    Args:
-        file: The open file.
-        name: The name of the file in messages.
-        stored: The size of the file on disk, in bytes.
-        length: The size of the file in bytes; None if it is gzipped.
-    """
+    """Read the header and the values; `stored` is the size on disk, and so is `length`, or None if gzipped."""
     head = file.read(4)
     if len(head) < 4 or head[:3] != b"\x00\x00\x08":
         raise InputError(f"{name}: not an IDX file of unsigned bytes (it starts with {head.hex() or 'nothing'})")

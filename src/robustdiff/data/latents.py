@@ -75,11 +75,9 @@ class LatentDataset(ImageDataset):
         return {**self.__dict__, "_open": {}}  # pickling would copy the memory maps
 
     def contents(self) -> bytes:
-        """Return the hash of the images."""
         return self.images.contents()
 
     def fingerprint(self) -> str:
-        """Return the fingerprint of the images."""
         return self.images.fingerprint()
 
     def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor | None]:
@@ -176,15 +174,12 @@ class LatentDataset(ImageDataset):
     def _path(self, part: int) -> Path:
         return self.folder / f"{part:05d}.float16"
 
-    def _bytes(self, part: int) -> int:
-        return 2 * len(self._rows(part)) * math.prod(self.latent_shape)
-
     def _is_whole(self, part: int) -> bool:
         path = self._path(part)
         if not path.exists():
             return False
         with open_regular(path) as file:
-            whole = file.seek(0, 2) == self._bytes(part)
+            whole = file.seek(0, 2) == 2 * len(self._rows(part)) * math.prod(self.latent_shape)
         if not whole:
             logger.warning("%s is damaged, and is computed again", printable(path))
         return whole
@@ -192,7 +187,7 @@ class LatentDataset(ImageDataset):
     def _map(self, part: int) -> NDArray[np.float16]:
         if part not in self._open:
             path = self._path(part)
-            if not path.exists() or not self._is_whole(part):
+            if not self._is_whole(part):
                 raise RunError(f"{printable(path)} is missing or damaged: start the run again, which computes it anew")
             with open_regular(path) as file:
                 shape = (len(self._rows(part)), *self.latent_shape)

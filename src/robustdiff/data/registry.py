@@ -70,9 +70,6 @@ def load_dataset(
         options: The options of the dataset; None is the default. `background` (`imagefolder`, `hf:`) is the colour
             behind transparent pixels, by default white; `image_column` and `label_column` (`hf:`) name columns.
 
-    Returns:
-        The dataset.
-
     Raises:
         InputError: An unknown name, an option that the dataset does not take, or missing or malformed data.
     """

@@ -44,7 +44,7 @@ def _join_qkv(qkv: Tensor, heads: int, new_order: bool) -> Tensor:
 
 
 def build_adm(flags: AdmFlags, in_channels: int = 3) -> UNet2DModel:
-    """Return an untrained ADM network, initialised as in guided-diffusion.
+    """Return an untrained ADM network in train mode, initialised as in guided-diffusion.
 
     The initialisation is PyTorch's default, except that the last layer of every residual block, of every attention
     block and of the network is zero. Each block is then the identity, and the output is 0.
@@ -52,9 +52,6 @@ def build_adm(flags: AdmFlags, in_channels: int = 3) -> UNet2DModel:
     Args:
         flags: The flags of the network (:data:`PRESETS` has those of published networks).
         in_channels: The number of image channels; the output has as many, or twice as many with `learn_sigma`.
-
-    Returns:
-        The UNet in train mode.
     """
     unet = Layout.from_flags(flags, in_channels).unet(flags.image_size, flags.dropout)
     for name, parameter in unet.named_parameters():
@@ -65,7 +62,6 @@ def build_adm(flags: AdmFlags, in_channels: int = 3) -> UNet2DModel:
 
 
 def _way_back(new_order: bool, qkv_dims: int = 1, dtypes: Mapping[str, str] | None = None) -> dict[str, Any]:
-    """Return the config's `_adm`."""
     return {"use_new_attention_order": new_order, "qkv_dims": qkv_dims, "dtypes": dict(dtypes or {})}
 
 
