@@ -47,14 +47,7 @@ _NOISE = 2  # the stream of images in (seed, stream, number); training uses othe
 
 
 class ImageNoise:
-    """A source of noise for some images, each with its own random generator on the CPU.
-
-    Arguments:
-        seed: The seed of the whole set.
-        indices: The numbers of the images.
-        shape: The shape (C, H, W) of one image's noise.
-        device: The device of the noise.
-    """
+    """A source of noise (C, H, W) for each of some images, which have their own random generators on the CPU."""
 
     def __init__(self, seed: int, indices: range, shape: tuple[int, ...], device: torch.device) -> None:
         self.shape, self.device = shape, device
@@ -391,9 +384,7 @@ def write_pngs(
             file.write(json.dumps(settings, indent=1).encode())
     accelerator.wait_for_everyone()
     made = False
-    share = share_of(num, accelerator)
-    for start in range(share.start, share.stop, generator.batch_size):
-        numbers = range(start, min(start + generator.batch_size, share.stop))
+    for numbers in generator.batches(share_of(num, accelerator)):
         missing = {i: path for i in numbers if not _is_there(path := folder / f"{i:06d}.png")}
         if missing:
             made = True
@@ -441,7 +432,7 @@ def _comment(path: Path) -> bytes:
 
 
 def _contents(record: Path) -> bytes:
-    """Return the contents of a record, up to the largest possible size, or nothing if there is no record."""
+    """Return the contents of a record, at most 1 MiB, or nothing if there is none."""
     try:
         with open_regular(record) as file:
             return file.read(2**20)
@@ -450,11 +441,7 @@ def _contents(record: Path) -> bytes:
 
 
 def _is_there(path: Path) -> bool:
-    """Return whether a path is a regular file.
-
-    Raises:
-        InputError: If the path is something else, such as a link.
-    """
+    """Return whether a file exists. Anything else than a regular file, such as a link, is refused."""
     try:
         open_regular(path).close()
     except FileNotFoundError:
@@ -463,11 +450,7 @@ def _is_there(path: Path) -> bool:
 
 
 def _check_record(path: Path, record: bytes, settings: dict[str, Any]) -> None:
-    """Check that a file or folder was made with the given settings.
-
-    Raises:
-        InputError: If it was made with other settings, or its record cannot be read.
-    """
+    """Check that a file or folder was made with the given settings."""
     remedy = "give another --output, or remove it"
     try:
         found = json.loads(record)

@@ -49,11 +49,7 @@ def load_images(source: str) -> ImageDataset | None:
 
 
 def check_size(dataset: ImageDataset, shape: tuple[int, int, int]) -> None:
-    """Check that images have the shape of the real ones.
-
-    Arguments:
-        dataset: The images.
-        shape: The shape (C, H, W) of the real images.
+    """Check that images have the shape (C, H, W) of the real ones.
 
     Raises:
         InputError: If the shapes differ.

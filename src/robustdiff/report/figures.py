@@ -76,14 +76,7 @@ def save_figure(figure: Figure, path: Path) -> None:
 
 @dataclass(frozen=True)
 class Line:
-    """A line with a band.
-
-    Attributes:
-        x: The x coordinates.
-        y: The y coordinates.
-        low: The lower edge of the band.
-        high: The upper edge of the band.
-    """
+    """A line of points (x, y) with a band from ``low`` to ``high``."""
 
     x: Sequence[float]
     y: Sequence[float]

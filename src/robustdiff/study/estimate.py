@@ -24,14 +24,7 @@ __all__ = ["Remaining", "remaining"]
 
 @dataclass(frozen=True)
 class Remaining:
-    """The work that is left for one method or reference.
-
-    Attributes:
-        method: The name of the method or reference.
-        runs: The number of runs to train.
-        cells: The number of cells to measure.
-        seconds: The time that one process takes, in seconds.
-    """
+    """The runs to train and cells to measure of one method or reference, and the time in one process."""
 
     method: str
     runs: int

@@ -220,7 +220,7 @@ def _train(recipe: Recipe, progress: Progress, cpu: bool = False) -> bool:
 
 
 def _training_settings(recipe: Recipe) -> dict[str, Any]:
-    """Return the settings of the network's training for a cell's file."""
+    """Return what a cell's file says of its network's training."""
     path = Path(recipe.output) / "result.json"
     read(path, Training, f"delete the run {recipe.output}")
     return {"training": read_json(path), "recipe": {**parse_yaml(recipe.to_yaml(), "the recipe"), "output": ""}}

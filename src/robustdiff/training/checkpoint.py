@@ -183,12 +183,7 @@ def damage(path: Path) -> str | None:
 
 
 def _manifest(path: Path) -> dict[str, str]:
-    """Return the SHA-256 hashes of a checkpoint's files by file name.
-
-    Raises:
-        InputError: If the manifest is malformed or names a file that no checkpoint has.
-        OSError: If the manifest cannot be read.
-    """
+    """Return the SHA-256 hashes of a checkpoint's files by file name. Names that no checkpoint has are refused."""
     hashes = read_json(path / "manifest.json", 2**20)
     if path.is_symlink() or not isinstance(hashes, dict) or "state.json" not in hashes:
         raise InputError("manifest.json names no checkpoint of this version")
@@ -295,11 +290,7 @@ def _opened(path: Path) -> Any:
 
 
 def _read(path: Path, expected: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors of a file with their names, after checking names, shapes, types and finiteness.
-
-    Raises:
-        InputError: If the file does not hold exactly the expected tensors, or a value is not finite.
-    """
+    """Yield the tensors of a file with their names, after checking names, shapes, types and finiteness."""
     with _opened(path) as file:
         if different := sorted(set(file.keys()) ^ expected.keys()):
             what = "is missing" if different[0] in expected else "is not in the recipe's network"
