@@ -37,13 +37,7 @@ MOST = 8  # processes, each of which takes half a gigabyte for torch
 
 
 def demo_study(name: str, full: bool = False, seed: int = 0) -> Study:
-    """Return the study of a demonstration.
-
-    Arguments:
-        name: "demo" or "demo-consistency".
-        full: Use more updates and images.
-        seed: The seed of the batches, the noise and the samples.
-    """
+    """Return the study "demo" or "demo-consistency" with one seed, or with more updates and images (``full``)."""
     study = load_study(name)
     updates, images = FULL[name] if full else (study.set["steps"], study.measure.num)
     measure = study.measure.model_copy(update={"seed": seed, "num": images})
@@ -130,12 +124,17 @@ def _claim(study: Study, folder: Path) -> None:
 
 def _cell(name: str, record: dict[str, Any]) -> Cell:
     """Convert a cell of a study to a cell of a grid."""
-    numbers = {**record, **record["numbers"], "checkpoint": name}
-    kept = ("checkpoint", "sampler", "steps", "n", "fid", "fid_ci", "kid", "kid_se", "precision", "recall")
-    own = {key: numbers[key] for key in (*kept, "brightness", "seconds")}
-    if missing := [key for key, value in own.items() if value is None]:
+    needed = ("sampler", "steps", "n", "fid_ci", "kid_se", "brightness", "seconds")
+    if missing := [key for key in needed if record[key] is None]:
         raise InputError(f"a cell of {name} does not say its {missing[0]}: delete its file, and run again")
-    return Cell.from_record(own, {"fid": np.array(record["replicates"], dtype=np.float64)})
+    numbers = {**record, **record["numbers"]}
+    return Cell(
+        checkpoint=name,
+        **{key: record[key] for key in ("sampler", "steps", "n", "seconds")},
+        values={key: numbers[key] for key in ("fid", "kid", "kid_se", "precision", "recall", "brightness")},
+        intervals={"fid": tuple(record["fid_ci"])},
+        replicates={"fid": np.array(record["replicates"], dtype=np.float64)},
+    )
 
 
 def _grid(results: Results) -> Grid:

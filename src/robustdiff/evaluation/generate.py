@@ -159,10 +159,6 @@ class Generator:
             known = "this model has no classes" if classes is None else f"its classes are 0 to {classes - 1}"
             raise InputError(f"there is no class {self.label}: {known}")
 
-    def fingerprint(self) -> str:
-        """Return the sha256 of the network's parameters, which does not depend on device or memory format."""
-        return self.model.fingerprint()
-
     @cached_property
     def condition(self) -> Condition:
         """The condition of the network, restricted to the classes that are sampled."""
@@ -179,15 +175,6 @@ class Generator:
     def classes(self) -> int | None:
         """The number of classes that are sampled."""
         return self.condition.classes
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of an image.
-
-        Raises:
-            InputError: If the network's configuration does not give the size.
-        """
-        return self.model.image_shape
 
     def labels(self, indices: range) -> Tensor | None:
         """Return the classes of some images, with shape (B,), or None if the network has no classes."""
@@ -262,11 +249,7 @@ def _finished(file: BinaryIO, batches: list[range], size: int, key: str, secret:
 
 
 def write_npz(
-    generator: Generator,
-    num: int,
-    path: Path,
-    accelerator: Accelerator,
-    progress: Progress = SILENT,
+    generator: Generator, num: int, path: Path, accelerator: Accelerator, progress: Progress = SILENT
 ) -> bool:
     """Write images as ``arr_0``, uint8 (num, H, W, C), and labels, if any, as ``arr_1``, as ADM's evaluator reads them.
 
@@ -288,7 +271,7 @@ def write_npz(
         InputError: If the file exists and was written with another network or other settings.
     """
     progress.begin(f"{generator.sampler}, {generator.steps} steps", num)
-    channels, height, width = generator.shape
+    channels, height, width = generator.model.image_shape
     settings = {**_settings(generator), "num": num}
     # Temporary files of another network or other settings have another name and are not used.
     key = hashlib.sha256(json.dumps([settings, accelerator.num_processes]).encode()).hexdigest()[:12]
@@ -347,23 +330,14 @@ def _remove_parts(folder: Path, processes: int) -> None:
 
 
 def write_pngs(
-    generator: Generator,
-    num: int,
-    folder: Path,
-    accelerator: Accelerator,
-    progress: Progress = SILENT,
+    generator: Generator, num: int, folder: Path, accelerator: Accelerator, progress: Progress = SILENT
 ) -> bool:
     """Write ``000000.png``, … into a folder. Existing files are kept, so that an interrupted call can be continued.
 
     The file :data:`RECORD` in the folder holds the settings. A call with the same settings and a larger number of
     images adds those that are missing.
 
-    Arguments:
-        generator: The source of the images.
-        num: The number of images.
-        folder: The folder, which is created if it is missing.
-        accelerator: The accelerator, whose processes share the images.
-        progress: The receiver of the progress, in images of all processes.
+    The folder is created if it is missing. Other arguments are those of :func:`write_npz`.
 
     Returns:
         True if images were written, False if none was missing.
@@ -402,10 +376,10 @@ def _settings(generator: Generator) -> dict[str, Any]:
     model, process = generator.model, generator.model.process
     levels = np.stack([process.alphas.numpy(), process.sigmas.numpy()])
     settings = {
-        "network": generator.fingerprint(),
+        "network": model.fingerprint(),
         "process": hashlib.sha256(levels.tobytes()).hexdigest(),
         "prediction": model.prediction,
-        "shape": generator.shape,
+        "shape": model.image_shape,
         "sampler": generator.sampler,
         "steps": generator.steps,
         "seed": generator.seed,

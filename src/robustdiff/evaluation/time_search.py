@@ -17,12 +17,7 @@ __all__ = ["search_times_by_fid"]
 
 
 def search_times_by_fid(
-    generator: Generator,
-    steps: int,
-    num: int,
-    target: Target,
-    accelerator: Accelerator,
-    progress: Progress = SILENT,
+    generator: Generator, steps: int, num: int, target: Target, accelerator: Accelerator, progress: Progress = SILENT
 ) -> TimeSearch:
     """Search the scales of multistep sampling greedily, with the same noise for all candidates.
 

@@ -584,15 +584,7 @@ def _not_run(results: Results) -> list[str]:
 
 
 def write_page(study: Study, folder: Path, page: Path) -> str:
-    """Write the page of a study, and its figures into a folder of the page's name beside it.
-
-    Arguments:
-        study: The study.
-        folder: The study's folder.
-        page: The path of the Markdown file.
-
-    Returns:
-        The page's text.
+    """Write the page of a study from its folder, with its figures in a folder beside it, and return the page's text.
 
     Raises:
         InputError: If the baseline has no cells, or the path does not end in .md.

@@ -88,11 +88,7 @@ def _time_sampling(run: Run) -> float:
     recipe, measure = run.recipe, run.study.measure
     built = build_model(recipe, recipe.data.load())
     generator = Generator.of(
-        built.model,
-        sampler=measure.samplers[0],
-        steps=2,
-        batch_size=measure.batch_size,
-        precision=recipe.precision,
+        built.model, sampler=measure.samplers[0], steps=2, batch_size=measure.batch_size, precision=recipe.precision
     )
     seconds = []
     for _ in range(3):

@@ -209,7 +209,7 @@ def _measure_mismatch(run: Run, name: str, progress: Progress) -> None:
     kept = ("sampler", "steps", "mean", "last")
     paths = [{name: value for name, value in asdict(path).items() if name in kept} for path in mismatch.paths]
     record = {"method": run.method, "seed": run.seed, "n": measure.mismatch, "images_seed": measure.seed}
-    write(run.mismatch_path, {**record, "weights": generator.fingerprint(), "paths": paths})
+    write(run.mismatch_path, {**record, "weights": generator.model.fingerprint(), "paths": paths})
 
 
 def _train(recipe: Recipe, progress: Progress, cpu: bool = False) -> bool:
@@ -267,7 +267,7 @@ def _measure(
         **numbers,
         "replicates": cell.replicates[MEASURES[0]].tolist(),
         "measure": cell_settings(measure),
-        "weights": generator.fingerprint(),
+        "weights": generator.model.fingerprint(),
         "extractor": metrics.reference.fingerprint,
         "real_images": metrics.reference.n,
         "robustdiff": version("robustdiff"),
@@ -327,12 +327,7 @@ class _Share:
 
 
 def reproduce(path: Path, folder: Path, *, progress: Progress = SILENT) -> tuple[dict[str, Any], dict[str, Any]] | None:
-    """Repeat a cell from its file alone: train its recipe and measure the result.
-
-    Arguments:
-        path: The cell's file.
-        folder: The folder of the run. An existing run in it is continued.
-        progress: The receiver of the progress of training and sampling.
+    """Repeat a cell from its file alone: train its recipe, or continue the run in ``folder``, and measure the result.
 
     Returns:
         The record in the file and the new one, for :func:`robustdiff.study.analysis.compare`, or None if a signal

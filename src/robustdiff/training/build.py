@@ -23,7 +23,6 @@ class Built:
     """A model to be trained.
 
     Attributes:
-        model: The model.
         process: The process of the objective, in float64.
         objective: The objective; its parameterisation is the model's unless the recipe sets one.
     """

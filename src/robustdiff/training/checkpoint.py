@@ -51,15 +51,13 @@ logger = logging.getLogger(__name__)
 _NAME = re.compile(r"step-(\d{8})")
 _FILE = re.compile(r"state\.json|(?:model|target|optimizer|ema|random)(?:-\d+)?\.safetensors")
 
-_LARGEST_SCALE = torch.finfo(torch.float32).max
-
 
 class Scale(BaseModel):
     """The scale of the loss in fp16, and the number of updates since the scale last changed."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    scale: float = Field(gt=0, le=_LARGEST_SCALE)
+    scale: float = Field(gt=0, le=torch.finfo(torch.float32).max)
     growth_tracker: NonNegativeInt
 
 
@@ -263,7 +261,8 @@ def _restore_random(path: Path, accelerator: Accelerator, processes: int) -> Non
         logger.warning("%s is of %d processes: random numbers such as dropout's begin anew", printable(path), processes)
         return
     file = path / _random_file(accelerator.process_index)
-    saved = _names(file)
+    with _opened(file) as opened:
+        saved = set(opened.keys())
     if saved != now.keys() and saved in ({"cpu"}, {"cpu", "cuda"}):
         logger.warning("%s is of another device: random numbers such as dropout's begin anew", printable(path))
         return
@@ -274,11 +273,6 @@ def _restore_random(path: Path, accelerator: Accelerator, processes: int) -> Non
             torch.cuda.set_rng_state(states["cuda"], accelerator.device)
     except RuntimeError as error:
         raise _refusal(file, str(error).splitlines()[0]) from None
-
-
-def _names(path: Path) -> set[str]:
-    with _opened(path) as file:
-        return set(file.keys())
 
 
 def _opened(path: Path) -> Any:
@@ -312,11 +306,6 @@ def _read(path: Path, expected: Mapping[str, Tensor]) -> Iterator[tuple[str, Ten
 
 def check_moments(path: Path, moments: Mapping[str, Tensor], step: int) -> None:
     """Check the moments of AdamW: second moments ≥ 0, and counts of updates that are whole and at most the run's.
-
-    Arguments:
-        path: The checkpoint.
-        moments: The tensors "<parameter>/step", "<parameter>/exp_avg" and "<parameter>/exp_avg_sq" by name.
-        step: The number of updates of the run.
 
     Raises:
         InputError: If a moment or a count is out of its range.
