@@ -49,17 +49,11 @@ def demo_study(name: str, full: bool = False, seed: int = 0) -> Study:
 def run_demo(
     study: Study, folder: Path, *, processes: int | None = None, progress: Progress = SILENT
 ) -> tuple[Grid, dict[str, Any]] | None:
-    """Run the study of a demonstration, and write figures and ``result.json`` into a folder.
+    """Run the study of a demonstration, which has one seed, and write figures and ``result.json`` into a folder.
 
     Existing trainings and cells are kept, and interrupted trainings are resumed. Trainings of a smaller demonstration
-    are continued if their learning rate is constant.
-
-    Arguments:
-        study: The study, with one seed.
-        folder: The folder.
-        processes: The number of processes that share the work, which does not change the results. By default one for
-            each core, at most 8, and one on a GPU.
-        progress: The receiver of the progress, as a percentage of the work.
+    are continued if their learning rate is constant. The progress is a percentage of the work. The number of processes
+    that share the work does not change the results: by default one for each core, at most 8, and one on a GPU.
 
     Returns:
         The grid of the methods, and the contents of ``result.json`` with the references' cells under their names, or

@@ -145,11 +145,7 @@ def evaluate_images(
 ) -> Cell:
     """Measure existing images. Other arguments and errors are those of :func:`evaluate_cell`.
 
-    Arguments:
-        name: The name of the images.
-        dataset: The images, whose labels are the condition for metrics.
-        num: The number of images to measure, from the first on.
-        batch_size: The number of images at a time.
+    The first ``num`` images of the dataset are measured, and their labels are the condition for metrics.
 
     Raises:
         InputError: If an image cannot be read.

@@ -91,13 +91,9 @@ def step_panels(
     levels: Mapping[str, float] = {},
     number: Number = FID.numbers[0],
 ) -> Figure:
-    """Draw a number against steps, on a logarithmic axis. Lines with the same label have the same colour.
+    """Draw a number against steps, on a logarithmic axis, as lines by title of the panel and by label.
 
-    Arguments:
-        panels: The lines by title of the panel and by label.
-        title: The title of the figure.
-        levels: The values of dashed horizontal lines, by label.
-        number: The number that is drawn.
+    Lines with the same label have the same colour. Levels are dashed horizontal lines.
     """
     labels = list(dict.fromkeys(name for groups in panels.values() for name in groups))
     steps = sorted({x for groups in panels.values() for lines in groups.values() for line in lines for x in line.x})

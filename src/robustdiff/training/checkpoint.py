@@ -125,14 +125,8 @@ def save_checkpoint(
 ) -> Path:
     """Write ``folder/step-<step>`` atomically, then remove all but the newest ``keep`` checkpoints.
 
-    Every process must call this function.
-
-    Arguments:
-        folder: The run's ``checkpoints`` folder, which must exist and hold only files of the run.
-        state: The state of the run.
-        accelerator: The accelerator of the run.
-        tensors: The tensors of each part ("model", "target", "optimizer", "ema") by name.
-        keep: The number of checkpoints to keep, ≥ 1.
+    Every process must call this function. The folder must exist and hold only files of the run. The tensors of each
+    part ("model", "target", "optimizer", "ema") are given by name.
 
     Raises:
         OSError: If the disk is full or cannot be written; nothing is left behind.
@@ -213,11 +207,8 @@ def newest_checkpoint(folder: Path) -> Path | None:
 def load_checkpoint(path: Path, accelerator: Accelerator, tensors: Mapping[str, Mapping[str, Tensor]]) -> State:
     """Copy a checkpoint into the run's tensors, restore the random states, and return the run's state.
 
-    Arguments:
-        path: A whole checkpoint.
-        accelerator: The accelerator of the run.
-        tensors: The tensors of each part by name, as in :func:`save_checkpoint`, on any device and in any memory
-            format. After an error, some of them may have been overwritten.
+    The checkpoint is a whole one. The tensors, as in :func:`save_checkpoint`, may be on any device and in any memory
+    format. After an error, some of them may have been overwritten.
 
     Raises:
         InputError: If the checkpoint's files, or the names, shapes or types of its tensors, are not the run's, or a

@@ -105,12 +105,6 @@ def _build_teacher(path: str, highest: float, built: Built, dataset: ImageDatase
 class Trainer:
     """A training run with its network, optimiser, objective and adversary. :meth:`updates` is the training loop.
 
-    Arguments:
-        recipe: The configuration.
-        accelerator: The devices and the precision.
-        dataset: The training data.
-        built: The model with its process and objective, as :func:`build_model` returns it.
-
     Raises:
         InputError: If the recipe, the data and the checkpoint do not fit together.
     """
