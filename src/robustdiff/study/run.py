@@ -152,14 +152,8 @@ def _train_run(run: Run, progress: Progress) -> bool:
         seconds += (line.step - before) * run.recipe.batch_size / line.images_per_second
         before = line.step
     thinned = lines[:: -(-len(lines) // 100)]
-    record = {
-        "method": run.method,
-        "seed": run.seed,
-        "seconds": round(seconds, 1),
-        "step": [line.step for line in thinned],
-        "loss": [round(line.loss, 5) for line in thinned],
-    }
-    write(run.path, record)
+    losses = {"step": [line.step for line in thinned], "loss": [round(line.loss, 5) for line in thinned]}
+    write(run.path, {"method": run.method, "seed": run.seed, "seconds": round(seconds, 1), **losses})
     return True
 
 
