@@ -37,13 +37,7 @@ MOST = 8  # processes, each of which takes half a gigabyte for torch
 
 
 def demo_study(name: str, full: bool = False, seed: int = 0) -> Study:
-    """Return the study of a demonstration.
-
-    Arguments:
-        name: "demo" or "demo-consistency".
-        full: Use more updates and images.
-        seed: The seed of the batches, the noise and the samples.
-    """
+    """Return the study "demo" or "demo-consistency" with one seed, or with more updates and images (``full``)."""
     study = load_study(name)
     updates, images = FULL[name] if full else (study.set["steps"], study.measure.num)
     measure = study.measure.model_copy(update={"seed": seed, "num": images})
@@ -55,17 +49,11 @@ def demo_study(name: str, full: bool = False, seed: int = 0) -> Study:
 def run_demo(
     study: Study, folder: Path, *, processes: int | None = None, progress: Progress = SILENT
 ) -> tuple[Grid, dict[str, Any]] | None:
-    """Run the study of a demonstration, and write figures and ``result.json`` into a folder.
+    """Run the study of a demonstration, which has one seed, and write figures and ``result.json`` into a folder.
 
     Existing trainings and cells are kept, and interrupted trainings are resumed. Trainings of a smaller demonstration
-    are continued if their learning rate is constant.
-
-    Arguments:
-        study: The study, with one seed.
-        folder: The folder.
-        processes: The number of processes that share the work, which does not change the results. By default one for
-            each core, at most 8, and one on a GPU.
-        progress: The receiver of the progress, as a percentage of the work.
+    are continued if their learning rate is constant. The progress is a percentage of the work. The number of processes
+    that share the work does not change the results: by default one for each core, at most 8, and one on a GPU.
 
     Returns:
         The grid of the methods, and the contents of ``result.json`` with the references' cells under their names, or
@@ -130,12 +118,17 @@ def _claim(study: Study, folder: Path) -> None:
 
 def _cell(name: str, record: dict[str, Any]) -> Cell:
     """Convert a cell of a study to a cell of a grid."""
-    numbers = {**record, **record["numbers"], "checkpoint": name}
-    kept = ("checkpoint", "sampler", "steps", "n", "fid", "fid_ci", "kid", "kid_se", "precision", "recall")
-    own = {key: numbers[key] for key in (*kept, "brightness", "seconds")}
-    if missing := [key for key, value in own.items() if value is None]:
+    needed = ("sampler", "steps", "n", "fid_ci", "kid_se", "brightness", "seconds")
+    if missing := [key for key in needed if record[key] is None]:
         raise InputError(f"a cell of {name} does not say its {missing[0]}: delete its file, and run again")
-    return Cell.from_record(own, {"fid": np.array(record["replicates"], dtype=np.float64)})
+    numbers = {**record, **record["numbers"]}
+    return Cell(
+        checkpoint=name,
+        **{key: record[key] for key in ("sampler", "steps", "n", "seconds")},
+        values={key: numbers[key] for key in ("fid", "kid", "kid_se", "precision", "recall", "brightness")},
+        intervals={"fid": tuple(record["fid_ci"])},
+        replicates={"fid": np.array(record["replicates"], dtype=np.float64)},
+    )
 
 
 def _grid(results: Results) -> Grid:

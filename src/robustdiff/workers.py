@@ -76,11 +76,7 @@ class _Remote(logging.Handler):
 
 
 def serve(handle: int) -> None:
-    """Run the call that is received from a socket.
-
-    Arguments:
-        handle: The file descriptor of the socket.
-    """
+    """Run the call that is received from a socket, given its file descriptor."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     connection = Connection(handle)
     remote = _Remote(connection)
@@ -98,14 +94,7 @@ def serve(handle: int) -> None:
 
 
 class _Worker:
-    """The parent's side of a worker.
-
-    Attributes:
-        running: Whether the call is running.
-        finished: Whether the call finished.
-        error: The error that ended the call, or None.
-        progress: The receiver of the worker's progress.
-    """
+    """The parent's side of a worker."""
 
     def __init__(self, call: Call, progress: Progress) -> None:
         ours, theirs = socket.socketpair()

@@ -126,7 +126,7 @@ def test_parts_of_another_network_are_not_used(generator, accelerator, tmp_path)
     other = replace(generator, model=copy.deepcopy(generator.model))
     with torch.no_grad():
         other.model.network.conv_out.bias.add_(1.0)
-    assert other.fingerprint() != generator.fingerprint()
+    assert other.model.fingerprint() != generator.model.fingerprint()
     counts: list[int] = []
     write_npz(other, 8, tmp_path / "a.npz", accelerator, Calls(counts.append))
     assert counts[0] == 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import pickle
 from dataclasses import replace
 from types import SimpleNamespace
@@ -17,7 +16,7 @@ from robustdiff.data import ArrayDataset, load_dataset
 from robustdiff.errors import InputError
 from robustdiff.evaluation import grid as grid_module
 from robustdiff.evaluation.generate import Generator
-from robustdiff.evaluation.grid import Cell, Grid, differences, evaluate_cell, evaluate_grid, evaluate_images
+from robustdiff.evaluation.grid import Grid, differences, evaluate_cell, evaluate_grid, evaluate_images
 from robustdiff.metrics import fid as fid_module
 from robustdiff.metrics.bootstrap import interval
 from robustdiff.metrics.features import load_extractor
@@ -121,17 +120,14 @@ def test_a_number_of_one_of_two_cells_has_no_difference(grid):
     assert differences(cell, replace(cell, values={"kid": 0.0})) == []
 
 
-def test_a_cell_is_what_its_record_says(grid):
+def test_the_record_of_a_cell(grid):
     cell = grid.cells[0]
-    record = json.loads(json.dumps(cell.record()))
+    record = cell.record()
     assert list(record) == [
         "checkpoint", "sampler", "steps", "n", "fid", "fid_ci", "kid", "kid_se", "precision", "recall", "brightness",
         "seconds",
     ]  # fmt: skip
-    assert Cell.from_record(record, {}) == cell
-    for wrong in ({"fid": "x"}, {"fid_ci": [1]}, {"n": None}):
-        with pytest.raises(ValueError, match="validation error"):
-            Cell.from_record({**record, **wrong}, {})
+    assert (record["fid"], tuple(record["fid_ci"])) == (cell.values["fid"], cell.intervals["fid"])
 
 
 def test_images_that_are_there_are_measured_as_those_of_a_generator(grid, generators, metrics):

@@ -119,8 +119,7 @@ Spacing = Annotated[
     typer.Option(help="The spacing of sampling times; by default that of the checkpoint; own: that of the sampler."),
 ]
 Guidance = Annotated[
-    float | None,
-    typer.Option(min=0, help="Scale of classifier-free guidance, for models with a null class; 1: none."),
+    float | None, typer.Option(min=0, help="Scale of classifier-free guidance, for models with a null class; 1: none.")
 ]
 Precision = Annotated[
     Literal["auto", "fp32", "bf16", "fp16"],

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from robustdiff.cli import app, err, options, say
 from robustdiff.errors import InputError
-
-if TYPE_CHECKING:
-    from robustdiff.evaluation.generate import Generator
 
 
 @app.command()
@@ -68,7 +65,10 @@ def sample(
     settings = options.given(sampler=sampler, steps=_steps(steps), label=label, num_classes=classes, guidance=guidance)
     settings |= {"size": size, "seed": seed, "batch_size": batch_size, "precision": precision, "options": chosen}
     generator = Generator.load(run, accelerator.device, **settings)
-    _prepare(output, generator)
+    if output.suffix and output.suffix != ".npz":
+        raise InputError(f"{output}: give a file that ends in .npz, or a folder")
+    generator.model.image_shape  # noqa: B018  (raises where the model does not say it)
+    output.parent.mkdir(parents=True, exist_ok=True)
     write = write_npz if output.suffix == ".npz" else write_pngs
     with Bar(err, quiet=not accelerator.is_main_process) as bar:
         made = write(generator, num, output, accelerator, bar)
@@ -86,11 +86,3 @@ def _scale(text: str | None) -> float | tuple[float, float] | None:
 
 def _steps(text: str | None) -> int | str | None:
     return int(text) if text is not None and text.lstrip("-").isdigit() else text
-
-
-def _prepare(output: Path, generator: Generator) -> None:
-    """Check the output path, and create its folder."""
-    if output.suffix and output.suffix != ".npz":
-        raise InputError(f"{output}: give a file that ends in .npz, or a folder")
-    generator.shape  # noqa: B018  (raises where the model does not say it)
-    output.parent.mkdir(parents=True, exist_ok=True)

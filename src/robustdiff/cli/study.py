@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from robustdiff.cli import app, err, out, say
-
-if TYPE_CHECKING:
-    from robustdiff.study.schema import Study
 
 
 @app.command()
@@ -29,9 +26,11 @@ def study(
     Each result is a file; only what is missing is computed. Start the same command several times, and the processes
     share the work.
     """
+    from robustdiff.report.bar import Bar
     from robustdiff.report.page import write_page
     from robustdiff.report.tables import print_whole, remaining_table
     from robustdiff.study.estimate import remaining
+    from robustdiff.study.run import run_study
     from robustdiff.study.schema import load_study
 
     settings, folder = load_study(file), output or Path("studies") / file.stem
@@ -40,15 +39,10 @@ def study(
     elif report is not None:
         write_page(settings, folder, report)
         say(f"{report} and its figures in {report.with_suffix('')}")
-    elif _run(settings, folder):
-        say(f"every cell is in {folder / 'cells'}")
     else:
-        say(f"stopped; robustdiff study {file} --output {folder} goes on from here", err)
-
-
-def _run(settings: Study, folder: Path) -> bool:
-    from robustdiff.report.bar import Bar
-    from robustdiff.study.run import run_study
-
-    with Bar(err) as bar:
-        return run_study(settings, folder, progress=bar)
+        with Bar(err) as bar:
+            finished = run_study(settings, folder, progress=bar)
+        if finished:
+            say(f"every cell is in {folder / 'cells'}")
+        else:
+            say(f"stopped; robustdiff study {file} --output {folder} goes on from here", err)

@@ -47,14 +47,7 @@ _NOISE = 2  # the stream of images in (seed, stream, number); training uses othe
 
 
 class ImageNoise:
-    """A source of noise for some images, each with its own random generator on the CPU.
-
-    Arguments:
-        seed: The seed of the whole set.
-        indices: The numbers of the images.
-        shape: The shape (C, H, W) of one image's noise.
-        device: The device of the noise.
-    """
+    """A source of noise (C, H, W) for each of some images, which have their own random generators on the CPU."""
 
     def __init__(self, seed: int, indices: range, shape: tuple[int, ...], device: torch.device) -> None:
         self.shape, self.device = shape, device
@@ -166,10 +159,6 @@ class Generator:
             known = "this model has no classes" if classes is None else f"its classes are 0 to {classes - 1}"
             raise InputError(f"there is no class {self.label}: {known}")
 
-    def fingerprint(self) -> str:
-        """Return the sha256 of the network's parameters, which does not depend on device or memory format."""
-        return self.model.fingerprint()
-
     @cached_property
     def condition(self) -> Condition:
         """The condition of the network, restricted to the classes that are sampled."""
@@ -186,15 +175,6 @@ class Generator:
     def classes(self) -> int | None:
         """The number of classes that are sampled."""
         return self.condition.classes
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of an image.
-
-        Raises:
-            InputError: If the network's configuration does not give the size.
-        """
-        return self.model.image_shape
 
     def labels(self, indices: range) -> Tensor | None:
         """Return the classes of some images, with shape (B,), or None if the network has no classes."""
@@ -269,11 +249,7 @@ def _finished(file: BinaryIO, batches: list[range], size: int, key: str, secret:
 
 
 def write_npz(
-    generator: Generator,
-    num: int,
-    path: Path,
-    accelerator: Accelerator,
-    progress: Progress = SILENT,
+    generator: Generator, num: int, path: Path, accelerator: Accelerator, progress: Progress = SILENT
 ) -> bool:
     """Write images as ``arr_0``, uint8 (num, H, W, C), and labels, if any, as ``arr_1``, as ADM's evaluator reads them.
 
@@ -295,7 +271,7 @@ def write_npz(
         InputError: If the file exists and was written with another network or other settings.
     """
     progress.begin(f"{generator.sampler}, {generator.steps} steps", num)
-    channels, height, width = generator.shape
+    channels, height, width = generator.model.image_shape
     settings = {**_settings(generator), "num": num}
     # Temporary files of another network or other settings have another name and are not used.
     key = hashlib.sha256(json.dumps([settings, accelerator.num_processes]).encode()).hexdigest()[:12]
@@ -354,23 +330,14 @@ def _remove_parts(folder: Path, processes: int) -> None:
 
 
 def write_pngs(
-    generator: Generator,
-    num: int,
-    folder: Path,
-    accelerator: Accelerator,
-    progress: Progress = SILENT,
+    generator: Generator, num: int, folder: Path, accelerator: Accelerator, progress: Progress = SILENT
 ) -> bool:
     """Write ``000000.png``, … into a folder. Existing files are kept, so that an interrupted call can be continued.
 
     The file :data:`RECORD` in the folder holds the settings. A call with the same settings and a larger number of
     images adds those that are missing.
 
-    Arguments:
-        generator: The source of the images.
-        num: The number of images.
-        folder: The folder, which is created if it is missing.
-        accelerator: The accelerator, whose processes share the images.
-        progress: The receiver of the progress, in images of all processes.
+    The folder is created if it is missing. Other arguments are those of :func:`write_npz`.
 
     Returns:
         True if images were written, False if none was missing.
@@ -391,9 +358,7 @@ def write_pngs(
             file.write(json.dumps(settings, indent=1).encode())
     accelerator.wait_for_everyone()
     made = False
-    share = share_of(num, accelerator)
-    for start in range(share.start, share.stop, generator.batch_size):
-        numbers = range(start, min(start + generator.batch_size, share.stop))
+    for numbers in generator.batches(share_of(num, accelerator)):
         missing = {i: path for i in numbers if not _is_there(path := folder / f"{i:06d}.png")}
         if missing:
             made = True
@@ -411,10 +376,10 @@ def _settings(generator: Generator) -> dict[str, Any]:
     model, process = generator.model, generator.model.process
     levels = np.stack([process.alphas.numpy(), process.sigmas.numpy()])
     settings = {
-        "network": generator.fingerprint(),
+        "network": model.fingerprint(),
         "process": hashlib.sha256(levels.tobytes()).hexdigest(),
         "prediction": model.prediction,
-        "shape": generator.shape,
+        "shape": model.image_shape,
         "sampler": generator.sampler,
         "steps": generator.steps,
         "seed": generator.seed,
@@ -441,7 +406,7 @@ def _comment(path: Path) -> bytes:
 
 
 def _contents(record: Path) -> bytes:
-    """Return the contents of a record, up to the largest possible size, or nothing if there is no record."""
+    """Return the contents of a record, at most 1 MiB, or nothing if there is none."""
     try:
         with open_regular(record) as file:
             return file.read(2**20)
@@ -450,11 +415,7 @@ def _contents(record: Path) -> bytes:
 
 
 def _is_there(path: Path) -> bool:
-    """Return whether a path is a regular file.
-
-    Raises:
-        InputError: If the path is something else, such as a link.
-    """
+    """Return whether a file exists. Anything else than a regular file, such as a link, is refused."""
     try:
         open_regular(path).close()
     except FileNotFoundError:
@@ -463,11 +424,7 @@ def _is_there(path: Path) -> bool:
 
 
 def _check_record(path: Path, record: bytes, settings: dict[str, Any]) -> None:
-    """Check that a file or folder was made with the given settings.
-
-    Raises:
-        InputError: If it was made with other settings, or its record cannot be read.
-    """
+    """Check that a file or folder was made with the given settings."""
     remedy = "give another --output, or remove it"
     try:
         found = json.loads(record)

@@ -13,19 +13,18 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from pydantic import TypeAdapter
 from torch import Tensor
 
 from robustdiff.data import ImageDataset
 from robustdiff.evaluation.generate import Generator, share_of
-from robustdiff.metrics.bootstrap import Array, interval
+from robustdiff.metrics.bootstrap import interval
 from robustdiff.metrics.metric import MetricCollection
 from robustdiff.progress import SILENT, Progress
 
@@ -69,21 +68,6 @@ class Cell:
             if name in self.intervals:
                 record[f"{name}_ci"] = list(self.intervals[name])
         return {**record, "seconds": self.seconds}
-
-    @classmethod
-    def from_record(cls, record: Mapping[str, Any], replicates: dict[str, Array]) -> Cell:
-        """Create a cell from its record.
-
-        Raises:
-            ValueError: If the record is malformed.
-        """
-        head = ("checkpoint", "sampler", "steps", "n", "seconds")
-        numbers = {key: record[key] for key in record if key not in head}
-        intervals = {key.removesuffix("_ci"): numbers.pop(key) for key in list(numbers) if key.endswith("_ci")}
-        fields = {key: record[key] for key in record if key in head}
-        return TypeAdapter(cls).validate_python(
-            {**fields, "values": numbers, "intervals": intervals, "replicates": replicates}
-        )
 
 
 @dataclass(frozen=True)
@@ -161,11 +145,7 @@ def evaluate_images(
 ) -> Cell:
     """Measure existing images. Other arguments and errors are those of :func:`evaluate_cell`.
 
-    Arguments:
-        name: The name of the images.
-        dataset: The images, whose labels are the condition for metrics.
-        num: The number of images to measure, from the first on.
-        batch_size: The number of images at a time.
+    The first ``num`` images of the dataset are measured, and their labels are the condition for metrics.
 
     Raises:
         InputError: If an image cannot be read.

@@ -21,13 +21,7 @@ MODEL = ("model_index.json", "model/model_index.json", "recipe.yaml", "unet/conf
 
 
 def load_images(source: str) -> ImageDataset | None:
-    """Load the images of a folder or an ``.npz`` file.
-
-    Arguments:
-        source: A folder or a file, or a source of :func:`robustdiff.load_model`.
-
-    Returns:
-        The images, uint8, or None if the source is a run, a pipeline folder or the name of a shipped model.
+    """Load the images, uint8, of a folder or an ``.npz`` file. Return None for a source of ``robustdiff.load_model``.
 
     Raises:
         InputError: If the file is of another kind, or the images are missing or malformed.
@@ -49,11 +43,7 @@ def load_images(source: str) -> ImageDataset | None:
 
 
 def check_size(dataset: ImageDataset, shape: tuple[int, int, int]) -> None:
-    """Check that images have the shape of the real ones.
-
-    Arguments:
-        dataset: The images.
-        shape: The shape (C, H, W) of the real images.
+    """Check that images have the shape (C, H, W) of the real ones.
 
     Raises:
         InputError: If the shapes differ.

@@ -17,22 +17,12 @@ __all__ = ["search_times_by_fid"]
 
 
 def search_times_by_fid(
-    generator: Generator,
-    steps: int,
-    num: int,
-    target: Target,
-    accelerator: Accelerator,
-    progress: Progress = SILENT,
+    generator: Generator, steps: int, num: int, target: Target, accelerator: Accelerator, progress: Progress = SILENT
 ) -> TimeSearch:
-    """Search the scales of multistep sampling greedily, with the same noise for all candidates.
+    """Search greedily for as many scales of multistep sampling as ``steps``, by the FID of ``num`` images for each try.
 
-    Arguments:
-        generator: The source of the images, with the sampler multistep. Its ``steps`` is replaced.
-        steps: The number of scales.
-        num: The number of images for each candidate.
-        target: The real images and the feature extractor.
-        accelerator: The accelerator, whose main process computes the statistics of the real images.
-        progress: The receiver of the progress, in images of each candidate.
+    The generator has the sampler multistep, and its own steps are replaced. All candidates have the same noise. The
+    progress is in images of each candidate.
 
     Raises:
         InputError: If the process has too few scales, or the extractor does not take the images.

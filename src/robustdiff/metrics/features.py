@@ -293,15 +293,12 @@ class InceptionExtractor(FeatureExtractor):
 def load_extractor(
     name: str, *, weights: str | os.PathLike[str] | None = None, device: str | torch.device = "cpu"
 ) -> FeatureExtractor:
-    """Load a feature extractor by its name.
+    """Load a feature extractor, frozen and in evaluation mode, by its name.
 
     Args:
         name: One of `EXTRACTORS`, or the path of a `.safetensors` file that `Classifier.save` wrote.
         weights: The path of the weight file of `inception`; other extractors take none.
         device: The device of the extractor.
-
-    Returns:
-        The extractor, in evaluation mode, its parameters frozen.
 
     Raises:
         InputError: If the name is unknown, or the weights are missing or malformed.

@@ -39,11 +39,9 @@ def _frechet(mean1: Array, cov1: Array, mean2: Array, cov2: Array, root2: Array)
 
 
 def frechet_distance(mean1: Array, cov1: Array, mean2: Array, cov2: Array) -> float:
-    """Return the squared Fréchet distance between two Gaussians; a value made negative by rounding becomes zero.
+    """Return the squared Fréchet distance between two Gaussians with means (D,) and covariances (D, D).
 
-    Arguments:
-        mean1: The mean of the first Gaussian, (D,); ``mean2`` is that of the second.
-        cov1: The covariance of the first, (D, D), symmetric positive semi-definite; ``cov2`` is that of the second.
+    A value made negative by rounding becomes zero.
 
     Raises:
         ValueError: If the shapes do not fit together.

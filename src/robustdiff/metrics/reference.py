@@ -50,10 +50,8 @@ class Reference:
 def load_reference(path: str | os.PathLike[str], extractor: FeatureExtractor) -> Reference:
     """Load precomputed statistics in the format of pytorch-fid and guided-diffusion.
 
-    Arguments:
-        path: An ``.npz`` file with ``mu``, (D,), and ``sigma``, (D, D). Other arrays are not read.
-        extractor: The extractor with which the statistics were made. Only the number of features can be checked, since
-            the file does not name the extractor.
+    This is an ``.npz`` file with ``mu``, (D,), and ``sigma``, (D, D); other arrays are not read. Only the number of
+    features can be checked, since the file does not name the extractor with which it was made.
 
     Raises:
         InputError: If the file or an array is missing, or the arrays are not a mean and a covariance of as many
@@ -101,13 +99,7 @@ def reference_statistics(
 
     The key of an entry is a hash of the pixels and of the extractor's weights, so a copied or renamed dataset has the
     same entry. An entry that cannot be read is computed again, and statistics that cannot be written are not cached,
-    each with a warning.
-
-    Arguments:
-        dataset: The real images.
-        extractor: The feature extractor.
-        cache_dir: The folder of the cache; by default :func:`robustdiff.files.cache_folder`.
-        batch_size: The number of images at a time.
+    each with a warning. The folder of the cache is by default :func:`robustdiff.files.cache_folder`.
 
     Raises:
         InputError: If there are fewer than 4 images, or the extractor does not take their size.

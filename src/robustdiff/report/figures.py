@@ -76,14 +76,7 @@ def save_figure(figure: Figure, path: Path) -> None:
 
 @dataclass(frozen=True)
 class Line:
-    """A line with a band.
-
-    Attributes:
-        x: The x coordinates.
-        y: The y coordinates.
-        low: The lower edge of the band.
-        high: The upper edge of the band.
-    """
+    """A line of points (x, y) with a band from ``low`` to ``high``."""
 
     x: Sequence[float]
     y: Sequence[float]
@@ -98,13 +91,9 @@ def step_panels(
     levels: Mapping[str, float] = {},
     number: Number = FID.numbers[0],
 ) -> Figure:
-    """Draw a number against steps, on a logarithmic axis. Lines with the same label have the same colour.
+    """Draw a number against steps, on a logarithmic axis, as lines by title of the panel and by label.
 
-    Arguments:
-        panels: The lines by title of the panel and by label.
-        title: The title of the figure.
-        levels: The values of dashed horizontal lines, by label.
-        number: The number that is drawn.
+    Lines with the same label have the same colour. Levels are dashed horizontal lines.
     """
     labels = list(dict.fromkeys(name for groups in panels.values() for name in groups))
     steps = sorted({x for groups in panels.values() for lines in groups.values() for line in lines for x in line.x})

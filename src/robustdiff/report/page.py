@@ -106,6 +106,12 @@ def _table(heading: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
 
 
+def _figure(folder: Path, name: str, made: Figure, caption: str) -> str:
+    """Write a figure into the page's folder, and return the Markdown that shows it."""
+    save_figure(made, folder / f"{name}.png")
+    return f"![{caption}]({quote(folder.name)}/{name}.png)"
+
+
 def _over_trainings(results: Results, steps: int) -> list[str]:
     """Return the result over trainings for each pair with several seeds."""
     lines = []
@@ -194,8 +200,10 @@ def _mean(numbers: Sequence[float]) -> str:
     return f"{np.mean(numbers):.2f}" + (f" ± {np.std(numbers, ddof=1):.2f}" if len(numbers) > 1 else "")
 
 
-def _fid_tables(results: Results) -> str:
-    parts, beside = [], levels(results, beside=True)
+def _levels(results: Results, folder: Path) -> list[str]:
+    """Return the FID of methods and references."""
+    beside = levels(results, beside=True)
+    parts = ["## FID", "Mean over seeds ± their standard deviation where there are several.", *_references(results)]
     for sampler in results.samplers:
         rows = [
             [method, *(_mean(values(results, method, sampler, steps)) for steps in results.steps)]
@@ -206,7 +214,7 @@ def _fid_tables(results: Results) -> str:
             cells = ("–" if record is None else f"{record['numbers'][FID]:.2f}" for record in found)
             rows.append([f"{name}, as it is", *cells])
         parts.append(_table([f"{sampler}, steps", *map(str, results.steps)], rows))
-    return "\n\n".join(parts)
+    return [*parts, _figure(folder, "fid", _fid_figure(results), "FID against steps")]
 
 
 def _references(results: Results) -> list[str]:
@@ -250,6 +258,12 @@ def _changes(results: Results, samplers: Sequence[str], heading: str) -> str:
             name = method if baseline == results.study.baseline else f"{method} to {baseline}"
             rows.append([name, *(_counted(one, one) for one in found)])
     return _table([heading, *map(str, results.steps)], rows)
+
+
+def _by_sampler(results: Results) -> list[str]:
+    if len(results.samplers) == 1:
+        return []
+    return ["## By sampler", *(_changes(results, [sampler], f"{sampler}, steps") for sampler in results.samplers)]
 
 
 def _spread(results: Results, steps: int) -> list[str]:
@@ -354,18 +368,30 @@ def _of_method(results: Results, method: str) -> dict[str, Any]:
     return next(record for (name, *_), record in results.cells.items() if name == method)
 
 
-def _cost(results: Results) -> str:
+def _cost(results: Results) -> list[str]:
     rows = []
     for method in results.methods:
         record = _of_method(results, method)
         recipe, training = record["recipe"], record["training"]
         numbers = training["steps"], training["backward_passes"], training["batches"] * recipe["batch_size"]
         rows.append([method, *(f"{number:,}" for number in numbers), f"{training['delta_norm']:.2f}"])
-    return _table(["", "updates", "backward passes", "images drawn", "last ‖δ‖, in the method's norm"], rows)
+    return [
+        "## Cost",
+        "An adversary of K passes makes K updates on each batch, free and random alike: for as many updates it draws a "
+        "K-th of the images that plain training draws.",
+        _table(["", "updates", "backward passes", "images drawn", "last ‖δ‖, in the method's norm"], rows),
+    ]
 
 
-def _brightness(results: Results, steps: int) -> tuple[str, Figure] | None:
-    """Return FID against the mean grey value of the images, over all trainings, as text and as a figure."""
+def _losses(results: Results, folder: Path) -> list[str]:
+    if not results.losses:
+        return []
+    curves = {method: (record.step, record.loss) for method, record in results.losses.items()}
+    return [_figure(folder, "loss", loss_curves(curves, "first seed of each method"), "Training loss")]
+
+
+def _brightness(results: Results, steps: int, folder: Path) -> list[str]:
+    """Return FID against the mean grey value of the images, over all trainings."""
     panels: dict[str, dict[str, list[tuple[float, float]]]] = {}
     ranks = []
     for sampler in results.samplers:
@@ -375,21 +401,23 @@ def _brightness(results: Results, steps: int) -> tuple[str, Figure] | None:
             panels[sampler] = found
             ranks.append(f"{sampler} {_correlation(rank_correlation(trainings))} ({len(trainings)} networks)")
     if not panels:
-        return None
-    text = (
+        return []
+    made = points(panels, "mean grey value of the images", "FID (lower is better)", f"{steps} steps")
+    return [
         f"FID at {steps} steps against the mean grey value of the images that it is measured on (0 to 255), over all "
         f"trainings. Spearman's rank correlation: {'; '.join(ranks)}. (Errors of the spatial mean are known as colour "
-        "shifts: Deck & Bischoff, 2023, arXiv 2306.15832.)"
-    )
-    return text, points(panels, "mean grey value of the images", "FID (lower is better)", f"{steps} steps")
+        "shifts: Deck & Bischoff, 2023, arXiv 2306.15832.)",
+        _figure(folder, "brightness", made, "FID against brightness"),
+        *_at_equal_brightness(results, steps),
+    ]
 
 
 @default_settings()
-def _sensitivity(results: Results, steps: int) -> tuple[str, Figure] | None:
+def _sensitivity(results: Results, steps: int, folder: Path) -> list[str]:
     """Return the α × K map of free adversarial training as a table and a figure."""
     found = sensitivity(results, steps)
     if len(found) < 3:
-        return None
+        return []
     alphas, counts = sorted({a for a, _ in found}), sorted({k for _, k in found})
     rows = [[f"K = {k}", *(_estimate(found[a, k]) if (a, k) in found else "–" for a in alphas)] for k in counts]
     table = _table([f"{steps} steps", *(f"α = {a:g}" for a in alphas)], rows)
@@ -407,14 +435,11 @@ def _sensitivity(results: Results, steps: int) -> tuple[str, Figure] | None:
     panel.set_ylabel("passes K")
     figure.colorbar(image, ax=panel, label=label(f"FID against {results.study.baseline}, %"))
     figure.suptitle(f"{steps} steps, mean over {', '.join(results.samplers)}; first seed", fontsize=10)
-    return table, figure
+    return ["## Sensitivity to α and K", table, _figure(folder, "sensitivity", figure, "α × K")]
 
 
 def _fid_figure(results: Results) -> Figure:
-    """Return the figure of FID against steps, with a line for each training.
-
-    Methods with a single point are left out, unless all have a single point.
-    """
+    """Draw FID against steps, a line for each training. Methods with one point are left out, unless all have one."""
     counts = {m: len({steps for method, _, _, steps in results.cells if method == m}) for m in results.methods}
     methods = [m for m in results.methods if counts[m] > 1 or max(counts.values()) == 1]
     beside = levels(results, beside=True)
@@ -440,11 +465,7 @@ def _without_band(fids: dict[int, float]) -> Line:
 
 
 def read_picture(path: Path) -> NDArray[np.uint8]:
-    """Return the pixels of a cell's picture, (H, W) or (H, W, 3).
-
-    Raises:
-        InputError: If the file is not a picture, or too large.
-    """
+    """Return the pixels of a cell's picture, (H, W) or (H, W, 3). A file that is none, or too large, is refused."""
     try:
         with open_image(path) as image:
             if image.width * image.height > 2**26:
@@ -454,6 +475,15 @@ def read_picture(path: Path) -> NDArray[np.uint8]:
         raise
     except Exception as error:  # Pillow's decoders raise errors of many kinds on damaged files
         raise InputError(f"{printable(path)} is no picture ({printable(str(error))}): remove it") from None
+
+
+def _samples(results: Results, steps: int, folder: Path) -> list[str]:
+    parts = ["## Samples"]
+    for sampler in results.samplers:
+        if (made := _pictures(results, sampler, steps)) is not None:
+            name = f"samples-{sampler.replace('+', 'p')}"
+            parts.append(_figure(folder, name, made, f"Samples of {sampler} at {steps} steps"))
+    return parts
 
 
 @default_settings()
@@ -499,16 +529,62 @@ def _check_settings(results: Results) -> None:
             raise InputError(f"the cell {cell} does not say its {missing[0]}: delete its file, and run the study again")
 
 
+def _introduction(results: Results) -> list[str]:
+    """Return the title, and the settings that the methods share."""
+    recipe, training = (_of_method(results, results.study.baseline)[part] for part in ("recipe", "training"))
+    return [
+        f"# {_text(results.study.title)}",
+        f"Trained on {_text(training['data'])}, {training['images']:,} images. "
+        f"Base: {_text(recipe['model'].get('path') or 'none')}. "
+        f"{recipe['steps']:,} optimiser updates of batch {recipe['batch_size']}, learning rate {recipe['lr']:g} "
+        f"({recipe['lr_schedule']}), moving average {recipe['ema']}, {recipe['precision']}, unless a method says "
+        f"otherwise. {_obtained_on(results)} This page is made by `robustdiff study` from the files of the cells.",
+    ]
+
+
+def _comparisons(results: Results, verdict: str, steps: int) -> list[str]:
+    """Return what the comparisons with the baseline show, and the changes from it."""
+    several = len(results.samplers) > 1
+    baseline = results.study.baseline
+    parts = ["## What the numbers say"]
+    if lines := [
+        *_over_trainings(results, steps),
+        *_single_trainings(results, steps),
+        *_beside_references(results, steps),
+    ]:
+        parts += [
+            f"FID at {steps} steps, {'mean over samplers, ' if several else ''}with the 95 % interval over "
+            f"trainings{'; a sampler is named where its own excludes 0' if several else ''}:",
+            "\n".join(lines),
+        ]
+    return [
+        *parts,
+        f"For the networks as they were trained, against {baseline}, counted as lower or higher where the "
+        "95 % interval over images excludes 0 and all seeds that are there agree (one interval in twenty excludes "
+        "0 by chance, and a single seed agrees with itself):",
+        verdict,
+        f"## FID against {baseline}" + (", mean over samplers" if several else ""),
+        f"Relative change of FID from {baseline}, or what else is named, at the same seed, geometric mean "
+        f"over {', '.join(results.samplers) + ' and ' if several else ''}n seeds, with the 95 % interval over "
+        "images; bold where it excludes 0.",
+        _changes(results, results.samplers, "steps"),
+        *_spread(results, steps),
+    ]
+
+
+def _not_run(results: Results) -> list[str]:
+    """Return what the study plans and does not have, and what it leaves out."""
+    cut = results.study.cut
+    parts = ["## What was not run"] if results.missing or results.failed or cut else []
+    if results.missing:
+        missing = ", ".join(f"{name} ({n})" for name, n in results.missing.items())
+        parts.append(f"Of what the study file plans, by run and number of files: {missing}.")
+    parts += [f"The training {name} failed: {_text(error)}." for name, error in results.failed.items()]
+    return parts + [_text(paragraph) for paragraph in re.split(r"\n\s*\n", cut) if paragraph.strip()]
+
+
 def write_page(study: Study, folder: Path, page: Path) -> str:
-    """Write the page of a study, and its figures into a folder of the page's name beside it.
-
-    Arguments:
-        study: The study.
-        folder: The study's folder.
-        page: The path of the Markdown file.
-
-    Returns:
-        The page's text.
+    """Write the page of a study from its folder, with its figures in a folder beside it, and return the page's text.
 
     Raises:
         InputError: If the baseline has no cells, or the path does not end in .md.
@@ -519,91 +595,24 @@ def write_page(study: Study, folder: Path, page: Path) -> str:
     _check_settings(results)
     figures = page.with_suffix("")
     make_folder(figures)
-
-    def figure(name: str, made: Figure, caption: str) -> str:
-        save_figure(made, figures / f"{name}.png")
-        return f"![{caption}]({quote(figures.name)}/{name}.png)"
-
-    several = len(results.samplers) > 1
-    baseline = study.baseline
-    recipe, training = (_of_method(results, baseline)[part] for part in ("recipe", "training"))
     middle = 10 if 10 in results.steps else results.steps[len(results.steps) // 2]
+    verdict = _verdict(results)  # empty without pairs to compare
     parts = [
-        f"# {_text(study.title)}",
-        f"Trained on {_text(training['data'])}, {training['images']:,} images. "
-        f"Base: {_text(recipe['model'].get('path') or 'none')}. "
-        f"{recipe['steps']:,} optimiser updates of batch {recipe['batch_size']}, learning rate {recipe['lr']:g} "
-        f"({recipe['lr_schedule']}), moving average {recipe['ema']}, {recipe['precision']}, unless a method says "
-        f"otherwise. {_obtained_on(results)} This page is made by `robustdiff study` from the files of the cells.",
-    ]
-    if verdict := _verdict(results):  # empty without pairs to compare
-        parts.append("## What the numbers say")
-        if lines := [
-            *_over_trainings(results, middle),
-            *_single_trainings(results, middle),
-            *_beside_references(results, middle),
-        ]:
-            parts += [
-                f"FID at {middle} steps, {'mean over samplers, ' if several else ''}with the 95 % interval over "
-                f"trainings{'; a sampler is named where its own excludes 0' if several else ''}:",
-                "\n".join(lines),
-            ]
-        parts += [
-            f"For the networks as they were trained, against {baseline}, counted as lower or higher where the "
-            "95 % interval over images excludes 0 and all seeds that are there agree (one interval in twenty excludes "
-            "0 by chance, and a single seed agrees with itself):",
-            verdict,
-            f"## FID against {baseline}" + (", mean over samplers" if several else ""),
-            f"Relative change of FID from {baseline}, or what else is named, at the same seed, geometric mean "
-            f"over {', '.join(results.samplers) + ' and ' if several else ''}n seeds, with the 95 % interval over "
-            "images; bold where it excludes 0.",
-            _changes(results, results.samplers, "steps"),
-            *_spread(results, middle),
-        ]
-    if (bright := _brightness(results, middle)) is not None:
-        text, made = bright
-        parts += [text, figure("brightness", made, "FID against brightness")]
-        parts += _at_equal_brightness(results, middle)
-    if (alpha_and_k := _sensitivity(results, middle)) is not None:
-        table, made = alpha_and_k
-        parts += ["## Sensitivity to α and K", table, figure("sensitivity", made, "α × K")]
-    parts += [
-        "## FID",
-        "Mean over seeds ± their standard deviation where there are several.",
-        *_references(results),
-        _fid_tables(results),
-        figure("fid", _fid_figure(results), "FID against steps"),
+        *_introduction(results),
+        *(_comparisons(results, verdict, middle) if verdict else []),
+        *_brightness(results, middle, figures),
+        *_sensitivity(results, middle, figures),
+        *_levels(results, figures),
         *_against_references(results),
-    ]
-    if verdict and several:
-        parts.append("## By sampler")
-        parts += [_changes(results, [sampler], f"{sampler}, steps") for sampler in results.samplers]
-    parts += [
+        *(_by_sampler(results) if verdict else []),
         f"## {', '.join(_title(OTHERS))}",
         _other_measures(results, middle),
         *_mismatch(results),
-        "## Cost",
-        "An adversary of K passes makes K updates on each batch, free and random alike: for as many updates it draws a "
-        "K-th of the images that plain training draws.",
-        _cost(results),
+        *_cost(results),
+        *_losses(results, figures),
+        *_samples(results, middle, figures),
+        *_not_run(results),
     ]
-    if results.losses:
-        curves = {method: (record.step, record.loss) for method, record in results.losses.items()}
-        parts.append(figure("loss", loss_curves(curves, "first seed of each method"), "Training loss"))
-    parts.append("## Samples")
-    for sampler in results.samplers:
-        made_of = _pictures(results, sampler, middle)
-        if made_of is not None:
-            name = f"samples-{sampler.replace('+', 'p')}"
-            parts.append(figure(name, made_of, f"Samples of {sampler} at {middle} steps"))
-    if results.missing or results.failed or study.cut:
-        parts.append("## What was not run")
-    if results.missing:
-        missing = ", ".join(f"{name} ({n})" for name, n in results.missing.items())
-        parts.append(f"Of what the study file plans, by run and number of files: {missing}.")
-    for name, error in results.failed.items():
-        parts.append(f"The training {name} failed: {_text(error)}.")
-    parts += [_text(paragraph) for paragraph in re.split(r"\n\s*\n", study.cut) if paragraph.strip()]
     text = "\n\n".join(parts) + "\n"
     with atomic_write(page) as file:
         file.write(text.encode())

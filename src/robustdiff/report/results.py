@@ -17,17 +17,9 @@ __all__ = ["write_results"]
 def write_results(
     folder: Path, grid: Grid, title: str, settings: dict[str, Any], beside: Sequence[Cell] = ()
 ) -> dict[str, Any]:
-    """Write ``result.json``, and figures for the cells of checkpoints. Existing images have no figures.
+    """Write ``result.json``, which begins with the settings, and return its contents.
 
-    Arguments:
-        folder: The output folder, which is created if it is missing.
-        grid: The cells and their differences.
-        title: The title of the figures of numbers. Numbers with intervals have a figure.
-        settings: The settings at the beginning of ``result.json``.
-        beside: Further cells for the figures of numbers, without comparison.
-
-    Returns:
-        The contents of ``result.json``.
+    Cells of checkpoints have a figure of samples, and one of each number with intervals, with the cells ``beside``.
     """
     folder.mkdir(parents=True, exist_ok=True)
     remove_leftovers(folder, r"result\.json|[\w.-]+\.png")

@@ -66,13 +66,7 @@ def _value(cell: Cell, number: Number) -> str:
 
 
 def grid_table(grid: Grid, baseline: str, number: Number) -> Table:
-    """Return a table of a number ± half of its interval, with its differences, by sampler and steps and by checkpoint.
-
-    Arguments:
-        grid: The results, without cells of existing images.
-        baseline: The checkpoint with which the others are compared.
-        number: A number that has intervals.
-    """
+    """Return a table of a number ± half of its interval, with the differences from a baseline, of sampled cells."""
     checkpoints = list(dict.fromkeys(cell.checkpoint for cell in grid.cells))
     cells = {(c.checkpoint, c.sampler, c.steps): c for c in grid.cells}
     differences = {

@@ -68,13 +68,7 @@ DIGITS = 4
 
 @dataclass(frozen=True)
 class Interval:
-    """A relative difference with an interval.
-
-    Attributes:
-        mean: The difference.
-        low: The lower end of the 95 % interval.
-        high: The upper end of the 95 % interval.
-    """
+    """A relative difference with the ends of its 95 % interval."""
 
     mean: float
     low: float
@@ -88,11 +82,7 @@ class Interval:
 
 @dataclass(frozen=True)
 class Change(Interval):
-    """A relative difference with its interval over images.
-
-    Attributes:
-        seeds: The difference of each seed.
-    """
+    """A relative difference with its interval over images, and the difference of each seed."""
 
     seeds: tuple[float, ...]
 
@@ -115,11 +105,7 @@ def log(value: float) -> float:
 
 
 def _logs(record: Record) -> Array:
-    """Return ln FID of a cell and of its replicates, which are centred at FID since their own mean is biased upwards.
-
-    Returns:
-        An array with shape (1 + R,).
-    """
+    """Return ln FID of a cell and of its R replicates, centred at FID since their own mean is biased upwards."""
     value, replicates = record["numbers"][FID], np.array(record["replicates"])
     return np.log(np.maximum([value, *(replicates - replicates.mean() + value)], SMALLEST))
 
@@ -174,16 +160,8 @@ def change(
 ) -> Change | None:
     """Return the change from a baseline to a method, averaged over samplers and over the seeds that have all cells.
 
-    Arguments:
-        results: The results.
-        method: The method.
-        samplers: The samplers.
-        steps: The number of steps.
-        baseline: The baseline; the method's own by default.
-        seeds: The seeds to use; by default all of the method.
-
-    Returns:
-        The change, or None if no seed has all cells.
+    By default the baseline is the method's own, and the seeds are all of the method. Without a seed that has all cells
+    the result is None.
     """
     baseline = baseline or baseline_of(results, method)
     found = []
@@ -388,14 +366,7 @@ def agreeing_digits(one: float, other: float) -> float:
 
 
 def compare(before: Record, after: Record) -> str:
-    """Compare the numbers of a cell with those of the same cell made again.
-
-    Arguments:
-        before: The record in the cell's file.
-        after: The record of the reproduced cell.
-
-    Returns:
-        A statement of their agreement, such as "the same to 5 digits".
+    """Return a statement of the agreement of a cell with itself made again, such as "the same to 5 digits".
 
     Raises:
         RunError: If the numbers agree to fewer than four significant digits.

@@ -24,14 +24,7 @@ __all__ = ["Remaining", "remaining"]
 
 @dataclass(frozen=True)
 class Remaining:
-    """The work that is left for one method or reference.
-
-    Attributes:
-        method: The name of the method or reference.
-        runs: The number of runs to train.
-        cells: The number of cells to measure.
-        seconds: The time that one process takes, in seconds.
-    """
+    """The runs to train and cells to measure of one method or reference, and the time in one process."""
 
     method: str
     runs: int
@@ -95,11 +88,7 @@ def _time_sampling(run: Run) -> float:
     recipe, measure = run.recipe, run.study.measure
     built = build_model(recipe, recipe.data.load())
     generator = Generator.of(
-        built.model,
-        sampler=measure.samplers[0],
-        steps=2,
-        batch_size=measure.batch_size,
-        precision=recipe.precision,
+        built.model, sampler=measure.samplers[0], steps=2, batch_size=measure.batch_size, precision=recipe.precision
     )
     seconds = []
     for _ in range(3):

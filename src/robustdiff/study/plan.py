@@ -27,14 +27,7 @@ CELL = 1000  # the time of features and bootstrap of a cell, in network evaluati
 
 @dataclass(frozen=True)
 class Cell:
-    """A network under one sampler at one number of steps.
-
-    Attributes:
-        folder: The study's folder.
-        network: The name of the run or reference.
-        sampler: The sampler.
-        steps: The number of network evaluations for one image.
-    """
+    """A network, named by its run or reference, under one sampler at one number of steps."""
 
     folder: Path
     network: str
@@ -59,14 +52,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Run:
-    """A training of a study.
-
-    Attributes:
-        study: The study.
-        folder: The study's folder.
-        method: The name of the method.
-        seed: The seed of the training.
-    """
+    """A training of a study: one method with one seed."""
 
     study: Study
     folder: Path

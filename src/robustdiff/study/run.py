@@ -152,14 +152,8 @@ def _train_run(run: Run, progress: Progress) -> bool:
         seconds += (line.step - before) * run.recipe.batch_size / line.images_per_second
         before = line.step
     thinned = lines[:: -(-len(lines) // 100)]
-    record = {
-        "method": run.method,
-        "seed": run.seed,
-        "seconds": round(seconds, 1),
-        "step": [line.step for line in thinned],
-        "loss": [round(line.loss, 5) for line in thinned],
-    }
-    write(run.path, record)
+    losses = {"step": [line.step for line in thinned], "loss": [round(line.loss, 5) for line in thinned]}
+    write(run.path, {"method": run.method, "seed": run.seed, "seconds": round(seconds, 1), **losses})
     return True
 
 
@@ -209,7 +203,7 @@ def _measure_mismatch(run: Run, name: str, progress: Progress) -> None:
     kept = ("sampler", "steps", "mean", "last")
     paths = [{name: value for name, value in asdict(path).items() if name in kept} for path in mismatch.paths]
     record = {"method": run.method, "seed": run.seed, "n": measure.mismatch, "images_seed": measure.seed}
-    write(run.mismatch_path, {**record, "weights": generator.fingerprint(), "paths": paths})
+    write(run.mismatch_path, {**record, "weights": generator.model.fingerprint(), "paths": paths})
 
 
 def _train(recipe: Recipe, progress: Progress, cpu: bool = False) -> bool:
@@ -220,7 +214,7 @@ def _train(recipe: Recipe, progress: Progress, cpu: bool = False) -> bool:
 
 
 def _training_settings(recipe: Recipe) -> dict[str, Any]:
-    """Return the settings of the network's training for a cell's file."""
+    """Return what a cell's file says of its network's training."""
     path = Path(recipe.output) / "result.json"
     read(path, Training, f"delete the run {recipe.output}")
     return {"training": read_json(path), "recipe": {**parse_yaml(recipe.to_yaml(), "the recipe"), "output": ""}}
@@ -267,7 +261,7 @@ def _measure(
         **numbers,
         "replicates": cell.replicates[MEASURES[0]].tolist(),
         "measure": cell_settings(measure),
-        "weights": generator.fingerprint(),
+        "weights": generator.model.fingerprint(),
         "extractor": metrics.reference.fingerprint,
         "real_images": metrics.reference.n,
         "robustdiff": __version__,
@@ -327,12 +321,7 @@ class _Share:
 
 
 def reproduce(path: Path, folder: Path, *, progress: Progress = SILENT) -> tuple[dict[str, Any], dict[str, Any]] | None:
-    """Repeat a cell from its file alone: train its recipe and measure the result.
-
-    Arguments:
-        path: The cell's file.
-        folder: The folder of the run. An existing run in it is continued.
-        progress: The receiver of the progress of training and sampling.
+    """Repeat a cell from its file alone: train its recipe, or continue the run in ``folder``, and measure the result.
 
     Returns:
         The record in the file and the new one, for :func:`robustdiff.study.analysis.compare`, or None if a signal

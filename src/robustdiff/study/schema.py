@@ -155,10 +155,7 @@ class Study(Section):
 
 
 def load_study(source: str | Path) -> Study:
-    """Read and validate a study file, and the recipe of each of its methods.
-
-    Arguments:
-        source: The path of a file, or the name of a study that comes with the package.
+    """Read and validate a study, by its path or as one that comes with the package, and the recipe of each method.
 
     Raises:
         InputError: If the study does not exist, or a field is unknown or out of its range.

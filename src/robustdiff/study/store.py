@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -241,12 +242,7 @@ def _network_settings(recipe: Recipe) -> dict[str, Any]:
 
 
 def read_cell(cell: Cell, study: Study, run: Run | None) -> dict[str, Any]:
-    """Return the numbers, which are finite, and settings of a cell's file.
-
-    Arguments:
-        cell: The cell.
-        study: The study of the cell.
-        run: The run of the cell, or None for a reference.
+    """Return the numbers and settings of a cell's file; the run is None for the cell of a reference.
 
     Raises:
         InputError: If the file is damaged, or was made with other settings than the study's.
@@ -315,11 +311,11 @@ def reproducible(record: Any, path: Path) -> CellRecord:
     return cell
 
 
+@dataclass
 class Results:
     """The existing results of a study.
 
     Attributes:
-        study: The study.
         cells: The records of the methods' cells, by method, seed, sampler and steps.
         references: The records of the references' cells, by name, sampler and steps.
         mismatch: The records of the mismatch, by method, seed, sampler and steps.
@@ -330,16 +326,15 @@ class Results:
         planned: The number of cells that the study plans.
     """
 
-    def __init__(self, study: Study) -> None:
-        self.study = study
-        self.cells: dict[tuple[str, int, str, int], dict[str, Any]] = {}
-        self.references: dict[tuple[str, str, int], dict[str, Any]] = {}
-        self.mismatch: dict[tuple[str, int, str, int], dict[str, Any]] = {}
-        self.losses: dict[str, Loss] = {}
-        self.pictures: dict[tuple[str, str, int], Path] = {}
-        self.missing: dict[str, int] = {}
-        self.failed: dict[str, str] = {}
-        self.planned = 0
+    study: Study
+    cells: dict[tuple[str, int, str, int], dict[str, Any]] = field(default_factory=dict)
+    references: dict[tuple[str, str, int], dict[str, Any]] = field(default_factory=dict)
+    mismatch: dict[tuple[str, int, str, int], dict[str, Any]] = field(default_factory=dict)
+    losses: dict[str, Loss] = field(default_factory=dict)
+    pictures: dict[tuple[str, str, int], Path] = field(default_factory=dict)
+    missing: dict[str, int] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
+    planned: int = 0
 
     @cached_property
     def methods(self) -> list[str]:

@@ -23,7 +23,6 @@ class Built:
     """A model to be trained.
 
     Attributes:
-        model: The model.
         process: The process of the objective, in float64.
         objective: The objective; its parameterisation is the model's unless the recipe sets one.
     """
@@ -107,11 +106,7 @@ def _check_channels(backbone: Backbone, objective: ObjectiveConfig, path: str) -
 
 
 def _retargeted(scheduler: Any, own: ObjectiveConfig, objective: ObjectiveConfig, path: str) -> Any:
-    """Return the scheduler of a checkpoint with the parameterisation that the objective trains.
-
-    Raises:
-        InputError: If the checkpoint's process does not support this parameterisation.
-    """
+    """Return the scheduler of a checkpoint with the parameterisation that the objective trains."""
     if objective.prediction == own.prediction:
         return scheduler
     if "flow" in (objective.prediction, own.prediction):

@@ -51,15 +51,13 @@ logger = logging.getLogger(__name__)
 _NAME = re.compile(r"step-(\d{8})")
 _FILE = re.compile(r"state\.json|(?:model|target|optimizer|ema|random)(?:-\d+)?\.safetensors")
 
-_LARGEST_SCALE = torch.finfo(torch.float32).max
-
 
 class Scale(BaseModel):
     """The scale of the loss in fp16, and the number of updates since the scale last changed."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    scale: float = Field(gt=0, le=_LARGEST_SCALE)
+    scale: float = Field(gt=0, le=torch.finfo(torch.float32).max)
     growth_tracker: NonNegativeInt
 
 
@@ -127,14 +125,8 @@ def save_checkpoint(
 ) -> Path:
     """Write ``folder/step-<step>`` atomically, then remove all but the newest ``keep`` checkpoints.
 
-    Every process must call this function.
-
-    Arguments:
-        folder: The run's ``checkpoints`` folder, which must exist and hold only files of the run.
-        state: The state of the run.
-        accelerator: The accelerator of the run.
-        tensors: The tensors of each part ("model", "target", "optimizer", "ema") by name.
-        keep: The number of checkpoints to keep, ≥ 1.
+    Every process must call this function. The folder must exist and hold only files of the run. The tensors of each
+    part ("model", "target", "optimizer", "ema") are given by name.
 
     Raises:
         OSError: If the disk is full or cannot be written; nothing is left behind.
@@ -183,12 +175,7 @@ def damage(path: Path) -> str | None:
 
 
 def _manifest(path: Path) -> dict[str, str]:
-    """Return the SHA-256 hashes of a checkpoint's files by file name.
-
-    Raises:
-        InputError: If the manifest is malformed or names a file that no checkpoint has.
-        OSError: If the manifest cannot be read.
-    """
+    """Return the SHA-256 hashes of a checkpoint's files by file name. Names that no checkpoint has are refused."""
     hashes = read_json(path / "manifest.json", 2**20)
     if path.is_symlink() or not isinstance(hashes, dict) or "state.json" not in hashes:
         raise InputError("manifest.json names no checkpoint of this version")
@@ -220,11 +207,8 @@ def newest_checkpoint(folder: Path) -> Path | None:
 def load_checkpoint(path: Path, accelerator: Accelerator, tensors: Mapping[str, Mapping[str, Tensor]]) -> State:
     """Copy a checkpoint into the run's tensors, restore the random states, and return the run's state.
 
-    Arguments:
-        path: A whole checkpoint.
-        accelerator: The accelerator of the run.
-        tensors: The tensors of each part by name, as in :func:`save_checkpoint`, on any device and in any memory
-            format. After an error, some of them may have been overwritten.
+    The checkpoint is a whole one. The tensors, as in :func:`save_checkpoint`, may be on any device and in any memory
+    format. After an error, some of them may have been overwritten.
 
     Raises:
         InputError: If the checkpoint's files, or the names, shapes or types of its tensors, are not the run's, or a
@@ -268,7 +252,8 @@ def _restore_random(path: Path, accelerator: Accelerator, processes: int) -> Non
         logger.warning("%s is of %d processes: random numbers such as dropout's begin anew", printable(path), processes)
         return
     file = path / _random_file(accelerator.process_index)
-    saved = _names(file)
+    with _opened(file) as opened:
+        saved = set(opened.keys())
     if saved != now.keys() and saved in ({"cpu"}, {"cpu", "cuda"}):
         logger.warning("%s is of another device: random numbers such as dropout's begin anew", printable(path))
         return
@@ -281,11 +266,6 @@ def _restore_random(path: Path, accelerator: Accelerator, processes: int) -> Non
         raise _refusal(file, str(error).splitlines()[0]) from None
 
 
-def _names(path: Path) -> set[str]:
-    with _opened(path) as file:
-        return set(file.keys())
-
-
 def _opened(path: Path) -> Any:
     try:
         open_regular(path).close()
@@ -295,11 +275,7 @@ def _opened(path: Path) -> Any:
 
 
 def _read(path: Path, expected: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors of a file with their names, after checking names, shapes, types and finiteness.
-
-    Raises:
-        InputError: If the file does not hold exactly the expected tensors, or a value is not finite.
-    """
+    """Yield the tensors of a file with their names, after checking names, shapes, types and finiteness."""
     with _opened(path) as file:
         if different := sorted(set(file.keys()) ^ expected.keys()):
             what = "is missing" if different[0] in expected else "is not in the recipe's network"
@@ -321,11 +297,6 @@ def _read(path: Path, expected: Mapping[str, Tensor]) -> Iterator[tuple[str, Ten
 
 def check_moments(path: Path, moments: Mapping[str, Tensor], step: int) -> None:
     """Check the moments of AdamW: second moments ≥ 0, and counts of updates that are whole and at most the run's.
-
-    Arguments:
-        path: The checkpoint.
-        moments: The tensors "<parameter>/step", "<parameter>/exp_avg" and "<parameter>/exp_avg_sq" by name.
-        step: The number of updates of the run.
 
     Raises:
         InputError: If a moment or a count is out of its range.

@@ -36,11 +36,8 @@ def power_exponent(relative_width: float) -> float:
     The weights at τ = t/T in [0, 1] are (γ + 1) τ^γ, with variance σ_rel² = (γ + 1) / ((γ + 2)² (γ + 3)). This is a
     cubic in γ with one root ≥ 0 for each σ_rel up to 12^{-1/2}, the width of constant weights.
 
-    Arguments:
-        relative_width: σ_rel in (0, 12^{-1/2}].
-
     Raises:
-        ValueError: If the width is out of its range.
+        ValueError: If the width is not in (0, 12^{-1/2}].
     """
     if not 0 < relative_width <= 12**-0.5:
         raise ValueError(f"the relative width must be in (0, {12**-0.5:.4f}]; got {relative_width}")

@@ -61,18 +61,15 @@ class BatchIndices:
         first = (microbatch * self.processes + self.rank) * n
         return slice(first, first + n)
 
-    def _epoch(self, epoch: int) -> NDArray[np.int64]:
-        return np.random.default_rng([self.seed, _ORDER, epoch]).permutation(self.length)
-
     def __iter__(self) -> Iterator[list[int]]:
         known: tuple[int, NDArray[np.int64]] = (-1, np.empty(0, np.int64))
         batch = self.start
         while True:
             batch_rows = np.arange(batch * self.batch_size, (batch + 1) * self.batch_size)
             indices = np.empty(self.batch_size, np.int64)
-            for epoch in np.unique(batch_rows // self.length):
+            for epoch in np.unique(batch_rows // self.length).tolist():
                 if known[0] != epoch:
-                    known = (int(epoch), self._epoch(int(epoch)))
+                    known = (epoch, np.random.default_rng([self.seed, _ORDER, epoch]).permutation(self.length))
                 inside = batch_rows // self.length == epoch
                 indices[inside] = known[1][batch_rows[inside] % self.length]
             for microbatch in range(self.accumulate):

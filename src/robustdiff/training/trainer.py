@@ -52,7 +52,7 @@ from robustdiff.files import (
     remove_leftovers,
 )
 from robustdiff.interrupt import Interrupt
-from robustdiff.objectives.objective import Draw, Objective
+from robustdiff.objectives.objective import Draw
 from robustdiff.objectives.preconditioning import Denoise
 from robustdiff.objectives.timesteps import LossSecondMoment
 from robustdiff.progress import SILENT, Progress
@@ -71,7 +71,7 @@ from robustdiff.training.checkpoint import (
 from robustdiff.training.ema import EMA, REMAINDER, sufficient_decay
 from robustdiff.training.stream import BatchIndices, batch_generator
 
-__all__ = ["Trainer", "build_objective", "read_result", "train"]
+__all__ = ["Trainer", "read_result", "train"]
 
 logger = logging.getLogger(__name__)
 
@@ -102,35 +102,8 @@ def _build_teacher(path: str, highest: float, built: Built, dataset: ImageDatase
     return model.denoiser(network)
 
 
-def build_objective(
-    recipe: Recipe, built: Built, dataset: ImageDataset, accelerator: Accelerator, target: torch.nn.Module | None
-) -> Objective:
-    """Build the objective of a recipe.
-
-    Arguments:
-        recipe: The configuration.
-        built: The model with its process and objective.
-        dataset: The training data.
-        accelerator: The device and precision of a teacher.
-        target: The target network, or None if the objective has none.
-
-    Raises:
-        InputError: If the teacher cannot be loaded, or does not fit the data or the objective.
-    """
-    config, teacher = built.objective, None
-    if config.teacher_path is not None:
-        teacher = _build_teacher(config.teacher_path, config.teacher_sigma_max, built, dataset, accelerator)
-    return config.build(built.process, recipe.steps, target, teacher)
-
-
 class Trainer:
     """A training run with its network, optimiser, objective and adversary. :meth:`updates` is the training loop.
-
-    Arguments:
-        recipe: The configuration.
-        accelerator: The devices and the precision.
-        dataset: The training data.
-        built: The model with its process and objective, as :func:`build_model` returns it.
 
     Raises:
         InputError: If the recipe, the data and the checkpoint do not fit together.
@@ -184,7 +157,10 @@ class Trainer:
         self.call = built.model.backbone.bind(self.model)
         built.model.codec.to(accelerator.device)
         built.model.condition.to(accelerator.device)
-        self.objective = build_objective(recipe, built, dataset, accelerator, target)
+        config, teacher = built.objective, None
+        if config.teacher_path is not None:
+            teacher = _build_teacher(config.teacher_path, config.teacher_sigma_max, built, dataset, accelerator)
+        self.objective = config.build(built.process, recipe.steps, target, teacher)
         self.ema = EMA(list(self.model.parameters()), recipe.ema) if recipe.ema else None
 
     # -- the loop --------------------------------------------------------------------------------------------
@@ -454,11 +430,7 @@ class _Metrics:
                         self.line = values
 
     def _values(self, line: bytes) -> dict[str, float]:
-        """Return the numbers of a line.
-
-        Raises:
-            InputError: If the line holds anything else than numbers.
-        """
+        """Return the numbers of a line. Anything else in it is refused."""
         try:
             values = json.loads(line)
         except (ValueError, RecursionError):
@@ -483,11 +455,7 @@ class _Metrics:
             self.batches += 1
 
     def flush(self) -> str:
-        """Write a line of metrics, and return a summary of it.
-
-        Raises:
-            RunError: If the loss is not finite.
-        """
+        """Write a line of metrics, and return a summary of it."""
         trainer, recipe = self.trainer, self.trainer.recipe
         names = sorted(self.sums)
         means = trainer.accelerator.reduce(torch.stack([self.sums[n] for n in names]) / self.updates, reduction="mean")
@@ -567,11 +535,7 @@ def _check_data(path: Path, data: dict[str, Any]) -> None:
 
 
 def _prepare_folder(recipe: Recipe, folder: Path, resume: bool, dataset: ImageDataset) -> None:
-    """Make the run's folder, or check that an existing folder holds the same run.
-
-    Raises:
-        InputError: If the folder holds anything else than this run, or without ``resume`` if it is not empty.
-    """
+    """Make the run's folder, or with ``resume`` check that an existing folder holds the same run."""
     teacher = None if recipe.objective is None else recipe.objective.teacher_path
     for source in (recipe.model.source, teacher, recipe.data.root):
         if source and Path(source).is_dir() and folder.resolve().is_relative_to(Path(source).resolve()):
@@ -617,11 +581,7 @@ def _fixed(recipe: Recipe, name: str) -> Any:
 
 
 def train(
-    recipe: Recipe,
-    *,
-    resume: bool = False,
-    cpu: bool = False,
-    progress: Progress = SILENT,
+    recipe: Recipe, *, resume: bool = False, cpu: bool = False, progress: Progress = SILENT
 ) -> dict[str, Any] | None:
     """Train a recipe until it is finished, or until SIGTERM or Ctrl-C.
 
@@ -688,11 +648,7 @@ def train(
 
 
 def _accelerator(recipe: Recipe, cpu: bool) -> Accelerator:
-    """Return the accelerator of a run.
-
-    Raises:
-        InputError: If the device does not support the precision.
-    """
+    """Return the accelerator of a run, if the device supports its precision."""
     AcceleratorState._reset_state()  # another run in this process may have had another precision
     try:
         accelerator = Accelerator(
@@ -742,7 +698,7 @@ def _result(trainer: Trainer, metrics: _Metrics) -> dict[str, Any]:
         "steps": trainer.step,
         "batches": trainer.batch,
         "batch_size": trainer.recipe.batch_size,
-        "backward_passes": _backward_passes(trainer, trainer.step),
+        "backward_passes": trainer.step * trainer.recipe.adversary.backward_passes,
         "loss": metrics.line.get("loss"),
         "delta_norm": metrics.line.get("delta_norm"),
         "skipped": trainer.adversary.skipped,
@@ -784,7 +740,7 @@ def _check_result(path: Path, result: dict[str, Any], trainer: Trainer) -> None:
     expected = {
         "batches": result["steps"] // trainer.adversary.passes,
         "batch_size": trainer.recipe.batch_size,
-        "backward_passes": _backward_passes(trainer, result["steps"]),
+        "backward_passes": result["steps"] * trainer.recipe.adversary.backward_passes,
         "parameters": sum(p.numel() for p in trainer.built.model.network.parameters()),
         "images": len(trainer.dataset),
     }
@@ -793,8 +749,3 @@ def _check_result(path: Path, result: dict[str, Any], trainer: Trainer) -> None:
             raise InputError(f"{path} is of another run ({name} {result[name]} → {value}): remove it, and resume")
     if not (path.parent / "model" / "model_index.json").is_file():
         raise InputError(f"{path.parent} has a result and no model: remove {path}, and resume")
-
-
-def _backward_passes(trainer: Trainer, steps: int) -> int:
-    """Return the number of backward passes over a batch, including those that only update δ."""
-    return steps * trainer.recipe.adversary.backward_passes
