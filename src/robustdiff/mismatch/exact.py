@@ -67,9 +67,6 @@ NoiseModel = Callable[[Tensor, Tensor], Tensor]
 sample."""
 
 
-# -- the data and its forward process ------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Posterior:
     """The posterior q(z | y) for each of B observations y, a mixture of Gaussians.
@@ -106,8 +103,6 @@ class GaussianMixture:
             components, their variances ≥ 0, with shape (K,).
 
     Attributes:
-        weights: The weights w_k, with shape (K,).
-        means: The means m_k, with shape (K, d).
         variances: The eigenvalues of S_k, with shape (K, d).
         axes: The eigenvectors of S_k, in columns, with shape (K, d, d); None if all components are isotropic.
 
@@ -216,9 +211,6 @@ class GaussianMixture:
         return torch.from_numpy(ndtr(z.numpy())) @ self.weights
 
 
-# -- models --------------------------------------------------------------------------------------------------
-
-
 class ExactModel:
     """The minimiser ε*(x, t) of the training loss, called as samplers call a network.
 
@@ -268,9 +260,6 @@ class ShiftedModel:
         return (1 + self.scale) * self.model(x, t) + self.offset
 
 
-# -- steps of a sampler --------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Step:
     """The sampling step x_s = c_x x_t + c_ε ε̂(x_t, t) + √v z.
@@ -317,20 +306,17 @@ def sampler_steps(process: DiffusionProcess, sampler: str, steps: int) -> list[S
         raise InputError(f"the density of {sampler!r} is not followed here: use ddim or iddpm")
     if not process.variance_preserving:
         raise InputError("the density is followed for a variance-preserving process: use .linear or .cosine")
-    plan = check_sampler(sampler, steps, process)
-    points, levels, result = plan.path.points, plan.path.levels, []
+    chosen, path = check_sampler(sampler, steps, process)
+    points, levels, result = path.points, path.levels, []
     # A step is linear in x, ε̂ and z: with one of them 1 and the others 0, its result is the coefficient of that one.
     x, noise, z = torch.eye(3, dtype=torch.float64)[:, :, None]
     for i in reversed(range(len(points))):
         x0, _ = points.split("epsilon", x, torch.full((3,), i), noise)
         before, after, denoised = levels[i + 1], levels[i], Denoised(x0, noise, None)
-        step = plan.sampler.step(SamplerStep(x, denoised, plan.path, i, before, after, iter([z])))
+        step = chosen.step(SamplerStep(x, denoised, path, i, before, after, iter([z])))
         of_x, of_noise, deviation = step.flatten().tolist()
         result.append(Step(float(points.times[i]), of_x, of_noise, deviation**2, before, after))
     return result
-
-
-# -- Gaussian states, affine models --------------------------------------------------------------------------
 
 
 def gaussian_kl(mean0: Tensor, cov0: Tensor, mean1: Tensor, cov1: Tensor) -> float:
@@ -375,9 +361,6 @@ def push_gaussian(step: Step, model: NoiseModel, mean: Tensor, cov: Tensor) -> t
     identity = torch.eye(len(mean), dtype=torch.float64)
     jacobian = step.of_x * identity + step.of_noise * matrix
     return jacobian @ mean + step.of_noise * offset, jacobian @ cov @ jacobian.mT + step.variance * identity
-
-
-# -- densities by change of variables and by quadrature ------------------------------------------------------
 
 
 def change_of_variables(step: Step, model: NoiseModel, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -222,18 +222,14 @@ def measure_teacher(
     seed: int = 0,
     **settings: Any,
 ) -> SolverError:
-    """Load a teacher and real images, and measure the local errors of solvers.
+    """Load a teacher and real images, and measure the local errors of solvers by :func:`measure_solver_error`.
 
     Arguments:
         teacher: The path of a run or a pipeline folder, or the name of a shipped model.
         source: The section ``data`` of a recipe, which describes the images.
         device: The device on which the teacher is evaluated.
-        scales: The numbers N of levels, each ≥ 2.
-        solvers: The names of the solvers.
         num: The number of images, which are the first of the dataset.
-        substeps: The number M of steps of the reference.
-        seed: The seed of the noise.
-        settings: Further arguments of :func:`measure_solver_error`.
+        scales, solvers, substeps, seed, settings: The arguments of :func:`measure_solver_error`.
 
     Raises:
         InputError: If the teacher or the images cannot be loaded or do not match, there are fewer than ``num`` images,

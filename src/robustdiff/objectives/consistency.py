@@ -84,9 +84,6 @@ PERTURBED: tuple[str, ...] = get_args(Perturbed)
 WEIGHTINGS: tuple[str, ...] = get_args(Weighting)
 
 
-# -- solvers -------------------------------------------------------------------------------------------------
-
-
 def euler_step(denoise: Denoise, x: Tensor, sigma: Tensor, lower: Tensor) -> Tensor:
     """Make one Euler step of dx/dσ = (x − D(x, σ))/σ, with one call of D.
 
@@ -113,9 +110,6 @@ def heun_step(denoise: Denoise, x: Tensor, sigma: Tensor, lower: Tensor) -> Tens
 
 
 SOLVERS: dict[str, Callable[[Denoise, Tensor, Tensor, Tensor], Tensor]] = {"heun": heun_step, "euler": euler_step}
-
-
-# -- distances -----------------------------------------------------------------------------------------------
 
 
 def _l1(a: Tensor, b: Tensor) -> Tensor:
@@ -172,9 +166,6 @@ METRICS: dict[str, Callable[[], Callable[[Tensor, Tensor], Tensor]]] = {
 }
 """Constructors of the distance d: (B, *), (B, *) ↦ (B,). l1 and l2 are the means of |a − b| and (a − b)² over
 elements."""
-
-
-# -- the number of scales ------------------------------------------------------------------------------------
 
 
 class ScaleSchedule(ABC):
@@ -263,9 +254,6 @@ class DoublingScales(_MoreScales):
     def __call__(self, updates: int) -> tuple[int, float]:
         length = max(int(self.total / (math.log2(self.end // self.start) + 1)), 1)
         return min(self.start * 2 ** (min(updates, self.total) // length), self.end) + 1, self.decay
-
-
-# -- the loss ------------------------------------------------------------------------------------------------
 
 
 @dataclass(kw_only=True)
@@ -366,17 +354,10 @@ class ConsistencyObjective(Objective):
         weight: Tensor | None = None,
         **condition: Any,
     ) -> ConsistencyDraw:
-        """Draw n, ε, x_{n+1} and Φ̂ for a batch.
+        """Draw n, ε, x_{n+1} and Φ̂ for a batch. The passes over the batch do not evaluate the teacher again.
 
-        The teacher is evaluated here and not in the passes over the batch.
-
-        Arguments:
-            x0: Clean samples in [−1, 1], with shape (B, *).
-            t: The indices n in [0, N − 1), ascending in σ, with shape (B,). Default: drawn from ``timesteps``.
-            noise: The noise ε, with shape (B, *). Default: standard normal.
-            generator: The source of randomness for arguments that are not given. Default: PyTorch's global generator.
-            weight: A weight of each sample's loss in addition to w_n, with shape (B,); None for weights of 1.
-            condition: Further keyword arguments of student, target and teacher, such as ``class_labels``.
+        The arguments are those of :meth:`DenoisingObjective.draw`, with n in [0, N − 1), ascending in σ, for ``t``, a
+        ``weight`` in addition to w_n, and a ``condition`` of student, target and teacher.
         """
         if t is None:
             t, _ = self.timesteps.draw(len(x0), generator, x0.device)  # neither distribution has weights
@@ -395,29 +376,12 @@ class ConsistencyObjective(Objective):
             weight = gap if weight is None else weight * gap
         moved, at = (solved, t) if self.perturb == "solver" else (x_next, t + 1)
         return ConsistencyDraw(
-            x0=x0,
-            t=at,
-            noise=noise,
-            x_t=moved,
-            weight=weight,
-            condition=condition,
-            x_next=x_next,
-            solved=solved,
-            upper=upper,
-            lower=lower,
+            x0, at, noise, moved, weight, condition, x_next=x_next, solved=solved, upper=upper, lower=lower
         )
 
     def __call__(self, model: Callable[..., Any], draw: Draw, delta: Tensor | None = None) -> dict[str, Tensor]:
-        """Return the losses with δ added to ``draw.x_t``.
-
-        Arguments:
-            model: The student, called as diffusers calls it.
-            draw: The batch.
-            delta: The perturbation δ, with shape (B, *); None for δ = 0.
-
-        Returns:
-            Losses with shape (B,), in at least float32: "loss" (weighted) and "distance".
-        """
+        """Return the losses of the student with δ added to ``draw.x_t``, in at least float32: "loss" (weighted) and
+        "distance"."""
         assert isinstance(draw, ConsistencyDraw)
         x_next, solved = draw.x_next, draw.solved
         through_target = False
@@ -446,12 +410,9 @@ class ConsistencyObjective(Objective):
 
     @torch.no_grad()
     def after_update(self, model: nn.Module, stepped: Tensor | None = None) -> None:
-        """Set θ⁻ ← μ θ⁻ + (1 − μ) θ and the number of levels of the next update. Call it after every optimiser step.
+        """Set θ⁻ ← μ θ⁻ + (1 − μ) θ, unless the optimiser skipped the step, and the number of levels for the next one.
 
-        Arguments:
-            model: The student, with parameters in the same order as those of the target.
-            stepped: A boolean scalar on the model's device: if False, the optimiser skipped the step and θ⁻ stays as it
-                is. Default: True.
+        The student's parameters must be in the same order as those of the target.
         """
         _, decay = self.schedule(self.updates)
         follow([p.data for p in self.target.parameters()], [p.data for p in model.parameters()], 1 - decay, stepped)
@@ -460,7 +421,7 @@ class ConsistencyObjective(Objective):
             self._set_scales()
 
     def state(self) -> dict[str, Any]:
-        """Return the number of updates made. The caller saves the parameters of the target network."""
+        """Return the number of updates made. The parameters of the target network are not included."""
         return {"updates": self.updates}
 
     def load_state(self, state: dict[str, Any]) -> None:

@@ -123,7 +123,6 @@ class DenoisingObjective(Objective):
             input_noise: The noise ξ of input perturbation, with shape (B, *). Default: standard normal.
             condition: Further keyword arguments of the model, such as ``class_labels``.
         """
-
         if t is None:
             t, weight = self.timesteps.draw(len(x0), generator, x0.device)
             t, weight = t.to(x0.device), None if weight is None else weight.to(x0.device)
@@ -151,16 +150,9 @@ class DenoisingObjective(Objective):
             self.timesteps.load_state_dict({"losses": losses, "counts": torch.tensor(state["counts"])})
 
     def __call__(self, model: Callable[..., Any], draw: Draw, delta: Tensor | None = None) -> dict[str, Tensor]:
-        """Return the losses at x_t + δ.
+        """Return the losses at x_t + δ, in at least float32: "loss" (weighted), "mse", and for a learned variance "vb".
 
-        Arguments:
-            model: The model, called as diffusers calls it with the times of the process.
-            draw: The batch.
-            delta: The perturbation δ of x_t, with shape (B, *); None for δ = 0.
-
-        Returns:
-            Losses with shape (B,), in at least float32: "loss" (weighted), "mse", and for a learned variance "vb" (in
-            bits per dimension, unscaled).
+        "vb" is in bits per dimension, without its factor.
 
         Raises:
             ValueError: If the number of the model's output channels does not match the variance.

@@ -51,7 +51,6 @@ def double(device: torch.device) -> torch.dtype:
 class TimestepSampler(ABC):
     """The base class of distributions over times."""
 
-    @abstractmethod
     def draw(
         self, n: int, generator: torch.Generator | None = None, device: torch.device | None = None
     ) -> tuple[Tensor, Tensor | None]:
@@ -66,6 +65,12 @@ class TimestepSampler(ABC):
             The times, indices or floating-point, with shape (n,), and the weights, with shape (n,), or None for
             weights of 1.
         """
+        device = torch.device("cpu" if device is None else device) if generator is None else generator.device
+        return self._draw(n, generator, device)
+
+    @abstractmethod
+    def _draw(self, n: int, generator: torch.Generator | None, device: torch.device) -> tuple[Tensor, Tensor | None]:
+        """Draw times on the device of the generator, if there is one."""
 
 
 class Uniform(TimestepSampler):
@@ -78,10 +83,7 @@ class Uniform(TimestepSampler):
     def __init__(self, T: int) -> None:
         self.T = T
 
-    def draw(
-        self, n: int, generator: torch.Generator | None = None, device: torch.device | None = None
-    ) -> tuple[Tensor, Tensor | None]:
-        device = generator.device if generator is not None else device
+    def _draw(self, n: int, generator: torch.Generator | None, device: torch.device) -> tuple[Tensor, Tensor | None]:
         return torch.randint(self.T, (n,), generator=generator, device=device), None
 
 
@@ -95,10 +97,7 @@ class Continuous(TimestepSampler):
     def __init__(self, process: DiffusionProcess) -> None:
         self.process = process
 
-    def draw(
-        self, n: int, generator: torch.Generator | None = None, device: torch.device | None = None
-    ) -> tuple[Tensor, Tensor | None]:
-        device = generator.device if generator is not None else device
+    def _draw(self, n: int, generator: torch.Generator | None, device: torch.device) -> tuple[Tensor, Tensor | None]:
         return self.process.at(1 - torch.rand(n, generator=generator, device=device)), None
 
 
@@ -122,10 +121,7 @@ class LogNormalLevels(TimestepSampler):
             )
         self.mean, self.std = mean, std
 
-    def draw(
-        self, n: int, generator: torch.Generator | None = None, device: torch.device | None = None
-    ) -> tuple[Tensor, Tensor | None]:
-        device = generator.device if generator is not None else device
+    def _draw(self, n: int, generator: torch.Generator | None, device: torch.device) -> tuple[Tensor, Tensor | None]:
         return (self.mean + self.std * torch.randn(n, generator=generator, device=device)).exp(), None
 
 
@@ -165,10 +161,7 @@ class LogNormal(TimestepSampler):
         """The probabilities p, with shape (T,), float64."""
         self._cumulative = Table(self.probabilities.cumsum(0))
 
-    def draw(
-        self, n: int, generator: torch.Generator | None = None, device: torch.device | None = None
-    ) -> tuple[Tensor, Tensor | None]:
-        device = generator.device if generator is not None else device
+    def _draw(self, n: int, generator: torch.Generator | None, device: torch.device) -> tuple[Tensor, Tensor | None]:
         position = torch.rand(n, generator=generator, device=device)
         cumulative = self._cumulative.on(position.device, double(position.device))
         return torch.searchsorted(cumulative, position.to(cumulative), right=True).clamp_max(self.T - 1), None
@@ -191,9 +184,6 @@ class LossSecondMoment(TimestepSampler):
         self._losses = torch.zeros(T, history, dtype=torch.float64)
         self._counts = torch.zeros(T, dtype=torch.int64)
 
-    def _move(self, device: torch.device) -> None:
-        self._losses, self._counts = self._losses.to(device, double(device)), self._counts.to(device)
-
     @property
     def _full(self) -> Tensor:
         """A boolean scalar tensor: True if every time has ``history`` losses."""
@@ -206,11 +196,8 @@ class LossSecondMoment(TimestepSampler):
         p = (1 - self.uniform_prob) * moments / moments.sum() + self.uniform_prob / self.T
         return torch.where(self._full, p, 1 / self.T)
 
-    def draw(
-        self, n: int, generator: torch.Generator | None = None, device: torch.device | None = None
-    ) -> tuple[Tensor, Tensor | None]:
-        device = torch.device("cpu" if device is None else device) if generator is None else generator.device
-        self._move(device)
+    def _draw(self, n: int, generator: torch.Generator | None, device: torch.device) -> tuple[Tensor, Tensor | None]:
+        self._losses, self._counts = self._losses.to(device, double(device)), self._counts.to(device)
         readable = device.type == "cpu"
         if readable and not self._full:
             return Uniform(self.T).draw(n, generator)
