@@ -20,9 +20,6 @@ so training at x_t + δ is ordinary training with the noise ε' = ε + δ/σ_t, 
     flow          ε' − x_0                      (with α_t = 1 − t, σ_t = t)
 
 :meth:`DiffusionProcess.split` is the inverse: it maps (x_t, prediction) to (x_0, ε).
-
-Tables are float64 on the CPU. Each is copied to a device once (:class:`Table`), so that a training pass neither
-copies from the host nor waits for it.
 """
 
 from __future__ import annotations
@@ -52,7 +49,8 @@ def broadcast(values: Tensor, like: Tensor) -> Tensor:
 
 
 class Table:
-    """A table of one number for each of T times, copied once to every device and precision that uses it.
+    """A table of one number for each of T times, copied once to every device and precision that uses it, so that a
+    training pass neither copies from the host nor waits for it.
 
     Arguments:
         values: The numbers, with shape (T,), on the CPU.

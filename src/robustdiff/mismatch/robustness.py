@@ -146,7 +146,7 @@ def lipschitz(function: Callable[[Tensor], Tensor], x: Tensor, iterations: int =
         The singular values, with shape (B,).
     """
     v = torch.randn(x.shape, generator=torch.Generator().manual_seed(seed)).to(x)
-    pushed, shape = v, (-1, *(1,) * (x.ndim - 1))
+    pushed = v
     # No other backend of attention supports second derivatives.
     with sdpa_kernel(SDPBackend.MATH), torch.enable_grad():
         point = x.detach().requires_grad_()
@@ -155,7 +155,7 @@ def lipschitz(function: Callable[[Tensor], Tensor], x: Tensor, iterations: int =
         u = torch.zeros_like(value, requires_grad=True)
         (pulled,) = torch.autograd.grad(value, point, u, create_graph=True)
         for _ in range(iterations):
-            v = v / v.flatten(1).norm(dim=1).clamp_min(torch.finfo(v.dtype).tiny).reshape(shape)
+            v = v / broadcast(v.flatten(1).norm(dim=1).clamp_min(torch.finfo(v.dtype).tiny), v)
             (pushed,) = torch.autograd.grad(pulled, u, v, retain_graph=True)
             (v,) = torch.autograd.grad(value, point, pushed, retain_graph=True)
     return pushed.flatten(1).norm(dim=1)

@@ -12,8 +12,7 @@ falls as N⁻² with Euler's method and as N⁻³ with Heun's, down to rounding.
 time embedding has high frequencies), so that for short steps Heun's error falls more slowly.
 
 The reference x(σ_n) is computed by M Heun steps between the two levels, uniform in σ^{1/ρ}. Its error is about M⁻² of
-that of one step, and is estimated, with rounding, by the distance from the result of 2M steps. Local errors that are
-not clearly larger than this estimate are left out when the order is fitted.
+that of one step, and is estimated, with rounding, by the distance from the result of 2M steps.
 """
 
 from __future__ import annotations

@@ -37,7 +37,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from importlib import import_module
@@ -58,9 +58,7 @@ from robustdiff.section import Fraction, given
 
 __all__ = [
     "METRICS",
-    "PERTURBED",
     "SOLVERS",
-    "WEIGHTINGS",
     "ConsistencyConfig",
     "ConsistencyDraw",
     "ConsistencyObjective",
@@ -80,8 +78,6 @@ Solver = Literal["heun", "euler"]
 Metric = Literal["l1", "l2", "pseudo-huber", "lpips"]
 Perturbed = Literal["solver", "student"]
 Weighting = Literal["uniform", "inverse-gap"]
-PERTURBED: tuple[str, ...] = get_args(Perturbed)
-WEIGHTINGS: tuple[str, ...] = get_args(Weighting)
 
 
 def euler_step(denoise: Denoise, x: Tensor, sigma: Tensor, lower: Tensor) -> Tensor:
@@ -317,11 +313,11 @@ class ConsistencyObjective(Objective):
         rho: float = 7.0,
         sigma_data: float = 0.5,
     ) -> None:
-        known: dict[str, tuple[str, list[str]]] = {
-            "solver": (solver, list(SOLVERS)),
-            "metric": (metric, list(METRICS)),
-            "perturb": (perturb, list(PERTURBED)),
-            "weighting": (weighting, list(WEIGHTINGS)),
+        known: dict[str, tuple[str, Collection[str]]] = {
+            "solver": (solver, SOLVERS),
+            "metric": (metric, METRICS),
+            "perturb": (perturb, get_args(Perturbed)),
+            "weighting": (weighting, get_args(Weighting)),
         }
         for name, (value, values) in known.items():
             if value not in values:

@@ -49,10 +49,9 @@ from robustdiff.objectives.preconditioning import Denoise
 from robustdiff.objectives.timesteps import TIMESTEPS, LossSecondMoment, TimestepSampler, uniform
 from robustdiff.process import PREDICTIONS, DiffusionProcess, Prediction, ProcessConfig, broadcast
 
-__all__ = ["VARIANCES", "DenoisingConfig", "DenoisingObjective", "Variance"]
+__all__ = ["DenoisingConfig", "DenoisingObjective", "Variance"]
 
 Variance = Literal["fixed", "learned_range"]
-VARIANCES: tuple[str, ...] = get_args(Variance)
 
 
 class DenoisingObjective(Objective):
@@ -86,8 +85,8 @@ class DenoisingObjective(Objective):
     ) -> None:
         if prediction not in PREDICTIONS:
             raise ValueError(f"unknown prediction {prediction!r}: use one of {', '.join(PREDICTIONS)}")
-        if variance not in VARIANCES:
-            raise ValueError(f"unknown variance {variance!r}: use one of {', '.join(VARIANCES)}")
+        if variance not in get_args(Variance):
+            raise ValueError(f"unknown variance {variance!r}: use one of {', '.join(get_args(Variance))}")
         if variance == "learned_range" and not process.variance_preserving:
             raise ValueError("a learned variance needs a variance-preserving process")
         if vb_scale is not None and variance == "fixed":

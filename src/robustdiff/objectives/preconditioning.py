@@ -19,7 +19,6 @@ models apply.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -125,11 +124,6 @@ class DiffusionDenoiser:
         log_sigmas = (process.sigmas / process.alphas.clamp_min(1e-12)).log()
         self._log_range = float(log_sigmas[0]), float(log_sigmas[-1])
         self._log_sigmas, self._times = Table(log_sigmas), Table(process.times.to(torch.float64))
-
-    @property
-    def sigma_max(self) -> float:
-        """The largest level of the table."""
-        return math.exp(self._log_range[1])
 
     def times(self, sigma: Tensor) -> Tensor:
         """Return the (fractional) times of levels (B,), with shape (B,), float64 (float32 on MPS)."""
