@@ -352,11 +352,7 @@ def affine_map(model: NoiseModel, time: float, d: int) -> tuple[Tensor, Tensor]:
 
 
 def push_gaussian(step: Step, model: NoiseModel, mean: Tensor, cov: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the mean (d,) and covariance (d, d) of the state after a step with an affine model, from those before it.
-
-    Raises:
-        ValueError: If the model is not affine.
-    """
+    """Return the mean (d,) and covariance (d, d) of the state after a step with an affine model, from those before."""
     matrix, offset = affine_map(model, step.time, len(mean))
     identity = torch.eye(len(mean), dtype=torch.float64)
     jacobian = step.of_x * identity + step.of_noise * matrix
@@ -368,16 +364,10 @@ def change_of_variables(step: Step, model: NoiseModel, x: Tensor) -> tuple[Tenso
 
     If a determinant is not positive, the step is not invertible, and log p − log |det| is the density of one branch.
 
-    Arguments:
-        step: A step with v = 0.
-        model: The model.
-        x: Points, with shape (B, d).
-
-    Returns:
-        The images, with shape (B, d), and the determinants, with shape (B,).
+    Points and images have shape (B, d), determinants (B,).
 
     Raises:
-        ValueError: If the step has noise.
+        ValueError: If the step has noise (v > 0).
     """
     if step.variance > 0:
         raise ValueError("a step with noise is no change of variables: use Density.push")
@@ -546,11 +536,7 @@ class Density:
         return torch.from_numpy(np.interp(below.numpy(), cdf, fine.numpy()[first])) - x
 
     def w2(self, q: GaussianMixture) -> float:
-        """Return the Wasserstein distance W₂(p, q), in one dimension.
-
-        Raises:
-            ValueError: In two dimensions.
-        """
+        """Return the Wasserstein distance W₂(p, q), in one dimension (:meth:`displacement`)."""
         return math.sqrt(float((self.masses * self.displacement(q).square()).sum() / self.mass))
 
 

@@ -6,9 +6,8 @@ A perturbation of x_t = α_t x_0 + σ_t ε changes the noise (:mod:`robustdiff.p
 
 and the **robust loss** of radius r is the supremum of L(δ) over ‖δ‖ ≤ r for each sample, averaged over samples, which
 adversarial training minimises (Wang et al., 2025, arXiv 2502.17099, Theorem 1). The gradient here includes δ in the
-target, since the supremum is that of L(δ); in training, δ in the target is a constant by default. The ascent is that of
-:class:`robustdiff.perturbation.PGDAdversary`, from the worst point of the next smaller radius and from random points of
-the ball. The result is the largest loss of all visited points: a lower bound of the supremum, at least the clean loss,
+target, since the supremum is that of L(δ); in training, δ in the target is a constant by default. The largest loss
+of all points that projected gradient ascent visits is a lower bound of the supremum, at least the clean loss,
 nondecreasing in the radius, and in the units of the training loss.
 
 The **local Lipschitz constant** is the largest singular value of J = ∂ε̂(x, t)/∂x at x_t, by power iteration on JᵀJ,

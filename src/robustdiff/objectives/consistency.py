@@ -28,9 +28,6 @@ After every optimiser update θ⁻ ← μ θ⁻ + (1 − μ) θ. N and μ may de
 "doubling" is due to Song & Dhariwal (2024, arXiv 2310.14189), as are μ = 0 (θ⁻ = θ, no gradient), the pseudo-Huber
 distance √(‖a − b‖² + c²) − c with c = 0.00054 √d, the weights w_n = 1/(σ_{n+1} − σ_n), and the log-normal instead of
 the uniform distribution of n (:class:`~robustdiff.objectives.timesteps.LogNormal`).
-
-As in the original, dropout is the same in the target network and the student: both are called with the same state of
-the random number generator.
 """
 
 from __future__ import annotations
@@ -203,16 +200,9 @@ class FixedScales(ScaleSchedule):
 
 @dataclass(frozen=True)
 class _MoreScales(ScaleSchedule):
-    """A growing number of levels N, which is s_1 + 1 at the end.
+    """A number of levels N that grows from s_0 = ``start`` to s_1 + 1, s_1 = ``end``, in K = ``total`` updates.
 
-    Arguments:
-        start: s_0 ≥ 1; for ``GrowingScales`` ≥ 2.
-        end: s_1 ≥ s_0.
-        decay: The decay μ in [0, 1); for ``GrowingScales`` μ_0, where 0 means μ = 0 throughout.
-        total: The number K ≥ 1 of optimiser updates.
-
-    Raises:
-        ValueError: If an argument is out of its range.
+    ``decay`` is μ in [0, 1); for ``GrowingScales`` μ_0, where 0 means μ = 0 throughout.
     """
 
     start: int
@@ -397,7 +387,7 @@ class ConsistencyObjective(Objective):
         return {"loss": distance if draw.weight is None else draw.weight * distance, "distance": distance}
 
     def _fork(self, device: torch.device) -> AbstractContextManager[None]:
-        """Restore the generators after the block, so that the target's dropout is the student's."""
+        """Restore the generators after the block, so that the target's dropout is the student's, as in the original."""
         # In eval mode nothing is dropped out, and generator states cannot be read while a CUDA graph is captured.
         if not getattr(self.target, "training", True):
             return nullcontext()

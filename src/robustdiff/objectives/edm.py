@@ -78,10 +78,7 @@ class EDMObjective(DenoisingObjective):
 
     @torch.no_grad()
     def draw(self, x0: Tensor, *arguments: Any, **more: Any) -> Draw:
-        """Draw t and ε for a batch as :meth:`DenoisingObjective.draw` does, and evaluate the teacher.
-
-        The teacher is not evaluated again in the passes over the batch.
-        """
+        """Draw as :meth:`DenoisingObjective.draw` does, and evaluate the teacher once for all passes over a batch."""
         draw = super().draw(x0, *arguments, **more)
         if self.teacher is None:
             return draw

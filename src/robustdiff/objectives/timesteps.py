@@ -14,8 +14,6 @@ p is uniform until every t has ten losses. ADM's networks were trained with this
 For models over noise levels σ (Karras et al., 2022; consistency models) the distribution ln σ ~ N(P_mean, P_std²) is a
 part of the loss, and has no such weights. If time is continuous (flow matching, EDM), times are floating-point numbers;
 otherwise they are indices.
-
-Probabilities and losses are float64, on the device where times are drawn. Nothing is read back from a GPU.
 """
 
 from __future__ import annotations
@@ -41,6 +39,8 @@ __all__ = [
     "double",
     "uniform",
 ]
+
+_UNIFORM = 0.001  # the share u of the uniform distribution
 
 
 def double(device: torch.device) -> torch.dtype:
@@ -175,12 +175,10 @@ class LossSecondMoment(TimestepSampler):
     Arguments:
         T: The number of times.
         history: The number of losses that are stored for each time.
-        uniform_prob: The share u of the uniform distribution, in [0, 1].
     """
 
-    def __init__(self, T: int, history: int = 10, uniform_prob: float = 0.001) -> None:
+    def __init__(self, T: int, history: int = 10) -> None:
         self.T = T
-        self.uniform_prob = uniform_prob
         self._losses = torch.zeros(T, history, dtype=torch.float64)
         self._counts = torch.zeros(T, dtype=torch.int64)
 
@@ -193,7 +191,7 @@ class LossSecondMoment(TimestepSampler):
     def probabilities(self) -> Tensor:
         """The probabilities p, with shape (T,), float64 (float32 on MPS)."""
         moments = self._losses.square().mean(1).sqrt()
-        p = (1 - self.uniform_prob) * moments / moments.sum() + self.uniform_prob / self.T
+        p = (1 - _UNIFORM) * moments / moments.sum() + _UNIFORM / self.T
         return torch.where(self._full, p, 1 / self.T)
 
     def _draw(self, n: int, generator: torch.Generator | None, device: torch.device) -> tuple[Tensor, Tensor | None]:
