@@ -217,7 +217,6 @@ def measure_robustness(
             clean = loss(torch.zeros_like(x_t))
         losses = robust_loss(loss, x_t, radii, "l2", ascents, restarts, seed) if radii else ()
         constants = lipschitz(predicted_noise, x_t, iterations, seed)
-        (mean, se), (constant, constant_se) = _mean(clean), _mean(constants)
         robust = [_mean(one) for one in losses]
         result.append(
             Robustness(
@@ -225,13 +224,11 @@ def measure_robustness(
                 index,
                 float(process.sigmas[index]),
                 len(x0),
-                mean,
-                se,
+                *_mean(clean),
                 list(radii),
                 [value for value, _ in robust],
                 [error for _, error in robust],
-                constant,
-                constant_se,
+                *_mean(constants),
                 float(constants.max()),
             )
         )

@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from robustdiff.errors import InputError, RunError
+from robustdiff.objectives.objective import gaussian
 from robustdiff.process import DiffusionProcess, Prediction
 from robustdiff.samplers.denoiser import Denoiser, DynamicThreshold, Evaluation
 from robustdiff.samplers.guidance import guided
@@ -149,9 +150,8 @@ def sample(
             :func:`robustdiff.load_model` returned, otherwise "epsilon".
         on_evaluation: A callback that is called with an ``Evaluation`` after each evaluation of the network.
         condition: Further keyword arguments of the model, tensors with n rows each.
-        guidance: The scale g of classifier-free guidance (Ho & Salimans, 2022): the output becomes
-            unconditional + g · (conditional − unconditional), with two evaluations in each step. None and 1: no
-            guidance.
+        guidance: The scale g of classifier-free guidance (:mod:`robustdiff.samplers.guidance`), with two evaluations in
+            each step. None and 1: no guidance.
         unconditional: The empty condition, under the names of the condition. Each value is a tensor with one or n rows,
             or a number, such as the null class for ``class_labels``.
         spacing: The choice of the times for a number of steps: "own" (as the sampler's authors space them);
@@ -198,8 +198,7 @@ def sample(
     def noises() -> Iterator[Tensor]:
         if step_noise is None:
             while True:
-                device = generator.device if generator is not None else start.device
-                yield torch.randn(start.shape, generator=generator, device=device, dtype=start.dtype).to(start.device)
+                yield gaussian(start, generator)
         for noise in step_noise:
             if noise.shape != start.shape:
                 raise ValueError(
