@@ -184,13 +184,7 @@ class GaussianMixture:
         return torch.einsum("bk,bkd->bd", self._log_joint(x).softmax(1), pull)
 
     def posterior(self, y: Tensor, a: float, b: float) -> Posterior:
-        """Return the posterior q(z | y) for observations y = a z + b ξ, with z distributed as this mixture.
-
-        Arguments:
-            y: The observations, with shape (B, d).
-            a: The factor a of z.
-            b: The standard deviation b > 0 of the noise.
-        """
+        """Return the posterior q(z | y) of z from this mixture, for observations y = a z + b ξ (B, d), b > 0."""
         observed = self.at(a, b)
         gain = a * self.variances / observed.variances
         means = self.means + self._from_axes(gain * self._along_axes(y[:, None] - observed.means))

@@ -48,12 +48,7 @@ class BlockMoments:
         self._squares = np.zeros((BLOCKS, d))
 
     def update(self, values: Tensor, indices: range) -> None:
-        """Add a batch of images, with shape (B, *).
-
-        Arguments:
-            values: The images.
-            indices: Their numbers, which determine their blocks.
-        """
+        """Add a batch of images (B, *) with the given numbers, which determine their blocks."""
         flat = values.flatten(1).double().cpu().numpy()
         blocks: NDArray[np.bool_] = block_of(np.asarray(indices)) == np.arange(BLOCKS)[:, None]
         self._count += blocks.sum(1)

@@ -176,15 +176,7 @@ def _check_decay(decay: float) -> None:
 
 @dataclass(frozen=True)
 class FixedScales(ScaleSchedule):
-    """A constant number of levels N and decay μ.
-
-    Arguments:
-        scales: The number of levels N ≥ 2.
-        decay: The decay μ in [0, 1).
-
-    Raises:
-        ValueError: If an argument is out of its range.
-    """
+    """A constant number of levels N = ``scales`` ≥ 2 and a constant decay μ in [0, 1)."""
 
     scales: int
     decay: float

@@ -165,11 +165,7 @@ class ObjectiveConfig(Named):
         return 0.0
 
     def adopt(self, own: ObjectiveConfig) -> ObjectiveConfig:
-        """Return this section, with fields of the network that it leaves unset taken from a checkpoint's objective.
-
-        Arguments:
-            own: The objective that the checkpoint was trained with.
-        """
+        """Return this section, with fields of the network that it leaves unset taken from ``own``, a checkpoint's."""
         return self
 
     def new_process(self, process: ProcessConfig | None, steps: int) -> tuple[DiffusionProcess, Any]:

@@ -157,9 +157,6 @@ class OverTimes:
     """A network that predicts x_0 over the variance-preserving process of :meth:`process`, made of a denoiser D.
 
     Its time is the level σ, any positive number.
-
-    Arguments:
-        denoise: The denoiser D.
     """
 
     def __init__(self, denoise: Denoise) -> None:

@@ -74,11 +74,7 @@ class TimestepSampler(ABC):
 
 
 class Uniform(TimestepSampler):
-    """The uniform distribution over the indices 0 … T − 1.
-
-    Arguments:
-        T: The number of times.
-    """
+    """The uniform distribution over the indices 0 … T − 1."""
 
     def __init__(self, T: int) -> None:
         self.T = T
@@ -88,11 +84,7 @@ class Uniform(TimestepSampler):
 
 
 class Continuous(TimestepSampler):
-    """The uniform distribution over the fractions u in (0, 1] of a process.
-
-    Arguments:
-        process: A process whose time is continuous.
-    """
+    """The uniform distribution over the fractions u in (0, 1] of a process whose time is continuous."""
 
     def __init__(self, process: DiffusionProcess) -> None:
         self.process = process

@@ -130,10 +130,7 @@ class AdversaryConfig(Named):
         return False
 
     def build(self, process: DiffusionProcess) -> Adversary:
-        """Return the adversary.
-
-        Arguments:
-            process: The process of the noisy points.
+        """Return the adversary for noisy points of a process.
 
         Raises:
             InputError: If the adversary does not suit the process.

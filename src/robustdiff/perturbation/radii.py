@@ -42,11 +42,7 @@ class RadiusSchedule(ABC):
 
 @dataclass(frozen=True)
 class Constant(RadiusSchedule):
-    """A constant radius.
-
-    Arguments:
-        radius: The radius, ≥ 0, in units of the norm.
-    """
+    """A constant radius ≥ 0, in units of the norm."""
 
     radius: float
 
