@@ -168,11 +168,8 @@ def measure_solver_error(
 def fitted_order(errors: Sequence[LocalError]) -> float | None:
     """Fit the order p of RMS ∝ N⁻ᵖ by least squares over positions that several N have in common.
 
-    Arguments:
-        errors: The local errors of one solver. Those up to four times the error of the reference are left out.
-
-    Returns:
-        The order p, or None if no position has errors for several N.
+    Errors (of one solver) up to four times that of the reference are left out. The order is None if no position has
+    errors for several N.
     """
     clear = [e for e in errors if e.rms > _ABOVE * e.reference]
     logs: dict[float, list[tuple[float, float]]] = {}
