@@ -20,9 +20,6 @@ so training at x_t + δ is ordinary training with the noise ε' = ε + δ/σ_t, 
     flow          ε' − x_0                      (with α_t = 1 − t, σ_t = t)
 
 :meth:`DiffusionProcess.split` is the inverse: it maps (x_t, prediction) to (x_0, ε).
-
-Tables are float64 on the CPU. Each is copied to a device once (:class:`Table`), so that a training pass neither
-copies from the host nor waits for it.
 """
 
 from __future__ import annotations
@@ -52,7 +49,8 @@ def broadcast(values: Tensor, like: Tensor) -> Tensor:
 
 
 class Table:
-    """A table of one number for each of T times, copied once to every device and precision that uses it.
+    """A table of one number for each of T times, copied once to every device and precision that uses it, so that a
+    training pass neither copies from the host nor waits for it.
 
     Arguments:
         values: The numbers, with shape (T,), on the CPU.
@@ -150,8 +148,6 @@ class DiffusionProcess:
         self.sigmas = sigmas
         self.times = torch.arange(len(alphas)) if times is None else torch.as_tensor(times, device="cpu")
         self.levels_at, self.time_at = levels_at, time_at
-
-    # -- by name ---------------------------------------------------------------------------------------------
 
     @classmethod
     def from_betas(cls, betas: Tensor) -> DiffusionProcess:
@@ -252,8 +248,6 @@ class DiffusionProcess:
             "the scheduler of training, such as DDPMScheduler or FlowMatchEulerDiscreteScheduler, or a process by name "
             "(DiffusionProcess.linear, cosine, flow)"
         )
-
-    # -- what it does ----------------------------------------------------------------------------------------
 
     def __len__(self) -> int:
         return len(self.alphas)
@@ -428,25 +422,15 @@ class DiffusionProcess:
         return Table(of_x0), Table((1 - self.betas).sqrt() * (1 - before) / (1 - a))
 
     def diffuse(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-        """Return x_t = α_t x_0 + σ_t ε, with shape (B, *).
-
-        Arguments:
-            x0: Clean samples, with shape (B, *).
-            t: Time indices in [0, T), or times, with shape (B,).
-            noise: The noise ε, with shape (B, *).
-        """
+        """Return x_t = α_t x_0 + σ_t ε (B, *) at time indices in [0, T), or times, ``t`` (B,)."""
         alpha, sigma = self.levels(t, x0)
         return alpha * x0 + sigma * noise
 
     def absorb(self, noise: Tensor, t: Tensor, delta: Tensor) -> Tensor:
         """Return the noise ε' = ε + δ/σ_t for which x_t + δ = α_t x_0 + σ_t ε'.
 
-        δ is detached: no gradient reaches it through the target.
-
-        Arguments:
-            noise: The noise ε, with shape (B, *).
-            t: Time indices in [0, T), or times, with shape (B,).
-            delta: The perturbation δ of x_t, with shape (B, *).
+        ε and δ have shape (B, *); ``t`` (B,) holds time indices in [0, T), or times. δ is detached: no gradient reaches
+        it through the target.
 
         Raises:
             ValueError: If one of the times is not in the process.

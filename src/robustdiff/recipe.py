@@ -23,17 +23,7 @@ from robustdiff.errors import InputError, printable
 from robustdiff.objectives.objective import OBJECTIVES, ObjectiveConfig
 from robustdiff.perturbation import ADVERSARIES, AdversaryConfig
 from robustdiff.process import ProcessConfig
-from robustdiff.section import (
-    MOST_UPDATES,
-    Decay,
-    Fraction,
-    Named,
-    Precision,
-    Section,
-    Text,
-    Times,
-    choice,
-)
+from robustdiff.section import MOST_UPDATES, Decay, Fraction, Named, Precision, Section, Text, Times, choice
 from robustdiff.yaml_reader import parse_yaml, read_yaml
 
 __all__ = ["DataConfig", "Recipe", "load_data_config", "load_recipe", "shipped_recipes"]

@@ -170,7 +170,6 @@ def test_times_are_exact_at_the_table_between_them_and_clamped_outside():
     middle = (levels[700] * levels[701]).sqrt()
     assert denoise.times(middle[None]).item() == pytest.approx(700.5)
     assert denoise.times(torch.tensor([1e-9, 1e9])).tolist() == [0, 999]
-    assert denoise.sigma_max == pytest.approx(levels[-1].item())
 
 
 def test_flow_matching_is_no_denoiser_over_levels():

@@ -67,9 +67,6 @@ NoiseModel = Callable[[Tensor, Tensor], Tensor]
 sample."""
 
 
-# -- the data and its forward process ------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Posterior:
     """The posterior q(z | y) for each of B observations y, a mixture of Gaussians.
@@ -106,8 +103,6 @@ class GaussianMixture:
             components, their variances ≥ 0, with shape (K,).
 
     Attributes:
-        weights: The weights w_k, with shape (K,).
-        means: The means m_k, with shape (K, d).
         variances: The eigenvalues of S_k, with shape (K, d).
         axes: The eigenvectors of S_k, in columns, with shape (K, d, d); None if all components are isotropic.
 
@@ -189,13 +184,7 @@ class GaussianMixture:
         return torch.einsum("bk,bkd->bd", self._log_joint(x).softmax(1), pull)
 
     def posterior(self, y: Tensor, a: float, b: float) -> Posterior:
-        """Return the posterior q(z | y) for observations y = a z + b ξ, with z distributed as this mixture.
-
-        Arguments:
-            y: The observations, with shape (B, d).
-            a: The factor a of z.
-            b: The standard deviation b > 0 of the noise.
-        """
+        """Return the posterior q(z | y) of z from this mixture, for observations y = a z + b ξ (B, d), b > 0."""
         observed = self.at(a, b)
         gain = a * self.variances / observed.variances
         means = self.means + self._from_axes(gain * self._along_axes(y[:, None] - observed.means))
@@ -214,9 +203,6 @@ class GaussianMixture:
         """Return P(X ≤ x) in one dimension, with shape (B,), for x (B,)."""
         z = (x[:, None] - self.means[:, 0]) / self.variances[:, 0].sqrt()
         return torch.from_numpy(ndtr(z.numpy())) @ self.weights
-
-
-# -- models --------------------------------------------------------------------------------------------------
 
 
 class ExactModel:
@@ -268,9 +254,6 @@ class ShiftedModel:
         return (1 + self.scale) * self.model(x, t) + self.offset
 
 
-# -- steps of a sampler --------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Step:
     """The sampling step x_s = c_x x_t + c_ε ε̂(x_t, t) + √v z.
@@ -317,20 +300,17 @@ def sampler_steps(process: DiffusionProcess, sampler: str, steps: int) -> list[S
         raise InputError(f"the density of {sampler!r} is not followed here: use ddim or iddpm")
     if not process.variance_preserving:
         raise InputError("the density is followed for a variance-preserving process: use .linear or .cosine")
-    plan = check_sampler(sampler, steps, process)
-    points, levels, result = plan.path.points, plan.path.levels, []
+    chosen, path = check_sampler(sampler, steps, process)
+    points, levels, result = path.points, path.levels, []
     # A step is linear in x, ε̂ and z: with one of them 1 and the others 0, its result is the coefficient of that one.
     x, noise, z = torch.eye(3, dtype=torch.float64)[:, :, None]
     for i in reversed(range(len(points))):
         x0, _ = points.split("epsilon", x, torch.full((3,), i), noise)
         before, after, denoised = levels[i + 1], levels[i], Denoised(x0, noise, None)
-        step = plan.sampler.step(SamplerStep(x, denoised, plan.path, i, before, after, iter([z])))
+        step = chosen.step(SamplerStep(x, denoised, path, i, before, after, iter([z])))
         of_x, of_noise, deviation = step.flatten().tolist()
         result.append(Step(float(points.times[i]), of_x, of_noise, deviation**2, before, after))
     return result
-
-
-# -- Gaussian states, affine models --------------------------------------------------------------------------
 
 
 def gaussian_kl(mean0: Tensor, cov0: Tensor, mean1: Tensor, cov1: Tensor) -> float:
@@ -366,18 +346,11 @@ def affine_map(model: NoiseModel, time: float, d: int) -> tuple[Tensor, Tensor]:
 
 
 def push_gaussian(step: Step, model: NoiseModel, mean: Tensor, cov: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the mean (d,) and covariance (d, d) of the state after a step with an affine model, from those before it.
-
-    Raises:
-        ValueError: If the model is not affine.
-    """
+    """Return the mean (d,) and covariance (d, d) of the state after a step with an affine model, from those before."""
     matrix, offset = affine_map(model, step.time, len(mean))
     identity = torch.eye(len(mean), dtype=torch.float64)
     jacobian = step.of_x * identity + step.of_noise * matrix
     return jacobian @ mean + step.of_noise * offset, jacobian @ cov @ jacobian.mT + step.variance * identity
-
-
-# -- densities by change of variables and by quadrature ------------------------------------------------------
 
 
 def change_of_variables(step: Step, model: NoiseModel, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -385,16 +358,10 @@ def change_of_variables(step: Step, model: NoiseModel, x: Tensor) -> tuple[Tenso
 
     If a determinant is not positive, the step is not invertible, and log p − log |det| is the density of one branch.
 
-    Arguments:
-        step: A step with v = 0.
-        model: The model.
-        x: Points, with shape (B, d).
-
-    Returns:
-        The images, with shape (B, d), and the determinants, with shape (B,).
+    Points and images have shape (B, d), determinants (B,).
 
     Raises:
-        ValueError: If the step has noise.
+        ValueError: If the step has noise (v > 0).
     """
     if step.variance > 0:
         raise ValueError("a step with noise is no change of variables: use Density.push")
@@ -563,11 +530,7 @@ class Density:
         return torch.from_numpy(np.interp(below.numpy(), cdf, fine.numpy()[first])) - x
 
     def w2(self, q: GaussianMixture) -> float:
-        """Return the Wasserstein distance W₂(p, q), in one dimension.
-
-        Raises:
-            ValueError: In two dimensions.
-        """
+        """Return the Wasserstein distance W₂(p, q), in one dimension (:meth:`displacement`)."""
         return math.sqrt(float((self.masses * self.displacement(q).square()).sum() / self.mass))
 
 

@@ -22,9 +22,6 @@ The difference of these variances contains 2 α_t² var(x_0), which is no error 
 for a perfect sampler, and grows as t falls. As long as std(x̂_t − α_t x_0) exceeds σ_t, states with too small a standard
 deviation score better than correct ones. δ_t does not contain that term, and is zero exactly if the standard deviations
 agree. Both are reported: use δ_t to judge a sampler, and δ_t' to compare with published numbers.
-
-Only sums over blocks of images are stored (:mod:`robustdiff.mismatch.distances`), so that memory does not grow with the
-number of images.
 """
 
 from __future__ import annotations
@@ -51,12 +48,7 @@ class BlockMoments:
         self._squares = np.zeros((BLOCKS, d))
 
     def update(self, values: Tensor, indices: range) -> None:
-        """Add a batch of images, with shape (B, *).
-
-        Arguments:
-            values: The images.
-            indices: Their numbers, which determine their blocks.
-        """
+        """Add a batch of images (B, *) with the given numbers, which determine their blocks."""
         flat = values.flatten(1).double().cpu().numpy()
         blocks: NDArray[np.bool_] = block_of(np.asarray(indices)) == np.arange(BLOCKS)[:, None]
         self._count += blocks.sum(1)

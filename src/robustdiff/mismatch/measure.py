@@ -28,8 +28,8 @@ Image i of q has one x_0 and one ε, which are the same for all times, samplers 
 network receives the class of the real image i in sampling and on the points of q. Replicates omit the same images
 everywhere, which gives intervals for means over steps and for differences of checkpoints.
 
-**Memory.** Means, variances and norms are stored as sums. For the distances, the states of the first ``kept`` images
-are stored, 4·kept·d bytes for each step, for one checkpoint and sampler at a time.
+**Memory.** For the distances, the states of the first ``kept`` images are stored, 4·kept·d bytes for each step, for one
+checkpoint and sampler at a time.
 """
 
 from __future__ import annotations

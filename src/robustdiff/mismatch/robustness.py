@@ -6,9 +6,8 @@ A perturbation of x_t = α_t x_0 + σ_t ε changes the noise (:mod:`robustdiff.p
 
 and the **robust loss** of radius r is the supremum of L(δ) over ‖δ‖ ≤ r for each sample, averaged over samples, which
 adversarial training minimises (Wang et al., 2025, arXiv 2502.17099, Theorem 1). The gradient here includes δ in the
-target, since the supremum is that of L(δ); in training, δ in the target is a constant by default. The ascent is that of
-:class:`robustdiff.perturbation.PGDAdversary`, from the worst point of the next smaller radius and from random points of
-the ball. The result is the largest loss of all visited points: a lower bound of the supremum, at least the clean loss,
+target, since the supremum is that of L(δ); in training, δ in the target is a constant by default. The largest loss
+of all points that projected gradient ascent visits is a lower bound of the supremum, at least the clean loss,
 nondecreasing in the radius, and in the units of the training loss.
 
 The **local Lipschitz constant** is the largest singular value of J = ∂ε̂(x, t)/∂x at x_t, by power iteration on JᵀJ,
@@ -146,7 +145,7 @@ def lipschitz(function: Callable[[Tensor], Tensor], x: Tensor, iterations: int =
         The singular values, with shape (B,).
     """
     v = torch.randn(x.shape, generator=torch.Generator().manual_seed(seed)).to(x)
-    pushed, shape = v, (-1, *(1,) * (x.ndim - 1))
+    pushed = v
     # No other backend of attention supports second derivatives.
     with sdpa_kernel(SDPBackend.MATH), torch.enable_grad():
         point = x.detach().requires_grad_()
@@ -155,7 +154,7 @@ def lipschitz(function: Callable[[Tensor], Tensor], x: Tensor, iterations: int =
         u = torch.zeros_like(value, requires_grad=True)
         (pulled,) = torch.autograd.grad(value, point, u, create_graph=True)
         for _ in range(iterations):
-            v = v / v.flatten(1).norm(dim=1).clamp_min(torch.finfo(v.dtype).tiny).reshape(shape)
+            v = v / broadcast(v.flatten(1).norm(dim=1).clamp_min(torch.finfo(v.dtype).tiny), v)
             (pushed,) = torch.autograd.grad(pulled, u, v, retain_graph=True)
             (v,) = torch.autograd.grad(value, point, pushed, retain_graph=True)
     return pushed.flatten(1).norm(dim=1)
@@ -218,7 +217,6 @@ def measure_robustness(
             clean = loss(torch.zeros_like(x_t))
         losses = robust_loss(loss, x_t, radii, "l2", ascents, restarts, seed) if radii else ()
         constants = lipschitz(predicted_noise, x_t, iterations, seed)
-        (mean, se), (constant, constant_se) = _mean(clean), _mean(constants)
         robust = [_mean(one) for one in losses]
         result.append(
             Robustness(
@@ -226,13 +224,11 @@ def measure_robustness(
                 index,
                 float(process.sigmas[index]),
                 len(x0),
-                mean,
-                se,
+                *_mean(clean),
                 list(radii),
                 [value for value, _ in robust],
                 [error for _, error in robust],
-                constant,
-                constant_se,
+                *_mean(constants),
                 float(constants.max()),
             )
         )

@@ -12,8 +12,7 @@ falls as N⁻² with Euler's method and as N⁻³ with Heun's, down to rounding.
 time embedding has high frequencies), so that for short steps Heun's error falls more slowly.
 
 The reference x(σ_n) is computed by M Heun steps between the two levels, uniform in σ^{1/ρ}. Its error is about M⁻² of
-that of one step, and is estimated, with rounding, by the distance from the result of 2M steps. Local errors that are
-not clearly larger than this estimate are left out when the order is fitted.
+that of one step, and is estimated, with rounding, by the distance from the result of 2M steps.
 """
 
 from __future__ import annotations
@@ -169,11 +168,8 @@ def measure_solver_error(
 def fitted_order(errors: Sequence[LocalError]) -> float | None:
     """Fit the order p of RMS ∝ N⁻ᵖ by least squares over positions that several N have in common.
 
-    Arguments:
-        errors: The local errors of one solver. Those up to four times the error of the reference are left out.
-
-    Returns:
-        The order p, or None if no position has errors for several N.
+    Errors (of one solver) up to four times that of the reference are left out. The order is None if no position has
+    errors for several N.
     """
     clear = [e for e in errors if e.rms > _ABOVE * e.reference]
     logs: dict[float, list[tuple[float, float]]] = {}
@@ -222,18 +218,14 @@ def measure_teacher(
     seed: int = 0,
     **settings: Any,
 ) -> SolverError:
-    """Load a teacher and real images, and measure the local errors of solvers.
+    """Load a teacher and real images, and measure the local errors of solvers by :func:`measure_solver_error`.
 
     Arguments:
         teacher: The path of a run or a pipeline folder, or the name of a shipped model.
         source: The section ``data`` of a recipe, which describes the images.
         device: The device on which the teacher is evaluated.
-        scales: The numbers N of levels, each ≥ 2.
-        solvers: The names of the solvers.
         num: The number of images, which are the first of the dataset.
-        substeps: The number M of steps of the reference.
-        seed: The seed of the noise.
-        settings: Further arguments of :func:`measure_solver_error`.
+        scales, solvers, substeps, seed, settings: The arguments of :func:`measure_solver_error`.
 
     Raises:
         InputError: If the teacher or the images cannot be loaded or do not match, there are fewer than ``num`` images,

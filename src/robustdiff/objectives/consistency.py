@@ -28,16 +28,13 @@ After every optimiser update θ⁻ ← μ θ⁻ + (1 − μ) θ. N and μ may de
 "doubling" is due to Song & Dhariwal (2024, arXiv 2310.14189), as are μ = 0 (θ⁻ = θ, no gradient), the pseudo-Huber
 distance √(‖a − b‖² + c²) − c with c = 0.00054 √d, the weights w_n = 1/(σ_{n+1} − σ_n), and the log-normal instead of
 the uniform distribution of n (:class:`~robustdiff.objectives.timesteps.LogNormal`).
-
-As in the original, dropout is the same in the target network and the student: both are called with the same state of
-the random number generator.
 """
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from importlib import import_module
@@ -58,9 +55,7 @@ from robustdiff.section import Fraction, given
 
 __all__ = [
     "METRICS",
-    "PERTURBED",
     "SOLVERS",
-    "WEIGHTINGS",
     "ConsistencyConfig",
     "ConsistencyDraw",
     "ConsistencyObjective",
@@ -80,11 +75,6 @@ Solver = Literal["heun", "euler"]
 Metric = Literal["l1", "l2", "pseudo-huber", "lpips"]
 Perturbed = Literal["solver", "student"]
 Weighting = Literal["uniform", "inverse-gap"]
-PERTURBED: tuple[str, ...] = get_args(Perturbed)
-WEIGHTINGS: tuple[str, ...] = get_args(Weighting)
-
-
-# -- solvers -------------------------------------------------------------------------------------------------
 
 
 def euler_step(denoise: Denoise, x: Tensor, sigma: Tensor, lower: Tensor) -> Tensor:
@@ -113,9 +103,6 @@ def heun_step(denoise: Denoise, x: Tensor, sigma: Tensor, lower: Tensor) -> Tens
 
 
 SOLVERS: dict[str, Callable[[Denoise, Tensor, Tensor, Tensor], Tensor]] = {"heun": heun_step, "euler": euler_step}
-
-
-# -- distances -----------------------------------------------------------------------------------------------
 
 
 def _l1(a: Tensor, b: Tensor) -> Tensor:
@@ -174,9 +161,6 @@ METRICS: dict[str, Callable[[], Callable[[Tensor, Tensor], Tensor]]] = {
 elements."""
 
 
-# -- the number of scales ------------------------------------------------------------------------------------
-
-
 class ScaleSchedule(ABC):
     """The number N of levels and the decay μ of the target network as functions of the number of updates made."""
 
@@ -192,15 +176,7 @@ def _check_decay(decay: float) -> None:
 
 @dataclass(frozen=True)
 class FixedScales(ScaleSchedule):
-    """A constant number of levels N and decay μ.
-
-    Arguments:
-        scales: The number of levels N ≥ 2.
-        decay: The decay μ in [0, 1).
-
-    Raises:
-        ValueError: If an argument is out of its range.
-    """
+    """A constant number of levels N = ``scales`` ≥ 2 and a constant decay μ in [0, 1)."""
 
     scales: int
     decay: float
@@ -216,16 +192,9 @@ class FixedScales(ScaleSchedule):
 
 @dataclass(frozen=True)
 class _MoreScales(ScaleSchedule):
-    """A growing number of levels N, which is s_1 + 1 at the end.
+    """A number of levels N that grows from s_0 = ``start`` to s_1 + 1, s_1 = ``end``, in K = ``total`` updates.
 
-    Arguments:
-        start: s_0 ≥ 1; for ``GrowingScales`` ≥ 2.
-        end: s_1 ≥ s_0.
-        decay: The decay μ in [0, 1); for ``GrowingScales`` μ_0, where 0 means μ = 0 throughout.
-        total: The number K ≥ 1 of optimiser updates.
-
-    Raises:
-        ValueError: If an argument is out of its range.
+    ``decay`` is μ in [0, 1); for ``GrowingScales`` μ_0, where 0 means μ = 0 throughout.
     """
 
     start: int
@@ -263,9 +232,6 @@ class DoublingScales(_MoreScales):
     def __call__(self, updates: int) -> tuple[int, float]:
         length = max(int(self.total / (math.log2(self.end // self.start) + 1)), 1)
         return min(self.start * 2 ** (min(updates, self.total) // length), self.end) + 1, self.decay
-
-
-# -- the loss ------------------------------------------------------------------------------------------------
 
 
 @dataclass(kw_only=True)
@@ -329,11 +295,11 @@ class ConsistencyObjective(Objective):
         rho: float = 7.0,
         sigma_data: float = 0.5,
     ) -> None:
-        known: dict[str, tuple[str, list[str]]] = {
-            "solver": (solver, list(SOLVERS)),
-            "metric": (metric, list(METRICS)),
-            "perturb": (perturb, list(PERTURBED)),
-            "weighting": (weighting, list(WEIGHTINGS)),
+        known: dict[str, tuple[str, Collection[str]]] = {
+            "solver": (solver, SOLVERS),
+            "metric": (metric, METRICS),
+            "perturb": (perturb, get_args(Perturbed)),
+            "weighting": (weighting, get_args(Weighting)),
         }
         for name, (value, values) in known.items():
             if value not in values:
@@ -366,17 +332,10 @@ class ConsistencyObjective(Objective):
         weight: Tensor | None = None,
         **condition: Any,
     ) -> ConsistencyDraw:
-        """Draw n, ε, x_{n+1} and Φ̂ for a batch.
+        """Draw n, ε, x_{n+1} and Φ̂ for a batch. The passes over the batch do not evaluate the teacher again.
 
-        The teacher is evaluated here and not in the passes over the batch.
-
-        Arguments:
-            x0: Clean samples in [−1, 1], with shape (B, *).
-            t: The indices n in [0, N − 1), ascending in σ, with shape (B,). Default: drawn from ``timesteps``.
-            noise: The noise ε, with shape (B, *). Default: standard normal.
-            generator: The source of randomness for arguments that are not given. Default: PyTorch's global generator.
-            weight: A weight of each sample's loss in addition to w_n, with shape (B,); None for weights of 1.
-            condition: Further keyword arguments of student, target and teacher, such as ``class_labels``.
+        The arguments are those of :meth:`DenoisingObjective.draw`, with n in [0, N − 1), ascending in σ, for ``t``, a
+        ``weight`` in addition to w_n, and a ``condition`` of student, target and teacher.
         """
         if t is None:
             t, _ = self.timesteps.draw(len(x0), generator, x0.device)  # neither distribution has weights
@@ -395,29 +354,12 @@ class ConsistencyObjective(Objective):
             weight = gap if weight is None else weight * gap
         moved, at = (solved, t) if self.perturb == "solver" else (x_next, t + 1)
         return ConsistencyDraw(
-            x0=x0,
-            t=at,
-            noise=noise,
-            x_t=moved,
-            weight=weight,
-            condition=condition,
-            x_next=x_next,
-            solved=solved,
-            upper=upper,
-            lower=lower,
+            x0, at, noise, moved, weight, condition, x_next=x_next, solved=solved, upper=upper, lower=lower
         )
 
     def __call__(self, model: Callable[..., Any], draw: Draw, delta: Tensor | None = None) -> dict[str, Tensor]:
-        """Return the losses with δ added to ``draw.x_t``.
-
-        Arguments:
-            model: The student, called as diffusers calls it.
-            draw: The batch.
-            delta: The perturbation δ, with shape (B, *); None for δ = 0.
-
-        Returns:
-            Losses with shape (B,), in at least float32: "loss" (weighted) and "distance".
-        """
+        """Return the losses of the student with δ added to ``draw.x_t``, in at least float32: "loss" (weighted) and
+        "distance"."""
         assert isinstance(draw, ConsistencyDraw)
         x_next, solved = draw.x_next, draw.solved
         through_target = False
@@ -437,7 +379,7 @@ class ConsistencyObjective(Objective):
         return {"loss": distance if draw.weight is None else draw.weight * distance, "distance": distance}
 
     def _fork(self, device: torch.device) -> AbstractContextManager[None]:
-        """Restore the generators after the block, so that the target's dropout is the student's."""
+        """Restore the generators after the block, so that the target's dropout is the student's, as in the original."""
         # In eval mode nothing is dropped out, and generator states cannot be read while a CUDA graph is captured.
         if not getattr(self.target, "training", True):
             return nullcontext()
@@ -446,12 +388,9 @@ class ConsistencyObjective(Objective):
 
     @torch.no_grad()
     def after_update(self, model: nn.Module, stepped: Tensor | None = None) -> None:
-        """Set θ⁻ ← μ θ⁻ + (1 − μ) θ and the number of levels of the next update. Call it after every optimiser step.
+        """Set θ⁻ ← μ θ⁻ + (1 − μ) θ, unless the optimiser skipped the step, and the number of levels for the next one.
 
-        Arguments:
-            model: The student, with parameters in the same order as those of the target.
-            stepped: A boolean scalar on the model's device: if False, the optimiser skipped the step and θ⁻ stays as it
-                is. Default: True.
+        The student's parameters must be in the same order as those of the target.
         """
         _, decay = self.schedule(self.updates)
         follow([p.data for p in self.target.parameters()], [p.data for p in model.parameters()], 1 - decay, stepped)
@@ -460,7 +399,7 @@ class ConsistencyObjective(Objective):
             self._set_scales()
 
     def state(self) -> dict[str, Any]:
-        """Return the number of updates made. The caller saves the parameters of the target network."""
+        """Return the number of updates made. The parameters of the target network are not included."""
         return {"updates": self.updates}
 
     def load_state(self, state: dict[str, Any]) -> None:

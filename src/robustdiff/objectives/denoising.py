@@ -49,10 +49,9 @@ from robustdiff.objectives.preconditioning import Denoise
 from robustdiff.objectives.timesteps import TIMESTEPS, LossSecondMoment, TimestepSampler, uniform
 from robustdiff.process import PREDICTIONS, DiffusionProcess, Prediction, ProcessConfig, broadcast
 
-__all__ = ["VARIANCES", "DenoisingConfig", "DenoisingObjective", "Variance"]
+__all__ = ["DenoisingConfig", "DenoisingObjective", "Variance"]
 
 Variance = Literal["fixed", "learned_range"]
-VARIANCES: tuple[str, ...] = get_args(Variance)
 
 
 class DenoisingObjective(Objective):
@@ -86,8 +85,8 @@ class DenoisingObjective(Objective):
     ) -> None:
         if prediction not in PREDICTIONS:
             raise ValueError(f"unknown prediction {prediction!r}: use one of {', '.join(PREDICTIONS)}")
-        if variance not in VARIANCES:
-            raise ValueError(f"unknown variance {variance!r}: use one of {', '.join(VARIANCES)}")
+        if variance not in get_args(Variance):
+            raise ValueError(f"unknown variance {variance!r}: use one of {', '.join(get_args(Variance))}")
         if variance == "learned_range" and not process.variance_preserving:
             raise ValueError("a learned variance needs a variance-preserving process")
         if vb_scale is not None and variance == "fixed":
@@ -123,7 +122,6 @@ class DenoisingObjective(Objective):
             input_noise: The noise ξ of input perturbation, with shape (B, *). Default: standard normal.
             condition: Further keyword arguments of the model, such as ``class_labels``.
         """
-
         if t is None:
             t, weight = self.timesteps.draw(len(x0), generator, x0.device)
             t, weight = t.to(x0.device), None if weight is None else weight.to(x0.device)
@@ -151,16 +149,9 @@ class DenoisingObjective(Objective):
             self.timesteps.load_state_dict({"losses": losses, "counts": torch.tensor(state["counts"])})
 
     def __call__(self, model: Callable[..., Any], draw: Draw, delta: Tensor | None = None) -> dict[str, Tensor]:
-        """Return the losses at x_t + δ.
+        """Return the losses at x_t + δ, in at least float32: "loss" (weighted), "mse", and for a learned variance "vb".
 
-        Arguments:
-            model: The model, called as diffusers calls it with the times of the process.
-            draw: The batch.
-            delta: The perturbation δ of x_t, with shape (B, *); None for δ = 0.
-
-        Returns:
-            Losses with shape (B,), in at least float32: "loss" (weighted), "mse", and for a learned variance "vb" (in
-            bits per dimension, unscaled).
+        "vb" is in bits per dimension, without its factor.
 
         Raises:
             ValueError: If the number of the model's output channels does not match the variance.

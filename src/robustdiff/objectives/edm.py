@@ -77,21 +77,9 @@ class EDMObjective(DenoisingObjective):
         self.teacher_below = teacher_below
 
     @torch.no_grad()
-    def draw(
-        self,
-        x0: Tensor,
-        t: Tensor | None = None,
-        noise: Tensor | None = None,
-        generator: torch.Generator | None = None,
-        weight: Tensor | None = None,
-        input_noise: Tensor | None = None,
-        **condition: Any,
-    ) -> Draw:
-        """Draw t and ε for a batch as :meth:`DenoisingObjective.draw` does, and evaluate the teacher.
-
-        The teacher is not evaluated again in the passes over the batch.
-        """
-        draw = super().draw(x0, t, noise, generator, weight, input_noise, **condition)
+    def draw(self, x0: Tensor, *arguments: Any, **more: Any) -> Draw:
+        """Draw as :meth:`DenoisingObjective.draw` does, and evaluate the teacher once for all passes over a batch."""
+        draw = super().draw(x0, *arguments, **more)
         if self.teacher is None:
             return draw
         sigma = self.process.sigmas_at(draw.t, x0)

@@ -99,7 +99,13 @@ class Objective(ABC):
 
     @abstractmethod
     def __call__(self, model: Callable[..., Any], draw: Draw, delta: Tensor | None = None) -> dict[str, Tensor]:
-        """Return the losses at x_t + δ by name, each with shape (B,). The key "loss" holds the one to minimise."""
+        """Return the losses at x_t + δ by name, each with shape (B,). The key "loss" holds the one to minimise.
+
+        Arguments:
+            model: The model, called as diffusers calls it with the times of the process.
+            draw: The batch.
+            delta: The perturbation δ of x_t, with shape (B, *); None for δ = 0.
+        """
 
     def more_noise(self, shape: tuple[int, ...], generator: torch.Generator) -> dict[str, Tensor]:
         """Draw further random arguments of :meth:`draw` besides t and ε, with a row for each sample."""
@@ -159,11 +165,7 @@ class ObjectiveConfig(Named):
         return 0.0
 
     def adopt(self, own: ObjectiveConfig) -> ObjectiveConfig:
-        """Return this section, with fields of the network that it leaves unset taken from a checkpoint's objective.
-
-        Arguments:
-            own: The objective that the checkpoint was trained with.
-        """
+        """Return this section, with fields of the network that it leaves unset taken from ``own``, a checkpoint's."""
         return self
 
     def new_process(self, process: ProcessConfig | None, steps: int) -> tuple[DiffusionProcess, Any]:

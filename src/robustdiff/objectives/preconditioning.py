@@ -19,7 +19,6 @@ models apply.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -126,11 +125,6 @@ class DiffusionDenoiser:
         self._log_range = float(log_sigmas[0]), float(log_sigmas[-1])
         self._log_sigmas, self._times = Table(log_sigmas), Table(process.times.to(torch.float64))
 
-    @property
-    def sigma_max(self) -> float:
-        """The largest level of the table."""
-        return math.exp(self._log_range[1])
-
     def times(self, sigma: Tensor) -> Tensor:
         """Return the (fractional) times of levels (B,), with shape (B,), float64 (float32 on MPS)."""
         precision = double(sigma.device)
@@ -163,9 +157,6 @@ class OverTimes:
     """A network that predicts x_0 over the variance-preserving process of :meth:`process`, made of a denoiser D.
 
     Its time is the level σ, any positive number.
-
-    Arguments:
-        denoise: The denoiser D.
     """
 
     def __init__(self, denoise: Denoise) -> None:

@@ -14,8 +14,6 @@ p is uniform until every t has ten losses. ADM's networks were trained with this
 For models over noise levels σ (Karras et al., 2022; consistency models) the distribution ln σ ~ N(P_mean, P_std²) is a
 part of the loss, and has no such weights. If time is continuous (flow matching, EDM), times are floating-point numbers;
 otherwise they are indices.
-
-Probabilities and losses are float64, on the device where times are drawn. Nothing is read back from a GPU.
 """
 
 from __future__ import annotations
@@ -42,6 +40,8 @@ __all__ = [
     "uniform",
 ]
 
+_UNIFORM = 0.001  # the share u of the uniform distribution
+
 
 def double(device: torch.device) -> torch.dtype:
     """Return float64, or float32 on a device without float64."""
@@ -51,7 +51,6 @@ def double(device: torch.device) -> torch.dtype:
 class TimestepSampler(ABC):
     """The base class of distributions over times."""
 
-    @abstractmethod
     def draw(
         self, n: int, generator: torch.Generator | None = None, device: torch.device | None = None
     ) -> tuple[Tensor, Tensor | None]:
@@ -66,39 +65,31 @@ class TimestepSampler(ABC):
             The times, indices or floating-point, with shape (n,), and the weights, with shape (n,), or None for
             weights of 1.
         """
+        device = torch.device("cpu" if device is None else device) if generator is None else generator.device
+        return self._draw(n, generator, device)
+
+    @abstractmethod
+    def _draw(self, n: int, generator: torch.Generator | None, device: torch.device) -> tuple[Tensor, Tensor | None]:
+        """Draw times on the device of the generator, if there is one."""
 
 
 class Uniform(TimestepSampler):
-    """The uniform distribution over the indices 0 … T − 1.
-
-    Arguments:
-        T: The number of times.
-    """
+    """The uniform distribution over the indices 0 … T − 1."""
 
     def __init__(self, T: int) -> None:
         self.T = T
 
-    def draw(
-        self, n: int, generator: torch.Generator | None = None, device: torch.device | None = None
-    ) -> tuple[Tensor, Tensor | None]:
-        device = generator.device if generator is not None else device
+    def _draw(self, n: int, generator: torch.Generator | None, device: torch.device) -> tuple[Tensor, Tensor | None]:
         return torch.randint(self.T, (n,), generator=generator, device=device), None
 
 
 class Continuous(TimestepSampler):
-    """The uniform distribution over the fractions u in (0, 1] of a process.
-
-    Arguments:
-        process: A process whose time is continuous.
-    """
+    """The uniform distribution over the fractions u in (0, 1] of a process whose time is continuous."""
 
     def __init__(self, process: DiffusionProcess) -> None:
         self.process = process
 
-    def draw(
-        self, n: int, generator: torch.Generator | None = None, device: torch.device | None = None
-    ) -> tuple[Tensor, Tensor | None]:
-        device = generator.device if generator is not None else device
+    def _draw(self, n: int, generator: torch.Generator | None, device: torch.device) -> tuple[Tensor, Tensor | None]:
         return self.process.at(1 - torch.rand(n, generator=generator, device=device)), None
 
 
@@ -122,10 +113,7 @@ class LogNormalLevels(TimestepSampler):
             )
         self.mean, self.std = mean, std
 
-    def draw(
-        self, n: int, generator: torch.Generator | None = None, device: torch.device | None = None
-    ) -> tuple[Tensor, Tensor | None]:
-        device = generator.device if generator is not None else device
+    def _draw(self, n: int, generator: torch.Generator | None, device: torch.device) -> tuple[Tensor, Tensor | None]:
         return (self.mean + self.std * torch.randn(n, generator=generator, device=device)).exp(), None
 
 
@@ -165,10 +153,7 @@ class LogNormal(TimestepSampler):
         """The probabilities p, with shape (T,), float64."""
         self._cumulative = Table(self.probabilities.cumsum(0))
 
-    def draw(
-        self, n: int, generator: torch.Generator | None = None, device: torch.device | None = None
-    ) -> tuple[Tensor, Tensor | None]:
-        device = generator.device if generator is not None else device
+    def _draw(self, n: int, generator: torch.Generator | None, device: torch.device) -> tuple[Tensor, Tensor | None]:
         position = torch.rand(n, generator=generator, device=device)
         cumulative = self._cumulative.on(position.device, double(position.device))
         return torch.searchsorted(cumulative, position.to(cumulative), right=True).clamp_max(self.T - 1), None
@@ -182,17 +167,12 @@ class LossSecondMoment(TimestepSampler):
     Arguments:
         T: The number of times.
         history: The number of losses that are stored for each time.
-        uniform_prob: The share u of the uniform distribution, in [0, 1].
     """
 
-    def __init__(self, T: int, history: int = 10, uniform_prob: float = 0.001) -> None:
+    def __init__(self, T: int, history: int = 10) -> None:
         self.T = T
-        self.uniform_prob = uniform_prob
         self._losses = torch.zeros(T, history, dtype=torch.float64)
         self._counts = torch.zeros(T, dtype=torch.int64)
-
-    def _move(self, device: torch.device) -> None:
-        self._losses, self._counts = self._losses.to(device, double(device)), self._counts.to(device)
 
     @property
     def _full(self) -> Tensor:
@@ -203,14 +183,11 @@ class LossSecondMoment(TimestepSampler):
     def probabilities(self) -> Tensor:
         """The probabilities p, with shape (T,), float64 (float32 on MPS)."""
         moments = self._losses.square().mean(1).sqrt()
-        p = (1 - self.uniform_prob) * moments / moments.sum() + self.uniform_prob / self.T
+        p = (1 - _UNIFORM) * moments / moments.sum() + _UNIFORM / self.T
         return torch.where(self._full, p, 1 / self.T)
 
-    def draw(
-        self, n: int, generator: torch.Generator | None = None, device: torch.device | None = None
-    ) -> tuple[Tensor, Tensor | None]:
-        device = torch.device("cpu" if device is None else device) if generator is None else generator.device
-        self._move(device)
+    def _draw(self, n: int, generator: torch.Generator | None, device: torch.device) -> tuple[Tensor, Tensor | None]:
+        self._losses, self._counts = self._losses.to(device, double(device)), self._counts.to(device)
         readable = device.type == "cpu"
         if readable and not self._full:
             return Uniform(self.T).draw(n, generator)

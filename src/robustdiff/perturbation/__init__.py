@@ -22,7 +22,7 @@ from __future__ import annotations
 from robustdiff.perturbation.adversary import ADVERSARIES, Adversary, AdversaryConfig, AscentConfig
 from robustdiff.perturbation.free import FreeAdversary
 from robustdiff.perturbation.none import NoAdversary
-from robustdiff.perturbation.norms import L1, L2, NORMS, Linf, Norm
+from robustdiff.perturbation.norms import NORMS, Norm
 from robustdiff.perturbation.pgd import PGDAdversary
 from robustdiff.perturbation.radii import (
     Constant,
@@ -37,15 +37,12 @@ from robustdiff.perturbation.random import RandomAdversary
 
 __all__ = [
     "ADVERSARIES",
-    "L1",
-    "L2",
     "NORMS",
     "Adversary",
     "AdversaryConfig",
     "AscentConfig",
     "Constant",
     "FreeAdversary",
-    "Linf",
     "NoAdversary",
     "NoiseLevel",
     "Norm",

@@ -35,8 +35,7 @@ class Adversary(ABC):
         norm: The name of the norm: "l2", "linf" or "l1".
         grad_floor: The ℓ2 norm of the gradient below which a step is shortened in proportion, to α·‖∇‖₂/grad_floor; 0
             for full steps always. (The authors' float32 code behaves as with 2²⁰·10⁻⁸ for the gradient of the mean
-            loss, since it divides by a loss scale that was not applied before it bounds the norm below by 10⁻⁸. Its
-            fp16 code behaves nearly as with 0.)
+            loss, their fp16 code nearly as with 0.)
 
     Raises:
         ValueError: If an argument is out of its range or the norm is unknown.
@@ -131,10 +130,7 @@ class AdversaryConfig(Named):
         return False
 
     def build(self, process: DiffusionProcess) -> Adversary:
-        """Return the adversary.
-
-        Arguments:
-            process: The process of the noisy points.
+        """Return the adversary for noisy points of a process.
 
         Raises:
             InputError: If the adversary does not suit the process.

@@ -1,6 +1,5 @@
-r"""Norms of samples, with the direction of steepest ascent d and the projection Π_r on the ball of radius r:
-
-d = argmax_{‖d‖ ≤ 1} ⟨g, d⟩,        Π_r(z) = argmin_{‖δ‖ ≤ r} ‖δ − z‖₂.
+r"""Norms of samples, with the direction of steepest ascent d and the projection Π_r on the ball of radius r
+(:mod:`robustdiff.perturbation`):
 
 norm    d                                 Π_r
 l2      g/‖g‖₂                            z · min(1, r/‖z‖₂)

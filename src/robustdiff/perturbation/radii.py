@@ -42,11 +42,7 @@ class RadiusSchedule(ABC):
 
 @dataclass(frozen=True)
 class Constant(RadiusSchedule):
-    """A constant radius.
-
-    Arguments:
-        radius: The radius, ≥ 0, in units of the norm.
-    """
+    """A constant radius ≥ 0, in units of the norm."""
 
     radius: float
 
@@ -62,8 +58,7 @@ class Constant(RadiusSchedule):
 class PerDimension(RadiusSchedule):
     """The radius η·‖(1, …, 1)‖: η√d in ℓ2 (Wang et al., 2025), η in ℓ∞, ηd in ℓ1, for samples of d elements.
 
-    Arguments:
-        eta: η ≥ 0, in units of x_t (0.1 in the reference implementation).
+    η ≥ 0 is in units of x_t (0.1 in the reference implementation).
     """
 
     eta: float

@@ -22,11 +22,7 @@ class RandomAdversary(Adversary):
     Π_r(k·α·u), k = 0 … K−1, which have the sizes of :class:`FreeAdversary` for a gradient of constant direction.
 
     Arguments:
-        steps: The number K of steps, ≥ 1.
-        step_size: The length α > 0 of one step, in units of the norm.
-        radius: The radius of the ball, as a number in units of the norm or a :class:`RadiusSchedule`; None for no
-            projection.
-        norm: The name of the norm: "l2", "linf" or "l1".
+        steps, step_size, radius, norm: As for :class:`Adversary`.
         generator: The source of randomness, on the device of x_t. Default: PyTorch's global generator.
     """
 

@@ -1,9 +1,8 @@
 r"""The evaluation of a network by a sampler: (x_t, t) ↦ (x̂_0, ε̂).
 
 The network's output is converted to ε̂, which is divided by the epsilon scale λ, and x̂_0 follows from
-x_t = α_t x̂_0 + σ_t ε̂. Clipping limits x̂_0 to [−c, c]. Dynamic thresholding (Saharia et al., "Photorealistic
-Text-to-Image Diffusion Models with Deep Language Understanding", 2022, section 2.3) clips x̂_0 to [−s, s] and divides
-it by s, a quantile of |x̂_0|. ε̂ is then recomputed from x_t and the clipped x̂_0.
+x_t = α_t x̂_0 + σ_t ε̂. Clipping limits x̂_0 to [−c, c] or by :class:`DynamicThreshold`; ε̂ is then recomputed from x_t
+and the clipped x̂_0.
 
 At α_t = 0 (no signal), x̂_0 comes from the output of a network that predicts v or x_0, and λ does not change it.
 
@@ -32,7 +31,8 @@ __all__ = ["Denoised", "Denoiser", "DynamicThreshold", "Evaluation"]
 class DynamicThreshold:
     """Dynamic thresholding: each x̂_0 is clipped to its own quantile of |x̂_0| and divided by it.
 
-    It is diffusers' ``thresholding``.
+    It is due to Saharia et al. ("Photorealistic Text-to-Image Diffusion Models with Deep Language Understanding", 2022,
+    section 2.3), and is diffusers' ``thresholding``.
 
     Arguments:
         ratio: The quantile, in (0, 1].

@@ -1,7 +1,6 @@
 r"""Epsilon scaling (Ning et al., ICLR 2024, arXiv 2308.15321): ancestral sampling with ε̂ divided by λ > 1.
 
-The default λ = 1.017 is theirs for CIFAR-10 at 100 steps; fewer steps need a larger one. λ may also be linear, k·i + b
-at the i-th of the sampler's times, counted from 0, the least noisy (:mod:`robustdiff.samplers.denoiser`).
+The default λ = 1.017 is theirs for CIFAR-10 at 100 steps; fewer steps need a larger one.
 """
 
 from __future__ import annotations

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,27 +10,15 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from robustdiff.errors import InputError, RunError
+from robustdiff.objectives.objective import gaussian
 from robustdiff.process import DiffusionProcess, Prediction
 from robustdiff.samplers.denoiser import Denoiser, DynamicThreshold, Evaluation
 from robustdiff.samplers.guidance import guided
 from robustdiff.samplers.sampler import SAMPLERS, Path, Sampler, TimeSpacing
 
-__all__ = ["SAMPLERS", "Clip", "Plan", "TimeSpacing", "check_sampler", "sample", "sampling_settings", "suited"]
+__all__ = ["SAMPLERS", "Clip", "TimeSpacing", "check_sampler", "sample", "sampling_settings", "suited"]
 
 Clip = bool | float | DynamicThreshold
-
-
-@dataclass(frozen=True)
-class Plan:
-    """A sampler with its options and its path. The network is evaluated once at each point of the path.
-
-    Attributes:
-        sampler: The sampler.
-        path: The points that it visits.
-    """
-
-    sampler: Sampler
-    path: Path
 
 
 def suited(process: DiffusionProcess) -> tuple[str, ...]:
@@ -47,8 +34,8 @@ def check_sampler(
     spacing: TimeSpacing | None = None,
     steps_offset: int = 0,
     **options: Any,
-) -> Plan:
-    """Check the arguments of :func:`sample`, and return its plan.
+) -> tuple[Sampler, Path]:
+    """Check the arguments of :func:`sample`, and return the sampler with its options, and its path.
 
     Raises:
         InputError: If the sampler is unknown or does not suit the process, cannot make these steps, lacks an option, or
@@ -77,7 +64,7 @@ def check_sampler(
     k, b = chosen.eps_scale if isinstance(chosen.eps_scale, tuple) else (0.0, chosen.eps_scale)
     if not min(b, k * (len(path) - 1) + b) > 0:
         raise InputError(f"eps_scale must be positive at all times; got {chosen.eps_scale}")
-    return Plan(chosen, path)
+    return chosen, path
 
 
 def sampling_settings(model: Any, sampler: str, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -163,9 +150,8 @@ def sample(
             :func:`robustdiff.load_model` returned, otherwise "epsilon".
         on_evaluation: A callback that is called with an ``Evaluation`` after each evaluation of the network.
         condition: Further keyword arguments of the model, tensors with n rows each.
-        guidance: The scale g of classifier-free guidance (Ho & Salimans, 2022): the output becomes
-            unconditional + g · (conditional − unconditional), with two evaluations in each step. None and 1: no
-            guidance.
+        guidance: The scale g of classifier-free guidance (:mod:`robustdiff.samplers.guidance`), with two evaluations in
+            each step. None and 1: no guidance.
         unconditional: The empty condition, under the names of the condition. Each value is a tensor with one or n rows,
             or a number, such as the null class for ``class_labels``.
         spacing: The choice of the times for a number of steps: "own" (as the sampler's authors space them);
@@ -189,7 +175,7 @@ def sample(
     given_options = {"clip": clip, "spacing": spacing, "steps_offset": steps_offset, "eps_scale": eps_scale, **options}
     settings = sampling_settings(model, sampler, given_options)
     clip = settings.pop("clip", None)
-    plan = check_sampler(sampler, steps, process, **settings)
+    chosen, path = check_sampler(sampler, steps, process, **settings)
     own: Prediction = getattr(model, "prediction", "epsilon")
     parameterisation = own if prediction is None else prediction
     if parameterisation == "epsilon" and not bool((process.alphas > 0).all()):
@@ -206,14 +192,13 @@ def sample(
         raise ValueError(f"shape {tuple(shape)} is not that of the latents, {tuple(latents.shape)}")
     start = latents
     bound = _bound(clip, model, start.shape[1])
-    if not plan.sampler.clips and not isinstance(bound, DynamicThreshold):
+    if not chosen.clips and not isinstance(bound, DynamicThreshold):
         bound = None
 
     def noises() -> Iterator[Tensor]:
         if step_noise is None:
             while True:
-                device = generator.device if generator is not None else start.device
-                yield torch.randn(start.shape, generator=generator, device=device, dtype=start.dtype).to(start.device)
+                yield gaussian(start, generator)
         for noise in step_noise:
             if noise.shape != start.shape:
                 raise ValueError(
@@ -228,11 +213,11 @@ def sample(
     if guidance is not None and guidance != 1:
         model = guided(model, guidance, given, unconditional or {})
     finite: list[Tensor] = []
-    denoiser = Denoiser(model, parameterisation, plan.sampler.eps_scale, bound, given, on_evaluation, finite)
-    x = plan.sampler.run(denoiser, plan.path, latents, noises())
+    denoiser = Denoiser(model, parameterisation, chosen.eps_scale, bound, given, on_evaluation, finite)
+    x = chosen.run(denoiser, path, latents, noises())
     finite.append(x.isfinite().all())
     if not all(whole := torch.stack(finite).tolist()):  # read once, not in every step
-        evaluations = len(plan.path)
+        evaluations = len(path)
         raise RunError(
             f"{sampler}: the network's output is not finite in step {min(whole.index(False) + 1, evaluations)} of "
             f"{evaluations}: check its weights, or sample in fp32"

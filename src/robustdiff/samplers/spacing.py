@@ -76,20 +76,14 @@ def respaced(spacing: str, T: int) -> Tensor:
     return torch.tensor(times)
 
 
-def evenly_spaced(steps: int | str, T: int) -> Tensor:
-    """Return S times from 0 to T − 1 with equal (rounded) gaps, or the times of a respacing string."""
-    if isinstance(steps, int):
-        check_steps(steps, T)
+def evenly_spaced(steps: int, T: int) -> Tensor:
+    """Return S times from 0 to T − 1 with equal (rounded) gaps."""
+    check_steps(steps, T)
     return respaced(str(steps), T)
 
 
-def strided(steps: int | str, T: int) -> Tensor:
-    """Return the S times ⌊iT/S⌋, i = 0 … S − 1, or the times of a respacing string.
-
-    If S divides T, they are the times of "ddimS".
-    """
-    if isinstance(steps, str):
-        return respaced(steps, T)
+def strided(steps: int, T: int) -> Tensor:
+    """Return the S times ⌊iT/S⌋, i = 0 … S − 1; if S divides T, they are those of "ddimS"."""
     check_steps(steps, T)
     return torch.arange(steps) * T // steps
 

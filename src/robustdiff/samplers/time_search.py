@@ -1,8 +1,7 @@
 r"""A greedy search for the times of multistep consistency sampling (Song et al., 2023, arXiv 2303.01469, section 3).
 
 The search starts at τ_1 = 0 (σ_max). Given τ_1 … τ_{k−1}, τ_k is the scale between τ_{k−1} and σ_min that minimises the
-FID of k-step samples, found by ternary search, which assumes that the FID is a unimodal function of τ_k. All candidates
-should be sampled with the same noise, so that their FIDs can be compared.
+FID of k-step samples, found by ternary search, which assumes that the FID is a unimodal function of τ_k.
 """
 
 from __future__ import annotations
@@ -34,8 +33,8 @@ def search_times(objective: Callable[[tuple[int, ...]], float], steps: int, N: i
     """Find S scales that minimise an objective, one after the other.
 
     Arguments:
-        objective: A function that maps (τ_1, …, τ_k) to the value to minimise, such as an FID. It is called once for
-            each candidate.
+        objective: A function that maps (τ_1, …, τ_k) to the value to minimise, such as an FID of samples with the same
+            noise for all candidates. It is called once for each.
         steps: The number S of scales to find, in [1, N − 1].
         N: The number of training scales.
 
