@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, PixArtAlphaPipeline, PixArtSigmaPipeline
@@ -177,3 +178,24 @@ def test_data_without_captions_is_refused(robustdiff: Any, saved: Path, tmp_path
     outcome = robustdiff("train", "fashion-16-at", *(word for value in values for word in ("--set", value)))
     assert outcome.code == 2
     assert "needs captions" in outcome.err
+
+
+def test_captions_take_turns(robustdiff: Any, saved: Path, tmp_path: Path) -> None:
+    words = ["--num", 3, "--steps", 2, "--cpu", "--guidance", 2, "--output", tmp_path / "two.npz"]
+    outcome = robustdiff("sample", saved, "--prompt", "a red shoe", "--prompt", "a blue shirt", *words)
+    assert outcome.code == 0, outcome.err
+    one = tmp_path / "one.npz"
+    assert robustdiff("sample", saved, "--prompt", "a red shoe", *words[:-1], one).code == 0
+    with np.load(tmp_path / "two.npz") as two, np.load(one) as alone:
+        same = [np.array_equal(a, b) for a, b in zip(two["arr_0"], alone["arr_0"], strict=True)]
+    assert same == [True, False, True]
+
+
+def test_captions_are_for_models_of_captions(robustdiff: Any, saved: Path, tmp_path: Path) -> None:
+    for model, words, message in (
+        (saved, [], "give one or more by --prompt"),
+        ("fashion-16", ["--prompt", "a shoe"], "leave --prompt out"),
+    ):
+        outcome = robustdiff("sample", model, *words, "--cpu", "--output", tmp_path / "x.npz")
+        assert outcome.code == 2
+        assert message in outcome.err

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from robustdiff.cli import app, err, options, say
 from robustdiff.errors import InputError
+
+if TYPE_CHECKING:
+    from robustdiff.evaluation.generate import Generator
 
 
 @app.command()
@@ -44,6 +47,9 @@ def sample(
         int | None,
         typer.Option(min=1, help="The number of classes to sample; one less than the model's, if its last is null."),
     ] = None,
+    prompts: Annotated[
+        list[str], typer.Option("--prompt", help="A caption, for models conditioned on text; several take turns.")
+    ] = [],  # noqa: B006
     size: Annotated[
         int | None, typer.Option(min=1, help="Pixels a side, if the model does not say it, or another size.")
     ] = None,
@@ -64,16 +70,21 @@ def sample(
     chosen |= options.parse_assignments(overrides, chosen)
     settings = options.given(sampler=sampler, steps=_steps(steps), label=label, num_classes=classes, guidance=guidance)
     settings |= {"size": size, "seed": seed, "batch_size": batch_size, "precision": precision, "options": chosen}
-    generator = Generator.load(run, accelerator.device, **settings)
-    if output.suffix and output.suffix != ".npz":
-        raise InputError(f"{output}: give a file that ends in .npz, or a folder")
-    generator.model.image_shape  # noqa: B018  (raises where the model does not say it)
-    output.parent.mkdir(parents=True, exist_ok=True)
+    generator = Generator.load(run, accelerator.device, prompts=tuple(prompts), **settings)
+    _prepare(output, generator)
     write = write_npz if output.suffix == ".npz" else write_pngs
     with Bar(err, quiet=not accelerator.is_main_process) as bar:
         made = write(generator, num, output, accelerator, bar)
     if accelerator.is_main_process:
         say(f"{num} images in {output}" + ("" if made else ", which were there already"))
+
+
+def _prepare(output: Path, generator: Generator) -> None:
+    """Create the folder of the images, once nothing else stands against them."""
+    if output.suffix and output.suffix != ".npz":
+        raise InputError(f"{output}: give a file that ends in .npz, or a folder")
+    generator.model.image_shape  # noqa: B018  (raises where the model does not say it)
+    output.parent.mkdir(parents=True, exist_ok=True)
 
 
 def _scale(text: str | None) -> float | tuple[float, float] | None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from robustdiff.cli import app, err, options, say
 from robustdiff.files import write_json
+
+if TYPE_CHECKING:
+    from robustdiff.samplers.time_search import TimeSearch
 
 
 @app.command()
@@ -46,10 +49,13 @@ def search_times(
         best = search_times_by_fid(generator, steps, num, target, accelerator, bar)
     say(f"--steps {_text(best.numbers)}  FID {best.value:.2f} of {num} images, {len(best.evaluated)} candidates tried")
     if output is not None:
-        tried = [{"steps": _text(numbers), "fid": value} for numbers, value in best.evaluated.items()]
-        found = {"steps": _text(best.numbers), "fid": best.value, "num": num, "seed": seed}
-        write_json(output, {**found, "evaluated": tried})
+        write_json(output, _record(best, num, seed))
 
 
 def _text(numbers: tuple[int, ...]) -> str:
     return ",".join(map(str, numbers))
+
+
+def _record(found: TimeSearch, num: int, seed: int) -> dict[str, Any]:
+    tried = [{"steps": _text(numbers), "fid": value} for numbers, value in found.evaluated.items()]
+    return {"steps": _text(found.numbers), "fid": found.value, "num": num, "seed": seed, "evaluated": tried}

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from robustdiff.cli import app, err, out, say
+
+if TYPE_CHECKING:
+    from robustdiff.study.schema import Study
 
 
 @app.command()
@@ -26,11 +29,9 @@ def study(
     Each result is a file; only what is missing is computed. Start the same command several times, and the processes
     share the work.
     """
-    from robustdiff.report.bar import Bar
     from robustdiff.report.page import write_page
     from robustdiff.report.tables import print_whole, remaining_table
     from robustdiff.study.estimate import remaining
-    from robustdiff.study.run import run_study
     from robustdiff.study.schema import load_study
 
     settings, folder = load_study(file), output or Path("studies") / file.stem
@@ -39,10 +40,15 @@ def study(
     elif report is not None:
         write_page(settings, folder, report)
         say(f"{report} and its figures in {report.with_suffix('')}")
+    elif _run(settings, folder):
+        say(f"every cell is in {folder / 'cells'}")
     else:
-        with Bar(err) as bar:
-            finished = run_study(settings, folder, progress=bar)
-        if finished:
-            say(f"every cell is in {folder / 'cells'}")
-        else:
-            say(f"stopped; robustdiff study {file} --output {folder} goes on from here", err)
+        say(f"stopped; robustdiff study {file} --output {folder} goes on from here", err)
+
+
+def _run(settings: Study, folder: Path) -> bool:
+    from robustdiff.report.bar import Bar
+    from robustdiff.study.run import run_study
+
+    with Bar(err) as bar:
+        return run_study(settings, folder, progress=bar)

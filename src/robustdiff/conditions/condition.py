@@ -57,6 +57,11 @@ class Condition(ABC):
         raise InputError(f"this model has no classes, and {num_classes} are to be sampled: leave --classes out")
 
     @property
+    def takes_captions(self) -> bool:
+        """True if the network is conditioned on captions."""
+        return False
+
+    @property
     def droppable(self) -> bool:
         """True if there is an empty condition."""
         return False

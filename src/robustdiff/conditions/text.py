@@ -55,10 +55,14 @@ class Text(Condition):
 
     def batch(self, labels: Tensor | None, captions: Sequence[str] | None, dropped: Tensor | None) -> dict[str, Any]:
         if captions is None:
-            raise InputError("this model needs captions: give them, or sample with prompts (--prompt)")
+            raise InputError("this model is conditioned on captions: give them")
         if dropped is not None:
             captions = ["" if drop else caption for caption, drop in zip(captions, dropped.tolist(), strict=True)]
         return self._embed(captions)
+
+    @property
+    def takes_captions(self) -> bool:
+        return True
 
     @property
     def droppable(self) -> bool:

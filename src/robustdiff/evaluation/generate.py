@@ -152,6 +152,10 @@ class Generator:
         self.model.prediction  # noqa: B018  (raises where the checkpoint contradicts itself)
         check_sampler(self.sampler, self.steps, self.model.process, **options)
         condition = self.condition
+        if condition.takes_captions != bool(self.prompts):
+            if self.prompts:
+                raise InputError("this model is not conditioned on captions: leave --prompt out")
+            raise InputError("this model is conditioned on captions: give one or more by --prompt")
         if self.guidance is not None:
             condition.empty()
         classes = condition.classes
