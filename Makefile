@@ -24,7 +24,7 @@ test: setup
 # The lower bounds of pyproject.toml, together, but for torch: its oldest wheels are gigabytes, so that it is the main
 # environment's. The core of the suite, what reads files above all.
 OLDEST := .venv-oldest/bin
-CORE := tests/test_recipe.py tests/data tests/backbones/test_weights.py tests/backbones/test_pipeline.py \
+CORE := tests/test_recipe.py tests/data tests/test_weights.py tests/backbones/test_pipeline.py \
 	tests/metrics tests/report tests/training/test_trainer.py tests/security/test_pipelines.py
 
 oldest:
