@@ -394,10 +394,10 @@ def test_a_size_can_be_given(robustdiff, tmp_path):
     unet = load_model(tmp_path / "none").network
     assert UNet2D(unet).size is None
     with pytest.raises(InputError, match="--size"):
-        _ = Generator.load(tmp_path / "none").shape
-    assert Generator.load(tmp_path / "none", size=12).shape == (1, 12, 12)
-    assert Generator.load(tmp_path / "wide").shape == (1, 8, 16)
-    assert Generator.load(tmp_path / "wide", size=6).shape == (1, 6, 6)
+        _ = Generator.load(tmp_path / "none").model.image_shape
+    assert Generator.load(tmp_path / "none", size=12).model.image_shape == (1, 12, 12)
+    assert Generator.load(tmp_path / "wide").model.image_shape == (1, 8, 16)
+    assert Generator.load(tmp_path / "wide", size=6).model.image_shape == (1, 6, 6)
     with pytest.raises(InputError, match="multiple of 2"):
         load_model(tmp_path / "none", size=7)
     arguments = ["--num", 1, "--steps", 1, "--cpu", "--output", tmp_path / "png"]
