@@ -31,7 +31,7 @@ TINY = [
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a command left behind."""
+    """Hold the exit code and the output of a command."""
 
     code: int
     out: str

@@ -202,7 +202,7 @@ def test_it_is_started_once(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def student(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """What the distillations start from: a denoiser of one update."""
+    """Train the denoiser, of one update, that the distillations start from."""
     folder = tmp_path_factory.mktemp("student") / "edm"
     train(load_recipe("fashion-16-edm", ["steps=1", "batch_size=8", "precision=fp32", f"output={folder}"]))
     return str(folder)

@@ -18,7 +18,7 @@ from importlib.metadata import entry_points
 from pkgutil import iter_modules
 from typing import Generic, TypeVar
 
-from robustdiff.errors import InputError, printable
+from robustdiff.errors import InputError, first_line, printable
 
 __all__ = ["Registry"]
 
@@ -65,7 +65,7 @@ class Registry(Mapping[str, T], Generic[T]):
                 try:
                     point.load()
                 except Exception as error:  # third-party code may raise any error
-                    reason = (str(error).splitlines() or [""])[0] or type(error).__name__
+                    reason = first_line(error)
                     raise InputError(
                         f"the {self.what} {printable(point.name)} of the installed package "
                         f"{point.dist.name if point.dist else point.value} cannot be loaded ({printable(reason)}): "

@@ -94,7 +94,7 @@ def test_empty_blocks_do_not_matter():
 
 
 def test_intervals_cover():
-    """Of 200 experiments, about 95 % of the intervals hold the mean of the estimates, E FID at this n."""
+    """Check that about 95 % of the intervals of 200 experiments hold the mean of the estimates, E FID at this n."""
     dim, n, experiments = 4, 500, 200
     generator = np.random.default_rng(0)
     reference = moments_of(generator.normal(size=(20_000, dim)))

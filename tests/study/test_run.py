@@ -265,7 +265,7 @@ def test_the_page_is_made_of_the_cells(finished, tmp_path):
 
 
 def made_up_cell(run, fid, replicates):
-    """What a cell's file must hold, with numbers of one's own."""
+    """Return the required contents of a cell's file, with given numbers."""
     return {
         "fid": fid,
         "replicates": list(replicates),

@@ -292,7 +292,7 @@ def test_a_batch_that_cannot_be_shared_out(tiny):
 
 
 class Counter:
-    """What goes through the network and the optimiser of a trainer."""
+    """Record the calls of the network and the optimiser of a trainer."""
 
     def __init__(self, trainer):
         self.inputs, self.times, self.backwards, self.updates = [], [], 0, 0

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from robustdiff.conditions.condition import Condition
-from robustdiff.errors import InputError, printable
+from robustdiff.errors import InputError, first_line, printable
 
 __all__ = ["Text", "load_text"]
 
@@ -148,7 +148,7 @@ def load_text(folder: Path, length: int = 120) -> Text:
             str(path), use_safetensors=True, dtype="auto", output_loading_info=True, **options
         )
     except Exception as error:  # for an untrusted file, transformers may raise any error
-        reason = printable((str(error).splitlines() or [""])[0][:300]) or type(error).__name__
+        reason = printable(first_line(error)[:300])
         raise InputError(
             f"{printable(path)} cannot be read ({reason}): download it again; weights must be safetensors"
         ) from None

@@ -221,10 +221,9 @@ class Generator:
                 latents=noise.draw(),
                 step_noise=noise,
                 condition=self.condition.batch(labels, prompts, None),
-                prediction=model.prediction,
                 guidance=self.guidance,
                 unconditional=None if self.guidance is None else self.condition.empty(),
-                **self.sampling,
+                **(self.options or {}),  # the model brings the others
                 **more,
             )
 

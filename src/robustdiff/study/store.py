@@ -22,8 +22,8 @@ from typing import Annotated, Any, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from robustdiff.data import DataConfig
-from robustdiff.errors import InputError, RunError, printable
-from robustdiff.files import atomic_write, make_folder, open_regular, read_json
+from robustdiff.errors import InputError, printable
+from robustdiff.files import make_folder, open_regular, read_json, write_json
 from robustdiff.metrics.bootstrap import REPLICATES
 from robustdiff.mismatch.measure import MEASURES as MISMATCHES
 from robustdiff.recipe import Recipe, load_recipe
@@ -191,13 +191,8 @@ def write(path: Path, record: Mapping[str, Any]) -> None:
     Raises:
         RunError: If a number is not finite.
     """
-    make_folder(path.parent)
-    try:
-        text = json.dumps(record, indent=1, allow_nan=False)
-    except ValueError:
-        raise RunError(f"{printable(path)} is not written: a number in it is not finite") from None
-    with atomic_write(path) as file:
-        file.write(text.encode())
+    make_folder(path.parent)  # raises if it is a link out of the study's folder
+    write_json(path, record)
 
 
 @contextmanager
