@@ -35,20 +35,23 @@ def together(folder, progress):
         time.sleep(0.01)
     return True
 
-def _own(folder):
-    """A name that no other process has."""
+def _claim(folder):
+    """Return a name that no other process has."""
     for name in "ab":
         try:
-            (folder / name).touch(exist_ok=False)
+            (folder / f"{name}.claimed").touch(exist_ok=False)
             return name
         except FileExistsError:
             pass
 
 def begun(folder, progress):
-    """Runs until it is stopped, and saves."""
-    name = _own(folder)
-    progress.begin(name, 1)
+    """Run until stopped, then save. The file that says that it runs comes when a signal can no longer miss it."""
+    return _until_stopped(folder, _claim(folder), progress)
+
+def _until_stopped(folder, name, progress):
     try:
+        (folder / name).touch()
+        progress.begin(name, 1)
         while True:
             time.sleep(0.01)
     except KeyboardInterrupt:
@@ -56,9 +59,10 @@ def begun(folder, progress):
         return False
 
 def one_fails(folder, how, progress):
-    """The first fails when the second has begun, which runs until it is stopped."""
-    if (folder / "a").exists() or _own(folder) != "a":
-        return begun(folder, progress)
+    """Fail in the first process when the second has begun, which runs until it is stopped."""
+    name = _claim(folder)
+    if name == "b":
+        return _until_stopped(folder, name, progress)
     while not (folder / "b").exists():
         time.sleep(0.01)
     how(progress)

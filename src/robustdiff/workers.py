@@ -81,16 +81,19 @@ def serve(handle: int) -> None:
     connection = Connection(handle)
     remote = _Remote(connection)
     logging.getLogger().addHandler(remote)
+    end: tuple[bool, Exception | None] = False, None
     try:
         call: Call = connection.recv()
         threading.Thread(target=remote.stop_when_told, daemon=True).start()
-        remote.send("end", call(remote), None)
+        end = call(remote), None
     except (KeyboardInterrupt, EOFError):
-        remote.send("end", False, None)
+        pass
     except (InputError, RunError, OSError) as error:
-        remote.send("end", False, error)
+        end = False, error
     except Exception:  # an unexpected error may not be picklable, and would lose its traceback
-        remote.send("end", False, RuntimeError(traceback.format_exc()))
+        end = False, RuntimeError(traceback.format_exc())
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a late one would interrupt the message, or the interpreter's exit
+    remote.send("end", *end)
 
 
 class _Worker:
