@@ -16,7 +16,7 @@ import hashlib
 import logging
 import operator
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from robustdiff.codecs.codec import Codec
+from robustdiff.data.captions import Captions
 from robustdiff.errors import InputError
 
 __all__ = ["ArrayDataset", "Batch", "ImageDataset", "check_labels", "to_uint8", "to_unit"]
@@ -86,13 +87,13 @@ class ImageDataset(Dataset[tuple[Tensor, Any]]):
         shape: tuple[int, int, int],
         num_classes: int | None,
         labels: Tensor | None = None,
-        captions: Sequence[tuple[str, ...]] | None = None,
+        captions: Iterable[Sequence[str]] | None = None,
     ) -> None:
         self.name = name
         self.shape = shape
         self.num_classes = num_classes
         self.labels = labels
-        self.captions = captions
+        self.captions = captions if captions is None or isinstance(captions, Captions) else Captions(captions)
 
     @property
     def captioned(self) -> bool:
@@ -202,7 +203,7 @@ class ArrayDataset(ImageDataset):
         images: NDArray[np.uint8],
         labels: NDArray[Any] | None = None,
         num_classes: int | None = None,
-        captions: Sequence[tuple[str, ...]] | None = None,
+        captions: Sequence[Sequence[str]] | None = None,
     ) -> None:
         if images.dtype != np.uint8:
             raise InputError(f"{name}: images are {images.dtype}, not uint8; store pixels as integers 0 to 255")
