@@ -71,7 +71,7 @@ def evaluate(
     """
     from accelerate import Accelerator
 
-    from robustdiff.evaluation.prompts import load_prompts
+    from robustdiff.evaluation.prompts import load_prompts, prompts_of
     from robustdiff.evaluation.real_images import load_target
     from robustdiff.evaluation.sources import evaluate_sources, load_sources
     from robustdiff.report.bar import Bar
@@ -89,7 +89,8 @@ def evaluate(
     with Bar(err, quiet=not accelerator.is_main_process) as bar:
         grid = evaluate_sources(runs, images, target, accelerator, *cells, progress=bar, **settings)
     record = {**target.record, "seed": seed}
-    record |= {"prompts": texts.record} if texts is not None else {}
+    used = prompts_of(target.dataset) if texts is None and grid.captions else texts
+    record |= {"prompts": used.record} if used is not None else {}
     record |= {"metrics": values} if values else {}
     accelerator.on_main_process(_show)(grid, target, record, output)
 
