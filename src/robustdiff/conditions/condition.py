@@ -47,8 +47,8 @@ class Condition(ABC):
             labels: The classes (B,), on the device of the network; None if the data has none.
             captions: The captions; None if the data has none.
             dropped: The mask (B,) of the samples whose condition is replaced by the empty one; None drops none.
-            geometry: The height and width of each image before it was resized and cropped, and the top and left of the
-                crop in the resized image, with shape (B, 4), for networks that take them; None if they are not known.
+            geometry: The height and width of each original image, and the top and left of the crop in the resized
+                image, in pixels, int64 (B, 4); None if the images are whole and have the size of the batch.
         """
 
     @property
