@@ -137,6 +137,9 @@ Spacing = Annotated[
 Guidance = Annotated[
     float | None, typer.Option(min=0, help="Scale of classifier-free guidance, for models with a null class; 1: none.")
 ]
+Negative = Annotated[
+    str | None, typer.Option(help="The caption to guide away from, in place of the empty one; needs --guidance.")
+]
 Precision = Annotated[
     Literal["auto", "fp32", "bf16", "fp16"],
     typer.Option(callback=_native, help="Mixed precision of the network; auto: bf16 if the device computes in it."),

@@ -21,18 +21,16 @@ from pathlib import Path
 import torch
 
 from robustdiff.data.captions import read_captions
-from robustdiff.data.dataset import Batch, ImageDataset
 from robustdiff.data.decode import (
     Background,
     Header,
+    Source,
     allow_large,
-    common_channels,
-    common_side,
-    decode_batch,
     file_source,
     parse_colour,
     read_header,
 )
+from robustdiff.data.encoded import EncodedDataset
 from robustdiff.data.registry import DATASETS
 from robustdiff.errors import InputError, printable
 from robustdiff.section import Text
@@ -111,7 +109,7 @@ def _header(path: Path) -> Header:
     return read_header(file_source(path), printable(path))
 
 
-class FolderDataset(ImageDataset):
+class FolderDataset(EncodedDataset):
     """Image files, opened on access.
 
     Files and folders named `__MACOSX` or with a leading dot are skipped, and links are followed. Other files that are
@@ -145,7 +143,7 @@ class FolderDataset(ImageDataset):
         caption_column: str | None = None,
     ) -> None:
         folder, name = Path(root), printable(root)
-        self._background = parse_colour(background)
+        colour = parse_colour(background)
         if not folder.is_dir():
             raise InputError(f"{name}: no such folder; give a folder of images as root")
         images: list[Path] = []
@@ -165,14 +163,11 @@ class FolderDataset(ImageDataset):
             self._check_classes(folder)
         with allow_large(), ThreadPoolExecutor() as pool:
             headers = list(pool.map(_header, self.paths))
-        if size is None:
-            size = common_side(name, headers, lambda k: printable(self.paths[k].name))
-        if channels is None:
-            channels = common_channels(headers, self._background)
         rank = {name: k for k, name in enumerate(self.classes)}
         labels = torch.tensor([rank[p.relative_to(folder).parts[0]] for p in self.paths]) if rank else None
-        super().__init__(name, (channels, size, size), len(rank) or None, labels, captions)
-        digest = hashlib.sha256(f"{self._background}\n".encode())
+        labelled = len(rank) or None, labels, captions
+        super().__init__(name, headers, size, channels, colour, lambda k: printable(self.paths[k].name), *labelled)
+        digest = hashlib.sha256(f"{colour}\n".encode())
         for path, header in zip(self.paths, headers, strict=True):
             digest.update(os.fsencode(path.relative_to(folder)) + b"\0" + header.sample)
         self._contents = digest.digest()
@@ -195,14 +190,9 @@ class FolderDataset(ImageDataset):
                     f"{printable(folder / name)}: a class folder without images; put images into it, or remove it"
                 )
 
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitems__(self, indices: Sequence[int]) -> Batch:
+    def encoded(self, indices: Sequence[int]) -> list[tuple[Source, str]]:
         paths = [self.paths[int(index)] for index in indices]
-        files = [(file_source(path), printable(path)) for path in paths]
-        images = decode_batch(files, self.shape, self._background)
-        return Batch(images, self.labels_of(indices), self.captions_of(indices))
+        return [(file_source(path), printable(path)) for path in paths]
 
     def contents(self) -> bytes:
         """Return a hash of the background and of the names, lengths, first and last bytes of the files.

@@ -20,19 +20,17 @@ import numpy as np
 from torch import Tensor
 
 from robustdiff.data.captions import COLUMNS, Captions, check_captions, warn_of_empty
-from robustdiff.data.dataset import Batch, ImageDataset, check_labels
+from robustdiff.data.dataset import check_labels
 from robustdiff.data.decode import (
     Background,
     Header,
     Source,
     allow_large,
-    common_channels,
-    common_side,
-    decode_batch,
     file_source,
     parse_colour,
     read_header,
 )
+from robustdiff.data.encoded import EncodedDataset
 from robustdiff.data.registry import DATASETS
 from robustdiff.errors import InputError, first_line, printable
 from robustdiff.section import Text
@@ -51,7 +49,7 @@ def is_remote(name: str) -> bool:
     return not os.path.isdir(name.removeprefix("hf:"))
 
 
-class HuggingFaceDataset(ImageDataset):
+class HuggingFaceDataset(EncodedDataset):
     """A `datasets.Dataset` with an image column, decoded on access.
 
     By default the image column is `image` or `img`, or else the only column of type `Image`. The label column is
@@ -90,7 +88,7 @@ class HuggingFaceDataset(ImageDataset):
     ) -> None:
         name = printable(name)
         self._folders = folders
-        self._background = parse_colour(background)
+        colour = parse_colour(background)
         images = _image_column(name, table.features, image_column)
         labels = _label_column(name, table.features, label_column)
         if len(table) == 0:
@@ -103,16 +101,15 @@ class HuggingFaceDataset(ImageDataset):
         self._name = name
         with allow_large():
             headers = list(self._headers())
-        if size is None:
-            size = common_side(name, headers, lambda row: f"row {row}")
         mode = table.features[images].mode  # the mode to which `datasets` converts images
-        if channels is None:
-            channels = common_channels(headers, self._background) if mode is None else 1 if mode in ("1", "L") else 3
-        digest = hashlib.sha256(f"{self._background}\n".encode())
+        if channels is None and mode is not None:
+            channels = 1 if mode in ("1", "L") else 3
+        digest = hashlib.sha256(f"{colour}\n".encode())
         for header in headers:
             digest.update(header.sample)
         self._contents = digest.digest()
-        super().__init__(name, (channels, size, size), num_classes, checked, captions)
+        labelled = num_classes, checked, captions
+        super().__init__(name, headers, size, channels, colour, lambda row: f"row {row}", *labelled)
 
     def _headers(self) -> Iterator[Header]:
         batch = 1000
@@ -150,15 +147,10 @@ class HuggingFaceDataset(ImageDataset):
             )
         return file
 
-    def __len__(self) -> int:
-        return len(self._table)
-
-    def __getitems__(self, indices: Sequence[int]) -> Batch:
+    def encoded(self, indices: Sequence[int]) -> list[tuple[Source, str]]:
         rows = [int(index) for index in indices]
         values = self._table[rows].column(0)
-        files = [(self._source(row, value), self._row(row)) for row, value in zip(rows, values, strict=True)]
-        images = decode_batch(files, self.shape, self._background)
-        return Batch(images, self.labels_of(rows), self.captions_of(rows))
+        return [(self._source(row, value), self._row(row)) for row, value in zip(rows, values, strict=True)]
 
     def contents(self) -> bytes:
         """Return a hash of the background and of the lengths, first and last bytes of the encoded images, in order."""
