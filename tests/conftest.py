@@ -193,7 +193,7 @@ def clip_folder(make_clip: Callable[..., tuple[Any, Any]], tmp_path_factory: pyt
     tokenizer, encoder = make_clip()
     vision = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
     vision |= {"image_size": 12, "patch_size": 4}
-    config = transformers.CLIPConfig(encoder.config.to_dict(), vision, projection_dim=8)
+    config = transformers.CLIPConfig(text_config=encoder.config.to_dict(), vision_config=vision, projection_dim=8)
     model = transformers.CLIPModel(config)
     with torch.no_grad():  # as they are initialised, all captions would have nearly the same embedding
         for parameter in model.parameters():

@@ -101,14 +101,16 @@ class ClipScore(Metric):
 
     def _tokens(self, captions: Sequence[str]) -> dict[str, torch.Tensor]:
         length = self._model.config.text_config.max_position_embeddings
-        lists = self._tokenizer(list(captions)).input_ids
-        cut = next((text for text, ids in zip(captions, lists, strict=True) if len(ids) > length), None)
-        if cut is not None and not self._warned:
-            self._warned = True
-            logger.warning("clip-score: captions are cut after %d tokens, such as %r", length, printable(cut[:100]))
-        given = self._tokenizer(
-            list(captions), padding=True, truncation=True, max_length=length, return_tensors="pt"
-        ).to(self.device)
+        texts = list(captions)
+        if not self._warned:
+            longer = self._tokenizer(texts, truncation=True, max_length=length + 1).input_ids
+            cut = [text for text, ids in zip(texts, longer, strict=True) if len(ids) > length]
+            if cut:
+                self._warned = True
+                text = printable(cut[0][:100])
+                logger.warning("clip-score: captions are cut after %d tokens, such as %r", length, text)
+        given = self._tokenizer(texts, padding=True, truncation=True, max_length=length, return_tensors="pt")
+        given = given.to(self.device)
         return {"input_ids": given["input_ids"], "attention_mask": given["attention_mask"]}
 
     def state(self) -> dict[str, NDArray[Any]]:
