@@ -235,8 +235,8 @@ class LatentConsistencyObjective(Objective):
             raise ValueError(f"decay must be in [0, 1); got {decay}")
         if not (process.variance_preserving and process.times[0] == 0):
             raise ValueError(
-                "latent consistency needs a process with α² + σ² = 1 and times from 0 on, where f is the identity: take "
-                "that of a scheduler with alphas_cumprod, such as DDPMScheduler"
+                "latent consistency needs a process with α² + σ² = 1 and times from 0 on, where f is the identity: "
+                "take that of a scheduler with alphas_cumprod, such as DDPMScheduler"
             )
         self.process = process
         upper = solver_times(solver_steps, len(process))
