@@ -14,12 +14,13 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, model_validator
 from torch import nn
 
+from robustdiff.backbones.lora import LoraSection
 from robustdiff.codecs.codec import Codec, Shape
 from robustdiff.conditions.condition import Condition
 from robustdiff.errors import InputError
 from robustdiff.loading import Components
 from robustdiff.registry import Registry
-from robustdiff.section import Fraction, Named, Text
+from robustdiff.section import Fraction, Named, Text, refusal
 
 __all__ = ["BACKBONES", "SECTIONS", "Backbone", "BackboneSection", "PretrainedSection"]
 
@@ -31,6 +32,19 @@ class BackboneSection(Named):
     condition_dropout: Fraction = Field(
         0.0, description="fraction of conditions replaced by the empty one, for classifier-free guidance; 0: none"
     )
+    lora: LoraSection | None = Field(
+        None, description="train a low-rank adapter of the pretrained model; by default all of its weights"
+    )
+
+    @model_validator(mode="after")
+    def _adapts_what_is_there(self) -> BackboneSection:
+        if self.lora is not None and self.source is None:
+            raise refusal(
+                "lora",
+                f"a LoRA adapts a pretrained model, and model={self.name} is a new one: set model.name=pretrained and "
+                "model.path, or leave model.lora out",
+            )
+        return self
 
     @property
     def source(self) -> str | None:
@@ -120,6 +134,25 @@ class Backbone(ABC):
     def bind(self, network: Callable[..., Any]) -> Callable[..., Any]:
         """Return the network, or a wrapper of it, as a function of (x, t, **condition) for objectives and samplers."""
         return network
+
+    def corrected(self, scheduler: Any) -> Any:
+        """Return a scheduler with the settings that the pipelines of the family use in place of its own."""
+        return scheduler
+
+    def with_guidance_embedding(self, width: int) -> Backbone:
+        """Return the backbone of a network that also takes an embedding of the guidance scale, ``timestep_cond``.
+
+        The other weights of the network are copies of this one's.
+
+        Arguments:
+            width: The number of channels of the embedding.
+
+        Raises:
+            InputError: If the family has no such networks, or this network takes embeddings of another width.
+        """
+        raise InputError(
+            f"{type(self.network).__name__} takes no embedding of the guidance scale: train a LoRA instead"
+        )
 
     @property
     def channels(self) -> int:
