@@ -55,9 +55,13 @@ def images_of(model: Model, latents: Tensor, guidance: float | None, prompts: li
     return (model.codec.decode(ours) / 2 + 0.5).clamp(0, 1)
 
 
-def of_diffusers(folder: Path, latents: Tensor, **settings: Any) -> Tensor:
-    pipeline = FluxPipeline.from_pretrained(folder)
+def of_diffusers(folder: Path, **components: Any) -> FluxPipeline:
+    pipeline = FluxPipeline.from_pretrained(folder, **components)
     pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def theirs(pipeline: FluxPipeline, latents: Tensor, **settings: Any) -> Tensor:
     height, width = (2 * side for side in latents.shape[2:])
     images = pipeline(
         PROMPTS,
@@ -105,11 +109,12 @@ def test_images_of_dev_are_those_of_diffusers_with_the_scale_as_an_argument(dev:
     model = load_model(tmp_path / "again")
     assert model.image_shape == (3, 16, 16)
     latents = torch.randn(2, *model.shape)
+    pipelines = [of_diffusers(path) for path in (dev, tmp_path / "again")]
     images = []
     for settings in ({}, {"guidance_scale": 1.0}, {"guidance_scale": 8.0}):
         images.append(images_of(model, latents, settings.get("guidance_scale")))
-        for path in (dev, tmp_path / "again"):
-            torch.testing.assert_close(images[-1], of_diffusers(path, latents, **settings), rtol=0, atol=1e-5)
+        for pipeline in pipelines:
+            torch.testing.assert_close(images[-1], theirs(pipeline, latents, **settings), rtol=0, atol=1e-5)
     torch.testing.assert_close(images_of(model, latents, 3.5), images[0], rtol=0, atol=0)
     assert (images[0] - images[1]).abs().max() > 1e-3
     assert (images[0] - images_of(model, latents, None, PROMPTS[::-1])).abs().max() > 1e-3
@@ -121,8 +126,9 @@ def test_images_of_schnell_are_those_of_diffusers_and_guidance_is_classifier_fre
     folder = make_flux_pipeline(tmp_path / "p", dev=False)
     model = load_model(folder, 8)
     latents = torch.randn(2, *model.shape)
-    torch.testing.assert_close(images_of(model, latents, None), of_diffusers(folder, latents), rtol=0, atol=1e-5)
-    guided = of_diffusers(folder, latents, true_cfg_scale=3.0, negative_prompt=["", ""])
+    pipeline = of_diffusers(folder)
+    torch.testing.assert_close(images_of(model, latents, None), theirs(pipeline, latents), rtol=0, atol=1e-5)
+    guided = theirs(pipeline, latents, true_cfg_scale=3.0, negative_prompt=["", ""])
     torch.testing.assert_close(images_of(model, latents, 3.0), guided, rtol=0, atol=1e-5)
 
 
@@ -135,14 +141,15 @@ def test_images_of_schnell_are_those_of_diffusers_and_guidance_is_classifier_fre
         {"base_image_seq_len": 256, "max_image_seq_len": 4096, "num_train_timesteps": 500},
     ],
 )
-def test_images_are_those_of_diffusers_with_other_schedules(tmp_path: Path, settings: Any) -> None:
+def test_images_are_those_of_diffusers_with_other_schedules(dev: Path, settings: Any) -> None:
     scheduler = FlowMatchEulerDiscreteScheduler(
         **{"use_dynamic_shifting": True, "base_image_seq_len": 4, "max_image_seq_len": 64, **settings}
     )
-    folder = make_flux_pipeline(tmp_path / "p", scheduler=scheduler)
-    model = load_model(folder, 8)
+    given = load_model(dev, 8)
+    model = Model(given.backbone, scheduler, given.codec)
     latents = torch.randn(2, *model.shape)
-    torch.testing.assert_close(images_of(model, latents, None), of_diffusers(folder, latents), rtol=0, atol=1e-5)
+    wanted = theirs(of_diffusers(dev, scheduler=scheduler), latents)
+    torch.testing.assert_close(images_of(model, latents, None), wanted, rtol=0, atol=1e-5)
 
 
 def test_a_network_has_the_size_of_the_pipeline_until_it_takes_another(dev: Path) -> None:
@@ -154,10 +161,11 @@ def test_a_network_has_the_size_of_the_pipeline_until_it_takes_another(dev: Path
         model.check_shape((3, 8, 8))
 
 
-@pytest.mark.parametrize("shape", [(3, 6, 8), (3, 8, 10), (3, 9, 9)])
-def test_odd_sides_of_latents_are_refused(dev: Path, shape: Any) -> None:
-    with pytest.raises(InputError, match="multiples of 4 pixels"):
-        load_model(dev).check_shape(shape)
+def test_odd_sides_of_latents_are_refused(dev: Path) -> None:
+    model = load_model(dev)
+    for shape in ((3, 6, 8), (3, 8, 10), (3, 9, 9)):
+        with pytest.raises(InputError, match="multiples of 4 pixels"):
+            model.check_shape(shape)
     with pytest.raises(InputError, match="multiples of 4 pixels"):
         load_model(dev, 6)
 
@@ -176,7 +184,6 @@ def test_odd_sides_of_latents_are_refused(dev: Path, shape: Any) -> None:
         ("transformer/config.json", {"guidance_embeds": False}, "not of the network"),
         ("transformer/config.json", {"_sample_size": 10**7}, "_sample_size="),
         ("vae/config.json", {"shift_factor": None}, "shift_factor"),
-        ("scheduler/scheduler_config.json", {"base_shift": None}, "base_shift=None"),
         ("scheduler/scheduler_config.json", {"base_image_seq_len": 64}, "needs a line"),
         ("scheduler/scheduler_config.json", {"base_shift": 1e9}, "correct scheduler_config.json"),
         ("scheduler/scheduler_config.json", {"time_shift_type": "linear", "base_shift": -1}, "shift must be positive"),

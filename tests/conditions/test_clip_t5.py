@@ -25,7 +25,7 @@ def test_embeddings_of_sd3_are_those_of_diffusers(t5):
     from diffusers import StableDiffusion3Pipeline
     from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
 
-    torch.manual_seed(0)
+    torch.manual_seed(1)
     pairs = [tiny_clip(8, 6), tiny_clip(12, 8), *([tiny_t5(24)] if t5 else [])]
     tokenizers = named("tokenizer", [tokenizer for tokenizer, _ in pairs])
     encoders = named("text_encoder", [encoder for _, encoder in pairs])
@@ -49,7 +49,7 @@ def test_embeddings_of_sd3_are_those_of_diffusers(t5):
 def test_embeddings_of_flux_are_those_of_diffusers():
     from diffusers import FluxPipeline
 
-    torch.manual_seed(0)
+    torch.manual_seed(1)
     pairs = [tiny_clip(8), tiny_t5(24)]
     tokenizers = named("tokenizer", [tokenizer for tokenizer, _ in pairs])
     encoders = named("text_encoder", [encoder for _, encoder in pairs])
@@ -63,7 +63,7 @@ def test_embeddings_of_flux_are_those_of_diffusers():
 
 
 def test_long_captions_are_cut_with_a_warning(caplog):
-    torch.manual_seed(0)
+    torch.manual_seed(1)
     (clip_tokenizer, clip), (t5_tokenizer, t5) = tiny_clip(8), tiny_t5(24)
     text = FluxText(
         {"tokenizer": clip_tokenizer, "tokenizer_2": t5_tokenizer}, {"text_encoder": clip, "text_encoder_2": t5}, 20
@@ -74,7 +74,7 @@ def test_long_captions_are_cut_with_a_warning(caplog):
 
 
 def test_the_fingerprint_depends_on_every_encoder_and_the_lengths():
-    torch.manual_seed(0)
+    torch.manual_seed(1)
     (clip_tokenizer, clip), (t5_tokenizer, t5) = tiny_clip(8), tiny_t5(24)
     tokenizers = {"tokenizer": clip_tokenizer, "tokenizer_2": t5_tokenizer}
     prints = {FluxText(tokenizers, {"text_encoder": clip, "text_encoder_2": t5}, n).fingerprint() for n in (512, 256)}

@@ -260,9 +260,10 @@ def _family(folder: Path, components: Components) -> type[Backbone]:
     if network is not None and (network, components[network]) not in known:
         library, kind = components[network]
         raise InputError(f"{path}: {network} is {kind} of {library}; {supported}")
+    own = {network, *(n for f in BACKBONES.values() if components.get(f.part) in f.classes for n in f.others)}
     for part, reason in _OTHERS.items():
         for name, (library, kind) in components.items():
-            if name.startswith(part) and name != network:
+            if name.startswith(part) and name not in own:
                 raise InputError(f"{path}: {name} is {kind} of {library}: {reason}; {supported}")
     if network is None:
         raise InputError(f"{path} names no {' and no '.join(sorted(parts))}; {supported}")

@@ -144,7 +144,7 @@ class MMDiT(Backbone):
     def _latents(self, height: int, width: int) -> tuple[int, int]:
         """Return the size of the latents of images of a size in pixels."""
         multiple = self.factor * self.multiple
-        if height % multiple or width % multiple:
+        if height % multiple or width % multiple or min(height, width) < 1:
             raise InputError(
                 f"the model takes sides that are multiples of {multiple} pixels, not {height}×{width}: choose another size"
             )
