@@ -20,7 +20,13 @@ def tiny_t5(width: int = 16) -> tuple[Any, Any]:
     import transformers
 
     config = transformers.T5Config(
-        vocab_size=len(T5_WORDS), d_model=width, d_kv=8, d_ff=16, num_layers=1, num_heads=2, feed_forward_proj="gated-gelu"
+        vocab_size=len(T5_WORDS),
+        d_model=width,
+        d_kv=8,
+        d_ff=16,
+        num_layers=1,
+        num_heads=2,
+        feed_forward_proj="gated-gelu",
     )
     words = [(word, -float(i > 2)) for i, word in enumerate(T5_WORDS)]
     return transformers.T5Tokenizer(vocab=words, extra_ids=0), transformers.T5EncoderModel(config)

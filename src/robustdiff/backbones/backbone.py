@@ -50,7 +50,7 @@ class BackboneSection(Named):
         """
         raise NotImplementedError
 
-    def configure(self, backbone: Backbone) -> None:  # noqa: B027  (new networks are built as they are trained)
+    def configure(self, backbone: Backbone) -> None:
         """Apply the settings of the section to a pretrained network.
 
         Raises:
@@ -69,7 +69,7 @@ class PretrainedSection(BackboneSection):
         return self.path
 
     guidance: float | None = Field(
-        None, ge=0, description="scale of guidance that the network is trained at, if it takes one (Flux dev); by default 3.5"
+        None, ge=0, description="scale of guidance to train at, for networks that take one (Flux dev); by default 3.5"
     )
 
     def configure(self, backbone: Backbone) -> None:

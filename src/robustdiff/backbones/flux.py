@@ -1,14 +1,15 @@
 r"""Text-conditional ``FluxTransformer2DModel`` of diffusers on latents (FluxPipeline: FLUX.1 dev and schnell).
 
-Flux (Black Forest Labs, 2024) is a flow-matching model: x_t = (1 − σ) x_0 + σ ε, and the network predicts ε − x_0 at the
-time σ ∈ [0, 1]. Each token holds 2×2 latents:
+Flux (Black Forest Labs, 2024) is a flow-matching model: x_t = (1 − σ) x_0 + σ ε, and the network predicts ε − x_0 at
+the time σ ∈ [0, 1]. Each token of the network holds 2×2 latents, those in the rows 2i, 2i + 1 and columns 2j, 2j + 1
+of every channel, and has the position (0, i, j); tokens of text have the position 0.
 
-    token (h/2 · i + j) = (x[c, 2i + a, 2j + b])  over c, a, b       with the position (0, i, j); those of text are 0.
-
-It is called with T5's embeddings of a caption (``encoder_hidden_states``) and CLIP's pooled one (``pooled_projections``).
+The network is called with T5's embeddings of a caption (``encoder_hidden_states``) and CLIP's pooled embedding
+(``pooled_projections``).
 
 FLUX.1 dev is distilled from classifier-free guidance, and takes its scale as an argument (``guidance_embeds`` in the
-configuration). The scale is 3.5 by default, as in diffusers' pipeline and training scripts. Networks without it are guided
+configuration). The scale is 3.5 by default, as in diffusers' pipeline and training scripts. It is a setting of training
+(``model.guidance``) and of sampling (``--guidance``), with one evaluation in each step. Networks without it are guided
 as other models are, with two evaluations.
 """
 

@@ -14,9 +14,9 @@ convention of Song et al. for consistency models and their teachers; their sched
 its own default spacing. (diffusers preserves fields that begin with an underscore, and ignores them.)
 
 The shift s of a flow (Esser et al., 2024, equation 23) is a number, or with ``use_dynamic_shifting`` a function of the
-number of tokens n of an image, e^μ or, with ``time_shift_type: linear``, μ. μ is the line through (``base_image_seq_len``,
-``base_shift``) and (``max_image_seq_len``, ``max_shift``), as in the pipelines of Flux and Stable Diffusion 3. For images
-of one size it is a number, which the process of training and the levels of sampling have alike.
+number of tokens of an image: s = e^μ or, with ``time_shift_type: linear``, s = μ, where μ is on the line through
+(``base_image_seq_len``, ``base_shift``) and (``max_image_seq_len``, ``max_shift``), as in the pipelines of Flux and
+Stable Diffusion 3. Images of one size have one shift, in the process of training and in the levels of sampling.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
 r"""Text-conditional ``SD3Transformer2DModel`` of diffusers on latents (StableDiffusion3Pipeline: SD 3 and 3.5).
 
-It is the multimodal diffusion transformer of Esser et al., "Scaling Rectified Flow Transformers for High-Resolution Image
-Synthesis", ICML 2024, arXiv 2403.03206, a flow-matching model: x_t = (1 − σ) x_0 + σ ε, and the network predicts ε − x_0
-at the time T σ. It is called with the token embeddings of a caption (``encoder_hidden_states``) and a pooled embedding
-(``pooled_projections``).
+It is the multimodal diffusion transformer of Esser et al., "Scaling Rectified Flow Transformers for High-Resolution
+Image Synthesis", ICML 2024, arXiv 2403.03206, a flow-matching model: x_t = (1 − σ) x_0 + σ ε, and the network predicts
+ε − x_0 at the time T σ. It is called with the token embeddings of a caption (``encoder_hidden_states``) and a pooled
+embedding (``pooled_projections``).
 
-Such networks take images of many sizes. A pipeline folder names a default size only; the size that a network was trained
-at is stored as ``_sample_size`` in its configuration, in latents. (diffusers preserves fields that begin with an
+Such networks take images of many sizes, and a pipeline folder names a default size only. The size of training is stored
+as ``_sample_size`` in the network's configuration, in latents. (diffusers preserves fields that begin with an
 underscore, and ignores them.)
 """
 
@@ -31,7 +31,7 @@ from robustdiff.conditions.condition import Condition
 from robustdiff.errors import InputError, first_line
 from robustdiff.loading import Components, component, load_network, read_config, shown
 
-__all__ = ["MMDiT", "StableDiffusion3", "check_call", "check_config"]
+__all__ = ["LARGEST_SIZE", "MMDiT", "StableDiffusion3", "check_call", "check_config"]
 
 _Own = TypeVar("_Own", bound="MMDiT")
 
@@ -91,7 +91,7 @@ class MMDiT(Backbone):
 
     def pipeline(self, network: nn.Module, scheduler: Any, codec: Codec, condition: Condition) -> Any:
         kind = getattr(diffusers, self.kind)  # imported here, because it takes seconds
-        parts = {name: None for name in self.others} | codec.components | condition.components
+        parts = dict.fromkeys(self.others) | codec.components | condition.components
         return kind(transformer=network, scheduler=scheduler, **parts)
 
     def check_scheduler(self, scheduler: Any, path: str) -> None:
@@ -136,8 +136,8 @@ class MMDiT(Backbone):
         if max(height, width) > self.largest_size:
             largest = self.largest_size * self.factor
             raise InputError(
-                f"the model takes sides up to {largest} pixels, not {height * self.factor}×{width * self.factor}: choose "
-                "a smaller size"
+                f"the model takes sides up to {largest} pixels, not {height * self.factor}×{width * self.factor}: "
+                "choose a smaller size"
             )
         self.network.register_to_config(_sample_size=height if height == width else (height, width))
 
@@ -146,7 +146,8 @@ class MMDiT(Backbone):
         multiple = self.factor * self.multiple
         if height % multiple or width % multiple or min(height, width) < 1:
             raise InputError(
-                f"the model takes sides that are multiples of {multiple} pixels, not {height}×{width}: choose another size"
+                f"the model takes sides that are multiples of {multiple} pixels, not {height}×{width}: choose another "
+                "size"
             )
         return height // self.factor, width // self.factor
 
@@ -229,9 +230,9 @@ def check_config(
             "give the two that belong together"
         )
     size = config.get("_sample_size", 1)
-    values = {name: config.get(name, 1) for name in sides}
-    values |= {"_sample_size": side for side in (size if isinstance(size, list) and len(size) == 2 else [size])}
-    for name, value in values.items():
+    values = [(name, config.get(name, 1)) for name in sides]
+    values += [("_sample_size", side) for side in (size if isinstance(size, list) and len(size) == 2 else [size])]
+    for name, value in values:
         if not (type(value) is int and 1 <= value <= LARGEST_SIZE):
             raise InputError(f"{path}: {name}={shown(config[name])} is no number from 1 to {LARGEST_SIZE}: correct it")
 

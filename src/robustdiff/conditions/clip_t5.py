@@ -123,9 +123,8 @@ def load_sd3_text(folder: Path, components: Components, width: int, pooled: int)
             embeddings of other widths.
     """
     tokenizers = {name: load_tokenizer(folder, name, _CLIP_TOKENIZERS) for name in ("tokenizer", "tokenizer_2")}
-    encoders = {
-        name: load_encoder(folder, name, ("CLIPTextModelWithProjection",)) for name in ("text_encoder", "text_encoder_2")
-    }
+    kinds = ("CLIPTextModelWithProjection",)
+    encoders = {name: load_encoder(folder, name, kinds) for name in ("text_encoder", "text_encoder_2")}
     clips = list(encoders.values())
     _check_width(folder, "pooled embeddings", pooled, "the CLIPs make", sum(e.config.projection_dim for e in clips))
     hidden = sum(encoder.config.hidden_size for encoder in clips)

@@ -12,8 +12,8 @@ losses at every t and mixed with the uniform distribution, so that every t is dr
 p is uniform until every t has ten losses. ADM's networks were trained with this distribution.
 
 The logit-normal distribution of flow matching (Esser et al., 2024, arXiv 2403.03206, equation 19, with m = 0 and s = 1)
-has more of the times in the middle: the fraction of the process is u = 1/(1 + e^{−z}) with z ~ N(0, 1). It is a weighting
-of the loss, which has no weights besides.
+has more of the times in the middle: the fraction of the process is u = 1/(1 + e^{−z}) with z ~ N(0, 1). It replaces
+weights of the losses, so that it has none.
 
 For models over noise levels σ (Karras et al., 2022; consistency models) the distribution ln σ ~ N(P_mean, P_std²) is a
 part of the loss, and has no such weights. If time is continuous (flow matching, EDM), times are floating-point numbers;
@@ -35,9 +35,9 @@ from robustdiff.process import DiffusionProcess, Table
 __all__ = [
     "TIMESTEPS",
     "Continuous",
-    "LogitNormal",
     "LogNormal",
     "LogNormalLevels",
+    "LogitNormal",
     "LossSecondMoment",
     "TimestepSampler",
     "Uniform",
