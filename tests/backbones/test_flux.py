@@ -18,13 +18,12 @@ from robustdiff.errors import InputError
 from robustdiff.samplers import sample
 
 pytest.importorskip("transformers")
-from pipelines import make_flux_pipeline, shifted_vae, tiny_clip, tiny_t5
 
 PROMPTS = ["A red shoe", "a blue shirt"]
 
 
 @pytest.fixture(scope="module")
-def dev(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def dev(tmp_path_factory: pytest.TempPathFactory, make_flux_pipeline: Any) -> Path:
     return make_flux_pipeline(tmp_path_factory.mktemp("flux") / "dev")
 
 
@@ -122,7 +121,9 @@ def test_images_of_dev_are_those_of_diffusers_with_the_scale_as_an_argument(dev:
         images_of(model, latents, float("inf"))
 
 
-def test_images_of_schnell_are_those_of_diffusers_and_guidance_is_classifier_free(tmp_path: Path) -> None:
+def test_images_of_schnell_are_those_of_diffusers_and_guidance_is_classifier_free(
+    tmp_path: Path, make_flux_pipeline: Any
+) -> None:
     folder = make_flux_pipeline(tmp_path / "p", dev=False)
     model = load_model(folder, 8)
     latents = torch.randn(2, *model.shape)
@@ -198,16 +199,20 @@ def test_what_does_not_fit_is_refused_in_one_line(pipeline: Path, part: str, fie
 
 
 @pytest.mark.parametrize(
-    ("part", "make", "words"),
+    ("part", "settings", "words"),
     [
-        ("text_encoder", lambda: tiny_clip(16)[1], "pooled embeddings of 8 numbers and text_encoder makes 16"),
-        ("text_encoder_2", lambda: tiny_t5(16)[1], "embeddings of 24 numbers and text_encoder_2 makes 16"),
-        ("vae", lambda: shifted_vae(8), "takes 4 channels and the VAE encodes as 8"),
-        ("scheduler", DDIMScheduler, "is a flow-matching model, and DDIMScheduler is not"),
+        ("text_encoder", {"width": 16}, "pooled embeddings of 8 numbers and text_encoder makes 16"),
+        ("text_encoder_2", {"d_model": 16}, "embeddings of 24 numbers and text_encoder_2 makes 16"),
+        ("vae", {"channels": 8}, "takes 4 channels and the VAE encodes as 8"),
+        ("scheduler", {}, "is a flow-matching model, and DDIMScheduler is not"),
     ],
 )
-def test_components_that_do_not_belong_together_are_refused(pipeline: Path, part: str, make: Any, words: str) -> None:
-    component = make()
+def test_components_that_do_not_belong_together_are_refused(
+    pipeline: Path, make_t5: Any, make_clip: Any, make_shifted_vae: Any, part: str, settings: Any, words: str
+) -> None:
+    makers = {"text_encoder": make_clip, "text_encoder_2": make_t5, "vae": make_shifted_vae}
+    made = makers.get(part, DDIMScheduler)(**settings)
+    component = made[1] if isinstance(made, tuple) else made
     shutil.rmtree(pipeline / part)
     component.save_pretrained(pipeline / part)
     if part == "scheduler":

@@ -18,13 +18,12 @@ from robustdiff.errors import InputError
 from robustdiff.samplers import sample
 
 pytest.importorskip("transformers")
-from pipelines import make_sd3_pipeline, shifted_vae, tiny_clip, tiny_t5
 
 PROMPTS = ["A red shoe", "a blue shirt"]
 
 
 @pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def saved(tmp_path_factory: pytest.TempPathFactory, make_sd3_pipeline: Any) -> Path:
     return make_sd3_pipeline(tmp_path_factory.mktemp("sd3") / "pipeline")
 
 
@@ -76,7 +75,9 @@ DYNAMIC = {"use_dynamic_shifting": True, "base_image_seq_len": 4, "max_image_seq
 
 
 @pytest.mark.parametrize("t5", [True, False])
-def test_images_are_those_of_diffusers_with_and_without_guidance(tmp_path: Path, t5: bool) -> None:
+def test_images_are_those_of_diffusers_with_and_without_guidance(
+    tmp_path: Path, make_sd3_pipeline: Any, t5: bool
+) -> None:
     folder = make_sd3_pipeline(tmp_path / "first", t5)
     load_model(folder).save(tmp_path / "again")
     model = load_model(tmp_path / "again")
@@ -114,7 +115,7 @@ def test_the_network_is_called_with_its_time_and_embeddings(saved: Path) -> None
     torch.testing.assert_close(model.process.sigmas[499], torch.tensor(3 * 0.5 / 2, dtype=torch.float64))
 
 
-def test_layers_with_two_attentions_are_read(tmp_path: Path) -> None:
+def test_layers_with_two_attentions_are_read(tmp_path: Path, make_sd3_pipeline: Any) -> None:
     """The transformer of Stable Diffusion 3.5 medium."""
     folder = make_sd3_pipeline(tmp_path / "p", dual_attention_layers=(0,), qk_norm="rms_norm")
     model = load_model(folder)
@@ -175,6 +176,7 @@ def test_a_dynamic_shift_follows_the_size(saved: Path) -> None:
         ("model_index.json", {"text_encoder": [None, None]}, "has no text_encoder:"),
         ("model_index.json", {"text_encoder_2": ["os", "system"]}, "text_encoder_2 is system of os"),
         ("model_index.json", {"tokenizer_3": [None, None]}, "has no tokenizer_3"),
+        ("model_index.json", {"text_encoder_3": [None, None]}, "has no text_encoder_3"),
         ("model_index.json", {"tokenizer_2": ["transformers", "T5TokenizerFast"]}, "only CLIPTokenizer"),
         ("model_index.json", {"vae": [None, None]}, "vae is null"),
         ("model_index.json", {"image_encoder": ["transformers", "SiglipVisionModel"]}, "conditioned on images"),
@@ -203,17 +205,21 @@ def replace(folder: Path, part: str, component: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("part", "make", "words"),
+    ("part", "settings", "words"),
     [
-        ("text_encoder_3", lambda: tiny_t5(16)[1], "embeddings of 24 numbers and text_encoder_3 makes 16"),
-        ("text_encoder_2", lambda: tiny_clip(12, 10)[1], "pooled embeddings of 14 numbers and the CLIPs make 16"),
-        ("text_encoder_2", lambda: tiny_clip(20, 8)[1], "embeddings of 24 numbers and the CLIPs make 28"),
-        ("vae", lambda: shifted_vae(8), "takes 4 channels and the VAE encodes as 8"),
-        ("scheduler", DDPMScheduler, "is a flow-matching model, and DDPMScheduler is not"),
+        ("text_encoder_3", {"d_model": 16}, "embeddings of 24 numbers and text_encoder_3 makes 16"),
+        ("text_encoder_2", {"projection": 10}, "pooled embeddings of 14 numbers and the CLIPs make 16"),
+        ("text_encoder_2", {"width": 20, "projection": 8}, "embeddings of 24 numbers and the CLIPs make 28"),
+        ("vae", {"channels": 8}, "takes 4 channels and the VAE encodes as 8"),
+        ("scheduler", {}, "is a flow-matching model, and DDPMScheduler is not"),
     ],
 )
-def test_components_that_do_not_belong_together_are_refused(pipeline: Path, part: str, make: Any, words: str) -> None:
-    component = make()
+def test_components_that_do_not_belong_together_are_refused(
+    pipeline: Path, make_t5: Any, make_clip: Any, make_shifted_vae: Any, part: str, settings: Any, words: str
+) -> None:
+    makers = {"text_encoder_3": make_t5, "text_encoder_2": make_clip, "vae": make_shifted_vae}
+    made = makers.get(part, DDPMScheduler)(**settings)
+    component = made[1] if isinstance(made, tuple) else made
     replace(pipeline, part, component)
     if part == "scheduler":
         edit(pipeline / "model_index.json", scheduler=["diffusers", type(component).__name__])

@@ -63,14 +63,13 @@ class PretrainedSection(BackboneSection):
 
     name: Literal["pretrained"]
     path: Text = Field(description="a run, a pipeline folder, or a model shipped with the package")
+    guidance: float | None = Field(
+        None, ge=0, description="scale of guidance to train at, for networks that take one (Flux dev); by default 3.5"
+    )
 
     @property
     def source(self) -> str:
         return self.path
-
-    guidance: float | None = Field(
-        None, ge=0, description="scale of guidance to train at, for networks that take one (Flux dev); by default 3.5"
-    )
 
     def configure(self, backbone: Backbone) -> None:
         if self.guidance is not None:
@@ -173,6 +172,25 @@ class Backbone(ABC):
     def tokens(self) -> int | None:
         """The number of tokens of an input, by which schedulers shift times dynamically; None if there are none."""
         return None
+
+    def corrected(self, scheduler: Any) -> Any:
+        """Return a scheduler with the settings that the pipelines of the family use in place of its own."""
+        return scheduler
+
+    def with_guidance_embedding(self, width: int) -> Backbone:
+        """Return the backbone of a network that also takes an embedding of the guidance scale, ``timestep_cond``.
+
+        The other weights of the network are copies of this one's.
+
+        Arguments:
+            width: The number of channels of the embedding.
+
+        Raises:
+            InputError: If the family has no such networks, or this network takes embeddings of another width.
+        """
+        raise InputError(
+            f"{type(self.network).__name__} takes no embedding of the guidance scale: train a LoRA instead"
+        )
 
     @property
     def channels(self) -> int:

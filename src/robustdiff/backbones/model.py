@@ -240,7 +240,7 @@ def load_model(path: str | Path, size: int | None = None) -> Model:
     components = read_index(folder)
     family = _family(folder, components)
     backbone, codec = family.load(folder, components, size)
-    return Model(backbone, load_scheduler(folder, components), codec, path=str(path))
+    return Model(backbone, backbone.corrected(load_scheduler(folder, components)), codec, path=str(path))
 
 
 def _supported() -> str:
@@ -260,11 +260,12 @@ def _family(folder: Path, components: Components) -> type[Backbone]:
     if network is not None and (network, components[network]) not in known:
         library, kind = components[network]
         raise InputError(f"{path}: {network} is {kind} of {library}; {supported}")
-    own = {network, *(n for f in BACKBONES.values() if components.get(f.part) in f.classes for n in f.others)}
-    for part, reason in _OTHERS.items():
-        for name, (library, kind) in components.items():
-            if name.startswith(part) and name not in own:
-                raise InputError(f"{path}: {name} is {kind} of {library}: {reason}; {supported}")
+    usual = {name for f in BACKBONES.values() if components.get(f.part) in f.classes for name in f.others}
+    for allowed in (usual, set[str]()):  # what no family of the network has is named first
+        for part, reason in _OTHERS.items():
+            for name, (library, kind) in components.items():
+                if name.startswith(part) and name not in {network, *allowed}:
+                    raise InputError(f"{path}: {name} is {kind} of {library}: {reason}; {supported}")
     if network is None:
         raise InputError(f"{path} names no {' and no '.join(sorted(parts))}; {supported}")
     others = {n for f in BACKBONES.values() for n in (f.part, *f.others)} | {"scheduler"}

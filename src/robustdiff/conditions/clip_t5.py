@@ -40,7 +40,8 @@ class StableDiffusion3Text(TextCondition):
     Arguments:
         tokenizers: The tokenizers of transformers by name: ``tokenizer``, ``tokenizer_2`` and ``tokenizer_3``.
         encoders: The encoders of transformers by name: ``text_encoder`` and ``text_encoder_2``, which are
-            ``CLIPTextModelWithProjection``, and ``text_encoder_3``, a ``T5EncoderModel``. The last may be missing.
+            ``CLIPTextModelWithProjection``, and ``text_encoder_3``, a ``T5EncoderModel``. The last, with its tokenizer,
+            may be missing.
         width: The width of ``encoder_hidden_states``, which is that of the T5.
         length: The number of tokens of the T5, with padding; longer captions are cut with a warning.
     """
@@ -114,7 +115,7 @@ def load_sd3_text(folder: Path, components: Components, width: int, pooled: int)
 
     Arguments:
         folder: The pipeline folder.
-        components: The components of the pipeline, of which ``text_encoder_3`` and ``tokenizer_3`` may be missing.
+        components: The components of the pipeline, of which ``text_encoder_3`` and ``tokenizer_3`` may both be missing.
         width: The width of ``encoder_hidden_states`` that the network takes.
         pooled: The width of ``pooled_projections`` that the network takes.
 
@@ -132,7 +133,6 @@ def load_sd3_text(folder: Path, components: Components, width: int, pooled: int)
         _check_width(folder, "embeddings", width, "the CLIPs make", hidden)
     if "tokenizer_3" in components or "text_encoder_3" in components:
         tokenizers["tokenizer_3"] = load_tokenizer(folder, "tokenizer_3", _T5_TOKENIZERS)
-    if "text_encoder_3" in components:
         t5 = encoders["text_encoder_3"] = load_encoder(folder, "text_encoder_3", ("T5EncoderModel",))
         _check_width(folder, "embeddings", width, "text_encoder_3 makes", t5.config.d_model)
     return StableDiffusion3Text(tokenizers, encoders, width)

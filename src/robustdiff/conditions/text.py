@@ -61,11 +61,19 @@ class TextCondition(Condition):
         tokenizers: The tokenizers of transformers, by their names in a pipeline folder.
         encoders: The text encoders of transformers, by their names in a pipeline folder.
         settings: The other values that the embeddings depend on, such as the number of tokens.
+
+    Raises:
+        InputError: If an encoder embeds fewer tokens than its tokenizer, which has the same place in its mapping, has.
     """
 
     def __init__(self, tokenizers: Mapping[str, Any], encoders: Mapping[str, Any], **settings: object) -> None:
         self.tokenizers, self.encoders, self.settings = dict(tokenizers), dict(encoders), settings
-        for encoder in self.encoders.values():
+        for (name, tokenizer), encoder in zip(self.tokenizers.items(), self.encoders.values(), strict=True):
+            if len(tokenizer) > encoder.config.vocab_size:
+                raise InputError(
+                    f"{name} has {len(tokenizer)} tokens and its text encoder embeds {encoder.config.vocab_size}: give "
+                    "the two that belong together"
+                )
             encoder.eval().requires_grad_(False)
         self.device = torch.device("cpu")
         self._rows: dict[str, bytes] = {}
@@ -91,6 +99,12 @@ class TextCondition(Condition):
     @property
     def components(self) -> dict[str, Any]:
         return {**self.tokenizers, **self.encoders}
+
+    def __eq__(self, other: object) -> bool:
+        return type(self) is type(other) and self.fingerprint() == other.fingerprint()
+
+    def __hash__(self) -> int:
+        return hash(self.fingerprint())
 
     @property
     def takes_captions(self) -> bool:
@@ -407,7 +421,11 @@ def _class_of(folder: Path, part: str, kinds: Sequence[str]) -> tuple[Path, Any]
 
 @contextmanager
 def _reading(path: Path) -> Iterator[None]:
-    """Report any error of transformers in one line."""
+    """Report any error of transformers in one line, without its progress bars."""
+    from transformers.utils import logging as transformers_logging
+
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
     try:
         yield
     except Exception as error:  # for an untrusted file, transformers may raise any error
@@ -415,3 +433,6 @@ def _reading(path: Path) -> Iterator[None]:
         raise InputError(
             f"{printable(path)} cannot be read ({reason}): download it again; weights must be safetensors"
         ) from None
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
