@@ -101,12 +101,16 @@ class Generator:
     prompts: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, model: Model, *, data_classes: int | None = None, **settings: Any) -> Generator:
+    def of(
+        cls, model: Model, *, data_classes: int | None = None, data_captions: tuple[str, ...] = (), **settings: Any
+    ) -> Generator:
         """Create a generator of a model.
 
         Arguments:
             model: The model.
             data_classes: The number of classes of the data. If the network embeds one more, the last is a null class.
+            data_captions: The captions of the data, which are the prompts of a network that takes captions if no others
+                are given.
             settings: The other fields. By default, or if they are None, the sampler is the first that suits the model,
                 and the number of steps is the sampler's default.
 
@@ -118,6 +122,8 @@ class Generator:
             settings["steps"] = SAMPLERS[sampler].default_steps
         if data_classes is not None and getattr(model.condition, "embedded", None) == data_classes + 1:
             settings = {"num_classes": data_classes, **settings}
+        if model.condition.takes_captions and not settings.get("prompts"):
+            settings["prompts"] = data_captions
         return cls(model, sampler, **settings)
 
     @classmethod
@@ -154,8 +160,10 @@ class Generator:
         condition = self.condition
         if condition.takes_captions != bool(self.prompts):
             if self.prompts:
-                raise InputError("this model is not conditioned on captions: leave --prompt out")
-            raise InputError("this model is conditioned on captions: give one or more by --prompt")
+                raise InputError("this model is not conditioned on captions: leave --prompt out (evaluate: --prompts)")
+            raise InputError(
+                "this model is conditioned on captions: give one or more by --prompt (evaluate: --prompts FILE)"
+            )
         if self.guidance is not None:
             condition.empty()
         classes = condition.classes
@@ -186,6 +194,10 @@ class Generator:
             return None
         return torch.tensor([i % self.classes if self.label is None else self.label for i in indices])
 
+    def captions(self, indices: range) -> list[str] | None:
+        """Return the captions of some images, or None if the network takes none."""
+        return [self.prompts[i % len(self.prompts)] for i in indices] if self.prompts else None
+
     def images(self, indices: range) -> Iterator[tuple[range, Tensor]]:
         """Yield the images of a range in batches: the numbers, and the images as uint8 (B, C, H, W) on the CPU."""
         for batch in self.batches(indices):
@@ -210,7 +222,6 @@ class Generator:
         model.network.eval()
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision)
         noise = ImageNoise(self.seed, batch, model.shape, model.device)
-        prompts = [self.prompts[i % len(self.prompts)] for i in batch] if self.prompts else None
         labels = None if labels is None else labels.to(model.device)
         with torch.autocast(model.device.type, dtype, enabled=dtype is not None):
             return sample(
@@ -220,7 +231,7 @@ class Generator:
                 self.steps,
                 latents=noise.draw(),
                 step_noise=noise,
-                condition=self.condition.batch(labels, prompts, None),
+                condition=self.condition.batch(labels, self.captions(batch), None),
                 guidance=self.guidance,
                 unconditional=None if self.guidance is None else self.condition.empty(),
                 **(self.options or {}),  # the model brings the others
