@@ -194,7 +194,7 @@ def test_loaded_weights_do_not_depend_on_the_file(pipeline, unet):
         ({"safety": True}, ["safety", "true"]),
         ({"unet": None}, ["names no transformer and no unet"]),
         ({"scheduler": [None, None]}, ["names no scheduler"]),
-        ({"unet": ["diffusers", "UNet2DConditionModel"]}, ["UNet2DConditionModel", "UNet2DModel"]),
+        ({"unet": ["diffusers", "UNet2DConditionModel"]}, ["UNet2DConditionModel", "StableDiffusion"]),
         ({"unet": ["evil_module", "UNet2DModel"]}, ["evil_module"]),
         ({"unet": ["robustdiff.backbones.adm", "AdmFlags"]}, ["AdmFlags"]),
         ({"unet": ["diffusers", ["UNet2DModel"]]}, ["unet", "not a library and a class"]),

@@ -29,7 +29,7 @@ def test_saved_to_disk_with_class_labels(tmp_path):
     table(features, caption=["a", "b", "c"], kind=[1, 0, 1]).save_to_disk(tmp_path / "set")
     dataset = load_dataset(f"hf:{tmp_path / 'set'}")
     assert (len(dataset), dataset.shape, dataset.num_classes) == (3, (1, 6, 6), 3)
-    images, labels = dataset.__getitems__([2, 0])
+    images, labels = dataset.__getitems__([2, 0])[:2]
     assert images[:, 0, 0, 0].tolist() == [30, 10]
     assert labels.tolist() == [1, 1]
     dataset = load_dataset(f"hf:{tmp_path / 'set'}", size=4, channels=3)
@@ -42,7 +42,7 @@ def test_integer_labels_and_splits(tmp_path):
     splits = {"train": table(features, label=[0, 4, 2]), "validation": table(features, label=[1, 1, 1])}
     datasets.DatasetDict(splits).save_to_disk(tmp_path / "set")
     assert load_dataset(f"hf:{tmp_path / 'set'}").num_classes == 5
-    _, labels = load_dataset(f"hf:{tmp_path / 'set'}", split="validation").__getitems__(range(3))
+    _, labels = load_dataset(f"hf:{tmp_path / 'set'}", split="validation").__getitems__(range(3))[:2]
     assert labels.tolist() == [1, 1, 1]
     with pytest.raises(InputError, match="no split 'test'; use one of: train, validation"):
         load_dataset(f"hf:{tmp_path / 'set'}", split="test")

@@ -201,13 +201,15 @@ class Model:
         self.backbone.check_shape(shape, self.codec, self.path if path is None else path)
 
     def check_data(self, dataset: ImageDataset) -> None:
-        """Check that the network fits the images and classes of a dataset; a network without a size gets theirs.
+        """Check that the network fits the images, classes and captions of a dataset.
+
+        A network without a size gets that of the images.
 
         Raises:
             InputError: If the network does not fit the dataset.
         """
         self.check_shape(dataset.shape)
-        self.condition.check(dataset.num_classes, False, self.path)
+        self.condition.check(dataset.num_classes, dataset.captioned, self.path)
 
     def add_lora(self, lora: LoraSection, seed: int) -> None:
         """Freeze the network, and add an adapter to it that changes nothing yet.
@@ -288,7 +290,7 @@ def load_model(path: str | Path, size: int | None = None) -> Model:
     components = read_index(folder)
     family = _family(folder, components)
     backbone, codec = family.load(folder, components, size)
-    return Model(backbone, load_scheduler(folder, components), codec, path=str(path))
+    return Model(backbone, backbone.corrected(load_scheduler(folder, components)), codec, path=str(path))
 
 
 def _adapted(folder: Path, path: str, size: int | None) -> Model:
@@ -334,10 +336,12 @@ def _family(folder: Path, components: Components) -> type[Backbone]:
     if network is not None and (network, components[network]) not in known:
         library, kind = components[network]
         raise InputError(f"{path}: {network} is {kind} of {library}; {supported}")
-    for part, reason in _OTHERS.items():
-        for name, (library, kind) in components.items():
-            if name.startswith(part) and name != network:
-                raise InputError(f"{path}: {name} is {kind} of {library}: {reason}; {supported}")
+    usual = {name for f in BACKBONES.values() if components.get(f.part) in f.classes for name in f.others}
+    for allowed in (usual, set[str]()):  # what no family of the network has is named first
+        for part, reason in _OTHERS.items():
+            for name, (library, kind) in components.items():
+                if name.startswith(part) and name not in {network, *allowed}:
+                    raise InputError(f"{path}: {name} is {kind} of {library}: {reason}; {supported}")
     if network is None:
         raise InputError(f"{path} names no {' and no '.join(sorted(parts))}; {supported}")
     others = {n for f in BACKBONES.values() for n in (f.part, *f.others)} | {"scheduler"}

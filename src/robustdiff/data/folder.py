@@ -18,9 +18,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
-from robustdiff.data.dataset import ImageDataset
+from robustdiff.data.dataset import Batch, ImageDataset
 from robustdiff.data.decode import (
     Background,
     Header,
@@ -188,10 +187,11 @@ class FolderDataset(ImageDataset):
     def __len__(self) -> int:
         return len(self.paths)
 
-    def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor | None]:
+    def __getitems__(self, indices: Sequence[int]) -> Batch:
         paths = [self.paths[int(index)] for index in indices]
         files = [(file_source(path), printable(path)) for path in paths]
-        return decode_batch(files, self.shape, self._background), self.labels_of(indices)
+        images = decode_batch(files, self.shape, self._background)
+        return Batch(images, self.labels_of(indices), self.captions_of(indices))
 
     def contents(self) -> bytes:
         """Return a hash of the background and of the names, lengths, first and last bytes of the files.

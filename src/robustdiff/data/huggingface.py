@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from robustdiff.data.dataset import ImageDataset, check_labels
+from robustdiff.data.dataset import Batch, ImageDataset, check_labels
 from robustdiff.data.decode import (
     Background,
     Header,
@@ -144,11 +144,12 @@ class HuggingFaceDataset(ImageDataset):
     def __len__(self) -> int:
         return len(self._table)
 
-    def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor | None]:
+    def __getitems__(self, indices: Sequence[int]) -> Batch:
         rows = [int(index) for index in indices]
         values = self._table[rows].column(0)
         files = [(self._source(row, value), self._row(row)) for row, value in zip(rows, values, strict=True)]
-        return decode_batch(files, self.shape, self._background), self.labels_of(rows)
+        images = decode_batch(files, self.shape, self._background)
+        return Batch(images, self.labels_of(rows), self.captions_of(rows))
 
     def contents(self) -> bytes:
         """Return a hash of the background and of the lengths, first and last bytes of the encoded images, in order."""
