@@ -101,9 +101,7 @@ def test_the_scale_of_guidance_is_a_setting_of_training(
         losses.append(json.loads((run / "metrics.jsonl").read_text().splitlines()[0])["loss"])
     assert losses[0] == losses[1] != losses[2]
     run = tmp_path / "sd3"
-    outcome = robustdiff(
-        "train", "fashion-16-at", *settings(photos, pipelines["sd3"], run, **{"model.guidance": 3.5})
-    )
+    outcome = robustdiff("train", "fashion-16-at", *settings(photos, pipelines["sd3"], run, **{"model.guidance": 3.5}))
     assert outcome.code == 2
     assert "takes no scale of guidance: leave model.guidance out" in outcome.err
 
@@ -120,9 +118,7 @@ def test_the_scale_of_guidance_is_a_setting_of_training(
 def test_what_does_not_fit_is_refused_in_one_line(
     robustdiff: Any, pipelines: dict[str, Path], photos: Path, tmp_path: Path, fields: Any, words: str
 ) -> None:
-    outcome = robustdiff(
-        "train", "fashion-16-at", *settings(photos, pipelines["sd3"], tmp_path / "run", **fields)
-    )
+    outcome = robustdiff("train", "fashion-16-at", *settings(photos, pipelines["sd3"], tmp_path / "run", **fields))
     assert outcome.code == 2, outcome.err
     assert words in outcome.err
     assert len(outcome.err.strip().splitlines()) == 1
