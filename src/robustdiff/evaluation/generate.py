@@ -202,13 +202,9 @@ class Generator:
             return None
         return torch.tensor([i % self.classes if self.label is None else self.label for i in indices])
 
-    def prompt(self, index: int) -> str | None:
-        """Return the caption of an image, or None if the network takes none."""
-        return self.prompts[index % len(self.prompts)] if self.prompts else None
-
     def captions(self, indices: range) -> list[str] | None:
         """Return the captions of some images, or None if the network takes none."""
-        return [prompt for i in indices if (prompt := self.prompt(i)) is not None] or None
+        return [self.prompts[i % len(self.prompts)] for i in indices] if self.prompts else None
 
     def images(self, indices: range) -> Iterator[tuple[range, Tensor]]:
         """Yield the images of a range in batches: the numbers, and the images as uint8 (B, C, H, W) on the CPU."""
@@ -409,11 +405,12 @@ def write_pngs(
 
 def _texts(generator: Generator, network: str, index: int) -> PngInfo | None:
     """Return the text chunks of a PNG: how an image of a caption was made. PNGs of other models have none."""
-    if not generator.prompts:
+    captions = generator.captions(range(index, index + 1))
+    if captions is None:
         return None
     texts = PngInfo()
     for name, value in (
-        ("prompt", generator.prompt(index)),
+        ("prompt", captions[0]),
         ("negative_prompt", generator.negative),
         ("guidance", generator.guidance),
         ("sampler", generator.sampler),
