@@ -208,6 +208,15 @@ def test_its_folder_is_given_with_its_name(clip_folder):
     assert MetricCollection(["clip-score"], values={"clip-score": str(clip_folder)}).needs_captions == "clip-score"
 
 
+def test_a_shipped_clip_is_given_by_its_name(clip_folder, metric, monkeypatch):
+    monkeypatch.setattr("robustdiff.metrics.clip_score.SHIPPED", clip_folder.parent)
+    images = drawn(6)
+    shipped = ClipScore(folder=clip_folder.name)
+    assert shipped.scores(images, CAPTIONS) == pytest.approx(metric.scores(images, CAPTIONS))
+    with pytest.raises(InputError, match="no such folder"):
+        ClipScore(folder=f"./{clip_folder.name}")
+
+
 @pytest.mark.parametrize("name", ["processor_config.json", "preprocessor_config.json"])
 def test_processors_of_all_releases_are_read(folder, metric, name):
     """The first releases wrote CLIPFeatureExtractor and sizes as numbers; since 5.0 all is in processor_config.json."""
