@@ -102,7 +102,7 @@ def pretrain(network, rate, dataset, objective, budget):
     start, updates = time.process_time(), 0
     network.train()
     while (used := (time.process_time() - start) / budget) < 1:
-        images, _ = dataset.__getitems__(next(indices))
+        images = dataset.__getitems__(next(indices))[0]
         draw = objective.draw(to_unit(images), generator=batch_generator(0, updates, "cpu"))
         with torch.autocast("cpu", torch.bfloat16):
             loss = objective(network, draw)["loss"].mean()

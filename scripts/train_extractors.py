@@ -32,7 +32,7 @@ SETTINGS: dict[str, tuple[list[int], int]] = {
 def load_split(name: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Training images uint8 (N, C, H, W) and labels (N,), then those of the test."""
     train = load_dataset(name)
-    images, labels = train.__getitems__(range(len(train)))
+    images, labels = train.__getitems__(range(len(train)))[:2]
     assert labels is not None
     if name == "digits":
         order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(SEED))
@@ -40,7 +40,7 @@ def load_split(name: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         cut = len(labels) * 4 // 5
         return images[:cut], labels[:cut], images[cut:], labels[cut:]
     test = load_dataset(name, split="test")
-    test_images, test_labels = test.__getitems__(range(len(test)))
+    test_images, test_labels = test.__getitems__(range(len(test)))[:2]
     assert test_labels is not None
     return images, labels, test_images, test_labels
 

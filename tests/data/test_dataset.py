@@ -45,7 +45,7 @@ def test_shapes_and_classes(dataset):
 
 
 def test_batch_and_single_agree(dataset):
-    images, labels = dataset.__getitems__([3, 0, 3])
+    images, labels = dataset.__getitems__([3, 0, 3])[:2]
     assert images.shape == (3, 3, 2, 3)
     assert images.dtype == torch.uint8
     assert labels.tolist() == [0, 0, 0]
@@ -76,8 +76,8 @@ def test_dataloader_fetches_whole_batches(dataset, workers):
     sampler = BatchSampler(SequentialSampler(dataset), batch_size=2, drop_last=False)
     loader = DataLoader(dataset, batch_sampler=sampler, collate_fn=identity, num_workers=workers)
     batches = list(loader)
-    assert [len(images) for images, _ in batches] == [2, 2, 1]
-    assert torch.cat([labels for _, labels in batches]).tolist() == [0, 2, 1, 0, 2]
+    assert [len(images) for images, *_ in batches] == [2, 2, 1]
+    assert torch.cat([labels for _, labels, *_ in batches]).tolist() == [0, 2, 1, 0, 2]
 
 
 @pytest.mark.parametrize(
@@ -136,6 +136,22 @@ def test_fingerprint_of_arrays():
         ArrayDataset("mine", images.reshape(5, 1, 4, 3), labels),
     ]
     assert len({fingerprint, *(other.fingerprint() for other in others)}) == 7
+
+
+def test_captions_are_fetched_with_their_images_and_are_part_of_the_fingerprint():
+    images = np.arange(3 * 12, dtype=np.uint8).reshape(3, 2, 2, 3)
+    captions = [("a red shoe",), ("a shirt", "clothes"), ("",)]
+    plain, dataset = ArrayDataset("mine", images), ArrayDataset("mine", images, captions=captions)
+    assert (plain.captioned, dataset.captioned) == (False, True)
+    assert plain.__getitems__([1, 0]).captions is None
+    assert dataset.__getitems__([1, 0]).captions == [captions[1], captions[0]]
+    assert dataset.fingerprint(captions=False) == plain.fingerprint() == plain.fingerprint(captions=False)
+    others = [captions, captions[::-1], [("a red shoe",), ("a shirtclothes", ""), ("",)], [*captions[:2], ("", "")]]
+    prints = {ArrayDataset("mine", images, captions=other).fingerprint() for other in others}
+    assert len(prints | {plain.fingerprint()}) == 5
+    for wrong in (captions[:2], [("a",), (), ("b",)]):
+        with pytest.raises(InputError, match="one or more of each image"):
+            ArrayDataset("mine", images, captions=wrong)
 
 
 def test_fingerprint_of_any_dataset_is_that_of_its_pixels():

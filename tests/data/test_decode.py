@@ -168,7 +168,7 @@ def test_large_pictures_below_the_limit_are_read_without_a_warning(monkeypatch, 
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 60)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        images, _ = load_dataset("imagefolder", root=tmp_path).__getitems__(range(4))
+        images, _ = load_dataset("imagefolder", root=tmp_path).__getitems__(range(4))[:2]
     assert images.shape == (4, 1, 10, 10)
 
 

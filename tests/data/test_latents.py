@@ -30,10 +30,10 @@ def small(seed: int = 0) -> AutoencoderKL:
     )
 
 
-def dataset(seed: int = 0, side: int = 8) -> ArrayDataset:
+def dataset(seed: int = 0, side: int = 8, captions: list[tuple[str, ...]] | None = None) -> ArrayDataset:
     random = np.random.default_rng(seed)
     pixels = random.integers(0, 256, (N, side, side, 1), dtype=np.uint8)
-    return ArrayDataset("noise", pixels, random.integers(0, 3, N), num_classes=3)
+    return ArrayDataset("noise", pixels, random.integers(0, 3, N), 3, captions)
 
 
 @pytest.fixture
@@ -60,8 +60,8 @@ def test_latents_are_those_of_the_images(tmp_path, parts_of_40, posterior, flip)
     cached.fill()
     assert len(list(cached.folder.glob("*.float16"))) > 1
     indices = [0, 149, 39, 40, 41, 7]
-    batch, labels = cached.__getitems__(indices)
-    pixels, wanted = images.__getitems__(indices)
+    batch, labels = cached.__getitems__(indices)[:2]
+    pixels, wanted = images.__getitems__(indices)[:2]
     assert torch.equal(labels, wanted)
     flipped = torch.tensor([True, False, True, True, False, False]) if flip else None
     noise = torch.randn(6, 4, 4, 4)
@@ -76,6 +76,19 @@ def test_it_describes_itself_as_its_images_do(tmp_path):
     cached = LatentDataset(images, VAE(small()), False, tmp_path)
     assert (cached.shape, cached.num_classes, len(cached)) == (images.shape, images.num_classes, N)
     assert cached.fingerprint() == images.fingerprint()
+
+
+def test_captions_go_along_and_other_captions_have_the_same_latents(tmp_path):
+    captions = [(f"image {k}",) for k in range(N)]
+    codec = Counting(small())
+    LatentDataset(dataset(), codec, False, tmp_path).fill()
+    codec.encoded_images = 0
+    cached = LatentDataset(dataset(captions=captions), codec, False, tmp_path)
+    cached.fill()
+    assert codec.encoded_images == 0
+    assert cached.captioned
+    assert cached.__getitems__([3, 1]).captions == [("image 3",), ("image 1",)]
+    assert cached.fingerprint() != LatentDataset(dataset(), codec, False, tmp_path).fingerprint()
 
 
 def test_nothing_is_computed_twice_and_a_killed_process_loses_a_part_at_most(tmp_path, parts_of_40):
@@ -115,7 +128,7 @@ def test_a_torn_part_is_computed_again(tmp_path, parts_of_40, caplog):
     codec = Counting(small(), "mean")
     cached = LatentDataset(dataset(), codec, False, tmp_path)
     cached.fill()
-    wanted, _ = cached.__getitems__(range(N))
+    wanted, _ = cached.__getitems__(range(N))[:2]
     part = cached.folder / "00001.float16"
     part.write_bytes(part.read_bytes()[:-2])
     again = LatentDataset(dataset(), codec, False, tmp_path)
@@ -186,7 +199,7 @@ def test_processes_share_what_is_missing(tmp_path, parts_of_40):
 def test_a_copy_in_another_process_opens_its_own_maps(tmp_path):
     cached = LatentDataset(dataset(), VAE(small(), "mean"), False, tmp_path)
     cached.fill()
-    batch, _ = cached.__getitems__(range(N))
+    batch, _ = cached.__getitems__(range(N))[:2]
     copied = pickle.dumps(cached)
     assert torch.equal(pickle.loads(copied).__getitems__(range(N))[0], batch)
 

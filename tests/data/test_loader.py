@@ -34,11 +34,14 @@ class Failing(ImageDataset):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_batches_in_order(workers):
     images = np.arange(5, dtype=np.uint8).reshape(5, 1, 1, 1)
-    dataset = ArrayDataset("mine", images, np.arange(5))
+    captions = [(f"image {k}", "an image") for k in range(5)]
+    dataset = ArrayDataset("mine", images, np.arange(5), captions=captions)
     state = torch.get_rng_state()
     batches = list(load_batches(dataset, BATCHES, workers))
-    assert [labels.tolist() for _, labels in batches] == BATCHES
-    assert [images.ravel().tolist() for images, _ in batches] == BATCHES
+    assert [labels.tolist() for _, labels, *_ in batches] == BATCHES
+    assert [images.ravel().tolist() for images, *_ in batches] == BATCHES
+    assert [captions[0][0] for _, _, captions, _ in batches] == ["image 0", "image 4", "image 3"]
+    assert all(batch.geometry is None for batch in batches)
     assert torch.equal(torch.get_rng_state(), state)
 
 

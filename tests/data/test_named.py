@@ -45,7 +45,7 @@ def idx_folder(tmp_path):
 def test_fashion_16(split, n):
     dataset = load_dataset("fashion-16", split=split)
     assert (len(dataset), dataset.shape, dataset.num_classes) == (n, (1, 16, 16), 10)
-    _, labels = dataset.__getitems__(range(n))
+    _, labels = dataset.__getitems__(range(n))[:2]
     assert np.bincount(labels.numpy()).tolist() == [n // 10] * 10
 
 
@@ -78,7 +78,7 @@ def test_fashion_16_is_what_its_source_says(split):
     shrink = runpy.run_path(str(ROOT / "scripts/make_fashion16.py"))["shrink"]
     images, labels = read_fashion_mnist(FASHION_MNIST_ROOT, split)
     dataset = load_dataset("fashion-16", split=split)
-    shipped_images, shipped_labels = dataset.__getitems__(range(len(dataset)))
+    shipped_images, shipped_labels = dataset.__getitems__(range(len(dataset)))[:2]
     assert np.array_equal(shipped_images[:, 0].numpy(), shrink(images))
     assert np.array_equal(shipped_labels.numpy(), labels)
 
@@ -86,7 +86,7 @@ def test_fashion_16_is_what_its_source_says(split):
 def test_digits_are_those_of_scikit_learn():
     dataset = load_dataset("digits")
     assert (len(dataset), dataset.shape, dataset.num_classes) == (1797, (1, 8, 8), 10)
-    images, labels = dataset.__getitems__(range(1797))
+    images, labels = dataset.__getitems__(range(1797))[:2]
     bunch = load_digits()
     assert np.allclose(images[:, 0].numpy() / 255 * 16, bunch.images, atol=0.5 / 255 * 16)
     assert images.min() == 0
@@ -98,7 +98,7 @@ def test_fashion_mnist(idx_folder):
     root, arrays = idx_folder
     for split, prefix in (("train", "train"), ("test", "t10k")):
         dataset = load_dataset("fashion-mnist", root=root, split=split)
-        images, labels = dataset.__getitems__(range(len(dataset)))
+        images, labels = dataset.__getitems__(range(len(dataset)))[:2]
         assert np.array_equal(images[:, 0].numpy(), arrays[prefix][0])
         assert np.array_equal(labels.numpy(), arrays[prefix][1])
 

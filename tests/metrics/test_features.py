@@ -65,7 +65,7 @@ def test_shipped_file_is_small_and_says_what_it_is(name):
 def test_recorded_accuracy_is_true():
     dataset = load_dataset("fashion-16", split="test")
     classifier = Classifier.load(WEIGHTS / "fashion-16.safetensors")
-    images, labels = dataset.__getitems__(range(2000))
+    images, labels = dataset.__getitems__(range(2000))[:2]
     with torch.no_grad():
         accuracy = (classifier(to_unit(images)).argmax(1) == labels).float().mean()
     assert accuracy > 0.88

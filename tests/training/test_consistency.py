@@ -328,7 +328,7 @@ def test_classes_of_teacher_and_student_must_agree(tiny, teachers):
 def test_a_teacher_of_classes_needs_labels(tiny):
     classes = tiny("classes", steps=1, model={"class_cond": True})
     train(classes, cpu=True)
-    images, _ = load_dataset("digits").__getitems__(list(range(20)))
+    images, _ = load_dataset("digits").__getitems__(list(range(20)))[:2]
     bare = ArrayDataset("bare", images.permute(0, 2, 3, 1).numpy())
     with pytest.raises(InputError, match="classes needs class labels, and this data has none"):
         trainer_of(tiny("next", objective={**CD, "teacher": classes.output}), bare)

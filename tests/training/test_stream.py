@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from robustdiff.training.stream import BatchIndices, batch_generator
+from robustdiff.training.stream import BatchIndices, batch_generator, caption_numbers
 
 
 def batches(n, **arguments):
@@ -55,6 +55,14 @@ def test_the_generator_is_a_function_of_seed_and_batch():
     assert torch.equal(draw(3, 7), draw(3, 7))
     others = [draw(3, 8), draw(4, 7), draw(7, 3), draw(0, 0)]
     assert not any(torch.equal(draw(3, 7), other) for other in others)
+
+
+def test_the_numbers_that_choose_captions_are_a_function_of_seed_and_batch():
+    numbers = caption_numbers(3, 7, 1000)
+    assert (numbers == caption_numbers(3, 7, 1000)).all()
+    assert ((numbers >= 0) & (numbers < 1)).all()
+    assert abs(numbers.mean() - 0.5) < 0.05
+    assert not any((numbers == other).any() for other in (caption_numbers(3, 8, 1000), caption_numbers(4, 7, 1000)))
 
 
 @pytest.mark.parametrize("seed", [0, 2**31, 2**63 - 1])

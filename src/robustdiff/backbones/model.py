@@ -182,13 +182,15 @@ class Model:
         self.backbone.check_shape(shape, self.codec, self.path if path is None else path)
 
     def check_data(self, dataset: ImageDataset) -> None:
-        """Check that the network fits the images and classes of a dataset; a network without a size gets theirs.
+        """Check that the network fits the images, classes and captions of a dataset.
+
+        A network without a size gets that of the images.
 
         Raises:
             InputError: If the network does not fit the dataset.
         """
         self.check_shape(dataset.shape)
-        self.condition.check(dataset.num_classes, False, self.path)
+        self.condition.check(dataset.num_classes, dataset.captioned, self.path)
 
     def fingerprint(self) -> str:
         """Return the sha256 of the network's parameters; it depends neither on the device nor on the memory format."""

@@ -34,13 +34,21 @@ class Condition(ABC):
         return self
 
     @abstractmethod
-    def batch(self, labels: Tensor | None, captions: Sequence[str] | None, dropped: Tensor | None) -> dict[str, Any]:
+    def batch(
+        self,
+        labels: Tensor | None,
+        captions: Sequence[str] | None,
+        dropped: Tensor | None,
+        geometry: Tensor | None = None,
+    ) -> dict[str, Any]:
         """Return the arguments of the network for a batch of the data.
 
         Arguments:
             labels: The classes (B,), on the device of the network; None if the data has none.
             captions: The captions; None if the data has none.
             dropped: The mask (B,) of the samples whose condition is replaced by the empty one; None drops none.
+            geometry: The height and width of each original image, and the top and left of the crop in the resized
+                image, in pixels, int64 (B, 4); None if the images are whole and have the size of the batch.
         """
 
     @property

@@ -38,7 +38,13 @@ class Labels(Condition):
             )
         return Labels(self.embedded, null=num_classes < self.embedded)
 
-    def batch(self, labels: Tensor | None, captions: Sequence[str] | None, dropped: Tensor | None) -> dict[str, Any]:
+    def batch(
+        self,
+        labels: Tensor | None,
+        captions: Sequence[str] | None,
+        dropped: Tensor | None,
+        geometry: Tensor | None = None,
+    ) -> dict[str, Any]:
         assert labels is not None
         if dropped is not None:
             labels = labels.masked_fill(dropped, self.classes)

@@ -18,7 +18,13 @@ __all__ = ["Unconditional"]
 class Unconditional(Condition):
     """The condition of a network that takes only x_t and t."""
 
-    def batch(self, labels: Tensor | None, captions: Sequence[str] | None, dropped: Tensor | None) -> dict[str, Any]:
+    def batch(
+        self,
+        labels: Tensor | None,
+        captions: Sequence[str] | None,
+        dropped: Tensor | None,
+        geometry: Tensor | None = None,
+    ) -> dict[str, Any]:
         return {}
 
     def empty(self) -> dict[str, Any]:

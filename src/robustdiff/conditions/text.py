@@ -53,7 +53,13 @@ class Text(Condition):
         self.encoder.to(device)
         return self
 
-    def batch(self, labels: Tensor | None, captions: Sequence[str] | None, dropped: Tensor | None) -> dict[str, Any]:
+    def batch(
+        self,
+        labels: Tensor | None,
+        captions: Sequence[str] | None,
+        dropped: Tensor | None,
+        geometry: Tensor | None = None,
+    ) -> dict[str, Any]:
         if captions is None:
             raise InputError("this model is conditioned on captions: give them")
         if dropped is not None:

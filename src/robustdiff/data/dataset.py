@@ -16,8 +16,8 @@ import hashlib
 import logging
 import operator
 from abc import abstractmethod
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -26,9 +26,11 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from robustdiff.codecs.codec import Codec
+from robustdiff.data.captions import Captions
+from robustdiff.data.pixels import Position
 from robustdiff.errors import InputError
 
-__all__ = ["ArrayDataset", "ImageDataset", "check_labels", "to_uint8", "to_unit"]
+__all__ = ["ArrayDataset", "Batch", "ImageDataset", "check_labels", "to_uint8", "to_unit"]
 
 logger = logging.getLogger(__name__)
 
@@ -49,8 +51,25 @@ def to_uint8(x: Tensor) -> Tensor:
     return ((x.to(torch.float32) + 1.0) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
+class Batch(NamedTuple):
+    """A batch of a dataset.
+
+    Attributes:
+        images: The images, uint8 (B, C, H, W).
+        labels: The class labels, int64 (B,); None without labels.
+        captions: All captions of each image; None without captions.
+        geometry: The height and width of each original image, and the top and left of the crop in the resized image,
+            in pixels, int64 (B, 4); None if the images were stored in the size that they have.
+    """
+
+    images: Tensor
+    labels: Tensor | None = None
+    captions: Sequence[tuple[str, ...]] | None = None
+    geometry: Tensor | None = None
+
+
 class ImageDataset(Dataset[tuple[Tensor, Any]]):
-    """Images of one shape, with class labels or without.
+    """Images of one shape, with class labels and captions or without.
 
     Use it with `DataLoader(dataset, batch_sampler=…, collate_fn=lambda batch: batch)`: `__getitems__` returns whole
     batches, which need no collation.
@@ -60,29 +79,57 @@ class ImageDataset(Dataset[tuple[Tensor, Any]]):
         shape: The shape (C, H, W) of every image.
         num_classes: The number of classes K, with labels in {0, …, K − 1}; None without labels.
         labels: The labels of all images, int64 (N,); None without labels.
+        captions: The captions of all images, one or more of each; None without captions.
+        sizes: The heights and widths of the images in pixels before cropping, int64 (N, 2); None for images that are
+            stored as they are fetched.
     """
 
+    sizes: Tensor | None = None
+
     def __init__(
-        self, name: str, shape: tuple[int, int, int], num_classes: int | None, labels: Tensor | None = None
+        self,
+        name: str,
+        shape: tuple[int, int, int],
+        num_classes: int | None,
+        labels: Tensor | None = None,
+        captions: Iterable[Sequence[str]] | None = None,
     ) -> None:
         self.name = name
         self.shape = shape
         self.num_classes = num_classes
         self.labels = labels
+        self.captions = captions if captions is None or isinstance(captions, Captions) else Captions(captions)
+
+    @property
+    def captioned(self) -> bool:
+        """True if every image has one or more captions."""
+        return self.captions is not None
 
     @abstractmethod
     def __len__(self) -> int: ...
 
     @abstractmethod
-    def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor | None]:
+    def __getitems__(self, indices: Sequence[int]) -> Batch:
         """Fetch a batch.
 
         Args:
             indices: The B indices of the images, in {0, …, N − 1}.
-
-        Returns:
-            Images uint8 (B, C, H, W), and labels int64 (B,) or None.
         """
+
+    def fetch(
+        self,
+        indices: Sequence[int],
+        size: tuple[int, int] | None = None,
+        positions: Sequence[Position] | None = None,
+    ) -> Batch:
+        """Fetch a batch of other crops than :meth:`__getitems__`, if :attr:`sizes` are known.
+
+        Args:
+            indices: The B indices of the images.
+            size: The height and width of the crops after resizing; None is those of :attr:`shape`.
+            positions: The place of the crop in each image; None is the centre.
+        """
+        raise NotImplementedError
 
     def latents(self, batch: Tensor, codec: Codec, flipped: Tensor | None, noise: Tensor | None) -> Tensor:
         """Return the latents of a batch, float32 (B, C', H', W').
@@ -102,6 +149,14 @@ class ImageDataset(Dataset[tuple[Tensor, Any]]):
         """Return the labels of a batch, int64 (B,), or None without labels."""
         return None if self.labels is None else self.labels[torch.as_tensor(indices, dtype=torch.int64)]
 
+    def captions_of(self, indices: Sequence[int]) -> list[tuple[str, ...]] | None:
+        """Return all captions of each image of a batch, or None without captions."""
+        return None if self.captions is None else [self.captions[int(index)] for index in indices]
+
+    def geometry_of(self, indices: Sequence[int]) -> Tensor | None:
+        """Return the geometry of a batch from :meth:`__getitems__`, int64 (B, 4), or None; see :class:`Batch`."""
+        return None
+
     def contents(self) -> bytes:
         """Return a hash of the images; it does not depend on the process or on the location of the data.
 
@@ -109,16 +164,33 @@ class ImageDataset(Dataset[tuple[Tensor, Any]]):
         """
         digest = hashlib.sha256()
         for start in range(0, len(self), 256):
-            images, _ = self.__getitems__(range(start, min(start + 256, len(self))))
+            images = self.__getitems__(range(start, min(start + 256, len(self))))[0]
             digest.update(images.contiguous().numpy().data)
         return digest.digest()
 
-    def fingerprint(self) -> str:
-        """Return the sha256, in hexadecimal, of the shape, the classes, the labels and the contents."""
+    def caption_digest(self) -> str | None:
+        """Return the sha256, in hexadecimal, of all captions in order, or None without captions."""
+        if self.captions is None:
+            return None
+        digest = hashlib.sha256()
+        for texts in self.captions:
+            encoded = [text.encode("utf-8", "surrogatepass") for text in texts]
+            # Lengths first, so that no two lists of captions have the same bytes.
+            digest.update(f"{[len(text) for text in encoded]}\n".encode() + b"".join(encoded))
+        return digest.hexdigest()
+
+    def fingerprint(self, captions: bool = True) -> str:
+        """Return the sha256, in hexadecimal, of the shape, the classes, the labels, the contents and the captions.
+
+        Args:
+            captions: Whether the captions are included. The sha256 of data without captions is the same either way.
+        """
         digest = hashlib.sha256(f"{len(self)} {tuple(self.shape)} {self.num_classes}\n".encode())
         if self.labels is not None:
             digest.update(self.labels.numpy().tobytes())
         digest.update(self.contents())
+        if captions and (texts := self.caption_digest()) is not None:
+            digest.update(texts.encode())
         return digest.hexdigest()
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor | None]:
@@ -126,7 +198,7 @@ class ImageDataset(Dataset[tuple[Tensor, Any]]):
         index = operator.index(index)
         if not -len(self) <= index < len(self):
             raise IndexError(f"index {index} is out of range for {self.name}, which has {len(self)} images")
-        images, labels = self.__getitems__([index % len(self)])
+        images, labels = self.__getitems__([index % len(self)])[:2]
         return images[0], None if labels is None else labels[0]
 
     def __repr__(self) -> str:
@@ -142,9 +214,11 @@ class ArrayDataset(ImageDataset):
         images: The images, uint8 (N, H, W, C), with C = 1 or 3 and N ≥ 1.
         labels: The labels, non-negative integers (N,), or None.
         num_classes: The number of classes; by default the largest label + 1.
+        captions: The captions of each image, one or more of each, or None.
 
     Raises:
-        InputError: Wrong dtype or shape, or a label that is negative or not below `num_classes`.
+        InputError: Wrong dtype or shape, a label that is negative or not below `num_classes`, or an image without a
+            caption.
     """
 
     def __init__(
@@ -153,6 +227,7 @@ class ArrayDataset(ImageDataset):
         images: NDArray[np.uint8],
         labels: NDArray[Any] | None = None,
         num_classes: int | None = None,
+        captions: Sequence[Sequence[str]] | None = None,
     ) -> None:
         if images.dtype != np.uint8:
             raise InputError(f"{name}: images are {images.dtype}, not uint8; store pixels as integers 0 to 255")
@@ -166,16 +241,19 @@ class ArrayDataset(ImageDataset):
                     f"make them {len(images)} non-negative integers, one per image"
                 )
             checked, num_classes = check_labels(name, "image", labels, num_classes)
+        if captions is not None and (len(captions) != len(images) or not all(captions)):
+            raise InputError(f"{name}: captions are not those of {len(images)} images; give one or more of each image")
         height, width, channels = images.shape[1:]
-        super().__init__(name, (channels, height, width), num_classes, checked)
+        super().__init__(name, (channels, height, width), num_classes, checked, captions)
         # torch warns of tensors on memory that is not writable.
         self._images = torch.from_numpy(np.require(images.transpose(0, 3, 1, 2), requirements=["C", "W"]))
 
     def __len__(self) -> int:
         return len(self._images)
 
-    def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor | None]:
-        return self._images[torch.as_tensor(indices, dtype=torch.int64)], self.labels_of(indices)
+    def __getitems__(self, indices: Sequence[int]) -> Batch:
+        images = self._images[torch.as_tensor(indices, dtype=torch.int64)]
+        return Batch(images, self.labels_of(indices), self.captions_of(indices))
 
     def contents(self) -> bytes:
         """Return the sha256 of all pixels."""

@@ -6,8 +6,8 @@ of a mirrored image are not the mirrored latents. If latents are samples of a po
 and then the standard deviations, so that every epoch draws new samples.
 
 The name of the folder is a hash of the VAE's weights and settings, of the images, of V and of a key of the user. A
-change of any of them gives another entry, and entries of other users are not read. Parts are written atomically, so a
-killed process loses at most one part, and several processes can fill an entry together.
+change of any of them gives another entry, and entries of other users are not read; captions may change. Parts are
+written atomically, so a killed process loses at most one part, and several processes can fill an entry together.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from robustdiff.codecs.codec import Codec
-from robustdiff.data.dataset import ImageDataset, to_unit
+from robustdiff.data.dataset import Batch, ImageDataset, to_unit
 from robustdiff.data.loader import load_batches
 from robustdiff.errors import RunError, printable
 from robustdiff.files import atomic_write, cache_folder, claim_folder, open_regular, remove_leftovers, user_key
@@ -57,13 +57,13 @@ class LatentDataset(ImageDataset):
     """
 
     def __init__(self, images: ImageDataset, codec: Codec, flip: bool = False, folder: Path | None = None) -> None:
-        super().__init__(images.name, images.shape, images.num_classes, images.labels)
+        super().__init__(images.name, images.shape, images.num_classes, images.labels, images.captions)
         self.images, self.codec, self.flip = images, codec, flip
         channels, height, width = codec.encoded_shape(images.shape)
         self.latent_shape = (1 + flip, channels * (1 + codec.random), height, width)
         size = 2 * math.prod(self.latent_shape)
         self.part = max(1, _PART_BYTES // size, math.ceil(len(images) / _MOST_PARTS))
-        content = f"1 {codec.fingerprint()} {images.fingerprint()} {self.latent_shape} {self.part}"
+        content = f"1 {codec.fingerprint()} {images.fingerprint(captions=False)} {self.latent_shape} {self.part}"
         name = hmac.new(user_key(), content.encode(), hashlib.sha256).hexdigest()
         self.folder = (cache_folder() / "latents" if folder is None else folder) / name
         self._open: dict[int, NDArray[np.float16]] = {}
@@ -77,17 +77,18 @@ class LatentDataset(ImageDataset):
     def contents(self) -> bytes:
         return self.images.contents()
 
-    def fingerprint(self) -> str:
-        return self.images.fingerprint()
+    def fingerprint(self, captions: bool = True) -> str:
+        return self.images.fingerprint(captions)
 
-    def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor | None]:
-        """Fetch the latents of a batch, float16 (B, V, C', H', W'), and the labels, int64 (B,), or None.
+    def __getitems__(self, indices: Sequence[int]) -> Batch:
+        """Fetch a batch with the latents, float16 (B, V, C', H', W'), in place of the images.
 
         Raises:
             RunError: If a part is missing or damaged.
         """
         rows = [self._map(index // self.part)[index % self.part] for index in indices]
-        return torch.from_numpy(np.stack(rows)), self.labels_of(indices)
+        captions, geometry = self.captions_of(indices), self.images.geometry_of(indices)
+        return Batch(torch.from_numpy(np.stack(rows)), self.labels_of(indices), captions, geometry)
 
     def latents(self, batch: Tensor, codec: Codec, flipped: Tensor | None, noise: Tensor | None) -> Tensor:
         view = torch.zeros(len(batch), dtype=torch.int64, device=batch.device) if flipped is None else flipped.long()

@@ -7,15 +7,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from robustdiff.data.dataset import ImageDataset
+from robustdiff.data.dataset import Batch, ImageDataset
 from robustdiff.errors import InputError, RunError
 
 __all__ = ["load_batches", "worker_failures"]
-
-Batch = tuple[Tensor, Tensor | None]
 
 # Parts of torch's error messages for a worker that was killed, or that cannot send its batches.
 GONE = (
@@ -37,7 +34,7 @@ class _Reporting(Dataset[Any]):
 
     def __getitems__(self, indices: Sequence[int]) -> Batch | InputError:
         try:
-            return self.dataset.__getitems__(indices)
+            return Batch(*self.dataset.__getitems__(indices))
         except InputError as error:
             return InputError(str(error))
 
@@ -56,9 +53,6 @@ def load_batches(
         indices: The indices of each batch.
         workers: The number of worker processes; with 0 this process loads the batches.
         pin_memory: Whether batches are copied to page-locked memory.
-
-    Yields:
-        Images uint8 (B, C, H, W), and labels int64 (B,) or None.
 
     Raises:
         InputError: An error of the dataset, in this process or in a worker.

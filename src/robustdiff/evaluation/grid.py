@@ -155,7 +155,7 @@ def evaluate_images(
         share = share_of(num, accelerator)
         for start in range(share.start, share.stop, batch_size):
             batch = range(start, min(start + batch_size, share.stop))
-            images, labels = dataset.__getitems__(batch)
+            images, labels = dataset.__getitems__(batch)[:2]
             yield batch, images, labels
 
     progress.begin(name, num)

@@ -242,7 +242,7 @@ def measure_teacher(
     model.check_data(dataset)
     if num > len(dataset):
         raise InputError(f"--num {num}: {dataset.name} has {len(dataset)} images")
-    batch, classes = dataset.__getitems__(list(range(num)))
+    batch, classes = dataset.__getitems__(list(range(num)))[:2]
     images = model.codec.encode(to_unit(batch).to(device))
     labels = None if classes is None or model.condition.classes is None else classes.to(device)
     settings |= {"labels": labels, "substeps": substeps, "seed": seed}

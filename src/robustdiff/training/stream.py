@@ -1,8 +1,8 @@
 r"""The random numbers of a batch, which depend on (seed, batch number) alone.
 
 Batch b of a run holds the rows b·B … (b+1)·B − 1 of an endless list of indices, in which every epoch is a new
-permutation of the data. The times, noise and flips of a batch come from a generator that is seeded for each batch.
-Therefore
+permutation of the data. The times, noise and flips of a batch come from a generator that is seeded for each batch, and
+so does the choice among the captions of an image. Therefore
 
 - a resumed run needs its batch number alone;
 - two runs that differ in their adversary alone see the same images, times and noise (common random numbers);
@@ -18,15 +18,23 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-__all__ = ["BatchIndices", "batch_generator"]
+__all__ = ["BatchIndices", "batch_generator", "caption_numbers"]
 
-_ORDER, _NOISE = range(2)
+_ORDER, _NOISE, _CAPTIONS = range(3)
 
 
 def batch_generator(seed: int, batch: int, device: torch.device | str) -> torch.Generator:
     """Return the generator of the times, noise and flips of one batch."""
     state = np.random.SeedSequence([seed, _NOISE, batch]).generate_state(1, np.uint64)[0]
     return torch.Generator(device).manual_seed(int(state >> np.uint64(1)))
+
+
+def caption_numbers(seed: int, batch: int, batch_size: int) -> NDArray[np.float64]:
+    """Return a uniform number in [0, 1) for each sample of one batch, (B,), which chooses among its captions.
+
+    They are drawn on the CPU by a generator of their own, so that the host waits for no device to choose a caption.
+    """
+    return np.random.default_rng([seed, _CAPTIONS, batch]).random(batch_size)
 
 
 class BatchIndices:

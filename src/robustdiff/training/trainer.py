@@ -69,7 +69,7 @@ from robustdiff.training.checkpoint import (
     save_checkpoint,
 )
 from robustdiff.training.ema import EMA, REMAINDER, sufficient_decay
-from robustdiff.training.stream import BatchIndices, batch_generator
+from robustdiff.training.stream import BatchIndices, batch_generator, caption_numbers
 
 __all__ = ["Trainer", "read_result", "train"]
 
@@ -202,10 +202,17 @@ class Trainer:
             if recipe.model.condition_dropout:
                 share = torch.rand(recipe.batch_size, generator=generator, device=accelerator.device)
                 dropped = share < recipe.model.condition_dropout
+            chosen = caption_numbers(recipe.seed, self.batch, recipe.batch_size)
             draws = []
             for m in range(recipe.accumulate):
-                images, labels = next(loader)
+                images, labels, captions, geometry = next(loader)
                 rows = indices.rows(m)
+                texts = None
+                if captions is not None and condition.takes_captions:
+                    numbers = chosen[rows].tolist()
+                    texts = [own[int(u * len(own))] for own, u in zip(captions, numbers, strict=True)]
+                if geometry is not None:
+                    geometry = geometry.to(accelerator.device, non_blocking=True)
                 x0 = self.dataset.latents(
                     images.to(accelerator.device, non_blocking=True),
                     codec,
@@ -221,7 +228,7 @@ class Trainer:
                         noise=noise[rows],
                         weight=None if weight is None else weight[rows],
                         **{name: value[rows] for name, value in more.items()},
-                        **condition.batch(labels, None, None if dropped is None else dropped[rows]),
+                        **condition.batch(labels, texts, None if dropped is None else dropped[rows], geometry),
                     )
                 )
             yield draws
@@ -505,6 +512,7 @@ def _describe(dataset: ImageDataset) -> dict[str, Any]:
         "shape": list(dataset.shape),
         "classes": dataset.num_classes,
         "labels": None if labels is None else hashlib.sha256(labels.numpy().tobytes()).hexdigest(),
+        "captions": dataset.caption_digest(),
         "fingerprint": dataset.fingerprint(),
     }
 
@@ -526,8 +534,8 @@ def _check_data(path: Path, data: dict[str, Any]) -> None:
         for what, k in counts.items()
         if before.get(k) != data[k]
     ]
-    if not changes and before.get("labels") != data["labels"]:
-        changes.append("labels")
+    if not changes:
+        changes += [name for name in ("labels", "captions") if before.get(name) != data[name]]
     raise InputError(
         f"{path.parent} was trained with other data ({', '.join(changes) or 'contents'}): restore the data, start a "
         f"new run from it with model.name=pretrained model.path={path.parent}, or remove {path} to go on all the same"
