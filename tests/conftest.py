@@ -94,6 +94,97 @@ def make_unet() -> Callable[..., UNet2DModel]:
 
 
 @pytest.fixture(scope="session")
+def make_clip() -> Callable[..., tuple[Any, Any]]:
+    """make_clip(width=12, projection=None): a tokenizer of CLIP, and a text encoder, with a projection if it is given.
+
+    The tokenizer has all letters and the words red, blue and shoe. Captions have 16 tokens.
+    """
+    transformers = pytest.importorskip("transformers")
+    letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
+    merges = [("r", "e"), ("re", "d</w>"), ("b", "l"), ("bl", "u"), ("blu", "e</w>"), ("s", "h"), ("sh", "o")]
+    merges += [("sho", "e</w>")]
+    words = [*letters, *(letter + "</w>" for letter in letters), *(first + second for first, second in merges)]
+    vocabulary = {word: i for i, word in enumerate([*words, "<|startoftext|>", "<|endoftext|>"])}
+
+    def make(width: int = 12, projection: int | None = None) -> tuple[Any, Any]:
+        torch.manual_seed(width)
+        config = transformers.CLIPTextConfig(
+            vocab_size=len(vocabulary),
+            hidden_size=width,
+            intermediate_size=16,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            max_position_embeddings=16,
+            bos_token_id=vocabulary["<|startoftext|>"],
+            eos_token_id=vocabulary["<|endoftext|>"],
+            projection_dim=projection or 12,
+        )
+        kind = transformers.CLIPTextModel if projection is None else transformers.CLIPTextModelWithProjection
+        tokenizer = transformers.CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=16)
+        return tokenizer, kind(config)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_sd_pipeline(make_clip: Callable[..., tuple[Any, Any]]) -> Callable[..., Path]:
+    """make_sd_pipeline(folder, kind="sd", scheduler=None, seed=0, **changes of the UNet): a tiny pipeline.
+
+    The kinds are "sd" (StableDiffusionPipeline), "xl" (StableDiffusionXLPipeline) and "lcm"
+    (LatentConsistencyModelPipeline). Images are (3, 8, 8) and latents (4, 4, 4). The folder is returned.
+    """
+    import diffusers
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+
+    def make(folder: Path, kind: str = "sd", scheduler: Any = None, seed: int = 0, **changes: Any) -> Path:
+        own: dict[str, Any] = {
+            "sd": {"cross_attention_dim": 12},
+            "lcm": {"cross_attention_dim": 12, "time_cond_proj_dim": 8},
+            "xl": {
+                "cross_attention_dim": 20,
+                "addition_embed_type": "text_time",
+                "addition_time_embed_dim": 8,
+                "projection_class_embeddings_input_dim": 10 + 6 * 8,
+            },
+        }[kind]
+        tokenizer, encoder = make_clip()
+        parts: dict[str, Any] = {"tokenizer": tokenizer, "text_encoder": encoder}
+        if kind == "xl":
+            parts["tokenizer_2"], parts["text_encoder_2"] = make_clip(8, 10)
+        else:
+            parts |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+        torch.manual_seed(seed)
+        unet = {
+            "sample_size": 4,
+            "layers_per_block": 1,
+            "block_out_channels": (8, 16),
+            "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+            "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+            "norm_num_groups": 4,
+            "attention_head_dim": 4,
+        }
+        parts["unet"] = UNet2DConditionModel(**{**unet, **own, **changes})
+        parts["vae"] = AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2,
+            block_out_channels=(8, 8),
+            norm_num_groups=4,
+            sample_size=8,
+        )
+        if scheduler is None:
+            settings = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+            own_class = diffusers.LCMScheduler if kind == "lcm" else diffusers.DDIMScheduler
+            scheduler = own_class(**settings, clip_sample=False, set_alpha_to_one=False, steps_offset=1)
+        names = {"sd": "StableDiffusionPipeline", "xl": "StableDiffusionXLPipeline"}
+        pipeline = getattr(diffusers, names.get(kind, "LatentConsistencyModelPipeline"))
+        pipeline(**parts, scheduler=scheduler).save_pretrained(folder)
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
 def digits_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run of a tiny network on the digits."""
     from robustdiff.recipe import load_recipe

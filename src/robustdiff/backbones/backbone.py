@@ -32,6 +32,10 @@ class BackboneSection(Named):
         0.0, description="fraction of conditions replaced by the empty one, for classifier-free guidance; 0: none"
     )
 
+    gradient_checkpointing: bool = Field(
+        False, description="compute activations again in the backward pass, which takes less memory and more time"
+    )
+
     @property
     def source(self) -> str | None:
         """The pretrained model to fine-tune; None for a new network."""
@@ -120,6 +124,25 @@ class Backbone(ABC):
     def bind(self, network: Callable[..., Any]) -> Callable[..., Any]:
         """Return the network, or a wrapper of it, as a function of (x, t, **condition) for objectives and samplers."""
         return network
+
+    def corrected(self, scheduler: Any) -> Any:
+        """Return a scheduler with the settings that the pipelines of the family use in place of its own."""
+        return scheduler
+
+    def with_guidance_embedding(self, width: int) -> Backbone:
+        """Return the backbone of a network that also takes an embedding of the guidance scale, ``timestep_cond``.
+
+        The other weights of the network are copies of this one's.
+
+        Arguments:
+            width: The number of channels of the embedding.
+
+        Raises:
+            InputError: If the family has no such networks, or this network takes embeddings of another width.
+        """
+        raise InputError(
+            f"{type(self.network).__name__} takes no embedding of the guidance scale: train a LoRA instead"
+        )
 
     @property
     def channels(self) -> int:

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from robustdiff.data.dataset import ImageDataset
+from robustdiff.data.dataset import Batch, ImageDataset
 from robustdiff.data.pixels import fit_array
 from robustdiff.data.registry import DATASETS
 from robustdiff.errors import InputError
@@ -57,47 +57,34 @@ class Emoji(ImageDataset):
         if split not in SPLITS:
             raise InputError(f"emoji has no split {split!r}; use one of: {', '.join(SPLITS)}")
         side = SIDE if size is None else size
-        super().__init__("emoji", (3 if channels is None else channels, side, side), None)
         folder = files("robustdiff.data")
         contents = json.loads((folder / "emoji.json").read_text(encoding="utf-8"))
         self.entries: list[dict[str, str]] = contents["emoji"]
         self.backgrounds = list(contents["backgrounds"])
-        self.colours = torch.tensor(list(contents["backgrounds"].values()), dtype=torch.uint8)
-        with (folder / "emoji.webp").open("rb") as file, Image.open(file) as atlas:
-            self.rgba = _cut(np.asarray(atlas), len(self.entries))
         chosen = [
             (index, background)
             for index, entry in enumerate(self.entries)
             for background, colour in enumerate(self.backgrounds)
             if split == _split_of(entry["held_out"], colour)
         ]
+        captions = (_captions(self.entries[index], self.backgrounds[background]) for index, background in chosen)
+        shape = (3 if channels is None else channels, side, side)
+        super().__init__("emoji", shape, None, captions=captions)
         self.pairs = torch.tensor(chosen)
+        self.colours = torch.tensor(list(contents["backgrounds"].values()), dtype=torch.uint8)
+        with (folder / "emoji.webp").open("rb") as file, Image.open(file) as atlas:
+            self.rgba = _cut(np.asarray(atlas), len(self.entries))
 
     def __len__(self) -> int:
         return len(self.pairs)
 
-    def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor | None]:
+    def __getitems__(self, indices: Sequence[int]) -> Batch:
         index, background = self.pairs[torch.as_tensor(indices)].T
         images = compose(self.rgba[index], self.colours[background])
-        if self.shape == (3, SIDE, SIDE):
-            return images, None
-        fitted = fit_array(images.permute(0, 2, 3, 1).numpy(), self.shape[1], self.shape[0])
-        return torch.from_numpy(np.ascontiguousarray(fitted.transpose(0, 3, 1, 2))), None
-
-    def captions_of(self, indices: Sequence[int]) -> list[tuple[str, ...]]:
-        """Return all captions of each image of a batch."""
-        return [self._captions(*pair) for pair in self.pairs[torch.as_tensor(indices)].tolist()]
-
-    def _captions(self, index: int, background: int) -> tuple[str, ...]:
-        entry, colour = self.entries[index], self.backgrounds[background]
-        name, phrase = entry["name"], entry["phrase"]
-        article = "an" if colour[0] in "aeio" else "a"
-        return (
-            f"{phrase} on {article} {colour} background",
-            f"{name}, {colour} background",
-            f"an emoji of {phrase} on {colour}",
-            f"{name}, {entry['group']}, on {article} {colour} background",
-        )
+        if self.shape != (3, SIDE, SIDE):
+            fitted = fit_array(images.permute(0, 2, 3, 1).numpy(), self.shape[1], self.shape[0])
+            images = torch.from_numpy(np.ascontiguousarray(fitted.transpose(0, 3, 1, 2)))
+        return Batch(images, captions=self.captions_of(indices))
 
     def contents(self) -> bytes:
         """Return the sha256 of the emoji, of the colours and of the pairs."""
@@ -125,6 +112,17 @@ def _split_of(held_out: str, colour: str) -> str:
     if held_out == "all":
         return "unseen"
     return "test" if held_out == colour else "train"
+
+
+def _captions(entry: dict[str, str], colour: str) -> tuple[str, ...]:
+    """Return the captions of an emoji on a background."""
+    name, phrase, article = entry["name"], entry["phrase"], "an" if colour[0] in "aeio" else "a"
+    return (
+        f"{phrase} on {article} {colour} background",
+        f"{name}, {colour} background",
+        f"an emoji of {phrase} on {colour}",
+        f"{name}, {entry['group']}, on {article} {colour} background",
+    )
 
 
 @DATASETS.register("emoji")
