@@ -151,7 +151,8 @@ def sample(
         on_evaluation: A callback that is called with an ``Evaluation`` after each evaluation of the network.
         condition: Further keyword arguments of the model, tensors with n rows each.
         guidance: The scale g of classifier-free guidance (:mod:`robustdiff.samplers.guidance`), with two evaluations in
-            each step. None and 1: no guidance.
+            each step. None and 1: no guidance. For a network that takes the scale as an argument (Flux dev), it is this
+            argument, and each step has one evaluation.
         unconditional: The empty condition, under the names of the condition. Each value is a tensor with one or n rows,
             or a number, such as the null class for ``class_labels``.
         spacing: The choice of the times for a number of steps: "own" (as the sampler's authors space them);
@@ -210,7 +211,11 @@ def sample(
     given = dict(condition or {})
     if class_labels is not None:
         given["class_labels"] = class_labels
-    if guidance is not None and guidance != 1:
+    embed = getattr(model, "embed_guidance", None)
+    embedded = None if guidance is None or embed is None else embed(guidance, start)
+    if embedded is not None:
+        given.update(embedded)
+    elif guidance is not None and guidance != 1:
         model = guided(model, guidance, given, unconditional or {})
     finite: list[Tensor] = []
     denoiser = Denoiser(model, parameterisation, chosen.eps_scale, bound, given, on_evaluation, finite)

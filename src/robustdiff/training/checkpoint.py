@@ -1,9 +1,9 @@
 """Checkpoints that are written atomically and read without running code.
 
 A checkpoint is a folder such as ``checkpoints/step-00001200``. It holds safetensors files (the parameters and buffers
-of the network and of a target network, the optimiser's moments, the moving average, torch's random states),
-``state.json``, and ``manifest.json`` with the SHA-256 of each other file. It is written under a temporary name,
-flushed, and renamed.
+of the network and of a target network, or their adapters alone, the optimiser's moments, the moving average, torch's
+random states), ``state.json``, and ``manifest.json`` with the SHA-256 of each other file. It is written under a
+temporary name, flushed, and renamed.
 
 If the hashes of a checkpoint do not agree with its files, it is damaged, and the one before it is used. A whole
 checkpoint is read only if its files hold exactly the names, shapes and types of the run's own tensors, into which the
@@ -72,6 +72,7 @@ class State(BaseModel):
         objective: The state of the objective, numbers and lists of numbers.
         scaler: The scale of the loss in fp16; None in other precisions.
         processes: The number of processes that wrote the checkpoint.
+        base: The fingerprint of the base model, of which the checkpoint has the adapter; None without an adapter.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True)
@@ -83,6 +84,7 @@ class State(BaseModel):
     objective: dict[str, Any]
     scaler: Scale | None
     processes: int = Field(ge=1, le=10_000)
+    base: str | None = Field(None, max_length=64)
 
 
 def _hash(path: Path) -> str:

@@ -34,8 +34,9 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, ProjectConfiguration, set_seed
 from diffusers import EDMEulerScheduler
-from torch import Tensor
+from torch import Tensor, nn
 
+from robustdiff.backbones.lora import RECORD, adapter_of
 from robustdiff.backbones.model import load_model
 from robustdiff.data import ImageDataset
 from robustdiff.data.latents import LatentDataset
@@ -104,6 +105,17 @@ def _build_teacher(path: str, highest: float, built: Built, dataset: ImageDatase
     return model.denoiser(network)
 
 
+def _trained(network: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters that are trained, by name: all, or those of an adapter."""
+    return {name: parameter for name, parameter in network.named_parameters() if parameter.requires_grad}
+
+
+def _copy_of(network: nn.Module) -> nn.Module:
+    """Return a copy of a network without gradients; it shares the frozen parameters, which take no memory again."""
+    frozen = {id(parameter): parameter for parameter in network.parameters() if not parameter.requires_grad}
+    return copy.deepcopy(network, frozen).requires_grad_(False)
+
+
 class Trainer:
     """A training run with its network, optimiser, objective and adversary. :meth:`updates` is the training loop.
 
@@ -127,11 +139,13 @@ class Trainer:
                 f"batch_size {recipe.batch_size} is not a multiple of {accelerator.num_processes} processes × "
                 f"accumulate {recipe.accumulate}"
             )
+        if built.model.adapter is not None and accelerator.distributed_type == DistributedType.FSDP:
+            raise InputError("model.lora is not for FSDP, which shards whole networks: launch the run without it")
         unet = built.model.network.train()
         cuda = accelerator.device.type == "cuda"
         if cuda if recipe.channels_last is None else recipe.channels_last:
             unet = unet.to(memory_format=torch.channels_last)
-        target = copy.deepcopy(unet).requires_grad_(False) if built.objective.needs_target else None
+        target = _copy_of(unet) if built.objective.needs_target else None
         if recipe.compile:
             # In place, and not wrapped: names in checkpoints are the same with and without.
             unet.compile()
@@ -139,10 +153,10 @@ class Trainer:
                 target.compile()
         # A fused AdamW is one kernel instead of one for each tensor and operation.
         optimizer = torch.optim.AdamW(
-            unet.parameters(), lr=recipe.lr, betas=recipe.betas, weight_decay=recipe.weight_decay, fused=True
+            _trained(unet).values(), lr=recipe.lr, betas=recipe.betas, weight_decay=recipe.weight_decay, fused=True
         )
         self.model, self.optimizer = accelerator.prepare(unet, optimizer)
-        for parameter in self.model.parameters():
+        for parameter in _trained(self.model).values():
             # As AdamW makes them at its first step: they are there for a checkpoint to be copied into.
             counted_on = parameter.device if self.optimizer.defaults["fused"] else None
             self.optimizer.state[parameter] = {
@@ -163,7 +177,7 @@ class Trainer:
         if config.teacher_path is not None:
             teacher = _build_teacher(config.teacher_path, config.teacher_sigma_max, built, dataset, accelerator)
         self.objective = config.build(built.process, recipe.steps, target, teacher)
-        self.ema = EMA(list(self.model.parameters()), recipe.ema) if recipe.ema else None
+        self.ema = EMA(list(_trained(self.model).values()), recipe.ema) if recipe.ema else None
 
     # -- the loop --------------------------------------------------------------------------------------------
 
@@ -326,23 +340,35 @@ class Trainer:
     # -- in and out ------------------------------------------------------------------------------------------
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """Return the tensors of the run's state, not copies, by part of a checkpoint and name."""
+        """Return the tensors of the run's state, not copies, by part of a checkpoint and name.
+
+        Of a network with an adapter they are those of the adapter alone.
+        """
         student = self.accelerator.unwrap_model(self.model)
-        parameters = dict(student.named_parameters())
+        trained = _trained(student)
         tensors = {
-            "model": {**parameters, **dict(student.named_buffers())},
+            "model": self._stored(student),
             "optimizer": {
                 f"{name}/{moment}": value
-                for name, parameter in parameters.items()
+                for name, parameter in trained.items()
                 for moment, value in self.optimizer.state[parameter].items()
             },
         }
         if self.target is not None:
-            target = self.accelerator.unwrap_model(self.target)
-            tensors["target"] = {**dict(target.named_parameters()), **dict(target.named_buffers())}
+            tensors["target"] = self._stored(self.accelerator.unwrap_model(self.target))
         if self.ema is not None:
-            tensors["ema"] = dict(zip(parameters, self.ema.average, strict=True))
+            tensors["ema"] = dict(zip(trained, self.ema.average, strict=True))
         return tensors
+
+    @property
+    def _base(self) -> str | None:
+        adapter = self.built.model.adapter
+        return None if adapter is None else adapter.fingerprint
+
+    def _stored(self, network: nn.Module) -> dict[str, Tensor]:
+        """Return the tensors of a network that a checkpoint holds."""
+        tensors: dict[str, Tensor] = {**dict(network.named_parameters()), **dict(network.named_buffers())}
+        return tensors if self.built.model.adapter is None else adapter_of(tensors)
 
     def save(self, folder: Path) -> None:
         """Write a checkpoint into a folder. Every process must call it, between batches.
@@ -369,6 +395,7 @@ class Trainer:
             objective=self.objective.state(),
             scaler=scale,
             processes=self.accelerator.num_processes,
+            base=self._base,
         )
         save_checkpoint(folder, state, self.accelerator, tensors, self.recipe.keep)
 
@@ -382,6 +409,11 @@ class Trainer:
         state = load_checkpoint(checkpoint, self.accelerator, tensors)
         check_moments(checkpoint, tensors["optimizer"], state.step)
         check_objective(checkpoint, state.objective, self.objective.state())
+        if state.base != self._base:
+            raise InputError(
+                f"{checkpoint} is a LoRA of other weights than {self.recipe.model.source} has now: restore them, or "
+                "start again with another --set output=…"
+            )
         if state.step != state.batch * self.adversary.passes:
             raise InputError(
                 f"{checkpoint / 'state.json'} does not fit the recipe ({state.step} updates are not those of "
@@ -729,7 +761,7 @@ def _result(trainer: Trainer, metrics: _Metrics) -> dict[str, Any]:
         "delta_norm": metrics.line.get("delta_norm"),
         "skipped": trainer.adversary.skipped,
         "skipped_updates": int(trainer.skipped_updates),
-        "parameters": sum(p.numel() for p in trainer.built.model.network.parameters()),
+        "parameters": sum(p.numel() for p in _trained(trainer.built.model.network).values()),
         "data": trainer.dataset.name,
         "images": len(trainer.dataset),
         "processes": trainer.accelerator.num_processes,
@@ -767,11 +799,11 @@ def _check_result(path: Path, result: dict[str, Any], trainer: Trainer) -> None:
         "batches": result["steps"] // trainer.adversary.passes,
         "batch_size": trainer.recipe.batch_size,
         "backward_passes": result["steps"] * trainer.recipe.adversary.backward_passes,
-        "parameters": sum(p.numel() for p in trainer.built.model.network.parameters()),
+        "parameters": sum(p.numel() for p in _trained(trainer.built.model.network).values()),
         "images": len(trainer.dataset),
     }
     for name, value in expected.items():
         if result[name] != value:
             raise InputError(f"{path} is of another run ({name} {result[name]} → {value}): remove it, and resume")
-    if not (path.parent / "model" / "model_index.json").is_file():
+    if not any((path.parent / "model" / name).is_file() for name in ("model_index.json", RECORD)):
         raise InputError(f"{path.parent} has a result and no model: remove {path}, and resume")
