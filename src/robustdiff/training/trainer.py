@@ -24,7 +24,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -70,6 +70,7 @@ from robustdiff.training.checkpoint import (
     save_checkpoint,
 )
 from robustdiff.training.ema import EMA, REMAINDER, sufficient_decay
+from robustdiff.training.optimizer import build_optimizer, create_state, set_counts, state_tensors
 from robustdiff.training.stream import BatchIndices, batch_generator, caption_numbers
 
 __all__ = ["Trainer", "read_result", "train"]
@@ -87,7 +88,9 @@ def _build_teacher(path: str, highest: float, built: Built, dataset: ImageDatase
     model = load_model(path)
     model.check_data(dataset)
     if model.condition != built.model.condition:
-        raise InputError(f"the teacher {path} and the student must have the same classes, or both none")
+        raise InputError(
+            f"the teacher {path} and the student must have the same classes or text encoders, or both none"
+        )
     # A diffusion model's table has an end as well, which DiffusionDenoiser says how it goes beyond.
     if isinstance(model.scheduler, EDMEulerScheduler) and model.scheduler.config.sigma_max < highest:
         raise InputError(
@@ -139,9 +142,11 @@ class Trainer:
             )
         if built.model.adapter is not None and accelerator.distributed_type == DistributedType.FSDP:
             raise InputError("model.lora is not for FSDP, which shards whole networks: launch the run without it")
+        if recipe.optimizer != "adamw" and accelerator.distributed_type == DistributedType.FSDP:
+            raise InputError("optimizer=adamw8bit is not for FSDP: set optimizer=adamw")
         unet = built.model.network.train()
-        cuda = accelerator.device.type == "cuda"
-        if cuda if recipe.channels_last is None else recipe.channels_last:
+        by_default = accelerator.device.type == "cuda" and recipe.optimizer == "adamw"
+        if by_default if recipe.channels_last is None else recipe.channels_last:
             unet = unet.to(memory_format=torch.channels_last)
         target = _copy_of(unet) if built.objective.needs_target else None
         if recipe.compile:
@@ -149,19 +154,9 @@ class Trainer:
             unet.compile()
             if target is not None:
                 target.compile()
-        # A fused AdamW is one kernel instead of one for each tensor and operation.
-        optimizer = torch.optim.AdamW(
-            _trained(unet).values(), lr=recipe.lr, betas=recipe.betas, weight_decay=recipe.weight_decay, fused=True
-        )
+        optimizer = build_optimizer(recipe, list(_trained(unet).values()), accelerator.device)
         self.model, self.optimizer = accelerator.prepare(unet, optimizer)
-        for parameter in _trained(self.model).values():
-            # As AdamW makes them at its first step: they are there for a checkpoint to be copied into.
-            counted_on = parameter.device if self.optimizer.defaults["fused"] else None
-            self.optimizer.state[parameter] = {
-                "step": torch.zeros((), dtype=torch.float32, device=counted_on),
-                "exp_avg": torch.zeros_like(parameter, memory_format=torch.preserve_format),
-                "exp_avg_sq": torch.zeros_like(parameter, memory_format=torch.preserve_format),
-            }
+        create_state(self.optimizer.optimizer)
         if target is not None:
             # Prepared as well, so that it has the student's precision, is in every checkpoint, and is sharded as the
             # student under FSDP. DDP, which only adds up gradients, takes no module without any.
@@ -346,11 +341,7 @@ class Trainer:
         trained = _trained(student)
         tensors = {
             "model": self._stored(student),
-            "optimizer": {
-                f"{name}/{moment}": value
-                for name, parameter in trained.items()
-                for moment, value in self.optimizer.state[parameter].items()
-            },
+            "optimizer": state_tensors(self.optimizer.optimizer, trained),
         }
         if self.target is not None:
             tensors["target"] = self._stored(self.accelerator.unwrap_model(self.target))
@@ -406,6 +397,7 @@ class Trainer:
         tensors = self.tensors()
         state = load_checkpoint(checkpoint, self.accelerator, tensors)
         check_moments(checkpoint, tensors["optimizer"], state.step)
+        set_counts(self.optimizer.optimizer, _trained(self.accelerator.unwrap_model(self.model)), tensors["optimizer"])
         check_objective(checkpoint, state.objective, self.objective.state())
         if state.base != self._base:
             raise InputError(
@@ -617,7 +609,8 @@ def _check_recipe(recipe: Recipe, folder: Path) -> None:
 def _fixed(recipe: Recipe, name: str) -> Any:
     """Return a field of a recipe, without settings that do not change the training."""
     value = getattr(recipe, name)
-    return value.model_copy(update={"workers": 0}) if name == "data" else value
+    same = {"data": {"workers": 0}, "model": {"gradient_checkpointing": False}}.get(name)
+    return value if same is None else value.model_copy(update=same)
 
 
 def train(
@@ -663,6 +656,9 @@ def train(
         rank, processes = accelerator.process_index, accelerator.num_processes
         latents.fill(accelerator.device, recipe.data.workers, rank, processes, progress)
         accelerator.wait_for_everyone()
+        built.model.codec.to("cpu")  # which nothing calls any more
+    if built.model.condition.takes_captions and dataset.captions is not None:
+        _embed_captions(dataset.captions, built, accelerator, progress)
     set_seed(recipe.seed, device_specific=True)  # dropout and random directions differ between processes
     if resume and (checkpoint := newest_checkpoint(folder / "checkpoints")) is not None:
         trainer.load(checkpoint)
@@ -685,6 +681,18 @@ def train(
     if recipe.trackers:
         accelerator.end_training()
     return result
+
+
+def _embed_captions(
+    captions: Sequence[tuple[str, ...]], built: Built, accelerator: Accelerator, progress: Progress
+) -> None:
+    """Cache the embeddings of all captions, and move the text encoders off the device."""
+    condition = built.model.condition
+    texts = ["", *dict.fromkeys(text for own in captions for text in own)]
+    condition.prepare(texts[accelerator.process_index :: accelerator.num_processes], progress)
+    accelerator.wait_for_everyone()
+    condition.prepare(texts, progress)  # those of the other processes, if they are not on disk
+    condition.park()
 
 
 def _accelerator(recipe: Recipe, cpu: bool) -> Accelerator:
