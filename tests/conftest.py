@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -27,6 +28,9 @@ TINY = [
     "warmup=0",
 ]
 """Overrides that make the recipe `digits` take a second."""
+
+LETTERS = [(letter, end) for letter in "abdehlorstu" for end in ("", "</w>")]
+"""The tokens of the tiny CLIP."""
 
 
 @dataclass(frozen=True)
@@ -307,6 +311,30 @@ def make_flux_pipeline(
         return folder
 
     return make
+
+
+@pytest.fixture(scope="session")
+def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a tiny CLIP with random weights, whose words are a few letters."""
+    transformers = pytest.importorskip("transformers")
+    folder = tmp_path_factory.mktemp("clip") / "tiny"
+    vocabulary = {"<|startoftext|>": 0, **{c + end: 1 + i for i, (c, end) in enumerate(LETTERS)}}
+    vocabulary["<|endoftext|>"] = len(vocabulary)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    text = {**sizes, "vocab_size": len(vocabulary), "max_position_embeddings": 12, "bos_token_id": 0}
+    text |= {"eos_token_id": len(vocabulary) - 1, "pad_token_id": len(vocabulary) - 1}
+    vision = {**sizes, "image_size": 12, "patch_size": 4}
+    torch.manual_seed(0)
+    config = transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)
+    model = transformers.CLIPModel(config)
+    with torch.no_grad():  # as they are initialised, all captions would have nearly the same embedding
+        for parameter in model.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    model.save_pretrained(folder)
+    transformers.CLIPTokenizer(vocab=vocabulary, merges=[]).save_pretrained(folder)
+    processor = {"image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": 12}, "crop_size": 12}
+    (folder / "preprocessor_config.json").write_text(json.dumps(processor))
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -50,6 +50,7 @@ def settings(photos: Path, model: Path, output: Path, **fields: Any) -> list[str
         "batch_size": 2,
         "ema": 0,
         "threads": 1,
+        "precision": "fp32",
         **fields,
     }
     return [word for name, value in values.items() for word in ("--set", f"{name}={value}")]

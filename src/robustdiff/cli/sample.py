@@ -21,7 +21,7 @@ def sample(
     num: Annotated[int, typer.Option(min=1, help="The number of images.")] = 64,
     sampler: Annotated[
         str | None,
-        typer.Option(help="ddim, iddpm, dpm++, es, time-shift; euler for flows; multistep for consistency models."),
+        typer.Option(help="ddim, iddpm, dpm++, es, time-shift; euler: flows; multistep, lcm: consistency models."),
     ] = None,
     steps: Annotated[
         str | None,
