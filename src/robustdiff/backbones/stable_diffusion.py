@@ -148,6 +148,11 @@ class StableDiffusion(Backbone):
 
         return call
 
+    @property
+    def guidance_embedding(self) -> int | None:
+        width: int | None = self.network.config.time_cond_proj_dim
+        return width
+
     def with_guidance_embedding(self, width: int) -> StableDiffusion:
         """Return the backbone of a network that also takes an embedding of the guidance scale, ``timestep_cond``.
 

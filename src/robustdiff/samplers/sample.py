@@ -13,12 +13,14 @@ from robustdiff.errors import InputError, RunError
 from robustdiff.objectives.objective import gaussian
 from robustdiff.process import DiffusionProcess, Prediction
 from robustdiff.samplers.denoiser import Denoiser, DynamicThreshold, Evaluation
-from robustdiff.samplers.guidance import guided
+from robustdiff.samplers.guidance import embedded, guided
 from robustdiff.samplers.sampler import SAMPLERS, Path, Sampler, TimeSpacing
 
 __all__ = ["SAMPLERS", "Clip", "TimeSpacing", "check_sampler", "sample", "sampling_settings", "suited"]
 
 Clip = bool | float | DynamicThreshold
+
+_OF_EMBEDDED = 8.5  # the scale of guidance that diffusers' LatentConsistencyModelPipeline has by default
 
 
 def suited(process: DiffusionProcess) -> tuple[str, ...]:
@@ -126,7 +128,7 @@ def sample(
             tensor, or an object with the attribute ``sample``. 2C output channels mean a learned variance, which iddpm
             and es use. A model that :func:`robustdiff.load_model` returned brings its settings of sampling with it:
             arguments that are not given are those of its scheduler. For multistep: a consistency function,
-            ``Preconditioned(network, sigma_min=…)``, with ``prediction="sample"``.
+            ``Preconditioned(network, sigma_min=…)``, with ``prediction="sample"``. For lcm: the network itself.
         process: The process that the model was trained on.
         sampler: The name of a sampler in :data:`SAMPLERS`.
         steps: The number of network evaluations, in [1, T]. For ddim, iddpm, es and time-shift also a string of
@@ -151,7 +153,8 @@ def sample(
         on_evaluation: A callback that is called with an ``Evaluation`` after each evaluation of the network.
         condition: Further keyword arguments of the model, tensors with n rows each.
         guidance: The scale g of classifier-free guidance (:mod:`robustdiff.samplers.guidance`), with two evaluations in
-            each step. None and 1: no guidance.
+            each step. None and 1: no guidance. A latent consistency model that :func:`robustdiff.load_model` returned
+            takes the embedding of w = g − 1 instead, in one evaluation, by default for g = 8.5.
         unconditional: The empty condition, under the names of the condition. Each value is a tensor with one or n rows,
             or a number, such as the null class for ``class_labels``.
         spacing: The choice of the times for a number of steps: "own" (as the sampler's authors space them);
@@ -210,7 +213,13 @@ def sample(
     given = dict(condition or {})
     if class_labels is not None:
         given["class_labels"] = class_labels
-    if guidance is not None and guidance != 1:
+    width: int | None = getattr(model, "guidance_embedding", None)
+    if width is not None:
+        if guidance is not None and "timestep_cond" in given:
+            raise InputError("timestep_cond is an embedding of the guidance already: give it, or guidance")
+        scale = _OF_EMBEDDED if guidance is None else guidance
+        given = {"timestep_cond": embedded(scale, width, start), **given}
+    elif guidance is not None and guidance != 1:
         model = guided(model, guidance, given, unconditional or {})
     finite: list[Tensor] = []
     denoiser = Denoiser(model, parameterisation, chosen.eps_scale, bound, given, on_evaluation, finite)
