@@ -282,3 +282,37 @@ def test_not_installed(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(InputError, match="pip install datasets"):
         load_dataset("hf:mnist")
+
+
+# -- captions --------------------------------------------------------------------------------------------------
+
+
+def captioned(name, feature, values, **options):
+    features = {"picture": datasets.Image(), name: feature}
+    return HuggingFaceDataset("mine", table(features, **{name: values}), **options)
+
+
+def test_captions_of_strings_and_of_lists():
+    string = datasets.Value("string")
+    for name in ("text", "caption"):
+        assert captioned(name, string, ["a", "", "c"]).__getitems__([2, 0]).captions == [("c",), ("a",)]
+    five = [[f"{k} {i}" for i in range(5)] for k in range(3)]
+    dataset = captioned("sentences", datasets.List(string), five, caption_column="sentences")
+    assert dataset.__getitems__([1]).captions == [tuple(five[1])]
+    assert not captioned("sentences", datasets.List(string), five).captioned
+    assert dataset.fingerprint(captions=False) == captioned("text", string, ["a"] * 3).fingerprint(captions=False)
+    assert dataset.fingerprint() != captioned("text", string, ["a"] * 3).fingerprint()
+
+
+def test_a_row_without_a_caption(caplog):
+    string = datasets.Value("string")
+    with pytest.raises(InputError, match=r"mine: caption of row 1 is null; make it a string.*filter such rows out"):
+        captioned("caption", string, ["a", None, "c"], caption_column="caption")
+    assert not captioned("caption", string, ["a", None, "c"]).captioned
+    assert "mine: caption of row 1 is null" in caplog.text
+    with pytest.raises(InputError, match=r"caption of row 2 is list \[\]"):
+        captioned("caption", datasets.List(string), [["a"], ["b"], []], caption_column="caption")
+    with pytest.raises(InputError, match=r"caption_column=x is not a column of strings .*; use one of: text"):
+        captioned("text", string, ["a", "b", "c"], caption_column="x")
+    with pytest.raises(InputError, match=r"caption_column=number is not a column of strings .*; use one of: none"):
+        captioned("number", datasets.Value("int32"), [1, 2, 3], caption_column="number")

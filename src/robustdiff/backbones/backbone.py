@@ -46,6 +46,10 @@ class BackboneSection(Named):
             )
         return self
 
+    gradient_checkpointing: bool = Field(
+        False, description="compute activations again in the backward pass, which takes less memory and more time"
+    )
+
     @property
     def source(self) -> str | None:
         """The pretrained model to fine-tune; None for a new network."""

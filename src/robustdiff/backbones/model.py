@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import cached_property
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from robustdiff.backbones.backbone import BACKBONES, Backbone
+from robustdiff.backbones.hub import download, is_hub_name
 from robustdiff.backbones.lora import (
     RECORD,
     WEIGHTS,
@@ -292,13 +292,14 @@ class Model:
 
 
 def load_model(path: str | Path, size: int | None = None) -> Model:
-    """Load the model of a run, of a diffusers pipeline folder, or shipped with the package.
+    """Load the model of a run, of a diffusers pipeline folder, shipped with the package, or of the Hugging Face Hub.
 
     The run of a LoRA gives its base model with the adapter. Weights of any type are loaded in float32, because training
     needs it; the networks are in eval mode, on the CPU.
 
     Arguments:
-        path: The run, the folder, or the name of the shipped model.
+        path: The run, the folder, the name of the shipped model, or the name "owner/name" of a pipeline of the Hub,
+            which is downloaded to its cache.
         size: The side of the images in pixels, if the network's configuration has none or another one is wanted.
 
     Raises:
@@ -365,14 +366,13 @@ def _family(folder: Path, components: Components) -> type[Backbone]:
                     raise InputError(f"{path}: {name} is {kind} of {library}: {reason}; {supported}")
     if network is None:
         raise InputError(f"{path} names no {' and no '.join(sorted(parts))}; {supported}")
-    others = {n for f in BACKBONES.values() for n in (f.part, *f.others)} | {"scheduler"}
-    name = next((name for name in components if name not in others), next(iter(components)))
+    name = next((name for name in components if name not in {network, "scheduler", *usual}), network)
     library, kind = components[name]
     raise InputError(f"{path}: {name} is {kind} of {library}, which is not supported; {supported}")
 
 
 def _model_folder(path: str | Path) -> Path:
-    """Return the folder of a run's model, of a pipeline, or of a shipped model by name.
+    """Return the folder of a run's model, of a pipeline, or of a shipped or hub model by name.
 
     It has a ``model_index.json``, or the ``adapter.json`` of a LoRA.
     """
@@ -395,9 +395,9 @@ def _model_folder(path: str | Path) -> Path:
                 f"trained with; make a pipeline of it by DDPMPipeline(UNet2DModel.from_pretrained('{network}'), "
                 "DDPMScheduler(…)).save_pretrained('FOLDER')"
             )
-    hint = ""
-    if not given.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
-        hint = f"; if this is a model of the Hugging Face Hub, download it first: hf download {path} --local-dir FOLDER"
+    if is_hub_name(path):
+        return download(str(path))
     raise InputError(
-        f"no model at {path}: give a run, a folder with model_index.json, or a shipped model ({shipped}){hint}"
+        f"no model at {path}: give a run, a folder with model_index.json, a shipped model ({shipped}), or the name "
+        "owner/name of a model of the Hugging Face Hub"
     )

@@ -16,7 +16,7 @@ import hashlib
 import logging
 import operator
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,6 +26,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from robustdiff.codecs.codec import Codec
+from robustdiff.data.captions import Captions
+from robustdiff.data.pixels import Position
 from robustdiff.errors import InputError
 
 __all__ = ["ArrayDataset", "Batch", "ImageDataset", "check_labels", "to_uint8", "to_unit"]
@@ -78,7 +80,11 @@ class ImageDataset(Dataset[tuple[Tensor, Any]]):
         num_classes: The number of classes K, with labels in {0, …, K − 1}; None without labels.
         labels: The labels of all images, int64 (N,); None without labels.
         captions: The captions of all images, one or more of each; None without captions.
+        sizes: The heights and widths of the images in pixels before cropping, int64 (N, 2); None for images that are
+            stored as they are fetched.
     """
+
+    sizes: Tensor | None = None
 
     def __init__(
         self,
@@ -86,13 +92,13 @@ class ImageDataset(Dataset[tuple[Tensor, Any]]):
         shape: tuple[int, int, int],
         num_classes: int | None,
         labels: Tensor | None = None,
-        captions: Sequence[tuple[str, ...]] | None = None,
+        captions: Iterable[Sequence[str]] | None = None,
     ) -> None:
         self.name = name
         self.shape = shape
         self.num_classes = num_classes
         self.labels = labels
-        self.captions = captions
+        self.captions = captions if captions is None or isinstance(captions, Captions) else Captions(captions)
 
     @property
     def captioned(self) -> bool:
@@ -109,6 +115,21 @@ class ImageDataset(Dataset[tuple[Tensor, Any]]):
         Args:
             indices: The B indices of the images, in {0, …, N − 1}.
         """
+
+    def fetch(
+        self,
+        indices: Sequence[int],
+        size: tuple[int, int] | None = None,
+        positions: Sequence[Position] | None = None,
+    ) -> Batch:
+        """Fetch a batch of other crops than :meth:`__getitems__`, if :attr:`sizes` are known.
+
+        Args:
+            indices: The B indices of the images.
+            size: The height and width of the crops after resizing; None is those of :attr:`shape`.
+            positions: The place of the crop in each image; None is the centre.
+        """
+        raise NotImplementedError
 
     def latents(self, batch: Tensor, codec: Codec, flipped: Tensor | None, noise: Tensor | None) -> Tensor:
         """Return the latents of a batch, float32 (B, C', H', W').
@@ -131,6 +152,10 @@ class ImageDataset(Dataset[tuple[Tensor, Any]]):
     def captions_of(self, indices: Sequence[int]) -> list[tuple[str, ...]] | None:
         """Return all captions of each image of a batch, or None without captions."""
         return None if self.captions is None else [self.captions[int(index)] for index in indices]
+
+    def geometry_of(self, indices: Sequence[int]) -> Tensor | None:
+        """Return the geometry of a batch from :meth:`__getitems__`, int64 (B, 4), or None; see :class:`Batch`."""
+        return None
 
     def contents(self) -> bytes:
         """Return a hash of the images; it does not depend on the process or on the location of the data.
@@ -202,7 +227,7 @@ class ArrayDataset(ImageDataset):
         images: NDArray[np.uint8],
         labels: NDArray[Any] | None = None,
         num_classes: int | None = None,
-        captions: Sequence[tuple[str, ...]] | None = None,
+        captions: Sequence[Sequence[str]] | None = None,
     ) -> None:
         if images.dtype != np.uint8:
             raise InputError(f"{name}: images are {images.dtype}, not uint8; store pixels as integers 0 to 255")

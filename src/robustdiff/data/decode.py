@@ -3,7 +3,8 @@
 Pillow is restricted to six formats, because for others it may run external programs, such as Ghostscript for EPS files
 of any name. Files that would take minutes or gigabytes to open are refused.
 
-The first frame or page is read, its EXIF orientation is applied, and the largest centred square is cropped. Transparent
+The first frame or page is read, its EXIF orientation is applied, and the largest crop of an aspect ratio, by default the
+centred square, is taken. Transparent
 pixels are composed on a background colour before resizing, so that their hidden colours have no effect.
 """
 
@@ -26,14 +27,16 @@ from PIL import Image, ImageColor, ImageOps, UnidentifiedImageError
 from pydantic import BeforeValidator
 from torch import Tensor
 
-from robustdiff.data.pixels import crop_square, fit_image
+from robustdiff.data.pixels import Position, crop_box, resize_image
 from robustdiff.errors import InputError, printable
 from robustdiff.section import Text
 
 __all__ = [
     "FORMATS",
     "Background",
+    "Colour",
     "Header",
+    "Source",
     "allow_large",
     "common_channels",
     "common_side",
@@ -68,6 +71,7 @@ TIFF_BYTES = (1, 2, 6, 7)  # types of tags that may have many values: profiles, 
 # Pillow scales grey values of fewer than 8 bits, but not the transparent value among them.
 PNG_SCALE = {"L;2": 85, "L;4": 17}
 SAMPLE = 4096
+ORIENTATION, SIDEWAYS = 0x0112, (5, 6, 7, 8)  # the EXIF tag, and its values that exchange the height and the width
 STRIP = 256
 
 # Limits above which a file is refused, because decoding it may take excessive time or memory.
@@ -82,16 +86,23 @@ class Header:
     """The properties of an image that are known without decoding its pixels.
 
     Attributes:
-        side: The side of the centred square in pixels.
+        height: The height in pixels, after the EXIF orientation is applied.
+        width: The width in pixels.
         grey: Whether the image has one channel.
         transparent: Whether some pixels may be transparent.
         sample: The sha256 of the length of the file in bytes, its first 4 KiB and its last 4 KiB.
     """
 
-    side: int
+    height: int
+    width: int
     grey: bool
     transparent: bool
     sample: bytes
+
+    @property
+    def side(self) -> int:
+        """The side of the centred square in pixels."""
+        return min(self.height, self.width)
 
 
 def parse_colour(text: str) -> Colour:
@@ -146,13 +157,19 @@ def _check_structure(file: IO[bytes]) -> None:
 
 
 def _check_png(file: IO[bytes]) -> None:
-    others, position, end = 0, 8, file.seek(0, os.SEEK_END)
+    others = 0
+    for kind in _png_chunks(file):
+        others += kind not in (b"IDAT", b"fdAT", b"fcTL")
+        if others > MOST_PNG_CHUNKS:
+            raise ValueError(f"more than {MOST_PNG_CHUNKS} chunks beside its pixels")
+
+
+def _png_chunks(file: IO[bytes]) -> Iterator[bytes]:
+    position, end = 8, file.seek(0, os.SEEK_END)
     while position + 8 <= end:
         file.seek(position)
         head = file.read(8)
-        others += head[4:] not in (b"IDAT", b"fdAT", b"fcTL")
-        if others > MOST_PNG_CHUNKS:
-            raise ValueError(f"more than {MOST_PNG_CHUNKS} chunks beside its pixels")
+        yield head[4:]
         position += 12 + int.from_bytes(head[:4], "big")
 
 
@@ -252,7 +269,27 @@ def read_header(source: Source, name: str) -> Header:
         if length > SAMPLE:
             file.seek(max(SAMPLE, length - SAMPLE))
             digest.update(file.read(SAMPLE))
-        return Header(min(image.size), grey, _transparent(image), digest.digest())
+        transparent = _transparent(image)
+        width, height = _upright(image, file)
+        return Header(height, width, grey, transparent, digest.digest())
+
+
+def _upright(image: Image.Image, file: BinaryIO) -> tuple[int, int]:
+    """Return the width and height of an image after its EXIF orientation is applied."""
+    # For a PNG without EXIF data before its pixels, Pillow's own method decodes the pixels to look behind them.
+    late = image.format == "PNG" and _has_late_metadata(file)
+    exif = image.getexif() if late else Image.Image.getexif(image)
+    width, height = image.size
+    return (height, width) if exif.get(ORIENTATION) in SIDEWAYS else (width, height)
+
+
+def _has_late_metadata(file: BinaryIO) -> bool:
+    pixels = False
+    for kind in _png_chunks(file):
+        if pixels and kind in (b"eXIf", b"iTXt", b"tEXt", b"zTXt"):
+            return True
+        pixels = pixels or kind == b"IDAT"
+    return False
 
 
 def common_side(name: str, headers: Sequence[Header], word: Callable[[int], str]) -> int:
@@ -282,37 +319,54 @@ def common_channels(headers: Iterable[Header], background: Colour) -> int:
     return 1 if all(h.grey and (grey_background or not h.transparent) for h in headers) else 3
 
 
-def decode_image(source: Source, name: str, size: int, channels: int, background: Colour) -> NDArray[np.uint8]:
-    """Decode an image, apply its orientation, crop the centred square, compose on the background, resize and convert.
+def decode_image(
+    source: Source,
+    name: str,
+    size: int | tuple[int, int],
+    channels: int,
+    background: Colour,
+    position: Position | None = None,
+) -> NDArray[np.uint8]:
+    """Decode an image, apply its orientation, crop it, compose it on the background, resize and convert it.
 
     Args:
         source: A function that opens the file.
         name: The name of the image in messages.
-        size: The side of the result in pixels.
+        size: The side of the result in pixels, or its height and width.
         channels: The number of channels: 1 (luma) or 3 (RGB).
         background: The colour behind transparent pixels.
+        position: The place of the crop; None is the centre.
 
     Returns:
-        uint8 (size, size, channels).
+        uint8 (height, width, channels).
 
     Raises:
         InputError: No such file, not an image, damaged, too many pixels, or pixels without a fixed range.
     """
+    height, width = (size, size) if isinstance(size, int) else size
     with _reading(name), source() as file:
         image = open_image(file)
         _check(image, name)
         if image.format == "JPEG":
             _check_scans(file)
-        return fit_image(_flatten(image, background), size, channels)
+        return resize_image(_flatten(image, background, (height, width), position), height, width, channels)
 
 
-def decode_batch(files: Sequence[tuple[Source, str]], shape: tuple[int, int, int], background: Colour) -> Tensor:
+def decode_batch(
+    files: Sequence[tuple[Source, str]],
+    shape: tuple[int, int, int],
+    background: Colour,
+    positions: Sequence[Position] | None = None,
+) -> Tensor:
     """Decode images as :func:`decode_image`, from their sources and names, to uint8 (B, C, H, W)."""
-    channels, size, _ = shape
+    channels, *size = shape
     images = np.empty((len(files), *shape), np.uint8)
     with allow_large():
         for k, (source, name) in enumerate(files):
-            images[k] = decode_image(source, name, size, channels, background).transpose(2, 0, 1)
+            position = None if positions is None else positions[k]
+            images[k] = decode_image(source, name, (size[0], size[1]), channels, background, position).transpose(
+                2, 0, 1
+            )
     return torch.from_numpy(images)
 
 
@@ -325,8 +379,8 @@ def _check_scans(file: BinaryIO) -> None:
     file.seek(position)
 
 
-def _flatten(image: Image.Image, background: Colour) -> Image.Image:
-    """Return the centred square in 8 bits, without transparency: mode L or RGB."""
+def _flatten(image: Image.Image, background: Colour, size: tuple[int, int], position: Position | None) -> Image.Image:
+    """Return the crop of an aspect ratio in 8 bits, without transparency: mode L or RGB."""
     key = image.info.get("transparency") if image.mode not in ("P", "PA") else None
     if isinstance(key, int):
         key *= PNG_SCALE.get(_raw_mode(image), 1)
@@ -335,7 +389,9 @@ def _flatten(image: Image.Image, background: Colour) -> Image.Image:
     tags = getattr(image, "tag_v2", {})  # TIFF only
     bits, inverted = tags.get(258, (16,))[0], tags.get(262) == 0
     ImageOps.exif_transpose(image, in_place=True)
-    image = crop_square(image)
+    top, left, height, width = crop_box((image.height, image.width), size, position)
+    if (width, height) != image.size:
+        image = image.crop((left, top, left + width, top + height))
     if image.mode == "1":
         image = image.convert("L")
     pixels = np.asarray(image) if key is not None or image.mode.startswith("I") else None

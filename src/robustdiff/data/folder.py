@@ -3,6 +3,7 @@
     root/a.png, root/b.jpg, …          no labels
     root/CLASS/…/a.png, …              the label is the rank of CLASS among the sorted sub-folder names
 
+Captions are in metadata.jsonl, metadata.csv or in a text file beside each image (:mod:`robustdiff.data.captions`).
 All headers are read when the folder is loaded, so that a file that is not an image raises an error at once, with its
 name.
 """
@@ -19,20 +20,20 @@ from pathlib import Path
 
 import torch
 
-from robustdiff.data.dataset import Batch, ImageDataset
+from robustdiff.data.captions import read_captions
 from robustdiff.data.decode import (
     Background,
     Header,
+    Source,
     allow_large,
-    common_channels,
-    common_side,
-    decode_batch,
     file_source,
     parse_colour,
     read_header,
 )
+from robustdiff.data.encoded import EncodedDataset
 from robustdiff.data.registry import DATASETS
 from robustdiff.errors import InputError, printable
+from robustdiff.section import Text
 
 __all__ = ["FolderDataset", "imagefolder"]
 
@@ -108,7 +109,7 @@ def _header(path: Path) -> Header:
     return read_header(file_source(path), printable(path))
 
 
-class FolderDataset(ImageDataset):
+class FolderDataset(EncodedDataset):
     """Image files, opened on access.
 
     Files and folders named `__MACOSX` or with a leading dot are skipped, and links are followed. Other files that are
@@ -119,6 +120,8 @@ class FolderDataset(ImageDataset):
         size: The side in pixels to which the centred square is resized; None requires images of the same side.
         channels: The number of channels, 1 or 3; None is 1 if every image is grey, otherwise 3.
         background: The colour behind transparent pixels.
+        caption_column: The key of captions in metadata.jsonl or metadata.csv: a string, or in JSON also a list of
+            strings for several captions of an image. None is `text`, or `caption` if there is no `text`.
 
     Attributes:
         paths: The image files, sorted.
@@ -126,8 +129,9 @@ class FolderDataset(ImageDataset):
 
     Raises:
         InputError: No such folder, no images in it, a file that is not an image, images of different sides with
-            `size` None, a class folder without images, images both in sub-folders and beside them, or a cycle of
-            links. Later, on access: corrupt pixels.
+            `size` None, a class folder without images, images without captions both in sub-folders and beside
+            them, a cycle of links, captions of some images alone, or a malformed file of captions. Later, on access:
+            corrupt pixels.
     """
 
     def __init__(
@@ -136,32 +140,34 @@ class FolderDataset(ImageDataset):
         size: int | None = None,
         channels: int | None = None,
         background: str = "white",
+        caption_column: str | None = None,
     ) -> None:
         folder, name = Path(root), printable(root)
-        self._background = parse_colour(background)
+        colour = parse_colour(background)
         if not folder.is_dir():
             raise InputError(f"{name}: no such folder; give a folder of images as root")
         images: list[Path] = []
         others: list[Path] = []
         for path, regular in _files(folder):
             (images if regular and path.suffix.lower() in SUFFIXES else others).append(path)
-        _report_others(name, others)
         # The order of a directory listing differs between machines; with a seed, the batches must not.
         self.paths = sorted(images)
         if not self.paths:
             raise InputError(f"{name}: no images in it; put files in it that end in {', '.join(SUFFIXES)}")
+        captions, read = read_captions(folder, self.paths, others, caption_column)
+        _report_others(name, [path for path in others if path not in read])
         self.classes = sorted({p.relative_to(folder).parts[0] for p in self.paths if p.parent != folder})
-        self._check_classes(folder)
+        if captions is not None and any(p.parent == folder for p in self.paths):
+            self.classes = []  # captioned images may be anywhere
+        else:
+            self._check_classes(folder)
         with allow_large(), ThreadPoolExecutor() as pool:
             headers = list(pool.map(_header, self.paths))
-        if size is None:
-            size = common_side(name, headers, lambda k: printable(self.paths[k].name))
-        if channels is None:
-            channels = common_channels(headers, self._background)
         rank = {name: k for k, name in enumerate(self.classes)}
         labels = torch.tensor([rank[p.relative_to(folder).parts[0]] for p in self.paths]) if rank else None
-        super().__init__(name, (channels, size, size), len(rank) or None, labels)
-        digest = hashlib.sha256(f"{self._background}\n".encode())
+        labelled = len(rank) or None, labels, captions
+        super().__init__(name, headers, size, channels, colour, lambda k: printable(self.paths[k].name), *labelled)
+        digest = hashlib.sha256(f"{colour}\n".encode())
         for path, header in zip(self.paths, headers, strict=True):
             digest.update(os.fsencode(path.relative_to(folder)) + b"\0" + header.sample)
         self._contents = digest.digest()
@@ -184,14 +190,9 @@ class FolderDataset(ImageDataset):
                     f"{printable(folder / name)}: a class folder without images; put images into it, or remove it"
                 )
 
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitems__(self, indices: Sequence[int]) -> Batch:
+    def encoded(self, indices: Sequence[int]) -> list[tuple[Source, str]]:
         paths = [self.paths[int(index)] for index in indices]
-        files = [(file_source(path), printable(path)) for path in paths]
-        images = decode_batch(files, self.shape, self._background)
-        return Batch(images, self.labels_of(indices), self.captions_of(indices))
+        return [(file_source(path), printable(path)) for path in paths]
 
     def contents(self) -> bytes:
         """Return a hash of the background and of the names, lengths, first and last bytes of the files.
@@ -209,10 +210,11 @@ def imagefolder(
     channels: int | None,
     split: str,
     background: Background = "white",
+    caption_column: Text | None = None,
 ) -> FolderDataset:
     """Load the images under the folder `root`; see `FolderDataset`."""
     if root is None:
         raise InputError("imagefolder needs root, the folder of the images")
     if split != "train":
         raise InputError(f"imagefolder has no split {split!r}; give the folder of that split as root")
-    return FolderDataset(root, size, channels, background)
+    return FolderDataset(root, size, channels, background, caption_column)

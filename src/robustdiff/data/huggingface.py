@@ -7,6 +7,7 @@ checked when the dataset is loaded, so that an invalid row raises an error at on
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import pkgutil
 import re
@@ -18,25 +19,26 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from robustdiff.data.dataset import Batch, ImageDataset, check_labels
+from robustdiff.data.captions import COLUMNS, Captions, check_captions, warn_of_empty
+from robustdiff.data.dataset import check_labels
 from robustdiff.data.decode import (
     Background,
     Header,
     Source,
     allow_large,
-    common_channels,
-    common_side,
-    decode_batch,
     file_source,
     parse_colour,
     read_header,
 )
+from robustdiff.data.encoded import EncodedDataset
 from robustdiff.data.registry import DATASETS
 from robustdiff.errors import InputError, first_line, printable
 from robustdiff.section import Text
 from robustdiff.yaml_reader import parse_yaml
 
 __all__ = ["HuggingFaceDataset", "hf", "is_remote"]
+
+logger = logging.getLogger(__name__)
 
 CARD_BYTES = 2**22
 MOST_CARD_VALUES = 100_000
@@ -47,12 +49,13 @@ def is_remote(name: str) -> bool:
     return not os.path.isdir(name.removeprefix("hf:"))
 
 
-class HuggingFaceDataset(ImageDataset):
+class HuggingFaceDataset(EncodedDataset):
     """A `datasets.Dataset` with an image column, decoded on access.
 
     By default the image column is `image` or `img`, or else the only column of type `Image`. The label column is
     `label` or `labels`, or else the only column of type `ClassLabel`; other datasets have no labels. Labels are class
-    labels, non-negative integers, or strings, which are numbered in sorted order.
+    labels, non-negative integers, or strings, which are numbered in sorted order. The caption column is `text` or
+    `caption`, of strings or of lists of strings, which are several captions of one image.
 
     Args:
         name: The name of the dataset in messages.
@@ -62,12 +65,13 @@ class HuggingFaceDataset(ImageDataset):
         background: The colour behind transparent pixels.
         image_column: The name of the image column.
         label_column: The name of the label column.
+        caption_column: The name of the caption column.
         folders: The folders that may contain the files named by rows; None allows any folder on this machine.
 
     Raises:
-        InputError: No such column, or more than one candidate; no rows; a row without an image or a label; an image
-            that cannot be read, is not in `folders`, or is remote; images of different sides with `size` None. Later,
-            on access: corrupt pixels.
+        InputError: No such column, or more than one candidate; no rows; a row without an image or a label, or without
+            a caption in `caption_column`; an image that cannot be read, is not in `folders`, or is remote; images of
+            different sides with `size` None. Later, on access: corrupt pixels.
     """
 
     def __init__(
@@ -79,31 +83,33 @@ class HuggingFaceDataset(ImageDataset):
         background: str = "white",
         image_column: str | None = None,
         label_column: str | None = None,
+        caption_column: str | None = None,
         folders: Sequence[Path] | None = None,
     ) -> None:
         name = printable(name)
         self._folders = folders
-        self._background = parse_colour(background)
+        colour = parse_colour(background)
         images = _image_column(name, table.features, image_column)
         labels = _label_column(name, table.features, label_column)
         if len(table) == 0:
             raise InputError(f"{name}: no rows; choose another split")
         checked, num_classes = (None, None) if labels is None else _labels(name, table, labels)
+        texts = _caption_column(name, table.features, caption_column)
+        captions = None if texts is None else _captions(name, table, texts, asked=caption_column is not None)
         # The format "arrow" does not decode images.
         self._table = table.select_columns([images]).with_format("arrow")
         self._name = name
         with allow_large():
             headers = list(self._headers())
-        if size is None:
-            size = common_side(name, headers, lambda row: f"row {row}")
         mode = table.features[images].mode  # the mode to which `datasets` converts images
-        if channels is None:
-            channels = common_channels(headers, self._background) if mode is None else 1 if mode in ("1", "L") else 3
-        digest = hashlib.sha256(f"{self._background}\n".encode())
+        if channels is None and mode is not None:
+            channels = 1 if mode in ("1", "L") else 3
+        digest = hashlib.sha256(f"{colour}\n".encode())
         for header in headers:
             digest.update(header.sample)
         self._contents = digest.digest()
-        super().__init__(name, (channels, size, size), num_classes, checked)
+        labelled = num_classes, checked, captions
+        super().__init__(name, headers, size, channels, colour, lambda row: f"row {row}", *labelled)
 
     def _headers(self) -> Iterator[Header]:
         batch = 1000
@@ -141,15 +147,10 @@ class HuggingFaceDataset(ImageDataset):
             )
         return file
 
-    def __len__(self) -> int:
-        return len(self._table)
-
-    def __getitems__(self, indices: Sequence[int]) -> Batch:
+    def encoded(self, indices: Sequence[int]) -> list[tuple[Source, str]]:
         rows = [int(index) for index in indices]
         values = self._table[rows].column(0)
-        files = [(self._source(row, value), self._row(row)) for row, value in zip(rows, values, strict=True)]
-        images = decode_batch(files, self.shape, self._background)
-        return Batch(images, self.labels_of(rows), self.captions_of(rows))
+        return [(self._source(row, value), self._row(row)) for row, value in zip(rows, values, strict=True)]
 
     def contents(self) -> bytes:
         """Return a hash of the background and of the lengths, first and last bytes of the encoded images, in order."""
@@ -232,6 +233,43 @@ def _labels(name: str, table: Any, column: str) -> tuple[Tensor, int]:
     return check_labels(name, "row", labels.astype(np.int64) if labels.dtype == bool else labels, None)
 
 
+def _caption_column(name: str, features: Any, asked: str | None) -> str | None:
+    """Return the name of the caption column, or None."""
+    import datasets
+
+    def captions(feature: Any) -> bool:
+        feature = feature.feature if isinstance(feature, datasets.List | datasets.LargeList) else feature
+        return isinstance(feature, datasets.Value) and "string" in feature.dtype
+
+    columns = [column for column, feature in features.items() if captions(feature)]
+    if asked is not None and asked not in columns:
+        raise InputError(
+            f"{name}: data.caption_column={printable(asked)} is not a column of strings or of lists of strings; "
+            f"use one of: {_listed(columns)}"
+        )
+    return asked or next((usual for usual in COLUMNS if usual in columns), None)
+
+
+def _captions(name: str, table: Any, column: str, asked: bool) -> Captions | None:
+    """Return the captions of all rows; None, with a warning, if a column that was not asked for has none in a row."""
+
+    def rows() -> Iterator[tuple[str, ...]]:
+        texts, batch = table.select_columns([column]).with_format("arrow"), 1000
+        for start in range(0, len(texts), batch):
+            for row, value in enumerate(texts[start : start + batch].column(0).to_pylist(), start):
+                yield check_captions(value, f"{name}: {printable(column)} of row {row}")
+
+    try:
+        captions = Captions(rows())
+    except InputError as error:
+        if asked:
+            raise InputError(f"{error}; filter such rows out") from None
+        logger.warning("%s, so captions are not read; filter such rows out to read them", error)
+        return None
+    warn_of_empty(name, captions, lambda row: f"row {row}")
+    return captions
+
+
 def _check_name(name: str) -> None:
     """Refuse the names of readers in `datasets`, which would read files of the working folder."""
     from datasets import packaged_modules
@@ -257,6 +295,7 @@ def hf(
     background: Background = "white",
     image_column: Text | None = None,
     label_column: Text | None = None,
+    caption_column: Text | None = None,
 ) -> HuggingFaceDataset:
     """Load a dataset through Hugging Face's `datasets`.
 
@@ -292,7 +331,8 @@ def hf(
     # `datasets` downloads and unpacks files into its cache.
     cache = [Path(datasets.config.HF_DATASETS_CACHE), Path(constants.HF_HUB_CACHE)]
     folders = [Path(root), *cache] if os.path.isdir(root) else cache
-    return HuggingFaceDataset(name, table, size, channels, background, image_column, label_column, folders)
+    columns = image_column, label_column, caption_column
+    return HuggingFaceDataset(name, table, size, channels, background, *columns, folders)
 
 
 def _check_card(name: str, folder: Path) -> None:

@@ -87,7 +87,8 @@ class LatentDataset(ImageDataset):
             RunError: If a part is missing or damaged.
         """
         rows = [self._map(index // self.part)[index % self.part] for index in indices]
-        return Batch(torch.from_numpy(np.stack(rows)), self.labels_of(indices), self.captions_of(indices))
+        captions, geometry = self.captions_of(indices), self.images.geometry_of(indices)
+        return Batch(torch.from_numpy(np.stack(rows)), self.labels_of(indices), captions, geometry)
 
     def latents(self, batch: Tensor, codec: Codec, flipped: Tensor | None, noise: Tensor | None) -> Tensor:
         view = torch.zeros(len(batch), dtype=torch.int64, device=batch.device) if flipped is None else flipped.long()

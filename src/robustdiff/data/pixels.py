@@ -1,6 +1,6 @@
 """Cropping, resizing and conversion of images, and their arrangement in a grid.
 
-The crop is the largest centred square. Images are resized by Pillow's bicubic filter, which widens its kernel to
+The crop is the largest one of an aspect ratio, by default the centred square. Images are resized by Pillow's bicubic filter, which widens its kernel to
 prevent aliasing when it shrinks an image. OpenCV, and torch by default, do not, and aliasing alone changes FID by whole
 points (Parmar, Zhang and Zhu, "On Aliased Resizing and Surprising Subtleties in GAN Evaluation", CVPR 2022,
 arXiv 2104.11222).
@@ -9,11 +9,54 @@ arXiv 2104.11222).
 from __future__ import annotations
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-__all__ = ["crop_square", "fit_array", "fit_image", "tile"]
+__all__ = ["Position", "crop_box", "crop_square", "fit_array", "fit_image", "mirror_geometry", "resize_image", "tile"]
+
+Position = tuple[float, float]
+"""The place of a crop, from the top and from the left, each in [0, 1) of the room that there is."""
+
+
+def crop_box(
+    size: tuple[int, int], target: tuple[int, int], position: Position | None = None
+) -> tuple[int, int, int, int]:
+    """Return the largest crop of an image that has the aspect ratio of the result.
+
+    Args:
+        size: The height and width of the image.
+        target: The height and width of the result.
+        position: The place of the crop; None is the centre.
+
+    Returns:
+        The top, the left, the height and the width of the crop in pixels of the image.
+    """
+    (height, width), (h, w) = size, target
+    if width * h > height * w:
+        crop = height, max(1, min(width, round(height * w / h)))
+    else:
+        crop = max(1, min(height, round(width * h / w))), width
+    room = height - crop[0], width - crop[1]
+    if position is None:
+        return room[0] // 2, room[1] // 2, *crop
+    return int(position[0] * (room[0] + 1)), int(position[1] * (room[1] + 1)), *crop
+
+
+def mirror_geometry(geometry: Tensor, target: tuple[int, int], flipped: Tensor) -> Tensor:
+    """Return the geometry of a batch in which some images are mirrored after they were cropped.
+
+    Args:
+        geometry: The heights and widths of the images, and the tops and lefts of the crops in the resized images, int64
+            (B, 4).
+        target: The height and width of the crops.
+        flipped: The mask (B,) of the mirrored images.
+    """
+    height, width, top, left = geometry.unbind(1)
+    h, w = target
+    resized = (width * h / height).round().long().clamp(min=w)
+    return torch.stack([height, width, top, torch.where(flipped, (resized - w - left).clamp(min=0), left)], dim=1)
 
 
 def crop_square(image: Image.Image) -> Image.Image:
@@ -36,11 +79,17 @@ def fit_image(image: Image.Image, size: int | None, channels: int) -> NDArray[np
     Returns:
         uint8 (size, size, channels).
     """
-    image, mode = crop_square(image), "L" if channels == 1 else "RGB"
+    image = crop_square(image)
+    return resize_image(image, image.height if size is None else size, image.width if size is None else size, channels)
+
+
+def resize_image(image: Image.Image, height: int, width: int, channels: int) -> NDArray[np.uint8]:
+    """Resize one image, of mode L or RGB, and convert its channels, to uint8 (height, width, channels)."""
+    mode = "L" if channels == 1 else "RGB"
     if image.mode != mode:
         image = image.convert(mode)
-    if size is not None and size != image.width:
-        image = image.resize((size, size), Image.Resampling.BICUBIC)
+    if image.size != (width, height):
+        image = image.resize((width, height), Image.Resampling.BICUBIC)
     return np.asarray(image, dtype=np.uint8).reshape(image.height, image.width, channels)
 
 
