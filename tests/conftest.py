@@ -184,6 +184,131 @@ def make_sd_pipeline(make_clip: Callable[..., tuple[Any, Any]]) -> Callable[...,
     return make
 
 
+WORDS = ["<pad>", "</s>", "<unk>", "▁", "▁a", "▁red", "▁blue", "▁shoe", "▁shirt", "s", "h", "o", "e"]
+"""The tokens of a T5."""
+
+
+@pytest.fixture(scope="session")
+def make_t5() -> Callable[..., tuple[Any, Any]]:
+    """make_t5(seed=0, words=WORDS, **config): a tokenizer, and a T5 of width 12."""
+    transformers = pytest.importorskip("transformers")
+
+    def make(seed: int = 0, words: list[str] = WORDS, **changes: Any) -> tuple[Any, Any]:
+        torch.manual_seed(seed)
+        config = {
+            "vocab_size": len(words),
+            "d_model": 12,
+            "d_kv": 6,
+            "d_ff": 16,
+            "num_layers": 1,
+            "num_heads": 2,
+            "feed_forward_proj": "gated-gelu",
+        }
+        tokenizer = transformers.T5Tokenizer(vocab=[(word, -float(i > 2)) for i, word in enumerate(words)], extra_ids=0)
+        return tokenizer, transformers.T5EncoderModel(transformers.T5Config(**{**config, **changes}))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_shifted_vae() -> Callable[..., Any]:
+    """make_shifted_vae(channels=4): a VAE of factor 2 as those of SD 3 and Flux, shifted and without quant_conv."""
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+
+    def make(channels: int = 4) -> AutoencoderKL:
+        torch.manual_seed(0)
+        return AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2,
+            block_out_channels=(8, 8),
+            norm_num_groups=4,
+            latent_channels=channels,
+            sample_size=8,
+            scaling_factor=1.5,
+            shift_factor=0.06,
+            use_quant_conv=False,
+            use_post_quant_conv=False,
+        )
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_sd3_pipeline(
+    make_clip: Callable[..., tuple[Any, Any]],
+    make_t5: Callable[..., tuple[Any, Any]],
+    make_shifted_vae: Callable[..., Any],
+) -> Callable[..., Path]:
+    """make_sd3_pipeline(folder, t5=True, scheduler=None, **changes of the transformer): a StableDiffusion3Pipeline.
+
+    Images are (3, 8, 8) and latents (4, 4, 4). Without t5 there is no third text encoder. The folder is returned.
+    """
+    import diffusers
+
+    def make(folder: Path, t5: bool = True, scheduler: Any = None, **changes: Any) -> Path:
+        encoders = [make_clip(8, 6), make_clip(12, 8), make_t5(d_model=24) if t5 else (None, None)]
+        parts: dict[str, Any] = {}
+        for number, pair in zip(("", "_2", "_3"), encoders, strict=True):
+            parts[f"tokenizer{number}"], parts[f"text_encoder{number}"] = pair
+        torch.manual_seed(0)
+        own = {
+            "sample_size": 4,
+            "patch_size": 2,
+            "in_channels": 4,
+            "out_channels": 4,
+            "num_layers": 2,
+            "attention_head_dim": 8,
+            "num_attention_heads": 2,
+            "joint_attention_dim": 24,
+            "caption_projection_dim": 16,
+            "pooled_projection_dim": 14,
+            "pos_embed_max_size": 4,
+        }
+        parts["transformer"] = diffusers.SD3Transformer2DModel(**{**own, **changes})
+        parts["scheduler"] = scheduler or diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+        diffusers.StableDiffusion3Pipeline(vae=make_shifted_vae(), **parts).save_pretrained(folder)
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_flux_pipeline(
+    make_clip: Callable[..., tuple[Any, Any]],
+    make_t5: Callable[..., tuple[Any, Any]],
+    make_shifted_vae: Callable[..., Any],
+) -> Callable[..., Path]:
+    """make_flux_pipeline(folder, dev=True, scheduler=None, **changes of the transformer): a FluxPipeline.
+
+    Sides of images are multiples of 4 pixels. A network of dev takes a scale of guidance, and its times are shifted
+    dynamically; otherwise it is as schnell's. The folder is returned.
+    """
+    import diffusers
+
+    def make(folder: Path, dev: bool = True, scheduler: Any = None, **changes: Any) -> Path:
+        parts: dict[str, Any] = dict(zip(("tokenizer", "text_encoder"), make_clip(8), strict=True))
+        parts["tokenizer_2"], parts["text_encoder_2"] = make_t5(d_model=24)
+        torch.manual_seed(0)
+        own = {
+            "in_channels": 16,
+            "num_layers": 1,
+            "num_single_layers": 1,
+            "attention_head_dim": 16,
+            "num_attention_heads": 2,
+            "joint_attention_dim": 24,
+            "pooled_projection_dim": 8,
+            "axes_dims_rope": (4, 4, 8),
+            "guidance_embeds": dev,
+        }
+        parts["transformer"] = diffusers.FluxTransformer2DModel(**{**own, **changes})
+        dynamic = {"use_dynamic_shifting": True, "shift": 3.0, "base_image_seq_len": 4, "max_image_seq_len": 64}
+        parts["scheduler"] = scheduler or diffusers.FlowMatchEulerDiscreteScheduler(**(dynamic if dev else {}))
+        diffusers.FluxPipeline(vae=make_shifted_vae(), **parts).save_pretrained(folder)
+        return folder
+
+    return make
+
+
 @pytest.fixture(scope="session")
 def digits_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run of a tiny network on the digits."""

@@ -16,6 +16,7 @@ from PIL import Image
 from robustdiff import load_model, sample
 from robustdiff.errors import InputError
 from robustdiff.evaluation.generate import Generator
+from robustdiff.objectives.latent_consistency import embed_guidance
 from robustdiff.training.build import build_model
 from robustdiff.training.trainer import Trainer, train
 
@@ -99,7 +100,7 @@ def test_a_run_of_all_weights(distilled, monkeypatch, perturb, saved):
     assert index["_class_name"] == "LatentConsistencyModelPipeline"
     assert index["scheduler"] == ["diffusers", "LCMScheduler"]
     model = load_model(folder)
-    assert (model.kind, model.samplers[0], model.guidance_embedding) == ("lcm", "lcm", 16)
+    assert (model.kind, model.samplers[0], model.backbone.guidance_embedding) == ("lcm", "lcm", 16)
     assert model.sampling["solver_steps"] == 20
     pipeline = pipeline_of(folder / "model")
     by_default = same_images(monkeypatch, model, pipeline)
@@ -170,7 +171,7 @@ def test_a_run_of_a_lora(distilled, monkeypatch, kind, saved):
     assert result["delta_norm"] > 0
     folder = Path(recipe.output)
     model = load_model(folder)
-    assert (model.kind, model.samplers[0], model.guidance_embedding) == ("lcm", "lcm", None)
+    assert (model.kind, model.samplers[0], model.backbone.guidance_embedding) == ("lcm", "lcm", None)
     pipeline = pipeline_of(saved[kind])
     pipeline.scheduler = diffusers.LCMScheduler.from_config(pipeline.scheduler.config)
     pipeline.load_lora_weights(folder / "model")
@@ -192,14 +193,15 @@ def test_an_embedding_of_guidance_is_one_evaluation(saved):
     arguments |= {"condition": model.condition.batch(None, PROMPTS, None), "on_evaluation": seen.append}
     sample(model, model.process, guidance=3.0, **arguments)
     assert len(seen) == 2
-    assert seen[0].denoiser.condition["timestep_cond"].shape == (2, 8)
+    expected = embed_guidance(torch.tensor([2.0, 2.0]), 8)
+    torch.testing.assert_close(seen[0].denoiser.condition["timestep_cond"], expected)
     arguments["condition"] = {**arguments["condition"], "timestep_cond": torch.zeros(2, 8)}
     sample(model, model.process, **arguments)
     assert torch.equal(seen[-1].denoiser.condition["timestep_cond"], torch.zeros(2, 8))
-    with pytest.raises(InputError, match="give it, or guidance"):
+    with pytest.raises(InputError, match="the scale of guidance already, as timestep_cond"):
         sample(model, model.process, guidance=3.0, **arguments)
     with pytest.raises(InputError, match="at least 0"):
-        sample(model, model.process, guidance=-1.0, **{**arguments, "condition": None})
+        sample(model, model.process, guidance=-1.0, **{**arguments, "condition": {}})
 
 
 def test_the_command_samples_with_guidance(saved, robustdiff, tmp_path):

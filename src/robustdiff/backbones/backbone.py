@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
-from torch import nn
+from torch import Tensor, nn
 
 from robustdiff.backbones.lora import LoraSection
 from robustdiff.codecs.codec import Codec, Shape
@@ -68,16 +68,32 @@ class BackboneSection(Named):
         """
         raise NotImplementedError
 
+    def configure(self, backbone: Backbone) -> None:
+        """Apply the settings of the section to a pretrained network.
+
+        Raises:
+            InputError: If the network does not have such a setting.
+        """
+
 
 class PretrainedSection(BackboneSection):
     """The section ``model`` of a recipe that fine-tunes a pretrained network."""
 
     name: Literal["pretrained"]
     path: Text = Field(description="a run, a pipeline folder, or a model shipped with the package")
+    guidance: float | None = Field(
+        None, ge=0, description="scale of guidance to train at, for networks that take one (Flux dev); by default 3.5"
+    )
 
     @property
     def source(self) -> str:
         return self.path
+
+    def configure(self, backbone: Backbone) -> None:
+        if self.guidance is not None:
+            if backbone.guidance is None:
+                raise InputError(f"the model {self.path} takes no scale of guidance: leave model.guidance out")
+            backbone.guidance = self.guidance
 
     @model_validator(mode="before")
     @classmethod
@@ -98,15 +114,20 @@ class Backbone(ABC):
         part: The name of the network in a pipeline folder.
         classes: The classes of the network by (library, class) as in ``model_index.json``.
         others: The other components that pipelines of the family may have, besides the scheduler.
+        linear_levels: Whether pipelines of the family give a flow-matching scheduler the levels 1, (S − 1)/S, …, 1/S,
+            instead of leaving the choice of S levels to it.
+        guidance: The scale of guidance that the network is called with where none is given; None if it takes none.
     """
 
     section: ClassVar[type[BackboneSection] | None] = None
     part: ClassVar[str]
     classes: ClassVar[dict[tuple[str, str], type[nn.Module]]]
     others: ClassVar[frozenset[str]] = frozenset()
+    linear_levels: ClassVar[bool] = False
 
     def __init__(self, network: Any) -> None:
         self.network = network
+        self.guidance: float | None = None
 
     @classmethod
     def reads(cls, components: Components) -> bool:
@@ -138,6 +159,37 @@ class Backbone(ABC):
     def bind(self, network: Callable[..., Any]) -> Callable[..., Any]:
         """Return the network, or a wrapper of it, as a function of (x, t, **condition) for objectives and samplers."""
         return network
+
+    def check_scheduler(self, scheduler: Any, path: str) -> None:  # noqa: B027  (most families have any scheduler)
+        """Check that pipelines of the family can have a scheduler.
+
+        Arguments:
+            scheduler: The diffusers scheduler.
+            path: The name of the model in messages.
+
+        Raises:
+            InputError: If they cannot.
+        """
+
+    def embed_guidance(self, scale: float, like: Tensor) -> dict[str, Tensor] | None:
+        """Return the arguments by which the network itself takes a scale of guidance, in training and in sampling.
+
+        Arguments:
+            scale: The scale.
+            like: The input of the network, with shape (B, C, H, W).
+
+        Returns:
+            Tensors with B rows by argument; None if the network takes no scale, so that guidance is classifier-free.
+
+        Raises:
+            InputError: If the scale is out of range.
+        """
+        return None
+
+    @property
+    def tokens(self) -> int | None:
+        """The number of tokens of an input, by which schedulers shift times dynamically; None if there are none."""
+        return None
 
     def corrected(self, scheduler: Any) -> Any:
         """Return a scheduler with the settings that the pipelines of the family use in place of its own."""

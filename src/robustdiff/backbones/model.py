@@ -97,6 +97,8 @@ class Model:
         self.scheduler = scheduler
         self.codec = Pixels() if codec is None else codec
         self.path = path
+        if scheduler is not None:
+            backbone.check_scheduler(scheduler, path)
         self._process, self._prediction = process, prediction
 
     @classmethod
@@ -119,7 +121,7 @@ class Model:
     @cached_property
     def process(self) -> DiffusionProcess:
         """The process that defines the model's times."""
-        return process_of(self.scheduler) if self._process is None else self._process
+        return process_of(self.scheduler, self.backbone) if self._process is None else self._process
 
     @cached_property
     def prediction(self) -> Prediction:
@@ -140,11 +142,6 @@ class Model:
         return kind_of(self.scheduler)
 
     @property
-    def guidance_embedding(self) -> int | None:
-        """The width of the embedding of the guidance strength that the network takes, or None."""
-        return self.backbone.guidance_embedding
-
-    @property
     def samplers(self) -> tuple[str, ...]:
         """The names of the samplers that suit the model, the default first."""
         names = suited(self.process)
@@ -155,7 +152,7 @@ class Model:
     @cached_property
     def sampling(self) -> Mapping[str, Any]:
         """The scheduler's settings of sampling, as arguments of :func:`robustdiff.sample`."""
-        return {} if self.scheduler is None else sampling_of(self.scheduler)
+        return {} if self.scheduler is None else sampling_of(self.scheduler, self.backbone)
 
     @property
     def shape(self) -> Shape:
@@ -201,6 +198,10 @@ class Model:
         network = self.backbone.bind(self.network)
         return network if self.scheduler is None else model_of(self.scheduler, network)
 
+    def embed_guidance(self, scale: float, like: Tensor) -> dict[str, Tensor] | None:
+        """Return the arguments by which the network takes a scale of guidance (:meth:`Backbone.embed_guidance`)."""
+        return self.backbone.embed_guidance(scale, like)
+
     def denoiser(self, network: Callable[..., Any] | None = None) -> Denoise:
         """Return the model, or a wrapper ``network`` of its network, as a denoiser D(x, σ) ↦ x̂_0, such as a teacher.
 
@@ -219,7 +220,11 @@ class Model:
         Raises:
             InputError: If the network does not take such images.
         """
+        size = self.backbone.size
         self.backbone.check_shape(shape, self.codec, self.path if path is None else path)
+        if self.backbone.size != size:  # a dynamic shift depends on it
+            self.__dict__.pop("process", None)
+            self.__dict__.pop("sampling", None)
 
     def check_data(self, dataset: ImageDataset) -> None:
         """Check that the network fits the images, classes and captions of a dataset.

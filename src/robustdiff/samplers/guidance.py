@@ -4,9 +4,6 @@ r"""Classifier-free guidance (Ho & Salimans, 2022, arXiv 2207.12598) of a networ
 
 with c the condition and ∅ the empty condition. ε, v and x_0 are linear in one another at a given x_t, so that the
 result is the same for each parameterisation. A learned variance is taken from the conditional output.
-
-A network that was distilled from guided outputs may take the strength w = g − 1 as an embedding instead, in one
-evaluation (:func:`embedded`; Meng et al., 2023, arXiv 2210.03142).
 """
 
 from __future__ import annotations
@@ -19,26 +16,9 @@ import torch
 from torch import Tensor
 
 from robustdiff.errors import InputError
-from robustdiff.objectives.latent_consistency import embed_guidance
 from robustdiff.objectives.objective import predict
 
-__all__ = ["embedded", "guided"]
-
-
-def _check(guidance: float) -> None:
-    if not (guidance >= 0 and math.isfinite(guidance)):
-        raise InputError(f"guidance must be at least 0 and finite; got {guidance}")
-
-
-def embedded(guidance: float, width: int, like: Tensor) -> Tensor:
-    """Return the embedding of w = g − 1 for points ``like`` (B, *), with shape (B, width), in their precision.
-
-    Raises:
-        InputError: If the scale g is negative or not finite.
-    """
-    _check(guidance)
-    w = torch.full(like.shape[:1], guidance - 1, device=like.device)
-    return embed_guidance(w, width).to(like.dtype)
+__all__ = ["guided"]
 
 
 def guided(
@@ -56,7 +36,8 @@ def guided(
     Raises:
         InputError: If the scale is out of range, the condition is empty, or a name is missing from ``unconditional``.
     """
-    _check(guidance)
+    if not (guidance >= 0 and math.isfinite(guidance)):
+        raise InputError(f"guidance must be at least 0 and finite; got {guidance}")
     if not condition:
         raise InputError("guidance needs a model with a condition, such as classes: leave it out")
     if missing := [name for name in condition if name not in unconditional]:

@@ -13,14 +13,12 @@ from robustdiff.errors import InputError, RunError
 from robustdiff.objectives.objective import gaussian
 from robustdiff.process import DiffusionProcess, Prediction
 from robustdiff.samplers.denoiser import Denoiser, DynamicThreshold, Evaluation
-from robustdiff.samplers.guidance import embedded, guided
+from robustdiff.samplers.guidance import guided
 from robustdiff.samplers.sampler import SAMPLERS, Path, Sampler, TimeSpacing
 
 __all__ = ["SAMPLERS", "Clip", "TimeSpacing", "check_sampler", "sample", "sampling_settings", "suited"]
 
 Clip = bool | float | DynamicThreshold
-
-_OF_EMBEDDED = 8.5  # the scale of guidance that diffusers' LatentConsistencyModelPipeline has by default
 
 
 def suited(process: DiffusionProcess) -> tuple[str, ...]:
@@ -153,8 +151,8 @@ def sample(
         on_evaluation: A callback that is called with an ``Evaluation`` after each evaluation of the network.
         condition: Further keyword arguments of the model, tensors with n rows each.
         guidance: The scale g of classifier-free guidance (:mod:`robustdiff.samplers.guidance`), with two evaluations in
-            each step. None and 1: no guidance. A latent consistency model that :func:`robustdiff.load_model` returned
-            takes the embedding of w = g − 1 instead, in one evaluation, by default for g = 8.5.
+            each step. None and 1: no guidance. For a network that takes the scale as an argument (Flux dev, latent
+            consistency models), it is this argument, and each step has one evaluation.
         unconditional: The empty condition, under the names of the condition. Each value is a tensor with one or n rows,
             or a number, such as the null class for ``class_labels``.
         spacing: The choice of the times for a number of steps: "own" (as the sampler's authors space them);
@@ -213,12 +211,12 @@ def sample(
     given = dict(condition or {})
     if class_labels is not None:
         given["class_labels"] = class_labels
-    width: int | None = getattr(model, "guidance_embedding", None)
-    if width is not None:
-        if guidance is not None and "timestep_cond" in given:
-            raise InputError("timestep_cond is an embedding of the guidance already: give it, or guidance")
-        scale = _OF_EMBEDDED if guidance is None else guidance
-        given = {"timestep_cond": embedded(scale, width, start), **given}
+    embed = getattr(model, "embed_guidance", None)
+    embedded = None if guidance is None or embed is None else embed(guidance, start)
+    if embedded is not None:
+        if twice := [name for name in embedded if name in given]:
+            raise InputError(f"the condition has the scale of guidance already, as {twice[0]}: leave one of them out")
+        given.update(embedded)
     elif guidance is not None and guidance != 1:
         model = guided(model, guidance, given, unconditional or {})
     finite: list[Tensor] = []

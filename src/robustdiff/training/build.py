@@ -81,6 +81,7 @@ def _pretrained(recipe: Recipe, path: str, dataset: ImageDataset) -> Built:
         if lora is not None and model.codec.components.get("vae") is not given_codec.components.get("vae"):
             raise InputError("a LoRA is saved without a codec, and works on its base's: leave codec.path out")
     backbone, given = model.backbone, recipe.process
+    recipe.model.configure(backbone)
     if given is not None and given.name == "pretrained":
         given = None
     try:
@@ -104,14 +105,14 @@ def _pretrained(recipe: Recipe, path: str, dataset: ImageDataset) -> Built:
     over_levels = own.over_levels or objective.over_levels
     if not over_levels:
         _check_channels(backbone, objective, path)
+    model.check_data(dataset)
     if given is None and not over_levels:
         scheduler = _retargeted(model.scheduler, own, objective, path)
         objective_of(scheduler, backbone)  # raises where the process has no such parameterisation
-        process = process_of(scheduler)
+        process = process_of(scheduler, backbone)
     else:
         process, scheduler = objective.new_process(given, recipe.steps)
         mark_as_own(scheduler)
-    model.check_data(dataset)
     backbone.note_classes(dataset.num_classes)
     if recipe.model.condition_dropout and not model.condition.droppable:
         raise InputError(
