@@ -42,6 +42,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
@@ -130,22 +131,35 @@ def _huber(a: Tensor, b: Tensor, c: float) -> Tensor:
 def _constant(network: Any) -> Iterator[None]:
     """Let a graph through the network lead to its input and not to its parameters, while they need no gradient.
 
-    It is for a network that is also the student. Checkpointed blocks are evaluated again in the backward pass, when
-    the parameters need gradients again, which torch does not allow: activations are kept instead.
+    It is for a network that is also the student. diffusers' gradient checkpointing evaluates blocks again in the
+    backward pass, when the parameters need gradients again; the blocks are then constant as well.
     """
     trained = [p for p in network.parameters() if p.requires_grad] if isinstance(network, nn.Module) else []
-    checkpointed = [m for m in network.modules() if getattr(m, "gradient_checkpointing", False)] if trained else []
+    checkpointed: list[Any] = (
+        [m for m in network.modules() if getattr(m, "gradient_checkpointing", False)] if trained else []
+    )
+    calls = [module._gradient_checkpointing_func for module in checkpointed]
     for parameter in trained:
         parameter.requires_grad_(False)
-    for module in checkpointed:
-        module.gradient_checkpointing = False
+    for module, call in zip(checkpointed, calls, strict=True):
+        module._gradient_checkpointing_func = partial(_checkpoint, call)
     try:
         yield
     finally:
         for parameter in trained:
             parameter.requires_grad_(True)
-        for module in checkpointed:
-            module.gradient_checkpointing = True
+        for module, call in zip(checkpointed, calls, strict=True):
+            module._gradient_checkpointing_func = call
+
+
+def _checkpoint(call: Callable[..., Any], block: Callable[..., Any], *arguments: Any) -> Any:
+    """Call a block by diffusers' checkpointing function, as a constant function in every evaluation."""
+
+    def constant(*arguments: Any) -> Any:
+        with _constant(block):
+            return block(*arguments)
+
+    return call(constant, *arguments)
 
 
 def _rows(empty: Any, like: Any) -> Any:

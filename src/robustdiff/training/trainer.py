@@ -105,9 +105,9 @@ def _build_teacher(built: Built, dataset: ImageDataset, accelerator: Accelerator
         )
     frozen = model.network.to(accelerator.device).eval().requires_grad_(False)
 
-    def network(x: Tensor, t: Tensor, **condition: Any) -> Any:
+    def network(*arguments: Any, **condition: Any) -> Any:
         with accelerator.autocast():
-            return frozen(x, t, **condition)
+            return frozen(*arguments, **condition)
 
     return config.teacher_of(model, network, built.process)
 
@@ -116,12 +116,12 @@ def _base_as_teacher(own: Model, built: Built, accelerator: Accelerator) -> Call
     """Return the student's network without its adapter as the teacher, so that one network is in memory."""
     student = built.model.network
 
-    def network(x: Tensor, t: Tensor, **condition: Any) -> Any:
+    def network(*arguments: Any, **condition: Any) -> Any:
         training = student.training
         student.eval()
         try:
             with built.model.base(), accelerator.autocast():
-                return student(x, t, **condition)
+                return student(*arguments, **condition)
         finally:
             student.train(training)
 
