@@ -326,8 +326,8 @@ def _adapted(folder: Path, path: str, size: int | None) -> Model:
     where = f"correct base in {folder / RECORD} if it has moved"
     try:
         base = _model_folder(adapter.base)
-    except InputError:
-        raise InputError(f"{path} is a LoRA of {adapter.base}, where no model is: {where}") from None
+    except InputError as error:
+        raise InputError(f"{path} is a LoRA of {adapter.base}, which is not there ({error}): {where}") from None
     if not (base / "model_index.json").is_file():
         raise InputError(f"{path} is a LoRA of {adapter.base}, which is a LoRA itself: {where}")
     model = load_model(base, size)
@@ -340,7 +340,7 @@ def _adapted(folder: Path, path: str, size: int | None) -> Model:
     inject(backbone.network, adapter.lora, path)
     read_weights_into(backbone.network, backbone.part, folder / WEIGHTS)
     backbone.network.eval()
-    scheduler = load_scheduler(folder, {"scheduler": ("diffusers", adapter.scheduler)})
+    scheduler = backbone.corrected(load_scheduler(folder, {"scheduler": ("diffusers", adapter.scheduler)}))
     adapted = Model(backbone, scheduler, model.codec, path=path)
     adapted.adapter = adapter
     return adapted

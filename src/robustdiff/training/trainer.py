@@ -69,6 +69,7 @@ from robustdiff.training.checkpoint import (
     save_checkpoint,
 )
 from robustdiff.training.ema import EMA, REMAINDER, sufficient_decay
+from robustdiff.training.optimizer import build_optimizer, create_state, set_counts, state_tensors
 from robustdiff.training.stream import BatchIndices, batch_generator, caption_numbers
 
 __all__ = ["Trainer", "read_result", "train"]
@@ -175,9 +176,11 @@ class Trainer:
             )
         if built.model.adapter is not None and accelerator.distributed_type == DistributedType.FSDP:
             raise InputError("model.lora is not for FSDP, which shards whole networks: launch the run without it")
+        if recipe.optimizer != "adamw" and accelerator.distributed_type == DistributedType.FSDP:
+            raise InputError("optimizer=adamw8bit is not for FSDP: set optimizer=adamw")
         unet = built.model.network.train()
-        cuda = accelerator.device.type == "cuda"
-        if cuda if recipe.channels_last is None else recipe.channels_last:
+        by_default = accelerator.device.type == "cuda" and recipe.optimizer == "adamw"
+        if by_default if recipe.channels_last is None else recipe.channels_last:
             unet = unet.to(memory_format=torch.channels_last)
         config, adapted = built.objective, built.model.adapter is not None
         target = _copy_of(unet) if config.needs_target and config.copies_student(adapted) else None
@@ -186,19 +189,9 @@ class Trainer:
             unet.compile()
             if target is not None:
                 target.compile()
-        # A fused AdamW is one kernel instead of one for each tensor and operation.
-        optimizer = torch.optim.AdamW(
-            _trained(unet).values(), lr=recipe.lr, betas=recipe.betas, weight_decay=recipe.weight_decay, fused=True
-        )
+        optimizer = build_optimizer(recipe, list(_trained(unet).values()), accelerator.device)
         self.model, self.optimizer = accelerator.prepare(unet, optimizer)
-        for parameter in _trained(self.model).values():
-            # As AdamW makes them at its first step: they are there for a checkpoint to be copied into.
-            counted_on = parameter.device if self.optimizer.defaults["fused"] else None
-            self.optimizer.state[parameter] = {
-                "step": torch.zeros((), dtype=torch.float32, device=counted_on),
-                "exp_avg": torch.zeros_like(parameter, memory_format=torch.preserve_format),
-                "exp_avg_sq": torch.zeros_like(parameter, memory_format=torch.preserve_format),
-            }
+        create_state(self.optimizer.optimizer)
         if target is not None:
             # Prepared as well, so that it has the student's precision, is in every checkpoint, and is sharded as the
             # student under FSDP. DDP, which only adds up gradients, takes no module without any.
@@ -390,11 +383,7 @@ class Trainer:
         trained = _trained(student)
         tensors = {
             "model": self._stored(student),
-            "optimizer": {
-                f"{name}/{moment}": value
-                for name, parameter in trained.items()
-                for moment, value in self.optimizer.state[parameter].items()
-            },
+            "optimizer": state_tensors(self.optimizer.optimizer, trained),
         }
         if self.target is not None:
             tensors["target"] = self._stored(self.accelerator.unwrap_model(self.target))
@@ -450,6 +439,7 @@ class Trainer:
         tensors = self.tensors()
         state = load_checkpoint(checkpoint, self.accelerator, tensors)
         check_moments(checkpoint, tensors["optimizer"], state.step)
+        set_counts(self.optimizer.optimizer, _trained(self.accelerator.unwrap_model(self.model)), tensors["optimizer"])
         check_objective(checkpoint, state.objective, self.objective.state())
         if state.base != self._base:
             raise InputError(
