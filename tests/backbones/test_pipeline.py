@@ -381,7 +381,7 @@ def test_folders_without_a_scheduler_say_how_to_make_a_pipeline(unet, tmp_path):
 
 
 def test_what_is_no_folder_is_named(tmp_path):
-    assert_refused(Path("google/ddpm-cifar10-32"), "hf download google/ddpm-cifar10-32")
+    assert_refused(tmp_path / "google" / "ddpm-cifar10-32", "no model at", "owner/name")
     (tmp_path / "model.pt").write_bytes(b"")
     assert_refused(tmp_path / "model.pt", "is a file", "robustdiff convert")
     (tmp_path / "recipe.yaml").write_text("")

@@ -32,6 +32,10 @@ class BackboneSection(Named):
         0.0, description="fraction of conditions replaced by the empty one, for classifier-free guidance; 0: none"
     )
 
+    gradient_checkpointing: bool = Field(
+        False, description="compute activations again in the backward pass, which takes less memory and more time"
+    )
+
     @property
     def source(self) -> str | None:
         """The pretrained model to fine-tune; None for a new network."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Callable, Mapping
 from functools import cached_property
 from importlib.resources import files
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from robustdiff.backbones.backbone import BACKBONES, Backbone
+from robustdiff.backbones.hub import download, is_hub_name
 from robustdiff.backbones.scheduler import denoiser_of, model_of, objective_of, process_of, sampling_of
 from robustdiff.codecs.codec import Codec, Shape
 from robustdiff.codecs.pixels import Pixels
@@ -224,12 +224,13 @@ class Model:
 
 
 def load_model(path: str | Path, size: int | None = None) -> Model:
-    """Load the model of a run, of a diffusers pipeline folder, or shipped with the package.
+    """Load the model of a run, of a diffusers pipeline folder, shipped with the package, or of the Hugging Face Hub.
 
     Weights of any type are loaded in float32, because training needs it; the networks are in eval mode, on the CPU.
 
     Arguments:
-        path: The run, the folder, or the name of the shipped model.
+        path: The run, the folder, the name of the shipped model, or the name "owner/name" of a pipeline of the Hub,
+            which is downloaded to its cache.
         size: The side of the images in pixels, if the network's configuration has none or another one is wanted.
 
     Raises:
@@ -268,14 +269,13 @@ def _family(folder: Path, components: Components) -> type[Backbone]:
                     raise InputError(f"{path}: {name} is {kind} of {library}: {reason}; {supported}")
     if network is None:
         raise InputError(f"{path} names no {' and no '.join(sorted(parts))}; {supported}")
-    others = {n for f in BACKBONES.values() for n in (f.part, *f.others)} | {"scheduler"}
-    name = next((name for name in components if name not in others), next(iter(components)))
+    name = next((name for name in components if name not in {network, "scheduler", *usual}), network)
     library, kind = components[name]
     raise InputError(f"{path}: {name} is {kind} of {library}, which is not supported; {supported}")
 
 
 def _pipeline_folder(path: str | Path) -> Path:
-    """Return the folder with ``model_index.json`` of a run, a pipeline folder, or a shipped model by name."""
+    """Return the folder with ``model_index.json`` of a run, a pipeline folder, or a shipped or hub model by name."""
     given = Path(path)
     for candidate in (given, given / "model", Path(str(PRETRAINED / str(path)))):
         if (candidate / "model_index.json").is_file():
@@ -295,9 +295,9 @@ def _pipeline_folder(path: str | Path) -> Path:
                 f"trained with; make a pipeline of it by DDPMPipeline(UNet2DModel.from_pretrained('{network}'), "
                 "DDPMScheduler(…)).save_pretrained('FOLDER')"
             )
-    hint = ""
-    if not given.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
-        hint = f"; if this is a model of the Hugging Face Hub, download it first: hf download {path} --local-dir FOLDER"
+    if is_hub_name(path):
+        return download(str(path))
     raise InputError(
-        f"no model at {path}: give a run, a folder with model_index.json, or a shipped model ({shipped}){hint}"
+        f"no model at {path}: give a run, a folder with model_index.json, a shipped model ({shipped}), or the name "
+        "owner/name of a model of the Hugging Face Hub"
     )

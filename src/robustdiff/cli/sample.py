@@ -50,6 +50,9 @@ def sample(
     prompts: Annotated[
         list[str], typer.Option("--prompt", help="A caption, for models conditioned on text; several take turns.")
     ] = [],  # noqa: B006
+    negative: Annotated[
+        str | None, typer.Option(help="The caption to guide away from, in place of the empty one; needs --guidance.")
+    ] = None,
     size: Annotated[
         int | None, typer.Option(min=1, help="Pixels a side, if the model does not say it, or another size.")
     ] = None,
@@ -70,7 +73,8 @@ def sample(
     chosen |= options.parse_assignments(overrides, chosen)
     settings = options.given(sampler=sampler, steps=_steps(steps), label=label, num_classes=classes, guidance=guidance)
     settings |= {"size": size, "seed": seed, "batch_size": batch_size, "precision": precision, "options": chosen}
-    generator = Generator.load(run, accelerator.device, prompts=tuple(prompts), **settings)
+    settings |= {"prompts": tuple(prompts), "negative": negative}
+    generator = Generator.load(run, accelerator.device, **settings)
     _prepare(output, generator)
     write = write_npz if output.suffix == ".npz" else write_pngs
     with Bar(err, quiet=not accelerator.is_main_process) as bar:

@@ -122,9 +122,9 @@ class TextCondition(Condition):
         return self
 
     def park(self) -> None:
-        """Move the encoders to the CPU. Embeddings are still returned on the device of :meth:`to`.
+        """Move the encoders to the CPU, where captions that are not cached are then encoded.
 
-        Captions that are not cached are then encoded on the CPU.
+        Embeddings are still returned on the device of :meth:`to`.
         """
         for encoder in self.encoders.values():
             encoder.to("cpu")
@@ -195,11 +195,7 @@ class TextCondition(Condition):
         return {name: value.float() if value.is_floating_point() else value for name, value in stacked.items()}
 
     def prepare(self, texts: Iterable[str], progress: Progress = SILENT) -> None:
-        """Compute the embeddings of texts that are neither in memory nor on disk.
-
-        Arguments:
-            texts: The texts; several processes may prepare the same ones at once.
-            progress: The progress, in texts.
+        """Compute and cache the embeddings of texts that are neither in memory nor on disk.
 
         Raises:
             InputError: If a text has characters that are no Unicode text.

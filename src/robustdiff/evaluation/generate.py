@@ -25,6 +25,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from robustdiff.backbones.model import Model, load_model
@@ -83,6 +84,7 @@ class Generator:
             the checkpoint's scheduler.
         prompts: The captions for text-conditional networks; image i has the caption with the number i modulo their
             number.
+        negative: The caption that takes the place of the empty condition in guidance; None for the empty condition.
 
     Raises:
         InputError: If the sampler is unknown or does not suit the model, or the label does not exist.
@@ -99,6 +101,7 @@ class Generator:
     guidance: float | None = None
     options: dict[str, Any] | None = None
     prompts: tuple[str, ...] = ()
+    negative: str | None = None
 
     @classmethod
     def of(cls, model: Model, *, data_classes: int | None = None, **settings: Any) -> Generator:
@@ -156,6 +159,15 @@ class Generator:
             if self.prompts:
                 raise InputError("this model is not conditioned on captions: leave --prompt out")
             raise InputError("this model is conditioned on captions: give one or more by --prompt")
+        if self.negative is not None:
+            if not condition.takes_captions:
+                raise InputError("this model is not conditioned on captions: leave --negative out")
+            if self.model.backbone.guidance is not None:
+                raise InputError(
+                    "this network takes the scale of guidance itself, with no second caption: leave --negative out"
+                )
+            if self.guidance in (None, 1):
+                raise InputError("a negative caption takes part in guidance alone: give --guidance above 1 as well")
         if self.guidance is not None:
             condition.empty()
         classes = condition.classes
@@ -186,6 +198,10 @@ class Generator:
             return None
         return torch.tensor([i % self.classes if self.label is None else self.label for i in indices])
 
+    def prompt(self, index: int) -> str | None:
+        """Return the caption of an image, or None if the network takes none."""
+        return self.prompts[index % len(self.prompts)] if self.prompts else None
+
     def images(self, indices: range) -> Iterator[tuple[range, Tensor]]:
         """Yield the images of a range in batches: the numbers, and the images as uint8 (B, C, H, W) on the CPU."""
         for batch in self.batches(indices):
@@ -210,7 +226,12 @@ class Generator:
         model.network.eval()
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision)
         noise = ImageNoise(self.seed, batch, model.shape, model.device)
-        prompts = [self.prompts[i % len(self.prompts)] for i in batch] if self.prompts else None
+        prompts = [prompt for i in batch if (prompt := self.prompt(i)) is not None] or None
+        unconditional = None
+        if self.negative is not None:
+            unconditional = self.condition.batch(None, [self.negative], None)
+        elif self.guidance is not None:
+            unconditional = self.condition.empty()
         labels = None if labels is None else labels.to(model.device)
         with torch.autocast(model.device.type, dtype, enabled=dtype is not None):
             return sample(
@@ -222,7 +243,7 @@ class Generator:
                 step_noise=noise,
                 condition=self.condition.batch(labels, prompts, None),
                 guidance=self.guidance,
-                unconditional=None if self.guidance is None else self.condition.empty(),
+                unconditional=unconditional,
                 **(self.options or {}),  # the model brings the others
                 **more,
             )
@@ -337,6 +358,10 @@ def write_pngs(
 ) -> bool:
     """Write ``000000.png``, … into a folder. Existing files are kept, so that an interrupted call can be continued.
 
+    A PNG of a caption has text chunks: ``prompt``, ``negative_prompt`` and ``guidance`` if they are given, ``sampler``,
+    ``steps``, ``seed``, ``number`` (the image's, on which its noise depends as well) and ``model``, the sha256 of the
+    network's parameters.
+
     The file :data:`RECORD` in the folder holds the settings. A call with the same settings and a larger number of
     images adds those that are missing.
 
@@ -369,9 +394,30 @@ def write_pngs(
                 for i, image in zip(batch, images.permute(0, 2, 3, 1).numpy(), strict=True):
                     if i in missing:
                         with atomic_write(missing[i]) as file:
-                            Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).save(file, "png")
+                            picture = Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image)
+                            picture.save(file, "png", pnginfo=_texts(generator, settings["network"], i))
         progress.advance(len(numbers) * accelerator.num_processes)
     return any(gather_object([made]))
+
+
+def _texts(generator: Generator, network: str, index: int) -> PngInfo | None:
+    """Return the text chunks of a PNG: how an image of a caption was made. PNGs of other models have none."""
+    if not generator.prompts:
+        return None
+    texts = PngInfo()
+    for name, value in (
+        ("prompt", generator.prompt(index)),
+        ("negative_prompt", generator.negative),
+        ("guidance", generator.guidance),
+        ("sampler", generator.sampler),
+        ("steps", generator.steps),
+        ("seed", generator.seed),
+        ("number", index),
+        ("model", network),
+    ):
+        if value is not None:
+            texts.add_text(name, str(value))
+    return texts
 
 
 def _settings(generator: Generator) -> dict[str, Any]:
@@ -393,7 +439,8 @@ def _settings(generator: Generator) -> dict[str, Any]:
         "guidance": generator.guidance,
         "options": generator.sampling,
         **({"codec": model.codec.fingerprint()} if model.codec.components else {}),
-        **({"prompts": generator.prompts} if generator.prompts else {}),
+        **({"prompts": generator.prompts, "text": model.condition.fingerprint()} if generator.prompts else {}),
+        **({"negative": generator.negative} if generator.negative is not None else {}),
     }
     loaded: dict[str, Any] = json.loads(json.dumps(settings, default=repr))
     return loaded

@@ -39,7 +39,14 @@ def build_model(recipe: Recipe, dataset: ImageDataset) -> Built:
         InputError: If the checkpoint is missing or of another kind, or the data does not fit the network.
     """
     source = recipe.model.source
-    return _new(recipe, dataset) if source is None else _pretrained(recipe, source, dataset)
+    built = _new(recipe, dataset) if source is None else _pretrained(recipe, source, dataset)
+    if recipe.model.gradient_checkpointing:
+        try:
+            built.model.network.enable_gradient_checkpointing()
+        except ValueError:  # of a class without it
+            name = type(built.model.network).__name__
+            raise InputError(f"model.gradient_checkpointing is not for {name}: leave it out") from None
+    return built
 
 
 def _new(recipe: Recipe, dataset: ImageDataset) -> Built:

@@ -24,7 +24,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -86,7 +86,9 @@ def _build_teacher(path: str, highest: float, built: Built, dataset: ImageDatase
     model = load_model(path)
     model.check_data(dataset)
     if model.condition != built.model.condition:
-        raise InputError(f"the teacher {path} and the student must have the same classes, or both none")
+        raise InputError(
+            f"the teacher {path} and the student must have the same classes or text encoders, or both none"
+        )
     # A diffusion model's table has an end as well, which DiffusionDenoiser says how it goes beyond.
     if isinstance(model.scheduler, EDMEulerScheduler) and model.scheduler.config.sigma_max < highest:
         raise InputError(
@@ -585,7 +587,8 @@ def _check_recipe(recipe: Recipe, folder: Path) -> None:
 def _fixed(recipe: Recipe, name: str) -> Any:
     """Return a field of a recipe, without settings that do not change the training."""
     value = getattr(recipe, name)
-    return value.model_copy(update={"workers": 0}) if name == "data" else value
+    same = {"data": {"workers": 0}, "model": {"gradient_checkpointing": False}}.get(name)
+    return value if same is None else value.model_copy(update=same)
 
 
 def train(
@@ -631,6 +634,9 @@ def train(
         rank, processes = accelerator.process_index, accelerator.num_processes
         latents.fill(accelerator.device, recipe.data.workers, rank, processes, progress)
         accelerator.wait_for_everyone()
+        built.model.codec.to("cpu")  # which nothing calls any more
+    if built.model.condition.takes_captions and dataset.captions is not None:
+        _embed_captions(dataset.captions, built, accelerator, progress)
     set_seed(recipe.seed, device_specific=True)  # dropout and random directions differ between processes
     if resume and (checkpoint := newest_checkpoint(folder / "checkpoints")) is not None:
         trainer.load(checkpoint)
@@ -653,6 +659,18 @@ def train(
     if recipe.trackers:
         accelerator.end_training()
     return result
+
+
+def _embed_captions(
+    captions: Iterable[tuple[str, ...]], built: Built, accelerator: Accelerator, progress: Progress
+) -> None:
+    """Cache the embeddings of all captions, and move the text encoders off the device."""
+    condition = built.model.condition
+    texts = ["", *dict.fromkeys(text for own in captions for text in own)]
+    condition.prepare(texts[accelerator.process_index :: accelerator.num_processes], progress)
+    accelerator.wait_for_everyone()
+    condition.prepare(texts, progress)  # those of the other processes, if they are not on disk
+    condition.park()
 
 
 def _accelerator(recipe: Recipe, cpu: bool) -> Accelerator:
