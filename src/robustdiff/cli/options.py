@@ -119,7 +119,10 @@ Spacing = Annotated[
     typer.Option(help="The spacing of sampling times; by default that of the checkpoint; own: that of the sampler."),
 ]
 Guidance = Annotated[
-    float | None, typer.Option(min=0, help="Scale of classifier-free guidance, for models with a null class; 1: none.")
+    float | None,
+    typer.Option(
+        min=0, help="Scale of guidance, for models of captions or with a null class; 1: none. Flux dev takes it itself."
+    ),
 ]
 Precision = Annotated[
     Literal["auto", "fp32", "bf16", "fp16"],

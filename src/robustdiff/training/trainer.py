@@ -24,7 +24,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -726,7 +726,7 @@ def train(
 
 
 def _embed_captions(
-    captions: Sequence[tuple[str, ...]], built: Built, accelerator: Accelerator, progress: Progress
+    captions: Iterable[tuple[str, ...]], built: Built, accelerator: Accelerator, progress: Progress
 ) -> None:
     """Cache the embeddings of all captions, and move the text encoders off the device."""
     condition = built.model.condition
