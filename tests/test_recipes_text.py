@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from robustdiff.backbones.model import load_model
+from robustdiff.evaluation.generate import Generator
 
 pytest.importorskip("transformers")
 QUICK = ["precision=fp32", "steps=2", "batch_size=2", "accumulate=1", "threads=1", "log_every=1", "warmup=0"]
@@ -47,3 +48,16 @@ def test_latent_consistency(robustdiff, make_sd_pipeline, images, tmp_path, reci
     assert outcome.code == 0, outcome.err
     with np.load(tmp_path / "images.npz") as file:
         assert file["arr_0"].shape == (1, 8, 8, 3)
+
+
+@pytest.mark.parametrize(("recipe", "sampler"), [("sd15-at-lora", "dpm++"), ("flux-at-lora", "euler")])
+def test_adversarial_loras(robustdiff, make_sd_pipeline, make_flux_pipeline, images, tmp_path, recipe, sampler):
+    pytest.importorskip("peft")
+    make, run = make_sd_pipeline if recipe.startswith("sd") else make_flux_pipeline, tmp_path / "run"
+    overrides = [*QUICK, f"model.path={make(tmp_path / 'base')}", f"data.root={images}", f"output={run}"]
+    outcome = robustdiff("train", recipe, *(word for value in overrides for word in ("--set", value)))
+    assert outcome.code == 0, outcome.err
+    assert json.loads((run / "result.json").read_text())["delta_norm"] > 0
+    assert (run / "model/pytorch_lora_weights.safetensors").is_file()
+    generator = Generator.load(run, size=8, prompts=("blue",))
+    assert (generator.sampler, generator.steps) == (sampler, 10)
