@@ -221,6 +221,11 @@ class Backbone(ABC):
         return bool(self.network.config.out_channels == 2 * self.network.config.in_channels)
 
     @property
+    def guidance_embedding(self) -> int | None:
+        """The width of the embedding of the guidance strength that the network takes as ``timestep_cond``, or None."""
+        return None
+
+    @property
     def size(self) -> tuple[int, int] | None:
         """The (height, width) of the network's input; None if its configuration has none."""
         size = self.network.config.sample_size
