@@ -57,6 +57,7 @@ def _small(name):
     return study.model_copy(update={"set": changes, "measure": measure, "references": references})
 
 
+@pytest.mark.usefixtures("in_this_process")
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
 def test_every_command_runs(path, robustdiff, tmp_path, monkeypatch):
     from robustdiff import demo
