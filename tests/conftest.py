@@ -18,6 +18,13 @@ from diffusers.models.unets.unet_2d import UNet2DModel
 
 from robustdiff import cli
 
+with suppress(ImportError):  # the tests of devices need nothing beside the package and pytest
+    from hypothesis import HealthCheck, settings
+
+    # On a busy machine everything is slow.
+    settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    settings.load_profile("busy")
+
 TINY = [
     "model.channels=[8,16]",
     "model.groups=4",
