@@ -210,7 +210,7 @@ class Trainer:
         if not self.built.objective.needs_target:
             return None
         target = self.accelerator.unwrap_model(self.model) if self.target is None else self.target
-        call = self.built.model.backbone.bind(target)
+        call: Any = self.built.model.backbone.bind(target)
         return target if call is target else _Bound(target, call)
 
     # -- the loop --------------------------------------------------------------------------------------------
