@@ -8,6 +8,8 @@ Its captions name both, such as "a red apple on a pale blue background". The ima
 - ``test``: that one pair, a combination of a known emoji and a known background that training does not show;
 - ``unseen``: all pairs of 64 emoji that training does not show at all.
 
+The last two are in a fixed random order, so that their first images are a sample of all kinds.
+
 `scripts/make_emoji.py` creates `emoji.webp`, a lossless picture of all emoji, and `emoji.json`, their names and the
 pairs that are held out.
 """
@@ -67,6 +69,8 @@ class Emoji(ImageDataset):
             for background, colour in enumerate(self.backgrounds)
             if split == _split_of(entry["held_out"], colour)
         ]
+        if split != "train":  # training draws its own order
+            chosen.sort(key=lambda pair: hashlib.sha256(bytes(f"{pair}", "ascii")).digest())
         captions = (_captions(self.entries[index], self.backgrounds[background]) for index, background in chosen)
         shape = (3 if channels is None else channels, side, side)
         super().__init__("emoji", shape, None, captions=captions)

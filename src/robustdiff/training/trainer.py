@@ -699,7 +699,7 @@ def train(
         latents.fill(accelerator.device, recipe.data.workers, rank, processes, progress)
         accelerator.wait_for_everyone()
         built.model.codec.to("cpu")  # which nothing calls any more
-    if built.model.condition.takes_captions and dataset.captions is not None:
+    if built.model.condition.takes_captions and dataset.captions is not None and accelerator.device.type != "cpu":
         _embed_captions(dataset.captions, built, accelerator, progress)
     set_seed(recipe.seed, device_specific=True)  # dropout and random directions differ between processes
     if resume and (checkpoint := newest_checkpoint(folder / "checkpoints")) is not None:
