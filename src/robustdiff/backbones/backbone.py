@@ -80,12 +80,14 @@ class Backbone(ABC):
         part: The name of the network in a pipeline folder.
         classes: The classes of the network by (library, class) as in ``model_index.json``.
         others: The other components that pipelines of the family may have, besides the scheduler.
+        square: Whether the network takes square images alone.
     """
 
     section: ClassVar[type[BackboneSection] | None] = None
     part: ClassVar[str]
     classes: ClassVar[dict[tuple[str, str], type[nn.Module]]]
     others: ClassVar[frozenset[str]] = frozenset()
+    square: ClassVar[bool] = False
 
     def __init__(self, network: Any) -> None:
         self.network = network

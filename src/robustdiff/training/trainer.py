@@ -26,20 +26,25 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from itertools import count
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, ProjectConfiguration, set_seed
 from diffusers import EDMEulerScheduler
+from numpy.typing import NDArray
 from torch import Tensor
 
-from robustdiff.backbones.model import load_model
+from robustdiff.backbones.model import Model, load_model
 from robustdiff.data import ImageDataset
+from robustdiff.data.buckets import bucket_sizes, nearest_bucket
 from robustdiff.data.latents import LatentDataset
-from robustdiff.data.loader import load_batches, worker_failures
+from robustdiff.data.loader import Request, load_batches, worker_failures
+from robustdiff.data.pixels import mirror_geometry
 from robustdiff.errors import InputError, RunError, printable
 from robustdiff.files import (
     MARKER,
@@ -69,7 +74,7 @@ from robustdiff.training.checkpoint import (
     save_checkpoint,
 )
 from robustdiff.training.ema import EMA, REMAINDER, sufficient_decay
-from robustdiff.training.stream import BatchIndices, batch_generator, caption_numbers
+from robustdiff.training.stream import BatchIndices, BucketIndices, batch_generator, caption_numbers, crop_positions
 
 __all__ = ["Trainer", "read_result", "train"]
 
@@ -102,6 +107,54 @@ def _build_teacher(path: str, highest: float, built: Built, dataset: ImageDatase
     return model.denoiser(network)
 
 
+def _arrange(
+    recipe: Recipe, dataset: ImageDataset, model: Model
+) -> tuple[NDArray[np.int64] | None, list[tuple[int, int]]]:
+    """Return the bucket of each image, or None without buckets, and the height and width of the batches of each.
+
+    Raises:
+        InputError: If the data has no other crops, or the network takes no images of these sizes.
+    """
+    data, shape = recipe.data, dataset.shape
+    if dataset.sizes is None and (data.crop == "random" or data.buckets):
+        option = "buckets=true" if data.buckets else "crop=random"
+        raise InputError(
+            f"data.{option} needs images in files, and {dataset.name} has cropped ones in memory: leave it out, or use "
+            "imagefolder, webdataset or hf:NAME"
+        )
+    if dataset.sizes is None or not data.buckets:
+        return None, [shape[1:]]
+    if model.backbone.square:
+        raise InputError("data.buckets=true: this network takes square images alone: leave data.buckets out")
+    unit = model.backbone.multiple * (shape[1] // model.codec.encoded_shape(shape)[1])
+    if data.bucket_step % unit:
+        raise InputError(
+            f"this network takes sides that are multiples of {unit} pixels: set data.bucket_step to such a number"
+        )
+    sizes = bucket_sizes(shape[1], data.bucket_step)
+    buckets = nearest_bucket(dataset.sizes, sizes)
+    counts = np.bincount(buckets, minlength=len(sizes))
+    logger.info(
+        "%s: images in buckets of height×width: %s",
+        dataset.name,
+        ", ".join(f"{counts[k]} in {height}×{width}" for k, (height, width) in enumerate(sizes) if counts[k]),
+    )
+    if len(small := np.flatnonzero((counts > 0) & (counts < recipe.batch_size))):
+        height, width = sizes[small[0]]
+        logger.warning(
+            "%s: %d of %d buckets have fewer images than batch_size %d, such as %d×%d with %d: their batches "
+            "repeat images",
+            dataset.name,
+            len(small),
+            (counts > 0).sum(),
+            recipe.batch_size,
+            height,
+            width,
+            counts[small[0]],
+        )
+    return buckets, sizes
+
+
 class Trainer:
     """A training run with its network, optimiser, objective and adversary. :meth:`updates` is the training loop.
 
@@ -115,6 +168,7 @@ class Trainer:
         self.dataset = dataset
         self.built = built
         self.adversary = recipe.adversary.build(built.process)
+        self.buckets, self.sizes = _arrange(recipe, dataset, built.model)
         self.step = 0
         self.batch = 0
         self.skipped_updates: int | Tensor = 0
@@ -176,19 +230,19 @@ class Trainer:
     def batches(self) -> Iterator[list[Draw]]:
         """Yield the list of microbatches of each batch, from the run's current batch on."""
         recipe, accelerator = self.recipe, self.accelerator
-        indices = BatchIndices(
-            len(self.dataset),
-            recipe.batch_size,
-            recipe.seed,
-            self.batch,
-            accelerator.process_index,
-            accelerator.num_processes,
-            recipe.accumulate,
-        )
-        loader = load_batches(self.dataset, indices, recipe.data.workers, accelerator.device.type == "cuda")
+        parts = accelerator.process_index, accelerator.num_processes, recipe.accumulate
+        indices: BatchIndices
+        if self.buckets is None:
+            indices = BatchIndices(len(self.dataset), recipe.batch_size, recipe.seed, self.batch, *parts)
+        else:
+            indices = BucketIndices(self.buckets, recipe.batch_size, recipe.seed, self.batch, *parts)
+        plain = recipe.data.crop == "centre" and self.buckets is None
+        wanted = indices if plain else self._requests(indices)
+        loader = load_batches(self.dataset, wanted, recipe.data.workers, accelerator.device.type == "cuda")
         codec, condition = self.built.model.codec, self.built.model.condition
-        shape = codec.encoded_shape(self.dataset.shape)
         while True:
+            size = self.sizes[indices.bucket(self.batch)]
+            shape = codec.encoded_shape((self.dataset.shape[0], *size))
             generator = batch_generator(recipe.seed, self.batch, accelerator.device)
             t, weight = self.objective.timesteps.draw(recipe.batch_size, generator, accelerator.device)
             noise = torch.randn((recipe.batch_size, *shape), generator=generator, device=accelerator.device)
@@ -213,6 +267,8 @@ class Trainer:
                     texts = [own[int(u * len(own))] for own, u in zip(captions, numbers, strict=True)]
                 if geometry is not None:
                     geometry = geometry.to(accelerator.device, non_blocking=True)
+                    if recipe.data.flip:
+                        geometry = mirror_geometry(geometry, size, flip[rows])
                 x0 = self.dataset.latents(
                     images.to(accelerator.device, non_blocking=True),
                     codec,
@@ -232,6 +288,16 @@ class Trainer:
                     )
                 )
             yield draws
+
+    def _requests(self, indices: BatchIndices) -> Iterator[Request]:
+        """Yield the images and the crops of each microbatch."""
+        recipe = self.recipe
+        for batch in count(indices.start):
+            images, size, positions = indices.batch(batch).tolist(), self.sizes[indices.bucket(batch)], None
+            if recipe.data.crop == "random":
+                positions = crop_positions(recipe.seed, batch, recipe.batch_size)
+            for rows in map(indices.rows, range(recipe.accumulate)):
+                yield Request(images[rows], size, None if positions is None else positions[rows])
 
     def _remember(self, draws: list[Draw], losses: list[Tensor]) -> None:
         """Pass the losses of a batch, gathered from all processes in batch order, to the sampler of times.
