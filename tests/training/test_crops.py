@@ -89,7 +89,7 @@ def test_random_crops_differ_between_epochs_and_centred_ones_do_not(images: Path
     [
         ({**BUCKETS, "size": None}, {}, "needs data.size, a multiple of data.bucket_step=8; it is None"),
         ({**BUCKETS, "size": 20}, {}, "it is 20"),
-        ({**BUCKETS, "bucket_step": 1}, {}, "takes sides that are multiples of 2: set data.bucket_step"),
+        ({**BUCKETS, "bucket_step": 1}, {}, "takes sides that are multiples of 2 pixels: set data.bucket_step"),
         (BUCKETS, CACHED, "data.buckets=true needs other crops of the images than codec.cache keeps"),
         ({"crop": "random"}, CACHED, "data.crop=random needs other crops of the images than codec.cache keeps"),
         ({"name": "digits", "root": None, "crop": "random"}, {}, "crop=random needs images in files, and digits has"),
