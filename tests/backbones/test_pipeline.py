@@ -194,7 +194,7 @@ def test_loaded_weights_do_not_depend_on_the_file(pipeline, unet):
         ({"safety": True}, ["safety", "true"]),
         ({"unet": None}, ["names no transformer and no unet"]),
         ({"scheduler": [None, None]}, ["names no scheduler"]),
-        ({"unet": ["diffusers", "UNet2DConditionModel"]}, ["UNet2DConditionModel", "UNet2DModel"]),
+        ({"unet": ["diffusers", "UNet2DConditionModel"]}, ["UNet2DConditionModel", "StableDiffusion"]),
         ({"unet": ["evil_module", "UNet2DModel"]}, ["evil_module"]),
         ({"unet": ["robustdiff.backbones.adm", "AdmFlags"]}, ["AdmFlags"]),
         ({"unet": ["diffusers", ["UNet2DModel"]]}, ["unet", "not a library and a class"]),
@@ -381,7 +381,7 @@ def test_folders_without_a_scheduler_say_how_to_make_a_pipeline(unet, tmp_path):
 
 
 def test_what_is_no_folder_is_named(tmp_path):
-    assert_refused(Path("google/ddpm-cifar10-32"), "hf download google/ddpm-cifar10-32")
+    assert_refused(tmp_path / "google" / "ddpm-cifar10-32", "no model at", "owner/name")
     (tmp_path / "model.pt").write_bytes(b"")
     assert_refused(tmp_path / "model.pt", "is a file", "robustdiff convert")
     (tmp_path / "recipe.yaml").write_text("")

@@ -1,132 +1,236 @@
-"""Captions as the condition, against the encoding of diffusers' PixArt pipeline."""
+"""Embeddings of captions: computed once, exact, stale in no case, whole after a kill, and nobody else's."""
 
 from __future__ import annotations
 
-import json
 import logging
-import sys
+import multiprocessing
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from robustdiff.conditions.text import Text, load_text
-from robustdiff.errors import InputError
+from robustdiff.conditions.t5 import T5Text
+from robustdiff.errors import InputError, RunError
 
-transformers = pytest.importorskip("transformers")
-WORDS = ["<pad>", "</s>", "<unk>", "▁", "▁a", "▁red", "▁blue", "▁shoe", "▁shirt", "s", "h", "o", "e"]
-
-
-def tiny_t5():
-    torch.manual_seed(0)
-    config = transformers.T5Config(
-        vocab_size=len(WORDS),
-        d_model=12,
-        d_kv=6,
-        d_ff=16,
-        num_layers=1,
-        num_heads=2,
-        feed_forward_proj="gated-gelu",
-    )
-    tokenizer = transformers.T5Tokenizer(vocab=[(word, -float(i > 2)) for i, word in enumerate(WORDS)], extra_ids=0)
-    return tokenizer, transformers.T5EncoderModel(config)
+CAPTIONS = ["a red shoe", "a blue shirt", "a shoe"]
 
 
-@pytest.fixture
-def text():
-    return Text(*tiny_t5(), length=8)
+class Counting(T5Text):
+    """A T5 that counts the texts that it encodes."""
+
+    encoded = 0
+
+    def encode(self, texts: list[str]) -> dict[str, torch.Tensor]:
+        self.encoded += len(texts)
+        return super().encode(texts)
 
 
-@pytest.fixture
-def folder(tmp_path):
-    tokenizer, encoder = tiny_t5()
-    tokenizer.save_pretrained(tmp_path / "tokenizer")
-    encoder.save_pretrained(tmp_path / "text_encoder")
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("ROBUSTDIFF_CACHE", str(tmp_path))
     return tmp_path
 
 
-def test_embeddings_of_tokens_are_those_of_diffusers_and_padding_is_masked(text):
-    from diffusers import PixArtAlphaPipeline
+@pytest.fixture
+def make(make_t5: Any) -> Any:
+    def text(length: int = 8, **changes: Any) -> Counting:
+        return Counting(*make_t5(**changes), length=length)
 
-    pipeline = PixArtAlphaPipeline(text.tokenizer, text.encoder, None, None, None)
-    captions = ["A red shoe ", "a blue shirt", ""]
-    wanted, mask, _, _ = pipeline.encode_prompt(captions, False, device="cpu", max_sequence_length=8)
+    return text
+
+
+def entries(cache: Path) -> list[Path]:
+    return sorted(path for path in (cache / "captions").glob("*/*") if len(path.name) == 64)
+
+
+def test_a_caption_is_encoded_once(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = make()
+    once = text.batch(None, ["a red shoe"] * 3 + ["A red shoe", "a shirt"], None)
+    assert text.encoded == 2
+    for other in (text, make()):  # from memory, and from disk
+        again = other.batch(None, ["a shirt", "a red shoe"], None)
+        for name, value in again.items():
+            assert torch.equal(value, once[name][[4, 0]])
+    assert other.encoded == 0
+    monkeypatch.setattr("robustdiff.conditions.text._MOST_BYTES", 0)
+    assert torch.equal(
+        make().batch(None, ["a shirt"], None)["encoder_hidden_states"], again["encoder_hidden_states"][:1]
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_embeddings_are_stored_exactly(make: Any, dtype: torch.dtype) -> None:
+    text, other = make(), make()
+    for one in (text, other):
+        one.encoder.to(dtype)
+    with torch.no_grad():
+        wanted = text.encode(CAPTIONS)
+    assert wanted["encoder_hidden_states"].dtype == dtype
+    text.prepare(CAPTIONS)
+    for one in (text, other):
+        given = one.batch(None, CAPTIONS, None)
+        assert torch.equal(given["encoder_hidden_states"], wanted["encoder_hidden_states"].float())
+        assert torch.equal(given["encoder_attention_mask"], wanted["encoder_attention_mask"])
+    assert other.encoded == 0
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"seed": 1},
+        {"length": 7},
+        {"num_layers": 2},
+        {"layer_norm_epsilon": 1e-3},
+        {"words": ["<pad>", "</s>", "<unk>", "▁", "▁a", "▁blue", "▁red", "▁shoe", "▁shirt", "s", "h", "o", "e"]},
+    ],
+    ids=["weights", "length", "layers", "configuration", "tokenizer"],
+)
+def test_nothing_is_read_that_others_made(make: Any, changes: dict[str, Any]) -> None:
+    make().prepare(CAPTIONS)
+    other = make(**changes)
+    other.prepare(CAPTIONS)
+    assert other.encoded == len(CAPTIONS)
+
+
+def test_the_key_of_entries_does_not_depend_on_what_was_done_before(make: Any) -> None:
+    text = make()
+    text.encode(["a"])
+    assert text.fingerprint() == make().fingerprint()
+    text.encoder.to(torch.float16)
+    assert Counting(text.tokenizer, text.encoder, 8).fingerprint() != text.fingerprint()
+
+
+def test_a_key_of_another_user_reads_nothing(make: Any, cache: Path) -> None:
+    make().prepare(CAPTIONS)
+    (cache / "key").write_bytes(bytes(32))
+    other = make()
+    other.prepare(CAPTIONS)
+    assert other.encoded == len(CAPTIONS)
+
+
+@pytest.mark.parametrize("harm", ["cut", "flipped", "empty", "exchanged"])
+def test_damaged_entries_are_computed_again(
+    make: Any, cache: Path, harm: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    text = make()
+    wanted = text.batch(None, CAPTIONS, None)
+    path, second = entries(cache)[:2]
+    whole = path.read_bytes()
+    flipped = whole[:-1] + bytes([whole[-1] ^ 1])
+    path.write_bytes({"cut": whole[:-9], "flipped": flipped, "empty": b"", "exchanged": second.read_bytes()}[harm])
+    other = make()
+    with caplog.at_level(logging.WARNING):
+        given = other.batch(None, CAPTIONS, None)
+    assert "is damaged, and is computed again" in caplog.text
+    assert other.encoded == 1
+    torch.testing.assert_close(given, wanted)  # of another batch of texts, so that the rounding differs
+    assert path.stat().st_size == len(whole)
+    again = make()
+    again.prepare(CAPTIONS)
+    torch.testing.assert_close(again.batch(None, CAPTIONS, None), given, rtol=0, atol=0)
+    assert again.encoded == 0
+
+
+def test_an_interrupted_computation_goes_on(make: Any, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("robustdiff.conditions.text._BATCH", 1)
+    text = make()
+    encode = text.encode
+
+    def interrupted(texts: list[str]) -> Any:
+        if text.encoded == 2:
+            raise KeyboardInterrupt
+        return encode(texts)
+
+    monkeypatch.setattr(text, "encode", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        text.prepare(CAPTIONS)
+    torn = entries(cache)[0].with_name(f".{'0' * 64}.{'0' * 12}.tmp")
+    torn.write_bytes(b"of a killed process")
+    other = make()
+    other.prepare(CAPTIONS)
+    assert other.encoded == 1
+    assert not torn.exists()
+
+
+def _prepare(captions: list[str], text: T5Text) -> None:
+    torch.set_num_threads(1)
+    text.prepare(captions)
+
+
+def test_two_processes_may_fill_the_cache_at_once(make: Any, cache: Path) -> None:
+    captions = [f"a{' red' * i} shoe" for i in range(40)]
+    spawn = multiprocessing.get_context("fork")
+    processes = [spawn.Process(target=_prepare, args=(captions[::order], make(length=50))) for order in (1, -1)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+        assert process.exitcode == 0
+    text, fresh = make(length=50), make(length=50)
     given = text.batch(None, captions, None)
-    assert torch.equal(given["encoder_attention_mask"], mask)
-    assert mask.sum(1).tolist()[2] == 1
-    torch.testing.assert_close(given["encoder_hidden_states"], wanted * mask[..., None])
+    assert text.encoded == 0
+    assert len(entries(cache)) == len(captions)
+    with torch.no_grad():
+        wanted = fresh.encode(captions)
+    torch.testing.assert_close(given["encoder_hidden_states"], wanted["encoder_hidden_states"])
 
 
-def test_what_is_dropped_is_the_empty_caption(text):
-    given = text.batch(None, ["a red shoe", "a blue shirt"], torch.tensor([False, True]))
+def test_a_cache_that_cannot_be_written_is_said_and_left_out(
+    make: Any, cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(path: Path) -> Any:
+        raise OSError(28, "No space left on device")
+
+    text = make()
+    text.prepare(CAPTIONS[:1])
+    monkeypatch.setattr("robustdiff.conditions.text.atomic_write", full)
+    with caplog.at_level(logging.WARNING):
+        text.prepare(CAPTIONS)
+        text.batch(None, CAPTIONS, None)
+    assert caplog.text.count("No space left on device") == 1
+    assert text.encoded == len(CAPTIONS)
+    (cache / "captions").rename(cache / "moved")
+    (cache / "captions").write_text("a file")
+    with pytest.raises(InputError, match="a file and not a folder"):
+        make().prepare(CAPTIONS)
+
+
+def test_what_is_dropped_is_the_empty_caption(make: Any) -> None:
+    text = make()
+    given = text.batch(None, CAPTIONS[:2], torch.tensor([False, True]))
     empty = text.empty()
     for name, value in given.items():
         assert torch.equal(value[1:], empty[name])
         assert not torch.equal(value[:1], empty[name])
 
 
-def test_a_caption_is_encoded_once_while_there_is_room(text, monkeypatch):
-    calls = []
-    forward = text.encoder.forward
-
-    def counted(ids, **options):
-        calls.append(len(ids))
-        return forward(ids, **options)
-
-    monkeypatch.setattr(text.encoder, "forward", counted)
-    once = text.batch(None, ["a red shoe"] * 3 + ["A red shoe", "a shirt"], None)
-    assert sum(calls) == 2
-    again = text.batch(None, ["a shirt", "a red shoe"], None)
-    assert sum(calls) == 2
-    assert torch.equal(again["encoder_hidden_states"], once["encoder_hidden_states"][[4, 0]])
-    monkeypatch.setattr("robustdiff.conditions.text._MOST_BYTES", 0)
-    text.batch(None, ["blue"], None)
-    text.batch(None, ["blue"], None)
-    assert sum(calls) == 4
+def test_parked_encoders_are_on_the_cpu_and_embeddings_are_on_the_device(make: Any) -> None:
+    text = make()
+    text.prepare(CAPTIONS)
+    text.to("meta")
+    text.encoder.to_empty(device="cpu")
+    text.park()
+    assert text.encoder.device.type == "cpu"
+    assert text.batch(None, CAPTIONS, None)["encoder_hidden_states"].device.type == "meta"
 
 
-def test_long_captions_are_cut_with_a_warning(text, caplog):
-    with caplog.at_level(logging.WARNING):
-        given = text.batch(None, ["red " * 20], None)
-    assert given["encoder_attention_mask"].sum() == 8
-    assert "cut after 8 tokens" in caplog.text
+def test_embeddings_that_are_not_finite_are_refused(make: Any) -> None:
+    text = make()
+    text.encoder.shared.weight.data[4] = torch.inf
+    with pytest.raises(RunError, match="caption 'a red shoe' is not finite"):
+        text.prepare(CAPTIONS)
 
 
-def test_data_without_captions_is_refused(text):
+def test_a_caption_that_is_not_unicode_is_refused(make: Any) -> None:
+    with pytest.raises(InputError, match=r"caption 'a \\\\xff' is not UTF-8"):
+        make().batch(None, ["a \udcff"], None)
+
+
+def test_a_model_of_captions_needs_them(make: Any) -> None:
+    text = make()
     text.check(None, True, "m")
     with pytest.raises(InputError, match=r"m needs captions.*metadata\.jsonl"):
         text.check(3, False, "m")
-
-
-def test_a_folder_is_loaded_as_it_was_saved(folder):
-    loaded, wanted = load_text(folder, 8), Text(*tiny_t5(), length=8)
-    for name, value in loaded.batch(None, ["a red shoe"], None).items():
-        torch.testing.assert_close(value, wanted.batch(None, ["a red shoe"], None)[name])
-    assert set(loaded.components) == {"tokenizer", "text_encoder"}
-    assert not any(p.requires_grad for p in loaded.encoder.parameters())
-
-
-def test_what_cannot_be_read_is_refused_in_one_line(folder, monkeypatch):
-    path = folder / "text_encoder" / "model.safetensors"
-    whole = path.read_bytes()
-
-    def refused(*words):
-        with pytest.raises(InputError) as error:
-            load_text(folder)
-        assert "\n" not in str(error.value)
-        assert all(word in str(error.value) for word in words), str(error.value)
-
-    path.write_bytes(whole[:100])
-    refused("text_encoder", "download it again")
-    path.unlink()
-    torch.save({}, folder / "text_encoder" / "pytorch_model.bin")
-    refused("text_encoder", "safetensors")
-    path.write_bytes(whole)
-    config = json.loads((folder / "text_encoder" / "config.json").read_text())
-    (folder / "text_encoder" / "config.json").write_text(json.dumps({**config, "num_layers": 3}))
-    refused("lacks the weights")
-    (folder / "text_encoder" / "config.json").write_text(
-        json.dumps({**config, "auto_map": {"AutoModel": "evil.Model"}, "d_ff": 32})
-    )
-    refused("text_encoder")
-    monkeypatch.setitem(sys.modules, "transformers", None)
-    refused("robustdiff[text]")
+    with pytest.raises(InputError, match="conditioned on captions: give them"):
+        text.batch(None, None, None)

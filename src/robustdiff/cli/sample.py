@@ -16,12 +16,12 @@ if TYPE_CHECKING:
 
 @app.command()
 def sample(
-    run: Annotated[str, typer.Argument(help="A run, a diffusers pipeline folder, or a shipped model.")],
+    run: Annotated[str, typer.Argument(help="A run, a diffusers pipeline folder, a shipped model, or one of the Hub.")],
     output: Annotated[Path, typer.Option(help="A file.npz, or a folder for PNGs.")] = Path("samples.npz"),
     num: Annotated[int, typer.Option(min=1, help="The number of images.")] = 64,
     sampler: Annotated[
         str | None,
-        typer.Option(help="ddim, iddpm, dpm++, es, time-shift; euler for flows; multistep for consistency models."),
+        typer.Option(help="ddim, iddpm, dpm++, es, time-shift; euler: flows; multistep, lcm: consistency models."),
     ] = None,
     steps: Annotated[
         str | None,
@@ -50,6 +50,7 @@ def sample(
     prompts: Annotated[
         list[str], typer.Option("--prompt", help="A caption, for models conditioned on text; several take turns.")
     ] = [],  # noqa: B006
+    negative: options.Negative = None,
     size: Annotated[
         int | None, typer.Option(min=1, help="Pixels a side, if the model does not say it, or another size.")
     ] = None,
@@ -70,7 +71,8 @@ def sample(
     chosen |= options.parse_assignments(overrides, chosen)
     settings = options.given(sampler=sampler, steps=_steps(steps), label=label, num_classes=classes, guidance=guidance)
     settings |= {"size": size, "seed": seed, "batch_size": batch_size, "precision": precision, "options": chosen}
-    generator = Generator.load(run, accelerator.device, prompts=tuple(prompts), **settings)
+    settings |= {"prompts": tuple(prompts), "negative": negative}
+    generator = Generator.load(run, accelerator.device, **settings)
     _prepare(output, generator)
     write = write_npz if output.suffix == ".npz" else write_pngs
     with Bar(err, quiet=not accelerator.is_main_process) as bar:

@@ -99,6 +99,7 @@ class VAE(Codec):
 
     @torch.no_grad()
     def moments(self, images: Tensor) -> Tensor:
+        self.to(images.device)
         with torch.autocast(images.device.type, enabled=False):
             parts = []
             for part in images.float().split(self._at_once(images.shape[2] * images.shape[3])):
@@ -119,6 +120,7 @@ class VAE(Codec):
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
+        self.to(latents.device)
         with torch.autocast(latents.device.type, enabled=False):
             z = latents.float() / self._scale.to(latents.device) + self._mean.to(latents.device)
             pixels = latents.shape[2] * latents.shape[3] * self.factor**2

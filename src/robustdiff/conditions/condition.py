@@ -7,13 +7,14 @@ guidance (Ho & Salimans, 2022, arXiv 2207.12598) uses in sampling.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from robustdiff.errors import InputError
+from robustdiff.progress import SILENT, Progress
 
 __all__ = ["Condition"]
 
@@ -32,6 +33,21 @@ class Condition(ABC):
     def to(self, device: torch.device | str) -> Condition:
         """Move the network of the condition, if it has one, to a device, and return the condition."""
         return self
+
+    def park(self) -> None:  # noqa: B027  (for conditions with a network)
+        """Move the network of the condition, if it has one, to the CPU, while :meth:`batch` returns what it did."""
+
+    def prepare(self, texts: Iterable[str], progress: Progress = SILENT) -> None:  # noqa: B027  (for captions)
+        """Compute and cache the arguments of the network for captions, if it takes them.
+
+        Arguments:
+            texts: The captions; several processes may prepare the same ones at once.
+            progress: The progress, in captions.
+        """
+
+    def fingerprint(self) -> str:
+        """Return a hash of everything that the arguments of the network depend on besides those of :meth:`batch`."""
+        return type(self).__name__
 
     @abstractmethod
     def batch(

@@ -1,57 +1,133 @@
-"""Captions as the condition, encoded by a frozen T5 (Raffel et al., 2020, arXiv 1910.10683).
+"""Captions as the condition: the base class of text encoders, with a cache of embeddings in memory and on disk.
 
-Each distinct caption is encoded once and its token embeddings are cached in memory, up to a limit. Positions after the
-last token are masked, and their embeddings are zero.
+A caption is encoded once, on its own, into one row of each tensor that the network takes, such as the embeddings of its
+tokens and their mask. Rows are stored exactly, in the type in which the encoder computes them. A stored row is a
+safetensors file of all tensors of a caption without their trailing zeros, preceded by an HMAC of its name and contents.
+
+On disk a caption has a file of its own, in a folder for each set of encoders. The name of the folder is an HMAC of the
+weights and configurations of the encoders, of the tokenizers and of the settings, and the name of the file is an HMAC
+of the caption, both with a key of the user. A change of any of them gives another file, and files of other users are
+not read. A file that does not match its HMAC is damaged, and computed again. Files are written atomically, so that an
+interrupted computation is continued, and several processes can compute and read embeddings at once.
 """
 
 from __future__ import annotations
 
+import fcntl
+import hashlib
+import hmac
+import json
 import logging
-from collections.abc import Sequence
+import re
+from abc import abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 from torch import Tensor
 
 from robustdiff.conditions.condition import Condition
-from robustdiff.errors import InputError, first_line, printable
+from robustdiff.errors import InputError, RunError, first_line, printable
+from robustdiff.files import atomic_write, cache_folder, claim_folder, open_regular, remove_leftovers, user_key
+from robustdiff.loading import read_index
+from robustdiff.progress import SILENT, Progress
 
-__all__ = ["Text", "load_text"]
+__all__ = ["TextCondition", "load_encoder", "load_tokenizer"]
 
 logger = logging.getLogger(__name__)
 
 _BATCH = 32
-_MOST_BYTES = 2**32  # size of the cache of embeddings
+_MOST_BYTES = 2**32  # size of the cache in memory
+_SIGNATURE = 32  # bytes
+
+# Entries of a configuration that do not change what an encoder computes.
+_NO_SETTINGS = {"_name_or_path", "architectures", "transformers_version", "dtype", "torch_dtype"}
+# Entries of a tokenizer that its calls change.
+_OF_CALLS = {"truncation", "padding"}
+
+_WEIGHTS = re.compile(r"model(?:\.(\w+))?(?:-\d+-of-\d+)?\.safetensors")
 
 
-class Text(Condition):
-    """The condition of a network that takes ``encoder_hidden_states`` and ``encoder_attention_mask``.
+class TextCondition(Condition):
+    """The condition of a network that takes embeddings of captions.
 
-    Captions are lower-cased and stripped, as in diffusers' PixArt pipelines with ``clean_caption=False``.
+    Encoders are put into eval mode, and their parameters do not require gradients.
 
     Arguments:
-        tokenizer: A tokenizer of transformers.
-        encoder: A ``T5EncoderModel`` of transformers. It is put into eval mode, and its parameters do not require
-            gradients.
-        length: The number of tokens, with padding; longer captions are truncated with a warning.
+        tokenizers: The tokenizers of transformers, by their names in a pipeline folder.
+        encoders: The text encoders of transformers, by their names in a pipeline folder.
+        settings: The other values that the embeddings depend on, such as the number of tokens.
+
+    Raises:
+        InputError: If an encoder embeds fewer tokens than its tokenizer, which has the same place in its mapping, has.
     """
 
-    def __init__(self, tokenizer: Any, encoder: Any, length: int = 120) -> None:
-        self.tokenizer = tokenizer
-        self.encoder = encoder.eval().requires_grad_(False)
-        self.length = length
-        self._known: dict[str, Tensor] = {}
+    def __init__(self, tokenizers: Mapping[str, Any], encoders: Mapping[str, Any], **settings: object) -> None:
+        self.tokenizers, self.encoders, self.settings = dict(tokenizers), dict(encoders), settings
+        for (name, tokenizer), encoder in zip(self.tokenizers.items(), self.encoders.values(), strict=True):
+            if len(tokenizer) > encoder.config.vocab_size:
+                raise InputError(
+                    f"{name} has {len(tokenizer)} tokens and its text encoder embeds {encoder.config.vocab_size}: give "
+                    "the two that belong together"
+                )
+            encoder.eval().requires_grad_(False)
+        self.device = torch.device("cpu")
+        self._rows: dict[str, bytes] = {}
         self._bytes = 0
         self._warned = False
 
+    @abstractmethod
+    def encode(self, texts: list[str]) -> dict[str, Tensor]:
+        """Return the arguments of the network for texts, without gradients.
+
+        Arguments:
+            texts: The texts, as :meth:`normalise` returned them, at least one.
+
+        Returns:
+            Tensors by argument of the network, with one row for each text. The shape of a row is the same for all
+            texts, and a row does not depend on the other texts.
+        """
+
+    def normalise(self, text: str) -> str:
+        """Return a caption as it is encoded; captions that become equal are encoded once."""
+        return text
+
     @property
     def components(self) -> dict[str, Any]:
-        return {"tokenizer": self.tokenizer, "text_encoder": self.encoder}
+        return {**self.tokenizers, **self.encoders}
 
-    def to(self, device: torch.device | str) -> Text:
-        self.encoder.to(device)
+    def __eq__(self, other: object) -> bool:
+        return type(self) is type(other) and self.fingerprint() == other.fingerprint()
+
+    def __hash__(self) -> int:
+        return hash(self.fingerprint())
+
+    @property
+    def takes_captions(self) -> bool:
+        return True
+
+    @property
+    def droppable(self) -> bool:
+        return True
+
+    def to(self, device: torch.device | str) -> TextCondition:
+        """Move the encoders to a device, on which :meth:`batch` also returns its tensors, and return the condition."""
+        self.device = torch.device(device)
+        for encoder in self.encoders.values():
+            encoder.to(device)
         return self
+
+    def park(self) -> None:
+        """Move the encoders to the CPU, where captions that are not cached are then encoded.
+
+        Embeddings are still returned on the device of :meth:`to`.
+        """
+        for encoder in self.encoders.values():
+            encoder.to("cpu")
 
     def batch(
         self,
@@ -62,20 +138,15 @@ class Text(Condition):
     ) -> dict[str, Any]:
         if captions is None:
             raise InputError("this model is conditioned on captions: give them")
-        if dropped is not None:
-            captions = ["" if drop else caption for caption, drop in zip(captions, dropped.tolist(), strict=True)]
-        return self._embed(captions)
-
-    @property
-    def takes_captions(self) -> bool:
-        return True
-
-    @property
-    def droppable(self) -> bool:
-        return True
+        given = self.embed(captions)
+        if dropped is None:
+            return given
+        empty = self.empty()
+        mask = {name: dropped.to(self.device).view(-1, *[1] * (value.dim() - 1)) for name, value in given.items()}
+        return {name: torch.where(mask[name], empty[name], value) for name, value in given.items()}
 
     def empty(self) -> dict[str, Any]:
-        return self._embed([""])
+        return self.embed([""])
 
     def check(self, num_classes: int | None, captions: bool, path: str) -> None:
         if not captions:
@@ -84,83 +155,280 @@ class Text(Condition):
                 'metadata.jsonl, {"file_name": …, "text": …} in each line'
             )
 
-    def _embed(self, captions: Sequence[str]) -> dict[str, Any]:
-        """Return the embeddings (B, length, D) in float32 and the mask (B, length), on the device of the encoder."""
-        texts = [caption.lower().strip() for caption in captions]
-        found = {text: self._known[text] for text in texts if text in self._known}
-        missing = [text for text in dict.fromkeys(texts) if text not in found]
-        for start in range(0, len(missing), _BATCH):
-            found.update(self._encode(missing[start : start + _BATCH]))
-        device = self.encoder.device
-        hidden = torch.zeros(len(texts), self.length, self.encoder.config.d_model, device=device)
-        mask = torch.zeros(len(texts), self.length, dtype=torch.int64, device=device)
-        for row, text in enumerate(texts):
-            tokens = found[text]
-            hidden[row, : len(tokens)] = tokens.to(device, torch.float32)
-            mask[row, : len(tokens)] = 1
-        return {"encoder_hidden_states": hidden, "encoder_attention_mask": mask}
+    def fingerprint(self) -> str:
+        """Return the sha256 of the encoders, the tokenizers and the settings, which all embeddings depend on."""
+        return self._fingerprint
 
-    @torch.no_grad()
-    def _encode(self, texts: list[str]) -> dict[str, Tensor]:
-        """Return the embeddings of texts, each (tokens, D), and cache them up to the limit."""
-        given = self.tokenizer(
-            texts, padding="max_length", max_length=self.length, truncation=True, return_tensors="pt"
-        ).to(self.encoder.device)
+    @cached_property
+    def _fingerprint(self) -> str:
+        digest = hashlib.sha256(f"{type(self).__name__} {sorted(self.settings.items())}".encode())
+        for name, tokenizer in self.tokenizers.items():
+            state = {k: v for k, v in json.loads(tokenizer.backend_tokenizer.to_str()).items() if k not in _OF_CALLS}
+            state |= {"pad": tokenizer.pad_token_id, "side": tokenizer.padding_side, "cut": tokenizer.truncation_side}
+            digest.update(f"{name} {json.dumps(state, sort_keys=True)}\n".encode())
+        for name, encoder in self.encoders.items():
+            config = {k: v for k, v in encoder.config.to_dict().items() if k not in _NO_SETTINGS}
+            digest.update(f"{name} {json.dumps(config, sort_keys=True, default=repr)}\n".encode())
+            for key, value in sorted(encoder.state_dict().items()):
+                digest.update(f"{key} {value.dtype} {tuple(value.shape)}\n".encode())
+                digest.update(value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        return digest.hexdigest()
+
+    # -- embeddings ------------------------------------------------------------------------------------------
+
+    def embed(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        """Return the arguments of the network for texts, with one row each, on the device, floats in float32.
+
+        Raises:
+            InputError: If a text has characters that are no Unicode text.
+            RunError: If an embedding is not finite.
+        """
+        names = [self._normal(text) for text in texts]
+        found = {name: self._rows.get(name) or self._read(name) for name in dict.fromkeys(names)}
+        packed = {name: row for name, row in found.items() if row is not None}
+        missing = [name for name, row in found.items() if row is None]
+        for start in range(0, len(missing), _BATCH):
+            packed |= self._compute(missing[start : start + _BATCH])
+        unpacked = {name: _unpack(row) for name, row in packed.items()}
+        rows = [unpacked[name] for name in names]
+        stacked = {name: torch.stack([row[name] for row in rows]).to(self.device) for name in rows[0]}
+        return {name: value.float() if value.is_floating_point() else value for name, value in stacked.items()}
+
+    def prepare(self, texts: Iterable[str], progress: Progress = SILENT) -> None:
+        """Compute and cache the embeddings of texts that are neither in memory nor on disk.
+
+        Raises:
+            InputError: If a text has characters that are no Unicode text.
+            RunError: If an embedding is not finite.
+        """
+        names = dict.fromkeys(self._normal(text) for text in texts)
+        missing = [name for name in names if name not in self._rows and not self._is_kept(name)]
+        if not missing:
+            return
+        progress.begin("captions", len(missing))
+        for start in range(0, len(missing), _BATCH):
+            batch = missing[start : start + _BATCH]
+            self._compute(batch)
+            progress.advance(len(batch))
+
+    def tokens(self, tokenizer: Any, texts: list[str], length: int) -> Any:
+        """Return the tokens of texts, padded and cut to a length, with a warning at the first text that is cut."""
         if not self._warned:
-            whole = self.tokenizer(texts).input_ids
-            cut = next((text for text, ids in zip(texts, whole, strict=True) if len(ids) > self.length), None)
+            whole = tokenizer(texts, verbose=False).input_ids
+            cut = next((text for text, ids in zip(texts, whole, strict=True) if len(ids) > length), None)
             if cut is not None:
                 self._warned = True
-                logger.warning("captions are cut after %d tokens, such as %r", self.length, printable(cut[:100]))
-        with torch.autocast(self.encoder.device.type, enabled=False):
-            hidden = self.encoder(given.input_ids, attention_mask=given.attention_mask)[0]
-        encoded: dict[str, Tensor] = {}
-        for text, row, tokens in zip(texts, hidden.cpu(), given.attention_mask.sum(1).tolist(), strict=True):
-            encoded[text] = row[:tokens].clone()
-            size = encoded[text].nbytes
-            if self._bytes + size <= _MOST_BYTES:
-                self._known[text] = encoded[text]
-                self._bytes += size
-        return encoded
+                logger.warning("captions are cut after %d tokens, such as %r", length, printable(cut[:100]))
+        return tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+
+    def _normal(self, text: str) -> str:
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise InputError(f"the caption {printable(text[:100])!r} is not UTF-8: correct it") from None
+        return self.normalise(text)
+
+    @torch.no_grad()
+    def _compute(self, texts: list[str]) -> dict[str, bytes]:
+        """Return the packed rows of texts, and keep them on disk and, up to the limit, in memory."""
+        encoder = next(iter(self.encoders.values()))
+        with torch.autocast(encoder.device.type, enabled=False):
+            given = {name: value.cpu() for name, value in self.encode(texts).items()}
+        for name, value in given.items():
+            if not (finite := value.isfinite().flatten(1).all(1)).all():
+                text = texts[int((~finite).nonzero()[0])]
+                raise RunError(
+                    f"{name} of the caption {printable(text[:100])!r} is not finite: take the text encoder in float32"
+                )
+        rows = {text: _pack({name: value[i] for name, value in given.items()}) for i, text in enumerate(texts)}
+        self._write(rows)
+        for text, row in rows.items():
+            self._remember(text, row)
+        return rows
+
+    def _remember(self, text: str, row: bytes) -> None:
+        if self._bytes + len(row) <= _MOST_BYTES:
+            self._rows[text] = row
+            self._bytes += len(row)
+
+    # -- the cache on disk -----------------------------------------------------------------------------------
+
+    @cached_property
+    def _key(self) -> bytes:
+        return user_key()
+
+    @cached_property
+    def _folder(self) -> Path | None:
+        """The folder of these encoders in the cache, or None if the cache cannot be written."""
+        name = hmac.new(self._key, f"1 {self.fingerprint()}".encode(), hashlib.sha256).hexdigest()
+        folder = cache_folder() / "captions" / name
+        try:
+            claim_folder(folder, "a cache of embeddings")
+            with suppress(BlockingIOError), _locked(folder, fcntl.LOCK_EX | fcntl.LOCK_NB):
+                remove_leftovers(folder, "[0-9a-f]{64}")  # of killed processes, since no other process writes now
+        except OSError as error:
+            _warn(folder, error)
+            return None
+        return folder
+
+    def _path(self, folder: Path, text: str) -> Path:
+        return folder / hmac.new(self._key, text.encode(), hashlib.sha256).hexdigest()
+
+    def _sign(self, path: Path, row: bytes) -> bytes:
+        return hmac.digest(self._key, f"{path.parent.name}/{path.name} ".encode() + row, "sha256")
+
+    def _is_kept(self, text: str) -> bool:
+        return self._folder is not None and self._path(self._folder, text).is_file()
+
+    def _read(self, text: str) -> bytes | None:
+        if self._folder is None:
+            return None
+        path = self._path(self._folder, text)
+        try:
+            with open_regular(path) as file:
+                signature, row = file.read(_SIGNATURE), file.read()
+        except FileNotFoundError:
+            return None
+        if not hmac.compare_digest(signature, self._sign(path, row)):
+            logger.warning("%s is damaged, and is computed again", printable(path))
+            return None
+        self._remember(text, row)
+        return row
+
+    def _write(self, rows: Mapping[str, bytes]) -> None:
+        folder = self._folder
+        if folder is None:
+            return
+        try:
+            with _locked(folder, fcntl.LOCK_SH):
+                for text, row in rows.items():
+                    path = self._path(folder, text)
+                    with atomic_write(path) as file:
+                        file.write(self._sign(path, row) + row)
+        except OSError as error:  # such as a full disk: embeddings are then kept in memory only
+            _warn(folder, error)
+            self._folder = None
 
 
-def load_text(folder: Path, length: int = 120) -> Text:
-    """Load the tokenizer and the T5 encoder of a pipeline folder, on the CPU, in the type of the weights.
+@contextmanager
+def _locked(folder: Path, kind: int) -> Iterator[None]:
+    with open_regular(folder / "lock", "ab") as lock:
+        fcntl.flock(lock, kind)
+        yield
 
-    Only classes of transformers are instantiated, from files in the folder, and weights are read from safetensors.
+
+def _warn(folder: Path, error: OSError) -> None:
+    logger.warning("embeddings of captions are not kept in %s: %s", printable(folder), error.strerror or error)
+
+
+def _pack(row: Mapping[str, Tensor]) -> bytes:
+    """Return the tensors of a caption as a safetensors file, without the zeros at the end of their first dimension."""
+    kept, lengths = dict[str, Tensor](), dict[str, str]()
+    for name, value in row.items():
+        used = value.reshape(len(value), -1).ne(0).any(1).nonzero()
+        kept[name] = value[: int(used[-1]) + 1 if len(used) else 0].clone(memory_format=torch.contiguous_format)
+        lengths[name] = str(len(value))
+    return safetensors.torch.save(kept, lengths)
+
+
+def _unpack(packed: bytes) -> dict[str, Tensor]:
+    """Return the tensors that :func:`_pack` was given."""
+    size = int.from_bytes(packed[:8], "little")
+    lengths = json.loads(packed[8 : 8 + size])["__metadata__"]
+    row: dict[str, Tensor] = {}
+    for name, value in safetensors.torch.load(packed).items():
+        row[name] = value.new_zeros(int(lengths[name]), *value.shape[1:])
+        row[name][: len(value)] = value
+    return row
+
+
+# -- components of transformers ----------------------------------------------------------------------------------
+
+
+def load_tokenizer(folder: Path, part: str, kinds: Sequence[str]) -> Any:
+    """Load a tokenizer of a pipeline folder, from files in the folder alone.
 
     Arguments:
-        folder: The pipeline folder, with ``tokenizer`` and ``text_encoder``.
-        length: The number of tokens of a caption.
+        folder: The pipeline folder.
+        part: The name of the component, such as "tokenizer".
+        kinds: The supported classes of transformers.
 
     Raises:
-        InputError: If transformers is not installed, or the tokenizer or the encoder cannot be read.
+        InputError: If transformers is not installed, the component is missing or of another class, or it cannot be
+            read.
     """
-    try:
-        from transformers import T5EncoderModel, T5TokenizerFast
-    except ImportError:
-        raise InputError(
-            "a model that is conditioned on text needs transformers: pip install 'robustdiff[text]'"
-        ) from None
-    options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
-    for name in ("tokenizer", "text_encoder"):
-        if not (folder / name).is_dir():
-            raise InputError(f"{printable(folder)} has no {name}: download the model again, with all of its folders")
-    path = folder / "tokenizer"
-    try:
-        tokenizer = T5TokenizerFast.from_pretrained(str(path), **options)
-        path = folder / "text_encoder"
-        encoder, info = T5EncoderModel.from_pretrained(
-            str(path), use_safetensors=True, dtype="auto", output_loading_info=True, **options
+    path, kind = _class_of(folder, part, kinds)
+    with _reading(path):
+        tokenizer = kind.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
+    return tokenizer
+
+
+def load_encoder(folder: Path, part: str, kinds: Sequence[str]) -> Any:
+    """Load a text encoder of a pipeline folder, from safetensors, on the CPU, in the type of its weights.
+
+    A variant of the weights, such as ``fp16``, is read only if there are no others.
+
+    Arguments:
+        folder: The pipeline folder.
+        part: The name of the component, such as "text_encoder".
+        kinds: The supported classes of transformers.
+
+    Raises:
+        InputError: If transformers is not installed, the component is missing or of another class, it cannot be read,
+            or a weight is missing or not finite.
+    """
+    path, kind = _class_of(folder, part, kinds)
+    variants = {match[1] for entry in path.iterdir() if (match := _WEIGHTS.fullmatch(entry.name))}
+    with _reading(path):
+        encoder, info = kind.from_pretrained(
+            str(path),
+            use_safetensors=True,
+            dtype="auto",
+            output_loading_info=True,
+            local_files_only=True,
+            trust_remote_code=False,
+            variant=None if None in variants or not variants else min(variants),
         )
-    except Exception as error:  # for an untrusted file, transformers may raise any error
-        reason = printable(first_line(error)[:300])
-        raise InputError(
-            f"{printable(path)} cannot be read ({reason}): download it again; weights must be safetensors"
-        ) from None
     if info["missing_keys"]:
         raise InputError(f"{printable(path)} lacks the weights of {min(info['missing_keys'])}: download it again")
     for name, value in encoder.named_parameters():
         if not value.isfinite().all():
             raise InputError(f"{printable(path)}: {name} has values that are not finite: download it again")
-    return Text(tokenizer, encoder, length)
+    return encoder
+
+
+def _class_of(folder: Path, part: str, kinds: Sequence[str]) -> tuple[Path, Any]:
+    """Return the folder of a component and its class, one of the given classes of transformers."""
+    try:
+        import transformers
+    except ImportError:
+        raise InputError(
+            "a model that is conditioned on text needs transformers: pip install 'robustdiff[text]'"
+        ) from None
+    components = read_index(folder)
+    if part not in components or not (folder / part).is_dir():
+        raise InputError(f"{printable(folder)} has no {part}: download the model again, with all of its folders")
+    library, kind = components[part]
+    if library != "transformers" or kind not in kinds:
+        index = printable(folder / "model_index.json")
+        raise InputError(f"{index}: {part} is {kind} of {library}, and only {kinds[0]} is supported")
+    return folder / part, getattr(transformers, kind)
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Report any error of transformers in one line, without its progress bars."""
+    from transformers.utils import logging as transformers_logging
+
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    except Exception as error:  # for an untrusted file, transformers may raise any error
+        reason = printable(first_line(error)[:300])
+        raise InputError(
+            f"{printable(path)} cannot be read ({reason}): download it again; weights must be safetensors"
+        ) from None
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()

@@ -25,6 +25,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from robustdiff.backbones.model import Model, load_model
@@ -83,6 +84,7 @@ class Generator:
             the checkpoint's scheduler.
         prompts: The captions for text-conditional networks; image i has the caption with the number i modulo their
             number.
+        negative: The caption that takes the place of the empty condition in guidance; None for the empty condition.
 
     Raises:
         InputError: If the sampler is unknown or does not suit the model, or the label does not exist.
@@ -99,14 +101,19 @@ class Generator:
     guidance: float | None = None
     options: dict[str, Any] | None = None
     prompts: tuple[str, ...] = ()
+    negative: str | None = None
 
     @classmethod
-    def of(cls, model: Model, *, data_classes: int | None = None, **settings: Any) -> Generator:
+    def of(
+        cls, model: Model, *, data_classes: int | None = None, data_captions: tuple[str, ...] = (), **settings: Any
+    ) -> Generator:
         """Create a generator of a model.
 
         Arguments:
             model: The model.
             data_classes: The number of classes of the data. If the network embeds one more, the last is a null class.
+            data_captions: The captions of the data, which are the prompts of a network that takes captions if no others
+                are given.
             settings: The other fields. By default, or if they are None, the sampler is the first that suits the model,
                 and the number of steps is the sampler's default.
 
@@ -118,6 +125,8 @@ class Generator:
             settings["steps"] = SAMPLERS[sampler].default_steps
         if data_classes is not None and getattr(model.condition, "embedded", None) == data_classes + 1:
             settings = {"num_classes": data_classes, **settings}
+        if model.condition.takes_captions and not settings.get("prompts"):
+            settings["prompts"] = data_captions
         return cls(model, sampler, **settings)
 
     @classmethod
@@ -154,8 +163,19 @@ class Generator:
         condition = self.condition
         if condition.takes_captions != bool(self.prompts):
             if self.prompts:
-                raise InputError("this model is not conditioned on captions: leave --prompt out")
-            raise InputError("this model is conditioned on captions: give one or more by --prompt")
+                raise InputError("this model is not conditioned on captions: leave --prompt out (evaluate: --prompts)")
+            raise InputError(
+                "this model is conditioned on captions: give one or more by --prompt (evaluate: --prompts FILE)"
+            )
+        if self.negative is not None:
+            if not condition.takes_captions:
+                raise InputError("this model is not conditioned on captions: leave --negative out")
+            if self.model.backbone.guidance is not None:
+                raise InputError(
+                    "this network takes the scale of guidance itself, with no second caption: leave --negative out"
+                )
+            if self.guidance in (None, 1):
+                raise InputError("a negative caption takes part in guidance alone: give --guidance above 1 as well")
         if self.guidance is not None:
             condition.empty()
         classes = condition.classes
@@ -186,6 +206,10 @@ class Generator:
             return None
         return torch.tensor([i % self.classes if self.label is None else self.label for i in indices])
 
+    def captions(self, indices: range) -> list[str] | None:
+        """Return the captions of some images, or None if the network takes none."""
+        return [self.prompts[i % len(self.prompts)] for i in indices] if self.prompts else None
+
     def images(self, indices: range) -> Iterator[tuple[range, Tensor]]:
         """Yield the images of a range in batches: the numbers, and the images as uint8 (B, C, H, W) on the CPU."""
         for batch in self.batches(indices):
@@ -210,7 +234,11 @@ class Generator:
         model.network.eval()
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision)
         noise = ImageNoise(self.seed, batch, model.shape, model.device)
-        prompts = [self.prompts[i % len(self.prompts)] for i in batch] if self.prompts else None
+        unconditional = None
+        if self.negative is not None:
+            unconditional = self.condition.batch(None, [self.negative], None)
+        elif self.guidance is not None:
+            unconditional = self.condition.empty()
         labels = None if labels is None else labels.to(model.device)
         with torch.autocast(model.device.type, dtype, enabled=dtype is not None):
             return sample(
@@ -220,9 +248,9 @@ class Generator:
                 self.steps,
                 latents=noise.draw(),
                 step_noise=noise,
-                condition=self.condition.batch(labels, prompts, None),
+                condition=self.condition.batch(labels, self.captions(batch), None),
                 guidance=self.guidance,
-                unconditional=None if self.guidance is None else self.condition.empty(),
+                unconditional=unconditional,
                 **(self.options or {}),  # the model brings the others
                 **more,
             )
@@ -337,6 +365,10 @@ def write_pngs(
 ) -> bool:
     """Write ``000000.png``, … into a folder. Existing files are kept, so that an interrupted call can be continued.
 
+    A PNG of a caption has text chunks: ``prompt``, ``negative_prompt`` and ``guidance`` if they are given, ``sampler``,
+    ``steps``, ``seed``, ``number`` (the image's, on which its noise depends as well) and ``model``, the sha256 of the
+    network's parameters.
+
     The file :data:`RECORD` in the folder holds the settings. A call with the same settings and a larger number of
     images adds those that are missing.
 
@@ -369,9 +401,31 @@ def write_pngs(
                 for i, image in zip(batch, images.permute(0, 2, 3, 1).numpy(), strict=True):
                     if i in missing:
                         with atomic_write(missing[i]) as file:
-                            Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).save(file, "png")
+                            picture = Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image)
+                            picture.save(file, "png", pnginfo=_texts(generator, settings["network"], i))
         progress.advance(len(numbers) * accelerator.num_processes)
     return any(gather_object([made]))
+
+
+def _texts(generator: Generator, network: str, index: int) -> PngInfo | None:
+    """Return the text chunks of a PNG: how an image of a caption was made. PNGs of other models have none."""
+    captions = generator.captions(range(index, index + 1))
+    if captions is None:
+        return None
+    texts = PngInfo()
+    for name, value in (
+        ("prompt", captions[0]),
+        ("negative_prompt", generator.negative),
+        ("guidance", generator.guidance),
+        ("sampler", generator.sampler),
+        ("steps", generator.steps),
+        ("seed", generator.seed),
+        ("number", index),
+        ("model", network),
+    ):
+        if value is not None:
+            texts.add_text(name, str(value))
+    return texts
 
 
 def _settings(generator: Generator) -> dict[str, Any]:
@@ -393,7 +447,8 @@ def _settings(generator: Generator) -> dict[str, Any]:
         "guidance": generator.guidance,
         "options": generator.sampling,
         **({"codec": model.codec.fingerprint()} if model.codec.components else {}),
-        **({"prompts": generator.prompts} if generator.prompts else {}),
+        **({"prompts": generator.prompts, "text": model.condition.fingerprint()} if generator.prompts else {}),
+        **({"negative": generator.negative} if generator.negative is not None else {}),
     }
     loaded: dict[str, Any] = json.loads(json.dumps(settings, default=repr))
     return loaded
