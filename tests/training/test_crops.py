@@ -131,3 +131,41 @@ def test_a_run_in_buckets_resumes_bit_for_bit(robustdiff: Any, images: Path, tmp
             assert outcome.code == 0, outcome.err
         weights.append(load_file(tmp_path / output / "model/unet/diffusion_pytorch_model.safetensors"))
     assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+
+
+def test_an_xl_is_called_with_the_geometry_of_crops_in_buckets(
+    images: Path, make_sd_pipeline: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("transformers")
+    path = make_sd_pipeline(tmp_path / "xl", "xl")
+    for k in range(len(SIZES)):
+        (images / f"{k:02d}.txt").write_text("red" if k % 2 else "blue")
+    data = {"size": 8, "channels": 3, "buckets": True, "bucket_step": 4, "crop": "random", "flip": True}
+    recipe = recipe_of(images, data, model={"name": "pretrained", "path": str(path)}, steps=1)
+    dataset = recipe.data.load()
+    trainer = Trainer(recipe, _accelerator(recipe, True), dataset, build_model(recipe, dataset))
+    called: list[Any] = []
+    network = trainer.built.model.network
+    original = network.forward
+
+    def forward(x: torch.Tensor, *arguments: Any, **condition: Any) -> Any:
+        called.append((tuple(x.shape), condition["added_cond_kwargs"]["time_ids"]))
+        return original(x, *arguments, **condition)
+
+    monkeypatch.setattr(network, "forward", forward)
+    shapes = set()
+    for draws in islice(trainer.batches(), 12):
+        with torch.no_grad():
+            trainer.objective(trainer.call, draws[0])
+        (shape, ids), draw = called.pop(), draws[0]
+        shapes.add(shape)
+        assert shape == tuple(draw.x0.shape)
+        height, width = 2 * shape[2], 2 * shape[3]
+        assert ids[:, 4:].tolist() == [[height, width]] * 4
+        for original_height, original_width, top, left in ids[:, :4].tolist():
+            assert (original_height, original_width) in SIZES
+            scale = max(height / original_height, width / original_width)
+            assert 0 <= top <= original_height * scale - height + 1
+            assert 0 <= left <= original_width * scale - width + 1
+        trainer.batch += 1
+    assert shapes == {(4, 4, 4, 4), (4, 4, 2, 6), (4, 4, 6, 2)}
