@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
+import secrets
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +18,13 @@ import torch
 from diffusers.models.unets.unet_2d import UNet2DModel
 
 from robustdiff import cli
+
+with suppress(ImportError):  # the tests of devices need nothing beside the package and pytest
+    from hypothesis import HealthCheck, settings
+
+    # On a busy machine everything is slow.
+    settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    settings.load_profile("busy")
 
 TINY = [
     "model.channels=[8,16]",
@@ -38,10 +48,18 @@ class Outcome:
     err: str
 
 
-@pytest.fixture(autouse=True)
-def _cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No test reads or fills the user's cache."""
-    monkeypatch.setenv("ROBUSTDIFF_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+@pytest.fixture(scope="session", autouse=True)
+def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """No test reads or fills the user's cache; the workers of pytest-xdist share one, with its key."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "cache"
+    folder.mkdir(exist_ok=True)
+    (base / "key").write_bytes(secrets.token_bytes(32))
+    with suppress(FileExistsError):  # of the worker that was first
+        os.link(base / "key", folder / "key")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ROBUSTDIFF_CACHE", str(folder))
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -63,6 +81,12 @@ def robustdiff(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[st
         return Outcome(int(stop.value.code or 0), captured.out, captured.err)
 
     return run
+
+
+@pytest.fixture
+def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Studies are worked at in this process, where torch is imported, and not by workers that import it first."""
+    monkeypatch.setattr("robustdiff.study.run.run_workers", lambda call, parts: not parts or call(parts[0]))
 
 
 @pytest.fixture(scope="session")
@@ -182,6 +206,151 @@ def make_sd_pipeline(make_clip: Callable[..., tuple[Any, Any]]) -> Callable[...,
         return folder
 
     return make
+
+
+WORDS = ["<pad>", "</s>", "<unk>", "▁", "▁a", "▁red", "▁blue", "▁shoe", "▁shirt", "s", "h", "o", "e"]
+"""The tokens of a T5."""
+
+
+@pytest.fixture(scope="session")
+def make_t5() -> Callable[..., tuple[Any, Any]]:
+    """make_t5(seed=0, words=WORDS, **config): a tokenizer, and a T5 of width 12."""
+    transformers = pytest.importorskip("transformers")
+
+    def make(seed: int = 0, words: list[str] = WORDS, **changes: Any) -> tuple[Any, Any]:
+        torch.manual_seed(seed)
+        config = {
+            "vocab_size": len(words),
+            "d_model": 12,
+            "d_kv": 6,
+            "d_ff": 16,
+            "num_layers": 1,
+            "num_heads": 2,
+            "feed_forward_proj": "gated-gelu",
+        }
+        tokenizer = transformers.T5Tokenizer(vocab=[(word, -float(i > 2)) for i, word in enumerate(words)], extra_ids=0)
+        return tokenizer, transformers.T5EncoderModel(transformers.T5Config(**{**config, **changes}))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_shifted_vae() -> Callable[..., Any]:
+    """make_shifted_vae(channels=4): a VAE of factor 2 as those of SD 3 and Flux, shifted and without quant_conv."""
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+
+    def make(channels: int = 4) -> AutoencoderKL:
+        torch.manual_seed(0)
+        return AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2,
+            block_out_channels=(8, 8),
+            norm_num_groups=4,
+            latent_channels=channels,
+            sample_size=8,
+            scaling_factor=1.5,
+            shift_factor=0.06,
+            use_quant_conv=False,
+            use_post_quant_conv=False,
+        )
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_sd3_pipeline(
+    make_clip: Callable[..., tuple[Any, Any]],
+    make_t5: Callable[..., tuple[Any, Any]],
+    make_shifted_vae: Callable[..., Any],
+) -> Callable[..., Path]:
+    """make_sd3_pipeline(folder, t5=True, scheduler=None, **changes of the transformer): a StableDiffusion3Pipeline.
+
+    Images are (3, 8, 8) and latents (4, 4, 4). Without t5 there is no third text encoder. The folder is returned.
+    """
+    import diffusers
+
+    def make(folder: Path, t5: bool = True, scheduler: Any = None, **changes: Any) -> Path:
+        encoders = [make_clip(8, 6), make_clip(12, 8), make_t5(d_model=24) if t5 else (None, None)]
+        parts: dict[str, Any] = {}
+        for number, pair in zip(("", "_2", "_3"), encoders, strict=True):
+            parts[f"tokenizer{number}"], parts[f"text_encoder{number}"] = pair
+        torch.manual_seed(0)
+        own = {
+            "sample_size": 4,
+            "patch_size": 2,
+            "in_channels": 4,
+            "out_channels": 4,
+            "num_layers": 2,
+            "attention_head_dim": 8,
+            "num_attention_heads": 2,
+            "joint_attention_dim": 24,
+            "caption_projection_dim": 16,
+            "pooled_projection_dim": 14,
+            "pos_embed_max_size": 4,
+        }
+        parts["transformer"] = diffusers.SD3Transformer2DModel(**{**own, **changes})
+        parts["scheduler"] = scheduler or diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+        diffusers.StableDiffusion3Pipeline(vae=make_shifted_vae(), **parts).save_pretrained(folder)
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_flux_pipeline(
+    make_clip: Callable[..., tuple[Any, Any]],
+    make_t5: Callable[..., tuple[Any, Any]],
+    make_shifted_vae: Callable[..., Any],
+) -> Callable[..., Path]:
+    """make_flux_pipeline(folder, dev=True, scheduler=None, **changes of the transformer): a FluxPipeline.
+
+    Sides of images are multiples of 4 pixels. A network of dev takes a scale of guidance, and its times are shifted
+    dynamically; otherwise it is as schnell's. The folder is returned.
+    """
+    import diffusers
+
+    def make(folder: Path, dev: bool = True, scheduler: Any = None, **changes: Any) -> Path:
+        parts: dict[str, Any] = dict(zip(("tokenizer", "text_encoder"), make_clip(8), strict=True))
+        parts["tokenizer_2"], parts["text_encoder_2"] = make_t5(d_model=24)
+        torch.manual_seed(0)
+        own = {
+            "in_channels": 16,
+            "num_layers": 1,
+            "num_single_layers": 1,
+            "attention_head_dim": 16,
+            "num_attention_heads": 2,
+            "joint_attention_dim": 24,
+            "pooled_projection_dim": 8,
+            "axes_dims_rope": (4, 4, 8),
+            "guidance_embeds": dev,
+        }
+        parts["transformer"] = diffusers.FluxTransformer2DModel(**{**own, **changes})
+        dynamic = {"use_dynamic_shifting": True, "shift": 3.0, "base_image_seq_len": 4, "max_image_seq_len": 64}
+        parts["scheduler"] = scheduler or diffusers.FlowMatchEulerDiscreteScheduler(**(dynamic if dev else {}))
+        diffusers.FluxPipeline(vae=make_shifted_vae(), **parts).save_pretrained(folder)
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def clip_folder(make_clip: Callable[..., tuple[Any, Any]], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a tiny CLIP with random weights, for images (3, 12, 12) and the captions of make_clip."""
+    transformers = pytest.importorskip("transformers")
+    folder = tmp_path_factory.mktemp("clip") / "tiny"
+    tokenizer, encoder = make_clip()
+    vision = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    vision |= {"image_size": 12, "patch_size": 4}
+    config = transformers.CLIPConfig(text_config=encoder.config.to_dict(), vision_config=vision, projection_dim=8)
+    model = transformers.CLIPModel(config)
+    with torch.no_grad():  # as they are initialised, all captions would have nearly the same embedding
+        for parameter in model.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    processor = {"image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": 12}, "crop_size": 12}
+    (folder / "preprocessor_config.json").write_text(json.dumps(processor))
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -271,7 +271,8 @@ def _like(value: Any, default: Any) -> bool:
         case str():
             return isinstance(value, str)
         case tuple() | list():
-            return isinstance(value, list) and all(type(v) is type(default[0]) for v in value) and len(value) > 0
+            kind = type(default[0]) if default else int  # an empty default is a list of layers
+            return isinstance(value, list) and all(type(v) is kind for v in value) and (len(value) > 0 or not default)
     return True
 
 

@@ -168,6 +168,14 @@ def test_euler_gives_what_diffusers_flow_matching_gives(settings, steps):
     torch.testing.assert_close(mine, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("steps", [1, 4])
+def test_the_levels_of_a_second_order_solver_are_visited_once(steps):
+    scheduler = diffusers.FlowMatchHeunDiscreteScheduler(shift=3.0)
+    _, times = ours(scheduler, "euler", steps, clip=False)
+    scheduler.set_timesteps(steps)
+    assert times == pytest.approx(scheduler.timesteps[::2].tolist())
+
+
 @pytest.mark.parametrize("kind", ["UniPCMultistepScheduler", "DPMSolverMultistepScheduler"])
 def test_a_multistep_scheduler_of_flow_sigmas_is_a_flow(kind):
     scheduler = getattr(diffusers, kind)(use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0)
@@ -257,6 +265,7 @@ def test_zero_terminal_snr_with_v_is_right_at_the_last_time(monkeypatch):
         (lambda: diffusers.DDPMScheduler(50, trained_betas=np.linspace(0, 0.02, 50)), "ᾱ = 1 at time 0"),
         (lambda: diffusers.DPMSolverMultistepScheduler(use_flow_sigmas=True), "prediction_type=epsilon"),
         (lambda: diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True), "use_dynamic_shifting"),
+        (lambda: diffusers.FlowMatchEulerDiscreteScheduler(stochastic_sampling=True), "stochastic_sampling=true"),
         (lambda: diffusers.EDMEulerScheduler(prediction_type="v_prediction"), "prediction_type=v_prediction"),
         (lambda: diffusers.EDMEulerScheduler(sigma_schedule="exponential"), "sigma_schedule=exponential"),
         (lambda: diffusers.ScoreSdeVeScheduler(), "ScoreSdeVeScheduler"),

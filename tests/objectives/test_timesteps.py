@@ -5,10 +5,19 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from scipy.special import logit, ndtr
 from scipy.stats import kstest
 
 from robustdiff.errors import InputError
-from robustdiff.objectives.timesteps import Continuous, LogNormal, LogNormalLevels, LossSecondMoment, Uniform, uniform
+from robustdiff.objectives.timesteps import (
+    TIMESTEPS,
+    Continuous,
+    LogNormal,
+    LogNormalLevels,
+    LossSecondMoment,
+    Uniform,
+    uniform,
+)
 from robustdiff.process import DiffusionProcess
 
 
@@ -104,6 +113,22 @@ def test_the_times_of_a_flow_are_drawn_at_all_fractions(shift):
     assert kstest(u.numpy(), "uniform").pvalue > 0.01
     assert len(t.unique()) > 19_000
     assert isinstance(uniform(DiffusionProcess.cosine(5)), Uniform)
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_the_times_of_a_flow_are_drawn_logit_normally_at_its_fractions(shift):
+    """logit u ~ N(0, 1) (Esser et al., 2024, equation 19), and the shift is a translation: logit σ = logit u + ln s."""
+    t, weight = TIMESTEPS["logit-normal"](DiffusionProcess.flow(5, shift)).draw(
+        20_000, torch.Generator().manual_seed(0)
+    )
+    assert weight is None
+    assert kstest(logit(t.double().numpy() / 1000) - np.log(shift), "norm").pvalue > 0.01
+
+
+def test_the_times_of_a_table_are_drawn_logit_normally_too():
+    t, _ = TIMESTEPS["logit-normal"](DiffusionProcess.cosine(4)).draw(100_000, torch.Generator().manual_seed(0))
+    edge = ndtr(logit(0.25))
+    np.testing.assert_allclose(np.bincount(t) / len(t), [edge, 0.5 - edge, 0.5 - edge, edge], atol=0.005)
 
 
 @pytest.mark.parametrize(("mean", "std"), [(100.0, 1.0), (-1.2, 5.0), (0.0, 0.0), (float("nan"), 1.0)])

@@ -12,14 +12,15 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
-from torch import nn
+from torch import Tensor, nn
 
+from robustdiff.backbones.lora import LoraSection
 from robustdiff.codecs.codec import Codec, Shape
 from robustdiff.conditions.condition import Condition
 from robustdiff.errors import InputError
 from robustdiff.loading import Components
 from robustdiff.registry import Registry
-from robustdiff.section import Fraction, Named, Text
+from robustdiff.section import Fraction, Named, Text, refusal
 
 __all__ = ["BACKBONES", "SECTIONS", "Backbone", "BackboneSection", "PretrainedSection"]
 
@@ -31,6 +32,19 @@ class BackboneSection(Named):
     condition_dropout: Fraction = Field(
         0.0, description="fraction of conditions replaced by the empty one, for classifier-free guidance; 0: none"
     )
+    lora: LoraSection | None = Field(
+        None, description="train a low-rank adapter of the pretrained model; by default all of its weights"
+    )
+
+    @model_validator(mode="after")
+    def _adapts_what_is_there(self) -> BackboneSection:
+        if self.lora is not None and self.source is None:
+            raise refusal(
+                "lora",
+                f"a LoRA adapts a pretrained model, and model={self.name} is a new one: set model.name=pretrained and "
+                "model.path, or leave model.lora out",
+            )
+        return self
 
     gradient_checkpointing: bool = Field(
         False, description="compute activations again in the backward pass, which takes less memory and more time"
@@ -59,6 +73,13 @@ class BackboneSection(Named):
         """
         raise NotImplementedError
 
+    def configure(self, backbone: Backbone) -> None:
+        """Apply the settings of the section to a pretrained network.
+
+        Raises:
+            InputError: If the network does not have such a setting.
+        """
+
 
 class PretrainedSection(BackboneSection):
     """The section ``model`` of a recipe that fine-tunes a pretrained network."""
@@ -68,6 +89,9 @@ class PretrainedSection(BackboneSection):
     size: int | None = Field(
         None, ge=1, le=2**16, description="side of the images in pixels, if it differs from the checkpoint's"
     )
+    guidance: float | None = Field(
+        None, ge=0, description="scale of guidance to train at, for networks that take one (Flux dev); by default 3.5"
+    )
 
     @property
     def source(self) -> str:
@@ -76,6 +100,12 @@ class PretrainedSection(BackboneSection):
     @property
     def side(self) -> int | None:
         return self.size
+
+    def configure(self, backbone: Backbone) -> None:
+        if self.guidance is not None:
+            if backbone.guidance is None:
+                raise InputError(f"the model {self.path} takes no scale of guidance: leave model.guidance out")
+            backbone.guidance = self.guidance
 
     @model_validator(mode="before")
     @classmethod
@@ -96,15 +126,22 @@ class Backbone(ABC):
         part: The name of the network in a pipeline folder.
         classes: The classes of the network by (library, class) as in ``model_index.json``.
         others: The other components that pipelines of the family may have, besides the scheduler.
+        linear_levels: Whether pipelines of the family give a flow-matching scheduler the levels 1, (S − 1)/S, …, 1/S,
+            instead of leaving the choice of S levels to it.
+        guidance: The scale of guidance that the network is called with where none is given; None if it takes none.
+        square: Whether the network takes square images alone.
     """
 
     section: ClassVar[type[BackboneSection] | None] = None
     part: ClassVar[str]
     classes: ClassVar[dict[tuple[str, str], type[nn.Module]]]
     others: ClassVar[frozenset[str]] = frozenset()
+    linear_levels: ClassVar[bool] = False
+    square: ClassVar[bool] = False
 
     def __init__(self, network: Any) -> None:
         self.network = network
+        self.guidance: float | None = None
 
     @classmethod
     def reads(cls, components: Components) -> bool:
@@ -137,6 +174,37 @@ class Backbone(ABC):
         """Return the network, or a wrapper of it, as a function of (x, t, **condition) for objectives and samplers."""
         return network
 
+    def check_scheduler(self, scheduler: Any, path: str) -> None:  # noqa: B027  (most families have any scheduler)
+        """Check that pipelines of the family can have a scheduler.
+
+        Arguments:
+            scheduler: The diffusers scheduler.
+            path: The name of the model in messages.
+
+        Raises:
+            InputError: If they cannot.
+        """
+
+    def embed_guidance(self, scale: float, like: Tensor) -> dict[str, Tensor] | None:
+        """Return the arguments by which the network itself takes a scale of guidance, in training and in sampling.
+
+        Arguments:
+            scale: The scale.
+            like: The input of the network, with shape (B, C, H, W).
+
+        Returns:
+            Tensors with B rows by argument; None if the network takes no scale, so that guidance is classifier-free.
+
+        Raises:
+            InputError: If the scale is out of range.
+        """
+        return None
+
+    @property
+    def tokens(self) -> int | None:
+        """The number of tokens of an input, by which schedulers shift times dynamically; None if there are none."""
+        return None
+
     def corrected(self, scheduler: Any) -> Any:
         """Return a scheduler with the settings that the pipelines of the family use in place of its own."""
         return scheduler
@@ -165,6 +233,11 @@ class Backbone(ABC):
     def learned_variance(self) -> bool:
         """True if the network has 2C output channels, the second half of which is a learned variance."""
         return bool(self.network.config.out_channels == 2 * self.network.config.in_channels)
+
+    @property
+    def guidance_embedding(self) -> int | None:
+        """The width of the embedding of the guidance strength that the network takes as ``timestep_cond``, or None."""
+        return None
 
     @property
     def size(self) -> tuple[int, int] | None:

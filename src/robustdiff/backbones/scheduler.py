@@ -1,9 +1,10 @@
 r"""The process, the parameterisation and the settings of sampling that a checkpoint's diffusers scheduler defines.
 
     diffusion     any scheduler with ᾱ_t (DDPM, DDIM, Euler, DPM-Solver, …), with its prediction_type
-    flow          FlowMatch…, and any with use_flow_sigmas, with any fixed shift
+    flow          FlowMatch…, and any with use_flow_sigmas, with any fixed or dynamic shift
     edm           EDMEulerScheduler and EDMDPMSolverMultistepScheduler: a denoiser in Karras et al.'s preconditioning
     consistency   CMStochasticIterativeScheduler
+    lcm           LCMScheduler: a latent consistency model over the process of a diffusion model
 
 Euler-like schedulers scale the network's input to x/√(1 + σ²), the variance-preserving point, so the process is the one
 with ᾱ_t. (:meth:`DiffusionProcess.from_scheduler` returns the process of ``add_noise`` instead, with α = 1.)
@@ -12,24 +13,32 @@ diffusers' EDM schedulers call a denoiser at the time ln σ/4. Denoisers trained
 convention of Song et al. for consistency models and their teachers; their scheduler stores the factor as
 ``_time_scale``. Schedulers written by this package also have ``_timestep_spacing: own``, with which each sampler uses
 its own default spacing. (diffusers preserves fields that begin with an underscore, and ignores them.)
+
+The shift s of a flow (Esser et al., 2024, equation 23) is a number, or with ``use_dynamic_shifting`` a function of the
+number of tokens of an image: s = e^μ or, with ``time_shift_type: linear``, s = μ, where μ is on the line through
+(``base_image_seq_len``, ``base_shift``) and (``max_image_seq_len``, ``max_shift``), as in the pipelines of Flux and
+Stable Diffusion 3. Images of one size have one shift, in the process of training and in the levels of sampling.
 """
 
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from pydantic import ValidationError
 from torch import Tensor
 
 from robustdiff.backbones.backbone import Backbone
-from robustdiff.errors import InputError
+from robustdiff.errors import InputError, first_line
 from robustdiff.objectives.consistency import ConsistencyConfig
 from robustdiff.objectives.denoising import DenoisingConfig
 from robustdiff.objectives.edm import EdmConfig
+from robustdiff.objectives.latent_consistency import LatentConsistencyConfig
 from robustdiff.objectives.objective import ObjectiveConfig
 from robustdiff.objectives.preconditioning import (
     Denoise,
@@ -45,7 +54,7 @@ from robustdiff.samplers.spacing import scheduled
 
 __all__ = ["Kind", "denoiser_of", "kind_of", "mark_as_own", "model_of", "objective_of", "process_of", "sampling_of"]
 
-Kind = Literal["diffusion", "flow", "edm", "consistency"]
+Kind = Literal["diffusion", "flow", "edm", "consistency", "lcm"]
 
 _TIME_SCALE = 250.0
 _FIXED = ("fixed_small", "fixed_large", "fixed_small_log", "fixed_large_log")
@@ -69,6 +78,8 @@ def kind_of(scheduler: Any) -> Kind:
     name, config = type(scheduler).__name__, scheduler.config
     if name == "CMStochasticIterativeScheduler":
         return "consistency"
+    if name == "LCMScheduler":
+        return "lcm"
     if name in ("EDMEulerScheduler", "EDMDPMSolverMultistepScheduler"):
         return "edm"
     if name.startswith("FlowMatch") or config.get("use_flow_sigmas", False):
@@ -97,8 +108,41 @@ def _incorrect(scheduler: Any, error: Exception) -> InputError:
     return InputError(f"{type(scheduler).__name__}: {error}: correct scheduler_config.json")
 
 
-def process_of(scheduler: Any) -> DiffusionProcess:
+def _mu_of(scheduler: Any, backbone: Backbone | None) -> float | None:
+    """Return the μ of a dynamic shift for the size of a network's input; None if the shift is fixed."""
+    config = scheduler.config
+    if not config.get("use_dynamic_shifting", False):
+        return None
+    tokens = None if backbone is None else backbone.tokens
+    if tokens is None:
+        raise InputError(
+            "use_dynamic_shifting=true in scheduler_config.json is for networks of tokens, such as Flux: set a fixed "
+            "shift instead"
+        )
+    names = ("base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len")
+    values = [config.get(name) for name in names]
+    if not all(type(value) in (int, float) for value in values) or values[2] == values[3]:
+        given = ", ".join(f"{name}={value}" for name, value in zip(names, values, strict=True))
+        raise InputError(f"use_dynamic_shifting=true needs a line, and scheduler_config.json has {given}: correct it")
+    low, high, first, last = values
+    return float(low + (high - low) * (tokens - first) / (last - first))
+
+
+def _shift_of(scheduler: Any, backbone: Backbone | None) -> float:
+    """Return the shift s of a flow-matching scheduler."""
+    config, mu = scheduler.config, _mu_of(scheduler, backbone)
+    if mu is not None:
+        return mu if config.get("time_shift_type") == "linear" else math.exp(mu)
+    shift = config.get("shift", config.get("flow_shift"))
+    return 1.0 if shift is None else float(shift)
+
+
+def process_of(scheduler: Any, backbone: Backbone | None = None) -> DiffusionProcess:
     """Return the process of a scheduler, which defines the times of :func:`model_of`.
+
+    Arguments:
+        scheduler: The diffusers scheduler.
+        backbone: The network, whose number of tokens defines the shift of a scheduler with dynamic shifting.
 
     Raises:
         InputError: If the scheduler defines no process, or its table has an invalid noise level.
@@ -110,15 +154,11 @@ def process_of(scheduler: Any) -> DiffusionProcess:
         case "edm":
             return OverTimes.process(_sigmas_of(scheduler))
         case "flow":
-            for name in ("use_dynamic_shifting", "invert_sigmas"):
-                if config.get(name, False):
-                    raise InputError(
-                        f"{name}=true in scheduler_config.json is not supported: set a fixed shift instead"
-                    )
-            shift = config.get("shift", config.get("flow_shift"))
+            if config.get("invert_sigmas", False):
+                raise InputError("invert_sigmas=true in scheduler_config.json is not supported: set it to false")
             try:
                 T = config.num_train_timesteps
-                return DiffusionProcess.flow(T, 1.0 if shift is None else float(shift), time_scale=T)
+                return DiffusionProcess.flow(T, _shift_of(scheduler, backbone), time_scale=T)
             except (ValueError, TypeError, ArithmeticError) as error:
                 raise _incorrect(scheduler, error) from None
     try:
@@ -175,6 +215,17 @@ def objective_of(scheduler: Any, backbone: Backbone) -> ObjectiveConfig:
             "prediction_type=epsilon does not go with zero terminal SNR (rescale_betas_zero_snr), where x_0 does not "
             "follow from the noise: such a model predicts v_prediction; correct scheduler_config.json"
         )
+    if kind == "lcm":
+        if learned:
+            raise InputError("a latent consistency model has no learned variance, and the network has 2C channels")
+        steps, scaling = config.original_inference_steps, config.timestep_scaling
+        try:
+            return LatentConsistencyConfig(prediction=given, solver_steps=steps, timestep_scaling=scaling)
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise InputError(
+                f"LCMScheduler: {first['loc'][0]}: {first['msg']}: correct scheduler_config.json"
+            ) from None
     return DenoisingConfig(prediction=given, variance="learned_range" if learned else "fixed")
 
 
@@ -205,7 +256,8 @@ def denoiser_of(scheduler: Any, backbone: Backbone, network: Callable[..., Any] 
     if kind == "edm":
         return _preconditioned(scheduler, network)
     if kind != "diffusion":
-        name = {"flow": "a flow-matching model", "consistency": "a consistency model"}[kind]
+        names = {"flow": "a flow-matching model", "lcm": "a latent consistency model"}
+        name = names.get(kind, "a consistency model")
         raise InputError(f"{name} cannot be a teacher: give a diffusion model, or one trained with objective=edm")
     return DiffusionDenoiser(network, process_of(scheduler), objective_of(scheduler, backbone).prediction)
 
@@ -230,14 +282,34 @@ class _TableSpacing:
 
 @dataclass(frozen=True)
 class _FlowSpacing:
-    """The levels σ of a flow-matching scheduler, in descending order."""
+    """The levels σ of a flow-matching scheduler, in descending order.
+
+    Attributes:
+        scheduler: The scheduler.
+        mu: The μ of a dynamic shift; None if the shift is fixed.
+        linear: Whether the scheduler is given the levels 1, (S − 1)/S, …, 1/S, which it shifts.
+    """
 
     scheduler: Any
+    mu: float | None = field(default=None, repr=False)
+    linear: bool = field(default=False, repr=False)
 
     def __call__(self, steps: int, T: int) -> Tensor:
         scheduler = copy.deepcopy(self.scheduler)
-        scheduler.set_timesteps(steps)
-        sigmas: Tensor = scheduler.sigmas[:steps].to(torch.float64)
+        given: dict[str, Any] = {"num_inference_steps": steps}
+        if self.linear and not scheduler.config.get("use_flow_sigmas", False):
+            given["sigmas"] = np.linspace(1.0, 1 / steps, steps)
+        if self.mu is not None:
+            given["mu"] = self.mu
+        try:
+            scheduler.set_timesteps(**given)
+        except Exception as error:  # the classes differ in the arguments that they take, and check few of them
+            raise InputError(
+                f"{type(scheduler).__name__} of the checkpoint makes no {steps} levels ({first_line(error)}): use "
+                "FlowMatchEulerDiscreteScheduler, or choose a --spacing"
+            ) from None
+        # Solvers of second order have each level but the first twice.
+        sigmas = torch.unique_consecutive(scheduler.sigmas.to(torch.float64))[:steps]
         if not bool(((sigmas > 0) & (sigmas <= 1)).all()):
             raise InputError(
                 f"the checkpoint's scheduler has no {steps} levels in (0, 1] to visit: choose another number of steps, "
@@ -259,8 +331,8 @@ class _UnknownSpacing:
         )
 
 
-def sampling_of(scheduler: Any) -> dict[str, Any]:
-    """Return a scheduler's settings of sampling, as arguments of :func:`robustdiff.sample`.
+def sampling_of(scheduler: Any, backbone: Backbone | None = None) -> dict[str, Any]:
+    """Return a scheduler's settings of sampling for a network, as arguments of :func:`robustdiff.sample`.
 
     Each setting applies to the samplers that take it. ``clip`` is present only if the scheduler has a setting for
     clipping, and ``spacing`` only if it differs from the samplers' own.
@@ -270,24 +342,29 @@ def sampling_of(scheduler: Any) -> dict[str, Any]:
         result["clip"] = DynamicThreshold(config.dynamic_thresholding_ratio, config.sample_max_value)
     elif "clip_sample" in config:
         result["clip"] = float(config.get("clip_sample_range", 1.0)) if config.clip_sample else False
+    if kind_of(scheduler) == "lcm":
+        result["solver_steps"] = config.original_inference_steps
+        result["timestep_scaling"] = config.timestep_scaling
     if config.get("variance_type") in _FIXED:
         result["variance"] = config.variance_type.removesuffix("_log")
     if not config.get("set_alpha_to_one", True) and kind_of(scheduler) == "diffusion":
         result["set_alpha_to_one"] = False
     if config.get("steps_offset"):
         result["steps_offset"] = config.steps_offset
-    spacing = _spacing_of(scheduler)
+    spacing = _spacing_of(scheduler, backbone)
     if spacing is not None:
         result["spacing"] = spacing
     return result
 
 
-def _spacing_of(scheduler: Any) -> Callable[[int, int], Tensor] | None:
+def _spacing_of(scheduler: Any, backbone: Backbone | None) -> Callable[[int, int], Tensor] | None:
     config, kind = scheduler.config, kind_of(scheduler)
-    if config.get("_timestep_spacing") == "own" or kind == "consistency":
+    if config.get("_timestep_spacing") == "own" or kind in ("consistency", "lcm"):
         return None
     if kind == "flow":
-        return _FlowSpacing(scheduler)
+        if config.get("stochastic_sampling", False):
+            raise InputError("stochastic_sampling=true in scheduler_config.json is not supported: set it to false")
+        return _FlowSpacing(scheduler, _mu_of(scheduler, backbone), backbone is not None and backbone.linear_levels)
     for name in ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas"):
         if config.get(name, False):
             return _UnknownSpacing(f"{name}=true")

@@ -221,7 +221,9 @@ class DenoisingConfig(ObjectiveConfig):
     prediction: Prediction = "epsilon"  # type: ignore[misc]
     variance: Variance = "fixed"
     vb_scale: float | None = Field(None, gt=0, description="the factor of the variational bound; learned_range only")
-    timesteps: Literal["uniform", "loss-second-moment"] = Field("uniform", description="the distribution of times")
+    timesteps: Literal["uniform", "logit-normal", "loss-second-moment"] = Field(
+        "uniform", description="the distribution of times"
+    )
     input_perturbation: float = Field(0.0, ge=0, description="the strength γ of input perturbation; 0: none")
     through_target: bool = Field(False, description="true: the gradient with respect to δ includes the target")
 

@@ -11,6 +11,10 @@ losses at every t and mixed with the uniform distribution, so that every t is dr
 
 p is uniform until every t has ten losses. ADM's networks were trained with this distribution.
 
+The logit-normal distribution of flow matching (Esser et al., 2024, arXiv 2403.03206, equation 19, with m = 0 and s = 1)
+has more of the times in the middle: the fraction of the process is u = 1/(1 + e^{−z}) with z ~ N(0, 1). It replaces
+weights of the losses, so that it has none.
+
 For models over noise levels σ (Karras et al., 2022; consistency models) the distribution ln σ ~ N(P_mean, P_std²) is a
 part of the loss, and has no such weights. If time is continuous (flow matching, EDM), times are floating-point numbers;
 otherwise they are indices.
@@ -33,6 +37,7 @@ __all__ = [
     "Continuous",
     "LogNormal",
     "LogNormalLevels",
+    "LogitNormal",
     "LossSecondMoment",
     "TimestepSampler",
     "Uniform",
@@ -91,6 +96,16 @@ class Continuous(TimestepSampler):
 
     def _draw(self, n: int, generator: torch.Generator | None, device: torch.device) -> tuple[Tensor, Tensor | None]:
         return self.process.at(1 - torch.rand(n, generator=generator, device=device)), None
+
+
+class LogitNormal(TimestepSampler):
+    """The logit-normal distribution over the fractions u in (0, 1) of a process, ln(u/(1 − u)) ~ N(0, 1)."""
+
+    def __init__(self, process: DiffusionProcess) -> None:
+        self.process = process
+
+    def _draw(self, n: int, generator: torch.Generator | None, device: torch.device) -> tuple[Tensor, Tensor | None]:
+        return self.process.at(torch.randn(n, generator=generator, device=device).sigmoid()), None
 
 
 class LogNormalLevels(TimestepSampler):
@@ -244,5 +259,6 @@ def uniform(process: DiffusionProcess) -> TimestepSampler:
 
 TIMESTEPS: dict[str, Callable[[DiffusionProcess], TimestepSampler]] = {
     "uniform": uniform,
+    "logit-normal": LogitNormal,
     "loss-second-moment": lambda process: LossSecondMoment(len(process)),
 }

@@ -1,0 +1,285 @@
+r"""Text-conditional ``SD3Transformer2DModel`` of diffusers on latents (StableDiffusion3Pipeline: SD 3 and 3.5).
+
+It is the multimodal diffusion transformer of Esser et al., "Scaling Rectified Flow Transformers for High-Resolution
+Image Synthesis", ICML 2024, arXiv 2403.03206, a flow-matching model: x_t = (1 − σ) x_0 + σ ε, and the network predicts
+ε − x_0 at the time T σ. It is called with the token embeddings of a caption (``encoder_hidden_states``) and a pooled
+embedding (``pooled_projections``).
+
+Such networks take images of many sizes, and a pipeline folder names a default size only. The size of training is stored
+as ``_sample_size`` in the network's configuration, in latents. (diffusers preserves fields that begin with an
+underscore, and ignores them.)
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+import diffusers
+import torch
+from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
+from torch import Tensor, nn
+
+from robustdiff.backbones.backbone import BACKBONES, Backbone
+from robustdiff.backbones.scheduler import kind_of
+from robustdiff.codecs.codec import Codec, Shape
+from robustdiff.codecs.vae import VAE, load_vae
+from robustdiff.conditions.clip_t5 import StableDiffusion3Text, load_sd3_text
+from robustdiff.conditions.condition import Condition
+from robustdiff.errors import InputError, first_line
+from robustdiff.loading import Components, component, load_network, read_config, shown
+
+__all__ = ["LARGEST_SIZE", "MMDiT", "StableDiffusion3", "check_call", "check_config"]
+
+_Own = TypeVar("_Own", bound="MMDiT")
+
+LARGEST_SIZE = 2048
+"""The largest side of latents: 16384 pixels with a VAE of factor 8."""
+
+
+class MMDiT(Backbone):
+    """The base class of pretrained flow-matching transformers on latents, with captions as the condition.
+
+    Arguments:
+        network: The network.
+        text: The condition, with the text encoders; None for a network alone, which is called with embeddings.
+        factor: The downsampling factor of the codec, in pixels per latent on a side.
+
+    Attributes:
+        kind: The name of the class of the pipelines in diffusers.
+    """
+
+    part = "transformer"
+    kind: ClassVar[str]
+
+    def __init__(self, network: Any, text: Condition | None = None, factor: int = 8) -> None:
+        super().__init__(network)
+        self.text, self.factor = text, factor
+
+    @classmethod
+    def load(cls: type[_Own], folder: Path, components: Components, size: int | None) -> tuple[_Own, Codec]:
+        index = folder / "model_index.json"
+        kind = read_config(index).get("_class_name")
+        if kind != cls.kind:
+            raise InputError(f"{index} describes a {shown(kind)}, and with this transformer only a {cls.kind} is read")
+        network: Any = load_network(
+            component(folder, cls.part), cls.classes[components[cls.part]], prepare=cls._prepare, check=cls._check
+        )
+        codec = _load_vae(folder, components, cls(network).channels)
+        backbone = cls(network, cls._load_text(folder, components, network.config), codec.factor)
+        if size is not None:
+            backbone.take_size(*backbone._latents(size, size))
+        return backbone, codec
+
+    @staticmethod
+    @abstractmethod
+    def _prepare(config: dict[str, Any], tensors: int, path: Path) -> None:
+        """Check the size of a network before it is created."""
+
+    @staticmethod
+    @abstractmethod
+    def _check(network: Any, path: Path) -> None:
+        """Check that a network on the meta device takes noisy latents, a time and embeddings of a caption."""
+
+    @staticmethod
+    @abstractmethod
+    def _load_text(folder: Path, components: Components, config: Any) -> Condition:
+        """Load the text encoders, and check that the network takes their embeddings."""
+
+    def pipeline(self, network: nn.Module, scheduler: Any, codec: Codec, condition: Condition) -> Any:
+        kind = getattr(diffusers, self.kind)  # imported here, because it takes seconds
+        parts = dict.fromkeys(self.others) | codec.components | condition.components
+        return kind(transformer=network, scheduler=scheduler, **parts)
+
+    def check_scheduler(self, scheduler: Any, path: str) -> None:
+        if kind_of(scheduler) != "flow":
+            raise InputError(
+                f"the model {path} is a flow-matching model, and {type(scheduler).__name__} is not a scheduler of flow "
+                "matching: save the pipeline with FlowMatchEulerDiscreteScheduler; in a recipe, leave process out"
+            )
+
+    def condition(self) -> Condition:
+        if self.text is None:
+            raise InputError(f"{type(self.network).__name__} alone has no text encoder: load the whole pipeline folder")
+        return self.text
+
+    @property
+    @abstractmethod
+    def default_size(self) -> int:
+        """The side of the latents if the size of training is not known."""
+
+    @property
+    @abstractmethod
+    def largest_size(self) -> int:
+        """The largest side of latents that the network takes."""
+
+    @property
+    def size(self) -> tuple[int, int]:
+        size = self.network.config.get("_sample_size", self.default_size)
+        height, width = (size, size) if isinstance(size, int) else size
+        return height, width
+
+    @property
+    def tokens(self) -> int:
+        height, width = self.size
+        return (height // self.multiple) * (width // self.multiple)
+
+    def take_size(self, height: int, width: int) -> None:
+        """Set the size of the network's input, in latents.
+
+        Raises:
+            InputError: If the network does not take that size.
+        """
+        if max(height, width) > self.largest_size:
+            largest = self.largest_size * self.factor
+            raise InputError(
+                f"the model takes sides up to {largest} pixels, not {height * self.factor}×{width * self.factor}: "
+                "choose a smaller size"
+            )
+        self.network.register_to_config(_sample_size=height if height == width else (height, width))
+
+    def _latents(self, height: int, width: int) -> tuple[int, int]:
+        """Return the size of the latents of images of a size in pixels."""
+        multiple = self.factor * self.multiple
+        if height % multiple or width % multiple or min(height, width) < 1:
+            raise InputError(
+                f"the model takes sides that are multiples of {multiple} pixels, not {height}×{width}: choose another "
+                "size"
+            )
+        return height // self.factor, width // self.factor
+
+    def check_shape(self, shape: Shape, codec: Codec, path: str) -> None:
+        """Check that the network takes images of a shape (C, H, W) in pixels; if the size of training is not known, it
+        becomes theirs.
+
+        Raises:
+            InputError: If the network does not take such images.
+        """
+        if "_sample_size" not in self.network.config:
+            self.take_size(*self._latents(*shape[1:]))
+        super().check_shape(shape, codec, path)
+
+
+@BACKBONES.register("sd3")
+class StableDiffusion3(MMDiT):
+    """A pretrained ``SD3Transformer2DModel`` on latents. The arguments are those of :class:`MMDiT`."""
+
+    kind = "StableDiffusion3Pipeline"
+    classes: ClassVar[dict[tuple[str, str], type[nn.Module]]] = {
+        ("diffusers", "SD3Transformer2DModel"): SD3Transformer2DModel
+    }
+    others: ClassVar[frozenset[str]] = frozenset(
+        {"vae", *(f"{part}{number}" for part in ("text_encoder", "tokenizer") for number in ("", "_2", "_3"))}
+    )
+
+    @staticmethod
+    def _prepare(config: dict[str, Any], tensors: int, path: Path) -> None:
+        check_config(config, path, tensors, ("num_layers",), ("sample_size", "patch_size", "pos_embed_max_size"))
+
+    @staticmethod
+    def _check(network: Any, path: Path) -> None:
+        side = network.config.patch_size
+        check_call(network, path, (network.config.in_channels, side, side))
+
+    @staticmethod
+    def _load_text(folder: Path, components: Components, config: Any) -> StableDiffusion3Text:
+        return load_sd3_text(folder, components, config.joint_attention_dim, config.pooled_projection_dim)
+
+    def bind(self, network: Callable[..., Any]) -> Callable[..., Any]:
+        def call(x: Tensor, t: Tensor, **condition: Any) -> Any:
+            return network(x, timestep=t, **condition)
+
+        return call
+
+    @property
+    def default_size(self) -> int:
+        return int(self.network.config.sample_size)
+
+    @property
+    def largest_size(self) -> int:
+        return int(self.network.config.pos_embed_max_size * self.network.config.patch_size)
+
+    @property
+    def multiple(self) -> int:
+        """The side of the network's patches."""
+        return int(self.network.config.patch_size)
+
+
+def check_config(
+    config: dict[str, Any], path: Path, tensors: int, layers: tuple[str, ...], sides: tuple[str, ...] = ()
+) -> None:
+    """Check the numbers in the configuration of a transformer on which its memory and time of creation depend.
+
+    Arguments:
+        config: The configuration.
+        path: Its file, for messages.
+        tensors: The number of tensors in the weights.
+        layers: The names of numbers of layers.
+        sides: The names of numbers of latents or patches on a side.
+
+    Raises:
+        InputError: If there are more layers than tensors, or a side is not a number in [1, 2048].
+    """
+    total = sum(config[name] for name in layers if type(config.get(name)) is int)
+    if total > tensors:
+        raise InputError(
+            f"{path}: {' and '.join(layers)} of {total} in all do not fit the weights beside it, of {tensors} tensors: "
+            "give the two that belong together"
+        )
+    size = config.get("_sample_size", 1)
+    values = [(name, config.get(name, 1)) for name in sides]
+    values += [("_sample_size", side) for side in (size if isinstance(size, list) and len(size) == 2 else [size])]
+    for name, value in values:
+        if not (type(value) is int and 1 <= value <= LARGEST_SIZE):
+            raise InputError(f"{path}: {name}={shown(config[name])} is no number from 1 to {LARGEST_SIZE}: correct it")
+
+
+def check_call(network: Any, path: Path, shape: tuple[int, ...], **arguments: Any) -> None:
+    """Call a transformer with captions on the meta device, and check that its output has the shape of its input.
+
+    Arguments:
+        network: The transformer, on the meta device.
+        path: The file of its configuration, for messages.
+        shape: The shape of one input, without the batch.
+        arguments: The arguments of the transformer besides x, t and the embeddings of a caption.
+
+    Raises:
+        InputError: If the call fails, or the output has another shape.
+    """
+    config = network.config
+    try:
+        with torch.device("meta"), torch.no_grad():
+            x = torch.empty(1, *shape)
+            caption = {
+                "encoder_hidden_states": torch.empty(1, 2, config.joint_attention_dim),
+                "pooled_projections": torch.empty(1, config.pooled_projection_dim),
+            }
+            out = network(x, timestep=torch.zeros(1), **caption, **arguments).sample
+        if out.shape != x.shape or not x.numel():
+            raise ValueError(f"it makes {tuple(out.shape[1:])} of {tuple(x.shape[1:])}")
+    except Exception as error:  # the network can be created from the configuration, but not called
+        raise InputError(f"{path}: the network cannot be called ({first_line(error)}): correct it") from None
+
+
+def _load_vae(folder: Path, components: Components, channels: int) -> VAE:
+    """Load the VAE of a pipeline that shifts latents by ``shift_factor``."""
+    index = folder / "model_index.json"
+    if components.get("vae") != ("diffusers", "AutoencoderKL"):
+        raise InputError(
+            f"{index}: vae is {shown(components.get('vae'))}, and only AutoencoderKL of diffusers is supported"
+        )
+    codec = VAE(load_vae(component(folder, "vae")))
+    config: Any = codec.network.config
+    if config.shift_factor is None or config.latents_mean is not None or config.latents_std is not None:
+        raise InputError(
+            f"{index}: the pipeline shifts latents by one shift_factor, and its VAE has none, or numbers per channel: "
+            "give another VAE"
+        )
+    if config.latent_channels != channels:
+        raise InputError(
+            f"{index}: the transformer takes {channels} channels and the VAE encodes as {config.latent_channels}: give "
+            "the two that belong together"
+        )
+    return codec
