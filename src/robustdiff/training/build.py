@@ -60,7 +60,7 @@ def _new(recipe: Recipe, dataset: ImageDataset) -> Built:
 
 
 def _pretrained(recipe: Recipe, path: str, dataset: ImageDataset) -> Built:
-    model = load_model(path)
+    model = load_model(path, recipe.model.side)
     if recipe.codec is not None:
         model.codec = recipe.codec.build(model.codec)
     backbone, given = model.backbone, recipe.process
