@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from robustdiff.backbones.model import load_model
     from robustdiff.objectives.consistency import ConsistencyObjective
     from robustdiff.objectives.denoising import DenoisingObjective
+    from robustdiff.objectives.latent_consistency import LatentConsistencyObjective
     from robustdiff.perturbation import FreeAdversary, PGDAdversary, RandomAdversary
     from robustdiff.process import DiffusionProcess, absorb
     from robustdiff.samplers import sample
@@ -25,6 +26,7 @@ __all__ = [
     "DenoisingObjective",
     "DiffusionProcess",
     "FreeAdversary",
+    "LatentConsistencyObjective",
     "PGDAdversary",
     "RandomAdversary",
     "absorb",
@@ -39,6 +41,7 @@ _HOME = {
     "DenoisingObjective": "robustdiff.objectives.denoising",
     "DiffusionProcess": "robustdiff.process",
     "FreeAdversary": "robustdiff.perturbation",
+    "LatentConsistencyObjective": "robustdiff.objectives.latent_consistency",
     "PGDAdversary": "robustdiff.perturbation",
     "RandomAdversary": "robustdiff.perturbation",
     "absorb": "robustdiff.process",

@@ -14,12 +14,13 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from robustdiff.backbones.lora import LoraSection
 from robustdiff.codecs.codec import Codec, Shape
 from robustdiff.conditions.condition import Condition
 from robustdiff.errors import InputError
 from robustdiff.loading import Components
 from robustdiff.registry import Registry
-from robustdiff.section import Fraction, Named, Text
+from robustdiff.section import Fraction, Named, Text, refusal
 
 __all__ = ["BACKBONES", "SECTIONS", "Backbone", "BackboneSection", "PretrainedSection"]
 
@@ -31,6 +32,19 @@ class BackboneSection(Named):
     condition_dropout: Fraction = Field(
         0.0, description="fraction of conditions replaced by the empty one, for classifier-free guidance; 0: none"
     )
+    lora: LoraSection | None = Field(
+        None, description="train a low-rank adapter of the pretrained model; by default all of its weights"
+    )
+
+    @model_validator(mode="after")
+    def _adapts_what_is_there(self) -> BackboneSection:
+        if self.lora is not None and self.source is None:
+            raise refusal(
+                "lora",
+                f"a LoRA adapts a pretrained model, and model={self.name} is a new one: set model.name=pretrained and "
+                "model.path, or leave model.lora out",
+            )
+        return self
 
     gradient_checkpointing: bool = Field(
         False, description="compute activations again in the backward pass, which takes less memory and more time"
@@ -217,6 +231,11 @@ class Backbone(ABC):
     def learned_variance(self) -> bool:
         """True if the network has 2C output channels, the second half of which is a learned variance."""
         return bool(self.network.config.out_channels == 2 * self.network.config.in_channels)
+
+    @property
+    def guidance_embedding(self) -> int | None:
+        """The width of the embedding of the guidance strength that the network takes as ``timestep_cond``, or None."""
+        return None
 
     @property
     def size(self) -> tuple[int, int] | None:

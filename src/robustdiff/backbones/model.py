@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
@@ -14,7 +15,28 @@ from torch import Tensor, nn
 
 from robustdiff.backbones.backbone import BACKBONES, Backbone
 from robustdiff.backbones.hub import download, is_hub_name
-from robustdiff.backbones.scheduler import denoiser_of, model_of, objective_of, process_of, sampling_of
+from robustdiff.backbones.lora import (
+    RECORD,
+    WEIGHTS,
+    Adapter,
+    LoraSection,
+    adapter_of,
+    disabled,
+    inject,
+    merge,
+    read_adapter,
+    read_weights_into,
+    save_adapter,
+)
+from robustdiff.backbones.scheduler import (
+    Kind,
+    denoiser_of,
+    kind_of,
+    model_of,
+    objective_of,
+    process_of,
+    sampling_of,
+)
 from robustdiff.codecs.codec import Codec, Shape
 from robustdiff.codecs.pixels import Pixels
 from robustdiff.conditions.condition import Condition
@@ -54,7 +76,12 @@ class Model:
         process: The process, if it is not the scheduler's.
         prediction: The parameterisation, if it is not the scheduler's.
         path: The name of the model in messages.
+
+    Attributes:
+        adapter: The description of the network's LoRA; None if it has none.
     """
+
+    adapter: Adapter | None = None
 
     def __init__(
         self,
@@ -110,9 +137,17 @@ class Model:
         return self.backbone.condition()
 
     @property
+    def kind(self) -> Kind:
+        """The kind of the model, which its scheduler tells."""
+        return kind_of(self.scheduler)
+
+    @property
     def samplers(self) -> tuple[str, ...]:
         """The names of the samplers that suit the model, the default first."""
-        return suited(self.process)
+        names = suited(self.process)
+        if self.scheduler is not None and self.kind == "lcm":
+            return tuple(sorted(names, key=lambda name: name != "lcm"))
+        return names
 
     @cached_property
     def sampling(self) -> Mapping[str, Any]:
@@ -202,6 +237,38 @@ class Model:
         self.check_shape(dataset.shape)
         self.condition.check(dataset.num_classes, dataset.captioned, self.path)
 
+    def add_lora(self, lora: LoraSection, seed: int) -> None:
+        """Freeze the network, and add an adapter to it that changes nothing yet.
+
+        Arguments:
+            lora: The settings.
+            seed: The seed of the adapter's random matrices.
+
+        Raises:
+            InputError: If peft is not installed, or the settings do not suit the network.
+        """
+        base = Path(self.path)
+        self.adapter = Adapter(
+            base=str(base.resolve()) if base.exists() else self.path,
+            fingerprint=self.fingerprint(),
+            lora=inject(self.network, lora, self.path, seed),
+            scheduler=type(self.scheduler).__name__,
+            size=self.backbone.size,
+            classes=self.condition.classes,
+        )
+
+    @contextmanager
+    def base(self) -> Iterator[None]:
+        """Turn the adapter, if there is one, off within the block: the network is then its base."""
+        with disabled(self.network) if self.adapter is not None else nullcontext():
+            yield
+
+    def merge(self) -> None:
+        """Add the adapter, if there is one, to the weights of the network, to train or save it whole."""
+        if self.adapter is not None:
+            merge(self.network)
+            self.adapter = None
+
     def fingerprint(self) -> str:
         """Return the sha256 of the network's parameters; it depends neither on the device nor on the memory format."""
         digest = hashlib.sha256()
@@ -210,12 +277,18 @@ class Model:
         return digest.hexdigest()
 
     def save(self, folder: Path, state: Mapping[str, Tensor] | None = None) -> None:
-        """Write a diffusers pipeline folder. The write is not atomic.
+        """Write a diffusers pipeline folder, or with an adapter a folder of the adapter alone. The write is not atomic.
 
         Arguments:
             state: The parameters to save by name, in any memory format; by default the network's own.
         """
         state = self.network.state_dict() if state is None else state
+        if self.adapter is not None:
+            scheduler = self.backbone.pipeline(self.network, self.scheduler, self.codec, self.condition).scheduler
+            adapter = self.adapter.model_copy(update={"scheduler": type(scheduler).__name__})
+            save_adapter(folder, adapter, self.backbone.part, adapter_of(state))
+            scheduler.save_pretrained(folder / "scheduler")
+            return
         with torch.device("meta"):
             network = type(self.network).from_config(self.network.config)
         network.load_state_dict({name: value.contiguous() for name, value in state.items()}, assign=True)
@@ -226,7 +299,8 @@ class Model:
 def load_model(path: str | Path, size: int | None = None) -> Model:
     """Load the model of a run, of a diffusers pipeline folder, shipped with the package, or of the Hugging Face Hub.
 
-    Weights of any type are loaded in float32, because training needs it; the networks are in eval mode, on the CPU.
+    The run of a LoRA gives its base model with the adapter. Weights of any type are loaded in float32, because training
+    needs it; the networks are in eval mode, on the CPU.
 
     Arguments:
         path: The run, the folder, the name of the shipped model, or the name "owner/name" of a pipeline of the Hub,
@@ -235,13 +309,41 @@ def load_model(path: str | Path, size: int | None = None) -> Model:
 
     Raises:
         InputError: If the model is missing, unreadable or not supported, or its weights do not fit the network or are
-            not finite.
+            not finite; or the base model of a LoRA is missing or has other weights.
     """
-    folder = _pipeline_folder(path)
+    folder = _model_folder(path)
+    if not (folder / "model_index.json").is_file():
+        return _adapted(folder, str(path), size)
     components = read_index(folder)
     family = _family(folder, components)
     backbone, codec = family.load(folder, components, size)
     return Model(backbone, backbone.corrected(load_scheduler(folder, components)), codec, path=str(path))
+
+
+def _adapted(folder: Path, path: str, size: int | None) -> Model:
+    """Load a base model, and the adapter in a folder."""
+    adapter = read_adapter(folder)
+    where = f"correct base in {folder / RECORD} if it has moved"
+    try:
+        base = _model_folder(adapter.base)
+    except InputError as error:
+        raise InputError(f"{path} is a LoRA of {adapter.base}, which is not there ({error}): {where}") from None
+    if not (base / "model_index.json").is_file():
+        raise InputError(f"{path} is a LoRA of {adapter.base}, which is a LoRA itself: {where}")
+    model = load_model(base, size)
+    if model.fingerprint() != adapter.fingerprint:
+        raise InputError(f"{path} is a LoRA of other weights than {adapter.base} has now: restore them, or {where}")
+    backbone = model.backbone
+    if backbone.size is None and adapter.size is not None:
+        backbone.take_size(*adapter.size)
+    backbone.note_classes(adapter.classes)
+    inject(backbone.network, adapter.lora, path)
+    read_weights_into(backbone.network, backbone.part, folder / WEIGHTS)
+    backbone.network.eval()
+    scheduler = backbone.corrected(load_scheduler(folder, {"scheduler": ("diffusers", adapter.scheduler)}))
+    adapted = Model(backbone, scheduler, model.codec, path=path)
+    adapted.adapter = adapter
+    return adapted
 
 
 def _supported() -> str:
@@ -274,11 +376,14 @@ def _family(folder: Path, components: Components) -> type[Backbone]:
     raise InputError(f"{path}: {name} is {kind} of {library}, which is not supported; {supported}")
 
 
-def _pipeline_folder(path: str | Path) -> Path:
-    """Return the folder with ``model_index.json`` of a run, a pipeline folder, or a shipped or hub model by name."""
+def _model_folder(path: str | Path) -> Path:
+    """Return the folder of a run's model, of a pipeline, or of a shipped or hub model by name.
+
+    It has a ``model_index.json``, or the ``adapter.json`` of a LoRA.
+    """
     given = Path(path)
     for candidate in (given, given / "model", Path(str(PRETRAINED / str(path)))):
-        if (candidate / "model_index.json").is_file():
+        if any((candidate / name).is_file() for name in ("model_index.json", RECORD)):
             return candidate
     shipped = ", ".join(sorted(p.name for p in PRETRAINED.iterdir() if p.is_dir())) if PRETRAINED.is_dir() else "none"
     if (given / "recipe.yaml").is_file():

@@ -12,6 +12,7 @@ The safety checker of a pipeline is neither applied nor saved again.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
@@ -28,12 +29,15 @@ from robustdiff.conditions.clip import ClipText, TwoClipTexts, load_clip, load_t
 from robustdiff.conditions.condition import Condition
 from robustdiff.errors import InputError, first_line, printable
 from robustdiff.loading import Components, component, load_network, read_config, shown
+from robustdiff.objectives.latent_consistency import embed_guidance
 
 __all__ = ["StableDiffusion"]
 
 logger = logging.getLogger(__name__)
 
 _SD, _XL, _LCM = "StableDiffusionPipeline", "StableDiffusionXLPipeline", "LatentConsistencyModelPipeline"
+
+_GUIDANCE = 8.5  # the default scale of LatentConsistencyModelPipeline
 
 _LARGEST_SIZE = 2**11  # in latents: 16384 pixels with a VAE of factor 8
 
@@ -132,6 +136,8 @@ class StableDiffusion(Backbone):
         ) -> Any:
             if condition.get("timestep_cond") is not None and config.time_cond_proj_dim is None:
                 raise InputError("this network takes no embedding of the guidance scale (time_cond_proj_dim)")
+            if "timestep_cond" not in condition:
+                condition |= self.embed_guidance(_GUIDANCE, x) or {}
             if text_embeds is None:
                 return network(x, timestep=t, **condition)
             target = x.new_tensor([[self.factor * side for side in x.shape[2:]]], dtype=torch.float32)
@@ -142,6 +148,19 @@ class StableDiffusion(Backbone):
             return network(x, timestep=t, added_cond_kwargs=added, **condition)
 
         return call
+
+    @property
+    def guidance_embedding(self) -> int | None:
+        width: int | None = self.network.config.time_cond_proj_dim
+        return width
+
+    def embed_guidance(self, scale: float, like: Tensor) -> dict[str, Tensor] | None:
+        if self.guidance_embedding is None:
+            return None
+        if not (scale >= 0 and math.isfinite(scale)):
+            raise InputError(f"guidance must be at least 0 and finite; got {scale}")
+        w = torch.full((len(like),), scale - 1, dtype=torch.float32, device=like.device)
+        return {"timestep_cond": embed_guidance(w, self.guidance_embedding).to(like.dtype)}
 
     def with_guidance_embedding(self, width: int) -> StableDiffusion:
         """Return the backbone of a network that also takes an embedding of the guidance scale, ``timestep_cond``.

@@ -21,7 +21,7 @@ def sample(
     num: Annotated[int, typer.Option(min=1, help="The number of images.")] = 64,
     sampler: Annotated[
         str | None,
-        typer.Option(help="ddim, iddpm, dpm++, es, time-shift; euler for flows; multistep for consistency models."),
+        typer.Option(help="ddim, iddpm, dpm++, es, time-shift; euler: flows; multistep, lcm: consistency models."),
     ] = None,
     steps: Annotated[
         str | None,
@@ -50,9 +50,7 @@ def sample(
     prompts: Annotated[
         list[str], typer.Option("--prompt", help="A caption, for models conditioned on text; several take turns.")
     ] = [],  # noqa: B006
-    negative: Annotated[
-        str | None, typer.Option(help="The caption to guide away from, in place of the empty one; needs --guidance.")
-    ] = None,
+    negative: options.Negative = None,
     size: Annotated[
         int | None, typer.Option(min=1, help="Pixels a side, if the model does not say it, or another size.")
     ] = None,

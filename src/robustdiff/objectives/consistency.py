@@ -390,10 +390,13 @@ class ConsistencyObjective(Objective):
     def after_update(self, model: nn.Module, stepped: Tensor | None = None) -> None:
         """Set θ⁻ ← μ θ⁻ + (1 − μ) θ, unless the optimiser skipped the step, and the number of levels for the next one.
 
-        The student's parameters must be in the same order as those of the target.
+        The student's parameters must be in the same order as those of the target. Frozen ones are the same in both.
         """
         _, decay = self.schedule(self.updates)
-        follow([p.data for p in self.target.parameters()], [p.data for p in model.parameters()], 1 - decay, stepped)
+        pairs = [
+            pair for pair in zip(self.target.parameters(), model.parameters(), strict=True) if pair[1].requires_grad
+        ]
+        follow([target.data for target, _ in pairs], [student.data for _, student in pairs], 1 - decay, stepped)
         self.updates += 1
         if self.schedule(self.updates)[0] != len(self.process):
             self._set_scales()

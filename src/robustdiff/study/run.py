@@ -170,7 +170,9 @@ def _measure_cell(study: Study, run: Run | None, cell: Cell, recipe: Recipe, pro
         # In a section of their own, since ``precision`` of a cell is that of precision and recall.
         write(cell.path, {"reference": {**settings, "precision": reference.precision}, **record})
         return
-    record, images = _measure(recipe.output, measure, recipe.data, cell.sampler, cell.steps, recipe.precision, progress)
+    record, images = _measure(
+        recipe.output, measure, recipe.data, cell.sampler, cell.steps, recipe.precision, progress, training=run.seed
+    )
     if run.first:
         with atomic_write(cell.path.with_suffix(".png")) as file:
             Image.fromarray(tile(images, measure.pictured).squeeze()).save(file, format="png")
@@ -197,12 +199,17 @@ def _measure_mismatch(run: Run, name: str, progress: Progress) -> None:
         run.mismatch_steps,
         measure.mismatch,
         probes=0,
-        seed=measure.seed,
+        seed=measure.noise_seed(run.seed),
         progress=_Piece(progress),
     )
     kept = ("sampler", "steps", "mean", "last")
     paths = [{name: value for name, value in asdict(path).items() if name in kept} for path in mismatch.paths]
-    record = {"method": run.method, "seed": run.seed, "n": measure.mismatch, "images_seed": measure.seed}
+    record = {
+        "method": run.method,
+        "seed": run.seed,
+        "n": measure.mismatch,
+        "images_seed": measure.noise_seed(run.seed),
+    }
     write(run.mismatch_path, {**record, "weights": generator.model.fingerprint(), "paths": paths})
 
 
@@ -238,8 +245,12 @@ def _measure(
     precision: str,
     progress: Progress,
     cpu: bool = False,
+    training: int | None = None,
 ) -> tuple[dict[str, Any], torch.Tensor]:
-    """Measure a network under one sampler, and return the numbers for a cell's file and the first images."""
+    """Measure a network under one sampler, and return the numbers for a cell's file and the first images.
+
+    ``training`` is the seed of the network's training, or None for a reference.
+    """
     state = PartialState(cpu=cpu)  # used for the device alone, with one process
     metrics = _metrics(measure, data, state.device)
     assert metrics.reference is not None
@@ -248,7 +259,7 @@ def _measure(
         state.device,
         sampler=sampler,
         steps=steps,
-        seed=measure.seed,
+        seed=measure.noise_seed(training),
         batch_size=measure.batch_size,
         precision=precision,
     )
@@ -351,5 +362,5 @@ def reproduce(path: Path, folder: Path, *, progress: Progress = SILENT) -> tuple
             return None
         after = _training_settings(recipe)
     progress.begin(path.stem, cell.measure.num)
-    record, _ = _measure(name, cell.measure, data, cell.sampler, cell.steps, precision, progress, cpu)
+    record, _ = _measure(name, cell.measure, data, cell.sampler, cell.steps, precision, progress, cpu, cell.seed)
     return before, {**before, **record, **after}

@@ -5,7 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from robustdiff.backbones.backbone import Backbone
+from robustdiff.backbones.lora import lower_frozen
 from robustdiff.backbones.model import Model, load_model
 from robustdiff.backbones.scheduler import kind_of, mark_as_own, objective_of, process_of
 from robustdiff.codecs.pixels import Pixels
@@ -15,7 +18,10 @@ from robustdiff.objectives.objective import OBJECTIVES, ObjectiveConfig
 from robustdiff.process import DiffusionProcess
 from robustdiff.recipe import Recipe
 
-__all__ = ["Built", "build_model"]
+__all__ = ["DTYPES", "Built", "build_model"]
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""The types of the values of ``precision``."""
 
 
 @dataclass
@@ -25,11 +31,13 @@ class Built:
     Attributes:
         process: The process of the objective, in float64.
         objective: The objective; its parameterisation is the model's unless the recipe sets one.
+        pretrained: The model that training begins with, with its own scheduler; None for a new network.
     """
 
     model: Model
     process: DiffusionProcess
     objective: ObjectiveConfig
+    pretrained: Model | None = None
 
 
 def build_model(recipe: Recipe, dataset: ImageDataset) -> Built:
@@ -60,9 +68,18 @@ def _new(recipe: Recipe, dataset: ImageDataset) -> Built:
 
 
 def _pretrained(recipe: Recipe, path: str, dataset: ImageDataset) -> Built:
-    model = load_model(path, recipe.model.side)
+    model, lora = load_model(path, recipe.model.side), recipe.model.lora
+    if lora is None:
+        model.merge()
+    elif model.adapter is not None:
+        raise InputError(
+            f"the model {path} is a LoRA already, and model.lora would be another on top: merge it by robustdiff "
+            f"convert {path} FOLDER --to pipeline, and set model.path=FOLDER"
+        )
     if recipe.codec is not None:
-        model.codec = recipe.codec.build(model.codec)
+        given_codec, model.codec = model.codec, recipe.codec.build(model.codec)
+        if lora is not None and model.codec.components.get("vae") is not given_codec.components.get("vae"):
+            raise InputError("a LoRA is saved without a codec, and works on its base's: leave codec.path out")
     backbone, given = model.backbone, recipe.process
     recipe.model.configure(backbone)
     if given is not None and given.name == "pretrained":
@@ -74,6 +91,11 @@ def _pretrained(recipe: Recipe, path: str, dataset: ImageDataset) -> Built:
     objective = recipe.objective or own
     if recipe.objective is None and own.needs_target:
         raise InputError(f"the model {path} is a consistency model: give the recipe its objective")
+    if own.name == "latent-consistency" != objective.name:
+        raise InputError(
+            f"the model {path} is a latent consistency model, and objective={objective.name} would undo it: set "
+            "objective.name=latent-consistency, or take its teacher"
+        )
     if kind_of(model.scheduler) == "edm" and model.scheduler.config.get("_time_scale") is None:
         raise InputError(
             f"the model {path} is called at ln σ/4, and training over noise levels calls networks at "
@@ -99,7 +121,17 @@ def _pretrained(recipe: Recipe, path: str, dataset: ImageDataset) -> Built:
         )
     if objective.over_levels and backbone.learned_variance:
         raise InputError(f"the model {path} has a learned variance, which objective={objective.name} has no use for")
-    return Built(Model(backbone, scheduler, model.codec, path=path), process, objective)
+    if objective.needs_unconditional and not model.condition.droppable:
+        raise InputError(
+            f"objective.guidance needs a network with an empty condition, and the model {path} has none: set "
+            "objective.guidance=[0, 0]"
+        )
+    objective, backbone = objective.student_of(backbone, lora is not None)
+    student = Model(backbone, objective.scheduler_of(scheduler), model.codec, path=path)
+    if lora is not None:
+        student.add_lora(lora, recipe.seed)
+        lower_frozen(student.network, DTYPES[recipe.precision])
+    return Built(student, process, objective, model)
 
 
 def _check_channels(backbone: Backbone, objective: ObjectiveConfig, path: str) -> None:

@@ -1,9 +1,9 @@
 """Checkpoints that are written atomically and read without running code.
 
 A checkpoint is a folder such as ``checkpoints/step-00001200``. It holds safetensors files (the parameters and buffers
-of the network and of a target network, the optimiser's moments, the moving average, torch's random states),
-``state.json``, and ``manifest.json`` with the SHA-256 of each other file. It is written under a temporary name,
-flushed, and renamed.
+of the network and of a target network, or their adapters alone, the optimiser's moments, the moving average, torch's
+random states), ``state.json``, and ``manifest.json`` with the SHA-256 of each other file. It is written under a
+temporary name, flushed, and renamed.
 
 If the hashes of a checkpoint do not agree with its files, it is damaged, and the one before it is used. A whole
 checkpoint is read only if its files hold exactly the names, shapes and types of the run's own tensors, into which the
@@ -72,6 +72,7 @@ class State(BaseModel):
         objective: The state of the objective, numbers and lists of numbers.
         scaler: The scale of the loss in fp16; None in other precisions.
         processes: The number of processes that wrote the checkpoint.
+        base: The fingerprint of the base model, of which the checkpoint has the adapter; None without an adapter.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True)
@@ -83,6 +84,7 @@ class State(BaseModel):
     objective: dict[str, Any]
     scaler: Scale | None
     processes: int = Field(ge=1, le=10_000)
+    base: str | None = Field(None, max_length=64)
 
 
 def _hash(path: Path) -> str:
@@ -296,13 +298,16 @@ def _read(path: Path, expected: Mapping[str, Tensor]) -> Iterator[tuple[str, Ten
 
 
 def check_moments(path: Path, moments: Mapping[str, Tensor], step: int) -> None:
-    """Check the moments of AdamW: second moments ≥ 0, and counts of updates that are whole and at most the run's.
+    """Check the moments of AdamW: second moments, and the scales of quantised ones, are ≥ 0, and counts of updates are
+    whole and at most the run's.
 
     Raises:
         InputError: If a moment or a count is out of its range.
     """
     for name, value in moments.items():
-        if name.endswith("/exp_avg_sq") and bool((_local(value) < 0).any()):
+        if name.rpartition("/")[2] in ("exp_avg_sq", "state2", "absmax1", "absmax2") and bool(
+            (_local(value) < 0).any()
+        ):
             raise _refusal(path, f"optimizer: {name} has a negative number")
         if name.endswith("/step") and not (0 <= (count := float(value)) <= step and count == math.floor(count)):
             raise _refusal(path, f"optimizer: {name} is {count:g}, of {step} updates")

@@ -34,9 +34,10 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, ProjectConfiguration, set_seed
 from diffusers import EDMEulerScheduler
-from torch import Tensor
+from torch import Tensor, nn
 
-from robustdiff.backbones.model import load_model
+from robustdiff.backbones.lora import RECORD, adapter_of
+from robustdiff.backbones.model import Model, load_model
 from robustdiff.data import ImageDataset
 from robustdiff.data.latents import LatentDataset
 from robustdiff.data.loader import load_batches, worker_failures
@@ -53,7 +54,6 @@ from robustdiff.files import (
 )
 from robustdiff.interrupt import Interrupt
 from robustdiff.objectives.objective import Draw
-from robustdiff.objectives.preconditioning import Denoise
 from robustdiff.objectives.timesteps import LossSecondMoment
 from robustdiff.progress import SILENT, Progress
 from robustdiff.recipe import Recipe, load_recipe
@@ -69,6 +69,7 @@ from robustdiff.training.checkpoint import (
     save_checkpoint,
 )
 from robustdiff.training.ema import EMA, REMAINDER, sufficient_decay
+from robustdiff.training.optimizer import build_optimizer, create_state, set_counts, state_tensors
 from robustdiff.training.stream import BatchIndices, batch_generator, caption_numbers
 
 __all__ = ["Trainer", "read_result", "train"]
@@ -81,8 +82,15 @@ FREE_TO_CHANGE = {"output", "threads", "checkpoint_every", "keep", "log_every", 
 FREE_TO_CHANGE |= {"compile", "channels_last"}
 
 
-def _build_teacher(path: str, highest: float, built: Built, dataset: ImageDataset, accelerator: Accelerator) -> Denoise:
-    """Build the teacher, a denoiser for noise levels up to ``highest``, in the precision of the student."""
+def _build_teacher(built: Built, dataset: ImageDataset, accelerator: Accelerator) -> Callable[..., Any]:
+    """Build the teacher of the objective, in the precision of the student."""
+    config, own = built.objective, built.pretrained
+    path = config.teacher_path
+    if own is not None and (path is None or os.path.realpath(path) == os.path.realpath(own.path)):
+        if built.model.adapter is not None:
+            return _base_as_teacher(own, built, accelerator)
+        path = own.path
+    assert path is not None  # a section that needs a teacher and has no path refuses new networks
     model = load_model(path)
     model.check_data(dataset)
     if model.condition != built.model.condition:
@@ -90,6 +98,7 @@ def _build_teacher(path: str, highest: float, built: Built, dataset: ImageDatase
             f"the teacher {path} and the student must have the same classes or text encoders, or both none"
         )
     # A diffusion model's table has an end as well, which DiffusionDenoiser says how it goes beyond.
+    highest = config.teacher_sigma_max
     if isinstance(model.scheduler, EDMEulerScheduler) and model.scheduler.config.sigma_max < highest:
         raise InputError(
             f"the teacher {path} has levels up to {model.scheduler.config.sigma_max:g} and is asked up to "
@@ -97,11 +106,49 @@ def _build_teacher(path: str, highest: float, built: Built, dataset: ImageDatase
         )
     frozen = model.network.to(accelerator.device).eval().requires_grad_(False)
 
-    def network(x: Tensor, t: Tensor, **condition: Any) -> Any:
+    def network(*arguments: Any, **condition: Any) -> Any:
         with accelerator.autocast():
-            return frozen(x, t, **condition)
+            return frozen(*arguments, **condition)
 
-    return model.denoiser(network)
+    return config.teacher_of(model, network, built.process)
+
+
+def _base_as_teacher(own: Model, built: Built, accelerator: Accelerator) -> Callable[..., Any]:
+    """Return the student's network without its adapter as the teacher, so that one network is in memory."""
+    student = built.model.network
+
+    def network(*arguments: Any, **condition: Any) -> Any:
+        training = student.training
+        student.eval()
+        try:
+            with built.model.base(), accelerator.autocast():
+                return student(*arguments, **condition)
+        finally:
+            student.train(training)
+
+    return built.objective.teacher_of(own, network, built.process)
+
+
+class _Bound(nn.Module):
+    """A network that is called as its family binds it; its parameters are those of the network."""
+
+    def __init__(self, network: nn.Module, call: Callable[..., Any]) -> None:
+        super().__init__()
+        self.network, self.call = network, call
+
+    def forward(self, x: Tensor, t: Tensor, **condition: Any) -> Any:
+        return self.call(x, t, **condition)
+
+
+def _trained(network: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters that are trained, by name: all, or those of an adapter."""
+    return {name: parameter for name, parameter in network.named_parameters() if parameter.requires_grad}
+
+
+def _copy_of(network: nn.Module) -> nn.Module:
+    """Return a copy of a network without gradients; it shares the frozen parameters, which take no memory again."""
+    frozen = {id(parameter): parameter for parameter in network.parameters() if not parameter.requires_grad}
+    return copy.deepcopy(network, frozen).requires_grad_(False)
 
 
 class Trainer:
@@ -127,29 +174,24 @@ class Trainer:
                 f"batch_size {recipe.batch_size} is not a multiple of {accelerator.num_processes} processes × "
                 f"accumulate {recipe.accumulate}"
             )
+        if built.model.adapter is not None and accelerator.distributed_type == DistributedType.FSDP:
+            raise InputError("model.lora is not for FSDP, which shards whole networks: launch the run without it")
+        if recipe.optimizer != "adamw" and accelerator.distributed_type == DistributedType.FSDP:
+            raise InputError("optimizer=adamw8bit is not for FSDP: set optimizer=adamw")
         unet = built.model.network.train()
-        cuda = accelerator.device.type == "cuda"
-        if cuda if recipe.channels_last is None else recipe.channels_last:
+        by_default = accelerator.device.type == "cuda" and recipe.optimizer == "adamw"
+        if by_default if recipe.channels_last is None else recipe.channels_last:
             unet = unet.to(memory_format=torch.channels_last)
-        target = copy.deepcopy(unet).requires_grad_(False) if built.objective.needs_target else None
+        config, adapted = built.objective, built.model.adapter is not None
+        target = _copy_of(unet) if config.needs_target and config.copies_student(adapted) else None
         if recipe.compile:
             # In place, and not wrapped: names in checkpoints are the same with and without.
             unet.compile()
             if target is not None:
                 target.compile()
-        # A fused AdamW is one kernel instead of one for each tensor and operation.
-        optimizer = torch.optim.AdamW(
-            unet.parameters(), lr=recipe.lr, betas=recipe.betas, weight_decay=recipe.weight_decay, fused=True
-        )
+        optimizer = build_optimizer(recipe, list(_trained(unet).values()), accelerator.device)
         self.model, self.optimizer = accelerator.prepare(unet, optimizer)
-        for parameter in self.model.parameters():
-            # As AdamW makes them at its first step: they are there for a checkpoint to be copied into.
-            counted_on = parameter.device if self.optimizer.defaults["fused"] else None
-            self.optimizer.state[parameter] = {
-                "step": torch.zeros((), dtype=torch.float32, device=counted_on),
-                "exp_avg": torch.zeros_like(parameter, memory_format=torch.preserve_format),
-                "exp_avg_sq": torch.zeros_like(parameter, memory_format=torch.preserve_format),
-            }
+        create_state(self.optimizer.optimizer)
         if target is not None:
             # Prepared as well, so that it has the student's precision, is in every checkpoint, and is sharded as the
             # student under FSDP. DDP, which only adds up gradients, takes no module without any.
@@ -159,11 +201,17 @@ class Trainer:
         self.call = built.model.backbone.bind(self.model)
         built.model.codec.to(accelerator.device)
         built.model.condition.to(accelerator.device)
-        config, teacher = built.objective, None
-        if config.teacher_path is not None:
-            teacher = _build_teacher(config.teacher_path, config.teacher_sigma_max, built, dataset, accelerator)
-        self.objective = config.build(built.process, recipe.steps, target, teacher)
-        self.ema = EMA(list(self.model.parameters()), recipe.ema) if recipe.ema else None
+        teacher = _build_teacher(built, dataset, accelerator) if config.needs_teacher else None
+        self.objective = config.build(built.process, recipe.steps, self._target_of_objective(), teacher)
+        self.ema = EMA(list(_trained(self.model).values()), recipe.ema) if recipe.ema else None
+
+    def _target_of_objective(self) -> nn.Module | None:
+        """Return the target network as the objective calls it: a copy of the student, or the student itself."""
+        if not self.built.objective.needs_target:
+            return None
+        target = self.accelerator.unwrap_model(self.model) if self.target is None else self.target
+        call: Any = self.built.model.backbone.bind(target)
+        return target if call is target else _Bound(target, call)
 
     # -- the loop --------------------------------------------------------------------------------------------
 
@@ -231,6 +279,7 @@ class Trainer:
                         weight=None if weight is None else weight[rows],
                         **{name: value[rows] for name, value in more.items()},
                         **condition.batch(labels, texts, None if dropped is None else dropped[rows], geometry),
+                        **({"unconditional": condition.empty()} if self.built.objective.needs_unconditional else {}),
                     )
                 )
             yield draws
@@ -326,23 +375,31 @@ class Trainer:
     # -- in and out ------------------------------------------------------------------------------------------
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """Return the tensors of the run's state, not copies, by part of a checkpoint and name."""
+        """Return the tensors of the run's state, not copies, by part of a checkpoint and name.
+
+        Of a network with an adapter they are those of the adapter alone.
+        """
         student = self.accelerator.unwrap_model(self.model)
-        parameters = dict(student.named_parameters())
+        trained = _trained(student)
         tensors = {
-            "model": {**parameters, **dict(student.named_buffers())},
-            "optimizer": {
-                f"{name}/{moment}": value
-                for name, parameter in parameters.items()
-                for moment, value in self.optimizer.state[parameter].items()
-            },
+            "model": self._stored(student),
+            "optimizer": state_tensors(self.optimizer.optimizer, trained),
         }
         if self.target is not None:
-            target = self.accelerator.unwrap_model(self.target)
-            tensors["target"] = {**dict(target.named_parameters()), **dict(target.named_buffers())}
+            tensors["target"] = self._stored(self.accelerator.unwrap_model(self.target))
         if self.ema is not None:
-            tensors["ema"] = dict(zip(parameters, self.ema.average, strict=True))
+            tensors["ema"] = dict(zip(trained, self.ema.average, strict=True))
         return tensors
+
+    @property
+    def _base(self) -> str | None:
+        adapter = self.built.model.adapter
+        return None if adapter is None else adapter.fingerprint
+
+    def _stored(self, network: nn.Module) -> dict[str, Tensor]:
+        """Return the tensors of a network that a checkpoint holds."""
+        tensors: dict[str, Tensor] = {**dict(network.named_parameters()), **dict(network.named_buffers())}
+        return tensors if self.built.model.adapter is None else adapter_of(tensors)
 
     def save(self, folder: Path) -> None:
         """Write a checkpoint into a folder. Every process must call it, between batches.
@@ -369,6 +426,7 @@ class Trainer:
             objective=self.objective.state(),
             scaler=scale,
             processes=self.accelerator.num_processes,
+            base=self._base,
         )
         save_checkpoint(folder, state, self.accelerator, tensors, self.recipe.keep)
 
@@ -381,7 +439,13 @@ class Trainer:
         tensors = self.tensors()
         state = load_checkpoint(checkpoint, self.accelerator, tensors)
         check_moments(checkpoint, tensors["optimizer"], state.step)
+        set_counts(self.optimizer.optimizer, _trained(self.accelerator.unwrap_model(self.model)), tensors["optimizer"])
         check_objective(checkpoint, state.objective, self.objective.state())
+        if state.base != self._base:
+            raise InputError(
+                f"{checkpoint} is a LoRA of other weights than {self.recipe.model.source} has now: restore them, or "
+                "start again with another --set output=…"
+            )
         if state.step != state.batch * self.adversary.passes:
             raise InputError(
                 f"{checkpoint / 'state.json'} does not fit the recipe ({state.step} updates are not those of "
@@ -729,7 +793,7 @@ def _result(trainer: Trainer, metrics: _Metrics) -> dict[str, Any]:
         "delta_norm": metrics.line.get("delta_norm"),
         "skipped": trainer.adversary.skipped,
         "skipped_updates": int(trainer.skipped_updates),
-        "parameters": sum(p.numel() for p in trainer.built.model.network.parameters()),
+        "parameters": sum(p.numel() for p in _trained(trainer.built.model.network).values()),
         "data": trainer.dataset.name,
         "images": len(trainer.dataset),
         "processes": trainer.accelerator.num_processes,
@@ -767,11 +831,11 @@ def _check_result(path: Path, result: dict[str, Any], trainer: Trainer) -> None:
         "batches": result["steps"] // trainer.adversary.passes,
         "batch_size": trainer.recipe.batch_size,
         "backward_passes": result["steps"] * trainer.recipe.adversary.backward_passes,
-        "parameters": sum(p.numel() for p in trainer.built.model.network.parameters()),
+        "parameters": sum(p.numel() for p in _trained(trainer.built.model.network).values()),
         "images": len(trainer.dataset),
     }
     for name, value in expected.items():
         if result[name] != value:
             raise InputError(f"{path} is of another run ({name} {result[name]} → {value}): remove it, and resume")
-    if not (path.parent / "model" / "model_index.json").is_file():
+    if not any((path.parent / "model" / name).is_file() for name in ("model_index.json", RECORD)):
         raise InputError(f"{path.parent} has a result and no model: remove {path}, and resume")

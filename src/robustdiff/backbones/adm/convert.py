@@ -78,7 +78,9 @@ def convert(source: Path, output: Path, flags: AdmFlags | None = None, schedule:
         raise InputError(f"{output} exists already: give another name, or remove it")
     output.parent.mkdir(parents=True, exist_ok=True)
     if source.is_dir():
-        save_adm(load_model(source).network, output)
+        model = load_model(source)
+        model.merge()
+        save_adm(model.network, output)
         return
     if flags is None:
         raise InputError(f"{source} needs the flags it was trained with: --preset, or guided-diffusion's own")
