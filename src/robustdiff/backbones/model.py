@@ -28,7 +28,15 @@ from robustdiff.backbones.lora import (
     read_weights_into,
     save_adapter,
 )
-from robustdiff.backbones.scheduler import denoiser_of, model_of, objective_of, process_of, sampling_of
+from robustdiff.backbones.scheduler import (
+    Kind,
+    denoiser_of,
+    kind_of,
+    model_of,
+    objective_of,
+    process_of,
+    sampling_of,
+)
 from robustdiff.codecs.codec import Codec, Shape
 from robustdiff.codecs.pixels import Pixels
 from robustdiff.conditions.condition import Condition
@@ -129,9 +137,17 @@ class Model:
         return self.backbone.condition()
 
     @property
+    def kind(self) -> Kind:
+        """The kind of the model, which its scheduler tells."""
+        return kind_of(self.scheduler)
+
+    @property
     def samplers(self) -> tuple[str, ...]:
         """The names of the samplers that suit the model, the default first."""
-        return suited(self.process)
+        names = suited(self.process)
+        if self.scheduler is not None and self.kind == "lcm":
+            return tuple(sorted(names, key=lambda name: name != "lcm"))
+        return names
 
     @cached_property
     def sampling(self) -> Mapping[str, Any]:
