@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -90,9 +91,8 @@ def same_images(monkeypatch, model, pipeline, steps=3, **settings):
     return ours
 
 
-@pytest.mark.parametrize("perturb", ["solver", "student"])
-def test_a_run_of_all_weights(distilled, monkeypatch, perturb, saved):
-    recipe = distilled(objective={"guidance_embedding": 16, "solver_steps": 20, "perturb": perturb})
+def test_a_run_of_all_weights(distilled, monkeypatch, saved):
+    recipe = distilled(objective={"guidance_embedding": 16, "solver_steps": 20}, steps=3)
     result = train(recipe, cpu=True)
     assert result["delta_norm"] > 0
     folder = Path(recipe.output)
@@ -109,11 +109,12 @@ def test_a_run_of_all_weights(distilled, monkeypatch, perturb, saved):
 
 
 def test_a_run_continues_bit_for_bit(distilled, outcome):
-    whole = distilled(output="whole")
+    fields = {"adversary": {"name": "free", "steps": 2}, "objective": {"perturb": "student"}, "accumulate": 2}
+    whole = distilled(output="whole", steps=4, **fields)
     train(whole, cpu=True)
-    half = whole.model_copy(update={"output": whole.output + "-half", "steps": 3})
+    half = whole.model_copy(update={"output": whole.output + "-half", "steps": 2})
     train(half, cpu=True)
-    train(half.model_copy(update={"steps": 6}), resume=True, cpu=True)
+    train(half.model_copy(update={"steps": 4}), resume=True, cpu=True)
     expected, found = outcome(whole), outcome(half)
     assert any(name.startswith("target now/") for name in expected)
     assert expected.keys() == found.keys()
@@ -143,16 +144,15 @@ def test_the_networks_of_a_run_of_all_weights(distilled):
 LORA = {"rank": 2, "targets": ["to_q", "conv1", "time_emb_proj"]}
 
 
-@pytest.mark.parametrize("kind", ["sd", "xl"])
-def test_a_lora_has_one_network_in_memory(distilled, kind, saved):
+def test_a_lora_has_one_network_in_memory(distilled, saved):
     pytest.importorskip("peft")
-    trainer = trainer_of(distilled(kind, LORA, {"guidance": [3.0, 15.0]}))
+    trainer = trainer_of(distilled("xl", LORA, {"guidance": [3.0, 15.0]}))
     student = trainer.built.model.network
     assert trainer.target is None
     assert {id(p) for p in trainer.objective.target.parameters()} == {id(p) for p in student.parameters()}
     for _ in zip(range(3), trainer.updates(), strict=False):
         pass
-    base = load_model(saved[kind])
+    base = load_model(saved["xl"])
     draw = next(trainer.batches())[0]
     assert draw.w_embedding is None
     with torch.no_grad():
@@ -166,7 +166,7 @@ def test_a_lora_has_one_network_in_memory(distilled, kind, saved):
 @pytest.mark.parametrize("kind", ["sd", "xl"])
 def test_a_run_of_a_lora(distilled, monkeypatch, kind, saved):
     pytest.importorskip("peft")
-    recipe = distilled(kind, LORA, lr=1e-2, ema=0)
+    recipe = distilled(kind, LORA, lr=1e-2, ema=0, steps=3)
     result = train(recipe, cpu=True)
     assert result["delta_norm"] > 0
     folder = Path(recipe.output)
@@ -206,15 +206,14 @@ def test_an_embedding_of_guidance_is_one_evaluation(saved):
 
 def test_the_command_samples_with_guidance(saved, robustdiff, tmp_path):
     pixels = []
-    for scale in ("1", "8.5", None):
+    for scale in ("1", None):
         path = tmp_path / f"{scale}.npz"
         own = () if scale is None else ("--guidance", scale)
         outcome = robustdiff("sample", saved["lcm"], "--num", 2, "--prompt", "blue", *own, "--output", path)
         assert outcome.code == 0, outcome.err
         with np.load(path) as file:
             pixels.append(file["arr_0"])
-    assert not np.array_equal(pixels[0], pixels[1])
-    assert np.array_equal(pixels[1], pixels[2])
+    assert not np.array_equal(*pixels)
     assert Generator.of(load_model(saved["lcm"]), prompts=("blue",)).steps == 4
 
 
@@ -235,14 +234,18 @@ def test_what_is_refused(distilled, settings, message):
         trainer_of(distilled(**settings))
 
 
-def test_other_teachers_are_refused(distilled, saved, make_sd_pipeline, tmp_path):
-    scheduler = diffusers.DDIMScheduler(beta_end=0.03, clip_sample=False, set_alpha_to_one=False, steps_offset=1)
-    other = make_sd_pipeline(tmp_path / "other", scheduler=scheduler)
-    with pytest.raises(InputError, match="other noise levels than the student"):
-        trainer_of(distilled(objective={"teacher": str(other)}))
-    scheduler = diffusers.DDIMScheduler(prediction_type="v_prediction", clip_sample=False, set_alpha_to_one=False)
-    other = make_sd_pipeline(tmp_path / "v", scheduler=scheduler)
-    with pytest.raises(InputError, match="the student's parameterisation, epsilon"):
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("beta_end", 0.03, "other noise levels than the student"),
+        ("prediction_type", "v_prediction", "the student's parameterisation, epsilon"),
+    ],
+)
+def test_other_teachers_are_refused(distilled, saved, tmp_path, field, value, message):
+    other = shutil.copytree(saved["sd"], tmp_path / "other")
+    path = other / "scheduler/scheduler_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), field: value}))
+    with pytest.raises(InputError, match=message):
         trainer_of(distilled(objective={"teacher": str(other)}))
 
 
