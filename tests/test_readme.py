@@ -69,6 +69,7 @@ def _small(name):
     return study.model_copy(update={"set": changes, "measure": measure, "references": references})
 
 
+@pytest.mark.usefixtures("in_this_process")
 @pytest.mark.parametrize("path", [path for path in DOCUMENTS if path.name != "text-to-image.md"], ids=lambda p: p.name)
 def test_every_command_runs(path, robustdiff, tmp_path, monkeypatch):
     from robustdiff import demo

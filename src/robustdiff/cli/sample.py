@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @app.command()
 def sample(
-    run: Annotated[str, typer.Argument(help="A run, a diffusers pipeline folder, or a shipped model.")],
+    run: Annotated[str, typer.Argument(help="A run, a diffusers pipeline folder, a shipped model, or one of the Hub.")],
     output: Annotated[Path, typer.Option(help="A file.npz, or a folder for PNGs.")] = Path("samples.npz"),
     num: Annotated[int, typer.Option(min=1, help="The number of images.")] = 64,
     sampler: Annotated[

@@ -3,9 +3,9 @@
 Pillow is restricted to six formats, because for others it may run external programs, such as Ghostscript for EPS files
 of any name. Files that would take minutes or gigabytes to open are refused.
 
-The first frame or page is read, its EXIF orientation is applied, and the largest crop of an aspect ratio, by default the
-centred square, is taken. Transparent
-pixels are composed on a background colour before resizing, so that their hidden colours have no effect.
+The first frame or page is read, its EXIF orientation is applied, and the largest crop of an aspect ratio is taken, by
+default the centred square. Transparent pixels are composed on a background colour before resizing, so that their hidden
+colours have no effect.
 """
 
 from __future__ import annotations
@@ -359,14 +359,12 @@ def decode_batch(
     positions: Sequence[Position] | None = None,
 ) -> Tensor:
     """Decode images as :func:`decode_image`, from their sources and names, to uint8 (B, C, H, W)."""
-    channels, *size = shape
+    channels, size = shape[0], shape[1:]
     images = np.empty((len(files), *shape), np.uint8)
     with allow_large():
         for k, (source, name) in enumerate(files):
             position = None if positions is None else positions[k]
-            images[k] = decode_image(source, name, (size[0], size[1]), channels, background, position).transpose(
-                2, 0, 1
-            )
+            images[k] = decode_image(source, name, size, channels, background, position).transpose(2, 0, 1)
     return torch.from_numpy(images)
 
 

@@ -1,8 +1,8 @@
 """Encoded images, decoded on access: the base class of datasets of files, tables and archives.
 
-Images are cropped to the aspect ratio of the batch and resized. With (H, W) the size of an image in pixels, upright, (h, w)
-that of the batch, and (top, left) the crop's corner in the resized image, the geometry of a sample is (H, W, top, left),
-which Stable Diffusion XL is conditioned on (Podell et al., 2023, arXiv 2307.01952, sections 2.2 and 2.3).
+Images are cropped to the aspect ratio of the batch and resized. With (H, W) the size of an image in pixels, upright,
+and (top, left) the corner of the crop in the resized image, the geometry of a sample is (H, W, top, left), which Stable
+Diffusion XL is conditioned on (Podell et al., 2023, arXiv 2307.01952, sections 2.2 and 2.3).
 """
 
 from __future__ import annotations
@@ -39,6 +39,8 @@ class EncodedDataset(ImageDataset):
     Raises:
         InputError: Images of different sides with `size` None.
     """
+
+    sizes: Tensor
 
     def __init__(
         self,
@@ -90,7 +92,9 @@ class EncodedDataset(ImageDataset):
         """Return the geometry of a batch, int64 (B, 4); see :class:`Batch`. Arguments are those of :meth:`fetch`."""
         size = self.shape[1:] if size is None else size
         rows = []
-        for k, (height, width) in enumerate(self.sizes[torch.as_tensor(indices, dtype=torch.int64)].tolist()):
-            top, left, crop_height, crop_width = crop_box((height, width), size, positions and positions[k])
+        sizes = self.sizes[torch.as_tensor(indices, dtype=torch.int64)].tolist()
+        for k, (height, width) in enumerate(sizes):
+            position = None if positions is None else positions[k]
+            top, left, crop_height, crop_width = crop_box((height, width), size, position)
             rows.append((height, width, round(top * size[0] / crop_height), round(left * size[1] / crop_width)))
         return torch.tensor(rows, dtype=torch.int64)

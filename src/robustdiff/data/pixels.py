@@ -1,9 +1,9 @@
 """Cropping, resizing and conversion of images, and their arrangement in a grid.
 
-The crop is the largest one of an aspect ratio, by default the centred square. Images are resized by Pillow's bicubic filter, which widens its kernel to
-prevent aliasing when it shrinks an image. OpenCV, and torch by default, do not, and aliasing alone changes FID by whole
-points (Parmar, Zhang and Zhu, "On Aliased Resizing and Surprising Subtleties in GAN Evaluation", CVPR 2022,
-arXiv 2104.11222).
+The crop is the largest one of an aspect ratio, by default the centred square. Images are resized by Pillow's bicubic
+filter, which widens its kernel to prevent aliasing when it shrinks an image. OpenCV, and torch by default, do not, and
+aliasing alone changes FID by whole points (Parmar, Zhang and Zhu, "On Aliased Resizing and Surprising Subtleties in GAN
+Evaluation", CVPR 2022, arXiv 2104.11222).
 """
 
 from __future__ import annotations
