@@ -48,8 +48,8 @@ class ClipScore(Metric):
     Arguments:
         real: Not used.
         device: The device of CLIP.
-        folder: The folder of a ``CLIPModel`` of transformers, with its tokenizer and image processor, or the name of one
-            that comes with this package. Nothing is fetched from the network, and weights are read from safetensors.
+        folder: The folder of a ``CLIPModel`` of transformers, with its tokenizer and image processor, or the name of
+            one that comes with this package. Nothing is fetched from the network, and weights are read from safetensors.
 
     Raises:
         InputError: If transformers is not installed, or the folder is not a CLIP or lacks a part.
