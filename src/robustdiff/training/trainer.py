@@ -215,15 +215,9 @@ class Trainer:
         """Return the target network as the objective calls it: a copy of the student, or the student itself."""
         if not self.built.objective.needs_target:
             return None
-<<<<<<< HEAD
-        target = self.accelerator.unwrap_model(self.model) if self.target is None else self.target
-        call: Any = self.built.model.backbone.bind(target)
-        return target if call is target else _Bound(target, call)
-=======
         target: nn.Module = self.accelerator.unwrap_model(self.model) if self.target is None else self.target
         call: Any = self.built.model.backbone.bind(target)
         return target if call is target else _Bound(target, call)  # most families call the network itself
->>>>>>> w-lcm
 
     # -- the loop --------------------------------------------------------------------------------------------
 
