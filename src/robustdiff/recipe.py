@@ -76,6 +76,9 @@ class Recipe(Section):
         128, ge=1, le=2**20, description="number of images per update, over all processes and microbatches"
     )
     accumulate: int = Field(1, ge=1, le=2**20, description="number of microbatches per update")
+    optimizer: Literal["adamw", "adamw8bit"] = Field(
+        "adamw", description="adamw8bit holds the moments in 8 bits, by bitsandbytes"
+    )
     lr: float = Field(1e-4, gt=0, description="learning rate of AdamW")
     lr_schedule: Literal["constant", "cosine"] = Field("constant", description="after the warm-up; cosine decays to 0")
     warmup: int = Field(0, ge=0, le=MOST_UPDATES, description="number of updates of linear warm-up from 0")
@@ -89,7 +92,7 @@ class Recipe(Section):
         "fp32", description="mixed precision of the network; auto: bf16 if the device supports it, else fp32"
     )
     compile: bool = Field(False, description="torch.compile the network")
-    channels_last: bool | None = Field(None, description="channels-last memory format; by default on CUDA only")
+    channels_last: bool | None = Field(None, description="channels-last memory format; by default on CUDA with adamw")
     seed: int = Field(0, ge=0, lt=2**63)
     threads: int | None = Field(None, ge=1, le=1024, description="number of CPU threads of torch")
     checkpoint_every: int = Field(1000, ge=1, le=MOST_UPDATES, description="number of updates between checkpoints")
@@ -101,6 +104,8 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
+        if self.optimizer == "adamw8bit" and self.channels_last:
+            raise ValueError("optimizer=adamw8bit makes parameters contiguous: leave channels_last out")
         if self.batch_size % self.accumulate:
             raise ValueError(f"batch_size {self.batch_size} is not a multiple of accumulate {self.accumulate}")
         if self.adversary.by_level and self.objective is not None and not self.objective.fixed_levels:

@@ -229,7 +229,7 @@ def test_a_saved_adapter_is_loaded_on_its_base(adapted, base):
 
 def test_an_adapter_of_other_weights_or_of_none_is_refused(adapted, base, tmp_path, make_unet):
     shutil.move(base, tmp_path / "moved")
-    refused(adapted, str(base), "where no model is", RECORD)
+    refused(adapted, str(base), "not there", RECORD)
     edit(adapted, base=str(tmp_path / "moved"))
     load_model(adapted)
     other = make_unet()

@@ -282,14 +282,16 @@ def test_the_empty_condition_in_all_its_forms():
         )
     ]
     assert torch.equal(draws[0].solved, draws[1].solved)
-    with pytest.raises(ValueError, match="lacks class_labels"):
-        objective.draw(x0, **condition, unconditional={"encoder_hidden_states": EMPTY})
-    with pytest.raises(ValueError, match="lacks text_embeds"):
-        objective.draw(
-            x0,
-            **condition,
-            unconditional={"encoder_hidden_states": EMPTY, "class_labels": 9, "added_cond_kwargs": {}},
-        )
+    # What the empty condition does not name is that of the condition.
+    less = objective.draw(x0, t=INDEX, noise=noise, w=w, **condition, unconditional={"encoder_hidden_states": EMPTY})
+    empty = {
+        "encoder_hidden_states": EMPTY,
+        "class_labels": condition["class_labels"],
+        "added_cond_kwargs": {"text_embeds": pooled},
+    }
+    assert torch.equal(
+        less.solved, objective.draw(x0, t=INDEX, noise=noise, w=w, **condition, unconditional=empty).solved
+    )
 
 
 def test_without_guidance_there_is_no_empty_condition():
@@ -384,6 +386,7 @@ def test_processes_that_do_not_suit():
         ({"t": torch.tensor([1])}, "with shape"),
         ({"w": torch.ones(3)}, "w must have shape"),
         ({"unconditional": None}, "needs unconditional"),
+        ({"unconditional": {}}, "needs unconditional"),
         ({"unconditional": {"encoder_hidden_states": EMPTY, "class_labels": 3}}, "unconditional has class_labels"),
     ],
 )

@@ -44,8 +44,8 @@ def damped():
 
 
 def test_every_sampler_is_found_and_each_kind_of_model_has_a_default():
-    assert list(SAMPLERS) == ["ddim", "dpm++", "es", "euler", "iddpm", "multistep", "time-shift"]
-    assert suited(COSINE) == ("ddim", "dpm++", "es", "iddpm", "time-shift")
+    assert list(SAMPLERS) == ["ddim", "dpm++", "es", "euler", "iddpm", "lcm", "multistep", "time-shift"]
+    assert suited(COSINE) == ("ddim", "dpm++", "es", "iddpm", "lcm", "time-shift")
     assert (suited(FLOW), suited(CONSISTENCY)) == (("euler",), ("multistep",))
     assert suited(DiffusionProcess(torch.tensor([0.9]), torch.tensor([0.7]))) == ()
 

@@ -15,6 +15,7 @@ from PIL import Image
 from robustdiff.backbones.flux import pack
 from robustdiff.backbones.model import load_model
 from robustdiff.evaluation.generate import ImageNoise
+from robustdiff.objectives.objective import predict
 
 pytest.importorskip("transformers")
 CAPTIONS = {"0.png": "a red shoe", "1.png": "a blue shirt", "2.png": "red", "3.png": "blue"}
@@ -87,6 +88,34 @@ def test_a_fine_tuning_is_sampled_as_diffusers_samples_it(
     ).images
     with np.load(tmp_path / "x.npz") as file:
         assert np.abs(file["arr_0"] - 255 * images).max() <= 0.5 + 255e-5
+
+
+@pytest.mark.parametrize("kind", ["sd3", "flux"])
+def test_gradients_are_the_same_with_gradient_checkpointing(pipelines: dict[str, Path], kind: str) -> None:
+    gradients = []
+    model = load_model(pipelines[kind], 8)
+    condition = model.condition.batch(None, ["a red shoe"], None)
+    point = torch.randn(1, *model.shape)
+    for checkpointing in (False, True):
+        model.network.zero_grad()
+        if checkpointing:
+            model.network.enable_gradient_checkpointing()
+        x = point.clone().requires_grad_()
+        out = predict(model.backbone.bind(model.network.train()), x, torch.tensor([500.0]), condition)
+        out.square().sum().backward()
+        gradients.append([x.grad, *(p.grad for p in model.network.parameters())])
+    torch.testing.assert_close(gradients[0], gradients[1])
+
+
+def test_a_network_that_takes_the_scale_of_guidance_has_no_negative_caption(
+    robustdiff: Any, pipelines: dict[str, Path], tmp_path: Path
+) -> None:
+    words = ["--prompt", "red", "--num", 1, "--steps", 1, "--size", 8, "--guidance", 2, "--cpu"]
+    for kind, code in (("sd3", 0), ("flux", 2)):
+        path = tmp_path / f"{kind}.npz"
+        outcome = robustdiff("sample", pipelines[kind], *words, "--negative", "blue", "--output", path)
+        assert outcome.code == code, outcome.err
+    assert "takes the scale of guidance itself" in outcome.err
 
 
 def test_the_scale_of_guidance_is_a_setting_of_training(

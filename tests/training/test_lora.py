@@ -211,3 +211,9 @@ def test_commands_take_the_run_of_a_lora(robustdiff, base, tmp_path):
     assert done.code == 2
     assert "no module nowhere" in done.err
     assert done.err.count("\n") == 1
+    for setting, word in (("lora=4", "model.lora.rank=16"), ("lora.targets=to_q", "a list"), ("lora.rank=0", "rank")):
+        done = robustdiff("train", "digits", *overrides, "--set", f"model.{setting}", "--cpu")
+        assert done.code == 2
+        assert word in done.err
+    done = robustdiff("evaluate", run, "--metrics", "brightness", "--num", 8, "--steps", 2, "--cpu")
+    assert done.code == 0, done.err

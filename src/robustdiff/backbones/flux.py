@@ -63,8 +63,8 @@ class Flux(MMDiT):
             positions = {"txt_ids": torch.zeros(2, 3), "img_ids": torch.zeros(4, 3)}
         check_call(network, path, (4, channels), guidance=guidance, **positions)
 
-    def _load_text(self, folder: Path, components: Components) -> FluxText:
-        config = self.network.config
+    @staticmethod
+    def _load_text(folder: Path, components: Components, config: Any) -> FluxText:
         return load_flux_text(folder, config.joint_attention_dim, config.pooled_projection_dim)
 
     def embed_guidance(self, scale: float, like: Tensor) -> dict[str, Tensor] | None:

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -69,11 +69,24 @@ class LoraSection(Section):
     )
     targets: tuple[Text, ...] | None = Field(
         None,
-        min_length=1,
         max_length=1024,
         description="layers with an adapter, by the ends of their names; by default the projections of attention",
     )
     dropout: Fraction = Field(0.0, description="dropout of the adapter's input in training")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _has_fields(cls, value: Any) -> Any:
+        if not isinstance(value, dict | LoraSection):
+            raise ValueError("give its fields, such as model.lora.rank=16")
+        return value
+
+    @field_validator("targets", mode="before")
+    @classmethod
+    def _is_a_list(cls, value: Any) -> Any:
+        if value is not None and not (isinstance(value, list | tuple) and value):
+            raise ValueError("give a list of names, such as [to_q, to_v], or leave it out")
+        return value
 
     @property
     def scaled(self) -> float:

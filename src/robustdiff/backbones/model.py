@@ -28,7 +28,15 @@ from robustdiff.backbones.lora import (
     read_weights_into,
     save_adapter,
 )
-from robustdiff.backbones.scheduler import denoiser_of, model_of, objective_of, process_of, sampling_of
+from robustdiff.backbones.scheduler import (
+    Kind,
+    denoiser_of,
+    kind_of,
+    model_of,
+    objective_of,
+    process_of,
+    sampling_of,
+)
 from robustdiff.codecs.codec import Codec, Shape
 from robustdiff.codecs.pixels import Pixels
 from robustdiff.conditions.condition import Condition
@@ -129,9 +137,17 @@ class Model:
         return self.backbone.condition()
 
     @property
+    def kind(self) -> Kind:
+        """The kind of the model, which its scheduler tells."""
+        return kind_of(self.scheduler)
+
+    @property
     def samplers(self) -> tuple[str, ...]:
         """The names of the samplers that suit the model, the default first."""
-        return suited(self.process)
+        names = suited(self.process)
+        if self.scheduler is not None and self.kind == "lcm":
+            return tuple(sorted(names, key=lambda name: name != "lcm"))
+        return names
 
     @cached_property
     def sampling(self) -> Mapping[str, Any]:
@@ -310,8 +326,8 @@ def _adapted(folder: Path, path: str, size: int | None) -> Model:
     where = f"correct base in {folder / RECORD} if it has moved"
     try:
         base = _model_folder(adapter.base)
-    except InputError:
-        raise InputError(f"{path} is a LoRA of {adapter.base}, where no model is: {where}") from None
+    except InputError as error:
+        raise InputError(f"{path} is a LoRA of {adapter.base}, which is not there ({error}): {where}") from None
     if not (base / "model_index.json").is_file():
         raise InputError(f"{path} is a LoRA of {adapter.base}, which is a LoRA itself: {where}")
     model = load_model(base, size)
@@ -324,7 +340,7 @@ def _adapted(folder: Path, path: str, size: int | None) -> Model:
     inject(backbone.network, adapter.lora, path)
     read_weights_into(backbone.network, backbone.part, folder / WEIGHTS)
     backbone.network.eval()
-    scheduler = load_scheduler(folder, {"scheduler": ("diffusers", adapter.scheduler)})
+    scheduler = backbone.corrected(load_scheduler(folder, {"scheduler": ("diffusers", adapter.scheduler)}))
     adapted = Model(backbone, scheduler, model.codec, path=path)
     adapted.adapter = adapter
     return adapted

@@ -4,6 +4,7 @@ r"""The process, the parameterisation and the settings of sampling that a checkp
     flow          FlowMatch…, and any with use_flow_sigmas, with any fixed or dynamic shift
     edm           EDMEulerScheduler and EDMDPMSolverMultistepScheduler: a denoiser in Karras et al.'s preconditioning
     consistency   CMStochasticIterativeScheduler
+    lcm           LCMScheduler: a latent consistency model over the process of a diffusion model
 
 Euler-like schedulers scale the network's input to x/√(1 + σ²), the variance-preserving point, so the process is the one
 with ᾱ_t. (:meth:`DiffusionProcess.from_scheduler` returns the process of ``add_noise`` instead, with α = 1.)
@@ -33,10 +34,11 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from robustdiff.backbones.backbone import Backbone
-from robustdiff.errors import InputError
+from robustdiff.errors import InputError, first_line
 from robustdiff.objectives.consistency import ConsistencyConfig
 from robustdiff.objectives.denoising import DenoisingConfig
 from robustdiff.objectives.edm import EdmConfig
+from robustdiff.objectives.latent_consistency import LatentConsistencyConfig
 from robustdiff.objectives.objective import ObjectiveConfig
 from robustdiff.objectives.preconditioning import (
     Denoise,
@@ -52,7 +54,7 @@ from robustdiff.samplers.spacing import scheduled
 
 __all__ = ["Kind", "denoiser_of", "kind_of", "mark_as_own", "model_of", "objective_of", "process_of", "sampling_of"]
 
-Kind = Literal["diffusion", "flow", "edm", "consistency"]
+Kind = Literal["diffusion", "flow", "edm", "consistency", "lcm"]
 
 _TIME_SCALE = 250.0
 _FIXED = ("fixed_small", "fixed_large", "fixed_small_log", "fixed_large_log")
@@ -76,6 +78,8 @@ def kind_of(scheduler: Any) -> Kind:
     name, config = type(scheduler).__name__, scheduler.config
     if name == "CMStochasticIterativeScheduler":
         return "consistency"
+    if name == "LCMScheduler":
+        return "lcm"
     if name in ("EDMEulerScheduler", "EDMDPMSolverMultistepScheduler"):
         return "edm"
     if name.startswith("FlowMatch") or config.get("use_flow_sigmas", False):
@@ -211,6 +215,17 @@ def objective_of(scheduler: Any, backbone: Backbone) -> ObjectiveConfig:
             "prediction_type=epsilon does not go with zero terminal SNR (rescale_betas_zero_snr), where x_0 does not "
             "follow from the noise: such a model predicts v_prediction; correct scheduler_config.json"
         )
+    if kind == "lcm":
+        if learned:
+            raise InputError("a latent consistency model has no learned variance, and the network has 2C channels")
+        steps, scaling = config.original_inference_steps, config.timestep_scaling
+        try:
+            return LatentConsistencyConfig(prediction=given, solver_steps=steps, timestep_scaling=scaling)
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise InputError(
+                f"LCMScheduler: {first['loc'][0]}: {first['msg']}: correct scheduler_config.json"
+            ) from None
     return DenoisingConfig(prediction=given, variance="learned_range" if learned else "fixed")
 
 
@@ -241,7 +256,8 @@ def denoiser_of(scheduler: Any, backbone: Backbone, network: Callable[..., Any] 
     if kind == "edm":
         return _preconditioned(scheduler, network)
     if kind != "diffusion":
-        name = {"flow": "a flow-matching model", "consistency": "a consistency model"}[kind]
+        names = {"flow": "a flow-matching model", "lcm": "a latent consistency model"}
+        name = names.get(kind, "a consistency model")
         raise InputError(f"{name} cannot be a teacher: give a diffusion model, or one trained with objective=edm")
     return DiffusionDenoiser(network, process_of(scheduler), objective_of(scheduler, backbone).prediction)
 
@@ -285,7 +301,13 @@ class _FlowSpacing:
             given["sigmas"] = np.linspace(1.0, 1 / steps, steps)
         if self.mu is not None:
             given["mu"] = self.mu
-        scheduler.set_timesteps(**given)
+        try:
+            scheduler.set_timesteps(**given)
+        except Exception as error:  # the classes differ in the arguments that they take, and check few of them
+            raise InputError(
+                f"{type(scheduler).__name__} of the checkpoint makes no {steps} levels ({first_line(error)}): use "
+                "FlowMatchEulerDiscreteScheduler, or choose a --spacing"
+            ) from None
         # Solvers of second order have each level but the first twice.
         sigmas = torch.unique_consecutive(scheduler.sigmas.to(torch.float64))[:steps]
         if not bool(((sigmas > 0) & (sigmas <= 1)).all()):
@@ -320,6 +342,9 @@ def sampling_of(scheduler: Any, backbone: Backbone | None = None) -> dict[str, A
         result["clip"] = DynamicThreshold(config.dynamic_thresholding_ratio, config.sample_max_value)
     elif "clip_sample" in config:
         result["clip"] = float(config.get("clip_sample_range", 1.0)) if config.clip_sample else False
+    if kind_of(scheduler) == "lcm":
+        result["solver_steps"] = config.original_inference_steps
+        result["timestep_scaling"] = config.timestep_scaling
     if config.get("variance_type") in _FIXED:
         result["variance"] = config.variance_type.removesuffix("_log")
     if not config.get("set_alpha_to_one", True) and kind_of(scheduler) == "diffusion":
@@ -334,9 +359,11 @@ def sampling_of(scheduler: Any, backbone: Backbone | None = None) -> dict[str, A
 
 def _spacing_of(scheduler: Any, backbone: Backbone | None) -> Callable[[int, int], Tensor] | None:
     config, kind = scheduler.config, kind_of(scheduler)
-    if config.get("_timestep_spacing") == "own" or kind == "consistency":
+    if config.get("_timestep_spacing") == "own" or kind in ("consistency", "lcm"):
         return None
     if kind == "flow":
+        if config.get("stochastic_sampling", False):
+            raise InputError("stochastic_sampling=true in scheduler_config.json is not supported: set it to false")
         return _FlowSpacing(scheduler, _mu_of(scheduler, backbone), backbone is not None and backbone.linear_levels)
     for name in ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas"):
         if config.get(name, False):

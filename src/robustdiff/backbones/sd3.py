@@ -67,10 +67,8 @@ class MMDiT(Backbone):
         network: Any = load_network(
             component(folder, cls.part), cls.classes[components[cls.part]], prepare=cls._prepare, check=cls._check
         )
-        backbone = cls(network)
-        codec = _load_vae(folder, components, backbone.channels)
-        backbone.factor = codec.factor
-        backbone.text = backbone._load_text(folder, components)
+        codec = _load_vae(folder, components, cls(network).channels)
+        backbone = cls(network, cls._load_text(folder, components, network.config), codec.factor)
         if size is not None:
             backbone.take_size(*backbone._latents(size, size))
         return backbone, codec
@@ -85,8 +83,9 @@ class MMDiT(Backbone):
     def _check(network: Any, path: Path) -> None:
         """Check that a network on the meta device takes noisy latents, a time and embeddings of a caption."""
 
+    @staticmethod
     @abstractmethod
-    def _load_text(self, folder: Path, components: Components) -> Condition:
+    def _load_text(folder: Path, components: Components, config: Any) -> Condition:
         """Load the text encoders, and check that the network takes their embeddings."""
 
     def pipeline(self, network: nn.Module, scheduler: Any, codec: Codec, condition: Condition) -> Any:
@@ -184,8 +183,8 @@ class StableDiffusion3(MMDiT):
         side = network.config.patch_size
         check_call(network, path, (network.config.in_channels, side, side))
 
-    def _load_text(self, folder: Path, components: Components) -> StableDiffusion3Text:
-        config = self.network.config
+    @staticmethod
+    def _load_text(folder: Path, components: Components, config: Any) -> StableDiffusion3Text:
         return load_sd3_text(folder, components, config.joint_attention_dim, config.pooled_projection_dim)
 
     def bind(self, network: Callable[..., Any]) -> Callable[..., Any]:

@@ -12,12 +12,13 @@ The safety checker of a pipeline is neither applied nor saved again.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from diffusers import LatentConsistencyModelPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import Tensor, nn
 
@@ -28,18 +29,15 @@ from robustdiff.conditions.clip import ClipText, TwoClipTexts, load_clip, load_t
 from robustdiff.conditions.condition import Condition
 from robustdiff.errors import InputError, first_line, printable
 from robustdiff.loading import Components, component, load_network, read_config, shown
+from robustdiff.objectives.latent_consistency import embed_guidance
 
 __all__ = ["StableDiffusion"]
 
 logger = logging.getLogger(__name__)
 
-_XL = "StableDiffusionXLPipeline"
-_LCM = "LatentConsistencyModelPipeline"
-_PIPELINES: dict[str, type[Any]] = {
-    "StableDiffusionPipeline": StableDiffusionPipeline,
-    _XL: StableDiffusionXLPipeline,
-    _LCM: LatentConsistencyModelPipeline,
-}
+_SD, _XL, _LCM = "StableDiffusionPipeline", "StableDiffusionXLPipeline", "LatentConsistencyModelPipeline"
+
+_GUIDANCE = 8.5  # the default scale of LatentConsistencyModelPipeline
 
 _LARGEST_SIZE = 2**11  # in latents: 16384 pixels with a VAE of factor 8
 
@@ -69,7 +67,7 @@ class StableDiffusion(Backbone):
         network: Any,
         text: ClipText | TwoClipTexts | None = None,
         factor: int = 8,
-        pipeline: str = "StableDiffusionPipeline",
+        pipeline: str = _SD,
     ) -> None:
         super().__init__(network)
         self.text, self.factor, self.kind = text, factor, pipeline
@@ -79,9 +77,9 @@ class StableDiffusion(Backbone):
         index = folder / "model_index.json"
         config = read_config(index)
         kind = config.get("_class_name")
-        if kind not in _PIPELINES:
+        if kind not in (_SD, _XL, _LCM):
             raise InputError(
-                f"{index}: pipelines of UNet2DConditionModel are supported if they are {', '.join(_PIPELINES)}"
+                f"{index}: pipelines of UNet2DConditionModel are supported if they are {_SD}, {_XL} or {_LCM}"
             )
         if components.get("vae") != ("diffusers", "AutoencoderKL"):
             raise InputError(
@@ -110,7 +108,7 @@ class StableDiffusion(Backbone):
 
     def corrected(self, scheduler: Any) -> Any:
         """Return a scheduler as ``StableDiffusionPipeline`` uses it, with ``steps_offset`` 1 and without clipping."""
-        wanted = {"steps_offset": 1, "clip_sample": False} if self.kind == "StableDiffusionPipeline" else {}
+        wanted = {"steps_offset": 1, "clip_sample": False} if self.kind == _SD else {}
         changes = {name: value for name, value in wanted.items() if scheduler.config.get(name, value) != value}
         return type(scheduler).from_config(scheduler.config, **changes) if changes else scheduler
 
@@ -119,10 +117,11 @@ class StableDiffusion(Backbone):
         parts["scheduler"] = self.corrected(scheduler)
         if self.kind == _XL:
             zeros = condition.zeros  # type: ignore[attr-defined]
-            return StableDiffusionXLPipeline(**parts, force_zeros_for_empty_prompt=zeros, add_watermarker=False)
-        return _PIPELINES[self.kind](
-            **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
-        )
+            parts |= {"force_zeros_for_empty_prompt": zeros, "add_watermarker": False}
+        else:
+            parts |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+        # Imported here, since it imports image processors of transformers, which warn of a missing torchvision.
+        return getattr(import_module("diffusers"), self.kind)(**parts)
 
     def condition(self) -> Condition:
         if self.text is None:
@@ -137,6 +136,8 @@ class StableDiffusion(Backbone):
         ) -> Any:
             if condition.get("timestep_cond") is not None and config.time_cond_proj_dim is None:
                 raise InputError("this network takes no embedding of the guidance scale (time_cond_proj_dim)")
+            if "timestep_cond" not in condition:
+                condition |= self.embed_guidance(_GUIDANCE, x) or {}
             if text_embeds is None:
                 return network(x, timestep=t, **condition)
             target = x.new_tensor([[self.factor * side for side in x.shape[2:]]], dtype=torch.float32)
@@ -147,6 +148,19 @@ class StableDiffusion(Backbone):
             return network(x, timestep=t, added_cond_kwargs=added, **condition)
 
         return call
+
+    @property
+    def guidance_embedding(self) -> int | None:
+        width: int | None = self.network.config.time_cond_proj_dim
+        return width
+
+    def embed_guidance(self, scale: float, like: Tensor) -> dict[str, Tensor] | None:
+        if self.guidance_embedding is None:
+            return None
+        if not (scale >= 0 and math.isfinite(scale)):
+            raise InputError(f"guidance must be at least 0 and finite; got {scale}")
+        w = torch.full((len(like),), scale - 1, dtype=torch.float32, device=like.device)
+        return {"timestep_cond": embed_guidance(w, self.guidance_embedding).to(like.dtype)}
 
     def with_guidance_embedding(self, width: int) -> StableDiffusion:
         """Return the backbone of a network that also takes an embedding of the guidance scale, ``timestep_cond``.

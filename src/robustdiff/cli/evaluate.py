@@ -62,6 +62,7 @@ def evaluate(
     guidance: Annotated[
         str | None, typer.Option(help="Scales of classifier-free guidance, with commas; 1: none.")
     ] = None,
+    negative: options.Negative = None,
     cpu: options.Cpu = False,
 ) -> None:
     """Measure checkpoint × sampler × steps × guidance by FID and other metrics, on common random numbers.
@@ -71,7 +72,7 @@ def evaluate(
     """
     from accelerate import Accelerator
 
-    from robustdiff.evaluation.prompts import load_prompts
+    from robustdiff.evaluation.prompts import load_prompts, prompts_of
     from robustdiff.evaluation.real_images import load_target
     from robustdiff.evaluation.sources import evaluate_sources, load_sources
     from robustdiff.report.bar import Bar
@@ -86,11 +87,13 @@ def evaluate(
     target = load_target(real, features, weights, accelerator.device, texts, compare)
     chosen = options.given(spacing=spacing)
     settings = options.given(seed=seed, batch_size=batch_size, precision=precision, options=chosen)
+    settings |= options.given(negative=negative)
     with Bar(err, quiet=not accelerator.is_main_process) as bar:
         grid = evaluate_sources(runs, images, target, accelerator, *cells, progress=bar, **settings)
     record = {**target.record, "seed": seed}
-    record |= {"prompts": texts.record} if texts is not None else {}
-    record |= {"metrics": values} if values else {}
+    used = prompts_of(target.dataset) if texts is None and grid.captions else texts
+    record |= {"prompts": used.record} if used is not None else {}
+    record |= options.given(metrics=values or None, negative=negative)
     accelerator.on_main_process(_show)(grid, target, record, output)
 
 

@@ -140,6 +140,9 @@ Guidance = Annotated[
         min=0, help="Scale of guidance, for models of captions or with a null class; 1: none. Flux dev takes it itself."
     ),
 ]
+Negative = Annotated[
+    str | None, typer.Option(help="The caption to guide away from, in place of the empty one; needs --guidance.")
+]
 Precision = Annotated[
     Literal["auto", "fp32", "bf16", "fp16"],
     typer.Option(callback=_native, help="Mixed precision of the network; auto: bf16 if the device computes in it."),

@@ -170,6 +170,10 @@ class Generator:
         if self.negative is not None:
             if not condition.takes_captions:
                 raise InputError("this model is not conditioned on captions: leave --negative out")
+            if self.model.backbone.guidance is not None:
+                raise InputError(
+                    "this network takes the scale of guidance itself, with no second caption: leave --negative out"
+                )
             if self.guidance in (None, 1):
                 raise InputError("a negative caption takes part in guidance alone: give --guidance above 1 as well")
         if self.guidance is not None:

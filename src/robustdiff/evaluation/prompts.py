@@ -25,7 +25,7 @@ from robustdiff.errors import InputError, printable
 from robustdiff.files import open_regular, read_json
 from robustdiff.loading import shown
 
-__all__ = ["Prompts", "load_prompts"]
+__all__ = ["Prompts", "load_prompts", "prompts_of"]
 
 _BYTES = 2**28  # COCO's captions of 118,000 images have 92 MB
 
@@ -71,6 +71,13 @@ class Prompts:
         """Return the caption of a file by its name, or by the end of its path where files have paths."""
         ends = ("/".join(path.parts[-k:]) for k in range(1, len(path.parts) + 1))
         return next((self.files[end] for end in ends if end in self.files), None)
+
+
+def prompts_of(dataset: ImageDataset | None) -> Prompts | None:
+    """Return the first caption of each image of a dataset as prompts, or None without captions."""
+    if dataset is None or dataset.captions is None:
+        return None
+    return Prompts(dataset.name, tuple(first for first, *_ in dataset.captions))
 
 
 def load_prompts(path: Path) -> Prompts:

@@ -15,7 +15,7 @@ from robustdiff.errors import InputError, printable
 from robustdiff.evaluation.generate import Generator
 from robustdiff.evaluation.grid import Grid, evaluate_grid, evaluate_images
 from robustdiff.evaluation.images import check_size, load_images, number_of_images
-from robustdiff.evaluation.prompts import Prompts
+from robustdiff.evaluation.prompts import Prompts, prompts_of
 from robustdiff.evaluation.real_images import Target
 from robustdiff.metrics.metric import MetricCollection
 from robustdiff.metrics.reference import FEWEST
@@ -125,9 +125,13 @@ def evaluate_sources(
     settings |= {"samplers": samplers, "steps": steps or [1], "batch_size": batch_size}
     if guidances:
         settings["guidance"] = guidances[0]
-    real = None if prompts is not None or target.dataset is None else _captions(target.dataset)
-    settings |= {"data_captions": tuple(real or ())} if prompts is None else {"prompts": prompts.texts}
-    generators = load_generators(runs, accelerator.device, target.dataset, **settings)
+    real = prompts_of(target.dataset)
+    if prompts is not None:
+        settings["prompts"] = prompts.texts
+    elif real is not None:
+        settings["data_captions"] = real.texts
+    compared = None if target.extractor is None else target.dataset
+    generators = load_generators(runs, accelerator.device, compared, **settings)
     number = num or _number(generators)
     if len(guidances) > 1:
         generators = {
@@ -138,14 +142,15 @@ def evaluate_sources(
     if generators:
         samplers = samplers or [next(iter(generators.values())).sampler]
         steps = steps or SAMPLERS[samplers[0]].grid_steps
-    if target.dataset is not None:
+    if compared is not None:
         for dataset in images.values():
-            check_size(dataset, target.dataset.shape)
+            check_size(dataset, compared.shape)
     statistics = target.statistics(accelerator, progress)
     collection = MetricCollection(metrics or None, target.extractor, statistics, accelerator.device, values)
-    captions = {
-        name: _captions(dataset) if prompts is None else prompts.of(dataset) for name, dataset in images.items()
-    }
+    captions: dict[str, Sequence[str] | None] = {}
+    for name, dataset in images.items():
+        own = prompts_of(dataset) if prompts is None else prompts
+        captions[name] = None if own is None else own.of(dataset)
     _check_captions(collection, generators, captions, prompts)
     cells = [  # before the runs, which take longer
         evaluate_images(name, dataset, numbers[name], collection, accelerator, batch_size, progress, captions[name])
@@ -153,12 +158,6 @@ def evaluate_sources(
     ]
     grid = evaluate_grid(generators, samplers, steps, number, collection, accelerator, progress=progress)
     return replace(grid, cells=[*grid.cells, *cells])
-
-
-def _captions(dataset: ImageDataset) -> list[str] | None:
-    """Return the first caption of each image, or None if a dataset has no captions."""
-    every = getattr(dataset, "captions", None)
-    return None if every is None else [first for first, *_ in every]
 
 
 def _number(generators: Mapping[str, Generator]) -> int:

@@ -32,6 +32,7 @@ __all__ = ["ClipScore"]
 
 logger = logging.getLogger(__name__)
 
+SHIPPED = Path(__file__).parent / "weights"
 _BLOCKS = 1000
 _LARGEST_SIDE = 4096
 _PROCESSORS = ("CLIPImageProcessor", "CLIPImageProcessorFast", "CLIPImageProcessorPil", "CLIPFeatureExtractor")
@@ -47,8 +48,8 @@ class ClipScore(Metric):
     Arguments:
         real: Not used.
         device: The device of CLIP.
-        folder: The folder of a ``CLIPModel`` of transformers, with its tokenizer and image processor. Nothing is
-            fetched from the network, and weights are read from safetensors.
+        folder: The folder of a ``CLIPModel`` of transformers, with its tokenizer and image processor, or the name of one
+            that comes with this package. Nothing is fetched from the network, and weights are read from safetensors.
 
     Raises:
         InputError: If transformers is not installed, or the folder is not a CLIP or lacks a part.
@@ -61,7 +62,9 @@ class ClipScore(Metric):
     def __init__(
         self, real: Reference | None = None, device: torch.device | str = "cpu", folder: str | Path = ""
     ) -> None:
-        self._model, self._tokenizer, self._processor = _load(Path(folder))
+        shipped = SHIPPED / folder
+        is_shipped = "/" not in str(folder) and (shipped / "config.json").is_file()  # ./NAME names another folder
+        self._model, self._tokenizer, self._processor = _load(shipped if is_shipped else Path(folder))
         self._model.to(device)
         self._warned = False
         super().__init__(real, device)
@@ -101,14 +104,16 @@ class ClipScore(Metric):
 
     def _tokens(self, captions: Sequence[str]) -> dict[str, torch.Tensor]:
         length = self._model.config.text_config.max_position_embeddings
-        lists = self._tokenizer(list(captions)).input_ids
-        cut = next((text for text, ids in zip(captions, lists, strict=True) if len(ids) > length), None)
-        if cut is not None and not self._warned:
-            self._warned = True
-            logger.warning("clip-score: captions are cut after %d tokens, such as %r", length, printable(cut[:100]))
-        given = self._tokenizer(
-            list(captions), padding=True, truncation=True, max_length=length, return_tensors="pt"
-        ).to(self.device)
+        texts = list(captions)
+        if not self._warned:
+            longer = self._tokenizer(texts, truncation=True, max_length=length + 1).input_ids
+            cut = [text for text, ids in zip(texts, longer, strict=True) if len(ids) > length]
+            if cut:
+                self._warned = True
+                text = printable(cut[0][:100])
+                logger.warning("clip-score: captions are cut after %d tokens, such as %r", length, text)
+        given = self._tokenizer(texts, padding=True, truncation=True, max_length=length, return_tensors="pt")
+        given = given.to(self.device)
         return {"input_ids": given["input_ids"], "attention_mask": given["attention_mask"]}
 
     def state(self) -> dict[str, NDArray[Any]]:

@@ -42,17 +42,31 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from functools import partial
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 
+from robustdiff.errors import InputError
 from robustdiff.objectives.consistency import Perturbed
-from robustdiff.objectives.objective import Draw, Objective, follow, gaussian, precise, predict
+from robustdiff.objectives.objective import (
+    OBJECTIVES,
+    Draw,
+    Objective,
+    ObjectiveConfig,
+    follow,
+    gaussian,
+    precise,
+    predict,
+)
 from robustdiff.objectives.timesteps import Uniform, double
-from robustdiff.process import PREDICTIONS, DiffusionProcess, Prediction, Table, broadcast
+from robustdiff.process import PREDICTIONS, DiffusionProcess, Prediction, ProcessConfig, Table, broadcast
+from robustdiff.section import Fraction, Text, Times, given
 
 __all__ = [
+    "LatentConsistencyConfig",
     "LatentConsistencyDraw",
     "LatentConsistencyObjective",
     "LatentMetric",
@@ -117,37 +131,46 @@ def _huber(a: Tensor, b: Tensor, c: float) -> Tensor:
 def _constant(network: Any) -> Iterator[None]:
     """Let a graph through the network lead to its input and not to its parameters, while they need no gradient.
 
-    It is for a network that is also the student. Checkpointed blocks are evaluated again in the backward pass, when
-    the parameters need gradients again, which torch does not allow: activations are kept instead.
+    It is for a network that is also the student. diffusers' gradient checkpointing evaluates blocks again in the
+    backward pass, when the parameters need gradients again; the blocks are then constant as well.
     """
     trained = [p for p in network.parameters() if p.requires_grad] if isinstance(network, nn.Module) else []
-    checkpointed = [m for m in network.modules() if getattr(m, "gradient_checkpointing", False)] if trained else []
+    checkpointed: list[Any] = (
+        [m for m in network.modules() if getattr(m, "gradient_checkpointing", False)] if trained else []
+    )
+    calls = [module._gradient_checkpointing_func for module in checkpointed]
     for parameter in trained:
         parameter.requires_grad_(False)
-    for module in checkpointed:
-        module.gradient_checkpointing = False
+    for module, call in zip(checkpointed, calls, strict=True):
+        module._gradient_checkpointing_func = partial(_checkpoint, call)
     try:
         yield
     finally:
         for parameter in trained:
             parameter.requires_grad_(True)
-        for module in checkpointed:
-            module.gradient_checkpointing = True
+        for module, call in zip(checkpointed, calls, strict=True):
+            module._gradient_checkpointing_func = call
+
+
+def _checkpoint(call: Callable[..., Any], block: Callable[..., Any], *arguments: Any) -> Any:
+    """Call a block by diffusers' checkpointing function, as a constant function in every evaluation."""
+
+    def constant(*arguments: Any) -> Any:
+        with _constant(block):
+            return block(*arguments)
+
+    return call(constant, *arguments)
 
 
 def _rows(empty: Any, like: Any) -> Any:
     """Return an empty condition with as many rows as the condition that it replaces."""
     if isinstance(like, Mapping):
-        return {name: _rows(_empty(empty, name), value) for name, value in like.items()}
+        if unknown := [name for name in empty if name not in like]:
+            raise ValueError(f"unconditional has {unknown[0]}, which the condition does not have")
+        return {name: _rows(empty[name], value) if name in empty else value for name, value in like.items()}
     if not isinstance(like, Tensor):
         return empty
     return empty.to(like).expand_as(like) if isinstance(empty, Tensor) else torch.full_like(like, empty)
-
-
-def _empty(unconditional: Mapping[str, Any], name: str) -> Any:
-    if name not in unconditional:
-        raise ValueError(f"unconditional lacks {name}: give the empty condition under the names of the condition")
-    return unconditional[name]
 
 
 @dataclass(kw_only=True)
@@ -280,9 +303,10 @@ class LatentConsistencyObjective(Objective):
             w: The guidance strengths w, with shape (B,). Default: uniform in the range ``guidance``.
             generator: The source of randomness for arguments that are not given. Default: PyTorch's global generator.
             weight: The weights of the losses, with shape (B,); None for weights of 1.
-            unconditional: The empty condition ∅, under the names of the condition, or the empty
-                ``encoder_hidden_states`` alone. Each value is a tensor with one or B rows, or a number. It may be left
-                out only for a range ``guidance`` of (0, 0), without guidance.
+            unconditional: The empty condition ∅, under names of the condition, or the empty ``encoder_hidden_states``
+                alone. Each value is a tensor with one or B rows, or a number. Arguments that it does not name, such as
+                the size of the images, are those of the condition. It may be left out only for a range ``guidance`` of
+                (0, 0), without guidance.
             condition: Further keyword arguments of the networks, such as ``encoder_hidden_states``.
 
         Raises:
@@ -298,7 +322,8 @@ class LatentConsistencyObjective(Objective):
             raise ValueError(f"t must be in [0, {N}); got {int(t.min())} to {int(t.max())}")
         if noise is None:
             noise = gaussian(x0, generator)
-        if unconditional is None and (w is not None or self.guidance != (0, 0)):
+        without = unconditional is None or (isinstance(unconditional, Mapping) and not unconditional)
+        if without and (w is not None or self.guidance != (0, 0)):
             raise ValueError("guidance needs unconditional, the empty condition: give it, or guidance=(0, 0)")
         if w is None:
             w = self._strengths(len(x0), generator, x0.device)
@@ -352,11 +377,9 @@ class LatentConsistencyObjective(Objective):
             return predict(self.teacher, x, time, given)[:, : x.shape[1]].to(precision)
 
         guided = output(condition)
-        if unconditional is not None:
+        if unconditional is not None and len(unconditional):
             if isinstance(unconditional, Tensor):
                 unconditional = {"encoder_hidden_states": unconditional}
-            if unknown := [name for name in unconditional if name not in condition]:
-                raise ValueError(f"unconditional has {unknown[0]}, which the condition does not have")
             guided = guided + broadcast(w.to(precision), guided) * (guided - output(_rows(unconditional, condition)))
         x0, noise = self.process.split(self.prediction, x.to(precision), upper, guided)
         return self.process.diffuse(x0, lower, noise).to(x.dtype)
@@ -400,3 +423,157 @@ class LatentConsistencyObjective(Objective):
         average, values = list(self.target.parameters()), list(model.parameters())
         if average[0] is not values[0]:
             follow([p.data for p in average], [p.data for p in values], 1 - self.decay, stepped)
+
+
+_WIDTH = 256  # of the embedding of w in diffusers' scripts
+
+
+@OBJECTIVES.register("latent-consistency")
+class LatentConsistencyConfig(ObjectiveConfig):
+    """Latent consistency distillation.
+
+    The student is the pretrained network of the recipe, which gets an embedding of w, with a copy of itself as the
+    target. With ``model.lora`` it is an adapter of that network, without an embedding, and its own target.
+    """
+
+    needs_target: ClassVar[bool] = True
+
+    name: Literal["latent-consistency"] = "latent-consistency"
+    teacher: Text | None = Field(
+        None, description="the diffusion model to distil: a run or a pipeline folder; by default that of model.path"
+    )
+    prediction: Prediction = "epsilon"  # type: ignore[misc]
+    solver_steps: Times = Field(50, description="number N of the times of the solver")
+    guidance: tuple[float, float] = Field((3.0, 15.0), description="the range of w, the scale of guidance minus 1")
+    metric: LatentMetric = Field("huber", description="the distance d")
+    huber_c: float = Field(0.001, gt=0, description="huber: the constant c")
+    perturb: Perturbed = Field("solver", description="the point that δ is added to: the solver's or the student's")
+    timestep_scaling: float = Field(10.0, gt=0, description="the factor s of the time in c_skip and c_out")
+    guidance_embedding: int | None = Field(
+        None,
+        ge=4,
+        le=2**14,
+        description="width of the embedding of w; by default the network's own, or else 256; none with model.lora",
+    )
+    decay: Fraction = Field(0.95, description="the decay μ of the target network; without model.lora only")
+
+    @field_validator("guidance")
+    @classmethod
+    def _range(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if not 0 <= value[0] <= value[1]:
+            raise ValueError(f"must be a range 0 ≤ w_min ≤ w_max; got {list(value)}")
+        return value
+
+    @model_validator(mode="after")
+    def _used(self) -> LatentConsistencyConfig:
+        if self.metric != "huber" and given(self, "huber_c"):
+            raise ValueError("huber_c has a meaning only with objective.metric=huber: set it, or leave huber_c out")
+        return self
+
+    @property
+    def teacher_path(self) -> str | None:
+        return self.teacher
+
+    @property
+    def needs_teacher(self) -> bool:
+        return True
+
+    @property
+    def needs_unconditional(self) -> bool:
+        return self.guidance != (0, 0)
+
+    def adopt(self, own: ObjectiveConfig) -> ObjectiveConfig:
+        if own.over_levels or own.prediction == "flow":
+            raise InputError(
+                "objective=latent-consistency distils a diffusion model over discrete times, not flow matching or a "
+                "model over noise levels: take another model.path"
+            )
+        if own.learned_variance:
+            raise InputError(
+                "objective=latent-consistency has no use for a learned variance, which the model of model.path has: "
+                "take another model.path"
+            )
+        if "prediction" in self.model_fields_set and self.prediction != own.prediction:
+            raise InputError(
+                f"objective.prediction={self.prediction} is not the teacher's, {own.prediction}: leave it out"
+            )
+        return self.model_copy(update={"prediction": own.prediction})
+
+    def student_of(self, backbone: Any, adapted: bool) -> tuple[ObjectiveConfig, Any]:
+        own = backbone.guidance_embedding
+        if adapted:
+            for name in ("guidance_embedding", "decay"):
+                if given(self, name):
+                    raise InputError(
+                        f"objective.{name} is for the training of all weights, and model.lora trains an adapter, which "
+                        "is its own target: leave one of the two out"
+                    )
+            return self.model_copy(update={"guidance_embedding": own}), backbone
+        width = self.guidance_embedding or own or _WIDTH
+        return self.model_copy(update={"guidance_embedding": width}), backbone.with_guidance_embedding(width)
+
+    def copies_student(self, adapted: bool) -> bool:
+        return not adapted
+
+    def teacher_of(self, model: Any, network: Callable[..., Any], process: DiffusionProcess) -> Callable[..., Any]:
+        if model.kind != "diffusion" or model.prediction != self.prediction:
+            raise InputError(
+                f"the teacher {model.path} must be a diffusion model with the student's parameterisation, "
+                f"{self.prediction}: set objective.teacher to one"
+            )
+        own = model.process.alphas
+        if own.shape != process.alphas.shape or not torch.allclose(own, process.alphas, atol=1e-5):
+            raise InputError(f"the teacher {model.path} has other noise levels than the student: take another teacher")
+        bound: Callable[..., Any] = model.backbone.bind(network)
+        return bound
+
+    def scheduler_of(self, scheduler: Any) -> Any:
+        from diffusers import LCMScheduler
+
+        own = LCMScheduler.from_config(
+            scheduler.config,
+            original_inference_steps=self.solver_steps,
+            timestep_scaling=self.timestep_scaling,
+            clip_sample=False,
+            thresholding=False,
+        )
+        if not torch.allclose(own.alphas_cumprod, scheduler.alphas_cumprod.to(own.alphas_cumprod)):
+            raise InputError(
+                f"the noise levels of {type(scheduler).__name__} of model.path are not those that diffusers' "
+                "LCMScheduler makes of its configuration: save the pipeline with a DDPMScheduler or DDIMScheduler"
+            )
+        return own
+
+    def new_process(self, process: ProcessConfig | None, steps: int) -> tuple[DiffusionProcess, Any]:
+        if process is not None:
+            raise InputError("objective=latent-consistency takes the process of its teacher: leave process out")
+        raise InputError(
+            "objective=latent-consistency distils a pretrained model: set model.name=pretrained and model.path"
+        )
+
+    def build(
+        self,
+        process: DiffusionProcess,
+        steps: int,
+        target: nn.Module | None = None,
+        teacher: Callable[..., Any] | None = None,
+    ) -> LatentConsistencyObjective:
+        assert target is not None
+        assert teacher is not None
+        try:
+            return LatentConsistencyObjective(
+                target,
+                teacher,
+                process,
+                self.solver_steps,
+                self.guidance,
+                self.prediction,
+                self.metric,
+                self.huber_c,
+                self.perturb,
+                timestep_scaling=self.timestep_scaling,
+                guidance_embedding=self.guidance_embedding,
+                decay=self.decay,
+            )
+        except ValueError as error:  # such as more solver steps than times
+            raise InputError(f"objective: {error}") from None

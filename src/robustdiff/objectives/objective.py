@@ -135,7 +135,7 @@ class ObjectiveConfig(Named):
     Attributes:
         over_levels: True if the objective has noise levels σ of its own. Otherwise it uses the process of the recipe or
             of the checkpoint.
-        needs_target: True if the objective needs a target network, which is a copy of the student.
+        needs_target: True if the objective needs a target network, which is a copy of the student, or the student.
         prediction: The parameterisation of the network.
     """
 
@@ -163,6 +163,54 @@ class ObjectiveConfig(Named):
     def teacher_sigma_max(self) -> float:
         """The highest noise level at which the teacher is evaluated."""
         return 0.0
+
+    @property
+    def needs_teacher(self) -> bool:
+        """True if there is a teacher. Without a path of its own it is the pretrained model of the recipe."""
+        return self.teacher_path is not None
+
+    @property
+    def needs_unconditional(self) -> bool:
+        """True if :meth:`Objective.draw` takes the empty condition as ``unconditional``."""
+        return False
+
+    def teacher_of(self, model: Any, network: Callable[..., Any], process: DiffusionProcess) -> Callable[..., Any]:
+        """Return the teacher as :meth:`build` takes it, by default a denoiser D(x, σ).
+
+        Arguments:
+            model: The :class:`~robustdiff.backbones.model.Model` of the teacher.
+            network: The network of the model, or a wrapper of it.
+            process: The student's process.
+
+        Raises:
+            InputError: If the model cannot be a teacher.
+        """
+        denoiser: Callable[..., Any] = model.denoiser(network)
+        return denoiser
+
+    def student_of(self, backbone: Any, adapted: bool) -> tuple[ObjectiveConfig, Any]:
+        """Return this section and the backbone of the student, made of those of the pretrained model.
+
+        Arguments:
+            backbone: The :class:`~robustdiff.backbones.backbone.Backbone` of the pretrained model.
+            adapted: Whether the student is an adapter (LoRA) of its network.
+
+        Raises:
+            InputError: If the section does not suit the backbone.
+        """
+        return self, backbone
+
+    def copies_student(self, adapted: bool) -> bool:
+        """Return whether the target network is a copy of the student; otherwise it is the student itself."""
+        return True
+
+    def scheduler_of(self, scheduler: Any) -> Any:
+        """Return the scheduler to save the model with, made of that of the pretrained model.
+
+        Raises:
+            InputError: If there is none.
+        """
+        return scheduler
 
     def adopt(self, own: ObjectiveConfig) -> ObjectiveConfig:
         """Return this section, with fields of the network that it leaves unset taken from ``own``, a checkpoint's."""
@@ -193,7 +241,7 @@ class ObjectiveConfig(Named):
             process: The network's process.
             steps: The number of optimiser updates of the training.
             target: The target network, if the objective needs one.
-            teacher: The teacher as a denoiser D(x, σ), if there is one.
+            teacher: The teacher that :meth:`teacher_of` returned, if there is one.
 
         Raises:
             InputError: If the settings do not suit the process or one another.

@@ -126,7 +126,7 @@ def sample(
             tensor, or an object with the attribute ``sample``. 2C output channels mean a learned variance, which iddpm
             and es use. A model that :func:`robustdiff.load_model` returned brings its settings of sampling with it:
             arguments that are not given are those of its scheduler. For multistep: a consistency function,
-            ``Preconditioned(network, sigma_min=…)``, with ``prediction="sample"``.
+            ``Preconditioned(network, sigma_min=…)``, with ``prediction="sample"``. For lcm: the network itself.
         process: The process that the model was trained on.
         sampler: The name of a sampler in :data:`SAMPLERS`.
         steps: The number of network evaluations, in [1, T]. For ddim, iddpm, es and time-shift also a string of
@@ -151,8 +151,8 @@ def sample(
         on_evaluation: A callback that is called with an ``Evaluation`` after each evaluation of the network.
         condition: Further keyword arguments of the model, tensors with n rows each.
         guidance: The scale g of classifier-free guidance (:mod:`robustdiff.samplers.guidance`), with two evaluations in
-            each step. None and 1: no guidance. For a network that takes the scale as an argument (Flux dev), it is this
-            argument, and each step has one evaluation.
+            each step. None and 1: no guidance. For a network that takes the scale as an argument (Flux dev, latent
+            consistency models), it is this argument, and each step has one evaluation.
         unconditional: The empty condition, under the names of the condition. Each value is a tensor with one or n rows,
             or a number, such as the null class for ``class_labels``.
         spacing: The choice of the times for a number of steps: "own" (as the sampler's authors space them);
@@ -214,6 +214,8 @@ def sample(
     embed = getattr(model, "embed_guidance", None)
     embedded = None if guidance is None or embed is None else embed(guidance, start)
     if embedded is not None:
+        if twice := [name for name in embedded if name in given]:
+            raise InputError(f"the condition has the scale of guidance already, as {twice[0]}: leave one of them out")
         given.update(embedded)
     elif guidance is not None and guidance != 1:
         model = guided(model, guidance, given, unconditional or {})

@@ -31,11 +31,13 @@ class Built:
     Attributes:
         process: The process of the objective, in float64.
         objective: The objective; its parameterisation is the model's unless the recipe sets one.
+        pretrained: The model that training begins with, with its own scheduler; None for a new network.
     """
 
     model: Model
     process: DiffusionProcess
     objective: ObjectiveConfig
+    pretrained: Model | None = None
 
 
 def build_model(recipe: Recipe, dataset: ImageDataset) -> Built:
@@ -66,7 +68,7 @@ def _new(recipe: Recipe, dataset: ImageDataset) -> Built:
 
 
 def _pretrained(recipe: Recipe, path: str, dataset: ImageDataset) -> Built:
-    model, lora = load_model(path), recipe.model.lora
+    model, lora = load_model(path, recipe.model.side), recipe.model.lora
     if lora is None:
         model.merge()
     elif model.adapter is not None:
@@ -89,6 +91,11 @@ def _pretrained(recipe: Recipe, path: str, dataset: ImageDataset) -> Built:
     objective = recipe.objective or own
     if recipe.objective is None and own.needs_target:
         raise InputError(f"the model {path} is a consistency model: give the recipe its objective")
+    if own.name == "latent-consistency" != objective.name:
+        raise InputError(
+            f"the model {path} is a latent consistency model, and objective={objective.name} would undo it: set "
+            "objective.name=latent-consistency, or take its teacher"
+        )
     if kind_of(model.scheduler) == "edm" and model.scheduler.config.get("_time_scale") is None:
         raise InputError(
             f"the model {path} is called at ln σ/4, and training over noise levels calls networks at "
@@ -114,11 +121,17 @@ def _pretrained(recipe: Recipe, path: str, dataset: ImageDataset) -> Built:
         )
     if objective.over_levels and backbone.learned_variance:
         raise InputError(f"the model {path} has a learned variance, which objective={objective.name} has no use for")
-    model = Model(backbone, scheduler, model.codec, path=path)
+    if objective.needs_unconditional and not model.condition.droppable:
+        raise InputError(
+            f"objective.guidance needs a network with an empty condition, and the model {path} has none: set "
+            "objective.guidance=[0, 0]"
+        )
+    objective, backbone = objective.student_of(backbone, lora is not None)
+    student = Model(backbone, objective.scheduler_of(scheduler), model.codec, path=path)
     if lora is not None:
-        model.add_lora(lora, recipe.seed)
-        lower_frozen(model.network, DTYPES[recipe.precision])
-    return Built(model, process, objective)
+        student.add_lora(lora, recipe.seed)
+        lower_frozen(student.network, DTYPES[recipe.precision])
+    return Built(student, process, objective, model)
 
 
 def _check_channels(backbone: Backbone, objective: ObjectiveConfig, path: str) -> None:

@@ -298,13 +298,16 @@ def _read(path: Path, expected: Mapping[str, Tensor]) -> Iterator[tuple[str, Ten
 
 
 def check_moments(path: Path, moments: Mapping[str, Tensor], step: int) -> None:
-    """Check the moments of AdamW: second moments ≥ 0, and counts of updates that are whole and at most the run's.
+    """Check the moments of AdamW: second moments, and the scales of quantised ones, are ≥ 0, and counts of updates are
+    whole and at most the run's.
 
     Raises:
         InputError: If a moment or a count is out of its range.
     """
     for name, value in moments.items():
-        if name.endswith("/exp_avg_sq") and bool((_local(value) < 0).any()):
+        if name.rpartition("/")[2] in ("exp_avg_sq", "state2", "absmax1", "absmax2") and bool(
+            (_local(value) < 0).any()
+        ):
             raise _refusal(path, f"optimizer: {name} has a negative number")
         if name.endswith("/step") and not (0 <= (count := float(value)) <= step and count == math.floor(count)):
             raise _refusal(path, f"optimizer: {name} is {count:g}, of {step} updates")

@@ -37,7 +37,7 @@ from diffusers import EDMEulerScheduler
 from torch import Tensor, nn
 
 from robustdiff.backbones.lora import RECORD, adapter_of
-from robustdiff.backbones.model import load_model
+from robustdiff.backbones.model import Model, load_model
 from robustdiff.data import ImageDataset
 from robustdiff.data.latents import LatentDataset
 from robustdiff.data.loader import load_batches, worker_failures
@@ -54,7 +54,6 @@ from robustdiff.files import (
 )
 from robustdiff.interrupt import Interrupt
 from robustdiff.objectives.objective import Draw
-from robustdiff.objectives.preconditioning import Denoise
 from robustdiff.objectives.timesteps import LossSecondMoment
 from robustdiff.progress import SILENT, Progress
 from robustdiff.recipe import Recipe, load_recipe
@@ -70,6 +69,7 @@ from robustdiff.training.checkpoint import (
     save_checkpoint,
 )
 from robustdiff.training.ema import EMA, REMAINDER, sufficient_decay
+from robustdiff.training.optimizer import build_optimizer, create_state, set_counts, state_tensors
 from robustdiff.training.stream import BatchIndices, batch_generator, caption_numbers
 
 __all__ = ["Trainer", "read_result", "train"]
@@ -82,8 +82,15 @@ FREE_TO_CHANGE = {"output", "threads", "checkpoint_every", "keep", "log_every", 
 FREE_TO_CHANGE |= {"compile", "channels_last"}
 
 
-def _build_teacher(path: str, highest: float, built: Built, dataset: ImageDataset, accelerator: Accelerator) -> Denoise:
-    """Build the teacher, a denoiser for noise levels up to ``highest``, in the precision of the student."""
+def _build_teacher(built: Built, dataset: ImageDataset, accelerator: Accelerator) -> Callable[..., Any]:
+    """Build the teacher of the objective, in the precision of the student."""
+    config, own = built.objective, built.pretrained
+    path = config.teacher_path
+    if own is not None and (path is None or os.path.realpath(path) == os.path.realpath(own.path)):
+        if built.model.adapter is not None:
+            return _base_as_teacher(own, built, accelerator)
+        path = own.path
+    assert path is not None  # a section that needs a teacher and has no path refuses new networks
     model = load_model(path)
     model.check_data(dataset)
     if model.condition != built.model.condition:
@@ -91,6 +98,7 @@ def _build_teacher(path: str, highest: float, built: Built, dataset: ImageDatase
             f"the teacher {path} and the student must have the same classes or text encoders, or both none"
         )
     # A diffusion model's table has an end as well, which DiffusionDenoiser says how it goes beyond.
+    highest = config.teacher_sigma_max
     if isinstance(model.scheduler, EDMEulerScheduler) and model.scheduler.config.sigma_max < highest:
         raise InputError(
             f"the teacher {path} has levels up to {model.scheduler.config.sigma_max:g} and is asked up to "
@@ -98,11 +106,38 @@ def _build_teacher(path: str, highest: float, built: Built, dataset: ImageDatase
         )
     frozen = model.network.to(accelerator.device).eval().requires_grad_(False)
 
-    def network(x: Tensor, t: Tensor, **condition: Any) -> Any:
+    def network(*arguments: Any, **condition: Any) -> Any:
         with accelerator.autocast():
-            return frozen(x, t, **condition)
+            return frozen(*arguments, **condition)
 
-    return model.denoiser(network)
+    return config.teacher_of(model, network, built.process)
+
+
+def _base_as_teacher(own: Model, built: Built, accelerator: Accelerator) -> Callable[..., Any]:
+    """Return the student's network without its adapter as the teacher, so that one network is in memory."""
+    student = built.model.network
+
+    def network(*arguments: Any, **condition: Any) -> Any:
+        training = student.training
+        student.eval()
+        try:
+            with built.model.base(), accelerator.autocast():
+                return student(*arguments, **condition)
+        finally:
+            student.train(training)
+
+    return built.objective.teacher_of(own, network, built.process)
+
+
+class _Bound(nn.Module):
+    """A network that is called as its family binds it; its parameters are those of the network."""
+
+    def __init__(self, network: nn.Module, call: Callable[..., Any]) -> None:
+        super().__init__()
+        self.network, self.call = network, call
+
+    def forward(self, x: Tensor, t: Tensor, **condition: Any) -> Any:
+        return self.call(x, t, **condition)
 
 
 def _trained(network: nn.Module) -> dict[str, nn.Parameter]:
@@ -141,29 +176,22 @@ class Trainer:
             )
         if built.model.adapter is not None and accelerator.distributed_type == DistributedType.FSDP:
             raise InputError("model.lora is not for FSDP, which shards whole networks: launch the run without it")
+        if recipe.optimizer != "adamw" and accelerator.distributed_type == DistributedType.FSDP:
+            raise InputError("optimizer=adamw8bit is not for FSDP: set optimizer=adamw")
         unet = built.model.network.train()
-        cuda = accelerator.device.type == "cuda"
-        if cuda if recipe.channels_last is None else recipe.channels_last:
+        by_default = accelerator.device.type == "cuda" and recipe.optimizer == "adamw"
+        if by_default if recipe.channels_last is None else recipe.channels_last:
             unet = unet.to(memory_format=torch.channels_last)
-        target = _copy_of(unet) if built.objective.needs_target else None
+        config, adapted = built.objective, built.model.adapter is not None
+        target = _copy_of(unet) if config.needs_target and config.copies_student(adapted) else None
         if recipe.compile:
             # In place, and not wrapped: names in checkpoints are the same with and without.
             unet.compile()
             if target is not None:
                 target.compile()
-        # A fused AdamW is one kernel instead of one for each tensor and operation.
-        optimizer = torch.optim.AdamW(
-            _trained(unet).values(), lr=recipe.lr, betas=recipe.betas, weight_decay=recipe.weight_decay, fused=True
-        )
+        optimizer = build_optimizer(recipe, list(_trained(unet).values()), accelerator.device)
         self.model, self.optimizer = accelerator.prepare(unet, optimizer)
-        for parameter in _trained(self.model).values():
-            # As AdamW makes them at its first step: they are there for a checkpoint to be copied into.
-            counted_on = parameter.device if self.optimizer.defaults["fused"] else None
-            self.optimizer.state[parameter] = {
-                "step": torch.zeros((), dtype=torch.float32, device=counted_on),
-                "exp_avg": torch.zeros_like(parameter, memory_format=torch.preserve_format),
-                "exp_avg_sq": torch.zeros_like(parameter, memory_format=torch.preserve_format),
-            }
+        create_state(self.optimizer.optimizer)
         if target is not None:
             # Prepared as well, so that it has the student's precision, is in every checkpoint, and is sharded as the
             # student under FSDP. DDP, which only adds up gradients, takes no module without any.
@@ -173,11 +201,17 @@ class Trainer:
         self.call = built.model.backbone.bind(self.model)
         built.model.codec.to(accelerator.device)
         built.model.condition.to(accelerator.device)
-        config, teacher = built.objective, None
-        if config.teacher_path is not None:
-            teacher = _build_teacher(config.teacher_path, config.teacher_sigma_max, built, dataset, accelerator)
-        self.objective = config.build(built.process, recipe.steps, target, teacher)
+        teacher = _build_teacher(built, dataset, accelerator) if config.needs_teacher else None
+        self.objective = config.build(built.process, recipe.steps, self._target_of_objective(), teacher)
         self.ema = EMA(list(_trained(self.model).values()), recipe.ema) if recipe.ema else None
+
+    def _target_of_objective(self) -> nn.Module | None:
+        """Return the target network as the objective calls it: a copy of the student, or the student itself."""
+        if not self.built.objective.needs_target:
+            return None
+        target = self.accelerator.unwrap_model(self.model) if self.target is None else self.target
+        call: Any = self.built.model.backbone.bind(target)
+        return target if call is target else _Bound(target, call)
 
     # -- the loop --------------------------------------------------------------------------------------------
 
@@ -245,6 +279,7 @@ class Trainer:
                         weight=None if weight is None else weight[rows],
                         **{name: value[rows] for name, value in more.items()},
                         **condition.batch(labels, texts, None if dropped is None else dropped[rows], geometry),
+                        **({"unconditional": condition.empty()} if self.built.objective.needs_unconditional else {}),
                     )
                 )
             yield draws
@@ -348,11 +383,7 @@ class Trainer:
         trained = _trained(student)
         tensors = {
             "model": self._stored(student),
-            "optimizer": {
-                f"{name}/{moment}": value
-                for name, parameter in trained.items()
-                for moment, value in self.optimizer.state[parameter].items()
-            },
+            "optimizer": state_tensors(self.optimizer.optimizer, trained),
         }
         if self.target is not None:
             tensors["target"] = self._stored(self.accelerator.unwrap_model(self.target))
@@ -408,6 +439,7 @@ class Trainer:
         tensors = self.tensors()
         state = load_checkpoint(checkpoint, self.accelerator, tensors)
         check_moments(checkpoint, tensors["optimizer"], state.step)
+        set_counts(self.optimizer.optimizer, _trained(self.accelerator.unwrap_model(self.model)), tensors["optimizer"])
         check_objective(checkpoint, state.objective, self.objective.state())
         if state.base != self._base:
             raise InputError(
