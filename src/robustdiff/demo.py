@@ -23,7 +23,6 @@ from robustdiff.evaluation.prompts import prompts_of
 from robustdiff.files import atomic_write, make_folder
 from robustdiff.metrics.bootstrap import interval
 from robustdiff.progress import SILENT, Progress
-from robustdiff.recipe import load_recipe
 from robustdiff.report.page import read_picture
 from robustdiff.report.results import write_results
 from robustdiff.study.plan import plan
@@ -84,7 +83,7 @@ def run_demo(
         training[run.method] = {"recipe": run.recipe.model_dump(mode="json"), **result}
     settings = {
         "obtained_on": {
-            "data": DATA[next(iter(training.values()))["data"]],
+            "data": DATA[plan(study, folder)[0].recipe.data.name],
             "features": study.measure.features,
             "device": first["device"],
             "threads": processes,  # of one thread each
@@ -145,7 +144,7 @@ def _grid(results: Results) -> Grid:
     """Return the grid of the methods, with the differences of all pairs and the pictures."""
     (seed,) = {seed for _, seed, *_ in results.cells}
     measure = results.study.measure
-    prompts = prompts_of((measure.data or load_recipe(results.study.recipe).data).load())
+    prompts = prompts_of((measure.data or plan(results.study, Path())[0].recipe.data).load())
     grid = Grid([], [], {}, [] if prompts is None else list(prompts.texts[: measure.pictured]))
     for sampler, steps in itertools.product(results.samplers, results.steps):
         row = [_cell(method, results.cells[method, seed, sampler, steps]) for method in results.methods]
