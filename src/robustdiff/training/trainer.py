@@ -89,17 +89,19 @@ def _build_teacher(built: Built, dataset: ImageDataset, accelerator: Accelerator
     """Build the teacher of the objective, in the precision of the student."""
     config, own = built.objective, built.pretrained
     path = config.teacher_path
+    model: Model | None = None
     if own is not None and (path is None or os.path.realpath(path) == os.path.realpath(own.path)):
         if built.model.adapter is not None:
             return _base_as_teacher(own, built, accelerator)
         path = own.path
-    assert path is not None  # a section that needs a teacher and has no path refuses new networks
-    model = load_model(path)
-    model.check_data(dataset)
-    if model.condition != built.model.condition:
-        raise InputError(
-            f"the teacher {path} and the student must have the same classes or text encoders, or both none"
-        )
+        model = own if own.network is not built.model.network else None  # the student has a network of its own
+    if model is None:
+        assert path is not None  # a section that needs a teacher and has no path refuses new networks
+        model = load_model(path)
+        model.check_data(dataset)
+        if model.condition != built.model.condition:
+            same = "text encoders" if model.condition.takes_captions else "classes, or both none"
+            raise InputError(f"the teacher {path} and the student must have the same {same}")
     # A diffusion model's table has an end as well, which DiffusionDenoiser says how it goes beyond.
     highest = config.teacher_sigma_max
     if isinstance(model.scheduler, EDMEulerScheduler) and model.scheduler.config.sigma_max < highest:
@@ -213,9 +215,9 @@ class Trainer:
         """Return the target network as the objective calls it: a copy of the student, or the student itself."""
         if not self.built.objective.needs_target:
             return None
-        target = self.accelerator.unwrap_model(self.model) if self.target is None else self.target
+        target: nn.Module = self.accelerator.unwrap_model(self.model) if self.target is None else self.target
         call: Any = self.built.model.backbone.bind(target)
-        return target if call is target else _Bound(target, call)
+        return target if call is target else _Bound(target, call)  # most families call the network itself
 
     # -- the loop --------------------------------------------------------------------------------------------
 
@@ -715,7 +717,7 @@ def train(
         latents.fill(accelerator.device, recipe.data.workers, rank, processes, progress)
         accelerator.wait_for_everyone()
         built.model.codec.to("cpu")  # which nothing calls any more
-    if built.model.condition.takes_captions and dataset.captions is not None:
+    if built.model.condition.takes_captions and dataset.captions is not None and accelerator.device.type != "cpu":
         _embed_captions(dataset.captions, built, accelerator, progress)
     set_seed(recipe.seed, device_specific=True)  # dropout and random directions differ between processes
     if resume and (checkpoint := newest_checkpoint(folder / "checkpoints")) is not None:
