@@ -61,7 +61,7 @@ def choose_real_images(
             "that is wanted, or name other images by --data"
         )
     folder = Path(config.name.removeprefix("hf:") if remote else str(config.root)).resolve()
-    while any(character in str(folder) for character in "*?[{") and not folder.exists():
+    while any(character in str(folder) for character in "*?[{") and not os.path.exists(folder):
         folder = folder.parent  # the root is a pattern of files
     if folder in Path.cwd().parents:
         raise InputError(
