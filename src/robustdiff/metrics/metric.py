@@ -107,8 +107,8 @@ class Metric(ABC):
         numbers: The numbers that the metric returns.
         needs: "nothing"; "captions" of the images; "features", for features of the images and their mean and covariance
             over the real images; or "reference features", for a sample of the features of real images as well.
-        takes: What a VALUE is that is given with the name, as NAME=VALUE, in words for messages. The value is the third
-            argument of ``__init__``. None if the metric takes no value.
+        takes: A description, for messages, of the value that is given with the name, as NAME=VALUE, and is the third
+            argument of ``__init__``; None if the metric takes no value.
     """
 
     numbers: ClassVar[tuple[Number, ...]]

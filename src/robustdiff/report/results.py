@@ -41,7 +41,9 @@ def write_results(
     steps = list(dict.fromkeys(steps for _, _, steps in grid.samples))
     for sampler in dict.fromkeys(sampler for _, sampler, _ in grid.samples):
         if grid.captions:
-            captions, note = grid.captions[:MOST_CAPTIONS], f"{sampler}: the same noise in every row"
+            # One of several processes has fewer images than there are captions.
+            captions = grid.captions[: min(MOST_CAPTIONS, *map(len, grid.samples.values()))]
+            note = f"{sampler}: the same noise in every row"
             figure = caption_grid(grid.samples, captions, checkpoints, sampler, steps, note)
         else:
             note = f"{sampler}: the same noise in every column"
