@@ -334,7 +334,7 @@ def _adapted(folder: Path, path: str, size: int | None) -> Model:
     if model.fingerprint() != adapter.fingerprint:
         raise InputError(f"{path} is a LoRA of other weights than {adapter.base} has now: restore them, or {where}")
     backbone = model.backbone
-    if backbone.size is None and adapter.size is not None:
+    if size is None and adapter.size is not None and adapter.size != backbone.size:
         backbone.take_size(*adapter.size)
     backbone.note_classes(adapter.classes)
     inject(backbone.network, adapter.lora, path)

@@ -170,7 +170,8 @@ class Generator:
         if self.negative is not None:
             if not condition.takes_captions:
                 raise InputError("this model is not conditioned on captions: leave --negative out")
-            if self.model.backbone.guidance is not None:
+            backbone = self.model.backbone
+            if backbone.guidance is not None or backbone.guidance_embedding is not None:
                 raise InputError(
                     "this network takes the scale of guidance itself, with no second caption: leave --negative out"
                 )
