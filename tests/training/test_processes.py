@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 
 from robustdiff.recipe import Recipe
 from robustdiff.training.trainer import train
@@ -56,6 +57,10 @@ def commands(tmp_path_factory, digits_run):
             recipe |= {"objective": objective} if name == "consistency" else {}
             (output / f"{name}.yaml").write_text(yaml.safe_dump(recipe))
             made[name] = ["train", str(output / f"{name}.yaml"), "--cpu"]
+        model = {"name": "pretrained", "path": str(digits_run), "lora": {"rank": 2}}
+        recipe = {**TINY, "model": model, "steps": 3, "batch_size": 8, "ema": 0, "output": str(output / "lora")}
+        (output / "lora.yaml").write_text(yaml.safe_dump(recipe))
+        made["lora"] = ["train", str(output / "lora.yaml"), "--cpu"]
         return made
 
     return folder, make
@@ -114,6 +119,14 @@ def test_two_processes_train_to_the_same_networks_as_one(outcome, two, one, name
         torch.testing.assert_close(first[parameter], second[parameter], rtol=0, atol=1e-5)
     for ours, theirs in zip(lines(alone), lines(two / name), strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
+
+
+def test_two_processes_train_to_the_same_adapter_as_one(two, one):
+    first, second = (load_file(run / "lora/model/pytorch_lora_weights.safetensors") for run in (one("lora"), two))
+    assert first.keys() == second.keys()
+    assert any(value.any() for name, value in first.items() if "lora_B" in name)
+    for name, value in first.items():
+        torch.testing.assert_close(value, second[name], rtol=0, atol=1e-5)
 
 
 def test_two_processes_sample_the_same_images(two, one):
