@@ -49,7 +49,7 @@ class ClipScore(Metric):
         real: Not used.
         device: The device of CLIP.
         folder: The folder of a ``CLIPModel`` of transformers, with its tokenizer and image processor, or the name of
-            one that comes with this package. Nothing is fetched from the network, and weights are read from safetensors.
+            one that comes with this package. Nothing is fetched from the network. Weights must be safetensors.
 
     Raises:
         InputError: If transformers is not installed, or the folder is not a CLIP or lacks a part.
