@@ -16,6 +16,7 @@ import importlib.util
 import json
 import platform
 import time
+import traceback
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -30,6 +31,7 @@ from robustdiff.backbones.scheduler import objective_of, process_of
 from robustdiff.backbones.stable_diffusion import StableDiffusion
 from robustdiff.conditions.condition import Condition
 from robustdiff.data.dataset import Batch, ImageDataset
+from robustdiff.errors import first_line
 from robustdiff.recipe import Recipe
 from robustdiff.training.build import Built
 from robustdiff.training.trainer import Trainer
@@ -276,9 +278,10 @@ def measure(setting, device, tiny):
     """Return the numbers of a setting: the arithmetic, and what an update takes."""
     accelerator = Accelerator(cpu=device == "cpu", mixed_precision="bf16")
     cuda = accelerator.device.type == "cuda"
-    record = {"name": setting.name, **asdict(setting), "latents": NETWORKS[setting.network].latents}
+    record = {"name": setting.name, **asdict(setting)}
     try:
         trainer = build(setting, accelerator, tiny)
+        record["latents"] = trainer.dataset.shape
         record["arithmetic"] = arithmetic(setting, *count(trainer.built.model.network))
         updates = trainer.updates()
         for _ in range(K):
@@ -295,8 +298,9 @@ def measure(setting, device, tiny):
         if cuda:
             record["largest_bytes"] = torch.cuda.max_memory_allocated()
             record["largest_bytes_reserved"] = torch.cuda.max_memory_reserved()
-    except torch.OutOfMemoryError:
-        record["failed"] = "out of memory"
+    except Exception as error:  # the other settings are measured all the same
+        traceback.print_exc()
+        record["failed"] = f"{type(error).__name__}: {first_line(error)[:200]}"
     accelerator.free_memory()
     return record
 

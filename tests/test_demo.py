@@ -50,6 +50,7 @@ class Percentages(list):
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, dict[str, Any], list[float]]]:
     """The folder, the record and the percentages of a small demonstration."""
     folder = tmp_path_factory.mktemp("demo")
+    reference_statistics(load_dataset("fashion-16"), load_extractor("fashion-16"))  # cached, or both would compute them
     percentages = Percentages()
     result = demo.run_demo(SMALL, folder, processes=2, progress=percentages)
     assert result is not None

@@ -99,6 +99,14 @@ def test_another_split_is_refused():
         load_dataset("emoji", split="validation")
 
 
+def test_fewer_phrasings(splits):
+    data = load_dataset("emoji", split="unseen", phrasings=1)
+    assert list(data.captions) == [captions[:1] for captions in splits["unseen"].captions]
+    for phrasings in (0, 5):
+        with pytest.raises(InputError, match=f"data.phrasings is {phrasings}; emoji have 1 to 4 captions each"):
+            load_dataset("emoji", phrasings=phrasings)
+
+
 def test_the_files_are_a_picture_and_text():
     assert (FOLDER / "emoji.webp").stat().st_size + (FOLDER / "emoji.json").stat().st_size < 6_000_000
     with Image.open(FOLDER / "emoji.webp") as atlas:

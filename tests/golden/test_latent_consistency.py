@@ -40,6 +40,11 @@ def data(folder: Path) -> dict[str, Tensor]:
 
 
 @pytest.fixture(scope="module")
+def samples(folder: Path) -> dict[str, Tensor]:
+    return load(folder / "lcm_samples.npz")
+
+
+@pytest.fixture(scope="module")
 def networks(folder: Path) -> dict[str, UNet2DConditionModel]:
     return {
         name: UNet2DConditionModel.from_pretrained(folder / name).requires_grad_(False)
@@ -207,8 +212,8 @@ def test_three_updates(folder, process, data, config):
 @pytest.mark.parametrize("N", [50, 20])
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 @pytest.mark.parametrize("steps", [1, 2, 4, 8])
-def test_samples(networks, process, folder, data, N, prediction, steps):
-    golden, key = load(folder / "lcm_samples.npz"), f"{prediction}_N{N}_steps{steps}"
+def test_samples(networks, process, samples, data, N, prediction, steps):
+    golden, key = samples, f"{prediction}_N{N}_steps{steps}"
     seen: list[Any] = []
     out = sample(
         networks["student"],
@@ -283,9 +288,9 @@ def test_lora(folder, process, data, config, metric):
 
 
 @pytest.mark.parametrize("steps", [1, 4])
-def test_samples_with_lora(folder, process, data, config, steps):
+def test_samples_with_lora(folder, process, data, samples, config, steps):
     pytest.importorskip("peft")
-    golden, samples = load(folder / "lora.npz"), load(folder / "lcm_samples.npz")
+    golden = load(folder / "lora.npz")
     network, _ = adapted(folder, config)
     out = sample(
         network,

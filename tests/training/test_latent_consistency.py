@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,8 @@ def distilled(tiny, saved, images):
 
 def trainer_of(recipe) -> Trainer:
     dataset = recipe.data.load()
-    return Trainer(recipe, Accelerator(cpu=True), dataset, build_model(recipe, dataset))
+    precision = "no" if recipe.precision == "fp32" else recipe.precision
+    return Trainer(recipe, Accelerator(cpu=True, mixed_precision=precision), dataset, build_model(recipe, dataset))
 
 
 def pipeline_of(folder: Path) -> Any:
@@ -90,9 +92,8 @@ def same_images(monkeypatch, model, pipeline, steps=3, **settings):
     return ours
 
 
-@pytest.mark.parametrize("perturb", ["solver", "student"])
-def test_a_run_of_all_weights(distilled, monkeypatch, perturb, saved):
-    recipe = distilled(objective={"guidance_embedding": 16, "solver_steps": 20, "perturb": perturb})
+def test_a_run_of_all_weights(distilled, monkeypatch, saved):
+    recipe = distilled(objective={"guidance_embedding": 16, "solver_steps": 20}, steps=3)
     result = train(recipe, cpu=True)
     assert result["delta_norm"] > 0
     folder = Path(recipe.output)
@@ -108,16 +109,22 @@ def test_a_run_of_all_weights(distilled, monkeypatch, perturb, saved):
     assert not torch.equal(by_default, guided)
 
 
-def test_a_run_continues_bit_for_bit(distilled, outcome):
-    whole = distilled(output="whole")
-    train(whole, cpu=True)
-    half = whole.model_copy(update={"output": whole.output + "-half", "steps": 3})
-    train(half, cpu=True)
-    train(half.model_copy(update={"steps": 6}), resume=True, cpu=True)
-    expected, found = outcome(whole), outcome(half)
-    assert any(name.startswith("target now/") for name in expected)
-    assert expected.keys() == found.keys()
-    assert all(torch.equal(expected[name], found[name]) for name in expected)
+def test_a_run_continues_bit_for_bit(distilled, tmp_path):
+    fields = {"adversary": {"name": "free", "steps": 2}, "accumulate": 2, "precision": "bf16"}
+    recipe = distilled(objective={"perturb": "student"}, steps=4, **fields)
+    whole = trainer_of(recipe)
+    updates = whole.updates()
+    for _ in range(2):
+        next(updates)
+    whole.save(tmp_path)
+    again = trainer_of(recipe)
+    again.load(next(tmp_path.glob("step-*")))
+    for one, other in zip(updates, again.updates(), strict=True):
+        assert torch.equal(one[0]["loss"], other[0]["loss"])
+    expected, found = whole.tensors(), again.tensors()
+    assert {"model", "target", "ema"} < expected.keys()
+    for part, tensors in expected.items():
+        assert all(torch.equal(value, found[part][name]) for name, value in tensors.items())
 
 
 def test_the_networks_of_a_run_of_all_weights(distilled):
@@ -143,16 +150,15 @@ def test_the_networks_of_a_run_of_all_weights(distilled):
 LORA = {"rank": 2, "targets": ["to_q", "conv1", "time_emb_proj"]}
 
 
-@pytest.mark.parametrize("kind", ["sd", "xl"])
-def test_a_lora_has_one_network_in_memory(distilled, kind, saved):
+def test_a_lora_has_one_network_in_memory(distilled, saved):
     pytest.importorskip("peft")
-    trainer = trainer_of(distilled(kind, LORA, {"guidance": [3.0, 15.0]}))
+    trainer = trainer_of(distilled("xl", LORA, {"guidance": [3.0, 15.0]}))
     student = trainer.built.model.network
     assert trainer.target is None
     assert {id(p) for p in trainer.objective.target.parameters()} == {id(p) for p in student.parameters()}
     for _ in zip(range(3), trainer.updates(), strict=False):
         pass
-    base = load_model(saved[kind])
+    base = load_model(saved["xl"])
     draw = next(trainer.batches())[0]
     assert draw.w_embedding is None
     with torch.no_grad():
@@ -166,7 +172,7 @@ def test_a_lora_has_one_network_in_memory(distilled, kind, saved):
 @pytest.mark.parametrize("kind", ["sd", "xl"])
 def test_a_run_of_a_lora(distilled, monkeypatch, kind, saved):
     pytest.importorskip("peft")
-    recipe = distilled(kind, LORA, lr=1e-2, ema=0)
+    recipe = distilled(kind, LORA, lr=1e-2, ema=0, steps=3)
     result = train(recipe, cpu=True)
     assert result["delta_norm"] > 0
     folder = Path(recipe.output)
@@ -206,15 +212,14 @@ def test_an_embedding_of_guidance_is_one_evaluation(saved):
 
 def test_the_command_samples_with_guidance(saved, robustdiff, tmp_path):
     pixels = []
-    for scale in ("1", "8.5", None):
+    for scale in ("1", None):
         path = tmp_path / f"{scale}.npz"
         own = () if scale is None else ("--guidance", scale)
         outcome = robustdiff("sample", saved["lcm"], "--num", 2, "--prompt", "blue", *own, "--output", path)
         assert outcome.code == 0, outcome.err
         with np.load(path) as file:
             pixels.append(file["arr_0"])
-    assert not np.array_equal(pixels[0], pixels[1])
-    assert np.array_equal(pixels[1], pixels[2])
+    assert not np.array_equal(*pixels)
     assert Generator.of(load_model(saved["lcm"]), prompts=("blue",)).steps == 4
 
 
@@ -225,7 +230,6 @@ def test_the_command_samples_with_guidance(saved, robustdiff, tmp_path):
         ({"lora": LORA, "objective": {"decay": 0.5}}, "objective.decay is for the training of all weights"),
         ({"objective": {"solver_steps": 2000}}, "solver_steps must be between 1 and the 1000 times"),
         ({"objective": {"prediction": "v_prediction"}}, "is not the teacher's, epsilon: leave it out"),
-        ({"process": "cosine"}, "takes the process of its teacher: leave process out"),
         ({"kind": "lcm", "objective": {"guidance_embedding": 16}}, "of 8 numbers, and 16 are asked for"),
         ({"kind": "lcm", "objective": {"name": "denoising"}}, "would undo it"),
     ],
@@ -235,14 +239,18 @@ def test_what_is_refused(distilled, settings, message):
         trainer_of(distilled(**settings))
 
 
-def test_other_teachers_are_refused(distilled, saved, make_sd_pipeline, tmp_path):
-    scheduler = diffusers.DDIMScheduler(beta_end=0.03, clip_sample=False, set_alpha_to_one=False, steps_offset=1)
-    other = make_sd_pipeline(tmp_path / "other", scheduler=scheduler)
-    with pytest.raises(InputError, match="other noise levels than the student"):
-        trainer_of(distilled(objective={"teacher": str(other)}))
-    scheduler = diffusers.DDIMScheduler(prediction_type="v_prediction", clip_sample=False, set_alpha_to_one=False)
-    other = make_sd_pipeline(tmp_path / "v", scheduler=scheduler)
-    with pytest.raises(InputError, match="the student's parameterisation, epsilon"):
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("beta_end", 0.03, "other noise levels than the student"),
+        ("prediction_type", "v_prediction", "the student's parameterisation, epsilon"),
+    ],
+)
+def test_other_teachers_are_refused(distilled, saved, tmp_path, field, value, message):
+    other = shutil.copytree(saved["sd"], tmp_path / "other")
+    path = other / "scheduler/scheduler_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), field: value}))
+    with pytest.raises(InputError, match=message):
         trainer_of(distilled(objective={"teacher": str(other)}))
 
 
@@ -257,6 +265,7 @@ def test_other_teachers_are_refused(distilled, saved, make_sd_pipeline, tmp_path
             "takes no embedding of the guidance scale",
         ),
         ("objective: {name: latent-consistency, guidance: [5, 3]}\n", "must be a range"),
+        ("process: cosine\nobjective: latent-consistency\n", "takes the process of its teacher: leave process out"),
         ("objective: {name: latent-consistency, metric: l2, huber_c: 0.1}\n", "huber_c has a meaning only with"),
     ],
 )

@@ -129,6 +129,7 @@ class Backbone(ABC):
         linear_levels: Whether pipelines of the family give a flow-matching scheduler the levels 1, (S − 1)/S, …, 1/S,
             instead of leaving the choice of S levels to it.
         guidance: The scale of guidance that the network is called with where none is given; None if it takes none.
+        square: Whether the network takes square images alone.
     """
 
     section: ClassVar[type[BackboneSection] | None] = None
@@ -136,6 +137,7 @@ class Backbone(ABC):
     classes: ClassVar[dict[tuple[str, str], type[nn.Module]]]
     others: ClassVar[frozenset[str]] = frozenset()
     linear_levels: ClassVar[bool] = False
+    square: ClassVar[bool] = False
 
     def __init__(self, network: Any) -> None:
         self.network = network

@@ -8,6 +8,8 @@ Its captions name both, such as "a red apple on a pale blue background". The ima
 - ``test``: that one pair, a combination of a known emoji and a known background that training does not show;
 - ``unseen``: all pairs of 64 emoji that training does not show at all.
 
+The last two are in a fixed random order, so that their first images are a sample of all kinds.
+
 `scripts/make_emoji.py` creates `emoji.webp`, a lossless picture of all emoji, and `emoji.json`, their names and the
 pairs that are held out.
 """
@@ -35,6 +37,7 @@ __all__ = ["Emoji", "compose", "emoji"]
 
 SIDE = 64
 SPLITS = ("train", "test", "unseen")
+MOST_PHRASINGS = 4
 
 
 class Emoji(ImageDataset):
@@ -44,6 +47,7 @@ class Emoji(ImageDataset):
         size: The side in pixels to which the images are resized; None keeps 64.
         channels: The number of channels, 1 (grey) or 3 (RGB); None is 3.
         split: "train", "test" or "unseen".
+        phrasings: The number of captions of each image, 1 to 4. Each caption is encoded once before training.
 
     Attributes:
         pairs: The emoji and the background of every image, int64 (N, 2).
@@ -53,9 +57,11 @@ class Emoji(ImageDataset):
         colours: The colours of the backgrounds, uint8 (K, 3).
     """
 
-    def __init__(self, size: int | None, channels: int | None, split: str) -> None:
+    def __init__(self, size: int | None, channels: int | None, split: str, phrasings: int) -> None:
         if split not in SPLITS:
             raise InputError(f"emoji has no split {split!r}; use one of: {', '.join(SPLITS)}")
+        if not 1 <= phrasings <= MOST_PHRASINGS:
+            raise InputError(f"data.phrasings is {phrasings}; emoji have 1 to {MOST_PHRASINGS} captions each")
         side = SIDE if size is None else size
         folder = files("robustdiff.data")
         contents = json.loads((folder / "emoji.json").read_text(encoding="utf-8"))
@@ -67,7 +73,9 @@ class Emoji(ImageDataset):
             for background, colour in enumerate(self.backgrounds)
             if split == _split_of(entry["held_out"], colour)
         ]
-        captions = (_captions(self.entries[index], self.backgrounds[background]) for index, background in chosen)
+        if split != "train":  # training draws its own order
+            chosen.sort(key=lambda pair: hashlib.sha256(bytes(f"{pair}", "ascii")).digest())
+        captions = (_captions(self.entries[i], self.backgrounds[k])[:phrasings] for i, k in chosen)
         shape = (3 if channels is None else channels, side, side)
         super().__init__("emoji", shape, None, captions=captions)
         self.pairs = torch.tensor(chosen)
@@ -95,7 +103,7 @@ class Emoji(ImageDataset):
 
 
 def compose(rgba: Tensor, colours: Tensor) -> Tensor:
-    """Lay images uint8 (B, 4, H, W) on backgrounds of colours uint8 (B, 3); returns uint8 (B, 3, H, W)."""
+    """Compose images uint8 (B, 4, H, W) with backgrounds of colours uint8 (B, 3); returns uint8 (B, 3, H, W)."""
     alpha = rgba[:, 3:].int()
     mixed = alpha * rgba[:, :3] + (255 - alpha) * colours[:, :, None, None]
     return ((mixed + 127) // 255).to(torch.uint8)
@@ -126,6 +134,6 @@ def _captions(entry: dict[str, str], colour: str) -> tuple[str, ...]:
 
 
 @DATASETS.register("emoji")
-def emoji(*, size: int | None, channels: int | None, split: str) -> Emoji:
+def emoji(*, size: int | None, channels: int | None, split: str, phrasings: int = MOST_PHRASINGS) -> Emoji:
     """Load Noto's emoji on coloured backgrounds, 64 × 64 RGB with captions: 17,237 training and 1,567 test images."""
-    return Emoji(size, channels, split)
+    return Emoji(size, channels, split, phrasings)

@@ -61,6 +61,8 @@ def choose_real_images(
             "that is wanted, or name other images by --data"
         )
     folder = Path(config.name.removeprefix("hf:") if remote else str(config.root)).resolve()
+    while any(character in str(folder) for character in "*?[{") and not folder.exists():
+        folder = folder.parent  # the root is a pattern of files
     if folder in Path.cwd().parents:
         raise InputError(
             f"{recipe} names the data {folder}, which this folder lies in: add --root {folder} if all of it is meant, "

@@ -28,7 +28,7 @@ from robustdiff.metrics.bootstrap import Array, block_of, block_weights
 from robustdiff.metrics.metric import METRICS, Batch, Metric, Need, Number
 from robustdiff.metrics.reference import Reference
 
-__all__ = ["ClipScore"]
+__all__ = ["ClipScore", "load_clip", "prepare"]
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +49,8 @@ class ClipScore(Metric):
         real: Not used.
         device: The device of CLIP.
         folder: The folder of a ``CLIPModel`` of transformers, with its tokenizer and image processor, or the name of
-            one that comes with this package. Nothing is fetched from the network. Weights must be safetensors.
+            one that comes with this package. Nothing is fetched from the network, and weights are read from
+            safetensors.
 
     Raises:
         InputError: If transformers is not installed, or the folder is not a CLIP or lacks a part.
@@ -62,9 +63,7 @@ class ClipScore(Metric):
     def __init__(
         self, real: Reference | None = None, device: torch.device | str = "cpu", folder: str | Path = ""
     ) -> None:
-        shipped = SHIPPED / folder
-        is_shipped = "/" not in str(folder) and (shipped / "config.json").is_file()  # ./NAME names another folder
-        self._model, self._tokenizer, self._processor = _load(shipped if is_shipped else Path(folder))
+        self._model, self._tokenizer, self._processor = load_clip(folder)
         self._model.to(device)
         self._warned = False
         super().__init__(real, device)
@@ -90,15 +89,10 @@ class ClipScore(Metric):
         Raises:
             InputError: If the images have another number of channels.
         """
-        if images.shape[1] not in (1, 3):
-            raise InputError(f"clip-score: images of {images.shape[1]} channels; give 1 or 3")
-        pixels = images.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).cpu().numpy()
-        inputs = self._processor(images=[Image.fromarray(image) for image in pixels], return_tensors="pt")
+        pixels = prepare(self._processor, images).to(self.device)
         with torch.autocast(torch.device(self.device).type, enabled=False):
             # The model's own forward, since the type that get_text_features returns depends on the version.
-            output = self._model(
-                pixel_values=inputs["pixel_values"].to(self.device, torch.float32), **self._tokens(captions)
-            )
+            output = self._model(pixel_values=pixels, **self._tokens(captions))
         cosines: Array = (output.image_embeds.double() * output.text_embeds.double()).sum(dim=-1).cpu().numpy()
         return 100 * cosines
 
@@ -150,11 +144,37 @@ class ClipScore(Metric):
         return {"clip_score": (weights @ np.bincount(block, state["scores"])) / (weights @ np.bincount(block))}
 
 
-def _load(folder: Path) -> tuple[Any, Any, Any]:
+def prepare(processor: Any, images: torch.Tensor) -> torch.Tensor:
+    """Return the input of CLIP's vision model, float32 (B, 3, S, S), for images.
+
+    Arguments:
+        processor: CLIP's image processor.
+        images: uint8 (B, C, H, W) with C = 1 or 3.
+
+    Raises:
+        InputError: If the images have another number of channels.
+    """
+    if images.shape[1] not in (1, 3):
+        raise InputError(f"CLIP: images of {images.shape[1]} channels; give 1 or 3")
+    pixels = images.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).cpu().numpy()
+    given = processor(images=[Image.fromarray(image) for image in pixels], return_tensors="pt")
+    return given["pixel_values"].to(torch.float32)
+
+
+def load_clip(folder: str | Path) -> tuple[Any, Any, Any]:
     """Return the model, float32 on the CPU in eval mode, the tokenizer and the image processor of a CLIP folder.
 
     Only these classes of transformers are instantiated, whatever the folder names.
+
+    Arguments:
+        folder: The folder, or the name of one that comes with this package.
+
+    Raises:
+        InputError: If transformers is not installed, or the folder is not a CLIP or lacks a part.
     """
+    shipped = SHIPPED / folder
+    is_shipped = "/" not in str(folder) and (shipped / "config.json").is_file()  # ./NAME names another folder
+    folder = shipped if is_shipped else Path(folder)
     try:
         from transformers import CLIPModel, CLIPTokenizer
     except ImportError:

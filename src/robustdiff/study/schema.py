@@ -67,6 +67,7 @@ Count = Annotated[int, Field(strict=True, ge=1, le=100_000)]
 Seeds = Annotated[tuple[Seed, ...], Field(min_length=1, max_length=10_000), AfterValidator(_distinct)]
 Counts = Annotated[tuple[Count, ...], Field(min_length=1, max_length=1000), AfterValidator(_distinct)]
 Samplers = Annotated[tuple[Sampler, ...], Field(min_length=1, max_length=100), AfterValidator(_distinct)]
+Guidance = Annotated[float, Field(ge=0, le=1000)]
 Changes = Annotated[dict[str, Any], AfterValidator(_of_methods)]
 
 
@@ -98,6 +99,7 @@ class Reference(Section):
     samplers: Samplers
     steps: Counts
     precision: Precision = "fp32"
+    guidance: Guidance | None = Field(None, description="scale of guidance; by default that of the measurement")
 
 
 class Measurement(Section):
@@ -118,8 +120,14 @@ class Measurement(Section):
     mismatch_steps: Counts | None = Field(None, description="at which it is; those of the cells by default")
     mismatch_methods: tuple[Name, ...] | None = Field(None, description="of which it is; all by default")
     features: Text = "fashion-16"
+    metrics: Annotated[tuple[Text, ...], Field(max_length=100), AfterValidator(_distinct)] = Field(
+        (), description="further metrics, such as clip-score=FOLDER"
+    )
+    guidance: Guidance | None = Field(None, description="scale of guidance")
     weights: Text | None = Field(None, description="Inception's weights file")
-    data: DataConfig | None = Field(None, description="the real images; those of the recipe by default")
+    data: DataConfig | None = Field(
+        None, description="the real images, whose captions are prompts in turn; those of the recipe by default"
+    )
 
     @model_validator(mode="after")
     def _enough(self) -> Measurement:
