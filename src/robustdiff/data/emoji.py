@@ -103,7 +103,7 @@ class Emoji(ImageDataset):
 
 
 def compose(rgba: Tensor, colours: Tensor) -> Tensor:
-    """Compose images uint8 (B, 4, H, W) with backgrounds of colours uint8 (B, 3); returns uint8 (B, 3, H, W)."""
+    """Draw images uint8 (B, 4, H, W) on backgrounds of colours uint8 (B, 3); returns uint8 (B, 3, H, W)."""
     alpha = rgba[:, 3:].int()
     mixed = alpha * rgba[:, :3] + (255 - alpha) * colours[:, :, None, None]
     return ((mixed + 127) // 255).to(torch.uint8)
