@@ -12,9 +12,11 @@ import inspect
 import json
 import math
 import re
+import sys
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -35,6 +37,7 @@ __all__ = [
     "component",
     "load_network",
     "load_scheduler",
+    "quietly",
     "read_config",
     "read_index",
     "shown",
@@ -250,7 +253,7 @@ def _from_config(kind: Any, config: Mapping[str, Any], path: Path, defaults: Map
             raise InputError(
                 f"{path}: {name}={shown(config[name])} is not of the type of {kind.__name__}'s default, {default!r}"
             )
-    with _quietly():
+    with quietly():
         try:
             # diffusers would import the class named in the configuration.
             return kind.from_config({**config, "_class_name": kind.__name__})
@@ -277,16 +280,27 @@ def _like(value: Any, default: Any) -> bool:
 
 
 @contextmanager
-def _quietly() -> Iterator[None]:
-    """Silence warnings of diffusers and torch that repeat an error or recommend other configurations."""
-    verbosity = diffusers_logging.get_verbosity()
-    diffusers_logging.set_verbosity(diffusers_logging.CRITICAL)
+def quietly() -> Iterator[None]:
+    """Silence warnings and progress bars of diffusers and transformers, and warnings of torch, within a block.
+
+    The warnings repeat an error, recommend other configurations, or miss packages that are not needed.
+    """
+    libraries: list[Any] = [diffusers_logging]
+    if "transformers" in sys.modules:  # it is an extra, and imported by diffusers itself if it is installed
+        libraries.append(import_module("transformers.utils.logging"))
+    before = [(library, library.get_verbosity(), library.is_progress_bar_enabled()) for library in libraries]
+    for library in libraries:
+        library.set_verbosity(library.CRITICAL)
+        library.disable_progress_bar()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        diffusers_logging.set_verbosity(verbosity)
+        for library, verbosity, bar in before:
+            library.set_verbosity(verbosity)
+            if bar:
+                library.enable_progress_bar()
 
 
 def _new_name(name: str, expected: Mapping[str, Any]) -> str:

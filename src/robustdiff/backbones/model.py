@@ -42,7 +42,7 @@ from robustdiff.codecs.pixels import Pixels
 from robustdiff.conditions.condition import Condition
 from robustdiff.data import ImageDataset
 from robustdiff.errors import InputError
-from robustdiff.loading import Components, load_scheduler, read_index
+from robustdiff.loading import Components, load_scheduler, quietly, read_index
 from robustdiff.objectives.preconditioning import Denoise
 from robustdiff.process import DiffusionProcess, Prediction
 from robustdiff.samplers.sample import suited
@@ -282,7 +282,10 @@ class Model:
         Arguments:
             state: The parameters to save by name, in any memory format; by default the network's own.
         """
-        state = self.network.state_dict() if state is None else state
+        with quietly():
+            self._save(folder, self.network.state_dict() if state is None else state)
+
+    def _save(self, folder: Path, state: Mapping[str, Tensor]) -> None:
         if self.adapter is not None:
             scheduler = self.backbone.pipeline(self.network, self.scheduler, self.codec, self.condition).scheduler
             adapter = self.adapter.model_copy(update={"scheduler": type(scheduler).__name__})

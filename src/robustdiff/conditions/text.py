@@ -33,7 +33,7 @@ from torch import Tensor
 from robustdiff.conditions.condition import Condition
 from robustdiff.errors import InputError, RunError, first_line, printable
 from robustdiff.files import atomic_write, cache_folder, claim_folder, open_regular, remove_leftovers, user_key
-from robustdiff.loading import read_index
+from robustdiff.loading import quietly, read_index
 from robustdiff.progress import SILENT, Progress
 
 __all__ = ["TextCondition", "load_encoder", "load_tokenizer"]
@@ -417,18 +417,12 @@ def _class_of(folder: Path, part: str, kinds: Sequence[str]) -> tuple[Path, Any]
 
 @contextmanager
 def _reading(path: Path) -> Iterator[None]:
-    """Report any error of transformers in one line, without its progress bars."""
-    from transformers.utils import logging as transformers_logging
-
-    shown = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    except Exception as error:  # for an untrusted file, transformers may raise any error
-        reason = printable(first_line(error)[:300])
-        raise InputError(
-            f"{printable(path)} cannot be read ({reason}): download it again; weights must be safetensors"
-        ) from None
-    finally:
-        if shown:
-            transformers_logging.enable_progress_bar()
+    """Report any error of transformers in one line, without its progress bars and warnings."""
+    with quietly():
+        try:
+            yield
+        except Exception as error:  # for an untrusted file, transformers may raise any error
+            reason = printable(first_line(error)[:300])
+            raise InputError(
+                f"{printable(path)} cannot be read ({reason}): download it again; weights must be safetensors"
+            ) from None

@@ -12,8 +12,7 @@ and differences between models are differences of means. Scores can be compared 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -23,7 +22,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from robustdiff.errors import InputError, first_line, printable
-from robustdiff.loading import read_config, shown
+from robustdiff.loading import quietly, read_config, shown
 from robustdiff.metrics.bootstrap import Array, block_of, block_weights
 from robustdiff.metrics.metric import METRICS, Batch, Metric, Need, Number
 from robustdiff.metrics.reference import Reference
@@ -182,12 +181,12 @@ def load_clip(folder: str | Path) -> tuple[Any, Any, Any]:
     _check_files(folder)
     options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     try:
-        what = "tokenizer"
-        tokenizer = CLIPTokenizer.from_pretrained(str(folder), **options)
-        what = "image processor"
-        processor = _processor_class().from_pretrained(str(folder), **options)
-        what = "model"
-        with _quiet():
+        with quietly():
+            what = "tokenizer"
+            tokenizer = CLIPTokenizer.from_pretrained(str(folder), **options)
+            what = "image processor"
+            processor = _processor_class().from_pretrained(str(folder), **options)
+            what = "model"
             model, info = CLIPModel.from_pretrained(
                 str(folder), use_safetensors=True, dtype=torch.float32, output_loading_info=True, **options
             )
@@ -204,22 +203,6 @@ def load_clip(folder: str | Path) -> tuple[Any, Any, Any]:
             raise InputError(f"{printable(folder)}: {name} has values that are not finite: download it again")
     _check_parts(folder, model, tokenizer, processor)
     return model.eval().requires_grad_(False), tokenizer, processor
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence the progress bar and the warnings of transformers within a block."""
-    from transformers.utils import logging as logs
-
-    level, bar = logs.get_verbosity(), logs.is_progress_bar_enabled()
-    logs.set_verbosity_error()
-    logs.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logs.set_verbosity(level)
-        if bar:
-            logs.enable_progress_bar()
 
 
 def _check_files(folder: Path) -> None:
