@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
+import secrets
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +18,13 @@ import torch
 from diffusers.models.unets.unet_2d import UNet2DModel
 
 from robustdiff import cli
+
+with suppress(ImportError):  # the tests of devices need nothing beside the package and pytest
+    from hypothesis import HealthCheck, settings
+
+    # On a busy machine everything is slow.
+    settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    settings.load_profile("busy")
 
 TINY = [
     "model.channels=[8,16]",
@@ -38,10 +48,18 @@ class Outcome:
     err: str
 
 
-@pytest.fixture(autouse=True)
-def _cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No test reads or fills the user's cache."""
-    monkeypatch.setenv("ROBUSTDIFF_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+@pytest.fixture(scope="session", autouse=True)
+def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """No test reads or fills the user's cache; the workers of pytest-xdist share one, with its key."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "cache"
+    folder.mkdir(exist_ok=True)
+    (base / "key").write_bytes(secrets.token_bytes(32))
+    with suppress(FileExistsError):  # of the worker that was first
+        os.link(base / "key", folder / "key")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ROBUSTDIFF_CACHE", str(folder))
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -63,6 +81,12 @@ def robustdiff(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[st
         return Outcome(int(stop.value.code or 0), captured.out, captured.err)
 
     return run
+
+
+@pytest.fixture
+def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Studies are worked at in this process, where torch is imported, and not by workers that import it first."""
+    monkeypatch.setattr("robustdiff.study.run.run_workers", lambda call, parts: not parts or call(parts[0]))
 
 
 @pytest.fixture(scope="session")
@@ -307,6 +331,26 @@ def make_flux_pipeline(
         return folder
 
     return make
+
+
+@pytest.fixture(scope="session")
+def clip_folder(make_clip: Callable[..., tuple[Any, Any]], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a tiny CLIP with random weights, for images (3, 12, 12) and the captions of make_clip."""
+    transformers = pytest.importorskip("transformers")
+    folder = tmp_path_factory.mktemp("clip") / "tiny"
+    tokenizer, encoder = make_clip()
+    vision = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    vision |= {"image_size": 12, "patch_size": 4}
+    config = transformers.CLIPConfig(text_config=encoder.config.to_dict(), vision_config=vision, projection_dim=8)
+    model = transformers.CLIPModel(config)
+    with torch.no_grad():  # as they are initialised, all captions would have nearly the same embedding
+        for parameter in model.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    processor = {"image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": 12}, "crop_size": 12}
+    (folder / "preprocessor_config.json").write_text(json.dumps(processor))
+    return folder
 
 
 @pytest.fixture(scope="session")

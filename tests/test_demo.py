@@ -50,10 +50,9 @@ class Percentages(list):
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, dict[str, Any], list[float]]]:
     """The folder, the record and the percentages of a small demonstration."""
     folder = tmp_path_factory.mktemp("demo")
+    reference_statistics(load_dataset("fashion-16"), load_extractor("fashion-16"))  # cached, or both would compute them
     percentages = Percentages()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("ROBUSTDIFF_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
-        result = demo.run_demo(SMALL, folder, processes=2, progress=percentages)
+    result = demo.run_demo(SMALL, folder, processes=2, progress=percentages)
     assert result is not None
     return folder, result[1], percentages
 
@@ -132,7 +131,7 @@ def test_another_size_in_the_same_folder_is_an_error(finished):
         demo.run_demo(shrunk(SMALL, 3, 20, (1, 2)), folder)
 
 
-def test_interrupted_it_goes_on_with_what_is_missing_in_any_number_of_processes(finished, tmp_path):
+def test_interrupted_it_goes_on_with_what_is_missing_in_any_number_of_processes(finished, tmp_path, request):
     folder = tmp_path / "demo"
     shutil.copytree(finished[0], folder)
     expected = cells_of(folder)
@@ -151,6 +150,7 @@ def test_interrupted_it_goes_on_with_what_is_missing_in_any_number_of_processes(
     assert not (folder / "result.json").exists()
     assert not list(folder.rglob("*.tmp"))
     assert 1 <= sum(path.exists() for path in missing) < len(missing)
+    request.getfixturevalue("in_this_process")
     result = demo.run_demo(SMALL, folder, processes=1)
     assert result is not None
     assert cells_of(folder) == expected
@@ -158,6 +158,7 @@ def test_interrupted_it_goes_on_with_what_is_missing_in_any_number_of_processes(
     assert result[1]["differences"] == finished[1]["differences"]
 
 
+@pytest.mark.usefixtures("in_this_process")
 def test_a_larger_one_goes_on_from_a_smaller_one(finished, tmp_path):
     folder = tmp_path / "demo"
     shutil.copytree(finished[0], folder)
@@ -208,6 +209,7 @@ def student(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder)
 
 
+@pytest.mark.usefixtures("in_this_process")
 def test_it_distils_three_ways_and_compares_with_the_teacher(robustdiff, monkeypatch, student, tmp_path):
     whole = demo.demo_study
 

@@ -1,8 +1,7 @@
 """examples/plug_in.py: three lines make a loop adversarial, and nothing else of it changes."""
 
 import importlib.util
-import subprocess
-import sys
+import runpy
 from itertools import pairwise
 from pathlib import Path
 
@@ -16,13 +15,18 @@ PATH = Path(__file__).parents[1] / "examples" / "plug_in.py"
 
 
 @pytest.fixture
-def plug_in():
+def no_state_of_accelerate():
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    PartialState._reset_state()
+
+
+@pytest.fixture
+def plug_in(no_state_of_accelerate):
     spec = importlib.util.spec_from_file_location("plug_in", PATH)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    yield module
-    AcceleratorState._reset_state(reset_partial_state=True)
-    PartialState._reset_state()
+    return module
 
 
 def few(loader, n):
@@ -34,10 +38,10 @@ def parameters(unet):
     return torch.cat([p.detach().flatten() for p in unet.parameters()]).clone()
 
 
-def test_run_as_a_script_it_shows_exactly_three_changed_lines():
-    done = subprocess.run([sys.executable, str(PATH)], capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr[-3000:]
-    shown = done.stdout.splitlines()
+@pytest.mark.usefixtures("no_state_of_accelerate")
+def test_run_as_a_script_it_shows_exactly_three_changed_lines(capsys):
+    runpy.run_path(str(PATH), run_name="__main__")
+    shown = capsys.readouterr().out.splitlines()
     added = [line for line in shown if line.startswith("+") and not line.startswith("+++")]
     removed = [line for line in shown if line.startswith("-") and not line.startswith("---")]
     assert len(added) == len(removed) == 3

@@ -1,6 +1,9 @@
 """Files that are either whole or absent."""
 
+import multiprocessing
 import os
+from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors import SafetensorError
@@ -139,6 +142,29 @@ def test_an_empty_folder_is_claimed_once(tmp_path):
     (path / MARKER).unlink()
     with pytest.raises(InputError, match="is not empty, and nothing in it says that it is a run of robustdiff"):
         claim_folder(path, "a run")
+
+
+def _claim(path: Path, barrier: Any, keys: Any) -> None:
+    barrier.wait()
+    claim_folder(path, "a cache")
+    keys.put(user_key())
+
+
+def test_processes_that_begin_at_once_have_the_same_folder_and_key(tmp_path, monkeypatch):
+    context = multiprocessing.get_context("fork")
+    for number in range(10):
+        monkeypatch.setenv("ROBUSTDIFF_CACHE", str(tmp_path / f"cache{number}"))
+        barrier, keys = context.Barrier(3), context.Queue()
+        arguments = (tmp_path / f"claimed{number}", barrier, keys)
+        processes = [context.Process(target=_claim, args=arguments) for _ in range(3)]
+        for process in processes:
+            process.start()
+        assert len({keys.get(timeout=60) for _ in processes}) == 1
+        for process in processes:
+            process.join(60)
+            assert process.exitcode == 0
+        assert [path.name for path in arguments[0].iterdir()] == [MARKER]
+        assert [path.name for path in (tmp_path / f"cache{number}").iterdir()] == ["key"]
 
 
 def test_a_lock_file_is_made_and_not_truncated(tmp_path):

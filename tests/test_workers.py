@@ -126,7 +126,7 @@ def call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     return lambda name, *arguments: functools.partial(getattr(calls, name), *arguments)
 
 
-def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
+def wait_for(condition: Callable[[], bool], seconds: float = 240) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "nothing happened"
@@ -192,7 +192,7 @@ print(run_workers(functools.partial(some_calls.begun, Path(sys.argv[1])), [SILEN
 def test_a_signal_stops_and_saves(call, tmp_path, number, to_all):
     process = started(tmp_path)
     (os.killpg if to_all else os.kill)(process.pid, number)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=240)
     assert (process.returncode, out, err) == (0, "False\n", "")
     assert (tmp_path / "a.saved").exists()
     assert (tmp_path / "b.saved").exists()
@@ -201,7 +201,7 @@ def test_a_signal_stops_and_saves(call, tmp_path, number, to_all):
 def test_workers_save_and_end_when_their_parent_is_killed(call, tmp_path):
     process = started(tmp_path)
     process.kill()
-    process.communicate(timeout=60)
+    process.communicate(timeout=240)
     wait_for(lambda: (tmp_path / "a.saved").exists() and (tmp_path / "b.saved").exists())
 
 

@@ -1,7 +1,8 @@
 """The demonstrations: studies that come with the package and take minutes, or an hour at full size.
 
 The shipped checkpoint is fine-tuned plainly, with a random perturbation, and adversarially (``studies/demo.yaml``), or
-distilled into consistency models (``studies/demo-consistency.yaml``). The study is written into the output folder as
+distilled into consistency models (``studies/demo-consistency.yaml``). The shipped text-to-image model is distilled into
+latent consistency models (``studies/demo-text.yaml``). The study is written into the output folder as
 ``study.yaml``, with its trainings and cells, so that ``robustdiff study`` can read the same results.
 """
 
@@ -18,7 +19,9 @@ from torch import Tensor
 
 from robustdiff.errors import InputError, printable
 from robustdiff.evaluation.grid import Cell, Grid, differences
+from robustdiff.evaluation.prompts import prompts_of
 from robustdiff.files import atomic_write, make_folder
+from robustdiff.metrics.bootstrap import interval
 from robustdiff.progress import SILENT, Progress
 from robustdiff.report.page import read_picture
 from robustdiff.report.results import write_results
@@ -31,13 +34,17 @@ from robustdiff.workers import available_cores
 
 __all__ = ["demo_study", "run_demo"]
 
-FULL = {"demo": (1200, 5000), "demo-consistency": (6000, 5000)}  # updates of a training, images of a cell
-DATA = "fashion-16: 60,000 training images of Fashion-MNIST at 16×16"
+# Updates of a training, and images of a cell.
+FULL = {"demo": (1200, 5000), "demo-consistency": (6000, 5000), "demo-text": (3000, 1567)}
+DATA = {
+    "fashion-16": "fashion-16: 60,000 training images of Fashion-MNIST at 16×16",
+    "emoji": "emoji: 17,237 training images of Noto's emoji on coloured backgrounds at 64×64, with captions",
+}
 MOST = 8  # processes, each of which takes half a gigabyte for torch
 
 
 def demo_study(name: str, full: bool = False, seed: int = 0) -> Study:
-    """Return the study "demo" or "demo-consistency" with one seed, or with more updates and images (``full``)."""
+    """Return the study "demo", "demo-consistency" or "demo-text" with one seed, or a larger one (``full``)."""
     study = load_study(name)
     updates, images = FULL[name] if full else (study.set["steps"], study.measure.num)
     measure = study.measure.model_copy(update={"seed": seed, "num": images})
@@ -76,7 +83,7 @@ def run_demo(
         training[run.method] = {"recipe": run.recipe.model_dump(mode="json"), **result}
     settings = {
         "obtained_on": {
-            "data": DATA,
+            "data": DATA[plan(study, folder)[0].recipe.data.name],
             "features": study.measure.features,
             "device": first["device"],
             "threads": processes,  # of one thread each
@@ -121,20 +128,24 @@ def _cell(name: str, record: dict[str, Any]) -> Cell:
     needed = ("sampler", "steps", "n", "fid_ci", "kid_se", "brightness", "seconds")
     if missing := [key for key in needed if record[key] is None]:
         raise InputError(f"a cell of {name} does not say its {missing[0]}: delete its file, and run again")
-    numbers = {**record, **record["numbers"]}
+    numbers, others = {**record, **record["numbers"]}, record["other_replicates"]
+    replicates = {"fid": record["replicates"], **others}
+    drawn = {key: np.array(values, dtype=np.float64) for key, values in replicates.items()}
     return Cell(
         checkpoint=name,
         **{key: record[key] for key in ("sampler", "steps", "n", "seconds")},
-        values={key: numbers[key] for key in ("fid", "kid", "kid_se", "precision", "recall", "brightness")},
-        intervals={"fid": tuple(record["fid_ci"])},
-        replicates={"fid": np.array(record["replicates"], dtype=np.float64)},
+        values={key: numbers[key] for key in ("fid", "kid", "kid_se", "precision", "recall", "brightness", *others)},
+        intervals={"fid": tuple(record["fid_ci"]), **{key: interval(numbers[key], drawn[key]) for key in others}},
+        replicates=drawn,
     )
 
 
 def _grid(results: Results) -> Grid:
     """Return the grid of the methods, with the differences of all pairs and the pictures."""
     (seed,) = {seed for _, seed, *_ in results.cells}
-    grid = Grid([], [], {})
+    measure = results.study.measure
+    prompts = prompts_of((measure.data or plan(results.study, Path())[0].recipe.data).load())
+    grid = Grid([], [], {}, [] if prompts is None else list(prompts.texts[: measure.pictured]))
     for sampler, steps in itertools.product(results.samplers, results.steps):
         row = [_cell(method, results.cells[method, seed, sampler, steps]) for method in results.methods]
         for i, cell in enumerate(row):

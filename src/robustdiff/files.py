@@ -20,7 +20,7 @@ import secrets
 import shutil
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
@@ -45,6 +45,7 @@ MARKER = ".robustdiff"
 """The name of the file that marks a folder whose contents this package may replace and remove."""
 
 _JSON_BYTES = 2**26
+_KEY_BYTES = 32
 _NOFOLLOW = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)  # opening a pipe would block
 
 
@@ -261,7 +262,7 @@ def claim_folder(path: Path, what: str) -> bool:
     remove_leftovers(path, re.escape(MARKER))
     entries = list(path.iterdir())
     names = {entry.name for entry in entries}
-    if names and MARKER not in names:
+    if names and not os.path.lexists(path / MARKER):
         raise InputError(
             f"{printable(path)} is not empty, and nothing in it says that it is {what} of robustdiff: give a new folder"
         )
@@ -271,8 +272,11 @@ def claim_folder(path: Path, what: str) -> bool:
                 f"{printable(entry)} is a symbolic link, which {what} of robustdiff has none of: remove it"
             )
     if not names:
-        with atomic_write(path / MARKER) as file:
+        # Not by a temporary file, which another process that claims the folder at once would remove.
+        with suppress(FileExistsError), open(path / MARKER, "xb") as file:
             file.write(f"{what} of robustdiff: it replaces and removes what is in this folder\n".encode())
+            file.flush()
+            os.fsync(file.fileno())
     return bool(names - {MARKER})
 
 
@@ -287,17 +291,38 @@ def user_key() -> bytes:
     The key is created at the first call and stored in the cache; if that is not writable, each process has its own.
     """
     path = cache_folder() / "key"
-    key = secrets.token_bytes(32)
+    key = secrets.token_bytes(_KEY_BYTES)
     try:
-        if path.exists():
-            with open_regular(path) as kept:
-                found = kept.read(len(key) + 1)
-            if len(found) == len(key):
-                return found
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_write(path) as file:
+        if _read_key(path) is None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _write_key(path, key)
+        return _read_key(path) or key
+    except (InputError, OSError):
+        return key
+
+
+def _read_key(path: Path) -> bytes | None:
+    try:
+        with open_regular(path) as file:
+            found = file.read(_KEY_BYTES + 1)
+    except FileNotFoundError:
+        return None
+    return found if len(found) == _KEY_BYTES else None
+
+
+def _write_key(path: Path, key: bytes) -> None:
+    """Write a key, unless another process wrote one in the meantime."""
+    temporary = _temporary(path)
+    try:
+        with open(temporary, "xb") as file:
             os.chmod(file.fileno(), 0o600)
             file.write(key)
-    except (InputError, OSError):
-        pass
-    return key
+            file.flush()
+            os.fsync(file.fileno())
+        try:
+            os.link(temporary, path)  # unlike rename(2), this does not replace a file
+        except FileExistsError:
+            if _read_key(path) is None:  # a damaged one
+                os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -108,6 +108,17 @@ class Recipe(Section):
             raise ValueError("optimizer=adamw8bit makes parameters contiguous: leave channels_last out")
         if self.batch_size % self.accumulate:
             raise ValueError(f"batch_size {self.batch_size} is not a multiple of accumulate {self.accumulate}")
+        for option, value in (("crop", "random"), ("buckets", True)):
+            if self.caches_latents and getattr(self.data, option) == value:
+                raise ValueError(
+                    f"data.{option}={str(value).lower()} needs other crops of the images than codec.cache keeps: set "
+                    "codec.cache=false, or leave it out"
+                )
+        if self.data.buckets and (self.data.size is None or self.data.size % self.data.bucket_step):
+            raise ValueError(
+                f"data.buckets=true needs data.size, a multiple of data.bucket_step={self.data.bucket_step}; it is "
+                f"{self.data.size}"
+            )
         if self.adversary.by_level and self.objective is not None and not self.objective.fixed_levels:
             raise ValueError(
                 "radius.by_noise and radius.within need levels that stay: set objective.schedule=fixed, or leave them "
@@ -260,7 +271,7 @@ def load_data_config(
     for option, field in (("--data", "name"), ("--root", "root")):
         if field in short and field in given:
             raise InputError(f"{option} and --set data.{field} are the same: give one of them")
-    for field in ("flip", "workers"):
+    for field in ("flip", "crop", "buckets", "bucket_step", "workers"):
         if field in given:
             raise InputError(f"--set data.{field}: only training uses it, leave it out")
     replaced = {**given, **short}.get("name", own.name) != own.name

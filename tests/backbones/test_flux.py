@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, FluxPipeline
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler, FluxPipeline
 from torch import Tensor
 
 from robustdiff.backbones.flux import pack, unpack
@@ -151,6 +151,12 @@ def test_images_are_those_of_diffusers_with_other_schedules(dev: Path, settings:
     latents = torch.randn(2, *model.shape)
     wanted = theirs(of_diffusers(dev, scheduler=scheduler), latents)
     torch.testing.assert_close(images_of(model, latents, None), wanted, rtol=0, atol=1e-5)
+
+
+def test_a_scheduler_that_takes_no_levels_is_refused_in_sampling(dev: Path) -> None:
+    model = Model(load_model(dev, 8).backbone, FlowMatchHeunDiscreteScheduler())
+    with pytest.raises(InputError, match=r"FlowMatchHeunDiscreteScheduler of the checkpoint makes no 4 levels"):
+        images_of(model, torch.randn(2, *model.shape), None)
 
 
 def test_a_network_has_the_size_of_the_pipeline_until_it_takes_another(dev: Path) -> None:

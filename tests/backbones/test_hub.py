@@ -13,6 +13,7 @@ import pytest
 from diffusers import DDPMPipeline, DDPMScheduler
 
 from robustdiff.backbones.hub import is_hub_name
+from robustdiff.backbones.lora import Adapter, LoraSection
 from robustdiff.backbones.model import load_model
 from robustdiff.errors import InputError
 
@@ -64,7 +65,8 @@ def test_what_is_downloaded_are_the_components_without_variants(
     snapshot = keep(cache, "owner/name", tmp_path / "pipeline")
     asked: list[tuple[list[str], list[str]]] = []
 
-    def downloaded(name: str, allow_patterns: list[str], ignore_patterns: list[str]) -> str:
+    def downloaded(name: str, allow_patterns: list[str], ignore_patterns: list[str], local_files_only: bool) -> str:
+        assert not local_files_only
         asked.append((allow_patterns, ignore_patterns))
         return str(snapshot)
 
@@ -104,6 +106,25 @@ def test_other_failures_are_one_line(cache: Path, tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(huggingface_hub, "snapshot_download", failing)
     with pytest.raises(InputError, match=r"owner/name: its download .* failed \(the disk\)"):
         load_model("owner/name")
+
+
+def test_nothing_is_downloaded_because_a_file_names_it(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    adapter = Adapter(base="owner/base", fingerprint="0" * 64, lora=LoraSection(), scheduler="DDIMScheduler")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "adapter.json").write_text(adapter.model_dump_json())
+    download, asked = huggingface_hub.snapshot_download, []
+
+    def downloaded(name: str, **options: Any) -> str:
+        asked.append(options["local_files_only"])
+        return download(name, **options)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", downloaded)
+    with pytest.raises(InputError, match=r"owner/base is not in the Hugging Face Hub's cache.*hf download owner/base"):
+        load_model(tmp_path / "run")
+    assert asked == [True]
 
 
 @pytest.mark.parametrize("name", ["runs/../x", "../name", "/owner/name", "owner/name/unet", "name", "owner/na me", ""])

@@ -207,7 +207,7 @@ def test_targets_that_are_no_layers_are_refused(make_unet, changes, targets, wor
 
 def test_without_peft_the_remedy_is_said(make_unet, monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
-    with pytest.raises(InputError, match=r"pip install 'robustdiff\[lora\]'"):
+    with pytest.raises(InputError, match=r"pip install --upgrade 'robustdiff\[lora\]'"):
         inject(make_unet(), LORA, "model", seed=0)
 
 

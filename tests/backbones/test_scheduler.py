@@ -265,6 +265,7 @@ def test_zero_terminal_snr_with_v_is_right_at_the_last_time(monkeypatch):
         (lambda: diffusers.DDPMScheduler(50, trained_betas=np.linspace(0, 0.02, 50)), "ᾱ = 1 at time 0"),
         (lambda: diffusers.DPMSolverMultistepScheduler(use_flow_sigmas=True), "prediction_type=epsilon"),
         (lambda: diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True), "use_dynamic_shifting"),
+        (lambda: diffusers.FlowMatchEulerDiscreteScheduler(stochastic_sampling=True), "stochastic_sampling=true"),
         (lambda: diffusers.EDMEulerScheduler(prediction_type="v_prediction"), "prediction_type=v_prediction"),
         (lambda: diffusers.EDMEulerScheduler(sigma_schedule="exponential"), "sigma_schedule=exponential"),
         (lambda: diffusers.ScoreSdeVeScheduler(), "ScoreSdeVeScheduler"),

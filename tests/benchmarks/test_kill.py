@@ -125,6 +125,6 @@ def test_a_process_ends_at_the_operation_that_is_asked_for(tmp_path, target, lim
     folder = tmp_path / "folder"
     folder.mkdir()
     arguments = [BENCHMARKS / "kill.py", folder, target, limit]
-    done = subprocess.run([sys.executable, "-c", WRITER, *map(str, arguments)], timeout=60)
+    done = subprocess.run([sys.executable, "-c", WRITER, *map(str, arguments)], timeout=240)
     assert done.returncode == (0 if number is None else -number)
     assert {p.name: p.read_text() if p.is_file() else None for p in folder.iterdir()} == left

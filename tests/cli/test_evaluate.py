@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -19,10 +16,6 @@ from robustdiff.backbones.model import Model, load_model
 from robustdiff.data import load_dataset
 from robustdiff.metrics.features import Classifier, load_extractor
 from robustdiff.metrics.reference import reference_statistics
-
-ONE = [sys.executable, "-m", "robustdiff"]
-# accelerate's own launcher starts a single process when it is told --cpu.
-TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "--", "robustdiff"]
 
 
 def test_evaluate_writes_table_figures_and_json(robustdiff, digits_run, tmp_path):
@@ -229,20 +222,6 @@ def test_a_metric_that_is_not_finite_fails_with_1(robustdiff, images, tmp_path):
     assert outcome.code == 1
     assert outcome.err.count("\n") == 1
     assert "not finite" in outcome.err
-
-
-def test_two_processes_evaluate_to_the_same_fid(digits_run, tmp_path):
-    arguments = ["evaluate", str(digits_run), "--num", "50", "--steps", "3", "--sampler", "iddpm", "--cpu"]
-    arguments += ["--batch-size", "5"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    for command, name in ((TWO, "two"), (ONE, "one")):
-        done = subprocess.run(
-            [*command, *arguments, "--output", str(tmp_path / name)], env=environment, capture_output=True, text=True
-        )
-        assert done.returncode == 0, done.stderr
-    one, two = (json.loads((tmp_path / name / "result.json").read_text())["cells"][0] for name in ("one", "two"))
-    for metric in ("fid", "kid", "precision", "recall"):
-        assert one[metric] == pytest.approx(two[metric], rel=1e-9)
 
 
 def test_a_run_of_other_images_cannot_be_evaluated(robustdiff, digits_run, assert_bad_input):

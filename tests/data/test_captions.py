@@ -99,7 +99,7 @@ A = row("a.png", "x")
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([A], "1 of 2 images|b.png has no caption: add it to .*metadata.jsonl"),
+        ([A], "1 of 2 images have no caption, first .*b.png: add it to .*metadata.jsonl"),
         ([A, row("a.png", "y")], "line 2 names a.png a second time"),
         ([A, row("./a.png", "y")], "line 2 names a.png a second time"),
         ([A, row("c.png", "y")], "line 2 names c.png, which is not among the images"),

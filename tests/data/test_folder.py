@@ -5,7 +5,7 @@ import os
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from robustdiff.data import load_dataset
 from robustdiff.errors import InputError
@@ -289,3 +289,47 @@ def test_fingerprint(tmp_path):
     second = fingerprint()
     os.rename(tmp_path / "root/cat", tmp_path / "root/bat")
     assert len({first, second, fingerprint()}) == 3
+
+
+# -- sizes and crops --------------------------------------------------------------------------------------------
+
+
+def oriented(path, late=False):
+    """Save an image of 6×16 pixels that is shown as 16 high and 6 wide."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (6, 16, 3), dtype=np.uint8))
+    image.save(path, exif=exif)
+    if late:  # PNG allows the chunk behind the pixels
+        data = path.read_bytes()
+        start = data.index(b"eXIf") - 4
+        end = start + 12 + int.from_bytes(data[start : start + 4], "big")
+        tail = data.index(b"IEND") - 4
+        path.write_bytes(data[:start] + data[end:tail] + data[start:end] + data[tail:])
+
+
+@pytest.mark.parametrize("name", ["a.jpg", "a.png", "late.png", "a.webp", "a.tif"])
+def test_sizes_are_those_of_upright_images(tmp_path, name):
+    oriented(tmp_path / name, late=name == "late.png")
+    dataset = load_dataset("imagefolder", root=tmp_path, size=4)
+    assert dataset.sizes.tolist() == [[16, 6]]
+    with Image.open(tmp_path / name) as image:
+        upright = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+    batch = dataset.fetch([0], (16, 6))
+    assert np.array_equal(batch.images[0].permute(1, 2, 0).numpy(), upright)
+    assert batch.geometry.tolist() == [[16, 6, 0, 0]]
+
+
+def test_crops_of_other_sizes_and_places(tmp_path):
+    array = save(tmp_path / "a.png", size=(40, 20))
+    dataset = load_dataset("imagefolder", root=tmp_path, size=10)
+    assert dataset.__getitems__([0]).geometry.tolist() == [[20, 40, 0, 5]]
+    assert torch.equal(dataset.fetch([0]).images, dataset.__getitems__([0]).images)
+    batch = dataset.fetch([0, 0], positions=[(0.0, 0.0), (0.99, 0.999)])
+    assert batch.geometry.tolist() == [[20, 40, 0, 0], [20, 40, 0, 10]]
+    for image, left in zip(batch.images, (0, 20), strict=True):
+        wanted = Image.fromarray(array[:, left : left + 20]).resize((10, 10), Image.Resampling.BICUBIC)
+        assert np.array_equal(image.permute(1, 2, 0).numpy(), np.asarray(wanted))
+    batch = dataset.fetch([0], (20, 10), [(0.3, 0.5)])
+    assert np.array_equal(batch.images[0].permute(1, 2, 0).numpy(), array[:, 15:25])
+    assert batch.geometry.tolist() == [[20, 40, 0, 15]]

@@ -45,20 +45,41 @@ MISTAKES = {
     "data=digits": ["digits takes no width", "stripes"],
     "data.root=x": ["stripes takes no root"],
 }
-READ = """
-import json, sys
+SAMPLE = ["sample", "run", "--cpu", "--steps", "3", "--num", "4"]
+COMMANDS = {
+    "run": ["train", "r.yaml", "--set", "output=run"],
+    "ddim": [*SAMPLE, "--output", "ddim.npz", "--sampler", "ddim"],
+    "none": [*SAMPLE, "--output", "none.npz", "--sampler", "churned", "--set", "part=0"],
+    "some": [*SAMPLE, "--output", "some.npz", "--sampler", "churned", "--set", "part=0.5"],
+    "evaluation": [
+        *["evaluate", "run", "--cpu", "--output", "evaluation", "--metrics", "contrast,brightness"],
+        *["--sampler", "churned", "--steps", "2,3", "--num", "8"],
+    ],
+    "two": ["sample", "run", "--cpu", "--output", "two.npz", "--sampler", "churned", "--steps", "2", "--num", "8"],
+}
+RUN = """
+import contextlib, io, json, sys
+from pathlib import Path
+from robustdiff import cli
 from robustdiff.errors import InputError
 from robustdiff.recipe import load_recipe
 
-messages = {}
+said = {}
+for name, arguments in json.loads(sys.argv[1]).items():
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        cli.app(arguments, standalone_mode=False)
+    said[name] = out.getvalue()
+Path("said.json").write_text(json.dumps(said))
+
+read = {}
 for assignment in sys.argv[2:]:
     try:
-        recipe = load_recipe(sys.argv[1], [assignment])
+        recipe = load_recipe("r.yaml", [assignment])
         recipe.data.load()
-        messages[assignment] = recipe.model_dump(mode="json")
+        read[assignment] = recipe.model_dump(mode="json")
     except InputError as error:
-        messages[assignment] = str(error)
-print(json.dumps(messages))
+        read[assignment] = str(error)
+Path("read.json").write_text(json.dumps(read))
 """
 
 
@@ -83,34 +104,25 @@ def make_wheel(folder: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def python(tmp_path_factory):
-    """Run a fresh Python, with the package installed, in a folder with a recipe that names its kinds."""
+def folder(tmp_path_factory):
+    """A folder where a fresh Python, with the package installed, has run COMMANDS on a recipe that names its kinds."""
     pytest.importorskip("pip")
     folder = tmp_path_factory.mktemp("extension")
     site = folder / "site"
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--target", str(site)]
     subprocess.run([*pip, str(make_wheel(folder))], check=True, capture_output=True)
     (folder / "r.yaml").write_text(yaml.safe_dump(TINY))
-
-    def run(*words):
-        env = {**os.environ, "PYTHONPATH": f"{SRC}:{site}", "CUDA_VISIBLE_DEVICES": ""}
-        outcome = subprocess.run(
-            [sys.executable, *map(str, words)], env=env, cwd=folder, capture_output=True, text=True
-        )
-        assert outcome.returncode == 0, outcome.stderr
-        return outcome.stdout
-
-    return run, folder
+    env = {**os.environ, "PYTHONPATH": f"{SRC}:{site}", "CUDA_VISIBLE_DEVICES": ""}
+    values = [*MISTAKES, "adversary=none", "data={name: digits, background: white}"]
+    outcome = subprocess.run(
+        [sys.executable, "-c", RUN, json.dumps(COMMANDS), *values], env=env, cwd=folder, capture_output=True, text=True
+    )
+    assert outcome.returncode == 0, outcome.stderr
+    return folder
 
 
-@pytest.fixture(scope="module")
-def trained(python):
-    run, folder = python
-    run("-m", "robustdiff", "train", "r.yaml", "--set", "output=run")
-    return folder / "run"
-
-
-def test_a_dataset_an_adversary_and_an_objective_train(trained):
+def test_a_dataset_an_adversary_and_an_objective_train(folder):
+    trained = folder / "run"
     result = json.loads((trained / "result.json").read_text())
     assert (result["steps"], result["backward_passes"], result["data"]) == (2, 2, "stripes")
     assert result["delta_norm"] == pytest.approx(0.5 * 8)
@@ -123,50 +135,23 @@ def test_a_dataset_an_adversary_and_an_objective_train(trained):
     assert (written["data"]["width"], written["data"]["dark"]) == (3, False)
 
 
-def test_a_sampler_samples_with_its_option(python, trained):
-    run, folder = python
-    common = ["-m", "robustdiff", "sample", trained, "--num", 4, "--steps", 3, "--cpu"]
-    for name, words in {
-        "ddim": ["--sampler", "ddim"],
-        "none": ["--sampler", "churned", "--set", "part=0"],
-        "some": ["--sampler", "churned", "--set", "part=0.5"],
-    }.items():
-        run(*common, *words, "--output", folder / f"{name}.npz")
+def test_a_sampler_samples_with_its_option(folder):
     ddim, none, some = (np.load(folder / f"{name}.npz")["arr_0"] for name in ("ddim", "none", "some"))
     assert np.array_equal(none, ddim)
     assert not np.array_equal(some, ddim)
 
 
-def test_a_metric_measures_beside_ours(python, trained):
-    run, folder = python
-    words = ["--metrics", "contrast,brightness", "--sampler", "churned", "--steps", "2,3", "--num", 8, "--cpu"]
-    table = run("-m", "robustdiff", "evaluate", trained, *words, "--output", folder / "evaluation")
-    assert "contrast" in table
+def test_a_metric_measures_beside_ours(folder):
+    assert "contrast" in json.loads((folder / "said.json").read_text())["evaluation"]
     cells = json.loads((folder / "evaluation" / "result.json").read_text())["cells"]
     assert [(cell["sampler"], cell["steps"]) for cell in cells] == [("churned", 2), ("churned", 3)]
-    run(
-        "-m",
-        "robustdiff",
-        "sample",
-        trained,
-        "--sampler",
-        "churned",
-        "--steps",
-        2,
-        "--num",
-        8,
-        "--cpu",
-        "--output",
-        folder / "two.npz",
-    )
     images = np.load(folder / "two.npz")["arr_0"].reshape(8, -1)
     assert cells[0]["contrast"] == pytest.approx(images.std(1, ddof=1).mean())
     assert cells[0]["brightness"] == pytest.approx(images.mean())
 
 
-def test_recipes_of_its_kinds(python):
-    run, _ = python
-    read = json.loads(run("-c", READ, "r.yaml", *MISTAKES, "adversary=none", "data={name: digits, background: white}"))
+def test_recipes_of_its_kinds(folder):
+    read = json.loads((folder / "read.json").read_text())
     for assignment, words in MISTAKES.items():
         assert isinstance(read[assignment], str), assignment
         for word in words:

@@ -103,7 +103,7 @@ def test_processes_together_are_one(extractor, reference, noisy):
 def test_a_collection_refuses(extractor, reference):
     with pytest.raises(ValueError, match="another extractor"):
         MetricCollection(None, extractor, replace(reference, fingerprint="0" * 64))
-    with pytest.raises(InputError, match="unknown metric 'fd': use one of brightness, fid, kid, precision-recall"):
+    with pytest.raises(InputError, match="unknown metric 'fd': use one of brightness, clip-score, fid, kid, p"):
         MetricCollection(["fid", "fd"], extractor, reference)
     metrics = MetricCollection(None, extractor, reference)
     with pytest.raises(InputError, match="no images"):
@@ -237,7 +237,7 @@ def test_it_needs_no_real_images(robustdiff, contrast, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--metrics", "fid,fd"], ["unknown metric 'fd'", "brightness, fid, kid, precision-recall"]),
+        (["--metrics", "fid,fd"], ["unknown metric 'fd'", "brightness, clip-score, fid, kid, precision-recall"]),
         (["--metrics", "fid,fid"], ["--metrics has fid twice"]),
         (["--metrics", ""], ["unknown metric ''"]),
         (["--metrics", "brightness", "--data", "digits"], ["--data", "leave it out"]),

@@ -13,7 +13,15 @@ from rich.console import Console
 from robustdiff.evaluation.grid import Cell, Difference, Grid
 from robustdiff.metrics.fid import FID
 from robustdiff.metrics.metric import Number
-from robustdiff.report.figures import Line, numbers_against_steps, points, sample_grid, save_figure, step_panels
+from robustdiff.report.figures import (
+    Line,
+    caption_grid,
+    numbers_against_steps,
+    points,
+    sample_grid,
+    save_figure,
+    step_panels,
+)
 from robustdiff.report.tables import cell_table, grid_table
 
 
@@ -115,3 +123,16 @@ def test_images_without_steps_are_levels_of_the_figure():
     figure = numbers_against_steps([*CELLS, file], FID.numbers[0], "title")
     assert [axes.get_title() for axes in figure.axes] == ["ddim", "iddpm"]
     assert set(figure.axes[0].get_lines()[-1].get_ydata()) == {25.0}
+
+
+def test_a_caption_has_a_row_and_a_model_at_a_number_of_steps_a_column():
+    images = {
+        (name, "lcm", n): torch.full((3, 3, 4, 4), 10 * n + i, dtype=torch.uint8)
+        for i, name in enumerate(("one", "other"))
+        for n in (1, 4)
+    }
+    figure = caption_grid(images, ["a red shoe", "b", "c"], ["one", "other"], "lcm", [1, 4], "title")
+    panels = np.reshape(figure.axes, (3, 4))
+    assert [panel.get_title() for panel in panels[0]] == [f"{n}\n{s} steps" for n in ("one", "other") for s in (1, 4)]
+    assert [row[0].get_ylabel() for row in panels] == ["a red shoe", "b", "c"]
+    assert [int(panel.images[0].get_array()[0, 0, 0]) for panel in panels[1]] == [10, 40, 11, 41]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import torch
+from PIL import Image
 
 from robustdiff.evaluation.grid import Cell, Difference, Grid
 from robustdiff.report.results import write_results
@@ -44,3 +45,19 @@ def test_each_number_with_intervals_has_a_figure(tmp_path):
         tmp_path, Grid(cells, [], {("a", "ddim", 5): torch.zeros(8, 1, 4, 4, dtype=torch.uint8)}), "title", {}
     )
     assert {path.stem for path in tmp_path.glob("*.png")} == {"fid", "x", "samples-ddim"}
+
+
+def test_samples_of_captions_stand_beside_them(tmp_path, recwarn):
+    captions = ["a red shoe", "a very long caption " * 20, "数学 😀", r"$\frac$ _x", *"efghijkl"]
+    samples = {(name, "lcm", n): torch.zeros(12, 3, 4, 4, dtype=torch.uint8) for name in ("a", "b") for n in (1, 4)}
+    cells = [Cell(name, "lcm", n, 12, {"x": 1.0}, {}, {}, 1.0, guidance=3.0) for name in ("a", "b") for n in (1, 4)]
+    record = write_results(tmp_path, Grid(cells, [], samples, captions), "title", {})
+    assert {path.name for path in tmp_path.iterdir()} == {"result.json", "samples-lcm.png"}
+    assert [cell["guidance"] for cell in record["cells"]] == [3.0] * 4
+    assert not recwarn.list, "characters that the font lacks are no warnings"
+    with Image.open(tmp_path / "samples-lcm.png") as image:
+        assert image.height > image.width, "eight rows, and four columns beside the captions"
+    fewer = {cell: images[:3] for cell, images in samples.items()}  # as one of several processes has them
+    write_results(tmp_path, Grid(cells, [], fewer, captions), "title", {})
+    with Image.open(tmp_path / "samples-lcm.png") as image:
+        assert image.height < image.width

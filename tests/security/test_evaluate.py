@@ -67,6 +67,21 @@ def test_no_disk_is_searched_because_a_recipe_says_so(robustdiff, run, monkeypat
     assert f"add --root {root} if" in outcome.err
 
 
+@pytest.mark.parametrize("pattern", ["*.tar", "{a,b}.tar", "*/*.tar", "a[0-9]/?.tar"])
+def test_a_pattern_of_tar_files_is_as_its_folder(robustdiff, run, monkeypatch, pattern):
+    (run.parent / "deep").mkdir()
+    monkeypatch.chdir(run.parent / "deep")
+    set_data(run, f"{{name: webdataset, root: '{run.parent}/{pattern}'}}")
+    outcome = robustdiff("evaluate", run, *COMMANDS["evaluate"], "--cpu")
+    assert outcome.code == 2
+    assert f"add --root {run.parent} if" in outcome.err
+    recipe = run / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace(f"{run.parent}/{pattern}", f"{run}/{pattern}"))
+    outcome = robustdiff("evaluate", run, *COMMANDS["evaluate"], "--cpu")
+    assert f"names the data: reading {run}" in outcome.err
+    assert "no such file" in outcome.err
+
+
 def test_what_a_recipe_has_read_is_said_first(robustdiff, run):
     images = run.parent / "images"
     images.mkdir()
@@ -92,8 +107,8 @@ def test_impossible_names_are_one_line(robustdiff, tmp_path, monkeypatch, path, 
     assert "Traceback" not in outcome.err
 
 
-@pytest.mark.parametrize("root", ["a\\0b", "/dev/zero", "\\ud800", "x" * 5000])
-@pytest.mark.parametrize("name", ["imagefolder", "npz", "fashion-mnist"])
+@pytest.mark.parametrize("root", ["a\\0b", "/dev/zero", "\\ud800", "x" * 5000, "*" * 300 + "\\0{"])
+@pytest.mark.parametrize("name", ["imagefolder", "npz", "fashion-mnist", "webdataset"])
 def test_impossible_roots_in_a_recipe_are_one_line(robustdiff, run, name, root):
     set_data(run, f'{{name: {name}, root: "{root}"}}')
     outcome = robustdiff("evaluate", run, *COMMANDS["evaluate"], "--cpu")

@@ -10,71 +10,86 @@ import scipy.stats
 
 from robustdiff.errors import RunError
 from robustdiff.study.analysis import (
-    Change,
-    adjusted_differences,
+    BLOCKS,
+    Effect,
+    adjusted_effects,
     agreeing_digits,
-    change_of_logs,
     compare,
+    holm,
     rank_correlation,
-    student_interval,
 )
 
 
-def test_a_change_is_the_geometric_mean_over_seeds_with_the_quantiles_of_the_replicates():
-    rng = np.random.default_rng(0)
-    logs = rng.normal(0.1, 0.2, (3, 201))
-    logs[:, 1:] += logs[:, :1] - logs[:, 1:].mean(axis=1, keepdims=True)  # centred, as of cells
-    found = change_of_logs(list(logs))
-    assert 1 + found.mean == pytest.approx(scipy.stats.gmean(np.exp(logs[:, 0])))
-    expected = np.exp(np.quantile(logs[:, 1:].mean(axis=0), [0.025, 0.975])) - 1
-    assert (found.low, found.high) == pytest.approx(expected)
-    assert found.seeds == pytest.approx(np.exp(logs[:, 0]) - 1)
-    assert change_of_logs([]) is None
-
-
-def test_the_interval_over_trainings_is_that_of_the_paired_t_test():
+def test_an_effect_has_the_interval_and_p_value_of_the_paired_t_test():
     rng = np.random.default_rng(1)
     one, other = rng.normal(2, 0.1, 5), rng.normal(1.9, 0.1, 5)
-    found = student_interval(one - other)
-    expected = scipy.stats.ttest_rel(one, other).confidence_interval()
-    assert (found.low, found.high) == pytest.approx(np.expm1([expected.low, expected.high]))
-    assert found.sign == 0 or found.low * found.high > 0
+    found = Effect(dict(enumerate(one - other)))
+    expected = scipy.stats.ttest_rel(one, other)
+    ends = expected.confidence_interval()
+    assert (found.interval.low, found.interval.high) == pytest.approx(np.expm1([ends.low, ends.high]))
+    assert found.p == pytest.approx(expected.pvalue)
+    assert 1 + found.mean == pytest.approx(scipy.stats.gmean(np.exp(one - other)))
+    assert found.changes == pytest.approx(dict(enumerate(np.exp(one - other) - 1)))
 
 
-@pytest.mark.parametrize(
-    ("low", "high", "seeds", "direction"),
-    [
-        (-0.3, -0.1, (-0.2, -0.1), -1),
-        (-0.3, -0.1, (-0.4, 0.1), 0),
-        (-0.3, -0.1, (-0.4, 0.0), 0),
-        (0.1, 0.3, (0.2,), 1),
-        (-0.1, 0.3, (0.2,), 0),
-    ],
-)
-def test_a_direction_needs_the_interval_and_all_seeds(low, high, seeds, direction):
-    assert Change((low + high) / 2, low, high, seeds).direction == direction
+def test_there_is_no_interval_below_three_trainings():
+    assert (Effect({0: 0.1, 1: 0.2}).interval, Effect({0: 0.1, 1: 0.2}).p) == (None, None)
+    assert Effect({0: 0.1, 1: 0.2, 2: 0.1}).interval is not None
+    assert Effect({0: 0.0, 1: 0.0, 2: 0.0}).p == 1
+    assert Effect({0: 0.1, 1: 0.1, 2: 0.1}).p < 1e-9
 
 
-def test_adjusted_differences_are_those_of_least_squares_with_a_column_for_each_group():
+def test_intervals_cover_the_mean_where_trainings_share_the_noise_of_their_images():
+    """With a shared error of known variance, 95 % of intervals hold 0, and a good part less of those without it."""
+    rng = np.random.default_rng(0)
+    n, trainings, shared = 4000, 4, 0.03
+    own = rng.normal(0, 0.04, (n, trainings))
+    common = rng.normal(0, shared, n)
+    estimated = shared**2 * rng.chisquare(BLOCKS - 1, n) / (BLOCKS - 1)
+    covered = {True: 0, False: 0}
+    for e, c, v in zip(own, common, estimated, strict=True):
+        for counts in covered:
+            ends = Effect(dict(enumerate(e + c)), v if counts else 0.0).interval
+            covered[counts] += ends.low < 0 < ends.high
+    assert covered[True] / n == pytest.approx(0.95, abs=0.01)
+    assert covered[False] / n < 0.87
+
+
+def test_p_values_are_adjusted_as_by_holm():
+    # From R: p.adjust(c(0.01, 0.04, 0.03, 0.005), "holm").
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.5, 0.6]) == [1, 1]
+    assert holm([]) == []
+
+
+def test_adjusted_effects_are_those_of_least_squares_with_seeds_as_blocks():
     rng = np.random.default_rng(2)
-    sizes = {"plain": 3, "free": 2, "random": 1}
-    x = {name: rng.uniform(50, 60, n) for name, n in sizes.items()}
-    groups = {
-        name: np.stack([own, 0.1 * own - 4 + rng.normal(0, 0.02, len(own)) - 0.3 * (name == "free")], axis=1)
-        for name, own in x.items()
-    }
-    found = adjusted_differences(groups, [("free", "plain"), ("random", "plain"), ("other", "plain")])
-    design = np.array([[*(name == other for other in sizes), grey] for name, own in x.items() for grey in own], float)
-    logs = np.concatenate([points[:, 1] for points in groups.values()])
-    values, (squares,), *_ = np.linalg.lstsq(design, logs, rcond=None)
-    covariance = squares / (len(logs) - 4) * np.linalg.inv(design.T @ design)
-    for method, contrast in ("free", [-1, 1, 0, 0]), ("random", [-1, 0, 1, 0]):
-        half = scipy.stats.t.ppf(0.975, 2) * np.sqrt(contrast @ covariance @ contrast)
+    seeds = {"plain": [0, 1, 2, 3], "free": [0, 1, 2], "random": [1, 2, 3]}
+    block = dict(enumerate(rng.normal(0, 0.3, 4)))
+    groups = {}
+    for name, own in seeds.items():
+        x = rng.uniform(50, 60, len(own))
+        y = [
+            0.1 * grey + block[s] + rng.normal(0, 0.02) - 0.3 * (name == "free") for s, grey in zip(own, x, strict=True)
+        ]
+        groups[name] = dict(zip(own, zip(x, y, strict=True), strict=True))
+    found = adjusted_effects(groups, [("free", "plain"), ("random", "plain"), ("other", "plain")])
+    # The same model with plain and seed 0 as the reference levels.
+    rows = [(name, s, *point) for name, own in groups.items() for s, point in own.items()]
+    design = np.array(
+        [[1, name == "free", name == "random", s == 1, s == 2, s == 3, x] for name, s, x, _ in rows], float
+    )
+    y = np.array([row[3] for row in rows])
+    values, (squares,), *_ = np.linalg.lstsq(design, y, rcond=None)
+    covariance = squares / (len(y) - 7) * np.linalg.inv(design.T @ design)
+    for column, method in (1, "free"), (2, "random"):
+        half = scipy.stats.t.ppf(0.975, len(y) - 7) * np.sqrt(covariance[column, column])
         own = found[method, "plain"]
-        expected = np.expm1(contrast @ values + np.array([0, -half, half]))
+        expected = np.expm1(values[column] + np.array([0, -half, half]))
         assert (own.mean, own.low, own.high) == pytest.approx(expected)
     assert ("other", "plain") not in found
-    assert adjusted_differences({"plain": groups["plain"]}, []) == {}, "one degree of freedom"
+    assert adjusted_effects({"plain": {0: (1.0, 1.0), 1: (2.0, 2.0)}}, []) == {}, "no degree of freedom"
+    assert adjusted_effects({}, []) == {}
 
 
 def test_ranks_are_correlated_as_by_hand():

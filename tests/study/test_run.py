@@ -6,6 +6,7 @@ import fcntl
 import json
 import shutil
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ import yaml
 from robustdiff.errors import InputError
 from robustdiff.mismatch.measure import MEASURES as MISMATCHES
 from robustdiff.report.page import _fid_figure, write_page
-from robustdiff.study.analysis import change
+from robustdiff.study.analysis import contrast, effect, holm
 from robustdiff.study.estimate import remaining
 from robustdiff.study.plan import pieces, plan
 from robustdiff.study.run import reproduce, run_study
@@ -143,7 +144,7 @@ def test_what_another_process_holds_is_left_to_it(finished):
             thread.join(0.05)
         assert parts == [other.name]
         assert not held.done
-    thread.join(60)
+    thread.join(240)
     assert not thread.is_alive()
     assert parts == [other.name, held.name]
 
@@ -259,9 +260,9 @@ def test_the_page_is_made_of_the_cells(finished, tmp_path):
     assert f"{np.mean(fids):.2f} ± {np.std(fids, ddof=1):.2f}" in text
     assert "13 of 13 planned cells" in text
     base = json.loads((folder / "cells" / "base-ddim-3.json").read_text())["fid"]
-    row = next(line for line in text.split("| ddim over base, ddim 3; steps |")[1].splitlines() if "| plain |" in line)
-    assert row.split(" | ")[2].startswith(f"{np.sqrt(np.prod(fids)) / base:.2f} (")
-    assert row.endswith("n = 2 |")
+    row = next(line for line in text.split("| ddim to base, ddim 3; steps |")[1].splitlines() if "| plain |" in line)
+    changes = ", ".join(f"{fid / base - 1:+.1%}".replace("-", "−") for fid in fids)
+    assert row.split(" | ")[2].removesuffix(" |") == changes, "two trainings have no interval"
 
 
 def made_up_cell(run, fid, replicates):
@@ -276,100 +277,103 @@ def made_up_cell(run, fid, replicates):
     }
 
 
-def test_a_change_is_the_mean_of_paired_relative_differences(tmp_path):
-    """Against a computation by hand, on made-up cells of two seeds."""
-    study = Study.model_validate({**TINY, "methods": {n: {**m, "seeds": [0, 1]} for n, m in TINY["methods"].items()}})
+def test_an_effect_is_of_paired_trainings_with_the_noise_that_they_share(tmp_path):
+    """Against a computation by hand, on made-up cells of three seeds, whose replicates vary together."""
+    study = Study.model_validate(
+        {**TINY, "methods": {n: {**m, "seeds": [0, 1, 2]} for n, m in TINY["methods"].items()}}
+    )
     rng = np.random.default_rng(0)
     (tmp_path / "cells").mkdir()
-    made = {}
+    made, common = {}, {name: rng.normal(0, 0.2, 200) for name in ("ddim", "iddpm")}
     for run in plan(study, tmp_path):
         for cell in run.cells:
             fid = float(rng.uniform(5, 10))
-            made[run.method, run.seed, cell.sampler, cell.steps] = fid, fid + rng.normal(0, 0.2, 200)
+            drawn = fid + rng.normal(0, 0.1, 200) + common[cell.sampler] * (run.method == "free")
+            made[run.method, run.seed, cell.sampler, cell.steps] = fid, drawn
             cell.path.write_text(json.dumps(made_up_cell(run, *made[run.method, run.seed, cell.sampler, cell.steps])))
-    found = change(read_results(study, tmp_path), "free", ["ddim", "iddpm"], 2)
-    by_seed, replicates = [], np.zeros(200)
-    for seed in (0, 1):
-        ratios = []
-        for sampler in ("ddim", "iddpm"):
-            (fid, own), (base, others) = made["free", seed, sampler, 2], made["plain", seed, sampler, 2]
-            ratios.append(fid / base)
-            replicates += np.log((own - own.mean() + fid) / (others - others.mean() + base)) / 4
-        by_seed.append((ratios[0] * ratios[1]) ** 0.5)
-    mean = (by_seed[0] * by_seed[1]) ** 0.5
-    low, high = np.quantile(replicates - replicates.mean() + np.log(mean), [0.025, 0.975])
-    assert found.mean == pytest.approx(mean - 1)
-    assert (found.low, found.high) == pytest.approx((np.exp(low) - 1, np.exp(high) - 1))
-    assert found.seeds == pytest.approx(np.array(by_seed) - 1)
+
+    def difference(sampler, seed):
+        (fid, own), (base, others) = made["free", seed, sampler, 2], made["plain", seed, sampler, 2]
+        logs = np.log((own - own.mean() + fid) / (others - others.mean() + base))
+        return np.log(fid / base), logs
+
+    results = read_results(study, tmp_path)
+    for found, values in (
+        (effect(results, "free", "ddim", 2), [difference("ddim", s) for s in range(3)]),
+        (
+            contrast(results, "free", ("ddim", "iddpm"), 2),
+            [
+                tuple(a - b for a, b in zip(difference("ddim", s), difference("iddpm", s), strict=True))
+                for s in range(3)
+            ],
+        ),
+    ):
+        assert found.logs == pytest.approx({s: value for s, (value, _) in enumerate(values)})
+        products = [np.cov(values[i][1], values[j][1])[0, 1] for i, j in ((0, 1), (0, 2), (1, 2))]
+        assert found.shared == pytest.approx(np.mean(products))
+        assert found.shared > 0
+    apart = study.model_copy(update={"measure": study.measure.model_copy(update={"image_noise": "training"})})
+    assert effect(replace(results, study=apart), "free", "ddim", 2).shared == 0
+    chosen = {**study.methods, "free": study.methods["free"].model_copy(update={"chosen_on": (1,)})}
+    left = effect(replace(results, study=study.model_copy(update={"methods": chosen})), "free", "ddim", 2)
+    assert (list(left.logs), left.interval) == ([0, 2], None)
 
 
-def test_what_another_training_changes(tmp_path):
+def test_the_page_decides_by_trainings(tmp_path):
     """Against scipy's paired t-test of ln FID, and pooled deviations by hand, on made-up cells of three seeds."""
     methods = {n: {**m, "seeds": [0, 1, 2]} for n, m in TINY["methods"].items()}
     methods["late"] = {"set": {"lr_schedule": "cosine"}, "seeds": [0, 1, 2]}
     methods["late-free"] = {**methods["free"], "baseline": "late"}
-    methods |= {"near": {"seeds": [0]}, "far": {"seeds": [0]}}
+    methods["single"] = {"seeds": [0]}
     measure = {**TINY["measure"], "steps": [10], "mismatch": 0}
     references = {"base": {"path": "fashion-16", "samplers": ["ddim", "iddpm"], "steps": [10]}}
     study = Study.model_validate(
-        {**TINY, "methods": methods, "measure": measure, "references": references, "compare": [["plain", "free"]]}
+        {**TINY, "methods": methods, "measure": measure, "references": references, "contrast": ["ddim", "iddpm"]}
     )
     rng = np.random.default_rng(1)
     (tmp_path / "cells").mkdir()
     logs = {name: np.zeros((3, 2)) for name in methods}
-    training = {"steps": 3, "batches": 3, "backward_passes": 3, "delta_norm": 0.1, "data": "fashion-16", "images": 7}
-    more = {"threads": 1, "device": "cpu", "torch": "2", "training": training, "fid_ci": [0, 1]}
+    more = {"threads": 1, "device": "cpu", "torch": "2", "fid_ci": [0, 1]}
     for run in plan(study, tmp_path):
+        passes = 1 if run.method in ("plain", "late") else 3
+        training = {"steps": 3, "batches": 3 // passes, "backward_passes": 3, "delta_norm": 0.1, "images": 7}
         for i, cell in enumerate(run.cells):
             fid = float(rng.uniform(5, 10))
-            if run.method in ("near", "far"):  # plans come in the order of methods, so plain's first seed is there
-                fid = float(np.exp(logs["plain"][0, i])) * (1.01 if run.method == "near" else 20)
             if run.method == "late-free":
-                fid = float(np.exp(logs["late"][run.seed, i]) * rng.uniform(1.4, 1.5))
+                fid = float(np.exp(logs["late"][run.seed, i]) * rng.uniform(1.44, 1.45))
             logs[run.method][run.seed, i] = np.log(fid)
             record = {**made_up_cell(run, fid, np.full(200, fid)), **more, "brightness": 10 * fid}
-            cell.path.write_text(json.dumps(record))
+            cell.path.write_text(json.dumps({**record, "training": {**training, "data": "fashion-16"}}))
     for sampler, fid in ("ddim", 4.0), ("iddpm", 16.0):
         reference = {"reference": {"name": "base", "path": "fashion-16"}, **more}
         record = {**made_up_cell(plan(study, tmp_path)[0], fid, np.full(200, fid)), **reference, "sampler": sampler}
         (tmp_path / "cells" / f"base-{sampler}-10.json").write_text(json.dumps(record))
-    found = change(read_results(study, tmp_path), "free", ["ddim", "iddpm"], 10)
-    plain, free = logs["plain"].mean(1), logs["free"].mean(1)
-    expected = scipy.stats.ttest_rel(free, plain).confidence_interval()
-    over_seeds = (found.over_seeds.low, found.over_seeds.high)
-    assert over_seeds == pytest.approx(np.expm1([expected.low, expected.high]))
-    text = write_page(study, tmp_path, tmp_path / "page.md")
-    row = next(line for line in text.splitlines() if line.startswith("| free to plain |"))
-    assert row.endswith(f"| {over_seeds[0]:+.1%} … {over_seeds[1]:+.1%} |".replace("-", "−"))
-    assert text.count("| plain to free |") == 5, "the mean, each sampler, over trainings, at equal brightness"
-    row = next(line for line in text.splitlines() if line.startswith("| free to plain, 10 |"))
-    for i, cell in enumerate(row.replace("**", "").replace("−", "-").split("|")[2:4]):
-        expected = scipy.stats.ttest_rel(logs["free"][:, i], logs["plain"][:, i])
-        ends = expected.confidence_interval()
-        mean = np.mean(logs["free"][:, i] - logs["plain"][:, i])
-        mean, low, high = (f"{np.expm1(value):+.1%}" for value in (mean, ends.low, ends.high))
-        assert cell.strip() == f"{mean} ({low} … {high}), n = 3"
-    for baseline, method in ("plain", "free"), ("late", "late-free"):
-        deviation = np.sqrt((logs[baseline].mean(1).var(ddof=1) + logs[method].mean(1).var(ddof=1)) / 2)
-        bound = np.expm1(scipy.stats.t.ppf(0.975, 4) * np.sqrt(2) * deviation)
-        line = next(line for line in text.splitlines() if line.startswith(f"- Trainings of {baseline} and"))
-        assert f"a standard deviation of {np.expm1(deviation):.1%}: two of them are up to {bound:.0%} apart" in line
-        for single in "further from plain than that: far (+1900.0%)", "no further from plain than that: near (+1.0%)":
-            assert (single in line) == (baseline == "plain")
-    ascii_text = text.replace("−", "-")
-    ends = " … ".join(f"{end:+.1%}" for end in over_seeds)
-    assert f"- **free** to plain: {found.mean:+.1%} ({ends}, 3 trainings): undecided." in ascii_text
-    for method, baseline in ("free", "plain"), ("late-free", "late"):
-        line = next(line for line in ascii_text.splitlines() if line.startswith(f"- **{method}** to {baseline}:"))
-        for i, sampler in enumerate(("ddim", "iddpm")):
-            alone = scipy.stats.ttest_rel(logs[method][:, i], logs[baseline][:, i])
-            assert (f"{sampler} +" in line or f"{sampler} -" in line) == (alone.pvalue < 0.05)
-    assert "By sampler: ddim +" in line
-    levels = {method: np.expm1(logs[method].mean() - np.log(8)) for method in ("plain", "free", "late", "late-free")}
-    best = min(levels, key=levels.get)
-    lowest = f"the lowest with as many trainings, {best}, {levels[best]:+.1%}."
-    assert f"- Against base, as it is: plain {levels['plain']:+.1%}; {lowest}" in ascii_text
-    assert "ddim +1.00 (14 networks); iddpm +1.00 (14 networks)" in text
+    text = write_page(study, tmp_path, tmp_path / "page.md").replace("−", "-")
+    tests, columns = {}, {}
+    for method, baseline in ("free", "plain"), ("late", "plain"), ("late-free", "late"):
+        columns[method] = np.concatenate([logs[method] - logs[baseline], [[0]] * 3], axis=1)
+        columns[method][:, 2] = columns[method][:, 0] - columns[method][:, 1]
+        tests[method] = [scipy.stats.ttest_1samp(column, 0) for column in columns[method].T]
+    adjusted = iter(holm([test.pvalue for own in tests.values() for test in own]))
+    for method, baseline in ("free", "plain"), ("late", "plain"), ("late-free", "late"):
+        row = next(line for line in text.splitlines() if line.startswith(f"| {method} to {baseline} |"))
+        for test, column, cell in zip(tests[method], columns[method].T, row.split("|")[3:6], strict=True):
+            ends, p = test.confidence_interval(), next(adjusted)
+            mean, low, high = (f"{np.expm1(value):+.1%}" for value in (np.mean(column), ends.low, ends.high))
+            shown = "p < 0.001" if p < 0.001 else f"p = {p:.2g}"
+            assert cell.strip() == (f"**{mean}**" if p < 0.05 else mean) + f" ({low} … {high}), {shown}"
+    assert "- **late-free** to late, ddim: **+44" in text
+    assert f"| single to plain | {np.expm1(logs['single'][0, 0] - logs['plain'][0, 0]):+.1%} |" in text
+    for passes, own in (1, ("plain", "late")), (3, ("free", "late-free")):
+        row = next(line for line in text.splitlines() if line.startswith(f"| {passes} pass"))
+        for i, cell in enumerate(row.split("|")[2:4]):
+            deviation = np.sqrt(np.mean([logs[method][:, i].var(ddof=1) for method in own]))
+            bound = np.expm1(scipy.stats.t.ppf(0.975, 4) * np.sqrt(2) * deviation)
+            assert cell.strip() == f"{np.expm1(deviation):.1%} ({bound:.0%})"
+    ends = scipy.stats.ttest_1samp(logs["free"][:, 0] - np.log(4), 0).confidence_interval()
+    mean, low, high = np.expm1([np.mean(logs["free"][:, 0] - np.log(4)), ends.low, ends.high])
+    assert f"| free | {mean:+.1%} ({low:+.1%} … {high:+.1%}), n = 3 |" in text
+    assert "ddim +1.00 (13 networks); iddpm +1.00 (13 networks)" in text
     assert (tmp_path / "page" / "brightness.png").is_file()
 
 
@@ -383,7 +387,7 @@ def test_a_reference_at_the_steps_of_the_methods_stands_beside_them(finished, tm
     fid = json.loads((tmp_path / "cells" / "base-ddim-2.json").read_text())["fid"]
     text = write_page(beside, tmp_path, tmp_path / "page.md")
     assert f"| base, as it is | – | {fid:.2f} |" in text
-    assert "over base" not in text
+    assert "ddim 2; steps" not in text
 
 
 def test_the_lines_are_those_of_methods_with_several_numbers_of_steps(finished, tmp_path):
@@ -409,8 +413,7 @@ def test_a_missing_cell_leaves_no_number(finished):
     cell.path.unlink()
     results = read_results(study, folder)
     cell.path.write_text(text)
-    assert change(results, "free", ["ddim", "iddpm"], 2) is None
-    assert change(results, "free", ["iddpm"], 2) is not None
+    assert [effect(results, "free", sampler, 2) is None for sampler in ("ddim", "iddpm")] == [True, False]
     assert results.missing == {"free-s0": 1}
 
 
@@ -482,7 +485,7 @@ def test_a_training_that_fails_is_left_out_and_the_rest_is_done(tmp_path, robust
 
 
 def test_the_page_says_what_the_cells_say(tmp_path):
-    """Verdict, α × K map and mismatch, on made-up cells."""
+    """Single trainings, the map of α and K, and the mismatch, on made-up cells."""
     adversaries = {"free-a": [0.1, 2], "free-b": [0.5, 2], "free-c": [0.5, 4]}
     methods = {
         "plain": {"set": {"adversary": "none"}},
@@ -506,10 +509,10 @@ def test_the_page_says_what_the_cells_say(tmp_path):
         ]
         run.mismatch_path.write_text(json.dumps({"paths": paths}))
     text = write_page(study, tmp_path, tmp_path / "page.md")
-    assert "**free-a**, 1 of 1 seed(s): lower in 2 of 2 cells [ddim 5 (−20.0%), ddim 10 (−20.0%)]; higher in 0" in text
-    assert "**free-c**, 1 of 1 seed(s): lower in 0 of 2 cells; higher in 2 of 2 cells [ddim 5 (+50.0%)" in text
-    assert "| K = 2 | **−20.0%**" in text
-    assert "| K = 4 | – | **+50.0%**" in text
+    assert "No comparison has the 3 trainings that an interval needs." in text
+    assert "| free-a to plain | −20.0% | −20.0% |" in text
+    assert "| α = 0.1, K = 2 | −20.0% |" in text
+    assert "| α = 0.5, K = 4 | +50.0% |" in text
     ranks = next(line for line in text.splitlines() if line.startswith("| ranks of their changes"))
     assert ranks.count("+1.00") == len(MISMATCHES), "the mismatch moves as FID does"
     agreeing = next(line for line in text.splitlines() if line.startswith("| pairs in which both move"))

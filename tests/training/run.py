@@ -1,9 +1,15 @@
-"""Train a recipe file on the CPU: for runs of several processes, started by accelerate's launcher."""
+"""Run commands of robustdiff one after another: each process of several does, started by torch.distributed.run."""
 
+import json
 import sys
 
-from robustdiff.recipe import load_recipe
-from robustdiff.training.trainer import train
+from robustdiff import cli
 
 if __name__ == "__main__":
-    train(load_recipe(sys.argv[1]), cpu=True)
+    for arguments in json.loads(sys.argv[1]):
+        sys.argv = ["robustdiff", *arguments]
+        try:
+            cli.main()
+        except SystemExit as stop:
+            if stop.code:
+                raise

@@ -62,7 +62,7 @@ def start(processes):
         process.join()
 
 
-def wait_for(condition, process, seconds=60):
+def wait_for(condition, process, seconds=240):
     deadline = time.monotonic() + seconds
     while not condition():
         assert process.is_alive(), f"the run ended early, with exit code {process.exitcode}"
@@ -107,7 +107,7 @@ def test_a_signal_saves_and_ends_well_and_the_run_can_go_on(tiny, outcome, start
     metrics = folder / "metrics.jsonl"
     wait_for(lambda: metrics.exists() and metrics.stat().st_size > 0, process)
     os.kill(process.pid, number)
-    process.join(60)
+    process.join(240)
     assert process.exitcode == 0
     (saved,) = checkpoints(cut)  # none was due: it is there because of the signal
     step = int(saved.removeprefix("step-"))

@@ -90,6 +90,19 @@ def test_a_fine_tuning_is_sampled_as_diffusers_samples_it(
         assert np.abs(file["arr_0"] - 255 * images).max() <= 0.5 + 255e-5
 
 
+def test_a_lora_has_the_size_that_it_was_trained_at(
+    robustdiff: Any, pipelines: dict[str, Path], photos: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("peft")
+    fields = {"model.lora.rank": 2, "data.size": 16, "steps": 1, "adversary.name": "none"}
+    for kind in ("sd3", "flux"):
+        run = tmp_path / kind
+        outcome = robustdiff("train", "fashion-16-at", *settings(photos, pipelines[kind], run, **fields))
+        assert outcome.code == 0, outcome.err
+        assert load_model(run).image_shape == (3, 16, 16)
+        assert load_model(run, 8).image_shape == (3, 8, 8)
+
+
 @pytest.mark.parametrize("kind", ["sd3", "flux"])
 def test_gradients_are_the_same_with_gradient_checkpointing(pipelines: dict[str, Path], kind: str) -> None:
     gradients = []
@@ -108,14 +121,14 @@ def test_gradients_are_the_same_with_gradient_checkpointing(pipelines: dict[str,
 
 
 def test_a_network_that_takes_the_scale_of_guidance_has_no_negative_caption(
-    robustdiff: Any, pipelines: dict[str, Path], tmp_path: Path
+    robustdiff: Any, pipelines: dict[str, Path], make_sd_pipeline: Any, tmp_path: Path
 ) -> None:
-    words = ["--prompt", "red", "--num", 1, "--steps", 1, "--size", 8, "--guidance", 2, "--cpu"]
-    for kind, code in (("sd3", 0), ("flux", 2)):
-        path = tmp_path / f"{kind}.npz"
-        outcome = robustdiff("sample", pipelines[kind], *words, "--negative", "blue", "--output", path)
-        assert outcome.code == code, outcome.err
-    assert "takes the scale of guidance itself" in outcome.err
+    words = ["--prompt", "red", "--num", 1, "--steps", 1, "--size", 8, "--guidance", 2, "--negative", "blue", "--cpu"]
+    assert robustdiff("sample", pipelines["sd3"], *words, "--output", tmp_path / "x.npz").code == 0
+    for model in (pipelines["flux"], make_sd_pipeline(tmp_path / "lcm", "lcm")):
+        outcome = robustdiff("sample", model, *words, "--output", tmp_path / "y.npz")
+        assert outcome.code == 2
+        assert "takes the scale of guidance itself" in outcome.err
 
 
 def test_the_scale_of_guidance_is_a_setting_of_training(

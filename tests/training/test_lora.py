@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -150,20 +146,10 @@ def test_with_low_precision_the_base_is_held_in_it(lora):
     assert all(value.dtype == torch.float32 for value in trainer.tensors()["model"].values())
 
 
-def test_two_processes_and_microbatches_train_as_one(lora, tmp_path):
-    one, two, parts = (lora(name, batch_size=16) for name in ("one", "two", "parts"))
-    parts = parts.model_copy(update={"accumulate": 2})
-    (tmp_path / "two.yaml").write_text(two.to_yaml())
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    launch += [str(Path(__file__).with_name("run.py")), str(tmp_path / "two.yaml")]
-    done = subprocess.run(
-        launch, capture_output=True, text=True, timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert json.loads((Path(two.output) / "result.json").read_text())["processes"] == 2
+def test_microbatches_train_to_the_same_adapter(lora):
+    one, parts = lora("one", batch_size=16), lora("parts", batch_size=16, accumulate=2)
     train(one, cpu=True)
     train(parts, cpu=True)
-    assert_close(held(one), held(two))
     assert_close(held(one), held(parts))
 
 
@@ -211,3 +197,9 @@ def test_commands_take_the_run_of_a_lora(robustdiff, base, tmp_path):
     assert done.code == 2
     assert "no module nowhere" in done.err
     assert done.err.count("\n") == 1
+    for setting, word in (("lora=4", "model.lora.rank=16"), ("lora.targets=to_q", "a list"), ("lora.rank=0", "rank")):
+        done = robustdiff("train", "digits", *overrides, "--set", f"model.{setting}", "--cpu")
+        assert done.code == 2
+        assert word in done.err
+    done = robustdiff("evaluate", run, "--metrics", "brightness", "--num", 8, "--steps", 2, "--cpu")
+    assert done.code == 0, done.err

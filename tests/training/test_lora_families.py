@@ -103,7 +103,7 @@ def test_two_updates_are_what_diffusers_reads(make: Any, photos: Path, tmp_path:
         "threads": 1,
     }
     train(Recipe.model_validate(values), cpu=True)
-    model, plain = load_model(run), load_model(base)
+    model, plain = load_model(run), load_model(base, 8)
     ours, before = outputs(model, model.network), outputs(plain, plain.network)
     assert (ours - before).abs().max() > 1e-3 * before.abs().max()
     with model.base():

@@ -1,13 +1,14 @@
 """The order of the data and the randomness of a batch depend on the seed and the batch number alone."""
 
-from itertools import islice
+from itertools import islice, pairwise
 
+import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from robustdiff.training.stream import BatchIndices, batch_generator, caption_numbers
+from robustdiff.training.stream import BatchIndices, BucketIndices, batch_generator, caption_numbers, crop_positions
 
 
 def batches(n, **arguments):
@@ -69,3 +70,59 @@ def test_the_numbers_that_choose_captions_are_a_function_of_seed_and_batch():
 def test_large_seeds_are_seeds(seed):
     batch_generator(seed, 0, "cpu")
     batches(1, length=5, batch_size=2, seed=seed)
+
+
+# -- buckets ---------------------------------------------------------------------------------------------------
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.lists(st.integers(0, 40), min_size=1, max_size=60), st.integers(1, 9), st.integers(0, 200))
+def test_a_batch_is_of_one_bucket_and_starting_later_is_skipping_batches(names, batch_size, start):
+    buckets = np.array(names)
+    whole, later = BucketIndices(buckets, batch_size, 5), BucketIndices(buckets, batch_size, 5, start)
+    for number in (0, 1, start, start + 1):
+        indices = whole.batch(number)
+        assert len(indices) == batch_size
+        assert set(buckets[indices].tolist()) == {whole.bucket(number)}
+    assert next(iter(later)) == whole.batch(start).tolist()
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.lists(st.integers(1, 30), min_size=1, max_size=6), st.integers(1, 9))
+def test_every_image_is_drawn_equally_often(counts, batch_size):
+    buckets, rounds = np.repeat(np.arange(len(counts)) * 3, counts), 10
+    indices = BucketIndices(buckets, batch_size, 0)
+    batches = sum(rounds * n // batch_size for n in counts)
+    drawn = np.concatenate([np.empty(0, np.int64), *(indices.batch(number) for number in range(batches))])
+    times = np.bincount(drawn, minlength=len(buckets))
+    for bucket, n in enumerate(counts):
+        own = times[buckets == 3 * bucket]
+        # All of a bucket's images are drawn before one is drawn again; all but the last, begun batch are drawn.
+        assert own.max() - own.min() <= 1
+        assert rounds * n - batch_size < own.sum() <= rounds * n
+
+
+def test_processes_and_microbatches_share_out_a_bucket():
+    buckets = np.array([0, 1, 1, 0, 1, 1, 1, 0])
+    whole = BucketIndices(buckets, 4, 1).batch(3).tolist()
+    parts: list[int | None] = [None] * 4
+    for rank in range(2):
+        indices = BucketIndices(buckets, 4, 1, 3, rank, 2, 2)
+        for m, microbatch in enumerate(islice(indices, 2)):
+            parts[indices.rows(m)] = microbatch
+    assert parts == whole
+
+
+def test_buckets_are_mixed():
+    indices = BucketIndices(np.repeat([0, 1], [40, 120]), 4, 0)
+    order = [indices.bucket(number) for number in range(80)]
+    assert order.count(0) == 20
+    assert 5 < sum(a != b for a, b in pairwise(order)) < 45
+    assert order[:40] != order[40:]
+
+
+def test_crops_are_a_function_of_seed_and_batch():
+    first = crop_positions(3, 7, 100)
+    assert first == crop_positions(3, 7, 100)
+    assert not set(first) & (set(crop_positions(3, 8, 100)) | set(crop_positions(4, 7, 100)))
+    assert all(0 <= number < 1 for place in first for number in place)

@@ -152,6 +152,18 @@ def test_a_network_that_cannot_compute_activations_again_is_refused(
     assert "model.gradient_checkpointing is not for UNet2DConditionModel" in outcome.err
 
 
+def test_images_of_another_size_need_model_size(
+    robustdiff: Any, tmp_path: Path, recipe: Path, pipelines: dict[str, Path], images: Path
+) -> None:
+    changes: dict[str, Any] = {"data.size": 12, "adversary.name": "none", "codec.cache": "false", "precision": "bf16"}
+    words = ["train", recipe, *settings_of(pipelines["xl"], images, tmp_path / "run", **changes), "--cpu"]
+    outcome = robustdiff(*words)
+    assert outcome.code == 2
+    assert "takes images of 8×8, the data has 12×12" in outcome.err
+    assert robustdiff(*words, "--set", "model.size=12").code == 0
+    assert load_model(tmp_path / "run").image_shape == (3, 12, 12)
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

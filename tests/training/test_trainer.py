@@ -2,9 +2,6 @@
 
 import json
 import math
-import os
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -259,23 +256,6 @@ def test_microbatches_train_to_the_same_parameters(tiny, outcome, adversary):
     for first, second in zip(lines(one), lines(two), strict=True):
         assert first["loss"] == pytest.approx(second["loss"], rel=1e-4)
         assert first["delta_norm"] == pytest.approx(second["delta_norm"], rel=1e-4)
-
-
-def test_two_processes_train_to_the_same_parameters_as_one(tiny, outcome, tmp_path):
-    one, two = (tiny(name, adversary="free", batch_size=16, checkpoint_every=3, ema="auto") for name in ("one", "two"))
-    (tmp_path / "two.yaml").write_text(two.to_yaml())
-    # torchrun, and not accelerate launch, which starts one process only where there is neither a GPU nor MPI.
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    launch += [str(Path(__file__).with_name("run.py")), str(tmp_path / "two.yaml")]
-    done = subprocess.run(
-        launch, capture_output=True, text=True, timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert json.loads((Path(two.output) / "result.json").read_text())["processes"] == 2
-    train(one, cpu=True)
-    assert_close(outcome(one), outcome(two))
-    for first, second in zip(lines(one), lines(two), strict=True):
-        assert first["loss"] == pytest.approx(second["loss"], rel=1e-4)
 
 
 def test_a_batch_that_cannot_be_shared_out(tiny):

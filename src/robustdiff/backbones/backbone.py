@@ -55,6 +55,11 @@ class BackboneSection(Named):
         """The pretrained model to fine-tune; None for a new network."""
         return None
 
+    @property
+    def side(self) -> int | None:
+        """The side of the images in pixels, if it differs from that of the pretrained model."""
+        return None
+
     def build(self, shape: Shape, num_classes: int | None, learned_variance: bool) -> Backbone:
         """Create a new network.
 
@@ -80,7 +85,10 @@ class PretrainedSection(BackboneSection):
     """The section ``model`` of a recipe that fine-tunes a pretrained network."""
 
     name: Literal["pretrained"]
-    path: Text = Field(description="a run, a pipeline folder, or a model shipped with the package")
+    path: Text = Field(description="a run, a pipeline folder, a model shipped with the package, or one of the Hub")
+    size: int | None = Field(
+        None, ge=1, le=2**16, description="side of the images in pixels, if it differs from the checkpoint's"
+    )
     guidance: float | None = Field(
         None, ge=0, description="scale of guidance to train at, for networks that take one (Flux dev); by default 3.5"
     )
@@ -88,6 +96,10 @@ class PretrainedSection(BackboneSection):
     @property
     def source(self) -> str:
         return self.path
+
+    @property
+    def side(self) -> int | None:
+        return self.size
 
     def configure(self, backbone: Backbone) -> None:
         if self.guidance is not None:
@@ -99,7 +111,7 @@ class PretrainedSection(BackboneSection):
     @classmethod
     def _has_path(cls, value: Any) -> Any:
         if isinstance(value, str) or (isinstance(value, dict) and value.get("path") is None):
-            raise ValueError("a pretrained model needs model.path: a run, a pipeline folder, or a shipped model's name")
+            raise ValueError("a pretrained model needs model.path: a run, a pipeline folder, or the name of a model")
         return value
 
 
@@ -117,6 +129,7 @@ class Backbone(ABC):
         linear_levels: Whether pipelines of the family give a flow-matching scheduler the levels 1, (S − 1)/S, …, 1/S,
             instead of leaving the choice of S levels to it.
         guidance: The scale of guidance that the network is called with where none is given; None if it takes none.
+        square: Whether the network takes square images alone.
     """
 
     section: ClassVar[type[BackboneSection] | None] = None
@@ -124,6 +137,7 @@ class Backbone(ABC):
     classes: ClassVar[dict[tuple[str, str], type[nn.Module]]]
     others: ClassVar[frozenset[str]] = frozenset()
     linear_levels: ClassVar[bool] = False
+    square: ClassVar[bool] = False
 
     def __init__(self, network: Any) -> None:
         self.network = network

@@ -122,6 +122,7 @@ class DiT(Backbone):
         ("diffusers", "Transformer2DModel"): DiTTransformer2DModel,  # before diffusers 0.29
     }
     others: ClassVar[frozenset[str]] = frozenset({"vae", "id2label"})
+    square: ClassVar[bool] = True
 
     def __init__(self, network: Any, names: dict[str, str] | None = None) -> None:
         super().__init__(network)

@@ -25,45 +25,54 @@ def is_hub_name(path: str | Path) -> bool:
     return _NAME.fullmatch(str(path)) is not None and not Path(path).parent.exists()
 
 
-def download(name: str) -> Path:
+def download(name: str, fetch: bool = True) -> Path:
     """Download a pipeline of the Hub to its cache, and return its folder there.
 
     Without a connection, or with ``HF_HUB_OFFLINE=1``, the folder in the cache is returned as it is.
 
     Arguments:
         name: The name, "owner/name".
+        fetch: False to read the cache alone, for names that a file gives.
 
     Raises:
         InputError: If there is no such pipeline, or no access to it, and it is not in the cache.
     """
-    folder = _snapshot(name, ["model_index.json"])
+    folder = _snapshot(name, fetch, ["model_index.json"])
     if not (folder / "model_index.json").is_file():
         raise InputError(
             f"{printable(name)} of the Hugging Face Hub has no model_index.json: it is no diffusers pipeline"
         )
     parts = [part for part in read_index(folder) if part not in _NOT_READ]
     kinds = ("json", "txt", "model", "safetensors")
-    _snapshot(name, [f"{part}/*.{kind}" for part in parts for kind in kinds], _VARIANTS)
+    _snapshot(name, fetch, [f"{part}/*.{kind}" for part in parts for kind in kinds], _VARIANTS)
     # Schedulers and tokenizers have no weights: nothing matches.
     bare = [part for part in parts if not any((folder / part).glob("*.safetensors"))]
     if bare:
-        _snapshot(name, [f"{part}/*.safetensors" for part in bare])
+        _snapshot(name, fetch, [f"{part}/*.safetensors" for part in bare])
     return folder
 
 
-def _snapshot(name: str, patterns: Sequence[str], ignored: Sequence[str] = ()) -> Path:
+def _snapshot(name: str, fetch: bool, patterns: Sequence[str], ignored: Sequence[str] = ()) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     try:
-        return Path(snapshot_download(name, allow_patterns=list(patterns), ignore_patterns=list(ignored)))
+        folder = snapshot_download(
+            name, allow_patterns=list(patterns), ignore_patterns=list(ignored), local_files_only=not fetch
+        )
+        return Path(folder)
     except RepositoryNotFoundError:
         reason = "the Hugging Face Hub has no model of this name, or it is private: run hf auth login"
     except GatedRepoError:
         reason = f"its authors ask for consent: give it at https://huggingface.co/{name}, and run hf auth login"
     except LocalEntryNotFoundError as error:
-        if (folder := getattr(error, "snapshot_path", None)) is not None:  # some of the files are in the cache
-            return Path(folder)
+        if (partial := getattr(error, "snapshot_path", None)) is not None:  # some of the files are in the cache
+            return Path(partial)
+        if not fetch:
+            raise InputError(
+                f"{printable(name)} is not in the Hugging Face Hub's cache, and nothing is downloaded because a file "
+                f"names it: run hf download {printable(name)}"
+            ) from None
         reason = "the Hugging Face Hub cannot be reached, and its cache does not have the model"
     except Exception as error:  # of the connection, the disk or the name
         reason = f"its download from the Hugging Face Hub failed ({printable(first_line(error)[:300])})"

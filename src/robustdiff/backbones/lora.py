@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -69,11 +69,24 @@ class LoraSection(Section):
     )
     targets: tuple[Text, ...] | None = Field(
         None,
-        min_length=1,
         max_length=1024,
         description="layers with an adapter, by the ends of their names; by default the projections of attention",
     )
     dropout: Fraction = Field(0.0, description="dropout of the adapter's input in training")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _has_fields(cls, value: Any) -> Any:
+        if not isinstance(value, dict | LoraSection):
+            raise ValueError("give its fields, such as model.lora.rank=16")
+        return value
+
+    @field_validator("targets", mode="before")
+    @classmethod
+    def _is_a_list(cls, value: Any) -> Any:
+        if value is not None and not (isinstance(value, list | tuple) and value):
+            raise ValueError("give a list of names, such as [to_q, to_v], or leave it out")
+        return value
 
     @property
     def scaled(self) -> float:
@@ -124,8 +137,10 @@ def inject(network: nn.Module, lora: LoraSection, path: str, seed: int | None = 
     """
     try:
         from peft import LoraConfig, inject_adapter_in_model
-    except ImportError:
-        raise InputError("a LoRA needs peft: pip install 'robustdiff[lora]'") from None
+    except ImportError as error:  # also that of a peft which is too old for the installed transformers
+        raise InputError(
+            f"a LoRA needs peft: pip install --upgrade 'robustdiff[lora]' ({first_line(error)[:200]})"
+        ) from None
     targets = _targets(network, lora.targets, path)
     config = LoraConfig(
         r=lora.rank, lora_alpha=lora.scaled, lora_dropout=lora.dropout, target_modules=list(targets), bias="none"
@@ -211,14 +226,20 @@ def disabled(network: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-def merge(network: nn.Module) -> None:
-    """Add the adapter to the weights of a network, in place, which becomes a network without an adapter."""
+def merge(network: Any) -> None:
+    """Add the adapter to the weights of a network, in place, which becomes a network without an adapter.
+
+    The parameters that are trained in a new network of its configuration have gradients again.
+    """
     for name, layer in _layers(network).items():
         layer.merge()
         network.set_submodule(name, layer.get_base_layer())
-    if hasattr(network, "peft_config"):
-        del network.peft_config
-    network.requires_grad_(True)
+    del network.peft_config
+    with torch.device("meta"):
+        whole = type(network).from_config(network.config)
+    trained = {name: parameter.requires_grad for name, parameter in whole.named_parameters()}
+    for name, parameter in network.named_parameters():
+        parameter.requires_grad_(trained[name])
 
 
 # -- files ----------------------------------------------------------------------------------------------------

@@ -325,7 +325,7 @@ def _adapted(folder: Path, path: str, size: int | None) -> Model:
     adapter = read_adapter(folder)
     where = f"correct base in {folder / RECORD} if it has moved"
     try:
-        base = _model_folder(adapter.base)
+        base = _model_folder(adapter.base, fetch=False)
     except InputError as error:
         raise InputError(f"{path} is a LoRA of {adapter.base}, which is not there ({error}): {where}") from None
     if not (base / "model_index.json").is_file():
@@ -334,7 +334,7 @@ def _adapted(folder: Path, path: str, size: int | None) -> Model:
     if model.fingerprint() != adapter.fingerprint:
         raise InputError(f"{path} is a LoRA of other weights than {adapter.base} has now: restore them, or {where}")
     backbone = model.backbone
-    if backbone.size is None and adapter.size is not None:
+    if size is None and adapter.size is not None and adapter.size != backbone.size:
         backbone.take_size(*adapter.size)
     backbone.note_classes(adapter.classes)
     inject(backbone.network, adapter.lora, path)
@@ -376,10 +376,11 @@ def _family(folder: Path, components: Components) -> type[Backbone]:
     raise InputError(f"{path}: {name} is {kind} of {library}, which is not supported; {supported}")
 
 
-def _model_folder(path: str | Path) -> Path:
+def _model_folder(path: str | Path, fetch: bool = True) -> Path:
     """Return the folder of a run's model, of a pipeline, or of a shipped or hub model by name.
 
-    It has a ``model_index.json``, or the ``adapter.json`` of a LoRA.
+    Without ``fetch``, nothing is downloaded, and a hub model must be in the Hub's cache. The folder has a
+    ``model_index.json``, or the ``adapter.json`` of a LoRA.
     """
     given = Path(path)
     for candidate in (given, given / "model", Path(str(PRETRAINED / str(path)))):
@@ -401,7 +402,7 @@ def _model_folder(path: str | Path) -> Path:
                 "DDPMScheduler(…)).save_pretrained('FOLDER')"
             )
     if is_hub_name(path):
-        return download(str(path))
+        return download(str(path), fetch)
     raise InputError(
         f"no model at {path}: give a run, a folder with model_index.json, a shipped model ({shipped}), or the name "
         "owner/name of a model of the Hugging Face Hub"

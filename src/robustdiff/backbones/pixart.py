@@ -8,11 +8,11 @@ and width of the images in pixels, and their ratio.
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from diffusers import PixArtAlphaPipeline, PixArtSigmaPipeline
 from diffusers.models.transformers.pixart_transformer_2d import PixArtTransformer2DModel
 from torch import Tensor, nn
 
@@ -27,10 +27,7 @@ from robustdiff.loading import Components, read_config
 __all__ = ["PixArt"]
 
 # The pipelines by name, with the number of tokens of a caption.
-_PIPELINES: dict[str, tuple[type[Any], int]] = {
-    "PixArtAlphaPipeline": (PixArtAlphaPipeline, 120),
-    "PixArtSigmaPipeline": (PixArtSigmaPipeline, 300),
-}
+_PIPELINES = {"PixArtAlphaPipeline": 120, "PixArtSigmaPipeline": 300}
 
 
 @BACKBONES.register("pixart")
@@ -69,7 +66,7 @@ class PixArt(Backbone):
         if kind not in _PIPELINES:
             raise InputError(f"{index}: pipelines of captions are read if they are {' or '.join(_PIPELINES)}")
         network, codec = load_transformer(folder, components, PixArtTransformer2DModel, _check, size)
-        text = load_t5(folder, _PIPELINES[kind][1])
+        text = load_t5(folder, _PIPELINES[kind])
         width = text.encoder.config.d_model
         if width != _caption_width(network):
             raise InputError(
@@ -80,8 +77,8 @@ class PixArt(Backbone):
 
     def pipeline(self, network: nn.Module, scheduler: Any, codec: Codec, condition: Condition) -> Any:
         parts = condition.components
-        kind, _ = _PIPELINES[self.kind]
-        return kind(
+        # Imported here, since it imports image processors of transformers, which warn of a missing torchvision.
+        return getattr(import_module("diffusers"), self.kind)(
             tokenizer=parts["tokenizer"],
             text_encoder=parts["text_encoder"],
             vae=codec.components["vae"],

@@ -34,7 +34,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from robustdiff.backbones.backbone import Backbone
-from robustdiff.errors import InputError
+from robustdiff.errors import InputError, first_line
 from robustdiff.objectives.consistency import ConsistencyConfig
 from robustdiff.objectives.denoising import DenoisingConfig
 from robustdiff.objectives.edm import EdmConfig
@@ -301,7 +301,13 @@ class _FlowSpacing:
             given["sigmas"] = np.linspace(1.0, 1 / steps, steps)
         if self.mu is not None:
             given["mu"] = self.mu
-        scheduler.set_timesteps(**given)
+        try:
+            scheduler.set_timesteps(**given)
+        except Exception as error:  # the classes differ in the arguments that they take, and check few of them
+            raise InputError(
+                f"{type(scheduler).__name__} of the checkpoint makes no {steps} levels ({first_line(error)}): use "
+                "FlowMatchEulerDiscreteScheduler, or choose a --spacing"
+            ) from None
         # Solvers of second order have each level but the first twice.
         sigmas = torch.unique_consecutive(scheduler.sigmas.to(torch.float64))[:steps]
         if not bool(((sigmas > 0) & (sigmas <= 1)).all()):
@@ -356,6 +362,8 @@ def _spacing_of(scheduler: Any, backbone: Backbone | None) -> Callable[[int, int
     if config.get("_timestep_spacing") == "own" or kind in ("consistency", "lcm"):
         return None
     if kind == "flow":
+        if config.get("stochastic_sampling", False):
+            raise InputError("stochastic_sampling=true in scheduler_config.json is not supported: set it to false")
         return _FlowSpacing(scheduler, _mu_of(scheduler, backbone), backbone is not None and backbone.linear_levels)
     for name in ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas"):
         if config.get(name, False):

@@ -14,10 +14,10 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
-import diffusers
 import torch
 from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
 from torch import Tensor, nn
@@ -89,7 +89,8 @@ class MMDiT(Backbone):
         """Load the text encoders, and check that the network takes their embeddings."""
 
     def pipeline(self, network: nn.Module, scheduler: Any, codec: Codec, condition: Condition) -> Any:
-        kind = getattr(diffusers, self.kind)  # imported here, because it takes seconds
+        # Imported here, since it imports image processors of transformers, which warn of a missing torchvision.
+        kind = getattr(import_module("diffusers"), self.kind)
         parts = dict.fromkeys(self.others) | codec.components | condition.components
         return kind(transformer=network, scheduler=scheduler, **parts)
 

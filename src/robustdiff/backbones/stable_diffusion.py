@@ -14,11 +14,11 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from diffusers import LatentConsistencyModelPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import Tensor, nn
 
@@ -35,13 +35,7 @@ __all__ = ["StableDiffusion"]
 
 logger = logging.getLogger(__name__)
 
-_XL = "StableDiffusionXLPipeline"
-_LCM = "LatentConsistencyModelPipeline"
-_PIPELINES: dict[str, type[Any]] = {
-    "StableDiffusionPipeline": StableDiffusionPipeline,
-    _XL: StableDiffusionXLPipeline,
-    _LCM: LatentConsistencyModelPipeline,
-}
+_SD, _XL, _LCM = "StableDiffusionPipeline", "StableDiffusionXLPipeline", "LatentConsistencyModelPipeline"
 
 _GUIDANCE = 8.5  # the default scale of LatentConsistencyModelPipeline
 
@@ -73,7 +67,7 @@ class StableDiffusion(Backbone):
         network: Any,
         text: ClipText | TwoClipTexts | None = None,
         factor: int = 8,
-        pipeline: str = "StableDiffusionPipeline",
+        pipeline: str = _SD,
     ) -> None:
         super().__init__(network)
         self.text, self.factor, self.kind = text, factor, pipeline
@@ -83,9 +77,9 @@ class StableDiffusion(Backbone):
         index = folder / "model_index.json"
         config = read_config(index)
         kind = config.get("_class_name")
-        if kind not in _PIPELINES:
+        if kind not in (_SD, _XL, _LCM):
             raise InputError(
-                f"{index}: pipelines of UNet2DConditionModel are supported if they are {', '.join(_PIPELINES)}"
+                f"{index}: pipelines of UNet2DConditionModel are supported if they are {_SD}, {_XL} or {_LCM}"
             )
         if components.get("vae") != ("diffusers", "AutoencoderKL"):
             raise InputError(
@@ -114,7 +108,7 @@ class StableDiffusion(Backbone):
 
     def corrected(self, scheduler: Any) -> Any:
         """Return a scheduler as ``StableDiffusionPipeline`` uses it, with ``steps_offset`` 1 and without clipping."""
-        wanted = {"steps_offset": 1, "clip_sample": False} if self.kind == "StableDiffusionPipeline" else {}
+        wanted = {"steps_offset": 1, "clip_sample": False} if self.kind == _SD else {}
         changes = {name: value for name, value in wanted.items() if scheduler.config.get(name, value) != value}
         return type(scheduler).from_config(scheduler.config, **changes) if changes else scheduler
 
@@ -123,10 +117,11 @@ class StableDiffusion(Backbone):
         parts["scheduler"] = self.corrected(scheduler)
         if self.kind == _XL:
             zeros = condition.zeros  # type: ignore[attr-defined]
-            return StableDiffusionXLPipeline(**parts, force_zeros_for_empty_prompt=zeros, add_watermarker=False)
-        return _PIPELINES[self.kind](
-            **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
-        )
+            parts |= {"force_zeros_for_empty_prompt": zeros, "add_watermarker": False}
+        else:
+            parts |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+        # Imported here, since it imports image processors of transformers, which warn of a missing torchvision.
+        return getattr(import_module("diffusers"), self.kind)(**parts)
 
     def condition(self) -> Condition:
         if self.text is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,6 +14,7 @@ from robustdiff.errors import InputError
 
 if TYPE_CHECKING:
     from robustdiff.evaluation.grid import Grid
+    from robustdiff.evaluation.prompts import Prompts
     from robustdiff.evaluation.real_images import Target
     from robustdiff.recipe import DataConfig
 
@@ -28,7 +30,8 @@ def evaluate(
         typer.Option(help="Numbers of network evaluations, with commas: 5,10,20,50; 1,2,4,8 for consistency models."),
     ] = None,
     num: Annotated[
-        int | None, typer.Option(min=4, help="Images of each cell; by default 5000, and all of a folder or file.")
+        int | None,
+        typer.Option(min=4, help="Images of each cell; by default one a prompt, or 5000, and all of a folder or file."),
     ] = None,
     data: options.Data = None,
     root: options.Root = None,
@@ -39,57 +42,97 @@ def evaluate(
     features: options.Features = None,
     weights: options.Weights = None,
     metrics: Annotated[
-        str | None, typer.Option(help="Metrics, with commas; by default fid,kid,precision-recall,brightness.")
+        str | None,
+        typer.Option(
+            help="Metrics, with commas; by default fid,kid,precision-recall,brightness; clip-score=FOLDER of a CLIP."
+        ),
+    ] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            help="Captions, for models of text and clip-score: a .txt, one in each line, or captions of COCO as a "
+            ".json; by default those of the real images."
+        ),
     ] = None,
     output: Annotated[Path | None, typer.Option(help="A folder for result.json and figures.")] = None,
     seed: options.Seed = 0,
     batch_size: options.BatchSize = 128,
     precision: options.Precision = "fp32",
     spacing: options.Spacing = None,
-    guidance: options.Guidance = None,
+    guidance: Annotated[
+        str | None, typer.Option(help="Scales of classifier-free guidance, with commas; 1: none.")
+    ] = None,
+    negative: options.Negative = None,
     cpu: options.Cpu = False,
 ) -> None:
-    """Measure checkpoint × sampler × steps by FID and other metrics, on common random numbers.
+    """Measure checkpoint × sampler × steps × guidance by FID and other metrics, on common random numbers.
 
     Images in a folder or an .npz file (arr_0: uint8 NHWC) are measured as they are. On several GPUs: accelerate launch
     -m robustdiff evaluate RUN.
     """
     from accelerate import Accelerator
 
+    from robustdiff.evaluation.prompts import load_prompts, prompts_of
     from robustdiff.evaluation.real_images import load_target
     from robustdiff.evaluation.sources import evaluate_sources, load_sources
     from robustdiff.report.bar import Bar
 
     accelerator, (runs, images) = Accelerator(cpu=cpu), load_sources(sources)
-    names = options.parse_names(metrics, "--metrics")
-    cells = options.parse_names(sampler), options.parse_counts(steps), num, names
+    texts = None if prompts is None else load_prompts(prompts)
+    names, values = options.parse_metrics(metrics)
+    cells = options.parse_names(sampler), options.parse_counts(steps), num, names, values, texts, _scales(guidance)
     given = {"--data": data, "--root": root, "--set": overrides, "--reference": reference}
-    real = _real_images(names, given | {"--features": features, "--weights": weights}, runs)
-    target = load_target(real, features, weights, accelerator.device)
+    given |= {"--features": features, "--weights": weights}
+    real, compare = _real_images(names, given, runs, texts)
+    target = load_target(real, features, weights, accelerator.device, texts, compare)
     chosen = options.given(spacing=spacing)
-    settings = options.given(seed=seed, batch_size=batch_size, precision=precision, guidance=guidance, options=chosen)
+    settings = options.given(seed=seed, batch_size=batch_size, precision=precision, options=chosen)
+    settings |= options.given(negative=negative)
     with Bar(err, quiet=not accelerator.is_main_process) as bar:
         grid = evaluate_sources(runs, images, target, accelerator, *cells, progress=bar, **settings)
-    accelerator.on_main_process(_show)(grid, target, seed, output)
+    record = {**target.record, "seed": seed}
+    used = prompts_of(target.dataset) if texts is None and grid.captions else texts
+    record |= {"prompts": used.record} if used is not None else {}
+    record |= options.given(metrics=values or None, negative=negative)
+    accelerator.on_main_process(_show)(grid, target, record, output)
 
 
-def _real_images(metrics: list[str], given: dict[str, Any], runs: dict[str, str]) -> DataConfig | Path | None:
-    """Return the configuration of the real images or the file of their statistics, or None if no metric compares."""
-    from robustdiff.metrics.metric import DEFAULT, compared
+def _real_images(
+    metrics: list[str], given: dict[str, Any], runs: dict[str, str], prompts: Prompts | None
+) -> tuple[DataConfig | Path | None, bool]:
+    """Return the configuration of the real images or the file of their statistics, and whether a metric compares.
 
-    if not compared(metrics or DEFAULT):
-        for option in (name for name, value in given.items() if value):
+    If no metric compares, the real images are None, unless their captions are the prompts.
+    """
+    from robustdiff.metrics.metric import DEFAULT, METRICS, compared
+
+    compare = compared(metrics or DEFAULT)
+    of_images = ["--data", "--root", "--set"]
+    captions = prompts is None and any(METRICS[name].needs == "captions" for name in metrics)
+    captions = captions and bool(runs)
+    for option in (name for name, value in given.items() if value and not compare):
+        if not (captions and option in of_images):
             raise InputError(f"{option} is for comparing with real images, and --metrics does not: leave it out")
-        return None
-    data, root, overrides, reference = (given[name] for name in ("--data", "--root", "--set", "--reference"))
-    if reference is None:
-        return options.real_images(next(iter(runs.values()), None), data, root, overrides)
+    if not compare and not captions:
+        return None, False
+    data, root, overrides = (given[name] for name in of_images)
+    if given["--reference"] is None:
+        return options.real_images(next(iter(runs.values()), None), data, root, overrides), compare
     if data is not None or root is not None or overrides:
         raise InputError("--reference takes the place of --data, --root and --set: give it, or them")
-    return Path(reference)
+    return Path(given["--reference"]), True
 
 
-def _show(grid: Grid, target: Target, seed: int, output: Path | None) -> None:
+def _scales(text: str | None) -> list[float]:
+    """Return the scales of guidance, which are distinct; an empty list for None."""
+    remedy = "give numbers from 0 up with commas, such as 1,3,7.5"
+    scales = [] if text is None else options.parse_numbers(text, "--guidance", remedy)
+    if not all(0 <= scale < math.inf for scale in scales):
+        raise InputError(f"--guidance {text}: {remedy}")
+    return options.distinct(scales, "--guidance")
+
+
+def _show(grid: Grid, target: Target, record: dict[str, Any], output: Path | None) -> None:
     """Print the tables, and write the results into a folder."""
     from robustdiff.evaluation.grid import FILE
     from robustdiff.metrics.metric import number_named
@@ -106,7 +149,7 @@ def _show(grid: Grid, target: Target, seed: int, output: Path | None) -> None:
         say(f"{number.title}, and its difference to {runs[0]} on common random numbers:")
         print_whole(out, grid_table(sampled, runs[0], number))
     if output is not None:
-        title = f"{grid.cells[0].n} images a cell, seed {seed}"
+        title = f"{grid.cells[0].n} images a cell, seed {record['seed']}"
         title = title if target.name is None else f"{target.name}, {title}"
-        write_results(output, grid, title, {**target.record, "seed": seed})
+        write_results(output, grid, title, record)
         say(f"figures and result.json are in {output}" if runs else f"result.json is in {output}")

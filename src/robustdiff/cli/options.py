@@ -31,7 +31,7 @@ def parse_counts(text: str | None, option: str = "--steps", example: str = "5,10
         counts = [] if text is None else [int(part) for part in text.split(",")]
     except ValueError:
         raise InputError(f"{option} {text}: give whole numbers with commas, such as {example}") from None
-    return _distinct(counts, option)
+    return distinct(counts, option)
 
 
 def parse_names(text: str | None, option: str = "--sampler") -> list[str]:
@@ -40,7 +40,18 @@ def parse_names(text: str | None, option: str = "--sampler") -> list[str]:
     Raises:
         InputError: If a name is given twice.
     """
-    return [] if text is None else _distinct(text.split(","), option)
+    return [] if text is None else distinct(text.split(","), option)
+
+
+def parse_metrics(text: str | None) -> tuple[list[str], dict[str, str]]:
+    """Return the names of metrics in a comma-separated text of NAME or NAME=VALUE, and the values by name.
+
+    Raises:
+        InputError: If a name is given twice.
+    """
+    parts = [part.partition("=") for part in ([] if text is None else text.split(","))]
+    names = distinct([name for name, _, _ in parts], "--metrics")
+    return names, {name: value for name, separator, value in parts if separator}
 
 
 def parse_assignments(texts: list[str], taken: dict[str, Any]) -> dict[str, Any]:
@@ -62,7 +73,12 @@ def parse_assignments(texts: list[str], taken: dict[str, Any]) -> dict[str, Any]
     return values
 
 
-def _distinct(values: list[_T], option: str) -> list[_T]:
+def distinct(values: list[_T], option: str) -> list[_T]:
+    """Return the values of an option.
+
+    Raises:
+        InputError: If a value is given twice.
+    """
     if twice := [value for value in values if values.count(value) > 1]:
         raise InputError(f"{option} has {twice[0]} twice: give each once")
     return values
@@ -123,6 +139,9 @@ Guidance = Annotated[
     typer.Option(
         min=0, help="Scale of guidance, for models of captions or with a null class; 1: none. Flux dev takes it itself."
     ),
+]
+Negative = Annotated[
+    str | None, typer.Option(help="The caption to guide away from, in place of the empty one; needs --guidance.")
 ]
 Precision = Annotated[
     Literal["auto", "fp32", "bf16", "fp16"],

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @app.command()
 def sample(
-    run: Annotated[str, typer.Argument(help="A run, a diffusers pipeline folder, or a shipped model.")],
+    run: Annotated[str, typer.Argument(help="A run, a diffusers pipeline folder, a shipped model, or one of the Hub.")],
     output: Annotated[Path, typer.Option(help="A file.npz, or a folder for PNGs.")] = Path("samples.npz"),
     num: Annotated[int, typer.Option(min=1, help="The number of images.")] = 64,
     sampler: Annotated[
@@ -50,9 +50,7 @@ def sample(
     prompts: Annotated[
         list[str], typer.Option("--prompt", help="A caption, for models conditioned on text; several take turns.")
     ] = [],  # noqa: B006
-    negative: Annotated[
-        str | None, typer.Option(help="The caption to guide away from, in place of the empty one; needs --guidance.")
-    ] = None,
+    negative: options.Negative = None,
     size: Annotated[
         int | None, typer.Option(min=1, help="Pixels a side, if the model does not say it, or another size.")
     ] = None,

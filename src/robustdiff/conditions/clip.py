@@ -76,6 +76,7 @@ class TwoClipTexts(TextCondition):
             dict(zip(("tokenizer", "tokenizer_2"), tokenizers, strict=True)),
             dict(zip(("text_encoder", "text_encoder_2"), encoders, strict=True)),
             length=self.length,
+            zeros=zeros,
         )
         self.zeros = zeros
 

@@ -14,6 +14,7 @@ import csv
 import json
 import logging
 import posixpath
+import re
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -26,7 +27,7 @@ import numpy as np
 from robustdiff.data.decode import file_source
 from robustdiff.errors import InputError, first_line, printable
 
-__all__ = ["COLUMNS", "Captions", "check_captions", "decode_caption", "read_captions", "warn_of_empty"]
+__all__ = ["COLUMNS", "Captions", "check_captions", "read_captions", "warn_of_empty"]
 
 logger = logging.getLogger(__name__)
 
@@ -95,21 +96,6 @@ def check_captions(value: Any, where: str) -> tuple[str, ...]:
     return captions
 
 
-def decode_caption(data: bytes, where: str) -> tuple[str, bool]:
-    """Return the first line of a text file, without spaces around it, and whether more lines are not blank.
-
-    Raises:
-        InputError: Not UTF-8, or too long to be a caption.
-    """
-    if len(data) > MOST_BYTES:
-        raise InputError(f"{where} has more than {MOST_BYTES >> 20} MiB, as no caption has; shorten it")
-    try:
-        lines = data.decode("utf-8-sig").strip().splitlines()
-    except UnicodeDecodeError as error:
-        raise InputError(f"{where} is not UTF-8 (byte {error.start}); save it as UTF-8") from None
-    return check_captions(lines[0].strip() if lines else "", where)[0], len(lines) > 1
-
-
 def warn_of_empty(name: str, captions: Captions, word: Callable[[int], str]) -> None:
     """Log the number of images with an empty caption.
 
@@ -171,19 +157,16 @@ def read_captions(
     return captions, set(tables)
 
 
-def _refuse_missing(images: Sequence[Path], missing: Sequence[int], remedy: str) -> InputError:
-    count = f"{len(missing)} of {len(images)} images have" if len(missing) > 1 else "has"
+def _without(images: Sequence[Path], missing: Sequence[int], remedy: str) -> InputError:
     first = printable(images[missing[0]])
-    return InputError(
-        f"{first} {count} no caption: {remedy}" if len(missing) == 1 else f"{count} no caption, first {first}: {remedy}"
-    )
+    return InputError(f"{len(missing)} of {len(images)} images have no caption, first {first}: {remedy}")
 
 
 def _of_texts(folder: Path, images: Sequence[Path], have: set[Path]) -> list[tuple[str, ...]]:
     """Return the captions in text files beside the images."""
     paths = [image.with_suffix(".txt") for image in images]
     if missing := [index for index, path in enumerate(paths) if path not in have]:
-        raise _refuse_missing(images, missing, "put a .txt beside each image, or beside none")
+        raise _without(images, missing, "put a .txt beside each image, or beside none")
     with ThreadPoolExecutor() as pool:
         read = list(pool.map(_text, paths))
     if longer := [path for path, (_, more) in zip(paths, read, strict=True) if more]:
@@ -199,11 +182,20 @@ def _of_texts(folder: Path, images: Sequence[Path], have: set[Path]) -> list[tup
 
 
 def _text(path: Path) -> tuple[str, bool]:
+    """Return the first line of a text file that is not blank, and whether there are more."""
+    name = printable(path)
     try:
         with file_source(path)() as file:
-            return decode_caption(file.read(MOST_BYTES + 1), printable(path))
+            data = file.read(MOST_BYTES + 1)
     except OSError as error:
-        raise InputError(f"{printable(path)}: cannot be read ({error.strerror}); make it readable") from error
+        raise InputError(f"{name}: cannot be read ({error.strerror}); make it readable") from error
+    if len(data) > MOST_BYTES:
+        raise InputError(f"{name} has more than {MOST_BYTES >> 20} MiB, as no caption has; shorten it")
+    try:
+        lines = re.split(r"\r\n?|\n", data.decode("utf-8-sig").strip())
+    except UnicodeDecodeError as error:
+        raise InputError(f"{name} is not UTF-8 (byte {error.start}); save it as UTF-8") from None
+    return check_captions(lines[0].strip(), name)[0], len(lines) > 1
 
 
 # -- metadata --------------------------------------------------------------------------------------------------
@@ -240,7 +232,7 @@ def _of_tables(
             raise InputError(f"{where} has no {printable(used)}; add it, or remove the line and the image")
         found[index] = check_captions(values[used], f"{where}: {printable(used)}")
     if missing := [index for index in range(len(images)) if index not in found]:
-        raise _refuse_missing(images, missing, f"add it to {printable(tables[0])}, or move the image away")
+        raise _without(images, missing, f"add it to {printable(tables[0])}, or move the image away")
     return [found[index] for index in range(len(images))]
 
 

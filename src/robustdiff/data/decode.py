@@ -276,6 +276,8 @@ def read_header(source: Source, name: str) -> Header:
 
 def _upright(image: Image.Image, file: BinaryIO) -> tuple[int, int]:
     """Return the width and height of an image after its EXIF orientation is applied."""
+    if image.format == "TIFF":  # Pillow has exchanged them already
+        return image.size
     # For a PNG without EXIF data before its pixels, Pillow's own method decodes the pixels to look behind them.
     late = image.format == "PNG" and _has_late_metadata(file)
     exif = image.getexif() if late else Image.Image.getexif(image)

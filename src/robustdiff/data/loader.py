@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from robustdiff.data.dataset import Batch, ImageDataset
+from robustdiff.data.pixels import Position
 from robustdiff.errors import InputError, RunError
 
-__all__ = ["load_batches", "worker_failures"]
+__all__ = ["Request", "load_batches", "worker_failures"]
 
 # Parts of torch's error messages for a worker that was killed, or that cannot send its batches.
 GONE = (
@@ -26,15 +28,26 @@ GONE = (
 )
 
 
+@dataclass(frozen=True)
+class Request:
+    """The arguments of :meth:`ImageDataset.fetch`."""
+
+    indices: list[int]
+    size: tuple[int, int] | None
+    positions: list[Position] | None
+
+
 class _Reporting(Dataset[Any]):
     """A dataset that returns its errors, because torch adds a traceback to the message of an error in a worker."""
 
     def __init__(self, dataset: ImageDataset) -> None:
         self.dataset = dataset
 
-    def __getitems__(self, indices: Sequence[int]) -> Batch | InputError:
+    def __getitems__(self, wanted: Sequence[int] | Request) -> Batch | InputError:
         try:
-            return Batch(*self.dataset.__getitems__(indices))
+            if isinstance(wanted, Request):
+                return self.dataset.fetch(wanted.indices, wanted.size, wanted.positions)
+            return Batch(*self.dataset.__getitems__(wanted))
         except InputError as error:
             return InputError(str(error))
 
@@ -44,22 +57,23 @@ def _as_it_is(batch: Any) -> Any:
 
 
 def load_batches(
-    dataset: ImageDataset, indices: Iterable[list[int]], workers: int = 0, pin_memory: bool = False
+    dataset: ImageDataset, indices: Iterable[list[int] | Request], workers: int = 0, pin_memory: bool = False
 ) -> Iterator[Batch]:
     """Load batches in order.
 
     Args:
         dataset: The images.
-        indices: The indices of each batch.
+        indices: The indices of each batch, or its request if it has other crops than the centred squares.
         workers: The number of worker processes; with 0 this process loads the batches.
         pin_memory: Whether batches are copied to page-locked memory.
 
     Raises:
         InputError: An error of the dataset, in this process or in a worker.
     """
+    sampler: Any = indices  # a batch may be anything that the dataset takes
     loader = DataLoader(
         _Reporting(dataset),
-        batch_sampler=indices,
+        batch_sampler=sampler,
         collate_fn=_as_it_is,
         num_workers=workers,
         pin_memory=pin_memory,

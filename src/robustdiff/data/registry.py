@@ -91,7 +91,10 @@ def load_dataset(
 
 
 class DataConfig(Named):
-    """The section ``data`` of a recipe. The options of the named dataset are fields as well."""
+    """The section ``data`` of a recipe. The options of the named dataset are fields as well.
+
+    ``flip``, ``crop``, ``buckets`` and ``workers`` are of training alone: other commands take the centred squares.
+    """
 
     model_config = ConfigDict(extra="allow")
 
@@ -101,6 +104,9 @@ class DataConfig(Named):
     channels: Literal[1, 3] | None = Field(None, description="convert to grey (1) or colour (3)")
     split: Text = Field("train", description="split of the dataset")
     flip: bool = Field(False, description="mirror each image with probability 1/2")
+    crop: Literal["centre", "random"] = Field("centre", description="place of the crop in images that are not square")
+    buckets: bool = Field(False, description="batches of about size² pixels with the aspect ratios of the images")
+    bucket_step: int = Field(64, ge=1, le=16_384, description="sides of buckets are multiples of this")
     workers: int = Field(0, ge=0, le=256, description="number of processes that load images")
 
     @model_validator(mode="before")

@@ -104,12 +104,16 @@ class Generator:
     negative: str | None = None
 
     @classmethod
-    def of(cls, model: Model, *, data_classes: int | None = None, **settings: Any) -> Generator:
+    def of(
+        cls, model: Model, *, data_classes: int | None = None, data_captions: tuple[str, ...] = (), **settings: Any
+    ) -> Generator:
         """Create a generator of a model.
 
         Arguments:
             model: The model.
             data_classes: The number of classes of the data. If the network embeds one more, the last is a null class.
+            data_captions: The captions of the data, which are the prompts of a network that takes captions if no others
+                are given.
             settings: The other fields. By default, or if they are None, the sampler is the first that suits the model,
                 and the number of steps is the sampler's default.
 
@@ -121,6 +125,8 @@ class Generator:
             settings["steps"] = SAMPLERS[sampler].default_steps
         if data_classes is not None and getattr(model.condition, "embedded", None) == data_classes + 1:
             settings = {"num_classes": data_classes, **settings}
+        if model.condition.takes_captions and not settings.get("prompts"):
+            settings["prompts"] = data_captions
         return cls(model, sampler, **settings)
 
     @classmethod
@@ -157,12 +163,15 @@ class Generator:
         condition = self.condition
         if condition.takes_captions != bool(self.prompts):
             if self.prompts:
-                raise InputError("this model is not conditioned on captions: leave --prompt out")
-            raise InputError("this model is conditioned on captions: give one or more by --prompt")
+                raise InputError("this model is not conditioned on captions: leave --prompt out (evaluate: --prompts)")
+            raise InputError(
+                "this model is conditioned on captions: give one or more by --prompt (evaluate: --prompts FILE)"
+            )
         if self.negative is not None:
             if not condition.takes_captions:
                 raise InputError("this model is not conditioned on captions: leave --negative out")
-            if self.model.backbone.guidance is not None:
+            backbone = self.model.backbone
+            if backbone.guidance is not None or backbone.guidance_embedding is not None:
                 raise InputError(
                     "this network takes the scale of guidance itself, with no second caption: leave --negative out"
                 )
@@ -198,9 +207,9 @@ class Generator:
             return None
         return torch.tensor([i % self.classes if self.label is None else self.label for i in indices])
 
-    def prompt(self, index: int) -> str | None:
-        """Return the caption of an image, or None if the network takes none."""
-        return self.prompts[index % len(self.prompts)] if self.prompts else None
+    def captions(self, indices: range) -> list[str] | None:
+        """Return the captions of some images, or None if the network takes none."""
+        return [self.prompts[i % len(self.prompts)] for i in indices] if self.prompts else None
 
     def images(self, indices: range) -> Iterator[tuple[range, Tensor]]:
         """Yield the images of a range in batches: the numbers, and the images as uint8 (B, C, H, W) on the CPU."""
@@ -226,7 +235,6 @@ class Generator:
         model.network.eval()
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision)
         noise = ImageNoise(self.seed, batch, model.shape, model.device)
-        prompts = [prompt for i in batch if (prompt := self.prompt(i)) is not None] or None
         unconditional = None
         if self.negative is not None:
             unconditional = self.condition.batch(None, [self.negative], None)
@@ -241,7 +249,7 @@ class Generator:
                 self.steps,
                 latents=noise.draw(),
                 step_noise=noise,
-                condition=self.condition.batch(labels, prompts, None),
+                condition=self.condition.batch(labels, self.captions(batch), None),
                 guidance=self.guidance,
                 unconditional=unconditional,
                 **(self.options or {}),  # the model brings the others
@@ -402,11 +410,12 @@ def write_pngs(
 
 def _texts(generator: Generator, network: str, index: int) -> PngInfo | None:
     """Return the text chunks of a PNG: how an image of a caption was made. PNGs of other models have none."""
-    if not generator.prompts:
+    captions = generator.captions(range(index, index + 1))
+    if captions is None:
         return None
     texts = PngInfo()
     for name, value in (
-        ("prompt", generator.prompt(index)),
+        ("prompt", captions[0]),
         ("negative_prompt", generator.negative),
         ("guidance", generator.guidance),
         ("sampler", generator.sampler),

@@ -49,6 +49,7 @@ class Cell:
         replicates: The bootstrap replicates, (R,), of those numbers. Replicate r resamples the same images in all cells
             with the same number of images.
         seconds: The time taken to generate and measure the images, in seconds.
+        guidance: The scale of classifier-free guidance, or None without guidance.
     """
 
     checkpoint: str
@@ -59,10 +60,13 @@ class Cell:
     intervals: dict[str, tuple[float, float]]
     replicates: dict[str, Any] = field(repr=False, compare=False)
     seconds: float
+    guidance: float | None = None
 
     def record(self) -> dict[str, Any]:
         """Return the record of the cell in ``result.json``, with each interval as ``NAME_ci``, without replicates."""
         record: dict[str, Any] = {key: getattr(self, key) for key in ("checkpoint", "sampler", "steps", "n")}
+        if self.guidance is not None:
+            record["guidance"] = self.guidance
         for name, value in self.values.items():
             record[name] = value
             if name in self.intervals:
@@ -96,11 +100,16 @@ class Difference:
 
 @dataclass(frozen=True)
 class Grid:
-    """The cells, the differences of all pairs, and the first images of each cell, uint8 (k, C, H, W)."""
+    """The cells, the differences of all pairs, and the first images of each cell, uint8 (k, C, H, W).
+
+    Attributes:
+        captions: The captions of the first images, or an empty list if no model takes captions.
+    """
 
     cells: list[Cell]
     differences: list[Difference]
     samples: dict[tuple[str, str, int], Tensor]
+    captions: list[str] = field(default_factory=list)
 
 
 def evaluate_cell(
@@ -130,8 +139,9 @@ def evaluate_cell(
     sampler, steps = generator.sampler, int(generator.steps)
     progress.begin(f"{name} · {sampler} {steps}", num)
     made = generator.images(share_of(num, accelerator))
-    batches = ((batch, images, generator.labels(batch)) for batch, images in made)
-    return _measure(batches, name, sampler, steps, num, metrics, accelerator, keep, progress)
+    batches = ((batch, images, generator.labels(batch), generator.captions(batch)) for batch, images in made)
+    cell, first = _measure(batches, name, sampler, steps, num, metrics, accelerator, keep, progress)
+    return replace(cell, guidance=generator.guidance), first
 
 
 def evaluate_images(
@@ -142,24 +152,30 @@ def evaluate_images(
     accelerator: Accelerator,
     batch_size: int = 128,
     progress: Progress = SILENT,
+    captions: Sequence[str] | None = None,
 ) -> Cell:
     """Measure existing images. Other arguments and errors are those of :func:`evaluate_cell`.
 
-    The first ``num`` images of the dataset are measured, and their labels are the condition for metrics.
+    The first ``num`` images of the dataset are measured, and their labels are the condition for metrics. ``captions``
+    has one of each image of the dataset, or is None.
 
     Raises:
         InputError: If an image cannot be read.
     """
 
-    def batches() -> Iterator[tuple[range, Tensor, Any]]:
+    def batches() -> Iterator[_Measured]:
         share = share_of(num, accelerator)
         for start in range(share.start, share.stop, batch_size):
             batch = range(start, min(start + batch_size, share.stop))
             images, labels = dataset.__getitems__(batch)[:2]
-            yield batch, images, labels
+            yield batch, images, labels, None if captions is None else captions[batch.start : batch.stop]
 
     progress.begin(name, num)
     return _measure(batches(), name, FILE, None, num, metrics, accelerator, 0, progress)[0]
+
+
+_Measured = tuple[range, Tensor, Tensor | None, Sequence[str] | None]
+"""The indices of images, the images, their classes and their captions."""
 
 
 class _Within:
@@ -176,7 +192,7 @@ class _Within:
 
 
 def _measure(
-    batches: Iterable[tuple[range, Tensor, Any]],
+    batches: Iterable[_Measured],
     name: str,
     sampler: str,
     steps: int | None,
@@ -186,12 +202,12 @@ def _measure(
     keep: int,
     progress: Progress,
 ) -> tuple[Cell, Tensor]:
-    """Measure batches (indices, images, condition) of this process, and merge the metrics of all processes."""
+    """Measure batches of this process, and merge the metrics of all processes."""
     start = time.perf_counter()
     metrics.reset()
     first: list[Tensor] = []
-    for batch, images, condition in batches:
-        metrics.update(images, batch.start, condition)
+    for batch, images, condition, captions in batches:
+        metrics.update(images, batch.start, condition, captions)
         first += list(images[: max(0, keep - batch.start)])
         progress.advance(len(batch) * accelerator.num_processes)
     if accelerator.num_processes > 1:
@@ -244,7 +260,8 @@ def evaluate_grid(
     for generator, sampler, count in itertools.product(generators.values(), samplers, steps):
         replace(generator, sampler=sampler, steps=count)  # runs the checks before any cell is generated
     progress.begin("network evaluations", len(generators) * len(samplers) * sum(steps) * num)
-    grid = Grid([], [], {})
+    captions = (generator.captions(range(min(keep, num))) for generator in generators.values())
+    grid = Grid([], [], {}, next((found for found in captions if found), []))
     for sampler, count in itertools.product(samplers, steps):
         row: list[Cell] = []
         for name, generator in generators.items():

@@ -13,7 +13,8 @@ from accelerate import Accelerator, PartialState
 
 from robustdiff.data import ImageDataset
 from robustdiff.data.huggingface import is_remote
-from robustdiff.errors import InputError
+from robustdiff.errors import InputError, printable
+from robustdiff.evaluation.prompts import Prompts
 from robustdiff.metrics.features import INCEPTION_URL, SHIPPED, FeatureExtractor, load_extractor
 from robustdiff.metrics.reference import Reference, load_reference, reference_statistics
 from robustdiff.progress import SILENT, Progress
@@ -60,6 +61,8 @@ def choose_real_images(
             "that is wanted, or name other images by --data"
         )
     folder = Path(config.name.removeprefix("hf:") if remote else str(config.root)).resolve()
+    while any(character in str(folder) for character in "*?[{") and not os.path.exists(folder):
+        folder = folder.parent  # the root is a pattern of files
     if folder in Path.cwd().parents:
         raise InputError(
             f"{recipe} names the data {folder}, which this folder lies in: add --root {folder} if all of it is meant, "
@@ -74,7 +77,7 @@ def choose_real_images(
 class Target:
     """Real images, or an ``.npz`` file of their statistics, with the extractor of the features for comparisons.
 
-    Without a source, nothing is compared and there is no extractor.
+    Without an extractor, nothing is compared.
     """
 
     source: DataConfig | Path | None = None
@@ -111,17 +114,66 @@ class Target:
             return reference_statistics(self.dataset, self.extractor)
 
 
+class _Named(ImageDataset):
+    """The images of a folder whose files are named."""
+
+    def __init__(self, dataset: ImageDataset, indices: list[int]) -> None:
+        super().__init__(dataset.name, dataset.shape, dataset.num_classes, dataset.labels_of(indices))
+        self._dataset, self._indices = dataset, indices
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __getitems__(self, indices: Sequence[int]) -> Any:
+        return self._dataset.__getitems__([self._indices[i] for i in indices])
+
+
+def _select(dataset: ImageDataset, source: DataConfig, prompts: Prompts) -> ImageDataset:
+    """Return the images that captions of COCO name."""
+    paths = getattr(dataset, "paths", None)
+    if paths is None or source.root is None:
+        raise InputError(
+            f"{prompts.source} names the real images, which {source.name} has no names of: give their folder by --data "
+            "imagefolder --root DIR, or the prompts as a .txt"
+        )
+    names = [path.relative_to(source.root).as_posix() for path in paths]
+    if missing := set(prompts.files) - set(names):
+        raise InputError(
+            f"{prompts.source} names {len(missing)} images that {dataset.name} does not have, such as "
+            f"{printable(min(missing))}: give the folder of its images by --root"
+        )
+    return _Named(dataset, [i for i, name in enumerate(names) if name in prompts.files])
+
+
 def load_target(
-    source: DataConfig | Path | None, features: str | None, weights: Path | None, device: torch.device
+    source: DataConfig | Path | None,
+    features: str | None,
+    weights: Path | None,
+    device: torch.device,
+    prompts: Prompts | None = None,
+    compare: bool = True,
 ) -> Target:
     """Load real images, and the extractor of the given name or else the one made for the dataset.
 
+    Arguments:
+        source: The real images, or a file of their statistics, or None.
+        features: The name of the extractor, or None.
+        weights: The weights of the extractor, or None.
+        device: The device of the extractor.
+        prompts: The prompts; if they name files, these alone are the real images.
+        compare: False to load the real images for their captions alone, without an extractor.
+
     Raises:
-        InputError: If the images cannot be loaded, or the extractor is unknown, not given, or lacks its weights.
+        InputError: If the images cannot be loaded or are not all there, or the extractor is unknown, not given, or
+            lacks its weights.
     """
     if source is None:
         return Target()
     dataset, data = (source.load(), source.name) if isinstance(source, DataConfig) else (None, None)
+    if prompts is not None and prompts.files and isinstance(source, DataConfig) and dataset is not None:
+        dataset = _select(dataset, source, prompts)
+    if not compare:
+        return Target(source, dataset)
     if features is None and data is None:
         raise InputError("--reference needs the features that it is of: give --features inception --weights FILE")
     if features is None and data not in SHIPPED:

@@ -11,12 +11,14 @@ import torch
 from accelerate import Accelerator
 
 from robustdiff.data import ImageDataset
-from robustdiff.errors import InputError
+from robustdiff.errors import InputError, printable
 from robustdiff.evaluation.generate import Generator
 from robustdiff.evaluation.grid import Grid, evaluate_grid, evaluate_images
 from robustdiff.evaluation.images import check_size, load_images, number_of_images
+from robustdiff.evaluation.prompts import Prompts, prompts_of
 from robustdiff.evaluation.real_images import Target
 from robustdiff.metrics.metric import MetricCollection
+from robustdiff.metrics.reference import FEWEST
 from robustdiff.progress import SILENT, Progress
 from robustdiff.samplers.sample import SAMPLERS
 
@@ -79,12 +81,15 @@ def evaluate_sources(
     steps: Sequence[int] = (),
     num: int | None = None,
     metrics: Sequence[str] = (),
+    values: Mapping[str, str] = {},
+    prompts: Prompts | None = None,
+    guidances: Sequence[float] = (),
     *,
     batch_size: int = 128,
     progress: Progress = SILENT,
     **settings: Any,
 ) -> Grid:
-    """Compare runs, at each sampler and number of steps, and existing images with real images.
+    """Compare runs, at each sampler, number of steps and scale of guidance, and existing images with real images.
 
     Arguments:
         runs: Runs, pipeline folders and shipped models, by name.
@@ -93,9 +98,14 @@ def evaluate_sources(
         accelerator: The accelerator, whose processes share the images.
         samplers: The names of samplers for all runs; by default one that suits the first run.
         steps: The numbers of network evaluations; by default those of the first sampler.
-        num: The number of images of each cell; by default 5000 for runs, and all existing images.
+        num: The number of images of each cell; by default as many as there are prompts, or 5000 without prompts, and
+            all existing images.
         metrics: The names of metrics; by default FID, KID, precision, recall and brightness, as far as the target
             allows.
+        values: The values of metrics that take one, by name.
+        prompts: The captions of all images, generated and existing; by default those of the real images for runs, and
+            those in their own folder for existing images.
+        guidances: The scales of classifier-free guidance; with several, each is a checkpoint of its own in the grid.
         batch_size: The number of images at a time.
         progress: The receiver of the progress.
         settings: Other fields of :class:`Generator`.
@@ -108,24 +118,75 @@ def evaluate_sources(
         RunError: If a metric is not finite.
     """
     numbers = {name: number_of_images(dataset, num) for name, dataset in images.items()}
-    num = num or 5000
     for option, value in (("--sampler", samplers), ("--steps", steps)):
         if value and not runs:
             raise InputError(f"{option} is how runs are sampled, and only images are given: leave it out")
     # Steps are always given, so that the recipe of a run does not choose the sampler.
     settings |= {"samplers": samplers, "steps": steps or [1], "batch_size": batch_size}
-    generators = load_generators(runs, accelerator.device, target.dataset, **settings)
+    if guidances:
+        settings["guidance"] = guidances[0]
+    real = prompts_of(target.dataset)
+    if prompts is not None:
+        settings["prompts"] = prompts.texts
+    elif real is not None:
+        settings["data_captions"] = real.texts
+    compared = None if target.extractor is None else target.dataset
+    generators = load_generators(runs, accelerator.device, compared, **settings)
+    number = num or _number(generators)
+    if len(guidances) > 1:
+        generators = {
+            f"{name}, guidance {scale:g}": replace(generator, guidance=scale)
+            for name, generator in generators.items()
+            for scale in guidances
+        }
     if generators:
         samplers = samplers or [next(iter(generators.values())).sampler]
         steps = steps or SAMPLERS[samplers[0]].grid_steps
-    if target.dataset is not None:
+    if compared is not None:
         for dataset in images.values():
-            check_size(dataset, target.dataset.shape)
+            check_size(dataset, compared.shape)
     statistics = target.statistics(accelerator, progress)
-    collection = MetricCollection(metrics or None, target.extractor, statistics, accelerator.device)
+    collection = MetricCollection(metrics or None, target.extractor, statistics, accelerator.device, values)
+    captions: dict[str, Sequence[str] | None] = {}
+    for name, dataset in images.items():
+        own = prompts_of(dataset) if prompts is None else prompts
+        captions[name] = None if own is None else own.of(dataset)
+    _check_captions(collection, generators, captions, prompts)
     cells = [  # before the runs, which take longer
-        evaluate_images(name, dataset, numbers[name], collection, accelerator, batch_size, progress)
+        evaluate_images(name, dataset, numbers[name], collection, accelerator, batch_size, progress, captions[name])
         for name, dataset in images.items()
     ]
-    grid = evaluate_grid(generators, samplers, steps, num, collection, accelerator, progress=progress)
+    grid = evaluate_grid(generators, samplers, steps, number, collection, accelerator, progress=progress)
     return replace(grid, cells=[*grid.cells, *cells])
+
+
+def _number(generators: Mapping[str, Generator]) -> int:
+    """Return the number of images of each cell that is the default."""
+    prompts = next((generator.prompts for generator in generators.values() if generator.prompts), None)
+    if prompts is None:
+        return 5000
+    if len(prompts) < FEWEST:
+        raise InputError(
+            f"{len(prompts)} prompts make as many images, and {FEWEST} or more are needed: give more prompts, or --num "
+            "for images that take turns with them"
+        )
+    return len(prompts)
+
+
+def _check_captions(
+    collection: MetricCollection,
+    generators: Mapping[str, Generator],
+    captions: Mapping[str, Sequence[str] | None],
+    prompts: Prompts | None,
+) -> None:
+    """Check that the metrics have the captions that they need, and that prompts are of use."""
+    metric = collection.needs_captions
+    if prompts is not None and metric is None and not generators and not prompts.files:
+        raise InputError("--prompts is for models of captions and metrics of captions, and none is given: leave it out")
+    lacking = [name for name, generator in generators.items() if not generator.prompts]
+    lacking += [name for name, texts in captions.items() if texts is None]
+    if metric is not None and lacking:
+        raise InputError(
+            f"{printable(lacking[0])}: the metric {metric} compares images with captions, and these have none: give "
+            "--prompts FILE, or leave the metric out"
+        )

@@ -46,6 +46,7 @@ __all__ = [
     "ClassifierExtractor",
     "FeatureExtractor",
     "InceptionExtractor",
+    "fingerprint_of",
     "load_extractor",
 ]
 
@@ -97,7 +98,8 @@ class FeatureExtractor(nn.Module):
         return f"{type(self).__name__}({self.name!r}, dim={self.dim}, fingerprint={self.fingerprint[:12]!r})"
 
 
-def _fingerprint(weights: Mapping[str, Tensor]) -> str:
+def fingerprint_of(weights: Mapping[str, Tensor]) -> str:
+    """Return the sha256 of weights by name."""
     digest = hashlib.sha256()
     for key in sorted(weights):
         value = weights[key].detach().cpu().contiguous()
@@ -204,7 +206,7 @@ class ClassifierExtractor(FeatureExtractor):
         self.name = name
         self.classifier = classifier.requires_grad_(False).eval()
         self.dim = classifier.embed.out_features
-        self.fingerprint = _fingerprint(classifier.state_dict())
+        self.fingerprint = fingerprint_of(classifier.state_dict())
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
@@ -277,7 +279,7 @@ class InceptionExtractor(FeatureExtractor):
         except Exception as error:  # torch-fidelity raises errors of many kinds for other weights
             message = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise InputError(f"{path}: not Inception weights ({message}); download {INCEPTION_URL}") from error
-        self.fingerprint = _fingerprint(self.network.state_dict())
+        self.fingerprint = fingerprint_of(self.network.state_dict())
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
@@ -296,7 +298,8 @@ def load_extractor(
     """Load a feature extractor, frozen and in evaluation mode, by its name.
 
     Args:
-        name: One of `EXTRACTORS`, or the path of a `.safetensors` file that `Classifier.save` wrote.
+        name: One of `EXTRACTORS`, the path of a `.safetensors` file that `Classifier.save` wrote, or `clip=FOLDER` for
+            the image embeddings of a CLIP model (:mod:`robustdiff.metrics.clip_features`).
         weights: The path of the weight file of `inception`; other extractors take none.
         device: The device of the extractor.
 
@@ -310,11 +313,17 @@ def load_extractor(
         extractor = InceptionExtractor(weights)
     elif weights is not None:
         raise InputError(f"extractor {name} takes no weights; to use your own file give its path as the features")
+    elif name.startswith("clip="):
+        from robustdiff.metrics.clip_features import ClipExtractor  # metrics import this module
+
+        extractor = ClipExtractor(name.removeprefix("clip="))
     elif name in SHIPPED:
         with as_file(files("robustdiff.metrics") / "weights" / f"{name}.safetensors") as path:
             extractor = ClassifierExtractor(name, Classifier.load(path))
     elif name.endswith(".safetensors"):
         extractor = ClassifierExtractor(name, Classifier.load(name))
     else:
-        raise InputError(f"unknown extractor {name!r}; use one of: {', '.join(EXTRACTORS)}, or a .safetensors file")
+        raise InputError(
+            f"unknown extractor {name!r}; use one of: {', '.join(EXTRACTORS)}, a .safetensors file, or clip=FOLDER"
+        )
     return extractor.to(device).eval()

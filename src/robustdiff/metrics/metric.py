@@ -24,7 +24,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from robustdiff.errors import InputError, RunError
+from robustdiff.errors import InputError, RunError, printable
 from robustdiff.metrics.bootstrap import Array, interval
 from robustdiff.metrics.features import FeatureExtractor
 from robustdiff.metrics.reference import Reference
@@ -45,7 +45,7 @@ __all__ = [
 DEFAULT = ("fid", "kid", "precision-recall", "brightness")
 """The metrics that are computed by default."""
 
-Need = Literal["nothing", "features", "reference features"]
+Need = Literal["nothing", "captions", "features", "reference features"]
 
 
 @dataclass(frozen=True)
@@ -75,14 +75,16 @@ class Batch:
 
     Attributes:
         start: The index of the first image of the batch among the images of all processes.
-        condition: The classes, (B,), or the B captions for which the images were made, or None.
+        condition: The classes, (B,), or None.
         extractor: The feature extractor, for metrics that need features.
+        captions: The B captions for which the images were made, or None.
     """
 
     images: Tensor
     start: int
-    condition: Tensor | Sequence[Any] | None = None
+    condition: Tensor | None = None
     extractor: FeatureExtractor | None = None
+    captions: Sequence[str] | None = None
 
     @cached_property
     def features(self) -> NDArray[np.float32]:
@@ -103,12 +105,15 @@ class Metric(ABC):
 
     Attributes:
         numbers: The numbers that the metric returns.
-        needs: "nothing"; "features", for features of the images and their mean and covariance over the real images; or
-            "reference features", for a sample of the features of real images as well.
+        needs: "nothing"; "captions" of the images; "features", for features of the images and their mean and covariance
+            over the real images; or "reference features", for a sample of the features of real images as well.
+        takes: A description, for messages, of the value that is given with the name, as NAME=VALUE, and is the third
+            argument of ``__init__``; None if the metric takes no value.
     """
 
     numbers: ClassVar[tuple[Number, ...]]
     needs: ClassVar[Need] = "nothing"
+    takes: ClassVar[str | None] = None
 
     def __init__(self, real: Reference | None = None, device: torch.device | str = "cpu") -> None:
         self.real, self.device = cast(Reference, real), device
@@ -123,7 +128,7 @@ class Metric(ABC):
         """Add a batch.
 
         Raises:
-            InputError: If the metric does not take these images, or the condition that it needs is missing.
+            InputError: If the metric does not take these images, or the captions that it needs are missing.
         """
 
     @abstractmethod
@@ -164,7 +169,7 @@ def compared(names: Sequence[str] = DEFAULT) -> bool:
         InputError: If a metric is unknown.
     """
     needs = [METRICS[name].needs for name in names]
-    return any(need != "nothing" for need in needs)
+    return any(need in ("features", "reference features") for need in needs)
 
 
 class MetricCollection:
@@ -176,9 +181,11 @@ class MetricCollection:
         extractor: The feature extractor, or None if no metric needs features.
         reference: The statistics of the real images under the extractor.
         device: The device of networks that metrics load.
+        values: The values of metrics that take one, by name.
 
     Raises:
-        InputError: If a metric is unknown, or a named metric lacks the extractor or reference that it needs.
+        InputError: If a metric is unknown, lacks its value or takes none, or a named metric lacks the extractor or
+            reference that it needs.
         ValueError: If the reference was made with another extractor.
     """
 
@@ -188,6 +195,7 @@ class MetricCollection:
         extractor: FeatureExtractor | None = None,
         reference: Reference | None = None,
         device: torch.device | str = "cpu",
+        values: Mapping[str, str] = {},
     ) -> None:
         if extractor is not None and reference is not None and reference.fingerprint != extractor.fingerprint:
             raise ValueError(f"the reference was computed with another extractor than {extractor.name}")
@@ -200,12 +208,12 @@ class MetricCollection:
             for one in kind.numbers:
                 self._keys += [one.name, f"{one.name}_se"] if one.standard_error else [one.name]
             lacks = ""
-            if kind.needs != "nothing" and (extractor is None or reference is None):
+            if compared([name]) and (extractor is None or reference is None):
                 lacks = "features, and give their statistics"
             elif kind.needs == "reference features" and reference is not None and reference.features is None:
                 lacks = "more than the mean and covariance of their features: give the images themselves"
             if not lacks:
-                self.metrics[name] = kind(reference, device)
+                self.metrics[name] = kind(reference, device, *_value(name, kind, values))
             elif names is not None:
                 raise InputError(f"the metric {name} needs of real images {lacks}, or leave it out")
 
@@ -214,9 +222,16 @@ class MetricCollection:
         for metric in self.metrics.values():
             metric.reset()
 
-    def update(self, images: Tensor, start: int, condition: Tensor | Sequence[Any] | None = None) -> None:
+    @property
+    def needs_captions(self) -> str | None:
+        """The name of a metric that needs captions, or None."""
+        return next((name for name, metric in self.metrics.items() if metric.needs == "captions"), None)
+
+    def update(
+        self, images: Tensor, start: int, condition: Tensor | None = None, captions: Sequence[str] | None = None
+    ) -> None:
         """Add a batch; the arguments are those of :class:`Batch`."""
-        batch = Batch(images, start, condition, self.extractor)
+        batch = Batch(images, start, condition, self.extractor, captions)
         for metric in self.metrics.values():
             metric.update(batch)
 
@@ -249,6 +264,17 @@ class MetricCollection:
         intervals = {name: interval(float(found[name]), drawn) for name, drawn in replicates.items()}
         check_finite(what, {f"the interval of {name}": high - low for name, (low, high) in intervals.items()})
         return values, intervals, replicates
+
+
+def _value(name: str, kind: type[Metric], values: Mapping[str, str]) -> list[str]:
+    """Return the value of a metric that takes one."""
+    if kind.takes is None:
+        if name in values:
+            raise InputError(f"the metric {name} takes no value, and has {printable(values[name])}: write {name}")
+        return []
+    if not values.get(name):
+        raise InputError(f"the metric {name} needs {kind.takes}: write it as {name}=VALUE")
+    return [values[name]]
 
 
 def check_finite(what: str, values: Mapping[str, float | None]) -> None:

@@ -8,6 +8,8 @@ another folder here, and figures are drawn under its default settings.
 from __future__ import annotations
 
 import contextlib
+import textwrap
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +36,7 @@ __all__ = [
     "Axes",
     "Figure",
     "Line",
+    "caption_grid",
     "default_settings",
     "label",
     "loss_curves",
@@ -68,9 +71,10 @@ def label(name: str) -> str:
 
 @default_settings()
 def save_figure(figure: Figure, path: Path) -> None:
-    """Write a figure as a PNG file atomically."""
+    """Write a figure as a PNG file atomically. A character that matplotlib's font does not have is drawn as a box."""
     FigureCanvasAgg(figure)
-    with atomic_write(path) as file:
+    with atomic_write(path) as file, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")
         figure.savefig(file, format="png", dpi=150, bbox_inches="tight")
 
 
@@ -216,5 +220,36 @@ def sample_grid(
         row[0].set_ylabel(f"{count} steps", fontsize=9)
     for panel, checkpoint in zip(panels[0], checkpoints, strict=True):
         panel.set_title(label(checkpoint), fontsize=10)
+    figure.suptitle(label(title), fontsize=10)
+    return figure
+
+
+@default_settings()
+def caption_grid(
+    samples: dict[tuple[str, str, int], Tensor],
+    captions: Sequence[str],
+    checkpoints: Sequence[str],
+    sampler: str,
+    steps: Sequence[int],
+    title: str,
+) -> Figure:
+    """Draw samples, a row for each caption and a column for each checkpoint and number of steps.
+
+    Images in a row have the same noise. ``samples`` has an image of each caption.
+    """
+    columns = [(checkpoint, count) for checkpoint in checkpoints for count in steps]
+    figure = Figure(figsize=(1.4 * len(columns) + 2, 1.4 * len(captions) + 0.8), layout="constrained")
+    panels = figure.subplots(len(captions), len(columns), squeeze=False)
+    for i, (row, caption) in enumerate(zip(panels, captions, strict=True)):
+        for panel, (checkpoint, count) in zip(row, columns, strict=True):
+            image = samples[checkpoint, sampler, count][i].permute(1, 2, 0).numpy()
+            panel.imshow(image.squeeze(-1) if image.shape[-1] == 1 else image, cmap="gray", vmin=0, vmax=255)
+            panel.set_xticks([])
+            panel.set_yticks([])
+        lines = textwrap.wrap(label(caption), 26, max_lines=6, placeholder=" …")
+        row[0].set_ylabel("\n".join(lines), rotation=0, ha="right", va="center", fontsize=8)
+    for panel, (checkpoint, count) in zip(panels[0], columns, strict=True):
+        name = textwrap.fill(label(checkpoint), 20, max_lines=3, placeholder=" …")
+        panel.set_title(f"{name}\n{count} steps", fontsize=8)
     figure.suptitle(label(title), fontsize=10)
     return figure

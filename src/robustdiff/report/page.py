@@ -12,6 +12,7 @@ from urllib.parse import quote
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.stats import t as student_t
 
 from robustdiff.data.decode import open_image
 from robustdiff.errors import InputError, printable
@@ -28,21 +29,23 @@ from robustdiff.report.figures import (
     step_panels,
 )
 from robustdiff.study.analysis import (
-    Change,
+    TRAININGS,
+    Effect,
     Interval,
+    Pair,
     at_equal_brightness,
-    baseline_of,
     brightness,
-    chance,
-    change,
+    contrast,
+    effect,
+    holm,
     levels,
     mismatch_agreement,
     mismatch_pairs,
-    over_references,
     pairs,
     rank_correlation,
     ratio_to,
     sensitivity,
+    spread,
     values,
 )
 from robustdiff.study.schema import Study
@@ -52,6 +55,7 @@ __all__ = ["read_picture", "write_page"]
 
 FID, *OTHERS = MEASURES
 TITLES = {"kid": "KID"}
+SIGNIFICANT = 0.05
 
 
 def _text(words: str) -> str:
@@ -74,23 +78,32 @@ def _ends(interval: Interval) -> str:
     return f"{_percent(interval.low)} … {_percent(interval.high)}"
 
 
-def _bold(interval: Interval) -> str:
-    """Return the mean, in bold if the interval excludes 0."""
-    mark = "**" if interval.sign else ""
-    return f"{mark}{_percent(interval.mean)}{mark}"
-
-
 def _estimate(interval: Interval) -> str:
-    return f"{_bold(interval)} ({_ends(interval)})"
+    return f"{_percent(interval.mean)} ({_ends(interval)})"
 
 
-def _counted(interval: Interval | None, change: Change | None) -> str:
-    """Return an estimate with the number of seeds, or a dash without an estimate."""
-    return "–" if interval is None or change is None else f"{_estimate(interval)}, n = {len(change.seeds)}"
+def _each(effect: Effect) -> str:
+    """Return the change of each seed."""
+    return ", ".join(_percent(change) for change in effect.changes.values())
 
 
-def _ratio(c: Change | None) -> str:
-    return "–" if c is None else f"{1 + c.mean:.2f} ({1 + c.low:.2f} … {1 + c.high:.2f}), n = {len(c.seeds)}"
+def _effect(effect: Effect | None) -> str:
+    """Return an effect with its interval and the number of trainings, or the change of each if there are too few."""
+    if effect is None:
+        return "–"
+    return _each(effect) if effect.interval is None else f"{_estimate(effect.interval)}, n = {effect.n}"
+
+
+def _probability(p: float) -> str:
+    return "p < 0.001" if p < 0.001 else f"p = {p:.2g}"
+
+
+def _tested(effect: Effect | None, adjusted: float | None) -> str:
+    """Return an effect with its interval and adjusted p-value, in bold below 0.05."""
+    if effect is None or effect.interval is None or adjusted is None:
+        return "–"
+    mark = "**" if adjusted < SIGNIFICANT else ""
+    return f"{mark}{_percent(effect.mean)}{mark} ({_ends(effect.interval)}), {_probability(adjusted)}"
 
 
 def _correlation(value: float | None) -> str:
@@ -112,85 +125,91 @@ def _figure(folder: Path, name: str, made: Figure, caption: str) -> str:
     return f"![{caption}]({quote(folder.name)}/{name}.png)"
 
 
-def _over_trainings(results: Results, steps: int) -> list[str]:
-    """Return the result over trainings for each pair with several seeds."""
-    lines = []
+def _effects(results: Results, steps: int) -> list[str]:
+    """Return the effects with three trainings or more: by sampler, and the contrast of the study's two samplers."""
+    contrasted = results.study.contrast
+    found: dict[Pair, list[Effect | None]] = {}
     for method, baseline in pairs(results):
-        found = change(results, method, results.samplers, steps, baseline)
-        if found is None or len(found.seeds) < 2:
-            continue
-        word = {-1: "lower", 0: "undecided", 1: "higher"}[found.over_seeds.sign]
-        text = (
-            f"- **{method}** to {baseline}: {_percent(found.mean)} ({_ends(found.over_seeds)}, "
-            f"{len(found.seeds)} trainings): {word}."
-        )
-        alone = {sampler: change(results, method, [sampler], steps, baseline) for sampler in results.samplers}
-        decided = [
-            f"{sampler} {_percent(own.mean)} ({_ends(own.over_seeds)})"
-            for sampler, own in alone.items()
-            if len(alone) > 1 and own is not None and own.over_seeds.sign  # these seeds have cells of every sampler
-        ]
-        lines.append(text + (f" By sampler: {', '.join(decided)}." if decided else ""))
-    return lines
+        row = [effect(results, method, sampler, steps, baseline) for sampler in results.samplers]
+        if contrasted is not None:
+            row.append(contrast(results, method, contrasted, steps, baseline))
+        if any(one is not None and one.interval is not None for one in row):
+            found[method, baseline] = row
+    if not found:
+        return [f"No comparison has the {TRAININGS} trainings that an interval needs."]
+    tests = [one for row in found.values() for one in row if one is not None and one.p is not None]
+    adjusted = iter(holm([one.p for one in tests if one.p is not None]))
+    rows, lines = [], []
+    columns = [*results.samplers, *([f"{contrasted[0]} against {contrasted[1]}"] if contrasted else [])]
+    for (method, baseline), row in found.items():
+        cells = []
+        for column, one in zip(columns, row, strict=True):
+            p = None if one is None or one.p is None else next(adjusted)
+            cells.append(_tested(one, p))
+            if one is not None and p is not None and p < SIGNIFICANT:
+                lines.append(f"- **{method}** to {baseline}, {column}: {cells[-1]}, {one.n} trainings.")
+        n = sorted({one.n for one in row if one is not None and one.interval is not None})
+        rows.append([f"{method} to {baseline}", " to ".join(map(str, dict.fromkeys((n[0], n[-1])))), *cells])
+    shared = results.study.measure.image_noise == "shared"
+    noise = " and over the noise of the images, which all trainings share," if shared else ","
+    return [
+        f"The relative change of FID at {steps} steps, for each sampler by itself: the geometric mean over trainings, "
+        f"Student's 95 % interval over trainings{noise} and the p-value of no change, adjusted by Holm's method for "
+        f"the {len(tests)} tests of this table. "
+        + (f"{columns[-1]}: the ratio of the two changes, less one. " if contrasted else "")
+        + ("Below 0.05:" if lines else "No p-value is below 0.05."),
+        *(["\n".join(lines)] if lines else []),
+        _table([f"{steps} steps", "trainings", *columns], rows),
+    ]
 
 
-def _single_trainings(results: Results, steps: int) -> list[str]:
-    """Return the methods of one training that differ from their baseline by more than seeds explain."""
-    lines = []
-    for baseline, (deviation, bound) in chance(results, steps).items():
-        text = (
-            f"- Trainings of {baseline} and of what is compared with it that differ in their seed alone have FIDs with "
-            f"a standard deviation of {np.expm1(deviation):.1%}: two of them are up to {np.expm1(bound):.0%} apart by "
-            "chance (95 %)."
-        )
-        compared = [m for m, other in pairs(results) if other == baseline == baseline_of(results, m)]
-        changes = {method: change(results, method, results.samplers, steps) for method in compared}
-        single = [(own.mean, method) for method, own in changes.items() if own is not None and len(own.seeds) == 1]
-        for beyond, word in ((True, "further"), (False, "no further")):
-            these = [(mean, method) for mean, method in sorted(single) if (abs(np.log1p(mean)) > bound) == beyond]
-            if these:
-                named = ", ".join(f"{method} ({_percent(mean)})" for mean, method in these)
-                text += f" With one training, and {word} from {baseline} than that: {named}."
-        lines.append(text)
-    return lines
+def _few_trainings(results: Results, steps: int) -> list[str]:
+    """Return the changes of comparisons with too few trainings for an interval."""
+    rows = []
+    for method, baseline in pairs(results):
+        row = [effect(results, method, sampler, steps, baseline) for sampler in results.samplers]
+        if any(row) and all(one is None or one.interval is None for one in row):
+            rows.append([f"{method} to {baseline}", *map(_effect, row)])
+    if not rows:
+        return []
+    return [
+        f"Fewer than {TRAININGS} trainings, the change of each, about which nothing can be decided:",
+        _table([f"{steps} steps", *results.samplers], rows),
+    ]
 
 
-def _beside_references(results: Results, steps: int) -> list[str]:
-    """Return the changes from each reference to the baseline and to the best method with as many trainings."""
-    lines, baseline = [], results.study.baseline
-    for name, (own, best, lowest) in over_references(results, steps).items():
-        rest = "" if best == baseline else f", {best}, {_percent(lowest)}"
-        lines.append(
-            f"- Against {name}, as it is: {baseline} {_percent(own)}{';' if rest else ','} "
-            f"the lowest with as many trainings{rest}."
-        )
-    return lines
+def _chosen(results: Results) -> list[str]:
+    """Return a sentence on the seeds that are left out."""
+    chosen = {name: method.chosen_on for name, method in results.study.methods.items() if method.chosen_on}
+    if not chosen:
+        return []
+    named = ", ".join(f"{name} (seed {', '.join(map(str, seeds))})" for name, seeds in chosen.items())
+    return [f"Seeds on which settings were chosen are in the tables of levels, and not in comparisons: {named}."]
 
 
-def _verdict(results: Results) -> str:
-    """Return the comparisons of methods in sentences, those with most trainings first."""
-    lines = []
-    for method in results.methods:
-        if method == results.study.baseline:
-            continue
-        found: dict[int, list[str]] = {-1: [], 0: [], 1: []}
-        seeds = set()
-        for sampler, steps in itertools.product(results.samplers, results.steps):
-            if (own := change(results, method, [sampler], steps)) is not None:
-                found[own.direction].append(f"{sampler} {steps} ({_percent(own.mean)})")
-                seeds.add(len(own.seeds))
-        total = sum(map(len, found.values()))
-        if not total:
-            continue
-        baseline = baseline_of(results, method)
-        to = "" if baseline == results.study.baseline else f" (against {baseline})"
-        several = f"{min(seeds)} to {max(seeds)}" if len(seeds) > 1 else str(*seeds)
-        text = f"- **{method}**{to}, {several} of {len(results.study.methods[method].seeds)} seed(s): "
-        for direction, word in ((-1, "lower"), (1, "higher")):
-            text += f"{word} in {len(found[direction])} of {total} cells"
-            text += f" [{', '.join(found[direction])}]; " if found[direction] else "; "
-        lines.append((-max(seeds), f"{text}undecided in {len(found[0])}."))
-    return "\n".join(line for _, line in sorted(lines, key=itemgetter(0)))
+def _spread(results: Results, steps: int) -> list[str]:
+    """Return the standard deviation of FID over trainings that differ in their seed alone."""
+    found = {sampler: spread(results, sampler, steps) for sampler in results.samplers}
+    counts = sorted({passes for own in found.values() for passes in own})
+    if not counts:
+        return []
+    rows = []
+    for passes in counts:
+        cells = []
+        for own in found.values():
+            deviation, freedom = own.get(passes, (None, 0))
+            if deviation is None:
+                cells.append("–")
+            else:
+                apart = np.expm1(student_t.ppf(0.975, freedom) * np.sqrt(2) * deviation)
+                cells.append(f"{np.expm1(deviation):.1%} ({apart:.0%})")
+        rows.append([f"{passes} pass{'es' * (passes > 1)} over each batch", *cells])
+    return [
+        "## Trainings that differ in their seed alone",
+        "The standard deviation of FID over seeds, pooled over the methods with as many passes over each batch, and in "
+        "brackets how far apart two trainings are by chance (95 %).",
+        _table([f"{steps} steps", *results.samplers], rows),
+    ]
 
 
 def _mean(numbers: Sequence[float]) -> str:
@@ -229,69 +248,41 @@ def _references(results: Results) -> list[str]:
 
 
 def _against_references(results: Results) -> list[str]:
-    """Return the ratio of FID to that of each reference level at its largest number of steps."""
+    """Return the change of FID from each reference, at equal sampler and steps or from its largest number of steps."""
+    parts = []
+    for (name, sampler, steps), reference in levels(results, beside=True).items():
+        rows = [[method, _effect(ratio_to(results, method, sampler, steps, reference))] for method in results.methods]
+        parts.append(_table([f"{sampler}, {steps} steps", f"to {name}, {sampler} {steps}"], rows))
     found = levels(results)
-    if not found:
-        return []
-    parts = [
-        "## FID over that of the references",
-        "Ratio of FIDs, geometric mean over n seeds, with the 95 % interval over images.",
-    ]
     best = {(name, sampler): steps for name, sampler, steps in sorted(found)}  # keeps the largest number of steps
-    for (name, sampler), count in best.items():
+    for ((name, sampler), count), own in itertools.product(best.items(), results.samplers):
         reference = found[name, sampler, count]
-        for own in results.samplers:
-            rows = [
-                [method, *(_ratio(ratio_to(results, method, own, steps, reference)) for steps in results.steps)]
-                for method in results.methods
-            ]
-            parts.append(_table([f"{own} over {name}, {sampler} {count}; steps", *map(str, results.steps)], rows))
-    return parts
+        rows = [
+            [method, *(_effect(ratio_to(results, method, own, steps, reference)) for steps in results.steps)]
+            for method in results.methods
+        ]
+        parts.append(_table([f"{own} to {name}, {sampler} {count}; steps", *map(str, results.steps)], rows))
+    text = f"The relative change of FID, with the 95 % interval from {TRAININGS} trainings."
+    return ["## FID against the references", text, *parts] if parts else []
 
 
-def _changes(results: Results, samplers: Sequence[str], heading: str) -> str:
-    """Return the table of the changes of each pair, by number of steps."""
-    rows = []
-    for method, baseline in pairs(results):
-        found = [change(results, method, samplers, steps, baseline) for steps in results.steps]
-        if any(found):
-            name = method if baseline == results.study.baseline else f"{method} to {baseline}"
-            rows.append([name, *(_counted(one, one) for one in found)])
-    return _table([heading, *map(str, results.steps)], rows)
-
-
-def _by_sampler(results: Results) -> list[str]:
-    if len(results.samplers) == 1:
+def _by_steps(results: Results) -> list[str]:
+    """Return the change of each pair by sampler and number of steps."""
+    if len(results.steps) == 1:
         return []
-    return ["## By sampler", *(_changes(results, [sampler], f"{sampler}, steps") for sampler in results.samplers)]
-
-
-def _spread(results: Results, steps: int) -> list[str]:
-    """Return the variation over seeds: the difference of each training, and intervals over trainings."""
-    rows = []
-    for method, baseline in pairs(results):
-        found = change(results, method, results.samplers, steps, baseline)
-        if found is not None and len(found.seeds) > 1:
-            each, over = ", ".join(map(_percent, found.seeds)), found.over_seeds
-            rows.append([f"{method} to {baseline}", each, _bold(over), _ends(over)])
-    if not rows:
-        return []
-    heading = [f"{steps} steps, mean over samplers", "each seed", "mean", "95 % interval over trainings"]
-    by_sampler = []
-    for count, (method, baseline) in itertools.product(results.steps, pairs(results)):
-        changes = [change(results, method, [sampler], count, baseline) for sampler in results.samplers]
-        cells = ["–" if c is None or len(c.seeds) < 3 else _counted(c.over_seeds, c) for c in changes]
-        if set(cells) != {"–"}:
-            by_sampler.append([f"{method} to {baseline}, {count}", *cells])
     parts = [
-        "## How much another training changes",
-        "The intervals elsewhere on this page are over images, for networks as they were trained. These are over "
-        "trainings (Student's t), which differ in the order of the data and in all noise; methods of the same seed "
-        "begin with the same.",
-        _table(heading, rows),
+        "## By sampler and steps",
+        f"The relative change of FID, with the 95 % interval from {TRAININGS} trainings, and without one that of each "
+        "training.",
     ]
-    if by_sampler:
-        parts.append(_table(["steps; intervals over three trainings or more", *results.samplers], by_sampler))
+    for sampler in results.samplers:
+        rows = []
+        for method, baseline in pairs(results):
+            found = [effect(results, method, sampler, steps, baseline) for steps in results.steps]
+            if sum(one is not None for one in found) > 1:
+                rows.append([f"{method} to {baseline}", *map(_effect, found)])
+        if rows:
+            parts.append(_table([f"{sampler}, steps", *map(str, results.steps)], rows))
     return parts
 
 
@@ -310,9 +301,9 @@ def _at_equal_brightness(results: Results, steps: int) -> list[str]:
     if not rows:
         return []
     return [
-        "What remains at equal brightness, with the 95 % interval over trainings (analysis of covariance: ln FID on "
-        "the method and on brightness, with one slope for all). Brightness comes of the training, too: what a method "
-        "changes through it is not in these numbers.",
+        "The association at equal brightness, with 95 % intervals: an analysis of covariance of ln FID on the method, "
+        f"the seed and brightness, over the methods with {TRAININGS} trainings or more. Training changes brightness, "
+        "too, so that this is no estimate of a method's effect.",
         _table([f"{steps} steps", *found], rows),
     ]
 
@@ -396,9 +387,9 @@ def _brightness(results: Results, steps: int, folder: Path) -> list[str]:
     ranks = []
     for sampler in results.samplers:
         found = brightness(results, sampler, steps)
-        trainings = list(itertools.chain(*found.values()))
+        trainings = list(itertools.chain(*(own.values() for own in found.values())))
         if len(trainings) >= 5:
-            panels[sampler] = found
+            panels[sampler] = {method: list(own.values()) for method, own in found.items()}
             ranks.append(f"{sampler} {_correlation(rank_correlation(trainings))} ({len(trainings)} networks)")
     if not panels:
         return []
@@ -414,28 +405,33 @@ def _brightness(results: Results, steps: int, folder: Path) -> list[str]:
 
 @default_settings()
 def _sensitivity(results: Results, steps: int, folder: Path) -> list[str]:
-    """Return the α × K map of free adversarial training as a table and a figure."""
-    found = sensitivity(results, steps)
-    if len(found) < 3:
+    """Return the changes by α and K of free adversarial training, by sampler, as a table and a figure."""
+    baseline, _ = sensitivity(results, results.samplers[0], steps)
+    found = {sampler: sensitivity(results, sampler, steps)[1] for sampler in results.samplers}
+    keys = sorted({key for own in found.values() for key in own}, key=lambda key: (key[1], key[0]))
+    if len(keys) < 3:
         return []
-    alphas, counts = sorted({a for a, _ in found}), sorted({k for _, k in found})
-    rows = [[f"K = {k}", *(_estimate(found[a, k]) if (a, k) in found else "–" for a in alphas)] for k in counts]
-    table = _table([f"{steps} steps", *(f"α = {a:g}" for a in alphas)], rows)
-    grid = np.array([[found[a, k].mean if (a, k) in found else np.nan for a in alphas] for k in counts])
-    figure = Figure(figsize=(1.6 + 1.0 * len(alphas), 1.4 + 0.6 * len(counts)), layout="constrained")
+    grid = np.array([[own.get(key, np.nan) for own in found.values()] for key in keys])
+    names = [f"α = {alpha:g}, K = {count}" for alpha, count in keys]
+    rows = [[name, *("–" if np.isnan(v) else _percent(v) for v in row)] for name, row in zip(names, grid, strict=True)]
+    figure = Figure(figsize=(2.4 + 0.9 * len(found), 1.2 + 0.4 * len(keys)), layout="constrained")
     panel = figure.subplots()
     limit = max(0.05, float(np.nanmax(np.abs(grid))))
     image = panel.imshow(100 * grid, cmap="RdBu_r", vmin=-100 * limit, vmax=100 * limit, aspect="auto")
     for i, j in np.argwhere(~np.isnan(grid)):
         dark = abs(grid[i, j]) > 0.6 * limit
         panel.text(j, i, f"{grid[i, j]:+.0%}", ha="center", va="center", fontsize=9, color="w" if dark else "k")
-    panel.set_xticks(range(len(alphas)), [f"{a:g}" for a in alphas])
-    panel.set_yticks(range(len(counts)), [str(k) for k in counts])
-    panel.set_xlabel("step size α (ℓ2 units of one image)")
-    panel.set_ylabel("passes K")
-    figure.colorbar(image, ax=panel, label=label(f"FID against {results.study.baseline}, %"))
-    figure.suptitle(f"{steps} steps, mean over {', '.join(results.samplers)}; first seed", fontsize=10)
-    return ["## Sensitivity to α and K", table, _figure(folder, "sensitivity", figure, "α × K")]
+    panel.set_xticks(range(len(found)), list(found))
+    panel.set_yticks(range(len(keys)), names)
+    figure.colorbar(image, ax=panel, label=label(f"FID against {baseline}, %"))
+    figure.suptitle(f"{steps} steps, first seed", fontsize=10)
+    return [
+        "## Sensitivity to α and K",
+        f"The relative change of FID from {baseline} to free adversarial training, one training each. Trainings that "
+        "differ in their seed alone are apart, too, as above.",
+        _table([f"{steps} steps", *found], rows),
+        _figure(folder, "sensitivity", figure, "α × K"),
+    ]
 
 
 def _fid_figure(results: Results) -> Figure:
@@ -542,36 +538,6 @@ def _introduction(results: Results) -> list[str]:
     ]
 
 
-def _comparisons(results: Results, verdict: str, steps: int) -> list[str]:
-    """Return what the comparisons with the baseline show, and the changes from it."""
-    several = len(results.samplers) > 1
-    baseline = results.study.baseline
-    parts = ["## What the numbers say"]
-    if lines := [
-        *_over_trainings(results, steps),
-        *_single_trainings(results, steps),
-        *_beside_references(results, steps),
-    ]:
-        parts += [
-            f"FID at {steps} steps, {'mean over samplers, ' if several else ''}with the 95 % interval over "
-            f"trainings{'; a sampler is named where its own excludes 0' if several else ''}:",
-            "\n".join(lines),
-        ]
-    return [
-        *parts,
-        f"For the networks as they were trained, against {baseline}, counted as lower or higher where the "
-        "95 % interval over images excludes 0 and all seeds that are there agree (one interval in twenty excludes "
-        "0 by chance, and a single seed agrees with itself):",
-        verdict,
-        f"## FID against {baseline}" + (", mean over samplers" if several else ""),
-        f"Relative change of FID from {baseline}, or what else is named, at the same seed, geometric mean "
-        f"over {', '.join(results.samplers) + ' and ' if several else ''}n seeds, with the 95 % interval over "
-        "images; bold where it excludes 0.",
-        _changes(results, results.samplers, "steps"),
-        *_spread(results, steps),
-    ]
-
-
 def _not_run(results: Results) -> list[str]:
     """Return what the study plans and does not have, and what it leaves out."""
     cut = results.study.cut
@@ -596,15 +562,17 @@ def write_page(study: Study, folder: Path, page: Path) -> str:
     figures = page.with_suffix("")
     make_folder(figures)
     middle = 10 if 10 in results.steps else results.steps[len(results.steps) // 2]
-    verdict = _verdict(results)  # empty without pairs to compare
+    compared = bool(pairs(results))
     parts = [
         *_introduction(results),
-        *(_comparisons(results, verdict, middle) if verdict else []),
+        *(["## What the numbers say", *_effects(results, middle), *_chosen(results)] if compared else []),
+        *(_few_trainings(results, middle) if compared else []),
+        *_spread(results, middle),
         *_brightness(results, middle, figures),
         *_sensitivity(results, middle, figures),
         *_levels(results, figures),
         *_against_references(results),
-        *(_by_sampler(results) if verdict else []),
+        *(_by_steps(results) if compared else []),
         f"## {', '.join(_title(OTHERS))}",
         _other_measures(results, middle),
         *_mismatch(results),

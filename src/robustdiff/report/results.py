@@ -9,9 +9,12 @@ from typing import Any
 from robustdiff.evaluation.grid import Cell, Grid
 from robustdiff.files import remove_leftovers, write_json
 from robustdiff.metrics.metric import number_named
-from robustdiff.report.figures import numbers_against_steps, sample_grid, save_figure
+from robustdiff.report.figures import caption_grid, numbers_against_steps, sample_grid, save_figure
 
 __all__ = ["write_results"]
+
+MOST_CAPTIONS = 8
+"""The number of captions in a figure of samples."""
 
 
 def write_results(
@@ -19,7 +22,8 @@ def write_results(
 ) -> dict[str, Any]:
     """Write ``result.json``, which begins with the settings, and return its contents.
 
-    Cells of checkpoints have a figure of samples, and one of each number with intervals, with the cells ``beside``.
+    Cells of checkpoints have a figure of samples, a row for each caption if there are captions, and one of each number
+    with intervals, with the cells ``beside``.
     """
     folder.mkdir(parents=True, exist_ok=True)
     remove_leftovers(folder, r"result\.json|[\w.-]+\.png")
@@ -36,6 +40,13 @@ def write_results(
     checkpoints = list(dict.fromkeys(checkpoint for checkpoint, _, _ in grid.samples))
     steps = list(dict.fromkeys(steps for _, _, steps in grid.samples))
     for sampler in dict.fromkeys(sampler for _, sampler, _ in grid.samples):
-        figure = sample_grid(grid.samples, checkpoints, sampler, steps, f"{sampler}: the same noise in every column")
+        if grid.captions:
+            # One of several processes has fewer images than there are captions.
+            captions = grid.captions[: min(MOST_CAPTIONS, *map(len, grid.samples.values()))]
+            note = f"{sampler}: the same noise in every row"
+            figure = caption_grid(grid.samples, captions, checkpoints, sampler, steps, note)
+        else:
+            note = f"{sampler}: the same noise in every column"
+            figure = sample_grid(grid.samples, checkpoints, sampler, steps, note)
         save_figure(figure, folder / f"samples-{sampler.replace('+', 'p')}.png")
     return record

@@ -1,15 +1,22 @@
 r"""Statistics of the results of a study, which :func:`robustdiff.study.store.read_results` returns.
 
-The change from a baseline B to a method M under one sampler and number of steps is
+The effect of a method M against a baseline B, under one sampler and number of steps, in the trainings of seed s, is
 
-    D = exp( mean of ln FID_M − ln FID_B ) − 1
+    e_s = ln FID_{M,s} − ln FID_{B,s}.
 
-where the mean is over pairs of runs with the same seed, and over samplers if there are several. It is a geometric mean,
-so that the changes from B to M and from M to B are inverse. The 95 % interval of D comes from the bootstrap replicates
-of the cells, centred at each cell's FID and averaged in the same way. Replicate r resamples the same images in all
-cells, which share their noise, so that common variation cancels. This is an interval over images, for given trained
-networks. The variation between trainings is given by the change of each seed, and by Student's interval mean ± t_{n−1}
-· s/√n over the n seeds' values of ln(1 + D).
+Its mean ē over n seeds is given as the relative change exp(ē) − 1, so that the changes from B to M and from M to B are
+inverse. Effects on different samplers are not averaged, since a method can help one and harm another. The contrast of
+two samplers is the effect on one minus that on the other.
+
+A network is one draw of a method. Its own bootstrap interval says how well the network is measured, and nothing about
+the method, so intervals and tests need three seeds or more. With the variance s² of the e_s, and the variance v of ē
+due to the noise of the images that all trainings share,
+
+    Var ē = s²/n + v,     ν = (s²/n + v)² / ((s²/n)²/(n − 1) + v²/(K − 1))     (Satterthwaite, 1946),
+
+the 95 % interval is ē ± t_ν √(s²/n + v). K is the number of blocks of the bootstrap, and v the mean covariance of the
+bootstrap replicates of two seeds, which resample the same images; v = 0 if every seed has images of its own. P-values
+are adjusted by Holm's method (1979) for the number of tests. Seeds on which a setting was chosen are left out.
 """
 
 from __future__ import annotations
@@ -18,6 +25,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -26,32 +34,31 @@ from scipy.stats import spearmanr
 from scipy.stats import t as student_t
 
 from robustdiff.errors import RunError
-from robustdiff.metrics.bootstrap import interval
 from robustdiff.mismatch.measure import MEASURES as MISMATCHES
 from robustdiff.study.store import MEASURES, Results
 
 __all__ = [
-    "Change",
+    "TRAININGS",
+    "Effect",
     "Interval",
-    "adjusted_differences",
+    "adjusted_effects",
     "agreeing_digits",
     "at_equal_brightness",
     "baseline_of",
     "brightness",
-    "chance",
-    "change",
-    "change_of_logs",
     "compare",
+    "contrast",
+    "effect",
+    "holm",
     "levels",
     "log",
     "mismatch_agreement",
     "mismatch_pairs",
-    "over_references",
     "pairs",
     "rank_correlation",
     "ratio_to",
     "sensitivity",
-    "student_interval",
+    "spread",
     "values",
 ]
 
@@ -62,41 +69,85 @@ Key = tuple[str, int, str, int]
 
 FID = MEASURES[0]
 SMALLEST = 1e-3  # replicates of an FID near 0 can be negative
+BLOCKS = 50
+"""The number K of blocks of the bootstrap."""
+TRAININGS = 3
+"""The smallest number of trainings for which there is an interval."""
 DIGITS = 4
 """The number of significant digits to which the numbers of a reproduced cell must agree."""
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A relative difference with the ends of its 95 % interval."""
+    """A relative change with the ends of its 95 % interval."""
 
     mean: float
     low: float
     high: float
 
-    @property
-    def sign(self) -> int:
-        """Return the sign, −1 or 1, if the interval excludes 0, else 0."""
-        return -1 if self.high < 0 else int(self.low > 0)
-
 
 @dataclass(frozen=True)
-class Change(Interval):
-    """A relative difference with its interval over images, and the difference of each seed."""
+class Effect:
+    """The effect of a method over its trainings.
 
-    seeds: tuple[float, ...]
+    Attributes:
+        logs: The effect e_s, a difference of logarithms, of each seed.
+        shared: The variance v of the mean due to the noise of images that all trainings share.
+    """
+
+    logs: dict[int, float]
+    shared: float = 0.0
 
     @property
-    def over_seeds(self) -> Interval:
-        """Return the mean with its interval over trainings, which needs at least two seeds."""
-        ends = student_interval(np.log1p(self.seeds))
-        return Interval(self.mean, ends.low, ends.high)
+    def n(self) -> int:
+        """Return the number of trainings."""
+        return len(self.logs)
 
     @property
-    def direction(self) -> int:
-        """Return the sign, −1 or 1, if the interval excludes 0 and all seeds agree in sign, else 0."""
-        agreed = all(math.copysign(1, seed) == self.sign and seed != 0 for seed in self.seeds)
-        return self.sign if agreed else 0
+    def mean(self) -> float:
+        """Return the relative change, the geometric mean over seeds."""
+        return float(np.expm1(np.mean(list(self.logs.values()))))
+
+    @property
+    def changes(self) -> dict[int, float]:
+        """Return the relative change of each seed."""
+        return {seed: float(np.expm1(value)) for seed, value in self.logs.items()}
+
+    @cached_property
+    def _error(self) -> tuple[float, float] | None:
+        """Return the standard error of the mean and its degrees of freedom, or None for too few trainings."""
+        if self.n < TRAININGS:
+            return None
+        own = float(np.var(list(self.logs.values()), ddof=1)) / self.n
+        total = own + self.shared
+        weights = own**2 / (self.n - 1) + self.shared**2 / (BLOCKS - 1)
+        return math.sqrt(total), total**2 / weights if weights else math.inf
+
+    @property
+    def interval(self) -> Interval | None:
+        """Return the relative change with its interval over trainings, or None for too few trainings."""
+        if self._error is None:
+            return None
+        error, freedom = self._error
+        value, half = np.mean(list(self.logs.values())), student_t.ppf(0.975, freedom) * error
+        return Interval(*np.expm1([value, value - half, value + half]).tolist())
+
+    @property
+    def p(self) -> float | None:
+        """Return the two-sided p-value of no effect, or None for too few trainings."""
+        if self._error is None:
+            return None
+        error, freedom = self._error
+        value = abs(np.mean(list(self.logs.values())))
+        return float(2 * student_t.sf(value / error, freedom)) if error else float(value == 0)
+
+
+def holm(p: Sequence[float]) -> list[float]:
+    """Return p-values adjusted for their number by the step-down method of Holm (1979), in the given order."""
+    order = np.argsort(p, kind="stable")
+    adjusted = np.empty(len(p))
+    adjusted[order] = np.maximum.accumulate(np.arange(len(p), 0, -1) * np.array(p)[order]).clip(max=1)
+    return [float(value) for value in adjusted]
 
 
 def log(value: float) -> float:
@@ -110,22 +161,16 @@ def _logs(record: Record) -> Array:
     return np.log(np.maximum([value, *(replicates - replicates.mean() + value)], SMALLEST))
 
 
-def change_of_logs(seeds: Sequence[Array]) -> Change | None:
-    """Return the mean over seeds of log ratios and their replicates, (1 + R,) each, or None without seeds."""
+def _effect(results: Results, seeds: Mapping[int, Array]) -> Effect | None:
+    """Return the effect of seeds, each with its difference and the R replicates of it, or None without seeds."""
     if not seeds:
         return None
-    logs, *replicates = np.transpose(seeds)
-    value = float(np.mean(logs))
-    ends = interval(value, np.mean(replicates, axis=1))
-    mean, low, high = np.expm1([value, *ends]).tolist()
-    return Change(mean, low, high, tuple(np.expm1(logs).tolist()))
-
-
-def student_interval(logs: Sequence[float] | Array) -> Interval:
-    """Return the mean relative difference of two log ratios or more, with Student's interval."""
-    mean = np.mean(logs)
-    half = student_t.ppf(0.975, len(logs) - 1) * np.std(logs, ddof=1) / np.sqrt(len(logs))
-    return Interval(*np.expm1([mean, mean - half, mean + half]).tolist())
+    shared = 0.0
+    if len(seeds) > 1 and results.study.measure.image_noise == "shared":
+        covariance = np.cov([logs[1:] for logs in seeds.values()])
+        off = covariance.sum() - np.trace(covariance)
+        shared = max(0.0, float(off / (len(seeds) * (len(seeds) - 1))))
+    return Effect({seed: float(logs[0]) for seed, logs in seeds.items()}, shared)
 
 
 def baseline_of(results: Results, method: str) -> str:
@@ -150,35 +195,38 @@ def values(results: Results, method: str, sampler: str, steps: int, measure: str
     return [results.cells[method, seed, sampler, steps]["numbers"][measure] for seed in seeds]
 
 
-def change(
-    results: Results,
-    method: str,
-    samplers: Sequence[str],
-    steps: int,
-    baseline: str | None = None,
-    seeds: Sequence[int] | None = None,
-) -> Change | None:
-    """Return the change from a baseline to a method, averaged over samplers and over the seeds that have all cells.
+def _differences(results: Results, method: str, sampler: str, steps: int, baseline: str) -> dict[int, Array]:
+    """Return e_s and its replicates, by seed, of the seeds on which neither method was chosen."""
+    methods = results.study.methods
+    chosen = {*methods[method].chosen_on, *methods[baseline].chosen_on}
+    seeds = [s for s in _seeds(results, method, sampler, steps) if (baseline, s, sampler, steps) in results.cells]
+    cells = results.cells
+    return {
+        s: _logs(cells[method, s, sampler, steps]) - _logs(cells[baseline, s, sampler, steps])
+        for s in seeds
+        if s not in chosen
+    }
 
-    By default the baseline is the method's own, and the seeds are all of the method. Without a seed that has all cells
-    the result is None.
-    """
+
+def effect(results: Results, method: str, sampler: str, steps: int, baseline: str | None = None) -> Effect | None:
+    """Return the effect of a method against a baseline, by default its own, or None if no seed has both cells."""
+    return _effect(results, _differences(results, method, sampler, steps, baseline or baseline_of(results, method)))
+
+
+def contrast(
+    results: Results, method: str, samplers: tuple[str, str], steps: int, baseline: str | None = None
+) -> Effect | None:
+    """Return the effect on the first sampler minus that on the second, or None if no seed has all four cells."""
     baseline = baseline or baseline_of(results, method)
-    found = []
-    for seed in results.study.methods[method].seeds if seeds is None else seeds:
-        keys = [(seed, sampler, steps) for sampler in samplers]
-        cells = [(results.cells.get((method, *key)), results.cells.get((baseline, *key))) for key in keys]
-        parts = [_logs(one) - _logs(base) for one, base in cells if one is not None and base is not None]
-        if len(parts) == len(keys):
-            found.append(np.mean(parts, axis=0))
-    return change_of_logs(found)
+    one, other = (_differences(results, method, sampler, steps, baseline) for sampler in samplers)
+    return _effect(results, {seed: one[seed] - other[seed] for seed in one if seed in other})
 
 
-def ratio_to(results: Results, method: str, sampler: str, steps: int, reference: Record) -> Change | None:
-    """Return the change from a reference's cell to a method, averaged over seeds, or None if no seed has a cell."""
+def ratio_to(results: Results, method: str, sampler: str, steps: int, reference: Record) -> Effect | None:
+    """Return the effect of a method against a reference's cell, or None if no seed has a cell."""
     base = _logs(reference)
     seeds = _seeds(results, method, sampler, steps)
-    return change_of_logs([_logs(results.cells[method, seed, sampler, steps]) - base for seed in seeds])
+    return _effect(results, {seed: _logs(results.cells[method, seed, sampler, steps]) - base for seed in seeds})
 
 
 def levels(results: Results, beside: bool = False) -> dict[tuple[str, str, int], Record]:
@@ -190,130 +238,107 @@ def levels(results: Results, beside: bool = False) -> dict[tuple[str, str, int],
     }
 
 
-def over_references(results: Results, steps: int) -> dict[str, tuple[float, str, float]]:
-    """Compare the baseline with each reference, over all samplers.
+def spread(results: Results, sampler: str, steps: int) -> dict[int, tuple[float, int]]:
+    """Return the spread over trainings that differ in their seed alone.
 
     Returns:
-        By name of the reference: the baseline's change from it, the method with the lowest FID, and that method's
-        change. Only methods with at least as many trainings as the baseline are considered, since the lowest of many
-        single trainings would be low by chance.
+        By the number of passes over each batch, over all methods that make as many: the pooled standard deviation of
+        ln FID, and its degrees of freedom.
     """
-    found, baseline = {}, results.study.baseline
-    references = levels(results, beside=True)
-    for name in dict.fromkeys(name for name, *_ in references):
-        changes: dict[str, float] = {}
-        trainings: dict[str, int] = {}
-        for method in results.methods:
-            each = [
-                ratio_to(results, method, sampler, steps, references[name, sampler, steps])
-                for sampler in results.samplers
-                if (name, sampler, steps) in references
-            ]
-            whole = [one for one in each if one is not None]
-            if len(whole) == len(results.samplers):
-                changes[method] = float(np.expm1(np.mean([np.log1p(one.mean) for one in whole])))
-                trainings[method] = min(len(one.seeds) for one in whole)
-        if baseline in changes:
-            best = min((m for m in changes if trainings[m] >= trainings[baseline]), key=lambda method: changes[method])
-            found[name] = changes[baseline], best, changes[best]
-    return found
-
-
-def chance(results: Results, steps: int) -> dict[str, tuple[float, float]]:
-    """Return the variation between trainings that differ in their seed alone.
-
-    Returns:
-        By baseline, over it and the methods compared with it: the pooled standard deviation of ln FID averaged over
-            samplers, and the 95 % bound of the absolute difference between two trainings.
-    """
-    variances: dict[str, list[tuple[int, float]]] = {}
-    baselines = {baseline_of(results, method) for method in results.methods}
+    found: dict[int, list[tuple[float, int]]] = {}
     for method in results.methods:
-        seeds = set.intersection(*(set(_seeds(results, method, sampler, steps)) for sampler in results.samplers))
+        seeds = _seeds(results, method, sampler, steps)
         if len(seeds) > 1:
-            keys = [[(method, seed, sampler, steps) for sampler in results.samplers] for seed in seeds]
-            logs = [[log(results.cells[key]["numbers"][FID]) for key in of_seed] for of_seed in keys]
-            found = len(seeds) - 1, float(np.var(np.mean(logs, axis=1), ddof=1))
-            variances.setdefault(method if method in baselines else baseline_of(results, method), []).append(found)
-    bounds = {}
-    for baseline, group in variances.items():
-        freedom = sum(n for n, _ in group)
-        deviation = np.sqrt(sum(n * variance for n, variance in group) / freedom)
-        bound = student_t.ppf(0.975, freedom) * np.sqrt(2) * deviation
-        bounds[baseline] = float(deviation), float(bound)
-    return bounds
+            training = results.cells[method, seeds[0], sampler, steps]["training"]
+            variance = float(np.var([log(fid) for fid in values(results, method, sampler, steps)], ddof=1))
+            found.setdefault(round(training["steps"] / training["batches"]), []).append((variance, len(seeds) - 1))
+    return {
+        passes: (math.sqrt(sum(v * n for v, n in own) / sum(n for _, n in own)), sum(n for _, n in own))
+        for passes, own in sorted(found.items())
+    }
 
 
-def sensitivity(results: Results, steps: int) -> dict[tuple[float, int], Change]:
-    """Return the changes by (α, K) of free adversarial training in ℓ2 without a radius.
+def sensitivity(results: Results, sampler: str, steps: int) -> tuple[str, dict[tuple[float, int], float]]:
+    """Return the relative changes by (α, K) of free adversarial training in ℓ2 without a radius, and their baseline.
 
     Only the first seed of each method is used, so that all changes are of the same seed, and only methods that differ
-    from the first of them in α and K alone.
+    from the first of them in α and K alone and have the same baseline.
     """
-    found: dict[tuple[float, int], Change] = {}
+    found: dict[tuple[float, int], float] = {}
     settings: set[str] = set()
+    common = results.study.baseline
     for method in results.methods:
         recipe = next(record["recipe"] for (name, *_), record in results.cells.items() if name == method)
-        adversary = recipe["adversary"]
+        adversary, baseline = recipe["adversary"], baseline_of(results, method)
         free = adversary["name"] == "free" and adversary["norm"] == "l2" and adversary["radius"] is None
-        seeds = results.study.methods[method].seeds[:1]
-        own = change(results, method, results.samplers, steps, seeds=seeds) if free else None
-        if own is None:
+        seed = results.study.methods[method].seeds[0]
+        cells = [results.cells.get((name, seed, sampler, steps)) for name in (method, baseline)]
+        if not free or None in cells:
             continue
         rest = {k: v for k, v in recipe.items() if k not in ("adversary", "seed", "output", "sampler")}
-        settings = settings or {json.dumps(rest, sort_keys=True)}
-        if json.dumps(rest, sort_keys=True) in settings:
-            found[adversary["step_size"], adversary["steps"]] = own
-    return found
+        text = json.dumps([baseline, rest], sort_keys=True)
+        if not settings:
+            settings, common = {text}, baseline
+        if text in settings:
+            one, base = (log(record["numbers"][FID]) for record in cells if record is not None)
+            found[adversary["step_size"], adversary["steps"]] = float(np.expm1(one - base))
+    return common, found
 
 
-def brightness(results: Results, sampler: str, steps: int) -> dict[str, list[tuple[float, float]]]:
-    """Return the mean grey value and FID of each training, by method, from the cells that hold both."""
-    found: dict[str, list[tuple[float, float]]] = {}
-    for (method, _, *own), record in results.cells.items():
+def brightness(results: Results, sampler: str, steps: int) -> dict[str, dict[int, tuple[float, float]]]:
+    """Return the mean grey value and FID of each training, by method and seed, from the cells that hold both."""
+    found: dict[str, dict[int, tuple[float, float]]] = {}
+    for (method, seed, *own), record in results.cells.items():
         if own == [sampler, steps] and record["brightness"] is not None:
-            found.setdefault(method, []).append((record["brightness"], record["numbers"][FID]))
+            found.setdefault(method, {})[seed] = record["brightness"], record["numbers"][FID]
     return found
 
 
 def at_equal_brightness(results: Results, sampler: str, steps: int) -> dict[Pair, Interval]:
-    """Return the difference in FID of each pair at equal brightness, with intervals over trainings."""
-    logs = {
-        method: np.array([(grey, log(fid)) for grey, fid in own])
+    """Return the difference in FID of each pair at equal brightness, of methods with three trainings or more."""
+    points = {
+        method: {seed: (grey, log(fid)) for seed, (grey, fid) in own.items()}
         for method, own in brightness(results, sampler, steps).items()
+        if len(own) >= TRAININGS
     }
-    return adjusted_differences(logs, pairs(results))
+    return adjusted_effects(points, pairs(results))
 
 
-def adjusted_differences(groups: Mapping[str, Array], compared: Sequence[Pair]) -> dict[Pair, Interval]:
-    """Return the differences of groups at an equal covariate, by an analysis of covariance.
+def adjusted_effects(
+    groups: Mapping[str, Mapping[int, tuple[float, float]]], compared: Sequence[Pair]
+) -> dict[Pair, Interval]:
+    """Return the differences of groups at an equal covariate, by an analysis of covariance with seeds as blocks.
 
-    The model is y = a_group + b·x + e. With b estimated from the deviations from each group's mean, the adjusted
-    difference of two groups is Δȳ − b·Δx̄, with the variance s²·(1/n₁ + 1/n₀ + Δx̄²/Σ(x − x̄)²).
+    The model is y = a_group + c_seed + b·x + e, fitted by least squares.
 
     Arguments:
-        groups: The points (x, y) of each group, with shape (n, 2); y is a logarithm.
+        groups: The points (x, y) of each group by seed; y is a logarithm.
         compared: The pairs of groups to compare.
 
     Returns:
-        The relative differences of the pairs whose groups both exist, or nothing with fewer than two degrees of
-        freedom.
+        The relative differences, with 95 % intervals, of the pairs whose groups both exist; none with fewer than two
+        degrees of freedom.
     """
-    means = {name: points.mean(axis=0) for name, points in groups.items()}
-    freedom = sum(len(points) - 1 for points in groups.values()) - 1
+    rows = [(name, seed, *point) for name, own in groups.items() for seed, point in own.items()]
+    names, seeds = list(groups), sorted({seed for _, seed, *_ in rows})
+    design = np.array(
+        [[*(name == g for g in names), *(seed == s for s in seeds[1:]), x] for name, seed, x, _ in rows], np.float64
+    )
+    freedom = len(rows) - (np.linalg.matrix_rank(design) if rows else 0)
     if freedom < 2:
         return {}
-    x, y = np.concatenate([points - means[name] for name, points in groups.items()]).T
-    squares = x @ x
-    slope = x @ y / squares
-    variance = np.sum((y - slope * x) ** 2) / freedom
+    y = np.array([row[3] for row in rows])
+    inverse = np.linalg.pinv(design.T @ design)
+    fitted = inverse @ design.T @ y
+    variance = np.sum((y - design @ fitted) ** 2) / freedom
     found = {}
     for one, other in compared:
-        if one in means and other in means:
-            dx, dy = means[one] - means[other]
-            each = 1 / len(groups[one]) + 1 / len(groups[other]) + dx**2 / squares
-            half = student_t.ppf(0.975, freedom) * np.sqrt(variance * each)
-            value = dy - slope * dx
+        if one in groups and other in groups:
+            weights = np.array([(name == one) - (name == other) for name in names] + [0] * len(seeds), np.float64)
+            value, half = (
+                weights @ fitted,
+                student_t.ppf(0.975, freedom) * math.sqrt(variance * weights @ inverse @ weights),
+            )
             found[one, other] = Interval(*np.expm1([value, value - half, value + half]).tolist())
     return found
 

@@ -24,9 +24,10 @@ from robustdiff.data.pixels import tile
 from robustdiff.errors import InputError, RunError, printable
 from robustdiff.evaluation.generate import Generator
 from robustdiff.evaluation.grid import evaluate_cell
+from robustdiff.evaluation.prompts import prompts_of
 from robustdiff.files import atomic_write, make_folder, read_json
 from robustdiff.metrics.features import load_extractor
-from robustdiff.metrics.metric import MetricCollection
+from robustdiff.metrics.metric import DEFAULT, MetricCollection
 from robustdiff.metrics.reference import reference_statistics
 from robustdiff.mismatch.measure import measure_mismatch
 from robustdiff.progress import SILENT, Progress
@@ -100,9 +101,10 @@ def run_study(
 
 def _check_samplers(study: Study, run: Run) -> None:
     """Check that the samplers suit the initial networks of the study, before anything is trained."""
-    built = build_model(run.recipe, run.recipe.data.load())
-    for sampler, steps in itertools.product(study.measure.samplers, run.steps):
-        Generator.of(built.model, sampler=sampler, steps=steps)
+    dataset, measure = run.recipe.data.load(), study.measure
+    built, captions = build_model(run.recipe, dataset), _prompts(measure.data or run.recipe.data)
+    for sampler, steps in itertools.product(measure.samplers, run.steps):
+        Generator.of(built.model, sampler=sampler, steps=steps, guidance=measure.guidance, data_captions=captions)
 
 
 def _work(study: Study, folder: Path, wait: float, progress: Progress) -> bool:
@@ -164,13 +166,23 @@ def _measure_cell(study: Study, run: Run | None, cell: Cell, recipe: Recipe, pro
     if run is None:
         reference = study.references[cell.network]
         record, _ = _measure(
-            reference.path, measure, recipe.data, cell.sampler, cell.steps, reference.precision, progress
+            reference.path,
+            measure,
+            recipe.data,
+            cell.sampler,
+            cell.steps,
+            reference.precision,
+            progress,
+            guidance=reference.guidance,
         )
         settings = {"name": cell.network, "path": reference.path, "data": recipe.data.model_dump(mode="json")}
+        sampling = {"precision": reference.precision, "guidance": reference.guidance}
         # In a section of their own, since ``precision`` of a cell is that of precision and recall.
-        write(cell.path, {"reference": {**settings, "precision": reference.precision}, **record})
+        write(cell.path, {"reference": {**settings, **sampling}, **record})
         return
-    record, images = _measure(recipe.output, measure, recipe.data, cell.sampler, cell.steps, recipe.precision, progress)
+    record, images = _measure(
+        recipe.output, measure, recipe.data, cell.sampler, cell.steps, recipe.precision, progress, training=run.seed
+    )
     if run.first:
         with atomic_write(cell.path.with_suffix(".png")) as file:
             Image.fromarray(tile(images, measure.pictured).squeeze()).save(file, format="png")
@@ -197,12 +209,17 @@ def _measure_mismatch(run: Run, name: str, progress: Progress) -> None:
         run.mismatch_steps,
         measure.mismatch,
         probes=0,
-        seed=measure.seed,
+        seed=measure.noise_seed(run.seed),
         progress=_Piece(progress),
     )
     kept = ("sampler", "steps", "mean", "last")
     paths = [{name: value for name, value in asdict(path).items() if name in kept} for path in mismatch.paths]
-    record = {"method": run.method, "seed": run.seed, "n": measure.mismatch, "images_seed": measure.seed}
+    record = {
+        "method": run.method,
+        "seed": run.seed,
+        "n": measure.mismatch,
+        "images_seed": measure.noise_seed(run.seed),
+    }
     write(run.mismatch_path, {**record, "weights": generator.model.fingerprint(), "paths": paths})
 
 
@@ -220,13 +237,22 @@ def _training_settings(recipe: Recipe) -> dict[str, Any]:
     return {"training": read_json(path), "recipe": {**parse_yaml(recipe.to_yaml(), "the recipe"), "output": ""}}
 
 
+@lru_cache(maxsize=4)
+def _prompts(data: DataConfig) -> tuple[str, ...]:
+    """Return the first caption of each image of the data; none without captions."""
+    prompts = prompts_of(data.load())
+    return () if prompts is None else prompts.texts
+
+
 @lru_cache(maxsize=4)  # shared by the cells of one process
 def _metrics(measure: Measurement, data: DataConfig, device: torch.device) -> MetricCollection:
     """Return the metrics of a measurement, with the statistics of the real images."""
     weights = None if measure.weights is None else Path(measure.weights)
     extractor = load_extractor(measure.features, weights=weights, device=device)
     reference = reference_statistics((measure.data or data).load(), extractor)
-    return MetricCollection(None, extractor, reference, device)
+    pairs = [name.partition("=") for name in measure.metrics]
+    names, values = [name for name, *_ in pairs], {name: value for name, _, value in pairs if value}
+    return MetricCollection([*DEFAULT, *names], extractor, reference, device, values)
 
 
 def _measure(
@@ -238,8 +264,14 @@ def _measure(
     precision: str,
     progress: Progress,
     cpu: bool = False,
+    training: int | None = None,
+    guidance: float | None = None,
 ) -> tuple[dict[str, Any], torch.Tensor]:
-    """Measure a network under one sampler, and return the numbers for a cell's file and the first images."""
+    """Measure a network under one sampler, and return the numbers for a cell's file and the first images.
+
+    ``training`` is the seed of the network's training, or None for a reference. The scale of guidance is by default
+    that of the measurement.
+    """
     state = PartialState(cpu=cpu)  # used for the device alone, with one process
     metrics = _metrics(measure, data, state.device)
     assert metrics.reference is not None
@@ -248,18 +280,22 @@ def _measure(
         state.device,
         sampler=sampler,
         steps=steps,
-        seed=measure.seed,
+        seed=measure.noise_seed(training),
         batch_size=measure.batch_size,
         precision=precision,
+        guidance=measure.guidance if guidance is None else guidance,
+        data_captions=_prompts(measure.data or data),
     )
     cell, images = evaluate_cell(
         network, generator, measure.num, metrics, state, keep=measure.pictured, progress=_Piece(progress)
     )
     numbers = cell.record()
     del numbers["checkpoint"]
+    others = {name: values.tolist() for name, values in cell.replicates.items() if name != MEASURES[0]}
     record = {
         **numbers,
         "replicates": cell.replicates[MEASURES[0]].tolist(),
+        **({"other_replicates": others} if others else {}),
         "measure": cell_settings(measure),
         "weights": generator.model.fingerprint(),
         "extractor": metrics.reference.fingerprint,
@@ -337,10 +373,11 @@ def reproduce(path: Path, folder: Path, *, progress: Progress = SILENT) -> tuple
     assert cell.threads is not None
     cpu = cell.device == "cpu"
     torch.set_num_threads(cell.threads)
-    after = {}
+    after, guidance = {}, None
     if cell.reference is not None:
         assert cell.reference.data is not None
         name, data, precision = cell.reference.path, cell.reference.data, cell.reference.precision
+        guidance = cell.reference.guidance
     else:
         assert cell.recipe is not None
         name = str(folder / f"{cell.method}-s{cell.seed}")
@@ -351,5 +388,7 @@ def reproduce(path: Path, folder: Path, *, progress: Progress = SILENT) -> tuple
             return None
         after = _training_settings(recipe)
     progress.begin(path.stem, cell.measure.num)
-    record, _ = _measure(name, cell.measure, data, cell.sampler, cell.steps, precision, progress, cpu)
+    record, _ = _measure(
+        name, cell.measure, data, cell.sampler, cell.steps, precision, progress, cpu, cell.seed, guidance
+    )
     return before, {**before, **record, **after}

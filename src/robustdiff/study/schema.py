@@ -10,7 +10,7 @@ import itertools
 import re
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 
@@ -67,6 +67,7 @@ Count = Annotated[int, Field(strict=True, ge=1, le=100_000)]
 Seeds = Annotated[tuple[Seed, ...], Field(min_length=1, max_length=10_000), AfterValidator(_distinct)]
 Counts = Annotated[tuple[Count, ...], Field(min_length=1, max_length=1000), AfterValidator(_distinct)]
 Samplers = Annotated[tuple[Sampler, ...], Field(min_length=1, max_length=100), AfterValidator(_distinct)]
+Guidance = Annotated[float, Field(ge=0, le=1000)]
 Changes = Annotated[dict[str, Any], AfterValidator(_of_methods)]
 
 
@@ -78,12 +79,16 @@ class Method(Section):
     steps: Counts | None = Field(None, description="numbers of evaluations; those of the study by default")
     seed_steps: dict[Seed, Counts] = Field({}, description="the same for a seed that has others")
     baseline: Name | None = Field(None, description="the method it is compared with; the study's by default")
+    chosen_on: tuple[Seed, ...] = Field(
+        (), max_length=10_000, description="seeds on which the settings were chosen; they are left out of intervals"
+    )
 
     @model_validator(mode="after")
     def _of_its_seeds(self) -> Method:
-        for seed in self.seed_steps:
-            if seed not in self.seeds:
-                raise ValueError(f"seed_steps: {seed} is not one of the seeds {', '.join(map(str, self.seeds))}")
+        for name, seeds in {"seed_steps": self.seed_steps, "chosen_on": self.chosen_on}.items():
+            for seed in seeds:
+                if seed not in self.seeds:
+                    raise ValueError(f"{name}: {seed} is not one of the seeds {', '.join(map(str, self.seeds))}")
         return self
 
 
@@ -94,6 +99,7 @@ class Reference(Section):
     samplers: Samplers
     steps: Counts
     precision: Precision = "fp32"
+    guidance: Guidance | None = Field(None, description="scale of guidance; by default that of the measurement")
 
 
 class Measurement(Section):
@@ -103,6 +109,9 @@ class Measurement(Section):
     steps: Counts = (5, 8, 10, 20, 50)
     num: int = Field(5000, ge=4, le=10**7, description="images of a cell")
     seed: Seed = Field(0, description="of the images' noise")
+    image_noise: Literal["shared", "training"] = Field(
+        "shared", description="shared: the same for all trainings; training: by the training's seed, for all methods"
+    )
     batch_size: int = Field(64, ge=1, le=2**20)
     pictured: int = Field(8, ge=1, le=64, description="images in the picture of a cell of a method's first seed")
     mismatch: int = Field(
@@ -111,14 +120,24 @@ class Measurement(Section):
     mismatch_steps: Counts | None = Field(None, description="at which it is; those of the cells by default")
     mismatch_methods: tuple[Name, ...] | None = Field(None, description="of which it is; all by default")
     features: Text = "fashion-16"
+    metrics: Annotated[tuple[Text, ...], Field(max_length=100), AfterValidator(_distinct)] = Field(
+        (), description="further metrics, such as clip-score=FOLDER"
+    )
+    guidance: Guidance | None = Field(None, description="scale of guidance")
     weights: Text | None = Field(None, description="Inception's weights file")
-    data: DataConfig | None = Field(None, description="the real images; those of the recipe by default")
+    data: DataConfig | None = Field(
+        None, description="the real images, whose captions are prompts in turn; those of the recipe by default"
+    )
 
     @model_validator(mode="after")
     def _enough(self) -> Measurement:
         if 0 < self.mismatch < 40:
             raise ValueError(f"mismatch needs 40 images or more, or 0; got {self.mismatch}")
         return self
+
+    def noise_seed(self, training: int | None) -> int:
+        """Return the seed of the images' noise for a network, given the seed of its training; None for a reference."""
+        return self.seed if training is None or self.image_noise == "shared" else training
 
 
 class Study(Section):
@@ -129,6 +148,9 @@ class Study(Section):
     set: Changes = Field({}, description="what all methods change in the recipe")
     baseline: Name = Field(description="the method that the others are compared with")
     compare: tuple[tuple[Name, Name], ...] = Field((), description="more pairs: a method, and what it is compared with")
+    contrast: tuple[Sampler, Sampler] | None = Field(
+        None, description="two samplers; the effect of each method on the first is compared with that on the second"
+    )
     methods: dict[Name, Method] = Field(min_length=1, max_length=MOST_METHODS)
     references: dict[Name, Reference] = Field({}, max_length=MOST_METHODS)
     measure: Measurement = Measurement()
@@ -144,6 +166,9 @@ class Study(Section):
             for name in names:
                 if name not in self.methods:
                     raise ValueError(f"{key}: {name!r} is not one of the methods {', '.join(self.methods)}")
+        for sampler in self.contrast or ():
+            if sampler not in self.measure.samplers:
+                raise ValueError(f"contrast: {sampler} is not one of measure.samplers: add it, or name another")
         _distinct((*self.references, *(f"{name}-s{seed}" for name, m in self.methods.items() for seed in m.seeds)))
         cells = sum(len(r.samplers) * len(r.steps) for r in self.references.values())
         for method in self.methods.values():

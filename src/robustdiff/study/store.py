@@ -29,7 +29,7 @@ from robustdiff.mismatch.measure import MEASURES as MISMATCHES
 from robustdiff.recipe import Recipe, load_recipe
 from robustdiff.section import Precision, Text
 from robustdiff.study.plan import Cell, Run, plan, reference_cells
-from robustdiff.study.schema import Count, Measurement, Name, Sampler, Seed, Study, first_mistake
+from robustdiff.study.schema import Count, Guidance, Measurement, Name, Sampler, Seed, Study, first_mistake
 from robustdiff.training.trainer import FREE_TO_CHANGE
 
 __all__ = [
@@ -51,10 +51,11 @@ __all__ = [
 ]
 
 MEASURES = ("fid", "kid", "precision", "recall")
-"""The numbers of a cell that are compared. A cell has replicates of the first."""
+"""The numbers that every cell has. It has replicates of the first; those of further metrics are beside them."""
 
 Number = Annotated[float, Field(strict=True, ge=-1e12, le=1e12)]
 Whole = Annotated[int, Field(strict=True, ge=0, lt=2**63)]
+Replicates = Annotated[tuple[Number, ...], Field(min_length=REPLICATES, max_length=REPLICATES)]
 
 
 class _Record(BaseModel):
@@ -80,6 +81,7 @@ class _Network(_Record):
     name: Name
     path: Text
     precision: Precision = "fp32"
+    guidance: Guidance | None = None
     data: DataConfig | None = None
 
 
@@ -94,7 +96,8 @@ class CellRecord(_Record):
     sampler: Sampler | None = None
     steps: Count | None = None
     numbers: dict[str, Number]
-    replicates: Annotated[tuple[Number, ...], Field(min_length=REPLICATES, max_length=REPLICATES)]
+    replicates: Replicates
+    other_replicates: dict[str, Replicates] = {}
     measure: Measurement
     fid_ci: tuple[Number, Number] | None = None
     kid_se: Number | None = None
@@ -116,7 +119,9 @@ class CellRecord(_Record):
             return values
         if missing := [name for name in MEASURES if name not in values]:
             raise ValueError(f"{missing[0]} is missing")
-        return {**values, "numbers": {name: values[name] for name in MEASURES}}
+        others = values.get("other_replicates", {})
+        names = [*MEASURES, *(name for name in others if name in values)] if isinstance(others, dict) else MEASURES
+        return {**values, "numbers": {name: values[name] for name in names}}
 
 
 class Loss(_Record):
@@ -256,7 +261,8 @@ def read_cell(cell: Cell, study: Study, run: Run | None) -> dict[str, Any]:
     else:
         if record.reference is None:
             raise InputError(f"{printable(cell.path)} is not a cell of this study: {remedy}")
-        same = same and record.reference.path == study.references[cell.network].path
+        reference = study.references[cell.network]
+        same = same and (record.reference.path, record.reference.guidance) == (reference.path, reference.guidance)
     if not same:
         raise InputError(f"{printable(cell.path)} was made with other settings than the study's: {remedy}")
     return record.model_dump(mode="json")

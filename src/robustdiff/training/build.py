@@ -68,7 +68,7 @@ def _new(recipe: Recipe, dataset: ImageDataset) -> Built:
 
 
 def _pretrained(recipe: Recipe, path: str, dataset: ImageDataset) -> Built:
-    model, lora = load_model(path), recipe.model.lora
+    model, lora = load_model(path, recipe.model.side), recipe.model.lora
     if lora is None:
         model.merge()
     elif model.adapter is not None:

@@ -2,7 +2,7 @@ r"""The random numbers of a batch, which depend on (seed, batch number) alone.
 
 Batch b of a run holds the rows b·B … (b+1)·B − 1 of an endless list of indices, in which every epoch is a new
 permutation of the data. The times, noise and flips of a batch come from a generator that is seeded for each batch, and
-so does the choice among the captions of an image. Therefore
+so do the choice among the captions of an image and random crops. Therefore
 
 - a resumed run needs its batch number alone;
 - two runs that differ in their adversary alone see the same images, times and noise (common random numbers);
@@ -12,15 +12,19 @@ so does the choice among the captions of an image. Therefore
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterator
+from itertools import count
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-__all__ = ["BatchIndices", "batch_generator", "caption_numbers"]
+from robustdiff.data.pixels import Position
 
-_ORDER, _NOISE, _CAPTIONS = range(3)
+__all__ = ["BatchIndices", "BucketIndices", "batch_generator", "caption_numbers", "crop_positions"]
+
+_ORDER, _NOISE, _CAPTIONS, _CROPS, _ROUNDS, _BUCKETS = range(6)
 
 
 def batch_generator(seed: int, batch: int, device: torch.device | str) -> torch.Generator:
@@ -35,6 +39,36 @@ def caption_numbers(seed: int, batch: int, batch_size: int) -> NDArray[np.float6
     They are drawn on the CPU by a generator of their own, so that the host waits for no device to choose a caption.
     """
     return np.random.default_rng([seed, _CAPTIONS, batch]).random(batch_size)
+
+
+def crop_positions(seed: int, batch: int, batch_size: int) -> list[Position]:
+    """Return the random place of the crop of each sample of one batch, B pairs of numbers in [0, 1)."""
+    places = np.random.default_rng([seed, _CROPS, batch]).random((batch_size, 2)).tolist()
+    return [(top, left) for top, left in places]
+
+
+class _Endless:
+    """An endless list of indices, in which every epoch is a new permutation of {0, …, N − 1}.
+
+    Arguments:
+        length: The number N.
+        seed: The seed of epoch e is (*seed, e).
+    """
+
+    def __init__(self, length: int, *seed: int) -> None:
+        self.length, self.seed = length, seed
+        self._known: tuple[int, NDArray[np.int64]] = (-1, np.empty(0, np.int64))
+
+    def batch(self, number: int, batch_size: int) -> NDArray[np.int64]:
+        """Return the batch of a number, (B,)."""
+        rows = np.arange(number * batch_size, (number + 1) * batch_size)
+        indices = np.empty(batch_size, np.int64)
+        for epoch in np.unique(rows // self.length).tolist():
+            if self._known[0] != epoch:
+                self._known = (epoch, np.random.default_rng([*self.seed, epoch]).permutation(self.length))
+            inside = rows // self.length == epoch
+            indices[inside] = self._known[1][rows[inside] % self.length]
+        return indices
 
 
 class BatchIndices:
@@ -62,6 +96,11 @@ class BatchIndices:
     ) -> None:
         self.length, self.batch_size, self.seed, self.start = length, batch_size, seed, start
         self.rank, self.processes, self.accumulate = rank, processes, accumulate
+        self._order = _Endless(length, seed, _ORDER)
+
+    def batch(self, number: int) -> NDArray[np.int64]:
+        """Return the indices of all microbatches of one batch, (B,), of all processes."""
+        return self._order.batch(number, self.batch_size)
 
     def rows(self, microbatch: int) -> slice:
         """Return the rows of a batch that belong to this process's microbatch."""
@@ -69,17 +108,61 @@ class BatchIndices:
         first = (microbatch * self.processes + self.rank) * n
         return slice(first, first + n)
 
+    def bucket(self, number: int) -> int:
+        """Return the bucket of one batch, whose images have the same size."""
+        return 0
+
     def __iter__(self) -> Iterator[list[int]]:
-        known: tuple[int, NDArray[np.int64]] = (-1, np.empty(0, np.int64))
-        batch = self.start
-        while True:
-            batch_rows = np.arange(batch * self.batch_size, (batch + 1) * self.batch_size)
-            indices = np.empty(self.batch_size, np.int64)
-            for epoch in np.unique(batch_rows // self.length).tolist():
-                if known[0] != epoch:
-                    known = (epoch, np.random.default_rng([self.seed, _ORDER, epoch]).permutation(self.length))
-                inside = batch_rows // self.length == epoch
-                indices[inside] = known[1][batch_rows[inside] % self.length]
+        for number in count(self.start):
+            indices = self.batch(number)
             for microbatch in range(self.accumulate):
                 yield indices[self.rows(microbatch)].tolist()
-            batch += 1
+
+
+class BucketIndices(BatchIndices):
+    """Batches in which all images are of one bucket, so that they have one shape.
+
+    The images of a bucket are an endless list as above, of which each batch of the bucket takes the next B, so that no
+    image is left out. In round r, bucket i of nᵢ images has ⌊(r + 1) nᵢ/B⌋ − ⌊r nᵢ/B⌋ batches, and those of all
+    buckets are in random order. So over any number of rounds all images are drawn equally often, up to the last batch
+    of each bucket. A bucket of fewer than B images has repeated images in its batches.
+
+    Arguments:
+        buckets: The bucket of each image, (N,).
+        batch_size: The images B of one batch.
+        seed: The run's seed.
+        more: The other arguments of :class:`BatchIndices`.
+    """
+
+    def __init__(self, buckets: NDArray[np.int64], batch_size: int, seed: int, *more: int) -> None:
+        super().__init__(len(buckets), batch_size, seed, *more)
+        self.names = np.unique(buckets)
+        self._images = [np.flatnonzero(buckets == name) for name in self.names]
+        self._lists = [
+            _Endless(len(images), seed, _BUCKETS, int(name))
+            for name, images in zip(self.names, self._images, strict=True)
+        ]
+        self._round: tuple[int, NDArray[np.int64]] = (-1, np.empty(0, np.int64))
+
+    def _before(self, number: int) -> list[int]:
+        """Return the number of batches of each bucket before a round."""
+        return [number * len(images) // self.batch_size for images in self._images]
+
+    def _place(self, number: int) -> tuple[int, int]:
+        """Return the bucket of a batch, and its number among the batches of this bucket."""
+        most = (number + len(self._images) + 1) * self.batch_size // self.length + 2
+        index = bisect_right(range(most), number, key=lambda r: sum(self._before(r))) - 1
+        before, after = self._before(index), self._before(index + 1)
+        if self._round[0] != index:
+            kinds = np.repeat(np.arange(len(before)), np.subtract(after, before))
+            self._round = (index, np.random.default_rng([self.seed, _ROUNDS, index]).permutation(kinds))
+        place = number - sum(before)
+        kind = int(self._round[1][place])
+        return kind, before[kind] + int((self._round[1][:place] == kind).sum())
+
+    def bucket(self, number: int) -> int:
+        return int(self.names[self._place(number)[0]])
+
+    def batch(self, number: int) -> NDArray[np.int64]:
+        kind, position = self._place(number)
+        return self._images[kind][self._lists[kind].batch(position, self.batch_size)]

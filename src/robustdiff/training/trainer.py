@@ -26,6 +26,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from itertools import count
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -40,7 +41,8 @@ from robustdiff.backbones.lora import RECORD, adapter_of
 from robustdiff.backbones.model import Model, load_model
 from robustdiff.data import ImageDataset
 from robustdiff.data.latents import LatentDataset
-from robustdiff.data.loader import load_batches, worker_failures
+from robustdiff.data.loader import Request, load_batches, worker_failures
+from robustdiff.data.pixels import mirror_geometry
 from robustdiff.errors import InputError, RunError, printable
 from robustdiff.files import (
     MARKER,
@@ -68,9 +70,10 @@ from robustdiff.training.checkpoint import (
     remove_before,
     save_checkpoint,
 )
+from robustdiff.training.crops import arrange
 from robustdiff.training.ema import EMA, REMAINDER, sufficient_decay
 from robustdiff.training.optimizer import build_optimizer, create_state, set_counts, state_tensors
-from robustdiff.training.stream import BatchIndices, batch_generator, caption_numbers
+from robustdiff.training.stream import BatchIndices, BucketIndices, batch_generator, caption_numbers, crop_positions
 
 __all__ = ["Trainer", "read_result", "train"]
 
@@ -166,6 +169,7 @@ class Trainer:
         self.dataset = dataset
         self.built = built
         self.adversary = recipe.adversary.build(built.process)
+        self.buckets, self.sizes = arrange(recipe, dataset, built.model)
         self.step = 0
         self.batch = 0
         self.skipped_updates: int | Tensor = 0
@@ -228,19 +232,19 @@ class Trainer:
     def batches(self) -> Iterator[list[Draw]]:
         """Yield the list of microbatches of each batch, from the run's current batch on."""
         recipe, accelerator = self.recipe, self.accelerator
-        indices = BatchIndices(
-            len(self.dataset),
-            recipe.batch_size,
-            recipe.seed,
-            self.batch,
-            accelerator.process_index,
-            accelerator.num_processes,
-            recipe.accumulate,
-        )
-        loader = load_batches(self.dataset, indices, recipe.data.workers, accelerator.device.type == "cuda")
+        parts = accelerator.process_index, accelerator.num_processes, recipe.accumulate
+        indices: BatchIndices
+        if self.buckets is None:
+            indices = BatchIndices(len(self.dataset), recipe.batch_size, recipe.seed, self.batch, *parts)
+        else:
+            indices = BucketIndices(self.buckets, recipe.batch_size, recipe.seed, self.batch, *parts)
+        plain = recipe.data.crop == "centre" and self.buckets is None
+        wanted = indices if plain else self._requests(indices)
+        loader = load_batches(self.dataset, wanted, recipe.data.workers, accelerator.device.type == "cuda")
         codec, condition = self.built.model.codec, self.built.model.condition
-        shape = codec.encoded_shape(self.dataset.shape)
         while True:
+            size = self.sizes[indices.bucket(self.batch)]
+            shape = codec.encoded_shape((self.dataset.shape[0], *size))
             generator = batch_generator(recipe.seed, self.batch, accelerator.device)
             t, weight = self.objective.timesteps.draw(recipe.batch_size, generator, accelerator.device)
             noise = torch.randn((recipe.batch_size, *shape), generator=generator, device=accelerator.device)
@@ -265,6 +269,8 @@ class Trainer:
                     texts = [own[int(u * len(own))] for own, u in zip(captions, numbers, strict=True)]
                 if geometry is not None:
                     geometry = geometry.to(accelerator.device, non_blocking=True)
+                    if recipe.data.flip:
+                        geometry = mirror_geometry(geometry, size, flip[rows])
                 x0 = self.dataset.latents(
                     images.to(accelerator.device, non_blocking=True),
                     codec,
@@ -285,6 +291,16 @@ class Trainer:
                     )
                 )
             yield draws
+
+    def _requests(self, indices: BatchIndices) -> Iterator[Request]:
+        """Yield the images and the crops of each microbatch."""
+        recipe = self.recipe
+        for batch in count(indices.start):
+            images, size, positions = indices.batch(batch).tolist(), self.sizes[indices.bucket(batch)], None
+            if recipe.data.crop == "random":
+                positions = crop_positions(recipe.seed, batch, recipe.batch_size)
+            for rows in map(indices.rows, range(recipe.accumulate)):
+                yield Request(images[rows], size, None if positions is None else positions[rows])
 
     def _remember(self, draws: list[Draw], losses: list[Tensor]) -> None:
         """Pass the losses of a batch, gathered from all processes in batch order, to the sampler of times.
@@ -701,7 +717,7 @@ def train(
         latents.fill(accelerator.device, recipe.data.workers, rank, processes, progress)
         accelerator.wait_for_everyone()
         built.model.codec.to("cpu")  # which nothing calls any more
-    if built.model.condition.takes_captions and dataset.captions is not None:
+    if built.model.condition.takes_captions and dataset.captions is not None and accelerator.device.type != "cpu":
         _embed_captions(dataset.captions, built, accelerator, progress)
     set_seed(recipe.seed, device_specific=True)  # dropout and random directions differ between processes
     if resume and (checkpoint := newest_checkpoint(folder / "checkpoints")) is not None:

@@ -1,0 +1,48 @@
+"""The image embeddings of a CLIP model as features for FID, KID, precision and recall.
+
+For text-to-image models CLIP's embeddings describe content better than Inception's features (Jayasumana et al.,
+"Rethinking FID", CVPR 2024, arXiv 2401.09603). Here they are the projected embeddings before normalisation.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from robustdiff.errors import InputError
+from robustdiff.metrics.clip_score import load_clip, prepare
+from robustdiff.metrics.features import FeatureExtractor, fingerprint_of
+
+__all__ = ["ClipExtractor"]
+
+
+class ClipExtractor(FeatureExtractor):
+    """An extractor of the image embeddings of a CLIP model.
+
+    Args:
+        folder: The folder of a ``CLIPModel`` of transformers, or the name of one that comes with this package.
+
+    Raises:
+        InputError: If transformers is not installed, or the folder is not a CLIP or lacks a part.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        super().__init__()
+        self.name = f"clip={Path(folder).name}"
+        self.network, _, self.processor = load_clip(folder)
+        self.dim = int(self.network.config.projection_dim)
+        self.fingerprint = fingerprint_of(self.network.state_dict())
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Tensor:
+        if images.dtype != torch.uint8 or images.ndim != 4:
+            raise InputError(
+                f"extractor {self.name}: got {images.dtype} of shape {tuple(images.shape)}; give uint8 (B, C, H, W)"
+            )
+        pixels = prepare(self.processor, images).to(self.network.device)
+        with torch.autocast(pixels.device.type, enabled=False):
+            pooled = self.network.vision_model(pixel_values=pixels).pooler_output
+            embeddings: Tensor = self.network.visual_projection(pooled)
+        return embeddings

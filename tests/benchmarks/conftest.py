@@ -1,0 +1,25 @@
+"""Benchmarks, run in this process: a Python of its own takes seconds to import torch."""
+
+from __future__ import annotations
+
+import runpy
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from accelerate.state import AcceleratorState, PartialState
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+@pytest.fixture
+def benchmark(capsys: pytest.CaptureFixture[str]) -> Iterator[Callable[..., str]]:
+    """benchmark(NAME, *ARGUMENTS): run a file of benchmarks/ as its command does, and return what it prints."""
+
+    def run(name: str, *arguments: object) -> str:
+        runpy.run_path(str(BENCHMARKS / name))["main"]([str(argument) for argument in arguments])
+        return capsys.readouterr().out
+
+    yield run
+    AcceleratorState._reset_state(reset_partial_state=True)
+    PartialState._reset_state()
