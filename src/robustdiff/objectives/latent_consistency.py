@@ -415,14 +415,15 @@ class LatentConsistencyObjective(Objective):
 
     @torch.no_grad()
     def after_update(self, model: nn.Module, stepped: Tensor | None = None) -> None:
-        """Set θ⁻ ← μ θ⁻ + (1 − μ) θ, unless the optimiser skipped the step or the target is the student itself.
+        """Set θ⁻ ← μ θ⁻ + (1 − μ) θ, unless the optimiser skipped the step, or the target is the student itself.
 
         The student's parameters must be in the same order as those of the target.
         """
         assert isinstance(self.target, nn.Module)
-        average, values = list(self.target.parameters()), list(model.parameters())
-        if average[0] is not values[0]:
-            follow([p.data for p in average], [p.data for p in values], 1 - self.decay, stepped)
+        # Parameters that the two networks share, such as frozen ones or all, stay as they are.
+        pairs = [p for p in zip(self.target.parameters(), model.parameters(), strict=True) if p[0] is not p[1]]
+        if pairs:
+            follow([target.data for target, _ in pairs], [own.data for _, own in pairs], 1 - self.decay, stepped)
 
 
 _WIDTH = 256  # of the embedding of w in diffusers' scripts
