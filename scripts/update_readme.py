@@ -1,6 +1,7 @@
-"""Put the results of a demo into docs/demo and the README: python scripts/update_readme.py robustdiff-demo
+"""Put the results of a demonstration into the documentation: python scripts/update_readme.py robustdiff-demo
 
-The README's table is made from docs/demo/result.json, and a test checks that it still is.
+Those of `robustdiff demo` go to docs/demo and the README, those of `robustdiff demo --text` to docs/demo-text and
+docs/emoji.md. A test checks that the two documents hold what the two result.json say.
 """
 
 from __future__ import annotations
@@ -24,7 +25,6 @@ def demo_section(record: dict[str, Any]) -> str:
     for method in methods:
         columns += [method] if method == "plain" else [method, "difference to plain"]
     lines = ["| " + " | ".join(columns) + " |", "|---|" + "---:|" * (len(columns) - 1)]
-    better = worse = 0
     for sampler, steps in dict.fromkeys((s, k) for _, s, k in cells):
         row = [sampler, str(steps)]
         for method in methods:
@@ -34,12 +34,9 @@ def demo_section(record: dict[str, Any]) -> str:
                 difference = differences[method, "plain", sampler, steps]
                 low, high = difference["fid_ci"]
                 row.append(f"{difference['relative']:+.1%} ({low:+.2f} … {high:+.2f})")
-                better += method == "free AT" and high < 0
-                worse += method == "free AT" and low > 0
         lines.append("| " + " | ".join(row) + " |")
     training = record["training"]["free AT"]
     adversary = training["recipe"]["adversary"]
-    count = len(cells) // len(methods)
     on = record["obtained_on"]
     return "\n".join(
         [
@@ -54,8 +51,8 @@ def demo_section(record: dict[str, Any]) -> str:
             "",
             *lines,
             "",
-            f"Against plain fine-tuning, free AT is lower beyond the interval of the difference in {better} of {count} "
-            f"cells, and higher in {worse}.",
+            "The intervals are of the images of one training each. Trainings of one method with other seeds differ as "
+            "well, so that this table compares these networks and not the methods.",
             "",
             "![FID against steps](docs/demo/fid.png)",
             "",
@@ -64,17 +61,69 @@ def demo_section(record: dict[str, Any]) -> str:
     )
 
 
+def text_section(record: dict[str, Any]) -> str:
+    """The section of docs/emoji.md, from what the result.json of a demonstration of text-to-image models holds."""
+    methods = list(record["training"])
+    training = record["training"]
+    first = training["plain"]
+    at = next(own for name, own in training.items() if name != "plain")["recipe"]
+    adversary, objective, on = at["adversary"], at["objective"], record["obtained_on"]
+    low, high = objective["guidance"]
+    shown = {"fid": "FID", "clip_score": "CLIP score"}
+    parts = [
+        f"Measured on {on['data']}, {on['threads']} processes of one thread on a {on['device'].upper()}, torch "
+        f"{on['torch']}, seed {record['seed']}. Each student makes {first['steps']} updates of batch "
+        f"{first['batch_size']} from the same first network, with N = {objective['solver_steps']} and w from {low:g} "
+        f"to {high:g}. AT has K = {adversary['steps']} passes over each batch, so that it sees a K-th of the batches, "
+        f"α = {adversary['step_size']:g}, and a radius of {adversary['radius']['eta']:g}·√d for the noise "
+        f"(`by_noise`). FID and CLIP score of {record['cells'][0]['n']} images of held-out captions on the embeddings "
+        "of the shipped CLIP, with 95 % bootstrap intervals over images:"
+    ]
+    for number, title in shown.items():
+        rows = [["network", "steps", title, "difference to plain"]]
+        for cell in record["cells"]:
+            own = (cell["checkpoint"], cell["steps"])
+            found = [
+                d
+                for d in record["differences"]
+                if number in d and (d["checkpoint"], d["baseline"], d["steps"]) == (own[0], "plain", own[1])
+            ]
+            difference = "".join(
+                f"{d[number]:+.2f} ({d[f'{number}_ci'][0]:+.2f} … {d[f'{number}_ci'][1]:+.2f})" for d in found
+            )
+            rows.append([own[0], str(own[1]), _with_interval(cell, number), difference])
+        rows += [["teacher", str(cell["steps"]), _with_interval(cell, number), ""] for cell in record["teacher"]]
+        lines = ["| " + " | ".join(row) + " |" for row in rows]
+        parts.append("\n".join([lines[0], "|---|---:|---:|---:|", *lines[1:]]))
+    return "\n\n".join(
+        [
+            *parts,
+            "The intervals are of one training each, and so these tables compare "
+            f"{len(methods)} networks and not the methods.",
+            "![FID against steps](demo-text/fid.png)",
+            "![The same captions and noise in each row](demo-text/samples-lcm.png)",
+        ]
+    )
+
+
+def _with_interval(cell: dict[str, Any], number: str) -> str:
+    low, high = cell[f"{number}_ci"]
+    return f"{cell[number]:.2f} ± {(high - low) / 2:.2f}"
+
+
 def main(folder: Path) -> None:
-    """Copy the results and rewrite the README's section."""
-    target = ROOT / "docs" / "demo"
+    """Copy the results and rewrite the section of the document."""
+    record = json.loads((folder / "result.json").read_text())
+    text = "clip_score" in record["cells"][0]
+    document, section = (ROOT / "docs" / "emoji.md", text_section) if text else (ROOT / "README.md", demo_section)
+    target = ROOT / "docs" / ("demo-text" if text else "demo")
     target.mkdir(parents=True, exist_ok=True)
     for path in (folder / "result.json", *sorted(folder.glob("*.png"))):
-        shutil.copy(path, target / path.name)
-    readme = ROOT / "README.md"
-    before, _, rest = readme.read_text(encoding="utf-8").partition(START)
+        if folder.resolve() != target:
+            shutil.copy(path, target / path.name)
+    before, _, rest = document.read_text(encoding="utf-8").partition(START)
     after = rest.partition(END)[2]
-    section = demo_section(json.loads((target / "result.json").read_text()))
-    readme.write_text(f"{before}{START}\n{section}\n{END}{after}", encoding="utf-8")
+    document.write_text(f"{before}{START}\n{section(record)}\n{END}{after}", encoding="utf-8")
 
 
 if __name__ == "__main__":

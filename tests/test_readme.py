@@ -131,6 +131,8 @@ def test_the_demo_section_is_made_from_the_committed_results():
     script = runpy.run_path(str(ROOT / "scripts" / "update_readme.py"))
     record = json.loads((ROOT / "docs" / "demo" / "result.json").read_text())
     assert script["demo_section"](record) in (ROOT / "README.md").read_text(encoding="utf-8")
+    record = json.loads((ROOT / "docs" / "demo-text" / "result.json").read_text())
+    assert script["text_section"](record) in (ROOT / "docs" / "emoji.md").read_text(encoding="utf-8")
 
 
 def test_quoted_results_are_those_of_the_pages():

@@ -13,6 +13,8 @@ from robustdiff.cli import app, err, options, out, say
 from robustdiff.errors import InputError
 
 if TYPE_CHECKING:
+    import torch
+
     from robustdiff.evaluation.grid import Grid
     from robustdiff.evaluation.prompts import Prompts
     from robustdiff.evaluation.real_images import Target
@@ -72,29 +74,32 @@ def evaluate(
     """
     from accelerate import Accelerator
 
-    from robustdiff.evaluation.prompts import load_prompts, prompts_of
-    from robustdiff.evaluation.real_images import load_target
     from robustdiff.evaluation.sources import evaluate_sources, load_sources
     from robustdiff.report.bar import Bar
 
     accelerator, (runs, images) = Accelerator(cpu=cpu), load_sources(sources)
-    texts = None if prompts is None else load_prompts(prompts)
     names, values = options.parse_metrics(metrics)
-    cells = options.parse_names(sampler), options.parse_counts(steps), num, names, values, texts, _scales(guidance)
     given = {"--data": data, "--root": root, "--set": overrides, "--reference": reference}
     given |= {"--features": features, "--weights": weights}
-    real, compare = _real_images(names, given, runs, texts)
-    target = load_target(real, features, weights, accelerator.device, texts, compare)
-    chosen = options.given(spacing=spacing)
-    settings = options.given(seed=seed, batch_size=batch_size, precision=precision, options=chosen)
-    settings |= options.given(negative=negative)
+    target, texts = _target(names, given, runs, prompts, accelerator.device)
+    cells = options.parse_names(sampler), options.parse_counts(steps), num, names, values, texts, _scales(guidance)
+    recorded, chosen = options.given(seed=seed, negative=negative), options.given(spacing=spacing)
+    settings: dict[str, Any] = {"batch_size": batch_size, "precision": precision, "options": chosen, **recorded}
     with Bar(err, quiet=not accelerator.is_main_process) as bar:
         grid = evaluate_sources(runs, images, target, accelerator, *cells, progress=bar, **settings)
-    record = {**target.record, "seed": seed}
-    used = prompts_of(target.dataset) if texts is None and grid.captions else texts
-    record |= {"prompts": used.record} if used is not None else {}
-    record |= options.given(metrics=values or None, negative=negative)
-    accelerator.on_main_process(_show)(grid, target, record, output)
+    accelerator.on_main_process(_show)(grid, target, texts, values, recorded, output)
+
+
+def _target(
+    metrics: list[str], given: dict[str, Any], runs: dict[str, str], prompts: Path | None, device: torch.device
+) -> tuple[Target, Prompts | None]:
+    """Load the real images that metrics compare with, and the prompts of a file."""
+    from robustdiff.evaluation.prompts import load_prompts
+    from robustdiff.evaluation.real_images import load_target
+
+    texts = None if prompts is None else load_prompts(prompts)
+    real, compare = _real_images(metrics, given, runs, texts)
+    return load_target(real, given["--features"], given["--weights"], device, texts, compare), texts
 
 
 def _real_images(
@@ -132,9 +137,10 @@ def _scales(text: str | None) -> list[float]:
     return options.distinct(scales, "--guidance")
 
 
-def _show(grid: Grid, target: Target, record: dict[str, Any], output: Path | None) -> None:
+def _show(grid: Grid, target: Target, texts: Prompts | None, settings: dict[str, Any], output: Path | None) -> None:
     """Print the tables, and write the results into a folder."""
     from robustdiff.evaluation.grid import FILE
+    from robustdiff.evaluation.prompts import prompts_of
     from robustdiff.metrics.metric import number_named
     from robustdiff.report.results import write_results
     from robustdiff.report.tables import cell_table, grid_table, print_whole
@@ -149,7 +155,9 @@ def _show(grid: Grid, target: Target, record: dict[str, Any], output: Path | Non
         say(f"{number.title}, and its difference to {runs[0]} on common random numbers:")
         print_whole(out, grid_table(sampled, runs[0], number))
     if output is not None:
-        title = f"{grid.cells[0].n} images a cell, seed {record['seed']}"
+        title = f"{grid.cells[0].n} images a cell, seed {settings['seed']}"
         title = title if target.name is None else f"{target.name}, {title}"
-        write_results(output, grid, title, record)
+        used = prompts_of(target.dataset) if texts is None and grid.captions else texts
+        record = options.given(**settings, metrics=metrics or None, prompts=None if used is None else used.record)
+        write_results(output, grid, title, {**target.record, **record})
         say(f"figures and result.json are in {output}" if runs else f"result.json is in {output}")
