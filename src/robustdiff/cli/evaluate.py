@@ -137,7 +137,14 @@ def _scales(text: str | None) -> list[float]:
     return options.distinct(scales, "--guidance")
 
 
-def _show(grid: Grid, target: Target, texts: Prompts | None, settings: dict[str, Any], output: Path | None) -> None:
+def _show(
+    grid: Grid,
+    target: Target,
+    texts: Prompts | None,
+    metrics: dict[str, str],
+    settings: dict[str, Any],
+    output: Path | None,
+) -> None:
     """Print the tables, and write the results into a folder."""
     from robustdiff.evaluation.grid import FILE
     from robustdiff.evaluation.prompts import prompts_of

@@ -74,9 +74,8 @@ def sample(
     settings |= {"prompts": tuple(prompts), "negative": negative}
     generator = Generator.load(run, accelerator.device, **settings)
     _prepare(output, generator)
-    write = write_npz if output.suffix == ".npz" else write_pngs
     with Bar(err, quiet=not accelerator.is_main_process) as bar:
-        made = write(generator, num, output, accelerator, bar)
+        made = (write_npz if output.suffix == ".npz" else write_pngs)(generator, num, output, accelerator, bar)
     if accelerator.is_main_process:
         say(f"{num} images in {output}" + ("" if made else ", which were there already"))
 
