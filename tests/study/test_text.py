@@ -16,6 +16,7 @@ from robustdiff.errors import InputError
 from robustdiff.evaluation.generate import Generator
 from robustdiff.metrics.clip_score import ClipScore
 from robustdiff.metrics.features import load_extractor
+from robustdiff.report.page import write_page
 from robustdiff.study.run import reproduce, run_study
 from robustdiff.study.schema import load_study
 from robustdiff.study.store import read_results
@@ -94,6 +95,16 @@ def test_a_reference_has_the_guidance_of_its_own(finished):
     other = {**study.references, "teacher": study.references["teacher"].model_copy(update={"guidance": 2.0})}
     with pytest.raises(InputError, match="made with other settings"):
         read_results(study.model_copy(update={"references": other}), folder)
+
+
+def test_the_page_has_the_clip_score(finished, tmp_path):
+    study, folder = finished
+    text = write_page(study, folder, tmp_path / "page.md")
+    cells = [json.loads((folder / "cells" / f"AT-s0-lcm-{steps}.json").read_text()) for steps in (1, 2)]
+    _, found = text.split("## CLIP score")
+    assert f"| AT | {cells[0]['clip_score']:.2f} | {cells[1]['clip_score']:.2f} |" in found
+    teacher = json.loads((folder / "cells" / "teacher-ddim-2.json").read_text())
+    assert f"| teacher, as it is | ddim 2 | {teacher['clip_score']:.2f} |" in found
 
 
 @pytest.mark.parametrize("name", ["plain-s0-lcm-1", "guided-ddim-2"])

@@ -17,6 +17,7 @@ from scipy.stats import t as student_t
 from robustdiff.data.decode import open_image
 from robustdiff.errors import InputError, printable
 from robustdiff.files import atomic_write, make_folder
+from robustdiff.metrics.metric import number_named
 from robustdiff.mismatch.measure import MEASURES as MISMATCHES
 from robustdiff.report.figures import (
     Figure,
@@ -319,6 +320,27 @@ def _other_measures(results: Results, steps: int) -> str:
     return _table([f"{steps} steps: {' / '.join(_title(OTHERS))}", *results.samplers], rows)
 
 
+def _further(results: Results) -> list[str]:
+    """Return the tables of the numbers that the study measures besides those of every cell."""
+    first = next(iter(results.cells.values()))
+    parts = []
+    for name in (name for name in first["numbers"] if name not in MEASURES):
+        parts.append(f"## {number_named(name).title}")
+        parts.append("Mean over seeds ± their standard deviation where there are several.")
+        for sampler in results.samplers:
+            rows = [
+                [method, *(_mean(values(results, method, sampler, steps, name)) for steps in results.steps)]
+                for method in results.methods
+            ]
+            parts.append(_table([f"{sampler}, steps", *map(str, results.steps)], rows))
+        rows = [
+            [f"{reference}, as it is", f"{sampler} {steps}", f"{record['numbers'][name]:.2f}"]
+            for (reference, sampler, steps), record in results.references.items()
+        ]
+        parts += [_table(["", "sampler, steps", number_named(name).title], rows)] if rows else []
+    return parts
+
+
 def _mismatch(results: Results) -> list[str]:
     """Return FID beside each measure of the mismatch, and their rank correlations."""
     keys, compared = mismatch_pairs(results)
@@ -575,6 +597,7 @@ def write_page(study: Study, folder: Path, page: Path) -> str:
         *(_by_steps(results) if compared else []),
         f"## {', '.join(_title(OTHERS))}",
         _other_measures(results, middle),
+        *_further(results),
         *_mismatch(results),
         *_cost(results),
         *_losses(results, figures),
