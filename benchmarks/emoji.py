@@ -92,7 +92,8 @@ def measure() -> tuple[dict[str, Any], list[str], Tensor, Tensor]:
         return torch.cat([images for _, images in generator.images(range(COUNT))])
 
     with torch.inference_mode():
-        decoded = to_uint8(model.codec.decode(model.codec.encode(to_unit(real))))
+        means = model.codec.encode(to_unit(real), torch.zeros(COUNT, *model.shape))
+        decoded = to_uint8(model.codec.decode(means))
     cells, shown = [], None
     for steps, guidance in CELLS:
         images = samples(captions, steps, guidance)

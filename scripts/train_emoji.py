@@ -1,20 +1,14 @@
 """Train the text-to-image model of emoji that comes with the package: a VAE, a CLIP and a UNet.
 
     python scripts/train_emoji.py prepare          # writes all that the other stages read to the folder
-    python scripts/train_emoji.py vae --seconds 3000
-    python scripts/train_emoji.py clip --seconds 3000
-    python scripts/train_emoji.py unet --seconds 3000
-    python scripts/train_emoji.py decoder --seconds 3000
-    python scripts/train_emoji.py all --seconds 120 --device cuda
+    python scripts/train_emoji.py all --seconds 200 --device cuda
+    python scripts/train_emoji.py vae --seconds 3000     # or clip, unet, decoder: one stage, here on the CPU
     python scripts/train_emoji.py release          # writes the folders of the package, in float16
 
-The package's model is that of one run of `all` on a GPU, with the VAE and the CLIP side by side, and of two of
-`decoder` after it: `decoder-gpu`, of 19 seconds on the GPU, and one on a CPU.
-
 Every stage keeps a checkpoint in the folder (--folder) and goes on from it. Its learning rate falls to zero over the
-given time, so that another machine makes other weights. `all` trains the three one after the other in the given
-time, with SHARES of it. Stages other than `prepare` and `release` need only torch, diffusers, transformers and the
-folder.
+given time, so that another machine makes other weights. `all` trains the stages one after the other in the given time,
+with SHARES of it, which are those of the package's model (there the CLIP was trained beside the VAE). Stages other than
+`prepare` and `release` need only torch, diffusers, transformers and the folder.
 
 The VAE (Kingma & Welling, 2013, arXiv 1312.6114) minimises |x − x̂| + |∇x − ∇x̂| + β KL, means over elements, with ∇ the
 differences of neighbouring pixels. The CLIP (Radford et al., 2021, arXiv 2103.00020) tells the captions of a batch
@@ -22,8 +16,6 @@ apart. The UNet is trained by v-prediction (Salimans & Ho, 2022, arXiv 2202.0051
 Stable Diffusion (Rombach et al., 2022, arXiv 2112.10752), on latents, with the CLIP's text encoder; a tenth of the
 captions is replaced by the empty one, for guidance (Ho & Salimans, 2022, arXiv 2207.12598). `decoder` trains the
 decoder of the VAE alone, so that the latents, and with them the UNet, stay as they are.
-
-Under `python -m torch.distributed.run --nproc_per_node N` the gradients of N processes are averaged (`decoder`).
 """
 
 from __future__ import annotations
@@ -39,7 +31,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
@@ -48,16 +39,15 @@ from transformers import CLIPConfig, CLIPModel, CLIPTextModel
 
 LENGTH = 32  # tokens of a caption
 WORDS = 1536  # entries of the vocabulary
-SHARES = {"vae": 0.38, "clip": 0.14}  # of the time, when all are trained; the UNet has the rest
-REPORTS = 4.0  # seconds kept for the reports of the UNet
+SHARES = {"vae": 0.28, "clip": 0.24, "unet": 0.385, "decoder": 0.095}
 SETTINGS: dict[str, dict[str, Any]] = {
     "vae": {"batch": {"cpu": 16, "cuda": 256}, "lr": 1e-3, "warmup": 200, "ema": 0.998, "decay": 0.0, "kl": 5e-4},
-    "decoder": {"batch": {"cpu": 8, "cuda": 256}, "lr": 6e-4, "warmup": 100, "ema": 0.998, "decay": 0.0},
+    "decoder": {"batch": {"cpu": 8, "cuda": 256}, "lr": 1e-3, "warmup": 1, "ema": 0.99, "decay": 0.0},
     "clip": {"batch": {"cpu": 128, "cuda": 1024}, "lr": 1e-3, "warmup": 200, "ema": 0.998, "decay": 0.05},
     "unet": {"batch": {"cpu": 64, "cuda": 1024}, "lr": 1e-3, "warmup": 200, "ema": 0.999, "decay": 0.0, "dropped": 0.1},
 }
 LOG_EVERY = 50
-SAVE_EVERY = {"cpu": 60.0, "cuda": 12.0}  # seconds
+SAVE_EVERY = 12.0  # seconds
 
 Loss = Callable[[nn.Module], tuple[Tensor, dict[str, Tensor]]]
 
@@ -147,7 +137,7 @@ def train(stage: str, network: nn.Module, loss_of: Loss, folder: Path, device: s
         average.load_state_dict(state["average"])
         optimiser.load_state_dict(state["optimiser"])
         step, before = state["step"], state["seconds"]
-        torch.manual_seed(step + 1000 * _rank())
+        torch.manual_seed(step)
 
     def save(elapsed: float) -> None:
         state = {"network": network.state_dict(), "average": average.state_dict(), "optimiser": optimiser.state_dict()}
@@ -155,60 +145,37 @@ def train(stage: str, network: nn.Module, loss_of: Loss, folder: Path, device: s
         os.replace(folder / "unfinished.pt", path)
 
     begin = saved = time.monotonic()
-    batch, first = settings["batch"][device], _rank() == 0
-    elapsed = before
-    while elapsed < seconds:
+    batch = settings["batch"][device]
+    while (elapsed := before + time.monotonic() - begin) < seconds:
         scale = min(1, (step + 1) / settings["warmup"]) * (1 + math.cos(math.pi * elapsed / seconds)) / 2
         optimiser.param_groups[0]["lr"] = settings["lr"] * scale
         with torch.autocast(device, torch.bfloat16):
             loss, parts = loss_of(network)
         optimiser.zero_grad()
         loss.backward()
-        elapsed = before + time.monotonic() - begin
-        if dist.is_initialized():
-            elapsed = average_gradients(parameters, elapsed)
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimiser.step()
         step += 1
         with torch.no_grad():
             torch._foreach_lerp_(averages, parameters, 1 - min(settings["ema"], (1 + step) / (10 + step)))
-        if step % LOG_EVERY == 0 and first:
-            record = {"step": step, "seconds": round(elapsed, 1), "images": step * batch * _processes()}
+        if step % LOG_EVERY == 0:
+            record = {"step": step, "seconds": round(elapsed, 1), "images": step * batch}
             record |= {name: round(value.item(), 5) for name, value in {"loss": loss, **parts}.items()}
             with (folder / f"{stage}.jsonl").open("a") as log:
                 print(json.dumps(record), file=log)
             print(stage, json.dumps(record), flush=True)
-            if time.monotonic() - saved > SAVE_EVERY[device]:
+            if time.monotonic() - saved > SAVE_EVERY:
                 save(elapsed)
                 saved = time.monotonic()
-    if first:
-        save(elapsed)
-        record = {"updates": step, "batch": batch * _processes(), "seconds": round(elapsed), "device": _name(device)}
-        record["parameters"] = sum(value.numel() for value in parameters)
-        _write(folder / f"{stage}-training.json", {**settings, **record})
+    save(elapsed)
+    record = {"updates": step, "batch": batch, "seconds": round(elapsed), "device": _name(device)}
+    record["parameters"] = sum(value.numel() for value in parameters)
+    _write(folder / f"{stage}-training.json", {**settings, **record})
     return average
 
 
-def _rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def _processes() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def average_gradients(parameters: list[nn.Parameter], elapsed: float) -> float:
-    """Average the gradients over the processes, and return the mean of their elapsed seconds."""
-    flat = torch.cat([*(value.grad.flatten() for value in parameters), torch.tensor([elapsed])])
-    dist.all_reduce(flat)
-    flat /= dist.get_world_size()
-    for value, part in zip(parameters, flat[:-1].split([value.numel() for value in parameters]), strict=True):
-        value.grad.copy_(part.view_as(value.grad))
-    return flat[-1].item()
-
-
 def _name(device: str) -> str:
-    return torch.cuda.get_device_name() if device == "cuda" else f"{_processes()} thread(s) of a CPU"
+    return torch.cuda.get_device_name() if device == "cuda" else "one thread of a CPU"
 
 
 def _write(path: Path, record: dict[str, Any]) -> None:
@@ -262,43 +229,26 @@ def train_vae(data: Data, folder: Path, device: str, seconds: float) -> None:
 def train_decoder(data: Data, folder: Path, device: str, seconds: float) -> None:
     """Train the decoder of the VAE on latents of its encoder, which stays as it is."""
     vae = AutoencoderKL.from_pretrained(folder / "vae").to(device)
-    means, stds = moments(vae, data, folder, device)
+    means, stds = moments(vae, data)
 
     def loss_of(decoder: nn.Module) -> tuple[Tensor, dict[str, Tensor]]:
         rows, pairs = data.draw(SETTINGS["decoder"]["batch"][device])
-        latents = means[rows] + stds[rows] * torch.randn_like(means[rows])
-        error = run(latents).float() - data.images(pairs)
+        error = decoder(means[rows] + stds[rows] * torch.randn_like(means[rows])).float() - data.images(pairs)
         l1 = error.abs().mean()
         edges = sum(part.abs().mean() for part in differences(error))
         return l1 + edges, {"l1": l1, "edges": edges}
 
     decoder = nn.Sequential(vae.post_quant_conv, vae.decoder).to(memory_format=torch.channels_last)
-    run = torch.compile(decoder) if device == "cpu" else decoder  # for a short run compilation takes too long
-    average = train("decoder", decoder, loss_of, folder, device, seconds)
-    if _rank() == 0:
-        vae.post_quant_conv, vae.decoder = average[0], average[1]
-        vae.save_pretrained(folder / "vae-decoder")
-        report_vae(vae, data, folder)
+    vae.post_quant_conv, vae.decoder = train("decoder", decoder, loss_of, folder, device, seconds).children()
+    vae.save_pretrained(folder / "vae")
+    report_vae(vae, data, folder)
 
 
 @torch.no_grad()
-def moments(vae: AutoencoderKL, data: Data, folder: Path, device: str) -> tuple[Tensor, Tensor]:
-    """Return the means and standard deviations (N, 4, 8, 8) of the latents of all images for training.
-
-    The processes share the work and exchange the parts as files.
-    """
-    pairs = data.pairs["train"]
-    with torch.autocast(device, torch.bfloat16):
-        parts = [vae.encode(data.images(part)).latent_dist for part in _split(pairs[_rank() :: _processes()], 64)]
-    own = torch.cat([torch.cat([part.mean, part.std], dim=1).float() for part in parts]).contiguous()
-    if not dist.is_initialized():
-        return own[:, :4], own[:, 4:]
-    save_file({"moments": own}, folder / f"moments-{_rank()}.safetensors")
-    dist.barrier()
-    whole = own.new_empty(len(pairs), *own.shape[1:])
-    for rank in range(_processes()):
-        whole[rank :: _processes()] = load_file(folder / f"moments-{rank}.safetensors")["moments"]
-    return whole[:, :4], whole[:, 4:]
+def moments(vae: AutoencoderKL, data: Data) -> tuple[Tensor, Tensor]:
+    """Return the means and standard deviations (N, 4, 8, 8) of the latents of all images for training."""
+    parts = [vae.encode(data.images(part)).latent_dist for part in _split(data.pairs["train"])]
+    return torch.cat([part.mean for part in parts]), torch.cat([part.std for part in parts])
 
 
 @torch.no_grad()
@@ -460,10 +410,7 @@ def train_unet(data: Data, folder: Path, device: str, seconds: float) -> None:
     vae = AutoencoderKL.from_pretrained(folder / "vae").to(device)
     clip = CLIPModel.from_pretrained(folder / "clip").to(device).eval()
     encoder, settings = clip.text_model, SETTINGS["unet"]
-    with torch.no_grad():
-        moments = [vae.encode(data.images(part)).latent_dist for part in _split(data.pairs["train"])]
-        means = torch.cat([part.mean for part in moments]) * vae.config.scaling_factor
-        stds = torch.cat([part.std for part in moments]) * vae.config.scaling_factor
+    means, stds = (part * vae.config.scaling_factor for part in moments(vae, data))
     alphas = new_scheduler().alphas_cumprod.to(device)
 
     def loss_of(unet: nn.Module) -> tuple[Tensor, dict[str, Tensor]]:
@@ -569,7 +516,7 @@ def release(folder: Path, guidance: float = 3.0) -> None:
     given = {name.removeprefix("text_model."): value for name, value in clip.text_model.state_dict().items()}
     encoder.load_state_dict({name: given[name.removeprefix("text_model.")] for name in encoder.state_dict()})
     pipeline = StableDiffusionPipeline(
-        vae=AutoencoderKL.from_pretrained(vae if (vae := folder / "vae-decoder").exists() else folder / "vae"),
+        vae=AutoencoderKL.from_pretrained(folder / "vae"),
         text_encoder=encoder,
         tokenizer=tokenizer,
         unet=UNet2DConditionModel.from_pretrained(folder / "unet"),
@@ -586,12 +533,8 @@ def release(folder: Path, guidance: float = 3.0) -> None:
     CLIPImageProcessor(size={"shortest_edge": 64}, crop_size=size, image_mean=half, image_std=half).save_pretrained(
         CLIP
     )
-    training = {
-        stage: json.loads(path.read_text())
-        for stage in ("vae", "decoder-gpu", "decoder", "clip", "unet")
-        if (path := folder / f"{stage}-training.json").exists()
-    }
-    quality = {stage: json.loads((folder / f"{stage}-quality.json").read_text()) for stage in ("vae", "clip", "unet")}
+    training = {stage: json.loads((folder / f"{stage}-training.json").read_text()) for stage in STAGES}
+    quality = {stage: json.loads((folder / f"{stage}-quality.json").read_text()) for stage in ("vae", "clip")}
     columns = ("parameters", "updates", "batch", "seconds")
     rows = "\n".join(
         f"| {name} | {' | '.join(f'{one[column]:,}' for column in columns)} | {one['device']} |"
@@ -622,12 +565,9 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("runs/emoji"))
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    begin = time.monotonic()
     folder: Path = arguments.folder
     folder.mkdir(parents=True, exist_ok=True)
-    if "WORLD_SIZE" in os.environ:
-        dist.init_process_group("gloo")
-    torch.manual_seed(arguments.seed + 1000 * _rank())
+    torch.manual_seed(arguments.seed)
     if arguments.stage == "prepare":
         return prepare(folder)
     if arguments.stage == "release":
@@ -636,12 +576,12 @@ def main() -> None:
         torch.set_num_threads(1)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.benchmark = True
     data = Data(folder, arguments.device)
-    if arguments.stage != "all":
-        return STAGES[arguments.stage](data, folder, arguments.device, arguments.seconds)
     for stage, share in SHARES.items():
-        STAGES[stage](data, folder, arguments.device, share * arguments.seconds)
-    rest = arguments.seconds - REPORTS - (time.monotonic() - begin)
-    return train_unet(data, folder, arguments.device, rest)
+        if arguments.stage in (stage, "all"):
+            STAGES[stage](
+                data, folder, arguments.device, arguments.seconds * (share if arguments.stage == "all" else 1)
+            )
+    return None
 
 
 if __name__ == "__main__":
