@@ -42,7 +42,7 @@ WORDS = 1536  # entries of the vocabulary
 SHARES = {"vae": 0.28, "clip": 0.24, "unet": 0.385, "decoder": 0.095}
 SETTINGS: dict[str, dict[str, Any]] = {
     "vae": {"batch": {"cpu": 16, "cuda": 256}, "lr": 1e-3, "warmup": 200, "ema": 0.998, "decay": 0.0, "kl": 5e-4},
-    "decoder": {"batch": {"cpu": 8, "cuda": 256}, "lr": 1e-3, "warmup": 1, "ema": 0.99, "decay": 0.0},
+    "decoder": {"batch": {"cpu": 8, "cuda": 256}, "lr": 1e-3, "warmup": 30, "ema": 0.99, "decay": 0.0},
     "clip": {"batch": {"cpu": 128, "cuda": 1024}, "lr": 1e-3, "warmup": 200, "ema": 0.998, "decay": 0.05},
     "unet": {"batch": {"cpu": 64, "cuda": 1024}, "lr": 1e-3, "warmup": 200, "ema": 0.999, "decay": 0.0, "dropped": 0.1},
 }
