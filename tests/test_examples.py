@@ -16,6 +16,7 @@ PATH = Path(__file__).parents[1] / "examples" / "plug_in.py"
 
 @pytest.fixture
 def no_state_of_accelerate():
+    AcceleratorState._reset_state(reset_partial_state=True)  # of another test in this process
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
     PartialState._reset_state()

@@ -70,7 +70,7 @@ def _small(name):
 
 @pytest.mark.usefixtures("in_this_process")
 @pytest.mark.parametrize("path", [path for path in DOCUMENTS if path.name != "text-to-image.md"], ids=lambda p: p.name)
-def test_every_command_runs(path, robustdiff, tmp_path, monkeypatch):
+def test_every_command_runs(path, robustdiff, make_sd_pipeline, tmp_path, monkeypatch):
     from robustdiff import demo
     from robustdiff.backbones.adm import PRESETS, AdmFlags, build_adm, convert, save_adm
 
@@ -81,6 +81,7 @@ def test_every_command_runs(path, robustdiff, tmp_path, monkeypatch):
     save_adm(build_adm(flags), tmp_path / "64x64_diffusion.pt")
     (tmp_path / "benchmarks" / "studies").mkdir(parents=True)
     (tmp_path / "benchmarks" / "studies" / "fashion-16.yaml").write_text(STUDY)
+    make_sd_pipeline(tmp_path / "stabilityai" / "stable-diffusion-xl-base-1.0", "xl")  # in place of the download
     for command in commands(path):
         more = ["--steps", "2"] if command[0] == "evaluate" and "--steps" in command else []
         if command[:2] in (["train", "fashion-16-dit"], ["train", "emoji"]):

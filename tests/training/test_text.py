@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import diffusers
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from PIL import Image
 
@@ -17,6 +19,8 @@ from robustdiff.backbones.model import load_model
 from robustdiff.conditions.clip import ClipText
 from robustdiff.evaluation.generate import Generator, ImageNoise
 from robustdiff.objectives.denoising import DenoisingObjective
+from robustdiff.progress import SILENT
+from robustdiff.training.trainer import _embed_captions
 
 pytest.importorskip("transformers")
 
@@ -112,7 +116,7 @@ def test_a_fine_tuned_pipeline_is_sampled_as_diffusers_does(
     assert np.abs(pixels - 255 * theirs[1]).max() < 1
 
 
-def test_captions_are_encoded_before_the_first_update_and_activations_may_be_computed_again(
+def test_on_a_cpu_captions_are_encoded_as_they_come_and_activations_may_be_computed_again(
     robustdiff: Any,
     tmp_path: Path,
     recipe: Path,
@@ -131,10 +135,26 @@ def test_captions_are_encoded_before_the_first_update_and_activations_may_be_com
         changes = {"model.gradient_checkpointing": value, "model.condition_dropout": 0.5}
         outcome = robustdiff("train", recipe, *settings_of(pipelines["sd"], images, run, **changes), "--cpu")
         assert outcome.code == 0, outcome.err
-    texts = ["", "a blue shoe", "a red shoe", "blue", "shoe"]
-    assert called == [*texts, "parked", "drawn", "parked", "drawn"]
+    assert "parked" not in called
+    assert called.count("drawn") == 2
+    encoded = [text for text in called if text != "drawn"]
+    assert len(encoded) == len(set(encoded)), "kept on disk for the second run"
     plain, again = (load_model(run).network.state_dict() for run in runs)
     torch.testing.assert_close(plain, again, rtol=0, atol=1e-6)
+
+
+def test_captions_are_encoded_in_advance_and_the_encoders_leave_the_device(
+    tmp_path: Path, pipelines: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ROBUSTDIFF_CACHE", str(tmp_path / "cache"))
+    called: list[str] = []
+    encode, park = ClipText.encode, ClipText.park
+    monkeypatch.setattr(ClipText, "encode", lambda self, texts: called.extend(sorted(texts)) or encode(self, texts))
+    monkeypatch.setattr(ClipText, "park", lambda self: called.append("parked") or park(self))
+    for _ in range(2):
+        built = SimpleNamespace(model=load_model(pipelines["sd"]))
+        _embed_captions([("shoe", "blue"), ("shoe",)], built, Accelerator(cpu=True), SILENT)
+    assert called == ["", "blue", "shoe", "parked", "parked"]
 
 
 def test_a_network_that_cannot_compute_activations_again_is_refused(

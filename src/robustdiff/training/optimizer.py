@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import AdamW
 
 from robustdiff.errors import InputError, first_line
 from robustdiff.recipe import Recipe
@@ -60,11 +61,12 @@ def create_state(optimizer: Any) -> None:
     """Create the state that an optimiser of :func:`build_optimizer` makes at its first step."""
     for number, group in enumerate(optimizer.param_groups):
         for index, parameter in enumerate(group["params"]):
-            if not isinstance(optimizer, torch.optim.AdamW):
+            if not isinstance(optimizer, AdamW):
                 optimizer.init_state(group, parameter, number, index)
                 continue
+            counted_on = parameter.device if optimizer.defaults["fused"] else None
             optimizer.state[parameter] = {
-                "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+                "step": torch.zeros((), dtype=torch.float32, device=counted_on),
                 "exp_avg": torch.zeros_like(parameter, memory_format=torch.preserve_format),
                 "exp_avg_sq": torch.zeros_like(parameter, memory_format=torch.preserve_format),
             }
