@@ -1,4 +1,4 @@
-"""Whether the shipped text-to-image model draws what its captions say.
+"""Measure how well the images of the shipped text-to-image model fit their captions.
 
 Of the test split of `emoji`, which are combinations of a known emoji and a known background that training does not
 show, 40 are taken at equal distances, and an image is sampled for the first caption of each, from common noise. The

@@ -1,4 +1,4 @@
-"""How much GPU memory adversarial training of Stable Diffusion and Flux takes, by arithmetic and by measurement.
+"""Compute and measure the GPU memory that adversarial training of Stable Diffusion and Flux takes.
 
 Networks of the published sizes with random weights are trained by the trainer itself (objective, free adversary with
 K = 3, optimiser, moving average) on random latents and embeddings. Neither the VAE nor the text encoders are there:

@@ -11,9 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from robustdiff.errors import InputError
 from robustdiff.metrics.clip_score import load_clip, prepare
-from robustdiff.metrics.features import FeatureExtractor, fingerprint_of
+from robustdiff.metrics.features import FeatureExtractor, check_images, fingerprint_of
 
 __all__ = ["ClipExtractor"]
 
@@ -37,10 +36,7 @@ class ClipExtractor(FeatureExtractor):
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
-        if images.dtype != torch.uint8 or images.ndim != 4:
-            raise InputError(
-                f"extractor {self.name}: got {images.dtype} of shape {tuple(images.shape)}; give uint8 (B, C, H, W)"
-            )
+        check_images(self.name, images)
         pixels = prepare(self.processor, images).to(self.network.device)
         with torch.autocast(pixels.device.type, enabled=False):
             pooled = self.network.vision_model(pixel_values=pixels).pooler_output

@@ -46,6 +46,7 @@ __all__ = [
     "ClassifierExtractor",
     "FeatureExtractor",
     "InceptionExtractor",
+    "check_images",
     "fingerprint_of",
     "load_extractor",
 ]
@@ -108,7 +109,12 @@ def fingerprint_of(weights: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _batch(name: str, images: Tensor) -> None:
+def check_images(name: str, images: Tensor) -> None:
+    """Check that images are uint8 (B, C, H, W), for the extractor of a name.
+
+    Raises:
+        InputError: If they are not.
+    """
     if images.dtype != torch.uint8 or images.ndim != 4:
         raise InputError(
             f"extractor {name}: got {images.dtype} of shape {tuple(images.shape)}; give uint8 (B, C, H, W)"
@@ -210,7 +216,7 @@ class ClassifierExtractor(FeatureExtractor):
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
-        _batch(self.name, images)
+        check_images(self.name, images)
         channels, size = self.classifier.architecture["channels"], self.classifier.architecture["size"]
         if tuple(images.shape[1:]) != (channels, size, size):
             raise InputError(
@@ -283,7 +289,7 @@ class InceptionExtractor(FeatureExtractor):
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
-        _batch(self.name, images)
+        check_images(self.name, images)
         if images.shape[1] not in (1, 3):
             raise InputError(f"extractor inception: got {images.shape[1]} channels; give grey or RGB images")
         images = images.to(self.network.fc.weight.device).expand(-1, 3, -1, -1)

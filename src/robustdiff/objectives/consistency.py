@@ -69,6 +69,7 @@ __all__ = [
     "Weighting",
     "euler_step",
     "heun_step",
+    "move",
 ]
 
 Solver = Literal["heun", "euler"]
@@ -252,6 +253,25 @@ class ConsistencyDraw(Draw):
     lower: Tensor
 
 
+def move(x_next: Tensor, solved: Tensor, delta: Tensor | None, perturb: Perturbed) -> tuple[Tensor, Tensor, bool]:
+    """Add a perturbation to the solver's points or to the student's input.
+
+    Arguments:
+        x_next: The student's points, with shape (B, *).
+        solved: The solver's points, with shape (B, *).
+        delta: The perturbation, with shape (B, *); None for none.
+        perturb: The points that are moved, "solver" or "student".
+
+    Returns:
+        Both points, and whether a gradient of the perturbation passes through the target network.
+    """
+    if delta is None:
+        return x_next, solved, False
+    if perturb == "student":
+        return x_next + delta, solved, False
+    return x_next, solved + delta, delta.requires_grad and torch.is_grad_enabled()
+
+
 class ConsistencyObjective(Objective):
     """The consistency loss, as a callable.
 
@@ -361,13 +381,7 @@ class ConsistencyObjective(Objective):
         """Return the losses of the student with δ added to ``draw.x_t``, in at least float32: "loss" (weighted) and
         "distance"."""
         assert isinstance(draw, ConsistencyDraw)
-        x_next, solved = draw.x_next, draw.solved
-        through_target = False
-        if delta is not None and self.perturb == "solver":
-            solved = solved + delta
-            through_target = delta.requires_grad and torch.is_grad_enabled()
-        elif delta is not None:
-            x_next = x_next + delta
+        x_next, solved, through_target = move(draw.x_next, draw.solved, delta, self.perturb)
         student = Preconditioned(model, self.sigma_data, self.sigma_min)
         target = Preconditioned(self.target, self.sigma_data, self.sigma_min)
         with self._fork(draw.x0.device):

@@ -50,7 +50,7 @@ from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 
 from robustdiff.errors import InputError
-from robustdiff.objectives.consistency import Perturbed
+from robustdiff.objectives.consistency import Perturbed, move
 from robustdiff.objectives.objective import (
     OBJECTIVES,
     Draw,
@@ -400,13 +400,7 @@ class LatentConsistencyObjective(Objective):
         """Return the losses of the student with δ added to ``draw.x_t``, in at least float32: "loss" (weighted) and
         "distance"."""
         assert isinstance(draw, LatentConsistencyDraw)
-        x_next, solved = draw.x_next, draw.solved
-        through_target = False
-        if delta is not None and self.perturb == "solver":
-            solved = solved + delta
-            through_target = delta.requires_grad and torch.is_grad_enabled()
-        elif delta is not None:
-            x_next = x_next + delta
+        x_next, solved, through_target = move(draw.x_next, draw.solved, delta, self.perturb)
         end = self._function(model, x_next, draw.upper, draw)
         with _constant(self.target) if through_target else torch.no_grad():
             goal = self._function(self.target, solved, draw.lower, draw)

@@ -19,7 +19,7 @@ from accelerate import PartialState
 from PIL import Image
 
 from robustdiff import __version__
-from robustdiff.data import DataConfig
+from robustdiff.data import DataConfig, ImageDataset
 from robustdiff.data.pixels import tile
 from robustdiff.errors import InputError, RunError, printable
 from robustdiff.evaluation.generate import Generator
@@ -102,7 +102,8 @@ def run_study(
 def _check_samplers(study: Study, run: Run) -> None:
     """Check that the samplers suit the initial networks of the study, before anything is trained."""
     dataset, measure = run.recipe.data.load(), study.measure
-    built, captions = build_model(run.recipe, dataset), _prompts(measure.data or run.recipe.data)
+    captions = _captions(dataset if measure.data is None else measure.data.load())
+    built = build_model(run.recipe, dataset)
     for sampler, steps in itertools.product(measure.samplers, run.steps):
         Generator.of(built.model, sampler=sampler, steps=steps, guidance=measure.guidance, data_captions=captions)
 
@@ -237,22 +238,24 @@ def _training_settings(recipe: Recipe) -> dict[str, Any]:
     return {"training": read_json(path), "recipe": {**parse_yaml(recipe.to_yaml(), "the recipe"), "output": ""}}
 
 
-@lru_cache(maxsize=4)
-def _prompts(data: DataConfig) -> tuple[str, ...]:
-    """Return the first caption of each image of the data; none without captions."""
-    prompts = prompts_of(data.load())
-    return () if prompts is None else prompts.texts
-
-
 @lru_cache(maxsize=4)  # shared by the cells of one process
-def _metrics(measure: Measurement, data: DataConfig, device: torch.device) -> MetricCollection:
-    """Return the metrics of a measurement, with the statistics of the real images."""
+def _real_images(
+    measure: Measurement, data: DataConfig, device: torch.device
+) -> tuple[MetricCollection, tuple[str, ...]]:
+    """Return the metrics of a measurement, with the statistics of the real images, and the captions of the images."""
     weights = None if measure.weights is None else Path(measure.weights)
     extractor = load_extractor(measure.features, weights=weights, device=device)
-    reference = reference_statistics((measure.data or data).load(), extractor)
+    dataset = (measure.data or data).load()
+    reference = reference_statistics(dataset, extractor)
     pairs = [name.partition("=") for name in measure.metrics]
     names, values = [name for name, *_ in pairs], {name: value for name, _, value in pairs if value}
-    return MetricCollection([*DEFAULT, *names], extractor, reference, device, values)
+    return MetricCollection([*DEFAULT, *names], extractor, reference, device, values), _captions(dataset)
+
+
+def _captions(dataset: ImageDataset) -> tuple[str, ...]:
+    """Return the first caption of each image, or none without captions."""
+    prompts = prompts_of(dataset)
+    return () if prompts is None else prompts.texts
 
 
 def _measure(
@@ -273,7 +276,7 @@ def _measure(
     that of the measurement.
     """
     state = PartialState(cpu=cpu)  # used for the device alone, with one process
-    metrics = _metrics(measure, data, state.device)
+    metrics, captions = _real_images(measure, data, state.device)
     assert metrics.reference is not None
     generator = Generator.load(
         network,
@@ -284,7 +287,7 @@ def _measure(
         batch_size=measure.batch_size,
         precision=precision,
         guidance=measure.guidance if guidance is None else guidance,
-        data_captions=_prompts(measure.data or data),
+        data_captions=captions,
     )
     cell, images = evaluate_cell(
         network, generator, measure.num, metrics, state, keep=measure.pictured, progress=_Piece(progress)
