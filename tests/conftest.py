@@ -22,8 +22,10 @@ from robustdiff import cli
 with suppress(ImportError):  # the tests of devices need nothing beside the package and pytest
     from hypothesis import HealthCheck, settings
 
-    # On a busy machine everything is slow.
-    settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    # On a busy machine everything is slow. In CI the examples are the same for one commit, so that a result repeats.
+    settings.register_profile(
+        "busy", deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize="CI" in os.environ
+    )
     settings.load_profile("busy")
 
 TINY = [
