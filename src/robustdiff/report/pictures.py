@@ -126,12 +126,11 @@ def checkpoints_of(runs: Sequence[RunFiles]) -> tuple[dict[str, tuple[str, RunFi
         elif run.start is not None:
             notes.append(f"The starting checkpoint {run.start} of {run.name} is not on this machine.")
         prefix = f"{run.name}, " if len(runs) > 1 else ""
-        best = run.result.best if run.result is not None else None
-        if (run.folder / "best").is_dir() and not (best is not None and best.start):
+        if run.best_step == 0:
+            notes.append(f"The best checkpoint of {run.name} is the one that it started from.")
+        elif (run.folder / "best").is_dir():
             step = "" if run.best_step is None else f" (update {run.best_step})"
             found[f"{prefix}best{step}"] = str(run.folder / "best"), run
-        elif best is not None and best.start:
-            notes.append(f"The best checkpoint of {run.name} is its start.")
         if (run.folder / "model").is_dir():
             found[f"{prefix}last model"] = str(run.folder / "model"), run
         else:

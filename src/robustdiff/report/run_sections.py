@@ -118,42 +118,50 @@ def _place(cell: WatchCell) -> str:
 
 def _outcome(run: RunFiles) -> list[str]:
     """Return sentences on whether the training helped."""
-    if run.result is None:
+    result = run.result
+    if result is None:
         return [
             f"The run is not finished: {run.updates:,} of {run.recipe.steps:,} updates are logged, and no checkpoint "
-            "has been measured on fresh noise. With --resume, robustdiff train goes on."
+            "has been measured on fresh noise. robustdiff train goes on with --resume."
         ]
-    best = run.result.best
+    found = []
+    if result.steps < run.recipe.steps:
+        found.append(f"The run ended at update {result.steps:,} of {run.recipe.steps:,}.")
+    best = result.best
     if best is None:
         return [
             "No metric was watched during the training, so that the run itself does not say whether it helped: "
-            "robustdiff evaluate compares its model with the start."
+            "robustdiff evaluate compares its model with the start.",
+            *found,
         ]
-    number = number_named(best.cells[0].metric if best.cells else "fid")
-    fresh = f"measured again on fresh noise ({best.images:,} images for each sampler and number of steps)"
+    number = number_named(best.cells[0].metric)
+    mean = f"mean {number.title} of {_show(number)(best.mean)} on fresh noise ({best.images:,} images in all)"
     if best.start:
-        word = {"lower": "lower", "higher": "higher"}.get(number.better or "", "better")
         return [
-            f"The training did not help: no watched checkpoint had a {word} mean {number.title} than the starting "
-            f"checkpoint, which best/ holds. Its mean is {_show(number)(best.mean)}, {fresh}."
+            f"The training did not help: no watched checkpoint had a better mean {number.title} than the starting "
+            f"checkpoint, which best/ holds. It has a {mean}.",
+            *found,
         ]
-    found = [
-        f"The best checkpoint is that of update {best.step:,}, with a mean {number.title} of "
-        f"{_show(number)(best.mean)}, {fresh}."
-    ]
+    sentence = f"The best checkpoint is that of update {best.step:,}, with a {mean}"
+    if best.difference is not None:
+        words = {
+            "better": "The training helped",
+            "worse": "The training did harm",
+            "the interval contains 0": "The training made no difference that is told from 0",
+        }
+        said = words.get(_reading(number, best.difference_ci))
+        sentence = sentence[0].lower() + sentence[1:] if said else sentence
+        difference = interval_text(best.difference, best.difference_ci, _show(number, difference=True))
+        sentence = f"{said}: {sentence}" if said else sentence
+        sentence += f", {difference} to that of the start"
+    found.insert(0, f"{sentence}.")
     compared = [cell for cell in best.cells if cell.difference is not None]
-    if len(compared) == 1:
-        (cell,) = compared
-        found.append(
-            f"To the start, its {number.title} differs by {_difference(cell)} at {_place(cell)}: "
-            f"{_reading(number, cell.difference_ci)}."
-        )
-    elif compared:
+    if len(compared) > 1:
         readings = [_reading(number, cell.difference_ci) for cell in compared]
-        counts = [(word, readings.count(word)) for word in dict.fromkeys(["better", *readings])]
-        total = f"Compared with the start at {len(compared)} pairs of sampler and steps: "
-        words = {"the interval contains 0": "undecided, since the interval of the difference contains 0"}
-        found.append(total + "; ".join(f"{count} {words.get(word, word)}" for word, count in counts) + ".")
+        counts = [(word, readings.count(word)) for word in dict.fromkeys(["better", "worse", *readings])]
+        words = {"the interval contains 0": "with an interval that contains 0"}
+        total = f"Of {len(compared)} pairs of sampler and steps, compared with the start: "
+        found.append(total + ", ".join(f"{count} {words.get(word, word)}" for word, count in counts) + ".")
     return found
 
 
@@ -296,7 +304,7 @@ def watched(run: RunFiles, among: int = 1) -> Watched | None:
             )
         )
     seconds, images = sum(line.seconds for line in run.watch), run.watch[-1].images
-    note = f"{len(run.watch)} measurements of {images:,} images for each line, {seconds:,.0f} s in all."
+    note = f"{len(run.watch)} measurements, each of {images:,} images in all; together they took {seconds:,.0f} s."
     return Watched(run.name, charts, signs, note)
 
 

@@ -90,14 +90,16 @@ class WatchLine(_Record):
 
 
 class Best(_Record):
-    """The kept checkpoint, measured again on fresh noise."""
+    """The kept checkpoint, measured again on fresh noise, with the difference of its mean to that of the start."""
 
     step: Whole
     start: Annotated[bool, Field(strict=True)]
     mean: Number
     seed: Whole
     images: Whole
-    cells: Annotated[tuple[WatchCell, ...], Field(max_length=10_000)]
+    cells: Annotated[tuple[WatchCell, ...], Field(min_length=1, max_length=10_000)]
+    difference: Number | None = None
+    difference_ci: Ends | None = None
 
 
 class _Result(_Record):
@@ -197,7 +199,7 @@ class Evaluated(_Record):
 
 
 _Kind = TypeVar("_Kind", bound=_Record)
-_Line = TypeVar("_Line", bound="WatchLine | _Metrics")
+_Line = TypeVar("_Line", WatchLine, _Metrics)
 
 
 def _read(path: Path, kind: type[_Kind], remedy: str) -> _Kind | None:

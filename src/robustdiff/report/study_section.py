@@ -43,14 +43,16 @@ class Block:
     gallery: Gallery | None = None
     figure: str = ""
     caption: str = ""
+    width: int = 0
 
 
 @dataclass(frozen=True)
 class StudySection:
-    """A study: its title, its parts, and the step count that the gallery begins with."""
+    """A study: its title, its parts, its headings by their anchors, and the steps that the gallery begins with."""
 
     title: str
     blocks: list[Block]
+    headings: dict[str, str]
     middle: int
 
 
@@ -60,7 +62,7 @@ def _renderer() -> MarkdownIt:
 
     def table_open(self: Any, tokens: Any, index: int, options: Any, env: Any) -> str:
         caption = escape(env["caption"])
-        region = f'<div class="scroll" tabindex="0" role="region" aria-label="{caption}">'
+        region = f'<div class="scroll" tabindex="0" role="group" aria-label="{caption}">'
         return f"{region}<table><caption><span>{caption}</span></caption>"
 
     def cell(self: Any, tokens: Any, index: int, options: Any, env: Any) -> str:
@@ -82,11 +84,16 @@ def _renderer() -> MarkdownIt:
 
 
 def _fid_charts(results: Results) -> tuple[Chart, ...]:
-    """Return the charts of FID against steps, one for each sampler, a line for each method and reference."""
+    """Return the charts of FID against steps, one for each sampler, a line for each method and reference.
+
+    Methods with one number of steps are left out, unless all have one.
+    """
     charts = []
+    counts = {m: len({steps for method, _, _, steps in results.cells if method == m}) for m in results.methods}
+    methods = [method for method in results.methods if counts[method] > 1 or max(counts.values()) == 1]
     for sampler in results.samplers:
         series = []
-        for method in results.methods:
+        for method in methods:
             points = []
             for steps in results.steps:
                 if found := values(results, method, sampler, steps):
@@ -139,7 +146,7 @@ def study_section(study: Study, folder: Path) -> StudySection:
     """
     results = read_results(study, folder)
     markdown, replaced = _renderer(), _replacements(results)
-    blocks = []
+    blocks, headings = [], dict[str, str]()
     with tempfile.TemporaryDirectory() as scratch:
         figures = Path(scratch) / "figures"
         heading = study.title
@@ -149,20 +156,29 @@ def study_section(study: Study, folder: Path) -> StudySection:
                 blocks.append(Block(_DETAILS[part]))
             elif figure is not None:
                 path = figures / Path(unquote(figure["path"])).name
-                embedded = Block(figure=encode(read_picture(path), lossless=True), caption=figure["caption"])
-                blocks.append(replaced.get(path.stem, embedded))
+                blocks.append(replaced.get(path.stem) or _embedded(path, figure["caption"]))
             else:
-                blocks.append(Block(_rendered(markdown, part, heading)))
-                heading = part.removeprefix("## ") if part.startswith("## ") else heading
-    return StudySection(study.title, blocks, middle_steps(results))
+                if part.startswith("## "):
+                    heading = part.removeprefix("## ")
+                    headings[f"study-{len(headings)}"] = heading
+                blocks.append(Block(_rendered(markdown, part, heading, f"study-{len(headings) - 1}")))
+    return StudySection(study.title, blocks, headings, middle_steps(results))
 
 
-def _rendered(markdown: MarkdownIt, part: str, heading: str) -> Markup:
-    """Return a part of the page as HTML, with its headings two levels lower."""
+def _embedded(path: Path, caption: str) -> Block:
+    """Return a figure of the page, which is drawn with 1.5 pixels for each of a screen's."""
+    pixels = read_picture(path)
+    return Block(figure=encode(pixels, lossless=True), caption=caption, width=pixels.shape[1] * 2 // 3)
+
+
+def _rendered(markdown: MarkdownIt, part: str, heading: str, anchor: str) -> Markup:
+    """Return a part of the page as HTML, with its headings one level lower."""
     first = part.split("\n", 1)[0].strip("|").split("|", 1)[0].strip() if part.startswith("|") else ""
     tokens = markdown.parse(part)
     for token in tokens:
         if token.type in ("heading_open", "heading_close"):
             token.tag = f"h{int(token.tag[1]) + 1}"
+            if token.nesting == 1:
+                token.attrSet("id", anchor)
     caption = f"{heading}: {first}" if first else heading
     return Markup(markdown.renderer.render(tokens, markdown.options, {"caption": caption}))
