@@ -17,7 +17,9 @@ from robustdiff.recipe import load_recipe
 CELLS = {("ddim", 2): 12.0, ("ddim", 5): 8.0, ("dpm++", 5): 6.0}
 """The FID of the starting checkpoint."""
 
-CHROMIUM = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), "")
+CHROMIUM = next(
+    (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), ""
+)
 FLAGS = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
 FLAGS += " --disable-component-update --disable-sync --hide-scrollbars --virtual-time-budget=20000"
 

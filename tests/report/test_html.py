@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import io
+import itertools
 import json
 import re
 from html.parser import HTMLParser
@@ -23,7 +24,9 @@ from robustdiff.report.pictures import gallery
 
 VOID = {"meta", "img", "input", "br", "path", "rect"}
 ROOT = Path(__file__).resolve().parents[2]
-HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(1)>\"'><b style=color:red>\x1b[31m\u202e {{ 7 * 7 }}"
+HOSTILE = (
+    "</script><script>alert(1)</script><img src=x onerror=alert(1)>\"'><b style=color:red>\x1b[31m\u202e {{ 7 * 7 }}"
+)
 
 
 class Page(HTMLParser):
@@ -157,7 +160,7 @@ def structure(page: Page) -> None:
     levels = [int(tag[1]) for tag, _ in page.elements if re.fullmatch(r"h[1-6]", tag)]
     assert levels[0] == 1
     assert levels.count(1) == 1
-    assert all(later <= earlier + 1 for earlier, later in zip(levels, levels[1:], strict=False))
+    assert all(later <= earlier + 1 for earlier, later in itertools.pairwise(levels))
     assert len(page.all("table")) == len(page.all("caption"))
     assert all(attributes.get("scope") in ("col", "row") for attributes in page.all("th"))
     assert all(attributes.get("alt") for attributes in page.all("img"))

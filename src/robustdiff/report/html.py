@@ -34,7 +34,7 @@ from robustdiff.report.run_sections import (
 )
 from robustdiff.report.runs import Evaluated, Mismatches, RunFiles, read_evaluation, read_mismatch, read_runs
 from robustdiff.report.study_section import StudySection, study_section
-from robustdiff.study.schema import load_study
+from robustdiff.study.schema import load_study, shipped_studies
 
 __all__ = ["write_report"]
 
@@ -60,7 +60,7 @@ def write_report(
     """Write the report of runs, finished or not, and of a study, and sample the runs' checkpoints for its pictures.
 
     Arguments:
-        sources: Folders of runs, and at most one study file, which ends in .yaml.
+        sources: Folders of runs, and at most one study: a file that ends in .yaml, or one that comes with the package.
         output: The HTML file.
         study_folder: The study's folder; by default ``studies/NAME``.
         results: Folders that `evaluate` or `mismatch` wrote.
@@ -82,12 +82,15 @@ def write_report(
     """
     if output.suffix != ".html":
         raise InputError(f"{printable(output)}: give a file that ends in .html")
-    files = [source for source in sources if Path(source).suffix in (".yaml", ".yml")]
+    files = [source for source in sources if _is_study(source)]
     if len(files) > 1:
         raise InputError(f"{printable(files[1])}: a report has at most one study: make another report of it")
     if study_folder is not None and not files:
         raise InputError("the folder of a study is given, and no study file: name the file, or leave the folder out")
     runs = read_runs([source for source in sources if source not in files])
+    chosen = {"sampler": samplers, "steps": steps, "guidance": guidance is not None, "prompt": prompts}
+    if unused := [name for name, value in chosen.items() if value and not (runs and num)]:
+        raise InputError(f"--{unused[0]} is for the pictures of runs, and the report has none: leave it out")
     evaluated, mismatches = _read_results(results, runs)
     study: StudySection | None = None
     if files:
@@ -118,6 +121,13 @@ def write_report(
     with atomic_write(output) as file:
         file.write(page)
     return len(page)
+
+
+def _is_study(source: str) -> bool:
+    """Return whether a source is a study: a YAML file, or the name of a study that comes with the package."""
+    if Path(source).suffix in (".yaml", ".yml"):
+        return True
+    return "/" not in source and not Path(source).exists() and source in shipped_studies()
 
 
 def _read_results(

@@ -47,7 +47,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Summary:
-    """What is said of a run first: its configuration, its outcome in sentences, and the signs that fired."""
+    """The beginning of the page on a run: its configuration, its outcome in sentences, and the signs that fired."""
 
     name: str
     what: str
@@ -194,7 +194,7 @@ def _differences(run: RunFiles) -> Table | None:
 
 
 def summary(run: RunFiles) -> Summary:
-    """Return what is said of a run first."""
+    """Return the beginning of the page on a run."""
     return Summary(run.name, _what(run), _outcome(run), _differences(run), run.signs, bool(run.watch))
 
 
