@@ -98,7 +98,7 @@ def test_the_page_names_the_commands(report):
     folder = report.parent / "free"
     assert f"robustdiff train {folder}/recipe.yaml --set output={folder}-again" in text
     assert f"robustdiff evaluate fashion-16 {folder}/best" in text
-    again = f"robustdiff report {folder} --output {report} --num 4 --sampler ddim --steps 2,3 --seed 0"
+    again = f"robustdiff report {folder} --output {report} --num 4 --seed 0 --sampler ddim --steps 2,3"
     assert again in text
 
 

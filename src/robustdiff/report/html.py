@@ -93,8 +93,9 @@ def write_report(
         raise InputError(f"--{unused[0]} is for the pictures of runs, and the report has none: leave it out")
     evaluated, mismatches = _read_results(results, runs)
     study: StudySection | None = None
-    if files:
-        study = study_section(load_study(files[0]), study_folder or Path("studies") / Path(files[0]).stem)
+    of_study = [files[0], str(study_folder or Path("studies") / Path(files[0]).stem)] if files else []
+    if of_study:
+        study = study_section(load_study(of_study[0]), Path(of_study[1]))
     pictures, notes = None, list[str]()
     if runs and num:
         settings: dict[str, Any] = {"seed": seed, "guidance": guidance, "prompts": prompts, "device": device}
@@ -106,12 +107,9 @@ def write_report(
     own = [*sources, "--output", str(output)]
     own += [] if study_folder is None else ["--folder", str(study_folder)]
     own += [word for folder in results for word in ("--results", str(folder))]
-    if pictures is not None:
-        own += ["--num", str(num), "--sampler", ",".join(pictures.samplers)]
-        own += ["--steps", ",".join(map(str, pictures.steps)), "--seed", str(seed)]
-        own += [] if guidance is None else ["--guidance", f"{guidance:g}"]
-        own += [word for prompt in prompts for word in ("--prompt", prompt)]
-    page = _render(runs, study, evaluated, mismatches, pictures, notes, own)
+    own += [] if pictures is None else _picture_options(pictures, num, seed, guidance, prompts)
+    commands = reproduction(runs, of_study, own)
+    page = _render(runs, study, evaluated, mismatches, pictures, notes, commands)
     if len(page) > MOST_BYTES:
         raise InputError(
             f"{printable(output)} would have {len(page) / 2**20:.1f} MB, and a report has at most {MOST_BYTES >> 20}: "
@@ -121,6 +119,16 @@ def write_report(
     with atomic_write(output) as file:
         file.write(page)
     return len(page)
+
+
+def _picture_options(
+    pictures: Gallery, num: int, seed: int, guidance: float | None, prompts: Sequence[str]
+) -> list[str]:
+    """Return the options that make the pictures again, whatever the defaults are then."""
+    options = ["--num", str(num), "--seed", str(seed), "--sampler", ",".join(pictures.samplers)]
+    options += ["--steps", ",".join(map(str, pictures.steps))]
+    options += [] if guidance is None else ["--guidance", f"{guidance:g}"]
+    return [*options, *(word for prompt in prompts for word in ("--prompt", prompt))]
 
 
 def _is_study(source: str) -> bool:
@@ -166,7 +174,7 @@ def _render(
     mismatches: dict[str, Mismatches],
     pictures: Gallery | None,
     notes: list[str],
-    command: Sequence[str],
+    commands: list[str],
 ) -> bytes:
     """Return the page."""
     environment = Environment(
@@ -201,6 +209,6 @@ def _render(
         costs=cost_table(runs) if runs else None,
         settings=settings_tables(runs) if runs else [],
         recipes=[(run.name, run.recipe.to_yaml().splitlines()) for run in runs],
-        commands=reproduction(runs, command),
+        commands=commands,
     )
     return page.encode("utf-8", "backslashreplace")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -464,9 +464,15 @@ def _command(*words: str) -> str:
     return shlex.join(["robustdiff", *(printable(word) for word in words)])
 
 
-def reproduction(runs: Sequence[RunFiles], own: Iterable[str]) -> list[str]:
-    """Return the commands that train the runs again, compare them with their starts, and make this report."""
-    commands = []
+def reproduction(runs: Sequence[RunFiles], study: Sequence[str], own: Sequence[str]) -> list[str]:
+    """Return the commands that train the runs again, compare them with their starts, and make this report.
+
+    Arguments:
+        runs: The runs.
+        study: The study's file and folder, or nothing.
+        own: The arguments of the report.
+    """
+    commands = [_command("study", study[0], "--output", study[1])] if study else []
     for run in runs:
         again = run.source.rstrip("/") + "-again"
         commands.append(_command("train", f"{run.source.rstrip('/')}/recipe.yaml", "--set", f"output={again}"))
