@@ -25,7 +25,7 @@ def _escaped(text: object) -> str:
 
 def html_table(caption: str, heading: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     """Return a table as HTML; the first column heads the rows."""
-    head = "".join(f'<th scope="col">{_escaped(name)}</th>' for name in heading)
+    head = "".join(f'<th scope="col">{_escaped(name)}</th>' if name else "<td></td>" for name in heading)
     body = "".join(
         f'<tr><th scope="row">{_escaped(first)}</th>{"".join(f"<td>{_escaped(value)}</td>" for value in rest)}</tr>'
         for first, *rest in rows

@@ -38,6 +38,7 @@ class Page(HTMLParser):
         self.words: list[str] = []
         self.raw: dict[str, list[str]] = {"style": [], "script": []}
         self.open: list[str] = []
+        self.headings: list[str] = []
         self.feed(contents)
         self.close()
         assert self.open == [], "every element is closed"
@@ -46,6 +47,8 @@ class Page(HTMLParser):
         self.elements.append((tag, dict(attrs)))
         if tag not in VOID:
             self.open.append(tag)
+        if tag == "th":
+            self.headings.append("")
 
     def handle_endtag(self, tag):
         if tag not in VOID:
@@ -59,6 +62,8 @@ class Page(HTMLParser):
             self.raw[self.open[-1]].append(data)
         else:
             self.words.append(data)
+            if "th" in self.open:
+                self.headings[-1] += data
 
     @property
     def text(self) -> str:
@@ -163,6 +168,7 @@ def structure(page: Page) -> None:
     assert all(later <= earlier + 1 for earlier, later in itertools.pairwise(levels))
     assert len(page.all("table")) == len(page.all("caption"))
     assert all(attributes.get("scope") in ("col", "row") for attributes in page.all("th"))
+    assert "" not in page.headings
     assert all(attributes.get("alt") for attributes in page.all("img"))
     names = [attributes["id"] for _, attributes in page.elements if attributes.get("id")]
     assert len(names) == len(set(names))

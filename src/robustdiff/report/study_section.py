@@ -68,12 +68,13 @@ def _renderer() -> MarkdownIt:
     def cell(self: Any, tokens: Any, index: int, options: Any, env: Any) -> str:
         first = tokens[index - 1].type == "tr_open"
         if tokens[index].type == "th_open":
-            return '<th scope="col">'
+            return '<th scope="col">' if tokens[index + 1].content else "<td>"
         return '<th scope="row">' if first else "<td>"
 
     def cell_end(self: Any, tokens: Any, index: int, options: Any, env: Any) -> str:
-        row = tokens[index - 3].type == "tr_open"
-        return "</th>" if row or tokens[index].type == "th_close" else "</td>"
+        heading = tokens[index].type == "th_close"
+        filled = tokens[index - 1].content if heading else tokens[index - 3].type == "tr_open"
+        return "</th>" if filled else "</td>"
 
     markdown.add_render_rule("table_open", table_open)
     markdown.add_render_rule("table_close", lambda *_: "</table></div>")
