@@ -8,12 +8,14 @@ import io
 import itertools
 import json
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 
 from robustdiff.errors import InputError
@@ -222,6 +224,34 @@ def test_a_run_that_is_not_finished_has_a_report(make_run, tmp_path):
         (run / name).unlink()
     write_report([str(run)], tmp_path / "half.html", num=0)
     assert "0 of 999 updates are logged" in read(tmp_path / "half.html").text
+
+
+def test_a_model_of_text_is_sampled_for_its_prompts_or_the_captions_of_its_data(make_sd_pipeline, make_run, tmp_path):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for i in range(4):
+        Image.new("RGB", (8, 8), (40 * i, 0, 0)).save(photos / f"{i}.png")
+        (photos / f"{i}.txt").write_text(
+            f"a red shoe {HOSTILE if i == 1 else i}".replace("\x1b", "").replace("\u202e", "")
+        )
+    run = make_run(tmp_path / "text", gains=())
+    shutil.rmtree(run / "model")
+    recipe = {"data": {"name": "imagefolder", "root": str(photos)}, "model": {"name": "pretrained"}}
+    recipe["model"]["path"] = str(make_sd_pipeline(run / "model"))
+    (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    data = {"name": "photos", "images": 4, "shape": [3, 8, 8], "classes": None, "captions": "1f"}
+    (run / "data.json").write_text(json.dumps(data))
+    write_report([str(run)], tmp_path / "r.html", num=2, samplers=["ddim"], steps=[1])
+    page = read(tmp_path / "r.html")
+    assert "a red shoe 0" in page.text
+    assert "a red shoe </script>" in page.text
+    assert len(page.all("script")) == 1
+    structure(page)
+    more = {"prompts": ["blue <i>"], "guidance": 3.0}
+    write_report([str(run)], tmp_path / "r.html", num=2, samplers=["ddim"], steps=[1], **more)
+    page = read(tmp_path / "r.html")
+    assert "Captions blue <i> blue <i>" in page.text
+    assert "--guidance 3 --prompt 'blue <i>'" in page.text
 
 
 def test_a_run_that_was_not_watched_says_so(make_run, tmp_path):

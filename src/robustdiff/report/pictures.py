@@ -36,7 +36,6 @@ __all__ = [
     "Gallery",
     "Picture",
     "Samples",
-    "checkpoints_of",
     "encode",
     "gallery",
     "gallery_of_rows",
@@ -108,7 +107,7 @@ def _start_of(run: RunFiles) -> str | None:
     return None
 
 
-def checkpoints_of(runs: Sequence[RunFiles]) -> tuple[dict[str, tuple[str, RunFiles]], list[str]]:
+def _checkpoints(runs: Sequence[RunFiles]) -> tuple[dict[str, tuple[str, RunFiles]], list[str]]:
     """Return the checkpoints of runs that can be sampled, and sentences on those that cannot.
 
     They are the start, which runs may share, the best and the last model of each run.
@@ -178,7 +177,7 @@ def sample_checkpoints(
     Raises:
         InputError: If a sampler or a number of steps does not suit a checkpoint, or a checkpoint cannot be read.
     """
-    found, notes = checkpoints_of(runs)
+    found, notes = _checkpoints(runs)
     generators: dict[str, Generator] = {}
     given = {"seed": seed, "batch_size": num, "guidance": guidance}
     for name, (path, run) in found.items():

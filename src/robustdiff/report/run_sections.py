@@ -243,12 +243,17 @@ def steps_charts(runs: Sequence[RunFiles]) -> tuple[list[Chart], str]:
         show = _show(number)
         y_title = _y_title(number)
         drawn.append(draw(title, _STEPS, y_title, series, show=show, log_x=True, log_y=number.log, only_steps=True))
-    notes = {
-        True: "Measured on fresh noise, which took no part in the choice of the checkpoint. The start has no interval "
-        "of its own here: the table above has that of the difference.",
-        False: "Measured on the noise that the checkpoint is chosen by, which flatters the best one.",
-    }
-    return drawn, " ".join(note for kind, note in notes.items() if kind in fresh)
+    notes = [
+        "Measured on fresh noise, which took no part in the choice of the checkpoint." if True in fresh else "",
+        "Measured on the noise that the checkpoint is chosen by, which flatters the best one."
+        if False in fresh
+        else "",
+        "Bars are 95 % intervals.",
+    ]
+    points = [point for lines in charts.values() for own in lines.values() for point in own]
+    if any(point.ends is None for point in points) and any(point.ends for point in points):
+        notes.append("The start has no bars where its number is that of the best less their difference.")
+    return drawn, " ".join(note for note in notes if note)
 
 
 def _y_title(number: Number) -> str:
