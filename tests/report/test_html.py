@@ -218,7 +218,7 @@ def test_a_run_that_is_not_finished_has_a_report(make_run, tmp_path):
     write_report([str(run)], tmp_path / "half.html", num=1, steps=[1])
     text = read(tmp_path / "half.html").text
     assert "The run is not finished: 60 of 999 updates are logged" in text
-    assert "Measured on the noise that the checkpoint is chosen by" in text
+    assert "Measured on the noise by which the checkpoint is chosen" in text
     assert "half has no model yet." in text
     for name in ("data.json", "metrics.jsonl", "watch.jsonl"):
         (run / name).unlink()
@@ -231,9 +231,7 @@ def test_a_model_of_text_is_sampled_for_its_prompts_or_the_captions_of_its_data(
     photos.mkdir()
     for i in range(4):
         Image.new("RGB", (8, 8), (40 * i, 0, 0)).save(photos / f"{i}.png")
-        (photos / f"{i}.txt").write_text(
-            f"a red shoe {HOSTILE if i == 1 else i}".replace("\x1b", "").replace("\u202e", "")
-        )
+        (photos / f"{i}.txt").write_text(f"a red shoe {'</script><script>' if i == 1 else i}")
     run = make_run(tmp_path / "text", gains=())
     shutil.rmtree(run / "model")
     recipe = {"data": {"name": "imagefolder", "root": str(photos)}, "model": {"name": "pretrained"}}
@@ -252,6 +250,9 @@ def test_a_model_of_text_is_sampled_for_its_prompts_or_the_captions_of_its_data(
     page = read(tmp_path / "r.html")
     assert "Captions blue <i> blue <i>" in page.text
     assert "--guidance 3 --prompt 'blue <i>'" in page.text
+    shutil.rmtree(photos)
+    with pytest.raises(InputError, match="--prompt"):
+        write_report([str(run)], tmp_path / "r.html", num=2, samplers=["ddim"], steps=[1])
 
 
 def test_a_run_that_was_not_watched_says_so(make_run, tmp_path):

@@ -23,7 +23,7 @@ from PIL import Image
 from torch import Tensor
 
 from robustdiff.backbones.model import PRETRAINED
-from robustdiff.errors import InputError
+from robustdiff.errors import InputError, printable
 from robustdiff.evaluation.generate import Generator
 from robustdiff.evaluation.prompts import prompts_of
 from robustdiff.evaluation.real_images import choose_real_images
@@ -149,6 +149,18 @@ def _default_steps(run: RunFiles, sampler: str) -> list[int]:
     return sorted(watched) or list(SAMPLERS[sampler].grid_steps)
 
 
+def _captions_of(run: RunFiles) -> tuple[str, ...]:
+    """Return the captions of the data of a run."""
+    try:
+        known = prompts_of(choose_real_images(run.source).load())
+    except InputError as error:
+        raise InputError(
+            f"{printable(run.source)}: the captions of its data cannot be read ({error}): give the pictures others by "
+            "--prompt, or leave them out by --num 0"
+        ) from None
+    return () if known is None else known.texts
+
+
 def sample_checkpoints(
     runs: Sequence[RunFiles],
     num: int,
@@ -183,8 +195,7 @@ def sample_checkpoints(
     for name, (path, run) in found.items():
         captions: tuple[str, ...] = ()
         if not prompts and run.data is not None and run.data.captions is not None:
-            known = prompts_of(choose_real_images(run.source).load())
-            captions = () if known is None else known.texts[:num]
+            captions = _captions_of(run)[:num]
         # Steps are given, so that the recipe beside a model does not choose the sampler.
         settings: dict[str, Any] = {
             "sampler": samplers[0] if samplers else None,

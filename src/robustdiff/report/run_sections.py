@@ -245,9 +245,7 @@ def steps_charts(runs: Sequence[RunFiles]) -> tuple[list[Chart], str]:
         drawn.append(draw(title, _STEPS, y_title, series, show=show, log_x=True, log_y=number.log, only_steps=True))
     notes = [
         "Measured on fresh noise, which took no part in the choice of the checkpoint." if True in fresh else "",
-        "Measured on the noise that the checkpoint is chosen by, which flatters the best one."
-        if False in fresh
-        else "",
+        "Measured on the noise by which the checkpoint is chosen, which flatters the best." if False in fresh else "",
         "Bars are 95 % intervals.",
     ]
     points = [point for lines in charts.values() for own in lines.values() for point in own]
