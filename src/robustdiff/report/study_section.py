@@ -107,7 +107,7 @@ def _fid_charts(results: Results) -> tuple[Chart, ...]:
                 ends = record["fid_ci"]
                 beside.setdefault(name, []).append(Point(steps, record["numbers"]["fid"], ends and tuple(ends)))
         series += [Series(f"{name}, as it is", points) for name, points in beside.items()]
-        title = f"FID against steps, {sampler}: means over seeds, from the least to the largest"
+        title = f"FID against steps, {sampler}: mean and range over seeds"
         y_title = "FID (lower is better)"
         series = [one for one in series if one.points]
         charts.append(

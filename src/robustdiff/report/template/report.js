@@ -72,7 +72,4 @@
     gallery.addEventListener("input", update);
     update();
   }
-
-  // Closed details are not printed.
-  addEventListener("beforeprint", () => document.querySelectorAll("details").forEach((one) => { one.open = true; }));
 })();
