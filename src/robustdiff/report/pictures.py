@@ -190,38 +190,27 @@ def sample_checkpoints(
         InputError: If a sampler or a number of steps does not suit a checkpoint, or a checkpoint cannot be read.
     """
     found, notes = _checkpoints(runs)
-    generators: dict[str, Generator] = {}
-    given = {"seed": seed, "batch_size": num, "guidance": guidance}
-    for name, (path, run) in found.items():
-        captions: tuple[str, ...] = ()
-        if not prompts and run.data is not None and run.data.captions is not None:
-            captions = _captions_of(run)[:num]
-        # Steps are given, so that the recipe beside a model does not choose the sampler.
-        settings: dict[str, Any] = {
-            "sampler": samplers[0] if samplers else None,
-            "steps": 1,
-            "data_captions": captions,
-            **given,
-        }
-        classes = None if run.data is None else run.data.classes
-        generators[name] = Generator.load(path, device, data_classes=classes, prompts=tuple(prompts), **settings)
-    if not generators:
-        return Samples({}, [], notes)
-    first, (_, run) = next(iter(generators.values())), next(iter(found.values()))
-    samplers = samplers or [_default_sampler(run, first)]
-    steps = steps or _default_steps(run, samplers[0])
-    chosen = {
-        (sampler, count, name): replace(generator, sampler=sampler, steps=count)
-        for sampler in samplers
-        for count in steps
-        for name, generator in generators.items()
-    }
-    progress.begin("samples for the report", num * sum(count for _, count, _ in chosen))
     images: dict[Key, Tensor] = {}
-    for (sampler, count, name), generator in chosen.items():
-        images[sampler, count, name] = torch.cat([batch for _, batch in generator.images(range(num))])
-        progress.advance(num * count, f"{name}, {sampler} {count}")
-    return Samples(images, first.captions(range(num)) or [], notes)
+    captions: list[str] = []
+    for name, (path, run) in found.items():  # one in memory at a time
+        settings: dict[str, Any] = {"seed": seed, "batch_size": num, "guidance": guidance, "prompts": tuple(prompts)}
+        if not prompts and run.data is not None and run.data.captions is not None:
+            settings["data_captions"] = _captions_of(run)[:num]
+        if run.data is not None:
+            settings["data_classes"] = run.data.classes
+        # Steps are given, so that the recipe beside a model does not choose the sampler.
+        generator = Generator.load(path, device, sampler=samplers[0] if samplers else None, steps=1, **settings)
+        if not images:
+            samplers = samplers or [_default_sampler(run, generator)]
+            steps = steps or _default_steps(run, samplers[0])
+            captions = generator.captions(range(num)) or []
+            progress.begin("samples for the report", len(found) * len(samplers) * sum(steps) * num)
+        chosen = [replace(generator, sampler=sampler, steps=count) for sampler in samplers for count in steps]
+        for one in chosen:
+            count = int(one.steps)
+            images[one.sampler, count, name] = torch.cat([batch for _, batch in one.images(range(num))])
+            progress.advance(num * count, f"{name}, {one.sampler} {count}")
+    return Samples(images, captions, notes)
 
 
 def _tiled(images: Tensor, side: int, columns: int) -> NDArray[np.uint8]:
