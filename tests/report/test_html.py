@@ -90,10 +90,10 @@ def report(make_run, tmp_path_factory) -> Path:
 def test_the_page_says_whether_the_training_helped(report):
     text = read(report).text
     assert (
-        "The training helped: the best checkpoint is that of update 40, with a mean FID of 6.67 on fresh noise (600 "
-        "images in all), −2.00 (−2.50 … −1.50) to that of the start." in text
+        "The training helped. The best checkpoint, of update 40, has a mean FID of 6.67 on fresh noise (600 images in "
+        "all), −2.00 (−2.50 … −1.50) to that of the start." in text
     )
-    assert "Of 3 pairs of sampler and steps, compared with the start: 3 better, 0 worse." in text
+    assert "Compared with the start at 3 pairs of sampler and steps: better: 3, worse: 0." in text
     assert "FID, ddim, 5 steps 8.00 6.00 (5.00 … 7.00) −2.00 (−2.50 … −1.50) (−25.0%) better" in text
     assert "long-sampling , update 60 (warn): FID at 5 steps is above that of the start" in text
     assert "Fine-tuning of fashion-16 on fashion-16 (60,000 images), with the adversary free" in text
@@ -270,11 +270,28 @@ def test_a_run_that_did_not_help_says_so(make_run, tmp_path):
     assert "best (update" not in text
 
 
+@pytest.mark.parametrize(
+    ("ends", "words"),
+    [
+        ([-2.5, 0.5], "The training made no difference beyond the interval. The best checkpoint"),
+        ([0.5, 2.5], "The training made the model worse. The best checkpoint"),
+        (None, "learning rate 0.0001. The best checkpoint"),
+    ],
+)
+def test_the_verdict_is_what_the_interval_of_the_difference_says(make_run, tmp_path, ends, words):
+    run = make_run(tmp_path / "run")
+    result = json.loads((run / "result.json").read_text())
+    result["best"]["difference_ci"] = ends
+    (run / "result.json").write_text(json.dumps(result))
+    write_report([str(run)], tmp_path / "r.html", num=0)
+    assert words in read(tmp_path / "r.html").text
+
+
 def test_a_training_from_nothing_has_values_in_place_of_differences(make_run, tmp_path):
     run = make_run(tmp_path / "new", gains=(9.0, 3.0), start=False)
     write_report([str(run)], tmp_path / "r.html", num=0)
     text = read(tmp_path / "r.html").text
-    assert "The best checkpoint is that of update 40, with a mean FID of 11.67" in text
+    assert "The best checkpoint, of update 40, has a mean FID of 11.67" in text
     assert "minus that of the start" not in text
     assert "40 updates; 5 steps: 9.00 (8.00 … 10.00)" in text
 

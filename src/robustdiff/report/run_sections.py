@@ -112,6 +112,16 @@ def _reading(number: Number, ends: tuple[float, float] | None) -> str:
     return "better" if lower == (number.better == "lower") else "worse"
 
 
+_VERDICTS = {
+    "better": "The training helped. ",
+    "worse": "The training made the model worse. ",
+    "the interval contains 0": "The training made no difference beyond the interval. ",
+    "lower": "",
+    "higher": "",
+    "no interval": "",
+}
+
+
 def _place(cell: WatchCell) -> str:
     return f"{cell.place}, {cell.steps} steps"
 
@@ -142,26 +152,15 @@ def _outcome(run: RunFiles) -> list[str]:
             f"checkpoint, which best/ holds. It has a {mean}.",
             *found,
         ]
-    sentence = f"The best checkpoint is that of update {best.step:,}, with a {mean}"
+    sentence = f"The best checkpoint, of update {best.step:,}, has a {mean}"
     if best.difference is not None:
-        words = {
-            "better": "The training helped",
-            "worse": "The training did harm",
-            "the interval contains 0": "The training made no difference that is told from 0",
-        }
-        said = words.get(_reading(number, best.difference_ci))
-        sentence = sentence[0].lower() + sentence[1:] if said else sentence
         difference = interval_text(best.difference, best.difference_ci, _show(number, difference=True))
-        sentence = f"{said}: {sentence}" if said else sentence
-        sentence += f", {difference} to that of the start"
+        sentence = f"{_VERDICTS[_reading(number, best.difference_ci)]}{sentence}, {difference} to that of the start"
     found.insert(0, f"{sentence}.")
-    compared = [cell for cell in best.cells if cell.difference is not None]
+    compared = [_reading(number, cell.difference_ci) for cell in best.cells if cell.difference is not None]
     if len(compared) > 1:
-        readings = [_reading(number, cell.difference_ci) for cell in compared]
-        counts = [(word, readings.count(word)) for word in dict.fromkeys(["better", "worse", *readings])]
-        words = {"the interval contains 0": "with an interval that contains 0"}
-        total = f"Of {len(compared)} pairs of sampler and steps, compared with the start: "
-        found.append(total + ", ".join(f"{count} {words.get(word, word)}" for word, count in counts) + ".")
+        counts = (f"{word}: {compared.count(word)}" for word in dict.fromkeys(["better", "worse", *compared]))
+        found.append(f"Compared with the start at {len(compared)} pairs of sampler and steps: {', '.join(counts)}.")
     return found
 
 
@@ -174,7 +173,7 @@ def _difference(cell: WatchCell) -> str:
 def _differences(run: RunFiles) -> Table | None:
     """Return the table of the best checkpoint against the start, on fresh noise."""
     best = run.result.best if run.result is not None else None
-    if best is None or best.start or not best.cells:
+    if best is None or best.start:
         return None
     rows = []
     for cell in best.cells:
@@ -204,7 +203,7 @@ def summary(run: RunFiles) -> Summary:
 def _levels_of(run: RunFiles) -> list[tuple[str, Sequence[WatchCell], bool]]:
     """Return the cells of the start and of the checkpoints of a run, by name, and whether their noise is fresh."""
     best = run.result.best if run.result is not None else None
-    if best is not None and best.cells:
+    if best is not None:
         if best.start:
             return [("start", best.cells, True)]
         starts = [
