@@ -235,11 +235,17 @@ def test_a_model_of_text_is_sampled_for_its_prompts_or_the_captions_of_its_data(
     run = make_run(tmp_path / "text", gains=())
     shutil.rmtree(run / "model")
     recipe = {"data": {"name": "imagefolder", "root": str(photos)}, "model": {"name": "pretrained"}}
-    recipe["model"]["path"] = str(make_sd_pipeline(run / "model"))
+    recipe["model"]["path"] = str(make_sd_pipeline(tmp_path / "base"))
+    shutil.copytree(tmp_path / "base", run / "model")
     (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     data = {"name": "photos", "images": 4, "shape": [3, 8, 8], "classes": None, "captions": "1f"}
     (run / "data.json").write_text(json.dumps(data))
-    write_report([str(run)], tmp_path / "r.html", num=2, samplers=["ddim"], steps=[1])
+    said: list[str] = []
+    write_report([str(run)], tmp_path / "r.html", num=2, samplers=["ddim"], steps=[1], on_read=said.append)
+    assert said == [
+        f"{run}/recipe.yaml names the data: reading {photos}",
+        f"{run}/recipe.yaml names the starting checkpoint: reading {tmp_path / 'base'}",
+    ]
     page = read(tmp_path / "r.html")
     assert "a red shoe 0" in page.text
     assert "a red shoe </script>" in page.text

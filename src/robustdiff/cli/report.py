@@ -48,7 +48,7 @@ def report(
 
     settings: dict[str, Any] = {"num": num, "seed": seed, "guidance": guidance, "prompts": prompts}
     settings |= {"samplers": options.parse_names(sampler), "steps": options.parse_counts(steps)}
-    device = Accelerator(cpu=cpu).device
+    settings |= {"device": Accelerator(cpu=cpu).device, "on_read": lambda message: say(message, err)}
     with Bar(err) as bar:
-        size = write_report(sources, output, folder, results, device=device, progress=bar, **settings)
+        size = write_report(sources, output, folder, results, progress=bar, **settings)
     say(f"{output} has {size / 2**20:.1f} MB, and loads nothing")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,7 @@ def write_report(
     guidance: float | None = None,
     prompts: Sequence[str] = (),
     device: torch.device | str = "cpu",
+    on_read: Callable[[str], None] = lambda message: None,
     progress: Progress = SILENT,
 ) -> int:
     """Write the report of runs, finished or not, and of a study, and sample the runs' checkpoints for its pictures.
@@ -71,6 +72,7 @@ def write_report(
         guidance: The scale of classifier-free guidance of the pictures.
         prompts: The captions of the pictures, for models that take captions; by default those of the data.
         device: The device of the pictures' sampling.
+        on_read: A function that is called with a message before data or a checkpoint that a recipe names is read.
         progress: The receiver of the progress.
 
     Returns:
@@ -99,7 +101,7 @@ def write_report(
     pictures, notes = None, list[str]()
     if runs and num:
         settings: dict[str, Any] = {"seed": seed, "guidance": guidance, "prompts": prompts, "device": device}
-        found = sample_checkpoints(runs, num, samplers, steps, progress=progress, **settings)
+        found = sample_checkpoints(runs, num, samplers, steps, on_read=on_read, progress=progress, **settings)
         notes = found.notes
         if found.images:
             note = f"Sampled for this report: {num} images of each checkpoint from the same noise, seed {seed}."

@@ -11,7 +11,7 @@ from __future__ import annotations
 import base64
 import io
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -149,10 +149,10 @@ def _default_steps(run: RunFiles, sampler: str) -> list[int]:
     return sorted(watched) or list(SAMPLERS[sampler].grid_steps)
 
 
-def _captions_of(run: RunFiles) -> tuple[str, ...]:
+def _captions_of(run: RunFiles, on_read: Callable[[str], None]) -> tuple[str, ...]:
     """Return the captions of the data of a run."""
     try:
-        known = prompts_of(choose_real_images(run.source).load())
+        known = prompts_of(choose_real_images(run.source, on_read=on_read).load())
     except InputError as error:
         raise InputError(
             f"{printable(run.source)}: the captions of its data cannot be read ({error}): give the pictures others by "
@@ -171,6 +171,7 @@ def sample_checkpoints(
     guidance: float | None = None,
     prompts: Sequence[str] = (),
     device: torch.device | str = "cpu",
+    on_read: Callable[[str], None] = lambda message: None,
     progress: Progress = SILENT,
 ) -> Samples:
     """Sample the checkpoints of runs from common noise.
@@ -184,6 +185,7 @@ def sample_checkpoints(
         guidance: The scale of classifier-free guidance.
         prompts: The captions for models that take them; by default those of the data of each run.
         device: The device.
+        on_read: A function that is called with a message before data or a checkpoint that a recipe names is read.
         progress: The receiver of the progress, in network evaluations.
 
     Raises:
@@ -192,12 +194,17 @@ def sample_checkpoints(
     found, notes = _checkpoints(runs)
     images: dict[Key, Tensor] = {}
     captions: list[str] = []
+    known: dict[str, tuple[str, ...]] = {}  # of the data of each run
     for name, (path, run) in found.items():  # one in memory at a time
         settings: dict[str, Any] = {"seed": seed, "batch_size": num, "guidance": guidance, "prompts": tuple(prompts)}
         if not prompts and run.data is not None and run.data.captions is not None:
-            settings["data_captions"] = _captions_of(run)[:num]
+            if run.name not in known:
+                known[run.name] = _captions_of(run, on_read)[:num]
+            settings["data_captions"] = known[run.name]
         if run.data is not None:
             settings["data_classes"] = run.data.classes
+        if path == run.start and Path(path).is_dir():
+            on_read(f"{printable(run.source)}/recipe.yaml names the starting checkpoint: reading {printable(path)}")
         # Steps are given, so that the recipe beside a model does not choose the sampler.
         generator = Generator.load(path, device, sampler=samplers[0] if samplers else None, steps=1, **settings)
         if not images:
