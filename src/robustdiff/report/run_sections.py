@@ -105,7 +105,7 @@ def _reading(number: Number, ends: tuple[float, float] | None) -> str:
     if ends is None:
         return "no interval"
     if ends[0] <= 0 <= ends[1]:
-        return "the interval contains 0"
+        return "undecided"
     lower = ends[1] < 0
     if number.better is None:
         return "lower" if lower else "higher"
@@ -115,7 +115,7 @@ def _reading(number: Number, ends: tuple[float, float] | None) -> str:
 _VERDICTS = {
     "better": "The training helped. ",
     "worse": "The training made the model worse. ",
-    "the interval contains 0": "The training made no difference beyond the interval. ",
+    "undecided": "The training made no difference beyond the interval. ",
     "lower": "",
     "higher": "",
     "no interval": "",
@@ -188,7 +188,10 @@ def _differences(run: RunFiles) -> Table | None:
             row += [show(start), interval_text(cell.value, cell.ci, show), _difference(cell) + relative]
             rows.append([*row, _reading(number, cell.difference_ci)])
     heading = ["", "start", f"update {best.step:,}", "difference", "reading"]
-    caption = f"The best checkpoint of {run.name} against the start, on fresh noise, with 95 % intervals"
+    caption = (
+        f"The best checkpoint of {run.name} against the start, on fresh noise, with 95 % intervals. Undecided: that of "
+        "the difference contains 0"
+    )
     return Table(caption, heading, rows)
 
 
