@@ -17,6 +17,7 @@ from scipy.stats import t as student_t
 from robustdiff.data.decode import open_image
 from robustdiff.errors import InputError, printable
 from robustdiff.files import atomic_write, make_folder
+from robustdiff.metrics.bootstrap import BLOCKS, interval
 from robustdiff.metrics.metric import number_named
 from robustdiff.mismatch.measure import MEASURES as MISMATCHES
 from robustdiff.report.figures import (
@@ -237,14 +238,22 @@ def _levels(results: Results, folder: Path) -> list[str]:
     return [*parts, _figure(folder, "fid", _fid_figure(results), "FID against steps")]
 
 
+def _fid_of(record: dict[str, Any]) -> str:
+    """Return the FID of a cell with the interval over its images."""
+    fid, blocks = record["numbers"][FID], record["blocks"].get(FID, BLOCKS)
+    low, high = interval(fid, np.array(record["replicates"]), blocks, log=True)
+    return f"{fid:.2f} ({low:.2f} … {high:.2f})"
+
+
 def _references(results: Results) -> list[str]:
     """Return the table of the reference levels."""
     rows = [
-        [name, f"{sampler} {steps}", f"{r['numbers'][FID]:.2f} ({r['fid_ci'][0]:.2f} … {r['fid_ci'][1]:.2f})"]
-        + [f"{r['numbers'][measure]:.3f}" for measure in OTHERS]
+        [name, f"{sampler} {steps}", _fid_of(r), f"{r['numbers']['kid']:.3f} ± {r['kid_se']:.3f}"]
+        + [f"{r['numbers'][measure]:.3f}" for measure in OTHERS if measure != "kid"]
         for (name, sampler, steps), r in levels(results).items()
     ]
-    heading = ["as they are", "sampler, steps", "FID (95 % interval)", *_title(OTHERS)]
+    others = [name for name in OTHERS if name != "kid"]
+    heading = ["as they are", "sampler, steps", "FID (95 % interval)", "KID ± standard error", *_title(others)]
     return [_table(heading, rows)] if rows else []
 
 
@@ -315,9 +324,25 @@ def _other_measures(results: Results, steps: int) -> str:
         row = [method]
         for sampler in results.samplers:
             found = [values(results, method, sampler, steps, measure) for measure in OTHERS]
-            row.append(" / ".join(f"{np.mean(each):.3f}" for each in found) if found[0] else "–")
+            means = [f"{np.mean(each):.3f}" for each in found if each]
+            error = _kid_error(results, method, sampler, steps)
+            if error is not None:
+                means[0] += f" ± {error:.3f}"
+            row.append(" / ".join(means) or "–")
         rows.append(row)
-    return _table([f"{steps} steps: {' / '.join(_title(OTHERS))}", *results.samplers], rows)
+    return (
+        "Means over seeds. KID has its standard error: over trainings where there are several, else over groups of "
+        "images of the one.\n\n" + _table([f"{steps} steps: {' / '.join(_title(OTHERS))}", *results.samplers], rows)
+    )
+
+
+def _kid_error(results: Results, method: str, sampler: str, steps: int) -> float | None:
+    """Return the standard error of the mean of KID, over trainings if there are several."""
+    found = values(results, method, sampler, steps, "kid")
+    if len(found) > 1:
+        return float(np.std(found, ddof=1) / np.sqrt(len(found)))
+    own = [r["kid_se"] for (name, _, *cell), r in results.cells.items() if (name, *cell) == (method, sampler, steps)]
+    return own[0] if own else None
 
 
 def _further(results: Results) -> list[str]:
@@ -541,7 +566,7 @@ def _check_settings(results: Results) -> None:
         if len(key) == 4:
             needed |= {f"training.{name}": value for name, value in record["training"].items()}
         else:
-            needed["fid_ci"] = record["fid_ci"]
+            needed["kid_se"] = record["kid_se"]
         if missing := [name for name, value in needed.items() if value is None]:
             cell = "-".join(map(str, key if len(key) == 3 else (f"{key[0]}-s{key[1]}", *key[2:])))
             raise InputError(f"the cell {cell} does not say its {missing[0]}: delete its file, and run the study again")

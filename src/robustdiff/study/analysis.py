@@ -34,6 +34,7 @@ from scipy.stats import spearmanr
 from scipy.stats import t as student_t
 
 from robustdiff.errors import RunError
+from robustdiff.metrics.bootstrap import BLOCKS
 from robustdiff.mismatch.measure import MEASURES as MISMATCHES
 from robustdiff.study.store import MEASURES, Results
 
@@ -69,8 +70,6 @@ Key = tuple[str, int, str, int]
 
 FID = MEASURES[0]
 SMALLEST = 1e-3  # replicates of an FID near 0 can be negative
-BLOCKS = 50
-"""The number K of blocks of the bootstrap."""
 TRAININGS = 3
 """The smallest number of trainings for which there is an interval."""
 DIGITS = 4

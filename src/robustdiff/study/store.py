@@ -98,6 +98,7 @@ class CellRecord(_Record):
     numbers: dict[str, Number]
     replicates: Replicates
     other_replicates: dict[str, Replicates] = {}
+    blocks: dict[str, Annotated[Whole, Field(ge=2)]] = {}
     measure: Measurement
     fid_ci: tuple[Number, Number] | None = None
     kid_se: Number | None = None
