@@ -333,7 +333,7 @@ def test_the_page_decides_by_trainings(tmp_path):
     rng = np.random.default_rng(1)
     (tmp_path / "cells").mkdir()
     logs = {name: np.zeros((3, 2)) for name in methods}
-    more = {"threads": 1, "device": "cpu", "torch": "2", "fid_ci": [0, 1]}
+    more = {"threads": 1, "device": "cpu", "torch": "2", "kid_se": 0.1}
     for run in plan(study, tmp_path):
         passes = 1 if run.method in ("plain", "late") else 3
         training = {"steps": 3, "batches": 3 // passes, "backward_passes": 3, "delta_norm": 0.1, "images": 7}
@@ -497,7 +497,7 @@ def test_the_page_says_what_the_cells_say(tmp_path):
     (tmp_path / "cells").mkdir()
     (tmp_path / "mismatch").mkdir()
     training = {"steps": 3, "batches": 3, "backward_passes": 3, "delta_norm": 0.1, "data": "fashion-16", "images": 7}
-    more = {"threads": 1, "device": "cpu", "torch": "2", "training": training, "fid_ci": [0, 1]}
+    more = {"threads": 1, "device": "cpu", "torch": "2", "training": training, "kid_se": 0.1}
     for run in plan(study, tmp_path):
         for cell in run.cells:
             replicates = fids[run.method] + np.random.default_rng(cell.steps).normal(0, 0.3, 200)

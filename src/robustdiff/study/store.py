@@ -100,7 +100,6 @@ class CellRecord(_Record):
     other_replicates: dict[str, Replicates] = {}
     blocks: dict[str, Annotated[Whole, Field(ge=2)]] = {}
     measure: Measurement
-    fid_ci: tuple[Number, Number] | None = None
     kid_se: Number | None = None
     brightness: Number | None = None
     n: Annotated[Whole, Field(ge=1)] | None = None
