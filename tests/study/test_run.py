@@ -18,7 +18,7 @@ import yaml
 from robustdiff.errors import InputError
 from robustdiff.mismatch.measure import MEASURES as MISMATCHES
 from robustdiff.report.page import _fid_figure, write_page
-from robustdiff.study.analysis import contrast, effect, holm
+from robustdiff.study.analysis import contrast, effect, holm, trend
 from robustdiff.study.estimate import remaining
 from robustdiff.study.plan import pieces, plan
 from robustdiff.study.run import reproduce, run_study
@@ -210,6 +210,7 @@ def test_remaining_seconds_follow_what_is_finished(finished, tmp_path):
     [
         ({"baseline": "other"}, "baseline: 'other' is not one of the methods plain, free"),
         ({"compare": [["free", "other"]]}, "compare: 'other' is not one of the methods plain, free"),
+        ({"trend": [["free", "plain"]]}, "trend: give pairs of two or more lengths of training"),
         ({"measure": {"mismatch_methods": ["other"]}}, "measure.mismatch_methods: 'other' is not one of the methods"),
         (
             {"methods": {"plain": {"seeds": [1, 2], "seed_steps": {3: [1]}}}},
@@ -375,6 +376,47 @@ def test_the_page_decides_by_trainings(tmp_path):
     assert f"| free | {mean:+.1%} ({low:+.1%} … {high:+.1%}), n = 3 |" in text
     assert "ddim +1.00 (13 networks); iddpm +1.00 (13 networks)" in text
     assert (tmp_path / "page" / "brightness.png").is_file()
+
+
+def test_the_trend_over_lengths_of_training_is_that_of_each_seed(tmp_path):
+    """Against scipy's regression in each seed and t-test of the slopes, on made-up cells of four seeds."""
+    lengths, seeds = (6, 12, 48), range(4)
+    methods = {f"plain-{n}": {"set": {"adversary": "none", "steps": n}, "seeds": [*seeds]} for n in lengths}
+    methods |= {f"free-{n}": {"set": {"steps": n}, "seeds": [*seeds], "baseline": f"plain-{n}"} for n in lengths}
+    measure = {**TINY["measure"], "steps": [10], "mismatch": 0, "image_noise": "training"}
+    trended = [[f"free-{n}", f"plain-{n}"] for n in lengths]
+    study = Study.model_validate(
+        {**TINY, "baseline": "plain-48", "methods": methods, "trend": trended, "measure": measure, "references": {}}
+    )
+    rng = np.random.default_rng(2)
+    (tmp_path / "cells").mkdir()
+    logs = {}
+    training = {"batches": 3, "backward_passes": 3, "delta_norm": 0.1, "images": 7, "data": "fashion-16"}
+    more = {"threads": 1, "device": "cpu", "torch": "2", "kid_se": 0.1}
+    for run in plan(study, tmp_path):
+        for cell in run.cells:
+            fid = float(np.exp(rng.normal(2, 0.01) - (run.method[:4] == "free") * 0.1 * np.log2(run.recipe.steps)))
+            logs[run.method, run.seed, cell.sampler] = np.log(fid)
+            record = {**made_up_cell(run, fid, np.full(200, fid)), **more}
+            cell.path.write_text(json.dumps({**record, "training": {**training, "steps": run.recipe.steps}}))
+    results = read_results(study, tmp_path)
+    slopes = [
+        scipy.stats.linregress(
+            np.log2(lengths), [logs[f"free-{n}", s, "ddim"] - logs[f"plain-{n}", s, "ddim"] for n in lengths]
+        ).slope
+        for s in seeds
+    ]
+    found = trend(results, "ddim", 10)
+    assert list(found.logs.values()) == pytest.approx(slopes)
+    assert found.p == pytest.approx(scipy.stats.ttest_1samp(slopes, 0).pvalue)
+    text = write_page(study, tmp_path, tmp_path / "page.md")
+    assert "over 6, 12, 48 updates in each of 4 seeds" in text
+    assert "adjusted by Holm's method for their 3 tests" in text, "the other slope, and the effect with each sampler"
+    row = next(line for line in text.splitlines() if line.startswith("| ddim | "))
+    assert f"{np.expm1(np.mean(slopes)):+.1%}".replace("-", "−") in row.split(" | ")[1]
+    for cell in tmp_path.glob("cells/free-48-*"):
+        cell.unlink()
+    assert "Not known yet: `free-48` has no cells." in write_page(study, tmp_path, tmp_path / "page.md")
 
 
 def test_a_reference_at_the_steps_of_the_methods_stands_beside_them(finished, tmp_path):

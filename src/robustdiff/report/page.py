@@ -48,6 +48,7 @@ from robustdiff.study.analysis import (
     ratio_to,
     sensitivity,
     spread,
+    trend,
     values,
 )
 from robustdiff.study.schema import Study
@@ -162,6 +163,48 @@ def _effects(results: Results, steps: int) -> list[str]:
         + ("Below 0.05:" if lines else "No p-value is below 0.05."),
         *(["\n".join(lines)] if lines else []),
         _table([f"{steps} steps", "trainings", *columns], rows),
+    ]
+
+
+def _trend(results: Results, steps: int) -> list[str]:
+    """Return the change of the effect with the length of training, and the effect at each length.
+
+    The slope with the first sampler is the primary hypothesis. The other slopes and the effects at the largest number
+    of updates come behind it, adjusted for their number.
+    """
+    heading = "## Does the effect grow with the length of training?"
+    compared = results.study.trend
+    if missing := [name for name in itertools.chain(*compared) if name not in results.methods]:
+        return [heading, f"Not known yet: {', '.join(map(_code, missing))} has no cells."]
+    updates = [_of_method(results, method)["training"]["steps"] for method, _ in compared]
+    longest = updates.index(max(updates))
+    found = {
+        sampler: [
+            trend(results, sampler, steps),
+            *(effect(results, method, sampler, steps, baseline) for method, baseline in compared),
+        ]
+        for sampler in results.samplers
+    }
+    primary = results.samplers[0]
+    tested = [(sampler, 0) for sampler in results.samplers[1:]] + [(sampler, 1 + longest) for sampler in found]
+    p = {key: one.p for key in tested if (one := found[key[0]][key[1]]) is not None and one.p is not None}
+    adjusted: dict[tuple[str, int], float | None] = dict(zip(p, holm(list(p.values())), strict=True))
+    slope = found[primary][0]
+    adjusted[primary, 0] = None if slope is None else slope.p
+
+    def cell(sampler: str, i: int) -> str:
+        own = found[sampler][i]
+        return _tested(own, adjusted[sampler, i]) if (sampler, i) in adjusted else _effect(own)
+
+    rows = [[sampler, *(cell(sampler, i) for i in range(1 + len(compared)))] for sampler in found]
+    return [
+        heading,
+        f"The relative change of FID at {steps} steps with each doubling of the number of updates, by least squares "
+        f"over {', '.join(f'{count:,}' for count in updates)} updates in each of {0 if slope is None else slope.n} "
+        f"seeds, with Student's 95 % interval over seeds. The slope with {primary} is the primary hypothesis, and its "
+        "p-value is not adjusted. Those of the other slopes and of the effects at "
+        f"{max(updates):,} updates are adjusted by Holm's method for their {len(p)} tests.",
+        _table([f"{steps} steps", "with each doubling", *(f"{one} to {other}" for one, other in compared)], rows),
     ]
 
 
@@ -609,9 +652,11 @@ def write_page(study: Study, folder: Path, page: Path) -> str:
     figures = page.with_suffix("")
     make_folder(figures)
     middle = 10 if 10 in results.steps else results.steps[len(results.steps) // 2]
-    compared = bool(pairs(results))
+    trended = bool(results.study.trend)
+    compared = bool(pairs(results)) and not trended
     parts = [
         *_introduction(results),
+        *(_trend(results, middle) if trended else []),
         *(["## What the numbers say", *_effects(results, middle), *_chosen(results)] if compared else []),
         *(_few_trainings(results, middle) if compared else []),
         *_spread(results, middle),
