@@ -15,7 +15,11 @@ import scipy.stats
 import torch
 import yaml
 
+from robustdiff.data import DataConfig, load_dataset
 from robustdiff.errors import InputError
+from robustdiff.metrics.features import load_extractor
+from robustdiff.metrics.metric import MetricCollection
+from robustdiff.metrics.reference import reference_statistics
 from robustdiff.mismatch.measure import MEASURES as MISMATCHES
 from robustdiff.report.page import _fid_figure, write_page
 from robustdiff.study.analysis import contrast, effect, holm, trend
@@ -155,6 +159,34 @@ def test_a_reference_is_measured_as_it_is(finished, tmp_path):
     assert (before["reference"]["path"], before["steps"]) == ("fashion-16", 3)
     assert {**before, "seconds": 0} == {**after, "seconds": 0}
     assert not (tmp_path / "again").exists()
+
+
+def test_other_real_images_are_measured_as_generated_ones(finished, tmp_path, robustdiff):
+    """Against the metrics of these images, computed here."""
+    study, folder = finished
+    real = {"name": "fashion-16", "split": "test"}
+    wanted = study.model_copy(update={"measure": study.measure.model_copy(update={"real": DataConfig(**real)})})
+    shutil.copytree(folder, tmp_path / "study")
+    assert run_study(wanted, tmp_path / "study")
+    record = json.loads((tmp_path / "study" / "cells" / "real.json").read_text())
+    images = load_dataset("fashion-16", split="test").__getitems__(range(40))[0]
+    extractor = load_extractor("fashion-16")
+    reference = reference_statistics(load_dataset("fashion-16"), extractor)
+    metrics = MetricCollection(None, extractor, reference)
+    metrics.update(images, 0)
+    for name, value in metrics.result("x").values.items():
+        assert record[name] == pytest.approx(value), name
+    page = write_page(wanted, tmp_path / "study", tmp_path / "page.md")
+    assert "40 other real images (the split `test` of `fashion-16`)" in page
+    assert f"| {record['precision']:.3f} | {record['recall']:.3f} |" in page
+    other = wanted.measure.model_copy(update={"real": DataConfig(name="fashion-16")})
+    with pytest.raises(InputError, match=r"real\.json was made with other settings"):
+        read_results(study.model_copy(update={"measure": other}), tmp_path / "study")
+    path = tmp_path / "many.yaml"
+    path.write_text(yaml.safe_dump({**TINY, "measure": {**TINY["measure"], "num": 10_001, "real": real}}))
+    outcome = robustdiff("study", path, "--output", tmp_path / "many")
+    assert (outcome.code, outcome.err.count("\n")) == (2, 1)
+    assert "has 10000 images, fewer than measure.num=10001" in outcome.err
 
 
 def test_a_cell_is_made_again_from_its_file_alone(finished, tmp_path, robustdiff):

@@ -113,7 +113,7 @@ def _correlation(value: float | None) -> str:
     return "–" if value is None else f"{value:+.2f}".replace("-", "−")
 
 
-def _title(measures: Sequence[str]) -> list[str]:
+def _title(measures: Iterable[str]) -> list[str]:
     return [TITLES.get(name, name) for name in measures]
 
 
@@ -361,7 +361,8 @@ def _at_equal_brightness(results: Results, steps: int) -> list[str]:
     ]
 
 
-def _other_measures(results: Results, steps: int) -> str:
+def _other_measures(results: Results, steps: int) -> list[str]:
+    """Return KID, precision and recall of methods and of real images."""
     rows = []
     for method in results.methods:
         row = [method]
@@ -373,10 +374,27 @@ def _other_measures(results: Results, steps: int) -> str:
                 means[0] += f" ± {error:.3f}"
             row.append(" / ".join(means) or "–")
         rows.append(row)
-    return (
+    text = (
         "Means over seeds. KID has its standard error: over trainings where there are several, else over groups of "
-        "images of the one.\n\n" + _table([f"{steps} steps: {' / '.join(_title(OTHERS))}", *results.samplers], rows)
+        "images of the one."
     )
+    return [text, _table([f"{steps} steps: {' / '.join(_title(OTHERS))}", *results.samplers], rows), *_real(results)]
+
+
+def _real(results: Results) -> list[str]:
+    """Return the numbers of other real images."""
+    real = results.real
+    if real is None:
+        return []
+    numbers, data = real["numbers"], real["measure"]["real"]
+    row = ["real images", _fid_of(real), f"{numbers['kid']:.3f} ± {real['kid_se']:.3f}"]
+    row += [f"{numbers[name]:.3f}" for name in OTHERS if name != "kid"]
+    heading = ["", "FID (95 % interval)", "KID ± standard error", *_title(name for name in OTHERS if name != "kid")]
+    return [
+        f"{real['n']:,} other real images (the split {_code(data['split'])} of {_code(data['name'])}), measured as "
+        "generated ones are:",
+        _table(heading, [row]),
+    ]
 
 
 def _kid_error(results: Results, method: str, sampler: str, steps: int) -> float | None:
@@ -666,7 +684,7 @@ def write_page(study: Study, folder: Path, page: Path) -> str:
         *_against_references(results),
         *(_by_steps(results) if compared else []),
         f"## {', '.join(_title(OTHERS))}",
-        _other_measures(results, middle),
+        *_other_measures(results, middle),
         *_further(results),
         *_mismatch(results),
         *_cost(results),

@@ -128,6 +128,9 @@ class Measurement(Section):
     data: DataConfig | None = Field(
         None, description="the real images, whose captions are prompts in turn; those of the recipe by default"
     )
+    real: DataConfig | None = Field(
+        None, description="other real images, measured as generated ones are: what a perfect model would get"
+    )
 
     @model_validator(mode="after")
     def _enough(self) -> Measurement:
