@@ -125,6 +125,11 @@ class AdversaryConfig(Named):
         return 1
 
     @property
+    def passes(self) -> int:
+        """The number of optimiser updates made on each batch."""
+        return 1
+
+    @property
     def by_level(self) -> bool:
         """True if the radius depends on the noise level σ_t."""
         return False
@@ -161,6 +166,10 @@ class AscentConfig(AdversaryConfig):
         if self.ramp and self.radius is None:
             raise ValueError("adversary.ramp needs adversary.radius: there is nothing else to ramp")
         return self
+
+    @property
+    def passes(self) -> int:
+        return self.steps
 
     @property
     def by_level(self) -> bool:

@@ -48,5 +48,9 @@ class PGDConfig(AscentConfig):
     name: Literal["pgd"] = "pgd"
 
     @property
+    def passes(self) -> int:
+        return 1
+
+    @property
     def backward_passes(self) -> int:
         return 1 + self.steps

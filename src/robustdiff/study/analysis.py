@@ -94,10 +94,12 @@ class Effect:
     Attributes:
         logs: The effect e_s, a difference of logarithms, of each seed.
         shared: The variance v of the mean due to the noise of images that all trainings share.
+        relative: False if the e_s are plain differences, of a measure that is not on a logarithmic scale.
     """
 
     logs: dict[int, float]
     shared: float = 0.0
+    relative: bool = True
 
     @property
     def n(self) -> int:
@@ -106,8 +108,9 @@ class Effect:
 
     @property
     def mean(self) -> float:
-        """Return the relative change, the geometric mean over seeds."""
-        return float(np.expm1(np.mean(list(self.logs.values()))))
+        """Return the relative change, the geometric mean over seeds, or the mean difference."""
+        value = float(np.mean(list(self.logs.values())))
+        return float(np.expm1(value)) if self.relative else value
 
     @property
     def changes(self) -> dict[int, float]:
@@ -131,7 +134,8 @@ class Effect:
             return None
         error, freedom = self._error
         value, half = np.mean(list(self.logs.values())), student_t.ppf(0.975, freedom) * error
-        return Interval(*np.expm1([value, value - half, value + half]).tolist())
+        ends = np.array([value, value - half, value + half])
+        return Interval(*(np.expm1(ends) if self.relative else ends).tolist())
 
     @property
     def p(self) -> float | None:

@@ -58,7 +58,13 @@ __all__ = ["reproduce", "run_study"]
 
 
 def run_study(
-    study: Study, folder: Path, *, processes: int | None = None, progress: Progress = SILENT, wait: float = 1.0
+    study: Study,
+    folder: Path,
+    *,
+    processes: int | None = None,
+    progress: Progress = SILENT,
+    wait: float = 1.0,
+    tolerant: bool = False,
 ) -> bool:
     """Work on a study until nothing of it is missing.
 
@@ -69,6 +75,7 @@ def run_study(
         progress: The receiver of the progress of each piece of work, or with ``processes`` of the percentage of the
             whole.
         wait: The time in seconds between checks of the locks of other processes, when no other work is left.
+        tolerant: Whether trainings may fail. By default their failure is an error after all other work is done.
 
     Returns:
         False when a signal stopped it.
@@ -76,7 +83,7 @@ def run_study(
     Raises:
         InputError: If a run cannot be built from its recipe, a sampler does not suit the networks, or existing results
             were made with other settings.
-        RunError: If a training failed, after all other work is done, or if a process is killed.
+        RunError: If a training failed, or its network cannot be measured, or if a process is killed.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise InputError("a study is shared by processes of its own: start robustdiff once, without accelerate")
@@ -95,7 +102,7 @@ def run_study(
         parts = [_Share(whole) for _ in range(min(processes, len(missing)))]
         finished = run_workers(partial(_work, study, folder, wait), parts)
     failed = [run for run in plan(study, folder) if run.failure.is_file()]
-    if finished and failed:
+    if finished and failed and not tolerant:
         raise RunError(
             f"the rest is done, but {len(failed)} trainings failed; {printable(failed[0].failure)}: "
             f"{read(failed[0].failure, Failure).error}"
@@ -138,7 +145,12 @@ def _do(study: Study, piece: Piece, progress: Progress) -> bool:
     if recipe.threads is not None:  # as in training
         torch.set_num_threads(recipe.threads)
     if piece.cell is not None:
-        _measure_cell(study, piece.run, piece.cell, recipe, progress)
+        try:
+            _measure_cell(study, piece.run, piece.cell, recipe, progress)
+        except RunError as error:
+            if piece.run is None:
+                raise
+            _fail(piece.run, error)
     else:
         assert piece.run is not None
         _measure_mismatch(piece.run, piece.name, progress)
@@ -151,7 +163,7 @@ def _train_run(run: Run, progress: Progress) -> bool:
         if not _train(run.recipe, progress):
             return False
     except RunError as error:
-        write(run.failure, {"method": run.method, "seed": run.seed, "error": str(error)})
+        _fail(run, error)
         return True
     lines = read_metrics(run)
     seconds, before = 0.0, 0
@@ -162,6 +174,11 @@ def _train_run(run: Run, progress: Progress) -> bool:
     losses = {"step": [line.step for line in thinned], "loss": [round(line.loss, 5) for line in thinned]}
     write(run.path, {"method": run.method, "seed": run.seed, "seconds": round(seconds, 1), **losses})
     return True
+
+
+def _fail(run: Run, error: RunError) -> None:
+    """Write why a run failed: its loss, or what the network makes of noise, is not finite."""
+    write(run.failure, {"method": run.method, "seed": run.seed, "error": str(error)})
 
 
 def _measure_cell(study: Study, run: Run | None, cell: Cell, recipe: Recipe, progress: Progress) -> None:
@@ -178,15 +195,17 @@ def _measure_cell(study: Study, run: Run | None, cell: Cell, recipe: Recipe, pro
             cell.steps,
             reference.precision,
             progress,
+            measure.seed if reference.seed is None else reference.seed,
             guidance=reference.guidance,
         )
         settings = {"name": cell.network, "path": reference.path, "data": recipe.data.model_dump(mode="json")}
-        sampling = {"precision": reference.precision, "guidance": reference.guidance}
+        sampling = {"precision": reference.precision, "guidance": reference.guidance, "seed": reference.seed}
         # In a section of their own, since ``precision`` of a cell is that of precision and recall.
         write(cell.path, {"reference": {**settings, **sampling}, **record})
         return
+    noise = measure.noise_seed(run.seed)
     record, images = _measure(
-        recipe.output, measure, recipe.data, cell.sampler, cell.steps, recipe.precision, progress, training=run.seed
+        recipe.output, measure, recipe.data, cell.sampler, cell.steps, recipe.precision, progress, noise
     )
     if run.first:
         with atomic_write(cell.path.with_suffix(".png")) as file:
@@ -302,14 +321,13 @@ def _measure(
     steps: int,
     precision: str,
     progress: Progress,
+    noise: int,
     cpu: bool = False,
-    training: int | None = None,
     guidance: float | None = None,
 ) -> tuple[dict[str, Any], torch.Tensor]:
     """Measure a network under one sampler, and return the numbers for a cell's file and the first images.
 
-    ``training`` is the seed of the network's training, or None for a reference. The scale of guidance is by default
-    that of the measurement.
+    ``noise`` is the seed of the images' noise. The scale of guidance is by default that of the measurement.
     """
     state = PartialState(cpu=cpu)  # used for the device alone, with one process
     metrics, captions = _real_images(measure, data, state.device)
@@ -319,7 +337,7 @@ def _measure(
         state.device,
         sampler=sampler,
         steps=steps,
-        seed=measure.noise_seed(training),
+        seed=noise,
         batch_size=measure.batch_size,
         precision=precision,
         guidance=measure.guidance if guidance is None else guidance,
@@ -407,11 +425,12 @@ def reproduce(path: Path, folder: Path, *, progress: Progress = SILENT) -> tuple
     assert cell.threads is not None
     cpu = cell.device == "cpu"
     torch.set_num_threads(cell.threads)
-    after, guidance = {}, None
+    after, guidance, noise = {}, None, cell.measure.noise_seed(cell.seed)
     if cell.reference is not None:
         assert cell.reference.data is not None
         name, data, precision = cell.reference.path, cell.reference.data, cell.reference.precision
         guidance = cell.reference.guidance
+        noise = noise if cell.reference.seed is None else cell.reference.seed
     else:
         assert cell.recipe is not None
         name = str(folder / f"{cell.method}-s{cell.seed}")
@@ -422,7 +441,5 @@ def reproduce(path: Path, folder: Path, *, progress: Progress = SILENT) -> tuple
             return None
         after = _training_settings(recipe)
     progress.begin(path.stem, cell.measure.num)
-    record, _ = _measure(
-        name, cell.measure, data, cell.sampler, cell.steps, precision, progress, cpu, cell.seed, guidance
-    )
+    record, _ = _measure(name, cell.measure, data, cell.sampler, cell.steps, precision, progress, noise, cpu, guidance)
     return before, {**before, **record, **after}

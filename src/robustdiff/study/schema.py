@@ -100,6 +100,7 @@ class Reference(Section):
     steps: Counts
     precision: Precision = "fp32"
     guidance: Guidance | None = Field(None, description="scale of guidance; by default that of the measurement")
+    seed: Seed | None = Field(None, description="of the images' noise; by default that of the measurement")
 
 
 class Measurement(Section):

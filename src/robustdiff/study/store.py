@@ -82,6 +82,7 @@ class _Network(_Record):
     path: Text
     precision: Precision = "fp32"
     guidance: Guidance | None = None
+    seed: Seed | None = None
     data: DataConfig | None = None
 
 
@@ -262,7 +263,8 @@ def read_cell(cell: Cell, study: Study, run: Run | None) -> dict[str, Any]:
         if record.reference is None:
             raise InputError(f"{printable(cell.path)} is not a cell of this study: {remedy}")
         reference = study.references[cell.network]
-        same = same and (record.reference.path, record.reference.guidance) == (reference.path, reference.guidance)
+        names = ("path", "guidance", "seed")
+        same = same and all(getattr(record.reference, name) == getattr(reference, name) for name in names)
     if not same:
         raise InputError(f"{printable(cell.path)} was made with other settings than the study's: {remedy}")
     return record.model_dump(mode="json")
