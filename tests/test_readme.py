@@ -25,6 +25,10 @@ SMALL = {
     "solver-error": ["--num", "2", "--scales", "3", "--points", "2", "--substeps", "2"],
     "demo": [],
     "study": [],
+    "tune": [
+        *("--set", "batch_size=4", "--updates", "2", "--candidates", "2", "--rungs", "1", "--seeds", "3"),
+        *("--num", "16", "--processes", "1"),
+    ],
     "reproduce": [],
     "convert": [],
 }

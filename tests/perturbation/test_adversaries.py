@@ -14,6 +14,7 @@ from scipy.optimize import linprog, minimize
 from torch import nn
 
 from robustdiff.perturbation import (
+    ADVERSARIES,
     NORMS,
     Constant,
     FreeAdversary,
@@ -476,6 +477,12 @@ def test_random_directions_are_uniform(norm, variance):
     delta = list(RandomAdversary(2, 1.0, norm=norm, generator=generator)(torch.zeros(40_000, 5)))[1].double()
     assert delta.mean(0).abs().max() < 0.02
     torch.testing.assert_close(torch.cov(delta.T), variance * torch.eye(5).double(), atol=0.02, rtol=0)
+
+
+@pytest.mark.parametrize("name", ADVERSARIES)
+def test_a_section_knows_the_passes_of_its_adversary(name):
+    section = ADVERSARIES[name](name=name, steps=4)
+    assert section.passes == section.build(DiffusionProcess.cosine(10)).passes
 
 
 def test_none_is_one_pass_at_zero():

@@ -16,12 +16,13 @@ import torch
 import yaml
 
 from robustdiff.data import DataConfig, load_dataset
-from robustdiff.errors import InputError
+from robustdiff.errors import InputError, RunError
 from robustdiff.metrics.features import load_extractor
 from robustdiff.metrics.metric import MetricCollection
 from robustdiff.metrics.reference import reference_statistics
 from robustdiff.mismatch.measure import MEASURES as MISMATCHES
 from robustdiff.report.page import _fid_figure, write_page
+from robustdiff.study import run as module
 from robustdiff.study.analysis import contrast, effect, holm, trend
 from robustdiff.study.estimate import remaining
 from robustdiff.study.plan import pieces, plan
@@ -556,6 +557,24 @@ def test_a_training_that_fails_is_left_out_and_the_rest_is_done(tmp_path, robust
     assert sorted(p.stem for p in (tmp_path / "out" / "cells").glob("*.json")) == ["plain-s0-ddim-1"]
     text = write_page(load_study(path), tmp_path / "out", tmp_path / "page.md")
     assert "The training wild-s0 failed" in text
+
+
+def test_a_network_that_cannot_be_measured_has_failed(tmp_path, monkeypatch):
+    measure = module._measure
+
+    def measured(network, *arguments, **options):
+        if network.endswith("free-s0"):
+            raise RunError("the network's output is not finite")
+        return measure(network, *arguments, **options)
+
+    monkeypatch.setattr(module, "_measure", measured)
+    small = {**TINY["measure"], "samplers": ["ddim"], "steps": [1], "mismatch": 0}
+    methods = {name: {**method, "seeds": [0]} for name, method in TINY["methods"].items()}
+    study = Study.model_validate({**TINY, "methods": methods, "measure": small, "references": {}})
+    with pytest.raises(RunError, match=r"free-s0\.failed\.json: the network's output is not finite"):
+        run_study(study, tmp_path)
+    assert run_study(study, tmp_path, tolerant=True)
+    assert [path.stem for path in (tmp_path / "cells").glob("*.json")] == ["plain-s0-ddim-1"]
 
 
 def test_the_page_says_what_the_cells_say(tmp_path):

@@ -35,7 +35,7 @@ def tune(
     rungs: Annotated[int, typer.Option(min=1, help="Halvings; each trains twice as long as the one before.")] = 3,
     seeds: Annotated[int, typer.Option(min=3, help="Confirming trainings of each contestant.")] = 5,
     seed: Annotated[int | None, typer.Option(min=0, help="Seed of the search; that of the recipe by default.")] = None,
-    num: Annotated[int, typer.Option(min=4, help="Images of each measurement.")] = 1000,
+    num: Annotated[int, typer.Option(min=4, help="Images of each measurement.")] = 2000,
     metric: Annotated[str, typer.Option(help="What to rank by: fid, kid, clip-score=FOLDER, …")] = "fid",
     features: options.Features = None,
     weights: options.Weights = None,

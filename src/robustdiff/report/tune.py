@@ -29,8 +29,10 @@ ROLES = {
 }
 
 
-def described(settings: Mapping[str, Any]) -> str:
+def described(settings: Mapping[str, Any] | None) -> str:
     """Return settings in one line, such as "α = 0.3, K = 3, radius none, lr = 0.0001, ema = auto"."""
+    if settings is None:
+        return "the checkpoint as it is"
     parts = []
     for field, value in settings.items():
         if field == "adversary":
@@ -76,14 +78,13 @@ def plan_table(tuning: Tuning, stages: Sequence[Stage], speed: Speed, processes:
 def _rung(record: Record, tuning: Record) -> Rows:
     number = number_named(_number(tuning))
     sign = 1 if number.better == "lower" else -1
-    every = list(record["contestants"])
+    every = {name: (own, own["values"].get(str(record["seed"]))) for name, own in record["contestants"].items()}
     if record["untouched"] is not None:
-        every.append({"name": "untouched", "settings": None, "value": record["untouched"], "kept": True})
+        every["untouched"] = {"settings": None, "kept": True}, record["untouched"]
     lines = []
-    for own in sorted(every, key=lambda c: (c["value"] is None, sign * (c["value"] or 0))):
-        value = "failed" if own["value"] is None else format(own["value"], number.format)
-        settings = "the checkpoint as it is" if own["settings"] is None else described(own["settings"])
-        lines.append([own["name"], settings, value, "goes on" if own["kept"] else ""])
+    for name, (own, value) in sorted(every.items(), key=lambda item: (item[1][1] is None, sign * (item[1][1] or 0))):
+        shown_value = "failed" if value is None else format(value, number.format)
+        lines.append([name, described(own["settings"]), shown_value, "goes on" if own["kept"] else ""])
     return ["", "settings", f"{number.title}, {tuning['sampler']} {tuning['steps']}", ""], lines
 
 
@@ -95,12 +96,12 @@ def _rung_title(record: Record, tuning: Record) -> str:
     return f"Rung {record['rung']} of {tuning['rungs']}: {record['backward_passes']:,} backward passes each"
 
 
-def failures(contestants: Sequence[Record]) -> list[str]:
+def failures(contestants: Mapping[str, Record]) -> list[str]:
     """Return a line for each error by which contestants of a rung failed."""
     found: dict[str, list[str]] = {}
-    for own in contestants:
-        if own["error"] is not None:
-            found.setdefault(own["error"], []).append(own["name"])
+    for name, own in contestants.items():
+        for error in own["failed"].values():
+            found.setdefault(error, []).append(name)
     return [f"{', '.join(names)} failed: {printable(error)}" for error, names in found.items()]
 
 
@@ -119,8 +120,9 @@ def _confirmation(record: Record) -> Rows:
         line = [format(values[s], number.format) if s in values else "failed" for s in seeds]
         mean = sum(values.values()) / len(values) if values else None
         name = ROLES[role] if role == "untouched" else f"{ROLES[role]}, {contestant['name']}"
-        settings = described(contestant["settings"]) if "settings" in contestant else ""
-        lines.append([name, settings, *line, "–" if mean is None else format(mean, number.format)])
+        lines.append(
+            [name, described(contestant["settings"]), *line, "–" if mean is None else format(mean, number.format)]
+        )
     return ["", "settings", *(f"seed {seed}" for seed in seeds), "mean"], lines
 
 

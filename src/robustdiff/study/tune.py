@@ -30,6 +30,7 @@ before, so that processes share the search, and an interrupted one goes on:
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -100,7 +101,7 @@ class Tuning(Section):
     minutes: float | None = Field(None, gt=0, description="the time that the updates were chosen for; none: given")
     seeds: int = Field(5, ge=TRAININGS, le=100, description="confirming trainings of each contestant")
     seed: Seed = Field(0, description="of the search; the confirming seeds follow it")
-    num: int = Field(1000, ge=4, le=10**7, description="images of each measurement")
+    num: int = Field(2000, ge=4, le=10**7, description="images of each measurement")
     batch_size: int = Field(64, ge=1, le=2**20, description="images that are sampled at a time")
     features: Text
     weights: Text | None = None
@@ -360,80 +361,52 @@ def tune(
         RunError: If no plain fine-tuning is left, or a process is killed.
     """
     tuning = _settle(tuning, folder)
-    every, untouched, rungs = candidates(tuning), None, []
+    every, untouched = candidates(tuning), None
     *halvings, last = stages(tuning)
-    left, seconds, trainings = list(every), 0.0, 0
-    for i, stage in enumerate(halvings):
-        study = _study(tuning, stage, {n: every[n] for n in left}, [tuning.seed], tuning.untouched and not i)
+    rungs: list[Record] = []
+    left, seconds = list(every), 0.0
+    for stage, following in itertools.pairwise((*halvings, last)):
+        study = _study(tuning, stage, {n: every[n] for n in left}, [tuning.seed], tuning.untouched and not rungs)
         if not _run(study, folder / stage.name, processes, progress, wait):
             return
         found = _outcome(tuning, study, folder / stage.name)
-        seconds, trainings = seconds + found.seconds, trainings + len(left)
+        seconds += found.seconds
         untouched = found.values.get("untouched", {}).get(tuning.seed, untouched)
-        after = [*halvings, last][i + 1]
-        kinds = (("c", after.candidates), ("p", after.plain))
-        kept = [n for kind, count in kinds for n in _best(tuning, _of(left, kind), found.values)[:count]]
-        rungs.append(
-            {
-                "rung": i + 1,
-                "backward_passes": stage.passes,
-                "untouched": untouched,
-                "contestants": [
-                    {
-                        "name": name,
-                        "settings": every[name],
-                        "updates": study.methods[name].set["steps"],
-                        "value": found.values.get(name, {}).get(tuning.seed),
-                        "error": found.failed.get(name, {}).get(tuning.seed),
-                        "kept": name in kept,
-                    }
-                    for name in left
-                ],
-            }
-        )
+        kept = _best(tuning, _of(left, "c"), found.values)[: following.candidates]
+        kept += _best(tuning, _of(left, "p"), found.values)[: following.plain]
+        contestants = {name: _record(study, name, every[name], found, name in kept) for name in left}
+        passes = {"rung": len(rungs) + 1, "backward_passes": stage.passes}
+        rungs.append({**passes, "seed": tuning.seed, "untouched": untouched, "contestants": contestants})
         yield rungs[-1]
         left = kept
         if not _of(left, "p"):
-            raise RunError(f"every plain fine-tuning failed, of which rung-{i + 1}/trainings says more: lower lr")
-    contestants, roles = {name: every[name] for name in left}, {}
-    for name in left:
-        roles[name] = "candidate" if name.startswith("c") else "plain"
-        passes = load_recipe(tuning.recipe, changes={**tuning.set, **every[name]}).adversary.passes
-        if passes > 1:
-            clean = {"adversary": {"name": "random", "steps": passes, "radius": 0}}
-            contestants["repeat"], roles["repeat"] = {**clean, **_without_delta(every[name])}, "control"
-    study = _study(tuning, last, contestants, tuning.confirming, tuning.untouched)
+            raise RunError(f"every plain fine-tuning failed ({folder / stage.name / 'trainings'} says how): lower lr")
+    roles = _roles(tuning, {name: every[name] for name in left})
+    study = _study(tuning, last, dict(roles.values()), tuning.confirming, tuning.untouched)
     if not _run(study, folder / last.name, processes, progress, wait):
         return
     found = _outcome(tuning, study, folder / last.name)
-    confirmed = {
-        roles[name]: {
-            "name": name,
-            "settings": settings,
-            "updates": study.methods[name].set["steps"],
-            "values": {str(seed): value for seed, value in found.values.get(name, {}).items()},
-            "failed": {str(seed): error for seed, error in found.failed.get(name, {}).items()},
-        }
-        for name, settings in contestants.items()
-    }
+    confirmed = {role: {"name": name, **_record(study, name, own, found)} for role, (name, own) in roles.items()}
     if tuning.untouched:
         values = {str(seed): value for seed, value in found.values["untouched"].items()}
-        confirmed["untouched"] = {"name": "untouched", "values": values, "failed": {}}
+        confirmed["untouched"] = {"name": "untouched", "settings": None, "values": values, "failed": {}}
     comparisons = _compare(tuning, confirmed)
     answer = decide(comparisons, tuning.untouched)
     record = {
         "tuning": tuning.model_dump(mode="json"),
         "number": tuning.number.name,
         "rungs": rungs,
-        "confirmation": {"backward_passes": last.passes, "seeds": list(tuning.confirming), "contestants": confirmed},
+        "confirmation": {"backward_passes": last.passes, "seeds": tuning.confirming, "contestants": confirmed},
         "comparisons": comparisons,
         "answer": answer,
-        "trainings": trainings + len(contestants) * tuning.seeds,
+        "trainings": sum(len(rung["contestants"]) for rung in rungs) + len(roles) * tuning.seeds,
         "process_seconds": round(seconds + found.seconds),
         "obtained_on": found.made_on,
     }
     if answer != "untouched":
-        _recommend(tuning, study, confirmed[answer]["name"], folder)
+        recipe = load_recipe(tuning.recipe, changes={**tuning.set, **study.methods[roles[answer][0]].set})
+        with atomic_write(folder / "recipe.yaml") as file:
+            file.write(recipe.to_yaml().encode())
     write_json(folder / "result.json", record)
     yield record
 
@@ -441,6 +414,29 @@ def tune(
 def _of(names: Sequence[str], kind: str) -> list[str]:
     """Return the names of candidates ("c") or of plain fine-tunings ("p")."""
     return [name for name in names if name.startswith(kind)]
+
+
+def _record(study: Study, name: str, settings: Mapping[str, Any], found: _Outcome, kept: bool | None = None) -> Record:
+    """Return the record of a trained contestant: its values and failures by seed, and in a rung whether it goes on."""
+    return {
+        "settings": settings,
+        "updates": study.methods[name].set["steps"],
+        "values": {str(seed): value for seed, value in found.values.get(name, {}).items()},
+        "failed": {str(seed): error for seed, error in found.failed.get(name, {}).items()},
+        **({} if kept is None else {"kept": kept}),
+    }
+
+
+def _roles(tuning: Tuning, left: Mapping[str, dict[str, Any]]) -> dict[str, tuple[str, dict[str, Any]]]:
+    """Return the names and settings of the confirmation's contestants by their roles."""
+    roles = {"plain" if name.startswith("p") else "candidate": (name, own) for name, own in left.items()}
+    if "candidate" in roles:
+        _, settings = roles["candidate"]
+        passes = load_recipe(tuning.recipe, changes={**tuning.set, **settings}).adversary.passes
+        if passes > 1:
+            clean = {"adversary": {"name": "random", "steps": passes, "radius": 0}}
+            roles["control"] = "repeat", {**clean, **_without_delta(settings)}
+    return roles
 
 
 def _run(study: Study, folder: Path, processes: int | None, progress: Progress, wait: float) -> bool:
@@ -503,13 +499,6 @@ def decide(comparisons: Sequence[Record], untouched: bool) -> str:
     return "plain" if not untouched or wins("plain", "untouched") else "untouched"
 
 
-def _recommend(tuning: Tuning, study: Study, name: str, folder: Path) -> None:
-    """Write the recipe of a contestant of the confirmation."""
-    recipe = load_recipe(tuning.recipe, changes={**tuning.set, **study.methods[name].set})
-    with atomic_write(folder / "recipe.yaml") as file:
-        file.write(recipe.to_yaml().encode())
-
-
 # -- the settings --------------------------------------------------------------------------------------------
 
 
@@ -530,7 +519,7 @@ def new_tuning(
 
     Arguments:
         recipe: The name or the file of a recipe. If it has no adversary, the candidates have free adversarial training.
-        changes: What is changed in the recipe, by dotted names.
+        changes: Changes of the recipe, by dotted names.
         tried: Lists of values of fields, in place of those of :func:`default_space` or in addition to them.
         folder: The folder of the search. If it holds one, its number of updates is taken.
         updates: The backward passes of the last rung and of the confirmation, or None for as many as take ``minutes``
