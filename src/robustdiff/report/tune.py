@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from rich import box
@@ -12,6 +14,7 @@ from rich.table import Table
 from robustdiff.errors import printable
 from robustdiff.metrics.metric import number_named
 from robustdiff.report.tables import shown
+from robustdiff.study.analysis import log
 from robustdiff.study.tune import RULE, Speed, Stage, Tuning
 
 __all__ = ["advice", "comparison_table", "confirmation_table", "failures", "plan_table", "rung_table", "tune_markdown"]
@@ -118,7 +121,9 @@ def _confirmation(record: Record) -> Rows:
     for role, contestant in own["contestants"].items():
         values = contestant["values"]
         line = [format(values[s], number.format) if s in values else "failed" for s in seeds]
-        mean = sum(values.values()) / len(values) if values else None
+        mean = None
+        if values:  # the geometric mean, as differences are of logarithms
+            mean = math.exp(fmean(map(log, values.values()))) if number.log else fmean(values.values())
         name = ROLES[role] if role == "untouched" else f"{ROLES[role]}, {contestant['name']}"
         lines.append(
             [name, described(contestant["settings"]), *line, "–" if mean is None else format(mean, number.format)]
@@ -198,10 +203,16 @@ def tune_markdown(record: Record) -> str:
     tuning, own, on = record["tuning"], record["confirmation"], record["obtained_on"]
     minutes = record["process_seconds"] / 60
     number = number_named(record["number"])
-    overrides = "".join(f" --set {key}={value}" for key, value in tuning["set"].items())
+    given = [f"--set {key}={value}" for key, value in tuning["set"].items()]
+    given += [f"--{name} {tuning[name]}" for name in ("sampler", "steps", "updates")]
+    given += [
+        f"--{name} {tuning[name]}"
+        for name in ("metric", "candidates", "rungs", "seeds", "seed", "num")
+        if tuning[name] != Tuning.model_fields[name].default
+    ]
     parts = [
         f"**{advice(record)}**",
-        f"`robustdiff tune {tuning['recipe']}{overrides} --sampler {tuning['sampler']} --steps {tuning['steps']}` on "
+        f"`robustdiff tune {tuning['recipe']} {' '.join(given)}` on "
         f"{on['data']}, {on['threads']} thread(s) a process of a {on['device'].upper()}, torch {on['torch']}: "
         f"{record['trainings']} trainings in {minutes:.0f} minutes of one process. {number.title} of {tuning['num']:,} "
         f"images on the features `{tuning['features']}`. Every contestant of a table makes the same number of backward "
