@@ -79,7 +79,7 @@ def plan_table(tuning: Tuning, stages: Sequence[Stage], speed: Speed, processes:
 
 
 def _rung(record: Record, tuning: Record) -> Rows:
-    number = number_named(_number(tuning))
+    number = Tuning.model_validate(tuning).number
     sign = 1 if number.better == "lower" else -1
     every = {name: (own, own["values"].get(str(record["seed"]))) for name, own in record["contestants"].items()}
     if record["untouched"] is not None:
@@ -89,10 +89,6 @@ def _rung(record: Record, tuning: Record) -> Rows:
         shown_value = "failed" if value is None else format(value, number.format)
         lines.append([name, described(own["settings"]), shown_value, "goes on" if own["kept"] else ""])
     return ["", "settings", f"{number.title}, {tuning['sampler']} {tuning['steps']}", ""], lines
-
-
-def _number(tuning: Record) -> str:
-    return Tuning.model_validate(tuning).number.name
 
 
 def _rung_title(record: Record, tuning: Record) -> str:
