@@ -311,7 +311,7 @@ def load_model(path: str | Path, size: int | None = None, frozen: FrozenWeights 
         path: The run, the folder, the name of the shipped model, or the name "owner/name" of a pipeline of the Hub,
             which is downloaded to its cache.
         size: The side of the images in pixels, if the network's configuration has none or another one is wanted.
-        frozen: How the weights of the network are held, if they are not trained. A run of a LoRA is not loaded so.
+        frozen: The type in which the weights of the network are held, if they are not trained and it is no LoRA.
 
     Raises:
         InputError: If the model is missing, unreadable or not supported, or its weights do not fit the network or are
