@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import logging
 import math
 import re
 import sys
@@ -293,13 +292,10 @@ def _like(value: Any, default: Any) -> bool:
 
 @contextmanager
 def quietly() -> Iterator[None]:
-    """Silence warnings of diffusers, transformers, bitsandbytes and torch, and progress bars, within a block.
+    """Silence warnings and progress bars of diffusers and transformers, and warnings of torch, within a block.
 
     The warnings repeat an error, recommend other configurations, or miss packages that are not needed.
     """
-    quantizer = logging.getLogger("bitsandbytes")
-    level = quantizer.level
-    quantizer.setLevel(logging.CRITICAL)
     libraries: list[Any] = [diffusers_logging]
     if "transformers" in sys.modules:  # it is an extra, and imported by diffusers itself if it is installed
         libraries.append(import_module("transformers.utils.logging"))
@@ -312,7 +308,6 @@ def quietly() -> Iterator[None]:
             warnings.simplefilter("ignore")
             yield
     finally:
-        quantizer.setLevel(level)
         for library, verbosity, bar in before:
             library.set_verbosity(verbosity)
             if bar:

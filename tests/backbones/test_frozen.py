@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -182,6 +183,19 @@ def test_a_base_is_loaded_as_it_is_held_and_its_adapter_in_float32(bases: dict[s
     adapter = adapter_of(dict(model.network.named_parameters()))
     assert {parameter.dtype for parameter in adapter.values()} == {torch.float32}
     assert {name for name, p in model.network.named_parameters() if p.requires_grad} == adapter.keys()
+
+
+def test_a_weight_in_float32_is_gone_when_the_next_one_is_read(bases: dict[str, Path]) -> None:
+    read: list[Any] = []
+
+    class Watched(FrozenWeights):
+        def __call__(self, network: nn.Module, name: str, value: torch.Tensor) -> None:
+            assert not [one for one in read if one() is not None]
+            read.append(weakref.ref(value))
+            super().__call__(network, name, value)
+
+    load_model(bases["flux"], frozen=Watched(torch.bfloat16, "int8"))
+    assert len(read) > 20
 
 
 def test_a_network_without_layers_to_quantise_is_refused() -> None:

@@ -27,7 +27,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from robustdiff.errors import InputError, first_line
-from robustdiff.loading import quietly
 
 __all__ = ["FrozenWeights", "Int8Linear", "Quantization", "update_fingerprint"]
 
@@ -134,8 +133,7 @@ class FrozenWeights:
 
 def _bitsandbytes() -> Any:
     try:
-        with quietly():
-            return import_module("bitsandbytes")
+        return import_module("bitsandbytes")
     except ImportError as error:
         raise InputError(
             f"model.quantize=nf4 needs bitsandbytes: pip install 'robustdiff[quantize]' ({first_line(error)[:200]})"

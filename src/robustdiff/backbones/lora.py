@@ -29,7 +29,6 @@ from torch import Tensor, nn
 
 from robustdiff.errors import InputError, first_line, printable
 from robustdiff.files import atomic_write, read_json
-from robustdiff.loading import quietly
 from robustdiff.section import Fraction, Section, Text
 from robustdiff.weights import check_weights, read_state
 
@@ -137,8 +136,7 @@ def inject(network: nn.Module, lora: LoraSection, path: str, seed: int | None = 
         InputError: If peft is not installed, a target is no layer of the network, or a layer takes no adapter.
     """
     try:
-        with quietly():  # it imports bitsandbytes, if that is installed
-            from peft import LoraConfig, inject_adapter_in_model
+        from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:  # also that of a peft which is too old for the installed transformers
         raise InputError(
             f"a LoRA needs peft: pip install --upgrade 'robustdiff[lora]' ({first_line(error)[:200]})"
