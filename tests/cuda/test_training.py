@@ -63,6 +63,18 @@ def test_a_memory_format_is_resumed_bit_for_bit(device, exact, recipe, train_cut
     assert different(learned(whole), learned(cut)) == []
 
 
+@pytest.mark.parametrize("quantize", ["int8", "nf4"])
+def test_a_lora_of_quantised_weights_is_resumed_bit_for_bit(device, exact, recipe, train_cut, learned, quantize):
+    pytest.importorskip("peft")
+    if quantize == "nf4":
+        pytest.importorskip("bitsandbytes")
+    model = ["model={name: pretrained, path: fashion-16}", "model.lora.rank=2", f"model.quantize={quantize}"]
+    whole, cut = (recipe("fashion-16", output, *model, "precision=bf16") for output in ("whole", "cut"))
+    train(whole, cpu=device == "cpu")
+    train_cut(cut)
+    assert different(learned(whole), learned(cut)) == []
+
+
 def close(first, second):
     """Equal up to rounding, but for the biases in front of a softmax, whose gradients are rounding."""
     for name, value in first.items():
