@@ -25,7 +25,7 @@ __all__ = ["SIGNS", "History", "Rule"]
 
 @dataclass(frozen=True)
 class History:
-    """What was measured of a run so far.
+    """The measurements of a run so far.
 
     Attributes:
         lines: The lines of ``watch.jsonl``, the last of which is judged.

@@ -46,7 +46,7 @@ from robustdiff.files import open_regular, read_json, write_json
 from robustdiff.interrupt import Interrupt
 from robustdiff.metrics.bootstrap import REPLICATES, interval
 from robustdiff.metrics.features import SHIPPED, load_extractor
-from robustdiff.metrics.metric import METRICS, MetricCollection, Number, compared
+from robustdiff.metrics.metric import METRICS, MetricCollection, Number, compared, number_named
 from robustdiff.progress import Progress
 from robustdiff.recipe import Recipe, WatchConfig
 from robustdiff.samplers.sample import SAMPLERS
@@ -703,4 +703,6 @@ def summary(recipe: Recipe, result: Mapping[str, Any]) -> list[str]:
     ends = best["difference_ci"]
     if ends is not None and ends[0] <= 0 <= ends[1]:
         lines.append("on fresh noise it does not differ significantly from the one it started from")
+    elif ends is not None and (ends[0] > 0) == (number_named(best["cells"][0]["metric"]).better == "lower"):
+        lines.append("on fresh noise it is worse than the one it started from: use that one")
     return lines
