@@ -67,7 +67,7 @@ def test_the_lines_and_the_best_are_those_of_evaluate(tuned, digits_run):
     found = train(recipe)
     assert [line["step"] for line in lines(recipe)] == [0, 6, 9]  # batches of three passes end at 3, 6 and 9
     start, *others = lines(recipe)
-    assert start["images"] == 80
+    assert (start["images"], others[0]["images"], found["best"]["images"]) == (160, 80, 80)
     assert all(cell["difference"] is None for cell in start["cells"])
     for line in others:
         assert line["every"] == 4

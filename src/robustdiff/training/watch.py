@@ -113,7 +113,7 @@ class Line(_Record):
         mean: The mean of the cells' values.
         best: Whether this mean is better than those of all lines before.
         seconds: The time that the measurement took.
-        images: The number of images of all cells.
+        images: The number of images that were generated: those of all cells, and twice as many of the start.
         every: The number of updates between measurements.
     """
 
@@ -239,6 +239,7 @@ class Watch:
         self.lines: list[Line] = []
         self.start: tuple[_Measured, _Measured] | None = None
         self._clock: tuple[float, int] | None = None
+        self._training: float | None = None  # the time of the whole training in seconds
 
     @property
     def fresh_seed(self) -> int:
@@ -286,7 +287,7 @@ class Watch:
     def _generators(self) -> list[Generator]:
         """Return the generator of each cell."""
         config, model, own = self.config, self.trainer.built.model, self.recipe.sampler
-        prompts = prompts_of(self.dataset)
+        prompts = prompts_of(self.dataset) if model.condition.takes_captions else None
         found = []
         samplers = config.samplers or (own.name or model.samplers[0],)
         for sampler in samplers:
@@ -295,7 +296,7 @@ class Watch:
                     generator = Generator.of(
                         model,
                         data_classes=self.dataset.num_classes,
-                        data_captions=() if prompts is None else prompts.texts,
+                        data_captions=() if prompts is None else prompts.texts[: config.num],
                         sampler=sampler,
                         steps=steps,
                         batch_size=config.batch_size,
@@ -410,8 +411,9 @@ class Watch:
         self.start = _Measured(self._of_start(record.cells), half), _Measured(self._of_start(record.fresh), half)
         if not self.lines:
             self.trainer.export(self.folder / "best", self.config.average)
-            cells = self._cells(self.start[0], None)
-            self._append(self._line(0, cells, record.seconds))
+            line = self._line(0, self._cells(self.start[0], None), record.seconds)
+            line.images *= 2  # on two noises
+            self._append(line)
 
     def _everywhere(self, value: Any) -> Any:
         """Return the main process's value in all processes."""
@@ -483,28 +485,32 @@ class Watch:
 
     def _choose_interval(self, step: int) -> None:
         """Choose the interval of every=auto from the speed of training so far, once it is known."""
-        recipe = self.recipe
-        if self.start is None:  # what a measurement takes is not known yet
-            self.every = math.ceil(recipe.steps / 10)
-            return
-        now = time.perf_counter()
+        steps, now = self.recipe.steps, time.perf_counter()
         if self._clock is None:  # the first batch is slower than the others
             self._clock = now, step
             return
         since, before = self._clock
-        if step - before < recipe.steps / 50:
+        if step - before < steps / 50:
             return
-        training = self._everywhere((now - since) / (step - before) * recipe.steps)
+        training = self._everywhere((now - since) / (step - before) * steps)
+        if self.start is None:  # what a measurement takes is not known yet
+            self.every = math.ceil(steps / 10)
+            self._training = training
+            return
         one = self.start[0].seconds
         spare = SHARE * training - 4 * one  # of the start and the chosen model, each on two noises
-        self.every = math.ceil(recipe.steps / (1 + min(MOST, max(0, int(spare / one)))))
-        if spare < 0 and self.accelerator.is_main_process:
+        self.every = math.ceil(steps / (1 + min(MOST, max(0, int(spare / one)))))
+        self._warn_of_cost(4 * one, training)
+
+    def _warn_of_cost(self, seconds: float, training: float) -> None:
+        """Log a warning if measurements take more of the time of training than every=auto shall spend."""
+        if seconds > SHARE * training and self.accelerator.is_main_process:
             logger.warning(
                 "%s: the watch takes about %.0f s, %.0f %% of the time of training: lower watch.num, or give fewer or "
                 "smaller watch.steps",
-                printable(recipe.output),
-                4 * one,
-                100 * 4 * one / training,
+                printable(self.recipe.output),
+                seconds,
+                100 * seconds / training,
             )
 
     def measure(self, step: int, interrupt: Interrupt, progress: Progress) -> bool:
@@ -528,6 +534,8 @@ class Watch:
             if line.best:
                 self.trainer.export(self.folder / "best", self.config.average)
             line.seconds = time.perf_counter() - began
+            if self._training is not None and not self.lines and self.every is not None:
+                self._warn_of_cost((1 + math.ceil(self.recipe.steps / self.every)) * line.seconds, self._training)
             line.signs = self._everywhere(self._signs(line) if self.accelerator.is_main_process else None)
             self._append(line)
         return self.config.signs.action == "stop" and any(sign.action == "stop" for sign in line.signs)
@@ -596,7 +604,7 @@ class Watch:
             start=at_start,
             mean=self._mean(cells),
             seed=self.fresh_seed,
-            images=line.images,
+            images=self.config.num * len(cells),
             cells=cells,
         )
         if fresh is not None:
