@@ -89,6 +89,8 @@ def test_a_run_that_improves_hands_over_what_improved(fine_tune, robustdiff):
     step = result["best"]["step"]
     assert f"best/ holds the model of update {step}; on fresh noise fid of ddim at 10 steps" in outcome.out
     assert "better" not in outcome.out
+    outcome = robustdiff("evaluate", folder / "best", "--num", 20, "--steps", 10)
+    assert "to digits on the features digits" in outcome.out, outcome.err
     outcome = robustdiff("sample", folder / "best", "--num", 4, "--steps", 2, "--output", folder / "images.npz")
     assert outcome.code == 0, outcome.err
 

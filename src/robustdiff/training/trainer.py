@@ -751,7 +751,7 @@ def train(
     built = build_model(recipe, dataset)
     latents = LatentDataset(dataset, built.model.codec, recipe.data.flip) if recipe.caches_latents else None
     trainer = Trainer(recipe, accelerator, latents or dataset, built)
-    watch = None if recipe.watch is None else Watch(recipe.watch, trainer, dataset, folder)
+    watch = None if recipe.watch is None else Watch(recipe.watch, trainer, dataset, folder, progress)
     if accelerator.is_main_process:
         _prepare_folder(recipe, folder, resume, trainer.dataset)
     accelerator.wait_for_everyone()

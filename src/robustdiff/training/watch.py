@@ -42,12 +42,12 @@ from robustdiff.evaluation.generate import Generator
 from robustdiff.evaluation.grid import Cell, differences, evaluate_cell
 from robustdiff.evaluation.prompts import prompts_of
 from robustdiff.evaluation.real_images import Target
-from robustdiff.files import open_regular, read_json, write_json
+from robustdiff.files import atomic_write, open_regular, read_json, write_json
 from robustdiff.interrupt import Interrupt
 from robustdiff.metrics.bootstrap import REPLICATES, interval
 from robustdiff.metrics.features import SHIPPED, load_extractor
 from robustdiff.metrics.metric import METRICS, MetricCollection, Number, compared, number_named
-from robustdiff.progress import Progress
+from robustdiff.progress import SILENT, Progress
 from robustdiff.recipe import Recipe, WatchConfig
 from robustdiff.samplers.sample import SAMPLERS
 from robustdiff.training.signs import SIGNS, History
@@ -193,13 +193,19 @@ def read_lines(path: Path) -> list[Line]:
             while (line := file.readline(_LONGEST_LINE)).endswith(b"\n"):
                 lines.append(Line.model_validate_json(line))
                 if len(lines) > 1 and lines[-1].step <= lines[-2].step:
-                    raise InputError(f"{printable(path)} is damaged: its steps do not increase; remove the run")
+                    raise _damage(path, f"step {lines[-1].step} comes after {lines[-2].step}")
     except FileNotFoundError:
         return []
     except ValidationError as error:
-        where = ".".join(map(str, error.errors()[0]["loc"]))
-        raise InputError(f"{printable(path)} is damaged ({printable(where)[:100]}): remove the run") from None
+        raise _damage(path, error) from None
     return lines
+
+
+def _damage(path: Path, reason: str | ValidationError) -> InputError:
+    if isinstance(reason, ValidationError):
+        first = reason.errors()[0]
+        reason = f"{'.'.join(map(str, first['loc']))[:100]}: {first['msg']}"
+    return InputError(f"{printable(path)} is damaged ({printable(reason)}): remove it to resume without what it has")
 
 
 @dataclass(frozen=True)
@@ -218,6 +224,7 @@ class Watch:
         trainer: The trainer, whose network has the starting weights.
         dataset: The real images, and the captions of the generated ones.
         folder: The folder of the run, to which the constructor writes nothing.
+        progress: The receiver of the progress of the statistics of the real images.
 
     Attributes:
         note: The last measurement in words, for the line of progress.
@@ -227,14 +234,21 @@ class Watch:
             is sharded by FSDP.
     """
 
-    def __init__(self, config: WatchConfig, trainer: Trainer, dataset: ImageDataset, folder: Path) -> None:
+    def __init__(
+        self,
+        config: WatchConfig,
+        trainer: Trainer,
+        dataset: ImageDataset,
+        folder: Path,
+        progress: Progress = SILENT,
+    ) -> None:
         self.config, self.trainer, self.dataset, self.folder = config, trainer, dataset, folder
         self.recipe, self.accelerator = trainer.recipe, trainer.accelerator
         self.note = ""
         if self.accelerator.distributed_type == DistributedType.FSDP:
             raise InputError("watch is not for FSDP, whose shards are not sampled from: set watch=none")
-        self.number, self.metrics = self._metrics()
         self.generators = self._generators()
+        self.number, self.metrics = self._metrics(progress)
         self.every = None if config.every == "auto" else config.every
         self.lines: list[Line] = []
         self.start: tuple[_Measured, _Measured] | None = None
@@ -246,7 +260,7 @@ class Watch:
         """The seed of the noise on which the chosen model is measured again."""
         return self.config.seed + 1
 
-    def _metrics(self) -> tuple[Number, MetricCollection]:
+    def _metrics(self, progress: Progress) -> tuple[Number, MetricCollection]:
         """Return the watched number, and its metric with the statistics of the real images."""
         config, dataset = self.config, self.dataset
         name, _, value = config.metric.partition("=")
@@ -274,7 +288,7 @@ class Watch:
             target = Target(self.recipe.data, dataset, extractor)
         elif config.features is not None or config.weights is not None:
             raise InputError(f"watch.features is of no use to watch.metric={name}: leave it out")
-        reference = target.statistics(self.accelerator)
+        reference = target.statistics(self.accelerator, progress)
         values = {name: value} if value else {}
         try:
             metrics = MetricCollection([name], target.extractor, reference, self.accelerator.device, values)
@@ -410,7 +424,7 @@ class Watch:
         half = record.seconds / 2
         self.start = _Measured(self._of_start(record.cells), half), _Measured(self._of_start(record.fresh), half)
         if not self.lines:
-            self.trainer.export(self.folder / "best", self.config.average)
+            self._keep()
             line = self._line(0, self._cells(self.start[0], None), record.seconds)
             line.images *= 2  # on two noises
             self._append(line)
@@ -466,12 +480,11 @@ class Watch:
         own = [(g.sampler, g.steps, self.number.name) for g in self.generators]
         try:
             record = _Start.model_validate(read_json(path))
-        except ValidationError:
-            record = None
-        if record is None or any(
-            [(cell.sampler, cell.steps, cell.metric) for cell in cells] != own for cells in (record.cells, record.fresh)
-        ):
-            raise InputError(f"{printable(path)} is damaged, or of another watch: remove the run")
+        except ValidationError as error:
+            raise _damage(path, error) from None
+        for cells in (record.cells, record.fresh):
+            if [(cell.sampler, cell.steps, cell.metric) for cell in cells] != own:
+                raise _damage(path, "its cells are not those of the recipe")
         return record
 
     def due(self, step: int, last: bool) -> bool:
@@ -532,13 +545,20 @@ class Watch:
             cells = self._cells(measured, None if self.start is None else self.start[0])
             line = self._line(step, cells, 0.0)
             if line.best:
-                self.trainer.export(self.folder / "best", self.config.average)
+                self._keep()
             line.seconds = time.perf_counter() - began
             if self._training is not None and not self.lines and self.every is not None:
                 self._warn_of_cost((1 + math.ceil(self.recipe.steps / self.every)) * line.seconds, self._training)
             line.signs = self._everywhere(self._signs(line) if self.accelerator.is_main_process else None)
             self._append(line)
         return self.config.signs.action == "stop" and any(sign.action == "stop" for sign in line.signs)
+
+    def _keep(self) -> None:
+        """Write the model to ``best/``, with the recipe, which names its sampler and data."""
+        self.trainer.export(self.folder / "best", self.config.average)
+        if self.accelerator.is_main_process:
+            with atomic_write(self.folder / "best" / "recipe.yaml") as file:
+                file.write(self.recipe.to_yaml().encode())
 
     def _line(self, step: int, cells: list[WatchedCell], seconds: float) -> Line:
         mean, images = self._mean(cells), self.config.num * len(cells)
