@@ -34,6 +34,9 @@ SMALL = {
 }
 """What makes a documented command take a moment; a later option overrides an earlier one."""
 
+WATCHED = ("fashion-16-at", "fashion-16-consistency")
+"""Recipes that are watched, which takes longer than their training here."""
+
 TEXT = {
     "train": [*SMALL["train"], "--cpu", *(f"--set={value}" for value in ("data.size=8", "data.workers=0", "warmup=0"))],
     "sample": ["--num", "2", "--steps", "2", "--cpu"],
@@ -90,6 +93,8 @@ def test_every_command_runs(path, robustdiff, make_sd_pipeline, tmp_path, monkey
         more = ["--steps", "2"] if command[0] == "evaluate" and "--steps" in command else []
         if command[:2] in (["train", "fashion-16-dit"], ["train", "emoji"]):
             more += ["--set", "codec.cache=false"]
+        if command[0] == "train" and command[1] in WATCHED:
+            more += ["--set", "watch.num=8", "--set", "watch.steps=[1]"]
         if command[:2] == ["train", "emoji"]:
             more += ["--set", "data.split=unseen"]  # fewer captions to encode
         outcome = robustdiff(*command, *SMALL[command[0]], *more)

@@ -77,7 +77,7 @@ def recipe(tmp_path: Path) -> Callable[..., Recipe]:
         small = ["steps=6", "batch_size=16", "warmup=0", "log_every=1", "checkpoint_every=3", "precision=fp32"]
         if name == "digits":
             small += ["model.channels=[8,16]", "model.groups=4"]
-        return load_recipe(name, [*small, "threads=1", *overrides, f"output={tmp_path / output}"])
+        return load_recipe(name, [*small, "threads=1", "watch=none", *overrides, f"output={tmp_path / output}"])
 
     return make
 

@@ -182,6 +182,16 @@ def test_a_loss_scale_changes_nothing(device, exact, recipe, train_cut, learned,
     assert losses(plain) == losses(run)
 
 
+def test_a_watched_run_is_bit_for_bit_the_same_run(device, exact, recipe, learned):
+    own = ["steps=6", "ema=0.5", "adversary.radius=1.0"]
+    plain = recipe("fashion-16-at", "plain", *own)
+    watched = recipe("fashion-16-at", "watched", *own, "watch={steps: [2], num: 40, every: 3}")
+    train(plain, cpu=device == "cpu")
+    assert train(watched, cpu=device == "cpu")["best"]["seed"] == 1
+    assert different(learned(plain), learned(watched)) == []
+    assert losses(plain) == losses(watched)
+
+
 def test_updates_whose_gradient_overflows_move_nothing_and_are_counted(device, recipe, train_cut, scaled):
     scaled(2.0**127)
     run = recipe("fashion-16-consistency", "run", "checkpoint_every=1", "keep=20", "steps=12", "adversary.steps=1")

@@ -258,6 +258,7 @@ def test_remaining_seconds_follow_what_is_finished(finished, tmp_path):
         ({"measure": {"mismatch": 5}}, "40 images"),
         ({"measure": {"samplers": ["euler"]}}, "does not suit"),
         ({"set": {"seed": 3}}, "the study's own"),
+        ({"set": {"watch.num": 100}}, "watch is not for studies"),
         ({"methods": {"plain": {"seeds": [0, 0]}}}, "given twice"),
         ({"methods": {"../plain": {}}}, "'../plain'"),
     ],

@@ -434,8 +434,8 @@ def reproduce(path: Path, folder: Path, *, progress: Progress = SILENT) -> tuple
     else:
         assert cell.recipe is not None
         name = str(folder / f"{cell.method}-s{cell.seed}")
-        # Trackers of the original run are not used.
-        recipe = cell.recipe.model_copy(update={"output": name, "trackers": ()})
+        # Trackers of the original run are not used, and nothing is watched.
+        recipe = cell.recipe.model_copy(update={"output": name, "trackers": (), "watch": None})
         data, precision = recipe.data, recipe.precision
         if not _train(recipe, progress, cpu):
             return None

@@ -57,6 +57,8 @@ def _of_methods(values: dict[str, Any]) -> dict[str, Any]:
             raise ValueError(f"{name[:100]!r} is no dotted name of a field, such as adversary.step_size")
         if (field := name.split(".")[0]) in ("seed", "output"):
             raise ValueError(f"{field} is the study's own: seeds are listed, and the folder is that of the study")
+        if field == "watch":
+            raise ValueError("watch is not for studies, which measure the finished runs: leave it out")
     return values
 
 
