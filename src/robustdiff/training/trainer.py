@@ -792,7 +792,7 @@ def train(
             if watch is not None:
                 result |= watch.result(interrupt, progress)
         except Interrupted:
-            logger.warning("%s: %s is stopped at update %d", interrupt.received, folder, trainer.step)
+            logger.warning("%s: %s is stopped at update %d", interrupt.received or "a signal", folder, trainer.step)
             return None
         except RunError as error:
             if watch is None or not watch.lines:
@@ -875,7 +875,7 @@ def _run(
             if (stop or ends) and done and saved < trainer.step:
                 trainer.save(folder / "checkpoints")
         if stop and (watch is not None or not last):
-            logger.warning("%s: %s is saved at update %d", interrupt.received, folder, trainer.step)
+            logger.warning("%s: %s is saved at update %d", interrupt.received or "a signal", folder, trainer.step)
             return False
         if ends:
             return True

@@ -574,7 +574,8 @@ class Watch:
             with open_regular(self.folder / "watch.jsonl", "ab") as file:
                 file.write(json.dumps(_dump(line)).encode() + b"\n")
             for sign in line.signs:
-                logger.warning("%s: update %d: %s (%s)", printable(self.recipe.output), line.step, *_said(sign))
+                output = printable(self.recipe.output)
+                logger.warning("%s: update %d: %s (%s)", output, line.step, sign.message, sign.name)
         best = self._chosen()
         self.note = f"{self.number.title} {line.mean:{self.number.format}} at {line.step}, best at {best.step}"
         values = {f"watch/{cell.sampler}-{cell.steps}": cell.value for cell in line.cells}
@@ -699,8 +700,13 @@ def _read_metrics(path: Path, step: int) -> list[dict[str, float]]:
     return [line for line in lines if line["step"] <= step]
 
 
-def _said(sign: Sign) -> tuple[str, str]:
-    return sign.message, sign.name
+def _said(cell: Mapping[str, Any]) -> str:
+    """Return a cell of ``result.json`` in words."""
+    words = f"{cell['metric']} of {cell['sampler']} at {cell['steps']} steps {cell['value']:.4g}"
+    if cell["difference"] is None:
+        return words
+    ends = "" if cell["difference_ci"] is None else " [{:+.3g}, {:+.3g}]".format(*cell["difference_ci"])
+    return f"{words} ({cell['difference']:+.3g}{ends} to the start)"
 
 
 def summary(recipe: Recipe, result: Mapping[str, Any]) -> list[str]:
@@ -722,12 +728,9 @@ def summary(recipe: Recipe, result: Mapping[str, Any]) -> list[str]:
     if best["start"]:
         lines.append("no checkpoint of this run was better than the one it started from: best/ holds that one")
         return lines
-    cells = ", ".join(
-        f"{cell['metric']} of {cell['sampler']} at {cell['steps']} steps {cell['value']:.4g}"
-        + (f" ({cell['difference']:+.3g} to the start)" if cell["difference"] is not None else "")
-        for cell in best["cells"]
+    lines.append(
+        f"best/ holds the model of update {best['step']}; on fresh noise {', '.join(map(_said, best['cells']))}"
     )
-    lines.append(f"best/ holds the model of update {best['step']}; on fresh noise {cells}")
     ends = best["difference_ci"]
     if ends is not None and ends[0] <= 0 <= ends[1]:
         lines.append("on fresh noise it does not differ significantly from the one it started from")
