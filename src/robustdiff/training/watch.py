@@ -162,6 +162,7 @@ class _StartCell(_Record):
     value: float
     ci: Ends | None
     replicates: Annotated[list[float], Field(min_length=REPLICATES, max_length=REPLICATES)] | None
+    blocks: Annotated[int, Field(ge=2)] | None
 
 
 class _Start(_Record):
@@ -451,6 +452,7 @@ class Watch:
                 value=_value(cell, key),
                 ci=list(cell.intervals[key]) if key in cell.intervals else None,
                 replicates=cell.replicates[key].tolist() if key in cell.replicates else None,
+                blocks=cell.blocks.get(key),
             )
             for cell in measured.cells
         ]
@@ -468,6 +470,7 @@ class Watch:
                 replicates={} if record.replicates is None else {key: np.array(record.replicates)},
                 seconds=0.0,
                 guidance=self.config.guidance,
+                blocks={} if record.blocks is None else {key: record.blocks},
             )
             for record in records
         )
@@ -634,7 +637,7 @@ class Watch:
             pairs = list(zip(chosen.cells, fresh.cells, strict=True))
             if all(key in cell.replicates for cell in itertools.chain(*pairs)):
                 drawn = np.mean([a.replicates[key] - b.replicates[key] for a, b in pairs], axis=0)
-                best.difference_ci = list(interval(best.difference, drawn))
+                best.difference_ci = list(interval(best.difference, drawn, chosen.cells[0].blocks[key]))
         signs = [FiredSign(step=one.step, **sign.model_dump()) for one in self.lines for sign in one.signs]
         return {"best": _dump(best), "signs": [sign.model_dump() for sign in signs]}
 
