@@ -28,7 +28,7 @@ def train(
     from robustdiff.recipe import load_recipe
     from robustdiff.report.bar import Bar
     from robustdiff.training.trainer import train as run
-    from robustdiff.training.watch import summary
+    from robustdiff.training.watch_files import summary
 
     settings = load_recipe(recipe, overrides)
     quiet = not PartialState(cpu=cpu).is_main_process

@@ -75,7 +75,8 @@ from robustdiff.training.crops import arrange
 from robustdiff.training.ema import EMA, REMAINDER, sufficient_decay
 from robustdiff.training.optimizer import build_optimizer, create_state, set_counts, state_tensors
 from robustdiff.training.stream import BatchIndices, BucketIndices, batch_generator, caption_numbers, crop_positions
-from robustdiff.training.watch import Best, FiredSign, Interrupted, Watch
+from robustdiff.training.watch import Interrupted, Watch
+from robustdiff.training.watch_files import Best, FiredSign
 
 __all__ = ["Trainer", "read_result", "train"]
 

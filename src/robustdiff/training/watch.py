@@ -23,16 +23,16 @@ import logging
 import math
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from accelerate.utils import DistributedType, broadcast_object_list
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError
+from pydantic import ValidationError
 
 from robustdiff.backbones.lora import WEIGHTS, read_weights_into
 from robustdiff.backbones.model import load_model
@@ -44,18 +44,31 @@ from robustdiff.evaluation.prompts import prompts_of
 from robustdiff.evaluation.real_images import Target
 from robustdiff.files import atomic_write, open_regular, read_json, write_json
 from robustdiff.interrupt import Interrupt
-from robustdiff.metrics.bootstrap import REPLICATES, interval
+from robustdiff.metrics.bootstrap import interval
 from robustdiff.metrics.features import SHIPPED, load_extractor
-from robustdiff.metrics.metric import METRICS, MetricCollection, Number, compared, number_named
+from robustdiff.metrics.metric import METRICS, MetricCollection, Number, compared
 from robustdiff.progress import SILENT, Progress
-from robustdiff.recipe import Recipe, WatchConfig
+from robustdiff.recipe import WatchConfig
 from robustdiff.samplers.sample import SAMPLERS
 from robustdiff.training.signs import SIGNS, History
+from robustdiff.training.watch_files import (
+    LONGEST_LINE,
+    Best,
+    FiredSign,
+    Line,
+    Sign,
+    Start,
+    StartCell,
+    WatchedCell,
+    damaged,
+    dump,
+    read_lines,
+)
 
 if TYPE_CHECKING:
     from robustdiff.training.trainer import Trainer
 
-__all__ = ["Best", "FiredSign", "Interrupted", "Line", "Sign", "Watch", "WatchedCell", "read_lines", "summary"]
+__all__ = ["Interrupted", "Watch"]
 
 logger = logging.getLogger(__name__)
 
@@ -63,150 +76,9 @@ LONG = 50  # the number of steps that diffusion models are watched at besides th
 SHARE = 0.10  # of the time of training, the most that every=auto spends
 MOST = 50  # measurements of every=auto, at most
 
-_LONGEST_LINE = 2**20
-
 
 class Interrupted(Exception):
     """A signal arrived during a measurement, which is dropped."""
-
-
-class _Record(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
-
-
-Ends = Annotated[list[float], Field(min_length=2, max_length=2)]
-
-
-class WatchedCell(_Record):
-    """The number of a model at one sampler and number of steps, with its difference to the starting checkpoint's.
-
-    Attributes:
-        metric: The key of the number, as in :class:`robustdiff.metrics.metric.Number`.
-        ci, difference_ci: The 95 % intervals, or None without bootstrap replicates.
-        difference: None without a starting checkpoint, and for itself.
-        guidance: The scale of classifier-free guidance; left out of files if it is None.
-    """
-
-    sampler: str
-    steps: PositiveInt
-    metric: str
-    value: float
-    ci: Ends | None = None
-    difference: float | None = None
-    difference_ci: Ends | None = None
-    guidance: float | None = None
-
-
-class Sign(_Record):
-    """A sign that fired."""
-
-    name: str
-    message: str
-    action: str
-
-
-class Line(_Record):
-    """A line of ``watch.jsonl``.
-
-    Attributes:
-        step: The number of updates; 0 for the starting checkpoint.
-        mean: The mean of the cells' values.
-        best: Whether this mean is better than those of all lines before.
-        seconds: The time that the measurement took.
-        images: The number of images that were generated: those of all cells, and twice as many of the start.
-        every: The number of updates between measurements.
-    """
-
-    step: NonNegativeInt
-    cells: Annotated[list[WatchedCell], Field(min_length=1, max_length=10_000)]
-    mean: float
-    best: bool
-    seconds: Annotated[float, Field(ge=0)]
-    images: PositiveInt
-    every: PositiveInt | None = None
-    signs: list[Sign] = []
-
-
-class Best(_Record):
-    """The model in ``best/``, measured on fresh noise, as in ``result.json``.
-
-    Attributes:
-        step: The number of updates; 0 for the starting checkpoint.
-        start: Whether it is the starting checkpoint.
-        mean: The mean of the cells' values.
-        seed: The seed of the noise.
-        images: The number of images of all cells.
-        difference, difference_ci: Those of the mean to the starting checkpoint's, or None as in the cells.
-    """
-
-    step: NonNegativeInt
-    start: bool
-    mean: float
-    seed: NonNegativeInt
-    images: PositiveInt
-    cells: Annotated[list[WatchedCell], Field(min_length=1, max_length=10_000)]
-    difference: float | None = None
-    difference_ci: Ends | None = None
-
-
-class FiredSign(Sign):
-    """A sign that fired, and the update at which it did, as in ``result.json``."""
-
-    step: NonNegativeInt
-
-
-class _StartCell(_Record):
-    sampler: str
-    steps: PositiveInt
-    metric: str
-    value: float
-    ci: Ends | None
-    replicates: Annotated[list[float], Field(min_length=REPLICATES, max_length=REPLICATES)] | None
-    blocks: Annotated[int, Field(ge=2)] | None
-
-
-class _Start(_Record):
-    """The contents of ``start.json``: the starting checkpoint's cells on the noise of the watch, and on fresh noise."""
-
-    seconds: Annotated[float, Field(gt=0)]
-    cells: list[_StartCell]
-    fresh: list[_StartCell]
-
-
-def _dump(record: _Record) -> dict[str, Any]:
-    """Return a record as JSON values, without a scale of guidance where there is none."""
-    values = record.model_dump()
-    for cell in values.get("cells", []):
-        if cell["guidance"] is None:
-            del cell["guidance"]
-    return values
-
-
-def read_lines(path: Path) -> list[Line]:
-    """Return the lines of ``watch.jsonl``, without a last one that a kill left unfinished; none if there is no file.
-
-    Raises:
-        InputError: If a line is malformed, or the steps do not increase.
-    """
-    lines: list[Line] = []
-    try:
-        with open_regular(path) as file:
-            while (line := file.readline(_LONGEST_LINE)).endswith(b"\n"):
-                lines.append(Line.model_validate_json(line))
-                if len(lines) > 1 and lines[-1].step <= lines[-2].step:
-                    raise _damage(path, f"step {lines[-1].step} comes after {lines[-2].step}")
-    except FileNotFoundError:
-        return []
-    except ValidationError as error:
-        raise _damage(path, error) from None
-    return lines
-
-
-def _damage(path: Path, reason: str | ValidationError) -> InputError:
-    if isinstance(reason, ValidationError):
-        first = reason.errors()[0]
-        reason = f"{'.'.join(map(str, first['loc']))[:100]}: {first['msg']}"
-    return InputError(f"{printable(path)} is damaged ({printable(reason)}): remove it to resume without what it has")
 
 
 @dataclass(frozen=True)
@@ -413,11 +285,11 @@ class Watch:
             self.every = next((line.every for line in self.lines if line.every is not None), None)
         if self.trainer.built.pretrained is None:
             return
-        record: _Start | None = self._everywhere(self._read_start() if main else None)
+        record: Start | None = self._everywhere(self._read_start() if main else None)
         if record is None:
             first = self._measure(self.config.seed, self.config.average, interrupt, progress)
             fresh = self._measure(self.fresh_seed, self.config.average, interrupt, progress)
-            record = _Start(
+            record = Start(
                 seconds=first.seconds + fresh.seconds, cells=self._to_start(first), fresh=self._to_start(fresh)
             )
             if main:
@@ -438,14 +310,14 @@ class Watch:
         """Remove the part of a line that a kill left at the end of ``watch.jsonl``."""
         with open_regular(self.folder / "watch.jsonl", "r+b") as file:
             whole = 0
-            while (line := file.readline(_LONGEST_LINE)).endswith(b"\n"):
+            while (line := file.readline(LONGEST_LINE)).endswith(b"\n"):
                 whole += len(line)
             file.truncate(whole)
 
-    def _to_start(self, measured: _Measured) -> list[_StartCell]:
+    def _to_start(self, measured: _Measured) -> list[StartCell]:
         key = self.number.name
         return [
-            _StartCell(
+            StartCell(
                 sampler=cell.sampler,
                 steps=int(cell.steps or 0),
                 metric=key,
@@ -457,7 +329,7 @@ class Watch:
             for cell in measured.cells
         ]
 
-    def _of_start(self, records: Sequence[_StartCell]) -> tuple[Cell, ...]:
+    def _of_start(self, records: Sequence[StartCell]) -> tuple[Cell, ...]:
         key = self.number.name
         return tuple(
             Cell(
@@ -475,19 +347,19 @@ class Watch:
             for record in records
         )
 
-    def _read_start(self) -> _Start | None:
+    def _read_start(self) -> Start | None:
         """Return the contents of ``start.json``, or None if there is no such file."""
         path = self.folder / "start.json"
         if not path.exists():
             return None
         own = [(g.sampler, g.steps, self.number.name) for g in self.generators]
         try:
-            record = _Start.model_validate(read_json(path))
+            record = Start.model_validate(read_json(path))
         except ValidationError as error:
-            raise _damage(path, error) from None
+            raise damaged(path, error) from None
         for cells in (record.cells, record.fresh):
             if [(cell.sampler, cell.steps, cell.metric) for cell in cells] != own:
-                raise _damage(path, "its cells are not those of the recipe")
+                raise damaged(path, "its cells are not those of the recipe")
         return record
 
     def due(self, step: int, last: bool) -> bool:
@@ -575,7 +447,7 @@ class Watch:
         self.lines.append(line)
         if self.accelerator.is_main_process:
             with open_regular(self.folder / "watch.jsonl", "ab") as file:
-                file.write(json.dumps(_dump(line)).encode() + b"\n")
+                file.write(json.dumps(dump(line)).encode() + b"\n")
             for sign in line.signs:
                 output = printable(self.recipe.output)
                 logger.warning("%s: update %d: %s (%s)", output, line.step, sign.message, sign.name)
@@ -591,7 +463,7 @@ class Watch:
             return []
         adversary = self.trainer.adversary
         ascents = adversary.ascents * self.recipe.batch_size / self.accelerator.num_processes / adversary.passes
-        lines = [_dump(one) for one in (*self.lines, line)]
+        lines = [dump(one) for one in (*self.lines, line)]
         history = History(lines, _read_metrics(self.folder / "metrics.jsonl", line.step), ascents)
         fired = []
         for name, rule in SIGNS.items():
@@ -639,7 +511,7 @@ class Watch:
                 drawn = np.mean([a.replicates[key] - b.replicates[key] for a, b in pairs], axis=0)
                 best.difference_ci = list(interval(best.difference, drawn, chosen.cells[0].blocks[key]))
         signs = [FiredSign(step=one.step, **sign.model_dump()) for one in self.lines for sign in one.signs]
-        return {"best": _dump(best), "signs": [sign.model_dump() for sign in signs]}
+        return {"best": dump(best), "signs": [sign.model_dump() for sign in signs]}
 
     def _load_best(self) -> None:
         """Load the weights in ``best/`` into the network."""
@@ -701,42 +573,3 @@ def _read_metrics(path: Path, step: int) -> list[dict[str, float]]:
     with open_regular(path) as file:
         lines = [json.loads(line) for line in file]
     return [line for line in lines if line["step"] <= step]
-
-
-def _said(cell: Mapping[str, Any]) -> str:
-    """Return a cell of ``result.json`` in words."""
-    words = f"{cell['metric']} of {cell['sampler']} at {cell['steps']} steps {cell['value']:.4g}"
-    if cell["difference"] is None:
-        return words
-    ends = "" if cell["difference_ci"] is None else " [{:+.3g}, {:+.3g}]".format(*cell["difference_ci"])
-    return f"{words} ({cell['difference']:+.3g}{ends} to the start)"
-
-
-def summary(recipe: Recipe, result: Mapping[str, Any]) -> list[str]:
-    """Return what a finished run says of its watch, in lines."""
-    best, signs = result.get("best"), result.get("signs") or []
-    if best is None:
-        if recipe.model.source is None:
-            return []
-        return [
-            "this fine-tuning was not watched, so nothing says that it is better than what it started from: "
-            "--set watch.every=auto measures it while it trains"
-        ]
-    lines = []
-    if signs and signs[-1]["action"] == "stop":
-        lines.append(f"stopped at update {signs[-1]['step']} by the sign {signs[-1]['name']}: {signs[-1]['message']}")
-    elif signs:
-        names = dict.fromkeys(sign["name"] for sign in signs)
-        lines.append(f"signs that fired: {', '.join(names)} (watch.jsonl has them)")
-    if best["start"]:
-        lines.append("no checkpoint of this run was better than the one it started from: best/ holds that one")
-        return lines
-    lines.append(
-        f"best/ holds the model of update {best['step']}; on fresh noise {', '.join(map(_said, best['cells']))}"
-    )
-    ends = best["difference_ci"]
-    if ends is not None and ends[0] <= 0 <= ends[1]:
-        lines.append("on fresh noise it does not differ significantly from the one it started from")
-    elif ends is not None and (ends[0] > 0) == (number_named(best["cells"][0]["metric"]).better == "lower"):
-        lines.append("on fresh noise it is worse than the one it started from: use that one")
-    return lines
