@@ -11,7 +11,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "src" / "robustdiff"
 
 ORDER = [
-    {"errors", "files", "interrupt", "progress", "registry", "section", "workers", "yaml_reader"},
+    {"errors", "files", "interrupt", "notebook", "progress", "registry", "section", "workers", "yaml_reader"},
     {"loading", "weights"},
     {"process"},
     {"perturbation"},

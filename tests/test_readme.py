@@ -23,6 +23,7 @@ SMALL = {
     "mismatch": ["--num", "40", "--steps", "2", "--sampler", "ddim", "--probes", "2", "--radii", "0.5"],
     "search-times": ["--steps", "2", "--num", "8"],
     "solver-error": ["--num", "2", "--scales", "3", "--points", "2", "--substeps", "2"],
+    "report": ["--num", "2", "--steps", "2", "--cpu"],
     "demo": [],
     "study": [],
     "tune": [

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import sys
+import types
 
 import pytest
 from rich.console import Console
@@ -36,3 +38,29 @@ def test_a_quiet_bar_prints_nothing(monkeypatch, terminal):
     with Bar(console, quiet=True) as shown:
         work(shown)
     assert console.file.getvalue().strip() == ""
+
+
+def test_a_bar_in_a_notebook_is_one_element_that_changes(monkeypatch):
+    drawn: list[str] = []
+
+    class Handle:
+        def update(self, shown: Bar) -> None:
+            drawn.append(shown._repr_html_())
+
+    def display(shown: Bar, display_id: bool) -> Handle:
+        drawn.append(shown._repr_html_())
+        return Handle()
+
+    module = types.ModuleType("IPython.display")
+    module.display = display  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "IPython", types.ModuleType("IPython"))
+    monkeypatch.setitem(sys.modules, "IPython.display", module)
+    monkeypatch.setattr(bar, "_DRAW_EVERY", -1.0)
+    console = Console(file=io.StringIO(), force_jupyter=True)
+    with Bar(console) as shown:
+        shown.begin("<work>", 10)
+        shown.advance(4, "loss 0.5 & more")
+    assert console.file.getvalue() == ""
+    assert len(drawn) == 3, "at first, once, and at the end"
+    assert drawn[-1].startswith('<progress value="4" max="10" aria-label="progress"></progress> &lt;work&gt;: 4 of 10')
+    assert "loss 0.5 &amp; more" in drawn[-1]

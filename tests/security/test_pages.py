@@ -25,6 +25,7 @@ from robustdiff.metrics.fid import FID
 from robustdiff.report import results as results_module
 from robustdiff.report.bar import Bar
 from robustdiff.report.figures import Line, label, loss_curves, points, sample_grid, save_figure, step_panels
+from robustdiff.report.html import write_report
 from robustdiff.report.page import write_page
 from robustdiff.report.results import write_results
 from robustdiff.report.tables import cell_table, grid_table, print_whole, remaining_table, reproduced_table
@@ -222,6 +223,19 @@ def test_words_of_files_are_words_on_the_page(study, tmp_path):
     assert len(headings) == len(set(headings))
     assert "# heading" not in headings
     assert "(my%20page%20%281%29/fid.png)" in text
+
+
+def test_words_of_files_are_words_in_the_report(study, tmp_path):
+    """In the HTML of the same page there are no elements and no addresses of theirs."""
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(study.model_dump(mode="json"), allow_unicode=True))
+    write_report([str(tmp_path / "study.yaml")], tmp_path / "page.html", tmp_path)
+    text = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert text.count("<script") == text.count("</script>") == 1
+    assert "&lt;script&gt;alert(1)&lt;/script&gt; ![x](http://x/y.png) `code`" in text
+    assert re.findall(r"<(?:img|a|i|b|u)\b[^>]*>", text) == re.findall(
+        r'<img src="data:image/[^>]*>|<a (?:class="skip" )?href="#[^"]*">', text
+    )
+    assert all(c.isprintable() or c == "\n" for c in text)
 
 
 def spoil(path: Path, **changes: object) -> None:

@@ -21,7 +21,8 @@ def study(
         bool, typer.Option("--dry-run", help="Print what is left to do and its time, and do nothing.")
     ] = False,
     report: Annotated[
-        Path | None, typer.Option(help="Compute nothing: write the results as this page (.md), with its figures.")
+        Path | None,
+        typer.Option(help="Compute nothing: write the results as this page (.md) with its figures, and as .html."),
     ] = None,
 ) -> None:
     """Train and measure a matrix of methods × seeds × samplers × steps.
@@ -29,7 +30,6 @@ def study(
     Each result is a file; only what is missing is computed. Start the same command several times, and the processes
     share the work.
     """
-    from robustdiff.report.page import write_page
     from robustdiff.report.tables import print_whole, remaining_table
     from robustdiff.study.estimate import remaining
     from robustdiff.study.schema import load_study
@@ -38,12 +38,21 @@ def study(
     if dry_run:
         print_whole(out, remaining_table(remaining(settings, folder)))
     elif report is not None:
-        write_page(settings, folder, report)
-        say(f"{report} and its figures in {report.with_suffix('')}")
+        _report(settings, file, folder, report)
     elif _run(settings, folder):
         say(f"every cell is in {folder / 'cells'}")
     else:
         say(f"stopped; robustdiff study {file} --output {folder} goes on from here", err)
+
+
+def _report(settings: Study, file: Path, folder: Path, page: Path) -> None:
+    """Write the results as Markdown with figures, and as an HTML file beside it."""
+    from robustdiff.report.html import write_report
+    from robustdiff.report.page import write_page
+
+    write_page(settings, folder, page)
+    write_report([str(file)], page.with_suffix(".html"), folder)
+    say(f"{page} and its figures in {page.with_suffix('')}; {page.with_suffix('.html')} has all in one file")
 
 
 def _run(settings: Study, folder: Path) -> bool:

@@ -23,9 +23,11 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from robustdiff.data import ImageDataset
+from robustdiff.data.pixels import tile
 from robustdiff.evaluation.generate import Generator, share_of
 from robustdiff.metrics.bootstrap import interval
-from robustdiff.metrics.metric import MetricCollection
+from robustdiff.metrics.metric import MetricCollection, number_named
+from robustdiff.notebook import html_image, html_table
 from robustdiff.progress import SILENT, Progress
 
 __all__ = ["FILE", "Cell", "Difference", "Grid", "differences", "evaluate_cell", "evaluate_grid", "evaluate_images"]
@@ -75,6 +77,9 @@ class Cell:
                 record[f"{name}_ci"] = list(self.intervals[name])
         return {**record, **({"blocks": self.blocks} if self.blocks else {}), "seconds": self.seconds}
 
+    def _repr_html_(self) -> str:
+        return _table([self])
+
 
 @dataclass(frozen=True)
 class Difference:
@@ -112,6 +117,41 @@ class Grid:
     differences: list[Difference]
     samples: dict[tuple[str, str, int], Tensor]
     captions: list[str] = field(default_factory=list)
+
+    def _repr_html_(self) -> str:
+        text = _table(self.cells)
+        if self.differences:
+            heading = ["", "to", "sampler", "steps", "number", "difference", "95 % interval"]
+            rows = []
+            for one in self.differences:
+                number = number_named(one.number)
+                value, low, high = (f"{end:+{number.format}}" for end in (one.value, *one.interval))
+                pair = one.checkpoint, one.baseline, one.sampler, one.steps
+                rows.append([*pair, number.title, value, f"{low} … {high}"])
+            text += html_table("on common random numbers", heading, rows)
+        for (checkpoint, sampler, steps), images in self.samples.items():
+            if len(images):
+                pixels = tile(images, min(8, len(images)), scale=max(1, 64 // images.shape[-1]))
+                text += html_image(pixels, f"{checkpoint}, {sampler}, {steps} steps")
+        return text
+
+
+def _table(cells: Sequence[Cell]) -> str:
+    """Return a table of cells with all of their numbers as HTML."""
+    names = dict.fromkeys(name for cell in cells for name in cell.values)
+    numbers = [number_named(name) for name in names if not (name.endswith("_se") and name.removesuffix("_se") in names)]
+    rows = []
+    for cell in cells:
+        row: list[object] = [cell.checkpoint, cell.sampler, "–" if cell.steps is None else cell.steps, cell.n]
+        for number in numbers:
+            value, error = cell.values.get(number.name), cell.values.get(f"{number.name}_se")
+            text = "–" if value is None else f"{value:{number.format}}"
+            if number.name in cell.intervals:
+                text += " ({} … {})".format(*(f"{end:{number.format}}" for end in cell.intervals[number.name]))
+            row.append(text if error is None else f"{text} ± {error:.2g}")
+        rows.append(row)
+    heading = ["", "sampler", "steps", "images", *(number.title for number in numbers)]
+    return html_table("95 % intervals in brackets, standard errors after ±", heading, rows)
 
 
 def evaluate_cell(

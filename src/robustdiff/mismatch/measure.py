@@ -63,6 +63,7 @@ from robustdiff.mismatch.distances import (
 )
 from robustdiff.mismatch.exposure import BlockMoments
 from robustdiff.mismatch.robustness import Robustness, measure_robustness
+from robustdiff.notebook import html_table
 from robustdiff.progress import SILENT, Progress
 from robustdiff.samplers.denoiser import Evaluation
 
@@ -185,6 +186,19 @@ class Mismatch:
     paths: list[Path]
     differences: list[Difference]
     robustness: list[Robustness]
+
+    def _repr_html_(self) -> str:
+        rows = [
+            [
+                *(path.checkpoint, path.sampler, path.steps, MEASURES[name]),
+                *(f"{cell.value:.3g}", f"{cell.low:.3g} … {cell.high:.3g}"),
+                "–" if cell.floor is None else f"{cell.floor:.3g}",
+            ]
+            for path in self.paths
+            for name, cell in path.mean.items()
+        ]
+        heading = ["", "sampler", "steps", "measure", "mean over steps", "95 % interval", "floor"]
+        return html_table(f"p(x_t) against q(x_t) of {self.data}", heading, rows)
 
 
 class _Truth:

@@ -1,9 +1,11 @@
-"""Display of the progress of long work: a bar on a terminal, else a line every 30 seconds."""
+"""Display of the progress of long work: a bar on a terminal or in a notebook, else a line every 30 seconds."""
 
 from __future__ import annotations
 
+import html
 import time
 from types import TracebackType
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -13,18 +15,21 @@ from robustdiff.errors import printable
 __all__ = ["Bar"]
 
 _LINE_EVERY = 30.0  # seconds, where there is no terminal
+_DRAW_EVERY = 0.3  # seconds, in a notebook
 
 
 class Bar:
     """A progress bar with a note, as a context manager. It implements :class:`robustdiff.progress.Progress`.
 
+    In a notebook it is an HTML element, which needs no widgets.
+
     Arguments:
-        console: The console of the output.
+        console: The console of the output; by default that of stderr.
         quiet: Show nothing, for all processes but the main one.
     """
 
-    def __init__(self, console: Console, quiet: bool = False) -> None:
-        self.console, self.quiet = console, quiet
+    def __init__(self, console: Console | None = None, quiet: bool = False) -> None:
+        self.console, self.quiet = Console(stderr=True) if console is None else console, quiet
         self._progress = Progress(
             TextColumn("{task.description}", markup=False),
             BarColumn(),
@@ -33,20 +38,27 @@ class Bar:
             TimeElapsedColumn(),
             TextColumn("eta"),
             TimeRemainingColumn(),
-            console=console,
-            disable=quiet or not console.is_terminal,
+            console=self.console,
+            disable=quiet or self.console.is_jupyter or not self.console.is_terminal,
         )
         self._task = self._progress.add_task("", total=0, visible=False, note="")
         self._started = self._shown = time.monotonic()
+        self._notebook: Any = None
 
     def __enter__(self) -> Bar:
         self._progress.start()
+        if self.console.is_jupyter and not self.quiet:
+            from IPython.display import display
+
+            self._notebook = display(self, display_id=True)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._progress.stop()
+        if self._notebook is not None:
+            self._notebook.update(self)
 
     def begin(self, description: str, total: float) -> None:
         """Start the display of another part of the work at 0."""
@@ -55,13 +67,22 @@ class Bar:
     def advance(self, amount: float, note: str = "") -> None:
         """Add an amount to the completed work, and show a note."""
         self._progress.update(self._task, advance=amount, note=printable(note))
-        now, task = time.monotonic(), self._progress.tasks[0]
-        if not self.quiet and not self.console.is_terminal and now - self._shown > _LINE_EVERY:
+        now = time.monotonic()
+        if self._notebook is not None:
+            if now - self._shown > _DRAW_EVERY:
+                self._shown = now
+                self._notebook.update(self)
+        elif not self.quiet and not self.console.is_terminal and now - self._shown > _LINE_EVERY:
             self._shown = now
-            self.console.print(
-                f"{task.description}: {task.completed:g} of {task.total:g} in {now - self._started:.0f} s  "
-                f"{task.fields['note']}",
-                highlight=False,
-                markup=False,
-                emoji=False,
-            )
+            self.console.print(repr(self), highlight=False, markup=False, emoji=False)
+
+    def __repr__(self) -> str:
+        task = self._progress.tasks[0]
+        passed = time.monotonic() - self._started
+        return f"{task.description}: {task.completed:g} of {task.total:g} in {passed:.0f} s  {task.fields['note']}"
+
+    def _repr_html_(self) -> str:
+        task, text = self._progress.tasks[0], html.escape(repr(self))
+        return (
+            f'<progress value="{task.completed:g}" max="{task.total or 1:g}" aria-label="progress"></progress> {text}'
+        )

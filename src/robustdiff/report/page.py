@@ -54,7 +54,7 @@ from robustdiff.study.analysis import (
 from robustdiff.study.schema import Study
 from robustdiff.study.store import MEASURES, Results, read_results
 
-__all__ = ["read_picture", "write_page"]
+__all__ = ["middle_steps", "page_parts", "read_picture", "write_page"]
 
 FID, *OTHERS = MEASURES
 TITLES = {"kid": "KID"}
@@ -657,22 +657,20 @@ def _not_run(results: Results) -> list[str]:
     return parts + [_text(paragraph) for paragraph in re.split(r"\n\s*\n", cut) if paragraph.strip()]
 
 
-def write_page(study: Study, folder: Path, page: Path) -> str:
-    """Write the page of a study from its folder, with its figures in a folder beside it, and return the page's text.
+def page_parts(results: Results, figures: Path) -> list[str]:
+    """Return the parts of the page of a study as Markdown, and write its figures into a folder, which may be missing.
+
+    A part is a heading, a paragraph, a list, a table, a figure, or the beginning or end of details.
 
     Raises:
-        InputError: If the baseline has no cells, or the path does not end in .md.
+        InputError: If a cell does not say what the page shows, or the folder is a file or a link.
     """
-    if page.suffix != ".md":
-        raise InputError(f"{page}: give a file that ends in .md")
-    results = read_results(study, folder)
     _check_settings(results)
-    figures = page.with_suffix("")
     make_folder(figures)
-    middle = 10 if 10 in results.steps else results.steps[len(results.steps) // 2]
+    middle = middle_steps(results)
     trended = bool(results.study.trend)
     compared = bool(pairs(results)) and not trended
-    parts = [
+    return [
         *_introduction(results),
         *(_trend(results, middle) if trended else []),
         *(["## What the numbers say", *_effects(results, middle), *_chosen(results)] if compared else []),
@@ -692,7 +690,22 @@ def write_page(study: Study, folder: Path, page: Path) -> str:
         *_samples(results, middle, figures),
         *_not_run(results),
     ]
-    text = "\n\n".join(parts) + "\n"
+
+
+def middle_steps(results: Results) -> int:
+    """Return the number of steps at which the page compares methods: 10, or the middle one."""
+    return 10 if 10 in results.steps else results.steps[len(results.steps) // 2]
+
+
+def write_page(study: Study, folder: Path, page: Path) -> str:
+    """Write the page of a study from its folder, with its figures in a folder beside it, and return the page's text.
+
+    Raises:
+        InputError: If the baseline has no cells, or the path does not end in .md.
+    """
+    if page.suffix != ".md":
+        raise InputError(f"{page}: give a file that ends in .md")
+    text = "\n\n".join(page_parts(read_results(study, folder), page.with_suffix(""))) + "\n"
     with atomic_write(page) as file:
         file.write(text.encode())
     return text

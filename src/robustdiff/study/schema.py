@@ -21,7 +21,7 @@ from robustdiff.samplers.sample import SAMPLERS
 from robustdiff.section import Precision, Section, Text
 from robustdiff.yaml_reader import parse_yaml, read_yaml
 
-__all__ = ["Measurement", "Method", "Reference", "Study", "first_mistake", "load_study"]
+__all__ = ["Measurement", "Method", "Reference", "Study", "first_mistake", "load_study", "shipped_studies"]
 
 MOST_METHODS = 256
 MOST_CELLS = 100_000
@@ -189,16 +189,20 @@ class Study(Section):
         return self
 
 
+def shipped_studies() -> list[str]:
+    """Return the names of the studies that come with the package."""
+    names = (path.name for path in (files("robustdiff") / "studies").iterdir())
+    return sorted(name.removesuffix(".yaml") for name in names if name.endswith(".yaml"))
+
+
 def load_study(source: str | Path) -> Study:
     """Read and validate a study, by its path or as one that comes with the package, and the recipe of each method.
 
     Raises:
         InputError: If the study does not exist, or a field is unknown or out of its range.
     """
-    shipped = {path.name: path for path in (files("robustdiff") / "studies").iterdir()}
-    file = shipped.get(f"{source}.yaml")
-    if file is not None and not Path(source).exists():
-        values = parse_yaml(file.read_bytes(), str(source))
+    if str(source) in shipped_studies() and not Path(source).exists():
+        values = parse_yaml((files("robustdiff") / "studies" / f"{source}.yaml").read_bytes(), str(source))
     else:
         values = read_yaml(Path(source))
     try:

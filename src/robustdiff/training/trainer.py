@@ -74,6 +74,7 @@ from robustdiff.training.checkpoint import (
 from robustdiff.training.crops import arrange
 from robustdiff.training.ema import EMA, REMAINDER, sufficient_decay
 from robustdiff.training.optimizer import build_optimizer, create_state, set_counts, state_tensors
+from robustdiff.training.result import RunResult
 from robustdiff.training.stream import BatchIndices, BucketIndices, batch_generator, caption_numbers, crop_positions
 from robustdiff.training.watch import Interrupted, Watch
 from robustdiff.training.watch_files import Best, FiredSign
@@ -723,9 +724,7 @@ def _fixed(recipe: Recipe, name: str) -> Any:
     return value if same is None or value is None else value.model_copy(update=same)
 
 
-def train(
-    recipe: Recipe, *, resume: bool = False, cpu: bool = False, progress: Progress = SILENT
-) -> dict[str, Any] | None:
+def train(recipe: Recipe, *, resume: bool = False, cpu: bool = False, progress: Progress = SILENT) -> RunResult | None:
     """Train a recipe until it is finished, or until SIGTERM or Ctrl-C.
 
     Arguments:
@@ -762,7 +761,7 @@ def train(
         if before["steps"] >= recipe.steps or _stopped(before, recipe):
             _check_result(finished, before, trainer)
             logger.info("%s is finished", folder)
-            return before
+            return RunResult(before)
     if latents is not None:
         rank, processes = accelerator.process_index, accelerator.num_processes
         latents.fill(accelerator.device, recipe.data.workers, rank, processes, progress)
@@ -805,7 +804,7 @@ def train(
         accelerator.wait_for_everyone()
     if recipe.trackers:
         accelerator.end_training()
-    return result
+    return RunResult(result)
 
 
 def _embed_captions(
