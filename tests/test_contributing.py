@@ -1,4 +1,4 @@
-"""The plugin package that CONTRIBUTING.md shows works."""
+"""The plugin package that docs/extending.md shows works."""
 
 from __future__ import annotations
 
@@ -12,12 +12,11 @@ import torch
 
 from robustdiff import DiffusionProcess, sample
 
-TEXT = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text(encoding="utf-8")
+TEXT = (Path(__file__).parents[1] / "docs" / "extending.md").read_text(encoding="utf-8")
 
 
 def block(language: str) -> str:
-    (found,) = re.findall(rf"```{language}\n(.*?)```", TEXT, re.DOTALL)
-    return str(found)
+    return str(re.findall(rf"```{language}\n(.*?)```", TEXT, re.DOTALL)[0])
 
 
 def test_the_sampler_of_a_package_is_found_by_its_name(tmp_path, monkeypatch):
