@@ -7,6 +7,7 @@ and CONTRIBUTING.md, SECURITY.md and CHANGELOG.md from the root. Links of a page
 from __future__ import annotations
 
 import base64
+import html
 import json
 import os
 import re
@@ -14,6 +15,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from markdown import Markdown
+from markdown.extensions import Extension
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
@@ -24,6 +27,19 @@ from robustdiff.section import Section
 ROOT = Path(__file__).resolve().parent.parent
 OF_ROOT = {"CONTRIBUTING.md": "contributing.md", "SECURITY.md": "security.md", "CHANGELOG.md": "changelog.md"}
 NOTEBOOK = "notebooks/first-steps.ipynb"
+
+
+class NoUnderscores(Extension):
+    """Leave underscores alone: x_t and x_{t−1} are names, and emphasis has asterisks."""
+
+    def extendMarkdown(self, md: Markdown) -> None:
+        md.delimiters.remove("_")
+
+
+def on_config(config: MkDocsConfig) -> MkDocsConfig:
+    """Read formulas as they are written."""
+    config.markdown_extensions.append(NoUnderscores())  # type: ignore[arg-type]
+    return config
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -59,9 +75,9 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     return re.sub(r"(?<!!)\[(?P<text>[^\[\]]+)\]\((?P<target>[^)#\s]+)(?P<anchor>#[^)\s]*)?\)", adapt, markdown)
 
 
-def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+def on_page_content(content: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Show the names that docstrings give in roles (:class:`Name`) as code."""
-    return re.sub(r":(?:attr|class|data|func|meth|mod):<code>~?([^<]+)</code>", r"<code>\1</code>", html)
+    return re.sub(r":(?:attr|class|data|func|meth|mod):<code>~?([^<]+)</code>", r"<code>\1</code>", content)
 
 
 # ---------------------------------------------------------------------------------------------------------- the recipe
@@ -85,8 +101,8 @@ def recipe_page() -> str:
     lines = [
         "# Fields of a recipe",
         "",
-        "A recipe is a YAML file with these fields; all of them have defaults. A nested field is named with dots on the "
-        "command line, `--set adversary.step_size=0.5`, and a section may be given by its name alone, `adversary: none`. "
+        "A recipe is a YAML file with these fields, which have defaults. A nested field is named with dots on the "
+        "command line, `--set adversary.step_size=0.5`; a section may be given by its name alone, `adversary: none`. "
         "A field that is unknown, out of its range or without effect is refused before anything is written.",
         "",
         f"The recipes that come with the package are named without a path: {_code(shipped_recipes())}.",
@@ -174,10 +190,10 @@ def _type(field: Mapping[str, Any]) -> str:
     if kind == "array":
         inner = field.get("items") or (field.get("prefixItems") or [{}])[0]
         return f"list of {_type(inner)}"
-    names = {"integer": "integer", "number": "number", "boolean": "true or false", "string": "text", "object": "section"}
+    names = {"boolean": "true or false", "string": "text", "object": "a section", None: "value"}
     low = field.get("minimum", field.get("exclusiveMinimum"))
     high = field.get("maximum", field.get("exclusiveMaximum"))
-    parts = [names.get(str(kind), "value")]
+    parts = [names.get(kind, str(kind))]
     if low is not None:
         parts.append(f"{'>' if 'exclusiveMinimum' in field else '≥'} {_number(low)}")
     if high is not None:
@@ -210,23 +226,26 @@ def command_line_page() -> str:
     lines = [
         "# The command line",
         "",
-        "The exit code is 0 for success, 2 for bad input, with one line on stderr that names it and the remedy, and 1 for "
-        "a failure of a run. Interrupted by Ctrl-C, a command saves and exits with 130.",
+        "The exit code is 0 for success, 2 for bad input, with one line on stderr that names it and the remedy, and 1 "
+        "for a failure of a run. Ctrl-C saves first.",
     ]
     for name, command in sorted(group.commands.items()):
         context = command.context_class(command, info_name=f"robustdiff {name}")
-        lines += ["", f"## {name}", "", f"```text\n{' '.join(command.get_usage(context).split())}\n```", ""]
-        lines += [_escape(command.help), "", "| | |", "|---|---|"]
+        lines += ["", f"## {name}", "", f"```text\n{_usage(command.get_usage(context))}\n```", ""]
+        lines += [_escape(command.help), "", "| option | |", "|---|---|"]
         for parameter in command.params:
             if record := parameter.get_help_record(context):
-                usage, text = record
-                usage = " ".join(usage.split()).replace("|", "\\|").replace("  ", " ")
-                lines.append(f"| `{usage}` | {_escape(' '.join(text.split()))} |")
+                usage, text = (" ".join(part.split()) for part in record)
+                lines.append(f"| <code>{_escape(usage)}</code> | {_escape(text)} |")
     return "\n".join(lines) + "\n"
 
 
+def _usage(text: str) -> str:
+    return " ".join(text.split()).removeprefix("Usage: ")
+
+
 def _escape(text: str) -> str:
-    return text.replace("|", "\\|").replace("<", "&lt;").replace("*", "\\*").replace("_", "\\_")
+    return html.escape(text, quote=False).replace("|", "&#124;").replace("*", "&#42;")
 
 
 # --------------------------------------------------------------------------------------------------------- the notebook

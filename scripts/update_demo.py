@@ -115,7 +115,8 @@ def main(folder: Path) -> None:
     """Copy the results and rewrite the section of the document."""
     record = json.loads((folder / "result.json").read_text())
     text = "clip_score" in record["cells"][0]
-    document, section = (ROOT / "docs" / "emoji.md", text_section) if text else (ROOT / "docs" / "demo.md", demo_section)
+    name, section = ("emoji.md", text_section) if text else ("demo.md", demo_section)
+    document = ROOT / "docs" / name
     target = ROOT / "docs" / ("demo-text" if text else "demo")
     target.mkdir(parents=True, exist_ok=True)
     for path in (folder / "result.json", *sorted(folder.glob("*.png"))):

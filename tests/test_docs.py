@@ -282,9 +282,8 @@ def test_the_reference_has_every_field_and_every_option(site):
     from robustdiff.perturbation import ADVERSARIES
     from robustdiff.recipe import Recipe
 
-    recipe, line, python = (
-        (site / "reference" / f"{name}.html").read_text(encoding="utf-8") for name in ("recipe", "command-line", "python")
-    )
+    names = ("recipe", "command-line", "python")
+    recipe, line, python = ((site / "reference" / f"{name}.html").read_text(encoding="utf-8") for name in names)
     for field in Recipe.model_fields:
         assert f"<code>{field}</code>" in recipe or f'id="{field}"' in recipe
     for kind in ADVERSARIES.values():
@@ -295,4 +294,4 @@ def test_the_reference_has_every_field_and_every_option(site):
         for parameter in command.params:
             assert parameter.opts[-1] in line or parameter.name.upper() in line
     for name in public:
-        assert f".{name}\"" in python
+        assert f'.{name}"' in python
