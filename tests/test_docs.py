@@ -80,7 +80,7 @@ def small(command: list[str]) -> list[str]:
         words += ["--steps", "2"]
     if command[:2] in (["train", "fashion-16-dit"], ["train", "emoji"]):
         words += ["--set", "codec.cache=false"]
-    if command[:2] == ["train", "emoji"]:
+    if command[:2] in (["train", "emoji"], ["train", "emoji-lcm"]):
         words += ["--set", "data.split=unseen"]  # fewer captions to encode
     if command[0] != "train":
         return words
@@ -96,7 +96,7 @@ def _small(name):
     study = load_study(name)
     measure = study.measure.model_copy(update={"num": 16, "steps": (1, 2)})
     references = {key: one.model_copy(update={"steps": (2,)}) for key, one in study.references.items()}
-    changes = {**study.set, "steps": 3}
+    changes = {**study.set, "steps": 3, **({"data.split": "unseen"} if name == "demo-text" else {})}
     return study.model_copy(update={"set": changes, "measure": measure, "references": references})
 
 
