@@ -11,7 +11,7 @@ import html
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ class NoUnderscores(Extension):
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
     """Read formulas as they are written."""
-    config.markdown_extensions.append(NoUnderscores())  # type: ignore[arg-type]
+    config.markdown_extensions.append(NoUnderscores())
     return config
 
 
@@ -159,7 +159,7 @@ def _nested(section: type[BaseModel], path: str, shown: set[type[BaseModel]] | N
     return lines
 
 
-def _table(section: type[BaseModel], skip: set[str] = frozenset()) -> list[str]:  # type: ignore[assignment]
+def _table(section: type[BaseModel], skip: Collection[str] = ()) -> list[str]:
     schema = section.model_json_schema()
     rows = ["| field | type | default | |", "|---|---|---|---|"]
     for name, field in schema["properties"].items():

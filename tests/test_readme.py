@@ -6,6 +6,9 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
+
+import robustdiff
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -72,6 +75,31 @@ def test_the_levels_in_the_summary_are_those_of_the_page():
         for method in ("plain", "free-k3-a0.3", "base, as it is"):
             (cells,) = [line.split(" | ") for line in table.splitlines() if line.startswith(f"| {method} |")]
             assert cells[3].split(" ±")[0] in SUMMARY
+
+
+@pytest.mark.parametrize("name", ["choosing.md", "intervals.md"])
+def test_tables_that_are_quoted_are_those_of_the_page(name):
+    """The rows on α and K, and how far apart trainings are that differ in their seed alone."""
+    page = PAGES[0].read_text(encoding="utf-8").replace("**", "")
+    rows = [line for line in (ROOT / "docs" / name).read_text(encoding="utf-8").splitlines() if line.startswith("| ")]
+    if name == "choosing.md":
+        alphas = [row for row in rows if row.startswith("| α = ")]
+        assert len(alphas) == 5
+        assert set(alphas) <= set(page.splitlines())
+        for k in (2, 3, 5):
+            row = next(line for line in page.splitlines() if line.startswith(f"| free-k{k}-a0.3 to plain | "))
+            iddpm, _, _, dpmpp = [cell.split()[0] for cell in row.strip("| ").split(" | ")[1:] if "%" in cell][:4]
+            assert f"| K = {k} | {iddpm} | {dpmpp} |" in rows
+    else:
+        for label, title in (("one pass", "1 pass"), ("three passes", "3 passes")):
+            (row,) = [line for line in page.splitlines() if line.startswith(f"| {title} over each batch | ")]
+            (own,) = [line for line in rows if line.startswith(f"| {label} over each batch | ")]
+            assert re.findall(r"(\d+)%\)", row) == re.findall(r"(\d+) %", own)
+
+
+def test_the_citation_has_the_version():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert citation["version"] == robustdiff.__version__
 
 
 def test_make_targets_exist():
