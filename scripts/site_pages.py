@@ -195,9 +195,9 @@ def _type(field: Mapping[str, Any]) -> str:
     high = field.get("maximum", field.get("exclusiveMaximum"))
     parts = [names.get(kind, str(kind))]
     if low is not None:
-        parts.append(f"{'>' if 'exclusiveMinimum' in field else '≥'} {_number(low)}")
+        parts.append(f"{'>' if 'exclusiveMinimum' in field else '≥'}\u00a0{_number(low)}")
     if high is not None:
-        parts.append(f"{'<' if 'exclusiveMaximum' in field else '≤'} {_number(high)}")
+        parts.append(f"{'<' if 'exclusiveMaximum' in field else '≤'}\u00a0{_number(high)}")
     return parts[0] + (f", {' and '.join(parts[1:])}" if parts[1:] else "")
 
 
