@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from robustdiff.process import DiffusionProcess, absorb
     from robustdiff.samplers import sample
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "ConsistencyObjective",

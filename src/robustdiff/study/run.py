@@ -23,7 +23,8 @@ from robustdiff.data import DataConfig, ImageDataset
 from robustdiff.data.pixels import tile
 from robustdiff.errors import InputError, RunError, printable
 from robustdiff.evaluation.generate import Generator
-from robustdiff.evaluation.grid import evaluate_cell
+from robustdiff.evaluation.grid import Cell as Measured
+from robustdiff.evaluation.grid import evaluate_cell, evaluate_images
 from robustdiff.evaluation.prompts import prompts_of
 from robustdiff.files import atomic_write, make_folder, read_json
 from robustdiff.metrics.features import load_extractor
@@ -43,6 +44,8 @@ from robustdiff.study.store import (
     held,
     read,
     read_metrics,
+    read_real,
+    real_path,
     reproducible,
     write,
 )
@@ -83,6 +86,7 @@ def run_study(
         _check_samplers(study, first)
     for part in ("cells", "locks", "mismatch", "runs", "trainings"):  # raises if one is a link out of the folder
         make_folder(folder / part)
+    _measure_real(study, folder)
     if processes is None:
         finished = _work(study, folder, wait, progress)
     else:
@@ -190,6 +194,38 @@ def _measure_cell(study: Study, run: Run | None, cell: Cell, recipe: Recipe, pro
     write(cell.path, {"method": run.method, "seed": run.seed, **record, **_training_settings(recipe)})
 
 
+def _measure_real(study: Study, folder: Path) -> None:
+    """Measure the other real images of a study as generated ones, and write their numbers, if that is to be done."""
+    measure, path = study.measure, real_path(folder)
+    if measure.real is None:
+        return
+    with held(folder / "locks" / "real") as mine:
+        if not mine or read_real(study, folder) is not None:
+            return
+        dataset = measure.real.load()
+        if len(dataset) < measure.num:
+            raise InputError(
+                f"measure.real: {dataset.name} has {len(dataset)} images, fewer than measure.num={measure.num}"
+            )
+        state = PartialState()
+        metrics, _ = _real_images(measure, plan(study, folder)[0].recipe.data, state.device)
+        prompts = prompts_of(dataset)
+        captions = None if prompts is None else prompts.of(dataset)
+        cell = evaluate_images("real", dataset, measure.num, metrics, state, measure.batch_size, captions=captions)
+        numbers = _numbers(cell)
+        del numbers["sampler"], numbers["steps"]
+        write(path, {**numbers, "measure": measure.model_dump(mode="json")})
+
+
+def _numbers(cell: Measured) -> dict[str, Any]:
+    """Return the numbers of a cell with their replicates, for its file."""
+    numbers = cell.record()
+    del numbers["checkpoint"]
+    others = {name: values.tolist() for name, values in cell.replicates.items() if name != MEASURES[0]}
+    numbers["replicates"] = cell.replicates[MEASURES[0]].tolist()
+    return {**numbers, **({"other_replicates": others} if others else {})}
+
+
 def _measure_mismatch(run: Run, name: str, progress: Progress) -> None:
     """Measure the distance of a run's sampler states from q(x_t), and write the mean over steps of each measure."""
     recipe, measure = run.recipe, run.study.measure
@@ -292,13 +328,8 @@ def _measure(
     cell, images = evaluate_cell(
         network, generator, measure.num, metrics, state, keep=measure.pictured, progress=_Piece(progress)
     )
-    numbers = cell.record()
-    del numbers["checkpoint"]
-    others = {name: values.tolist() for name, values in cell.replicates.items() if name != MEASURES[0]}
     record = {
-        **numbers,
-        "replicates": cell.replicates[MEASURES[0]].tolist(),
-        **({"other_replicates": others} if others else {}),
+        **_numbers(cell),
         "measure": cell_settings(measure),
         "weights": generator.model.fingerprint(),
         "extractor": metrics.reference.fingerprint,
