@@ -75,6 +75,8 @@ def test_the_levels_in_the_summary_are_those_of_the_page():
         for method in ("plain", "free-k3-a0.3", "base, as it is"):
             (cells,) = [line.split(" | ") for line in table.splitlines() if line.startswith(f"| {method} |")]
             assert cells[3].split(" ±")[0] in SUMMARY
+    (real,) = re.findall(r"^\| real images \| (\S+) ", page, re.MULTILINE)
+    assert f"5,000 other real images have an FID of {real}." in SUMMARY
 
 
 @pytest.mark.parametrize("name", ["choosing.md", "intervals.md"])
