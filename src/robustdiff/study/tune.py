@@ -531,13 +531,16 @@ def new_tuning(
         InputError: If an option is out of its range, a setting makes no valid recipe, the sampler does not suit the
             network, the minutes are too few, or the folder holds another search.
     """
+    for field in ("seed", "output"):
+        if field in changes:
+            raise InputError(f"--set {field}: the trainings have their own: give --{field}")
     base = load_recipe(recipe, changes=changes)
     if base.adversary.name == "none":
         changes = {**changes, "adversary": "free"}
         base = load_recipe(recipe, changes=changes)
     for field, values in tried.items():
         if field.split(".")[0] in FIXED or field == "adversary.name":
-            raise InputError(f"--try {field}: all contestants have the same {field}: change it for all by --set")
+            raise InputError(f"--try {field}: it is the same for all contestants: leave it out")
         if not values or any(value in values[:i] for i, value in enumerate(values)):
             raise InputError(f"--try {field}: give distinct values with commas, such as --try lr=1e-5,1e-4")
     space = {**default_space(base), **{field: tuple(values) for field, values in tried.items()}}
