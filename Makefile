@@ -5,14 +5,14 @@ BIN := $(VENV)/bin
 # Python compiles the few modules that are imported; pip would compile all of them, a minute of work.
 INSTALL := --quiet --no-compile
 
-.PHONY: setup demo test oldest lint clean
+.PHONY: setup demo test oldest lint docs clean
 
 setup: $(VENV)/ready
 
 # torch-fidelity asks for torchvision, which its Inception network does not use: installed without it.
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install $(INSTALL) -c constraints.txt -e '.[test,dev]'
+	$(BIN)/pip install $(INSTALL) -c constraints.txt -e '.[test,dev,docs]'
 	$(BIN)/pip install $(INSTALL) --no-deps 'torch-fidelity>=0.3'
 	touch $@
 
@@ -46,5 +46,9 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# The site, in site/: warnings are errors, and nothing is fetched. (Material's note on its successor is no warning.)
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
 clean:
-	rm -rf $(VENV) .venv-oldest runs robustdiff-demo
+	rm -rf site $(VENV) .venv-oldest runs robustdiff-demo

@@ -7,14 +7,11 @@ in one process; the ratio of images per second is taken within a round.
     python benchmarks/adm_iteration.py --out benchmarks/results/adm_iteration.json
 """
 
-import argparse
-import json
 import platform
-import time
-from pathlib import Path
 
 import numpy as np
 import torch
+from interleaved import command_line, publish, quartiles, take_turns
 
 from robustdiff import DenoisingObjective, DiffusionProcess, FreeAdversary
 from robustdiff.backbones.adm import AdmFlags, build_adm
@@ -70,17 +67,9 @@ def measure(rounds, batch_size):
         "bare": bare(build_adm(FLAGS).train(), batch_size),
         "free": adversarial(build_adm(FLAGS).train(), batch_size),
     }
-    times = {name: [] for name in loops}
-    for number in range(rounds + 1):  # the first round is for allocations, and torch's choice of kernels
-        for name in sorted(loops, reverse=bool(number % 2)):
-            start = time.perf_counter()
-            for _ in range(K):
-                next(loops[name])
-            times[name].append((time.perf_counter() - start) / K)
-    seconds = {name: np.array(values[1:]) for name, values in times.items()}
-    low, median, high = np.quantile(seconds["bare"] / seconds["free"], [0.25, 0.5, 0.75]).tolist()
+    seconds = take_turns(loops, dict.fromkeys(loops, K), rounds)
     return {
-        "ratios": {"free_over_bare_images_per_second": {"median": median, "quartiles": [low, high]}},
+        "ratios": {"free_over_bare_images_per_second": quartiles(seconds["bare"] / seconds["free"])},
         "images_per_second": {name: batch_size / float(np.median(values)) for name, values in seconds.items()},
         "settings": {
             "network": "adm_cifar_like: " + ", ".join(f"{name}={value}" for name, value in vars(FLAGS).items()),
@@ -96,18 +85,12 @@ def measure(rounds, batch_size):
 
 
 def main(arguments=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--out", type=Path, help="also write the numbers here, as JSON")
-    options = parser.parse_args(arguments)
+    options = command_line(__doc__.splitlines()[0], rounds=20, batch_size=32).parse_args(arguments)
     result = measure(options.rounds, options.batch_size)
     ratio = result["ratios"]["free_over_bare_images_per_second"]
     low, high = ratio["quartiles"]
-    print(f"images/s of free AT over bare forward and backward: {ratio['median']:.3f} ({low:.3f} to {high:.3f})")
-    if options.out is not None:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    line = f"images/s of free AT over bare forward and backward: {ratio['median']:.3f} ({low:.3f} to {high:.3f})"
+    publish(result, [line], options.out)
 
 
 if __name__ == "__main__":

@@ -23,8 +23,10 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel, UNet2DConditionModel
+from torch import nn
 
 from robustdiff.backbones.flux import Flux
+from robustdiff.backbones.frozen import FrozenWeights
 from robustdiff.backbones.lora import Adapter, LoraSection, inject
 from robustdiff.backbones.model import Model
 from robustdiff.backbones.scheduler import objective_of, process_of
@@ -156,7 +158,7 @@ NETWORKS = {
 
 @dataclass(frozen=True)
 class Setting:
-    """A training: all weights in float32 under bfloat16 autocast, or a LoRA of weights in bfloat16."""
+    """A training: all weights in float32 under bfloat16 autocast, or a LoRA of weights in bfloat16 or fewer bits."""
 
     network: str
     rank: int | None = None
@@ -164,7 +166,7 @@ class Setting:
     checkpointing: bool = True
     ema: bool = True
     optimizer: str = "adamw"
-    base_bits: int = 16
+    quantize: str | None = None
 
     @property
     def name(self):
@@ -174,7 +176,7 @@ class Setting:
             "" if self.ema else "no EMA",
             "" if self.optimizer == "adamw" else "8-bit AdamW",
         ]
-        parts.append("" if self.base_bits == 16 else "8-bit base weights")
+        parts.append("" if self.quantize is None else f"base in {self.quantize}")
         return ", ".join(part for part in parts if part)
 
 
@@ -192,6 +194,9 @@ MEASURED = [
     Setting("SD 1.5", batch_size=1, ema=False),
     Setting("SD 1.5", rank=16, batch_size=4, checkpointing=False),
     Setting("SDXL", rank=16, checkpointing=False),
+    Setting("SDXL", rank=16, quantize="int8"),
+    Setting("Flux", rank=16, quantize="nf4"),
+    Setting("Flux", rank=16, quantize="int8"),
 ]
 
 COMPUTED = [
@@ -199,12 +204,20 @@ COMPUTED = [
     Setting("SD 1.5", ema=False),
     Setting("SD 1.5", optimizer="adamw8bit"),
     Setting("SD 1.5", rank=16),
+    Setting("SD 1.5", rank=16, quantize="int8"),
     Setting("SDXL"),
     Setting("SDXL", optimizer="adamw8bit", ema=False),
     Setting("SDXL", rank=16),
+    Setting("SDXL", rank=16, quantize="int8"),
+    Setting("SDXL", rank=16, quantize="nf4"),
     Setting("Flux", rank=16),
-    Setting("Flux", rank=16, base_bits=8),
+    Setting("Flux", rank=16, quantize="int8"),
+    Setting("Flux", rank=16, quantize="nf4"),
 ]
+
+
+def needs_bitsandbytes(setting):
+    return setting.optimizer == "adamw8bit" or setting.quantize == "nf4"
 
 
 def create(setting, device, tiny=False):
@@ -212,11 +225,17 @@ def create(setting, device, tiny=False):
     network = NETWORKS[setting.network]
     held = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32 if setting.rank is None else torch.bfloat16)
+    quantized = setting.quantize is not None and str(device) != "meta"
     try:
-        with torch.device(device):
+        with torch.device("meta" if quantized else device):
             created = network.kind(**{**network.config, **(network.tiny if tiny else {})})
     finally:
         torch.set_default_dtype(held)
+    if quantized:  # on the CPU first, as when it is loaded: minutes for Flux
+        frozen = FrozenWeights(torch.bfloat16, setting.quantize)
+        for name, value in created.state_dict().items():
+            frozen(created, name, torch.randn(value.shape) / 50)
+        created.to(device)
     lora = None
     if setting.rank is not None:
         seed = None if str(device) == "meta" else 0
@@ -228,17 +247,27 @@ def create(setting, device, tiny=False):
 
 
 def count(network):
-    """Return the numbers of trained and of frozen parameters of a network, which may be on the meta device."""
+    """Return the numbers of trained parameters, of frozen ones, and of those, the weights of linear layers.
+
+    The network may be on the meta device, and is not quantised. The inputs of all linear layers of these networks are
+    multiples of 64, so that nf4 quantises all of them.
+    """
     trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
-    return trained, sum(p.numel() for p in network.parameters()) - trained
+    linear = sum(m.weight.numel() for m in network.modules() if type(m) is nn.Linear and not m.weight.requires_grad)
+    return trained, sum(p.numel() for p in network.parameters()) - trained, linear
 
 
-def arithmetic(setting, trained, frozen):
+# The bytes of a frozen weight of a linear layer. nf4 has a scale of 8 bits for 64 weights, and one of 32 bits for 256
+# scales. int8 has a scale of 16 bits for each row, which is less than a thousandth of the weights.
+QUANTIZED_BYTES = {None: 2, "int8": 1, "nf4": 1 / 2 + 1 / 64 + 4 / (64 * 256)}
+
+
+def arithmetic(setting, trained, frozen, linear):
     """Return the bytes of everything but activations."""
     # bitsandbytes: two bytes for each parameter, and two float32 scales for each block of 256.
     moments = 8 if setting.optimizer == "adamw" else 2 + 8 / 256
     parts = {
-        "weights": 4 * trained + frozen * setting.base_bits // 8,
+        "weights": 4 * trained + 2 * (frozen - linear) + round(QUANTIZED_BYTES[setting.quantize] * linear),
         "gradients": 4 * trained,
         "moments": round(moments * trained),
         "average": 4 * trained if setting.ema else 0,
@@ -282,7 +311,7 @@ def measure(setting, device, tiny):
     try:
         trainer = build(setting, accelerator, tiny)
         record["latents"] = trainer.dataset.shape
-        record["arithmetic"] = arithmetic(setting, *count(trainer.built.model.network))
+        record["arithmetic"] = arithmetic(setting, *count(create(replace(setting, quantize=None), "meta", tiny)[0]))
         updates = trainer.updates()
         for _ in range(K):
             next(updates)
@@ -351,7 +380,9 @@ def main(arguments=None):
             setting = replace(setting, batch_size=1)
         if time.perf_counter() - start > options.seconds:
             record = {"name": setting.name, **asdict(setting), "failed": f"not begun within {options.seconds:g} s"}
-        elif setting.optimizer == "adamw8bit" and importlib.util.find_spec("bitsandbytes") is None:
+        elif (setting.optimizer == "adamw8bit" or setting.quantize == "nf4") and importlib.util.find_spec(
+            "bitsandbytes"
+        ) is None:
             record = {"name": setting.name, **asdict(setting), "failed": "bitsandbytes is not installed"}
         else:
             record = measure(setting, device, options.tiny)

@@ -10,17 +10,14 @@ the ratios are taken within a round, and the median over the rounds is reported 
     python benchmarks/training_overhead.py --out benchmarks/results/training_overhead.json
 """
 
-import argparse
-import json
 import platform
-import time
-from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import set_seed
+from interleaved import command_line, publish, quartiles, take_turns
 
 from robustdiff.data import load_dataset
 from robustdiff.recipe import Recipe
@@ -43,13 +40,6 @@ def bare_loop(unet, batch_size, shape, lr):
         optimizer.step()
         optimizer.zero_grad()
         yield loss.detach()
-
-
-def seconds(loop, updates):
-    start = time.perf_counter()
-    for _ in range(updates):
-        next(loop)
-    return time.perf_counter() - start
 
 
 def measure(rounds, batch_size, tiny):
@@ -79,28 +69,14 @@ def measure(rounds, batch_size, tiny):
         "pgd": trainer_loop("pgd"),
     }
     # K updates of each are one batch of free adversarial training, and as many plain ones; PGD's cost K + 1 times that.
-    updates = {"bare": K, "plain": K, "free": K, "pgd": 1}
-    names = list(loops)
-    times = {name: [] for name in names}
-    for name in names:
-        seconds(loops[name], K)  # allocations, and torch's choice of kernels
-    for number in range(rounds):
-        shift = number % len(names)
-        for name in names[shift:] + names[:shift]:
-            times[name].append(seconds(loops[name], updates[name]) / updates[name])
-
-    per_update = {name: np.array(values) for name, values in times.items()}
+    per_update = take_turns(loops, {"bare": K, "plain": K, "free": K, "pgd": 1}, rounds)
     ratios = {
         "free_over_plain": per_update["free"] / per_update["plain"],
         "trainer_over_bare": per_update["bare"] / per_update["plain"],
         "pgd_over_free": per_update["pgd"] / per_update["free"],
     }
     return {
-        "ratios": {
-            name: {"median": median, "quartiles": [low, high], "target": TARGETS[name]}
-            for name, values in ratios.items()
-            for low, median, high in [np.quantile(values, [0.25, 0.5, 0.75]).tolist()]
-        },
+        "ratios": {name: {**quartiles(values), "target": TARGETS[name]} for name, values in ratios.items()},
         "seconds_per_update": {name: float(np.median(values)) for name, values in per_update.items()},
         "settings": {
             "model": model,
@@ -120,20 +96,16 @@ def measure(rounds, batch_size, tiny):
 
 
 def main(arguments=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=40)
-    parser.add_argument("--batch-size", type=int, default=128)
+    parser = command_line(__doc__.splitlines()[0], rounds=40, batch_size=128)
     parser.add_argument("--tiny", action="store_true", help="a network of no use, to see whether this runs")
-    parser.add_argument("--out", type=Path, help="also write the numbers here, as JSON")
     options = parser.parse_args(arguments)
     result = measure(options.rounds, options.batch_size, options.tiny)
+    lines = []
     for name, ratio in result["ratios"].items():
         low, high = ratio["quartiles"]
         target = f", target {ratio['target']}" if ratio["target"] else ""
-        print(f"{name:20}{ratio['median']:.3f}  (quartiles {low:.3f} to {high:.3f}{target})")
-    if options.out is not None:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        lines.append(f"{name:20}{ratio['median']:.3f}  (quartiles {low:.3f} to {high:.3f}{target})")
+    publish(result, lines, options.out)
 
 
 if __name__ == "__main__":

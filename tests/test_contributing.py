@@ -1,4 +1,4 @@
-"""The plugin package that CONTRIBUTING.md shows works."""
+"""The plugin package that docs/extending.md shows works."""
 
 from __future__ import annotations
 
@@ -12,12 +12,11 @@ import torch
 
 from robustdiff import DiffusionProcess, sample
 
-TEXT = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text(encoding="utf-8")
+TEXT = (Path(__file__).parents[1] / "docs" / "extending.md").read_text(encoding="utf-8")
 
 
 def block(language: str) -> str:
-    (found,) = re.findall(rf"```{language}\n(.*?)```", TEXT, re.DOTALL)
-    return str(found)
+    return str(re.findall(rf"```{language}\n(.*?)```", TEXT, re.DOTALL)[0])
 
 
 def test_the_sampler_of_a_package_is_found_by_its_name(tmp_path, monkeypatch):
@@ -27,11 +26,11 @@ def test_the_sampler_of_a_package_is_found_by_its_name(tmp_path, monkeypatch):
     (tmp_path / f"{module}.py").write_text(block("python"))
     monkeypatch.syspath_prepend(tmp_path)
     point = EntryPoint(name, module, group)
-    monkeypatch.setattr("robustdiff.registry.entry_points", lambda group: [point] if group == point.group else [])
     from robustdiff.samplers.sampler import SAMPLERS
 
+    monkeypatch.setattr(SAMPLERS, "_entries", dict(SAMPLERS._load()))  # a module registers itself once in a process
+    monkeypatch.setattr("robustdiff.registry.entry_points", lambda group: [point] if group == point.group else [])
     monkeypatch.setattr(SAMPLERS, "_loaded", False)
-    monkeypatch.setattr(SAMPLERS, "_entries", dict(SAMPLERS._entries))
     noise = torch.randn(2, 1, 4, 4, generator=torch.Generator().manual_seed(0))
     settings = {"steps": 2, "latents": noise, "step_noise": torch.stack([noise, noise])}
     network = torch.nn.Conv2d(1, 1, 1)

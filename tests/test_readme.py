@@ -1,161 +1,112 @@
-"""The README is true: its commands run, its numbers are those of the committed results."""
+"""The README is short, and its numbers are those of the committed results. tests/test_docs.py runs its commands."""
 
 from __future__ import annotations
 
-import json
 import re
-import runpy
-import shlex
-import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
+import yaml
+
+import robustdiff
 
 ROOT = Path(__file__).resolve().parent.parent
-DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
-
-SMALL = {
-    "train": ["--set", "steps=2", "--set", "batch_size=4", "--set", "checkpoint_every=1", "--set", "precision=fp32"],
-    "sample": ["--num", "30", "--steps", "2"],
-    "evaluate": ["--num", "30"],
-    "mismatch": ["--num", "40", "--steps", "2", "--sampler", "ddim", "--probes", "2", "--radii", "0.5"],
-    "search-times": ["--steps", "2", "--num", "8"],
-    "solver-error": ["--num", "2", "--scales", "3", "--points", "2", "--substeps", "2"],
-    "report": ["--num", "2", "--steps", "2", "--cpu"],
-    "demo": [],
-    "study": [],
-    "reproduce": [],
-    "convert": [],
-}
-"""What makes a documented command take a moment; a later option overrides an earlier one."""
-
-TEXT = {
-    "train": [*SMALL["train"], "--cpu", *(f"--set={value}" for value in ("data.size=8", "data.workers=0", "warmup=0"))],
-    "sample": ["--num", "2", "--steps", "2", "--cpu"],
-    "convert": [],
-    "evaluate": ["--num", "4", "--steps", "2", "--cpu"],
-}
-"""The same for a page on models of text."""
-
-STUDY = """
-title: a study of no use
-recipe: fashion-16-at
-set: {steps: 2, batch_size: 4, threads: 1}
-baseline: plain
-methods: {plain: {set: {adversary: none}}, free: {}}
-measure: {samplers: [ddim], steps: [1, 10], num: 40}
-"""
-"""What stands in for the documented study."""
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+SUMMARY = (ROOT / "docs" / "results-summary.md").read_text(encoding="utf-8")
+PAGES = [ROOT / "docs" / name for name in ("results.md", "results-constant-rate.md", "results-consistency.md")]
+CHANGE = r"[+−]\d+\.\d% \([+−]\d+\.\d% … [+−]\d+\.\d%\)(?:, p = [\d.]*\d)?"
 
 
-def commands(path: Path) -> list[list[str]]:
-    """The robustdiff commands of a document's bash blocks, in order."""
-    blocks = re.findall(r"```bash\n(.*?)```", path.read_text(encoding="utf-8"), re.DOTALL)
-    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
-    split = [shlex.split(line, comments=True) for line in lines]
-    return [words[words.index("robustdiff") + 1 :] for words in split if "robustdiff" in words]
+def effect(pair: str, column: str) -> tuple[str, str]:
+    """The cell of a comparison in the first table of docs/results.md, without emphasis, and its number of trainings."""
+    rows = [row.strip("| ").split(" | ") for row in PAGES[0].read_text(encoding="utf-8").splitlines()]
+    header = next(row for row in rows if row[:2] == ["10 steps", "trainings"])
+    (row,) = [row for row in rows if row[0] == pair and len(row) == len(header)]
+    return row[header.index(column)].replace("*", ""), row[1]
 
 
-def _small(name):
-    """A study that comes with the package, at a size of seconds."""
-    from robustdiff.study.schema import load_study
-
-    study = load_study(name)
-    measure = study.measure.model_copy(update={"num": 16, "steps": (1, 2)})
-    references = {key: one.model_copy(update={"steps": (2,)}) for key, one in study.references.items()}
-    changes = {**study.set, "steps": 3}
-    return study.model_copy(update={"set": changes, "measure": measure, "references": references})
+def test_it_has_at_most_120_lines():
+    assert len(README.splitlines()) <= 120
 
 
-@pytest.mark.usefixtures("in_this_process")
-@pytest.mark.parametrize("path", [path for path in DOCUMENTS if path.name != "text-to-image.md"], ids=lambda p: p.name)
-def test_every_command_runs(path, robustdiff, make_sd_pipeline, tmp_path, monkeypatch):
-    from robustdiff import demo
-    from robustdiff.backbones.adm import PRESETS, AdmFlags, build_adm, convert, save_adm
-
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(demo, "load_study", _small)
-    flags = AdmFlags(image_size=8, num_channels=32, num_res_blocks=1, channel_mult="1", attention_resolutions="8")
-    monkeypatch.setattr(convert, "PRESETS", dict.fromkeys(PRESETS, flags))
-    save_adm(build_adm(flags), tmp_path / "64x64_diffusion.pt")
-    (tmp_path / "benchmarks" / "studies").mkdir(parents=True)
-    (tmp_path / "benchmarks" / "studies" / "fashion-16.yaml").write_text(STUDY)
-    make_sd_pipeline(tmp_path / "stabilityai" / "stable-diffusion-xl-base-1.0", "xl")  # in place of the download
-    for command in commands(path):
-        more = ["--steps", "2"] if command[0] == "evaluate" and "--steps" in command else []
-        if command[:2] in (["train", "fashion-16-dit"], ["train", "emoji"]):
-            more += ["--set", "codec.cache=false"]
-        if command[:2] == ["train", "emoji"]:
-            more += ["--set", "data.split=unseen"]  # fewer captions to encode
-        outcome = robustdiff(*command, *SMALL[command[0]], *more)
-        assert outcome.code == 0, (command, outcome.err)
+@pytest.mark.parametrize(
+    ("label", "pair", "column"),
+    [
+        ("| plain fine-tuning | `iddpm` (ancestral) |", "free-k3-a0.3 to plain", "iddpm"),
+        ("| plain fine-tuning | `dpm++` |", "free-k3-a0.3 to plain", "dpm++"),
+        ("| plain fine-tuning | the first against the second |", "free-k3-a0.3 to plain", "iddpm against dpm++"),
+    ],
+)
+def test_its_table_is_that_of_the_page(label, pair, column):
+    found, trainings = effect(pair, column)
+    change, p = found.split(", p = ")
+    assert f"{label} {change} | {p} | {trainings} |" in README.splitlines()
 
 
-def test_every_command_of_text_to_image_runs(robustdiff, make_sd_pipeline, clip_folder, tmp_path, monkeypatch):
-    """In a folder with a tiny model and a tiny CLIP for the downloads, images with captions, and prompts."""
-    from robustdiff.metrics.features import Classifier
-
-    monkeypatch.chdir(tmp_path)
-    make_sd_pipeline(tmp_path / "models" / "sd15")
-    shutil.copytree(clip_folder, tmp_path / "models" / "clip-vit-large-patch14")
-    for folder in (tmp_path / "data" / "captioned", tmp_path / "data" / "real"):
-        folder.mkdir(parents=True)
-        for i in range(4):
-            Image.fromarray(np.full((8, 9, 3), 40 * i, np.uint8)).save(folder / f"000{i}.jpg")
-            (folder / f"000{i}.txt").write_text("a red shoe")
-    (tmp_path / "prompts.txt").write_text("a red shoe\na blue shirt\nred\nblue\n")
-    Classifier(3, 8, [4], 3, 2).save(tmp_path / "c.safetensors")
-    for command in commands(ROOT / "docs" / "text-to-image.md"):
-        if "inception" in command:  # and its weights
-            k = command.index("inception")
-            command[k : k + 3] = ["c.safetensors"]
-        more = ["--set", "data.size=8"] if command[0] == "evaluate" and "--data" in command else []
-        outcome = robustdiff(*command, *TEXT[command[0]], *more)
-        assert outcome.code == 0, (command, outcome.err)
+def summary_rows() -> list[list[str]]:
+    return [row.strip("| ").split(" | ") for row in SUMMARY.splitlines() if re.match(r"\| (plain|random) ", row)]
 
 
-def test_python_in_the_readme_runs():
-    (text,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
-    variables: dict = {}
-    exec(text, variables)
-    assert variables["images"].shape == (16, 1, 16, 16)
+@pytest.mark.parametrize("row", summary_rows(), ids=lambda row: f"{row[0]}, {row[1]}".replace("`", ""))
+def test_a_row_of_the_summary_is_that_of_the_page(row):
+    against, sampler, change, interval, p, trainings = row
+    method = {"plain fine-tuning": "plain", "random perturbations of the same size": "random-k3-a0.3"}[against]
+    expected = effect(f"free-k3-a0.3 to {method}", sampler.replace("`", ""))
+    assert (f"{change} ({interval}), p = {p}", trainings) == expected
+
+
+@pytest.mark.parametrize("text", [README, SUMMARY], ids=["README.md", "results-summary.md"])
+def test_quoted_results_are_those_of_the_pages(text):
+    pages = "\n".join(page.read_text(encoding="utf-8").replace("**", "") for page in PAGES)
+    quoted = [line.removeprefix("> ").replace("**", "") for line in text.splitlines() if line.startswith("> ")]
+    changes = re.findall(CHANGE, text.replace("\n", " "))
+    assert changes
+    for line in quoted:
+        assert line in pages.splitlines()
+    for change in changes:
+        assert change in pages
+
+
+def test_the_levels_in_the_summary_are_those_of_the_page():
+    """FID at 10 steps: of the checkpoint, plainly fine-tuned, and adversarially."""
+    page = PAGES[0].read_text(encoding="utf-8")
+    for sampler in ("iddpm", "dpm++"):
+        table = page.partition(f"| {sampler}, steps | 5 | 8 | 10 | 20 | 50 |\n")[2].partition("\n\n")[0]
+        for method in ("plain", "free-k3-a0.3", "base, as it is"):
+            (cells,) = [line.split(" | ") for line in table.splitlines() if line.startswith(f"| {method} |")]
+            assert cells[3].split(" ±")[0] in SUMMARY
+    (real,) = re.findall(r"^\| real images \| (\S+) ", page, re.MULTILINE)
+    assert f"5,000 other real images have an FID of {real}." in SUMMARY
+
+
+@pytest.mark.parametrize("name", ["choosing.md", "intervals.md"])
+def test_tables_that_are_quoted_are_those_of_the_page(name):
+    """The rows on α and K, and how far apart trainings are that differ in their seed alone."""
+    page = PAGES[0].read_text(encoding="utf-8").replace("**", "")
+    rows = [line for line in (ROOT / "docs" / name).read_text(encoding="utf-8").splitlines() if line.startswith("| ")]
+    if name == "choosing.md":
+        alphas = [row for row in rows if row.startswith("| α = ")]
+        assert len(alphas) == 5
+        assert set(alphas) <= set(page.splitlines())
+        for k in (2, 3, 5):
+            row = next(line for line in page.splitlines() if line.startswith(f"| free-k{k}-a0.3 to plain | "))
+            iddpm, _, _, dpmpp = [cell.split()[0] for cell in row.strip("| ").split(" | ")[1:] if "%" in cell][:4]
+            assert f"| K = {k} | {iddpm} | {dpmpp} |" in rows
+    else:
+        for label, title in (("one pass", "1 pass"), ("three passes", "3 passes")):
+            (row,) = [line for line in page.splitlines() if line.startswith(f"| {title} over each batch | ")]
+            (own,) = [line for line in rows if line.startswith(f"| {label} over each batch | ")]
+            assert re.findall(r"(\d+)%\)", row) == re.findall(r"(\d+) %", own)
+
+
+def test_the_citation_has_the_version():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert citation["version"] == robustdiff.__version__
 
 
 def test_make_targets_exist():
     makefile = (ROOT / "Makefile").read_text()
-    for target in re.findall(r"^make (\w+)", (ROOT / "README.md").read_text(), re.MULTILINE):
+    targets = re.findall(r"^make (\w+)", README, re.MULTILINE)
+    assert {"demo", "test", "docs"} <= set(targets)
+    for target in targets:
         assert re.search(rf"^{target}:", makefile, re.MULTILINE)
-
-
-def test_the_demo_section_is_made_from_the_committed_results():
-    script = runpy.run_path(str(ROOT / "scripts" / "update_readme.py"))
-    record = json.loads((ROOT / "docs" / "demo" / "result.json").read_text())
-    assert script["demo_section"](record) in (ROOT / "README.md").read_text(encoding="utf-8")
-    record = json.loads((ROOT / "docs" / "demo-text" / "result.json").read_text())
-    assert script["text_section"](record) in (ROOT / "docs" / "emoji.md").read_text(encoding="utf-8")
-
-
-def test_quoted_results_are_those_of_the_pages():
-    pages = "\n".join(page.read_text(encoding="utf-8") for page in sorted((ROOT / "docs").glob("results*.md")))
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    quoted = [line.removeprefix("> ") for line in readme.splitlines() if line.startswith("> ")]
-    assert quoted
-    for line in quoted:
-        assert line in pages.splitlines()
-
-
-def test_links_lead_somewhere():
-    for path in DOCUMENTS:
-        for link in re.findall(r"\]\(([^)#]+)\)", path.read_text(encoding="utf-8")):
-            if not link.startswith("http"):
-                assert (path.parent / link).exists(), f"{path.name}: {link}"
-
-
-def test_the_recipe_in_the_readme_is_valid(tmp_path):
-    from robustdiff.recipe import load_recipe
-
-    (text,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
-    (tmp_path / "mine.yaml").write_text(text)
-    assert load_recipe(str(tmp_path / "mine.yaml")).adversary.name == "free"

@@ -13,7 +13,7 @@ from robustdiff.backbones.adm import AdmFlags, build_adm
 from robustdiff.backbones.model import Model, load_model
 from robustdiff.backbones.scheduler import mark_as_own
 
-QUICK = ["precision=fp32", "steps=3", "batch_size=8", "threads=1", "accumulate=1", "log_every=1"]
+QUICK = ["precision=fp32", "steps=3", "batch_size=8", "threads=1", "accumulate=1", "log_every=1", "watch=none"]
 
 
 def words(*overrides):

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
 import pytest
 
 from robustdiff.report.page import write_page
+from robustdiff.report.tune import tune_markdown
 from robustdiff.study.schema import load_study
 
+TUNED = "tune-fashion-16-iddpm-10"
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = {
     "fashion-16": "results.md",
@@ -38,3 +41,10 @@ def test_a_page_is_made_of_the_committed_cells(study, tmp_path):
     for figure in figures:
         assert (tmp_path / figure).is_file()
         assert (page.parent / figure).is_file()
+
+
+def test_the_page_of_the_search_holds_the_committed_result():
+    path = ROOT / "benchmarks" / "results" / TUNED / "result.json"
+    section = (ROOT / "docs" / "tune.md").read_text(encoding="utf-8").partition("<!-- tune -->\n")[2]
+    made = tune_markdown(json.loads(path.read_text(encoding="utf-8"))) + "\n" if path.exists() else ""
+    assert section.partition("<!-- /tune -->")[0] == made, f"make it again: python scripts/update_tune.py {path.parent}"

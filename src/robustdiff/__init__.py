@@ -6,6 +6,7 @@ arXiv 2502.17099.
 
 from __future__ import annotations
 
+import logging
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,10 @@ if TYPE_CHECKING:
     from robustdiff.process import DiffusionProcess, absorb
     from robustdiff.samplers import sample
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
+
+# diffusers imports bitsandbytes if it is there, which on some CPUs warns of a package that is not needed.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 __all__ = [
     "ConsistencyObjective",

@@ -21,7 +21,8 @@ from robustdiff.errors import InputError, printable
 from robustdiff.evaluation.grid import Cell, Grid, differences
 from robustdiff.evaluation.prompts import prompts_of
 from robustdiff.files import atomic_write, make_folder
-from robustdiff.metrics.bootstrap import interval
+from robustdiff.metrics.bootstrap import BLOCKS, interval
+from robustdiff.metrics.metric import number_named
 from robustdiff.progress import SILENT, Progress
 from robustdiff.report.page import read_picture
 from robustdiff.report.results import write_results
@@ -40,6 +41,7 @@ DATA = {
     "fashion-16": "fashion-16: 60,000 training images of Fashion-MNIST at 16×16",
     "emoji": "emoji: 17,237 training images of Noto's emoji on coloured backgrounds at 64×64, with captions",
 }
+NUMBERS = ("fid", "fid_corrected", "kid", "kid_se", "precision", "recall", "brightness")
 MOST = 8  # processes, each of which takes half a gigabyte for torch
 
 
@@ -125,18 +127,21 @@ def _claim(study: Study, folder: Path) -> None:
 
 def _cell(name: str, record: dict[str, Any]) -> Cell:
     """Convert a cell of a study to a cell of a grid."""
-    needed = ("sampler", "steps", "n", "fid_ci", "kid_se", "brightness", "seconds")
+    needed = ("sampler", "steps", "n", "kid_se", "brightness", "seconds")
     if missing := [key for key in needed if record[key] is None]:
         raise InputError(f"a cell of {name} does not say its {missing[0]}: delete its file, and run again")
     numbers, others = {**record, **record["numbers"]}, record["other_replicates"]
+    blocks = {"fid": BLOCKS, **record["blocks"]}
     replicates = {"fid": record["replicates"], **others}
     drawn = {key: np.array(values, dtype=np.float64) for key, values in replicates.items()}
+    numbers["fid_corrected"] = 2 * numbers["fid"] - float(drawn["fid"].mean())
     return Cell(
         checkpoint=name,
         **{key: record[key] for key in ("sampler", "steps", "n", "seconds")},
-        values={key: numbers[key] for key in ("fid", "kid", "kid_se", "precision", "recall", "brightness", *others)},
-        intervals={"fid": tuple(record["fid_ci"]), **{key: interval(numbers[key], drawn[key]) for key in others}},
+        values={key: numbers[key] for key in (*NUMBERS, *others)},
+        intervals={key: interval(numbers[key], drawn[key], blocks[key], number_named(key).log) for key in drawn},
         replicates=drawn,
+        blocks=blocks,
     )
 
 

@@ -33,6 +33,7 @@ from robustdiff.weights import check_weights, read_state, strip_prefixes
 
 __all__ = [
     "Components",
+    "Place",
     "class_parameters",
     "component",
     "load_network",
@@ -45,6 +46,9 @@ __all__ = [
 
 Components = Mapping[str, tuple[str, str]]
 """The components of a pipeline by name: (library, class)."""
+
+Place = Callable[[nn.Module, str, Tensor], None]
+"""A function that places a weight, in float32 on the CPU, into a network on the meta device by its name."""
 
 _Network = TypeVar("_Network", bound=nn.Module)
 
@@ -178,6 +182,7 @@ def load_network(
     prepare: Callable[[dict[str, Any], int, Path], None] = lambda config, tensors, path: None,
     check: Callable[[_Network, Path], None] = lambda network, path: None,
     aliases: Collection[str] = (),
+    place: Place | None = None,
 ) -> _Network:
     """Load a network of diffusers from a folder with ``config.json`` and weights, in float32 and eval mode, on the CPU.
 
@@ -192,6 +197,8 @@ def load_network(
             configuration. It may change the configuration, or raise InputError before memory is allocated.
         check: A function of the network on the meta device and the path of the configuration. It may raise InputError.
         aliases: The other names of the class in configurations.
+        place: A function that places each weight in turn, in another type, so that the network is never in memory in
+            float32. It gets them in the order of the network's state.
 
     Raises:
         InputError: If a file is missing or malformed, the weights do not fit the network, or a weight is not finite.
@@ -214,7 +221,11 @@ def load_network(
     expected = {name: value.shape for name, value in network.state_dict().items()}
     state = {_new_name(name, expected): v for name, v in strip_prefixes(state, source).items()}
     _check_fit(state, expected, source, path)
-    network.load_state_dict(check_weights(state, source, torch.float32), assign=True)
+    if place is None:
+        network.load_state_dict(check_weights(state, source, torch.float32), assign=True)
+    else:
+        for name in expected:
+            place(network, name, check_weights({name: state.pop(name)}, source, torch.float32)[name])
     unsaved = [name for name, buffer in network.named_buffers() if buffer.is_meta]
     if unsaved:  # buffers that the constructor computes, such as positions
         with init_empty_weights(include_buffers=False):

@@ -11,10 +11,10 @@ import contextlib
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
-from pydantic import Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from robustdiff.backbones.backbone import SECTIONS, BackboneSection
 from robustdiff.codecs.codec import CODECS, CodecSection
@@ -23,10 +23,10 @@ from robustdiff.errors import InputError, printable
 from robustdiff.objectives.objective import OBJECTIVES, ObjectiveConfig
 from robustdiff.perturbation import ADVERSARIES, AdversaryConfig
 from robustdiff.process import ProcessConfig
-from robustdiff.section import MOST_UPDATES, Decay, Fraction, Named, Precision, Section, Text, Times, choice
+from robustdiff.section import MOST_UPDATES, Decay, Fraction, Named, Precision, Section, Text, Times, choice, refusal
 from robustdiff.yaml_reader import parse_yaml, read_yaml
 
-__all__ = ["DataConfig", "Recipe", "load_data_config", "load_recipe", "shipped_recipes"]
+__all__ = ["DataConfig", "Recipe", "SignsConfig", "WatchConfig", "load_data_config", "load_recipe", "shipped_recipes"]
 
 
 if TYPE_CHECKING:
@@ -56,6 +56,59 @@ class SamplerConfig(Named):
     steps: Times | Text | None = Field(
         None, description="number of network evaluations for one image, or a string that the sampler takes"
     )
+
+
+class SignsConfig(Section):
+    """The section ``watch.signs`` of a recipe: the signs of a training that goes wrong, and their thresholds.
+
+    A threshold of null switches its sign off. The rules are in :mod:`robustdiff.training.signs`.
+    """
+
+    action: Literal["warn", "stop", "off"] = Field(
+        "warn", description="what a sign does: a warning, or the end of the training as well"
+    )
+    long_sampling: float | None = Field(
+        0.05, ge=0, description="how far the metric at the most steps may be above the start's, as a part of it"
+    )
+    clip_score: float | None = Field(0.0, ge=0, description="how far the CLIP score may be below the start's")
+    at_radius: float | None = Field(0.95, ge=0, le=1, description="share of samples whose δ is at its radius")
+    skipped_ascents: float | None = Field(0.05, ge=0, le=1, description="share of ascents that are skipped")
+    skipped_updates: float | None = Field(0.05, ge=0, le=1, description="share of fp16 updates that overflow")
+    pass_ratio: float | None = Field(
+        1.5, ge=1, description="growth of the loss of the last pass over that of the first, as a factor"
+    )
+
+
+class WatchConfig(Section):
+    """The section ``watch`` of a recipe: measurements of the model while it is trained."""
+
+    every: Literal["auto"] | int = Field(
+        "auto", description="number of updates between measurements; auto: as many as cost a tenth of the training"
+    )
+    samplers: tuple[Text, ...] = Field(
+        (), max_length=100, description="by default that of the recipe, else the first that suits the model"
+    )
+    steps: tuple[Times, ...] = Field(
+        (), max_length=100, description="numbers of network evaluations; by default the recipe's, and 50"
+    )
+    num: int = Field(1000, ge=4, le=10**7, description="number of images of each sampler and number of steps")
+    metric: Text = Field("fid", description="a metric, or clip-score=FOLDER; its first number is watched")
+    average: bool = Field(True, description="measure the moving average; false: the weights themselves")
+    features: Text | None = Field(None, description="extractor of the metric; by default that made for the data")
+    weights: Text | None = Field(None, description="weights file of Inception")
+    guidance: float | None = Field(None, ge=0, le=1000, description="scale of classifier-free guidance")
+    seed: int = Field(0, ge=0, lt=2**63 - 1, description="seed of the images' noise; the last measurement has the next")
+    batch_size: int = Field(128, ge=1, le=2**20, description="number of images at a time")
+    signs: SignsConfig = SignsConfig()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> WatchConfig:
+        if self.every != "auto" and not 1 <= self.every <= MOST_UPDATES:
+            raise refusal("every", f"must be auto, or a number of updates from 1 to {MOST_UPDATES}; got {self.every}")
+        for name in ("samplers", "steps"):
+            if len(set(getattr(self, name))) < len(getattr(self, name)):
+                raise refusal(name, "the same value is given twice")
+        return self
 
 
 class Recipe(Section):
@@ -100,6 +153,9 @@ class Recipe(Section):
     log_every: int = Field(10, ge=1, le=MOST_UPDATES, description="number of updates between lines of metrics.jsonl")
     trackers: tuple[Literal["tensorboard", "wandb"], ...] = Field(
         (), max_length=2, description="trackers to log to, through accelerate"
+    )
+    watch: Annotated[WatchConfig | None, BeforeValidator(lambda value: None if value == "none" else value)] = Field(
+        None, description="measurements while the model is trained, of which the best is kept; none: no measurement"
     )
 
     @model_validator(mode="after")
@@ -152,7 +208,7 @@ def _explain(error: ValidationError, source: str) -> InputError:
     """Return the first validation error in one line."""
     first = error.errors()[0]
     loc = [str(part) for part in first["loc"]]
-    if loc[:2] == ["sampler", "steps"]:  # pydantic appends the member of the union
+    if loc[:2] in (["sampler", "steps"], ["watch", "every"]):  # pydantic appends the member of the union
         loc = loc[:2]
     where = printable(" ".join(".".join(loc).split())[:200])  # a key may contain a line break
     source = printable(source)
@@ -188,11 +244,12 @@ def _assign(values: dict[str, Any], key: str, value: Any) -> None:
     *sections, last = key.split(".")
     for section in sections:
         inner = values.get(section)
-        # Expand a section that is given by its name alone.
-        inner = {"name": inner} if isinstance(inner, str) else dict(inner) if isinstance(inner, dict) else {}
+        # Expand a section that is given by its name alone; watch has none.
+        by_name = isinstance(inner, str) and section != "watch"
+        inner = {"name": inner} if by_name else dict(inner) if isinstance(inner, dict) else {}
         values[section] = inner
         values = inner
-    if isinstance(value, str) and isinstance(values.get(last), dict):
+    if isinstance(value, str) and isinstance(values.get(last), dict) and key != "watch":
         values[last] = _named(key, values[last], value)
     elif last == "name" and isinstance(value, str):
         named = _named(sections[0] if len(sections) == 1 else "", values, value)

@@ -26,7 +26,6 @@ from robustdiff.backbones.lora import (
     LoraSection,
     adapter_of,
     inject,
-    lower_frozen,
     read_weights_into,
     save_adapter,
     save_kohya,
@@ -90,6 +89,11 @@ def edit(folder: Path, **fields: Any) -> None:
 # -- what it computes -----------------------------------------------------------------------------------------
 
 
+def assert_same(first, second):
+    """Assert equality up to the last bits, in which some CPUs differ where a weight has no gradient."""
+    torch.testing.assert_close(first, second, rtol=0, atol=1e-6)
+
+
 def test_a_new_adapter_changes_nothing_and_depends_on_the_seed_alone(base):
     states = []
     for before, seed in ((1, 0), (2, 0), (3, 5)):
@@ -97,7 +101,7 @@ def test_a_new_adapter_changes_nothing_and_depends_on_the_seed_alone(base):
         torch.manual_seed(before)
         model.add_lora(LORA, seed)
         assert torch.equal(torch.randn(3), torch.randn(3, generator=torch.Generator().manual_seed(before)))
-        assert torch.equal(output(model), output(load_model(base)))
+        assert_same(output(model), output(load_model(base)))
         states.append(adapter_of(model.network.state_dict()))
     first, same, other = states
     assert all(torch.equal(first[name], same[name]) for name in first)
@@ -147,7 +151,7 @@ def test_the_base_is_there_within_a_block(adapted, base):
     before, plain = output(model), output(load_model(base))
     assert not torch.equal(before, plain)
     with model.base():
-        assert torch.equal(output(model), plain)
+        assert_same(output(model), plain)
     assert torch.equal(output(model), before)
     assert not frozen.requires_grad
     assert sum(p.requires_grad for p in model.network.parameters()) == len(names) - 1
@@ -165,15 +169,6 @@ def test_merged_weights_give_the_same_outputs_as_a_network_without_an_adapter(ad
     torch.testing.assert_close(output(model), before, rtol=0, atol=1e-5)
     theirs = DDPMPipeline.from_pretrained(tmp_path / "merged").unet
     assert torch.equal(output(theirs), output(model))
-
-
-def test_in_low_precision_the_base_is_held_in_it_and_the_adapter_is_not(base):
-    model = load_model(base)
-    model.add_lora(LORA, seed=0)
-    lower_frozen(model.network, torch.bfloat16)
-    adapter = adapter_of(model.network.state_dict())
-    for name, parameter in model.network.named_parameters():
-        assert parameter.dtype == (torch.float32 if name in adapter else torch.bfloat16)
 
 
 # -- which layers ---------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import logging
 import shutil
 import sys
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,14 +45,19 @@ def edit(path: Path, **fields: Any) -> None:
 
 
 def images_of(
-    model: Model, latents: torch.Tensor, guidance: float, negative: str | None = None, sampler: str = "ddim"
+    model: Model,
+    latents: torch.Tensor,
+    guidance: float,
+    negative: str | None = None,
+    sampler: str = "ddim",
+    steps: int = 5,
 ) -> torch.Tensor:
     condition = model.condition
     ours = sample(
         model,
         model.process,
         sampler,
-        5,
+        steps,
         latents=latents,
         guidance=guidance,
         condition=condition.batch(None, PROMPTS, None),
@@ -66,10 +72,12 @@ def pipeline_of(folder: Path) -> Any:
     return pipeline
 
 
-def of_diffusers(pipeline: Any, latents: torch.Tensor, guidance: float, negative: str | None = None) -> torch.Tensor:
+def of_diffusers(
+    pipeline: Any, latents: torch.Tensor, guidance: float, negative: str | None = None, steps: int = 5
+) -> torch.Tensor:
     result = pipeline(
         PROMPTS,
-        num_inference_steps=5,
+        num_inference_steps=steps,
         guidance_scale=guidance,
         latents=latents,
         output_type="np",
@@ -109,6 +117,38 @@ def test_images_are_those_of_diffusers(both: dict[str, tuple[Model, Any]], kind:
         torch.testing.assert_close(found[-1], wanted, rtol=0, atol=1e-5)
     for one, other in ((0, 1), (1, 2)):
         assert (found[one] - found[other]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(("spacing", "steps"), [("trailing", 5), ("linspace", 4)])
+def test_euler_over_all_times_is_ddim_from_a_little_less_noise(
+    both: dict[str, tuple[Model, Any]], spacing: str, steps: int
+) -> None:
+    """With these spacings diffusers begins at σ_T ε in place of ε. The four times of linspace are whole numbers."""
+    scheduler = EulerDiscreteScheduler(**BETAS, timestep_spacing=spacing)
+    loaded, pipeline = both["xl"]
+    pipeline.scheduler = scheduler
+    model = Model(loaded.backbone, scheduler, loaded.codec)
+    latents = torch.randn(2, *model.shape, generator=torch.Generator().manual_seed(0))
+    last = float(model.process.sigmas[-1])
+    assert 0.997 < last < 0.998
+    ours = images_of(model, last * latents, 5.0, steps=steps)
+    torch.testing.assert_close(ours, of_diffusers(pipeline, latents, 5.0, steps=steps), rtol=0, atol=1e-5)
+
+
+def test_ddim_that_clips_derives_the_noise_from_what_is_clipped(
+    both: dict[str, tuple[Model, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As guided-diffusion and ``use_clipped_model_output`` do; the pipeline leaves the noise as it was."""
+    scheduler = DDIMScheduler(**LEADING, clip_sample=True)
+    loaded, pipeline = both["xl"]
+    pipeline.scheduler = scheduler
+    model = Model(loaded.backbone, scheduler, loaded.codec)
+    latents = torch.randn(2, *model.shape, generator=torch.Generator().manual_seed(0))
+    ours, plain = images_of(model, latents, 5.0), of_diffusers(pipeline, latents, 5.0)
+    assert (ours - plain).abs().max() > 1e-3
+    step = partial(scheduler.step, use_clipped_model_output=True)
+    monkeypatch.setattr(scheduler, "step", lambda *given, **options: step(*given, **{**options, "eta": 0.0}))
+    torch.testing.assert_close(ours, of_diffusers(pipeline, latents, 5.0), rtol=0, atol=1e-5)
 
 
 def test_settings_that_the_pipeline_corrects_are_corrected(copied: Any, caplog: pytest.LogCaptureFixture) -> None:

@@ -22,8 +22,9 @@ def no_state_of_accelerate() -> Iterator[None]:
 
 
 @pytest.fixture
-def benchmark(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+def benchmark(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
     """benchmark(NAME, *ARGUMENTS): run a file of benchmarks/ as its command does, and return what it prints."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
 
     def run(name: str, *arguments: object) -> str:
         runpy.run_path(str(BENCHMARKS / name))["main"]([str(argument) for argument in arguments])

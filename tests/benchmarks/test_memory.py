@@ -43,6 +43,15 @@ def test_it_trains_and_writes_what_it_measures(memory, tmp_path, capsys):
     assert "not begun within 0 s" in capsys.readouterr().out
 
 
+def test_a_quantised_base_is_measured_too(memory):
+    record = memory.measure(memory.Setting("Flux", rank=2, quantize="int8"), "cpu", True)
+    assert "failed" not in record
+    assert record["delta_norm"] > 0
+    plain = memory.arithmetic(memory.Setting("Flux", rank=2), 10, 1000, 900)
+    assert memory.arithmetic(memory.Setting("Flux", rank=2, quantize="int8"), 10, 1000, 900)["weights"] == 40 + 1100
+    assert plain["weights"] == 40 + 2000
+
+
 def test_without_a_gpu_it_says_so(memory, capsys, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(SystemExit):

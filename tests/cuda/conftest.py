@@ -77,7 +77,7 @@ def recipe(tmp_path: Path) -> Callable[..., Recipe]:
         small = ["steps=6", "batch_size=16", "warmup=0", "log_every=1", "checkpoint_every=3", "precision=fp32"]
         if name == "digits":
             small += ["model.channels=[8,16]", "model.groups=4"]
-        return load_recipe(name, [*small, "threads=1", *overrides, f"output={tmp_path / output}"])
+        return load_recipe(name, [*small, "threads=1", "watch=none", *overrides, f"output={tmp_path / output}"])
 
     return make
 
@@ -111,7 +111,8 @@ def learned() -> Callable[[Recipe], dict[str, torch.Tensor]]:
     def read(recipe: Recipe) -> dict[str, torch.Tensor]:
         folder = Path(recipe.output)
         checkpoint = max((folder / "checkpoints").glob("step-*"))
-        (network,) = (folder / "model").glob("[ut]*/diffusion_pytorch_model.safetensors")  # unet or transformer
+        whole = (folder / "model").glob("[ut]*/diffusion_pytorch_model.safetensors")  # unet or transformer
+        (network,) = [*whole, *(folder / "model").glob("pytorch_lora_weights.safetensors")]
         files = {"model": network}
         files |= {f"{path.stem} now": path for path in checkpoint.glob("[!r]*.safetensors")}  # all but random states
         tensors = {f"{kind}/{name}": value for kind, path in files.items() for name, value in load_file(path).items()}

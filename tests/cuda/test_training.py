@@ -63,6 +63,18 @@ def test_a_memory_format_is_resumed_bit_for_bit(device, exact, recipe, train_cut
     assert different(learned(whole), learned(cut)) == []
 
 
+@pytest.mark.parametrize("quantize", ["int8", "nf4"])
+def test_a_lora_of_quantised_weights_is_resumed_bit_for_bit(device, exact, recipe, train_cut, learned, quantize):
+    pytest.importorskip("peft")
+    if quantize == "nf4":
+        pytest.importorskip("bitsandbytes")
+    model = ["model={name: pretrained, path: fashion-16}", "model.lora.rank=2", f"model.quantize={quantize}"]
+    whole, cut = (recipe("fashion-16", output, *model, "precision=bf16") for output in ("whole", "cut"))
+    train(whole, cpu=device == "cpu")
+    train_cut(cut)
+    assert different(learned(whole), learned(cut)) == []
+
+
 def close(first, second):
     """Equal up to rounding, but for the biases in front of a softmax, whose gradients are rounding."""
     for name, value in first.items():
@@ -168,6 +180,16 @@ def test_a_loss_scale_changes_nothing(device, exact, recipe, train_cut, learned,
     train_cut(run)
     assert different(learned(plain), learned(run)) == []
     assert losses(plain) == losses(run)
+
+
+def test_a_watched_run_is_bit_for_bit_the_same_run(device, exact, recipe, learned):
+    own = ["steps=6", "ema=0.5", "adversary.radius=1.0"]
+    plain = recipe("fashion-16-at", "plain", *own)
+    watched = recipe("fashion-16-at", "watched", *own, "watch={steps: [2], num: 40, every: 3}")
+    train(plain, cpu=device == "cpu")
+    assert train(watched, cpu=device == "cpu")["best"]["seed"] == 1
+    assert different(learned(plain), learned(watched)) == []
+    assert losses(plain) == losses(watched)
 
 
 def test_updates_whose_gradient_overflows_move_nothing_and_are_counted(device, recipe, train_cut, scaled):

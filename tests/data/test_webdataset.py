@@ -141,9 +141,12 @@ def test_patterns(tmp_path: Path) -> None:
         ("{folder}/{0..99999}{0..99999}.tar", "more than 100000 files"),
         ("{folder}/{0..999999999999}.tar", "more than 100000 files"),
         ("pipe:cat {folder}/train-00.tar", "is a command, and none is run"),
-        ("https://host/{000..009}.tar", "not on this machine; download"),
-        ("s3://bucket/a.tar", "not on this machine; download"),
-        ("{folder}/a.tar::{folder}/b.tar", "not on this machine"),
+        ("pipe:curl -L https://host/{000..009}.tar", "give the URL alone"),
+        ("https://host/*.tar", r"does not list its files; name them as in train-\{000\.\.099\}\.tar"),
+        ("s3://key:secret@bucket/a.tar?token=1", r"^s3://bucket/a\.tar: files are fetched from https://"),
+        ("file:///etc/a.tar", "files are fetched from https://"),
+        ("hf://datasets/a.tar", "write it as hf://datasets/OWNER/NAME/PATH"),
+        ("{folder}/a.tar::{folder}/b.tar", "is no path and no URL"),
     ],
 )
 def test_a_root_that_names_no_files_is_one_line(tmp_path: Path, root: str, message: str) -> None:

@@ -124,8 +124,8 @@ def test_the_record_of_a_cell(grid):
     cell = grid.cells[0]
     record = cell.record()
     assert list(record) == [
-        "checkpoint", "sampler", "steps", "n", "fid", "fid_ci", "kid", "kid_se", "precision", "recall", "brightness",
-        "seconds",
+        "checkpoint", "sampler", "steps", "n", "fid", "fid_ci", "fid_corrected", "kid", "kid_se", "precision", "recall",
+        "brightness", "blocks", "seconds",
     ]  # fmt: skip
     assert (record["fid"], tuple(record["fid_ci"])) == (cell.values["fid"], cell.intervals["fid"])
 
@@ -159,7 +159,7 @@ def test_replicates_are_computed_once_for_the_interval_and_the_differences(gener
     generator = replace(generators["one"], steps=2)
     cell, images = evaluate_cell("one", generator, 20, metrics, Accelerator(cpu=True), keep=20)
     assert sum(distances) == 1 + len(cell.replicates["fid"])
-    assert cell.intervals["fid"] == interval(cell.values["fid"], cell.replicates["fid"])
+    assert cell.intervals["fid"] == interval(cell.values["fid"], cell.replicates["fid"], cell.blocks["fid"], log=True)
     assert cell.values["brightness"] == pytest.approx(images.double().mean().item())
 
 

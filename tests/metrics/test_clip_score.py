@@ -122,10 +122,11 @@ def test_the_mean_and_its_interval(collection, metric):
     images = drawn(60)
     collection.reset()
     filled(collection, images)
-    values, intervals, replicates = collection.result("x")
+    values, intervals, replicates, blocks = collection.result("x")
     scores = metric.scores(images, [CAPTIONS[i % 6] for i in range(60)])
     assert values == {"clip_score": pytest.approx(scores.mean(), abs=1e-4)}
-    assert intervals == {"clip_score": interval(values["clip_score"], replicates["clip_score"])}
+    assert blocks == {"clip_score": 60}, "each image is a block"
+    assert intervals == {"clip_score": interval(values["clip_score"], replicates["clip_score"], 60)}
     assert replicates["clip_score"].std() == pytest.approx(scores.std() / 60**0.5, rel=0.2), "a replicate resamples"
 
 
@@ -147,7 +148,7 @@ def test_batches_and_processes_do_not_matter(collection, clip_folder):
     images = drawn(60)
     collection.reset()
     filled(collection, images)
-    whole, _, replicates = collection.result("x")
+    whole, _, replicates, _ = collection.result("x")
     states = []
     for rank in (1, 0):
         collection.reset()
@@ -156,7 +157,7 @@ def test_batches_and_processes_do_not_matter(collection, clip_folder):
     collection.reset()
     for state in states:
         collection.merge_state(pickle.loads(state))
-    merged, _, others = collection.result("x")
+    merged, _, others, _ = collection.result("x")
     assert merged["clip_score"] == pytest.approx(whole["clip_score"], abs=1e-4)
     assert others["clip_score"] == pytest.approx(replicates["clip_score"], abs=1e-4)
     filled(collection, images[:7], 7)

@@ -18,7 +18,7 @@ from robustdiff.metrics.features import load_extractor
 from robustdiff.metrics.metric import METRICS, MetricCollection, check_finite, compared, number_named
 from robustdiff.metrics.reference import Reference, reference_statistics
 
-KEYS = ["fid", "kid", "kid_se", "precision", "recall", "brightness"]
+KEYS = ["fid", "fid_corrected", "kid", "kid_se", "precision", "recall", "brightness"]
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ def filled(metrics, images):
 
 def test_the_numbers_of_all_metrics(extractor, reference, noisy):
     metrics = filled(MetricCollection(None, extractor, reference), noisy[0])
-    values, intervals, replicates = metrics.result("x")
+    values, intervals, replicates, _ = metrics.result("x")
     assert list(values) == KEYS
     features = extractor(noisy[0]).numpy().astype(np.float64)
     real = reference.features.astype(np.float64)
@@ -61,7 +61,7 @@ def test_the_numbers_of_all_metrics(extractor, reference, noisy):
     root = scipy.linalg.sqrtm(a @ b).real
     fid = ((features.mean(0) - real.mean(0)) ** 2).sum() + np.trace(a + b - 2 * root)
     assert values["fid"] == pytest.approx(fid, rel=1e-5)
-    assert intervals == {"fid": interval(values["fid"], replicates["fid"])}
+    assert intervals == {"fid": interval(values["fid"], replicates["fid"], 50, log=True)}
     assert values["brightness"] == pytest.approx(noisy[0].double().mean().item())
     assert values == metrics.result("x")[0], "it changes nothing"
     # A collection serves one set of images after the other.
@@ -71,7 +71,7 @@ def test_the_numbers_of_all_metrics(extractor, reference, noisy):
 
 def test_worse_images_get_worse_numbers(extractor, reference, noisy):
     metrics = MetricCollection(None, extractor, reference)
-    (a, better, _), (b, worse, _) = (filled(metrics, images).result("x") for images in noisy)
+    (a, better, *_), (b, worse, *_) = (filled(metrics, images).result("x") for images in noisy)
     assert better["fid"][1] < worse["fid"][0]
     assert a["kid"] + 2 * a["kid_se"] < b["kid"] - 2 * b["kid_se"]
     assert a["precision"] > b["precision"]
@@ -132,7 +132,7 @@ def test_without_real_features_fid_alone_compares(extractor, reference, noisy):
 
 def test_brightness_needs_no_real_images(noisy):
     assert (compared(), compared(["brightness"]), compared(["brightness", "kid"])) == (True, False, True)
-    values, intervals, _ = filled(MetricCollection(["brightness"]), noisy[0]).result("x")
+    values, intervals, *_ = filled(MetricCollection(["brightness"]), noisy[0]).result("x")
     assert values == {"brightness": pytest.approx(noisy[0].double().mean().item())}
     assert intervals == {}
 
@@ -208,7 +208,7 @@ def test_a_metric_of_an_installed_package_is_measured_compared_and_drawn(robustd
     assert "brightness" not in outcome.out
     record = json.loads((tmp_path / "e" / "result.json").read_text())
     for cell in record["cells"]:
-        assert list(cell)[4:-1] == ["contrast", "contrast_ci", "fid", "fid_ci"]
+        assert list(cell)[4:-2] == ["contrast", "contrast_ci", "fid", "fid_ci", "fid_corrected"]
         assert cell["contrast_ci"][0] < cell["contrast"] < cell["contrast_ci"][1]
     changes = [{k: d[k] for k in d if k not in ("steps", "sampler")} for d in record["differences"]]
     pair = {"checkpoint": "other", "baseline": "digits", "relative": 0.0}

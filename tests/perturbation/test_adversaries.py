@@ -14,6 +14,7 @@ from scipy.optimize import linprog, minimize
 from torch import nn
 
 from robustdiff.perturbation import (
+    ADVERSARIES,
     NORMS,
     Constant,
     FreeAdversary,
@@ -478,6 +479,12 @@ def test_random_directions_are_uniform(norm, variance):
     torch.testing.assert_close(torch.cov(delta.T), variance * torch.eye(5).double(), atol=0.02, rtol=0)
 
 
+@pytest.mark.parametrize("name", ADVERSARIES)
+def test_a_section_knows_the_passes_of_its_adversary(name):
+    section = ADVERSARIES[name](name=name, steps=4)
+    assert section.passes == section.build(DiffusionProcess.cosine(10)).passes
+
+
 def test_none_is_one_pass_at_zero():
     (delta,) = NoAdversary()(torch.ones(2, 3))
     assert not delta.any()
@@ -499,3 +506,19 @@ def test_none_is_one_pass_at_zero():
 def test_arguments_out_of_range_are_named(arguments, word):
     with pytest.raises(ValueError, match=word):
         FreeAdversary(**arguments)
+
+
+# -- at the radius ----------------------------------------------------------------------------------------------
+
+
+def test_how_many_samples_are_at_their_radius():
+    x_t = torch.zeros(4, 1, 2, 2)
+    delta = torch.stack([torch.full((1, 2, 2), value) for value in (0.5, 0.49, 0.0, 0.5 * (1 - 1e-6))])  # ‖δ‖ = 1, …
+    assert FreeAdversary(3, 0.1, 1.0).at_radius(delta, x_t, None, None).tolist() == [2, 4]
+    assert FreeAdversary(3, 0.1, 1.0, "linf").at_radius(delta, x_t, None, None).tolist() == [0, 4]
+    assert FreeAdversary(3, 0.1, 0.0).at_radius(delta, x_t, None, None).tolist() == [0, 0]
+    assert FreeAdversary(3, 0.1).at_radius(delta, x_t, None, None) is None
+
+
+def test_the_number_of_ascents():
+    assert (FreeAdversary(3).ascents, PGDAdversary(3).ascents, FreeAdversary(1).ascents) == (2, 3, 0)

@@ -55,6 +55,19 @@ def test_nothing_is_fetched_because_a_recipe_says_so(robustdiff, run, offline, c
 
 
 @pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("named", [[], ["--data", "webdataset"]])
+def test_no_tar_is_fetched_because_a_recipe_says_so(robustdiff, run, offline, command, named):
+    set_data(run, "{name: webdataset, root: 'http://127.0.0.1:9/{00..99}.tar?key=1'}")
+    outcome = robustdiff(command, run, *COMMANDS[command], "--cpu", *named, "--output", run.parent / "out")
+    assert outcome.code == 2
+    assert (
+        "names the data http://127.0.0.1:9/{00..99}.tar, which is fetched from the network: add --root" in outcome.err
+    )
+    assert outcome.err.count("\n") == 1
+    assert offline == []
+
+
+@pytest.mark.parametrize("command", COMMANDS)
 @pytest.mark.parametrize("root", ["/", "above"])
 def test_no_disk_is_searched_because_a_recipe_says_so(robustdiff, run, monkeypatch, command, root):
     (run.parent / "deep").mkdir()

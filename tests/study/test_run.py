@@ -15,10 +15,15 @@ import scipy.stats
 import torch
 import yaml
 
-from robustdiff.errors import InputError
+from robustdiff.data import DataConfig, load_dataset
+from robustdiff.errors import InputError, RunError
+from robustdiff.metrics.features import load_extractor
+from robustdiff.metrics.metric import MetricCollection
+from robustdiff.metrics.reference import reference_statistics
 from robustdiff.mismatch.measure import MEASURES as MISMATCHES
 from robustdiff.report.page import _fid_figure, write_page
-from robustdiff.study.analysis import contrast, effect, holm
+from robustdiff.study import run as module
+from robustdiff.study.analysis import contrast, effect, holm, trend
 from robustdiff.study.estimate import remaining
 from robustdiff.study.plan import pieces, plan
 from robustdiff.study.run import reproduce, run_study
@@ -157,6 +162,34 @@ def test_a_reference_is_measured_as_it_is(finished, tmp_path):
     assert not (tmp_path / "again").exists()
 
 
+def test_other_real_images_are_measured_as_generated_ones(finished, tmp_path, robustdiff):
+    """Against the metrics of these images, computed here."""
+    study, folder = finished
+    real = {"name": "fashion-16", "split": "test"}
+    wanted = study.model_copy(update={"measure": study.measure.model_copy(update={"real": DataConfig(**real)})})
+    shutil.copytree(folder, tmp_path / "study")
+    assert run_study(wanted, tmp_path / "study")
+    record = json.loads((tmp_path / "study" / "cells" / "real.json").read_text())
+    images = load_dataset("fashion-16", split="test").__getitems__(range(40))[0]
+    extractor = load_extractor("fashion-16")
+    reference = reference_statistics(load_dataset("fashion-16"), extractor)
+    metrics = MetricCollection(None, extractor, reference)
+    metrics.update(images, 0)
+    for name, value in metrics.result("x").values.items():
+        assert record[name] == pytest.approx(value), name
+    page = write_page(wanted, tmp_path / "study", tmp_path / "page.md")
+    assert "40 other real images (the split `test` of `fashion-16`)" in page
+    assert f"| {record['precision']:.3f} | {record['recall']:.3f} |" in page
+    other = wanted.measure.model_copy(update={"real": DataConfig(name="fashion-16")})
+    with pytest.raises(InputError, match=r"real\.json was made with other settings"):
+        read_results(study.model_copy(update={"measure": other}), tmp_path / "study")
+    path = tmp_path / "many.yaml"
+    path.write_text(yaml.safe_dump({**TINY, "measure": {**TINY["measure"], "num": 10_001, "real": real}}))
+    outcome = robustdiff("study", path, "--output", tmp_path / "many")
+    assert (outcome.code, outcome.err.count("\n")) == (2, 1)
+    assert "has 10000 images, fewer than measure.num=10001" in outcome.err
+
+
 def test_a_cell_is_made_again_from_its_file_alone(finished, tmp_path, robustdiff):
     _, folder = finished
     path = folder / "cells" / "free-s0-iddpm-2.json"
@@ -210,6 +243,7 @@ def test_remaining_seconds_follow_what_is_finished(finished, tmp_path):
     [
         ({"baseline": "other"}, "baseline: 'other' is not one of the methods plain, free"),
         ({"compare": [["free", "other"]]}, "compare: 'other' is not one of the methods plain, free"),
+        ({"trend": [["free", "plain"]]}, "trend: give pairs of two or more lengths of training"),
         ({"measure": {"mismatch_methods": ["other"]}}, "measure.mismatch_methods: 'other' is not one of the methods"),
         (
             {"methods": {"plain": {"seeds": [1, 2], "seed_steps": {3: [1]}}}},
@@ -224,6 +258,7 @@ def test_remaining_seconds_follow_what_is_finished(finished, tmp_path):
         ({"measure": {"mismatch": 5}}, "40 images"),
         ({"measure": {"samplers": ["euler"]}}, "does not suit"),
         ({"set": {"seed": 3}}, "the study's own"),
+        ({"set": {"watch.num": 100}}, "watch is not for studies"),
         ({"methods": {"plain": {"seeds": [0, 0]}}}, "given twice"),
         ({"methods": {"../plain": {}}}, "'../plain'"),
     ],
@@ -333,7 +368,7 @@ def test_the_page_decides_by_trainings(tmp_path):
     rng = np.random.default_rng(1)
     (tmp_path / "cells").mkdir()
     logs = {name: np.zeros((3, 2)) for name in methods}
-    more = {"threads": 1, "device": "cpu", "torch": "2", "fid_ci": [0, 1]}
+    more = {"threads": 1, "device": "cpu", "torch": "2", "kid_se": 0.1}
     for run in plan(study, tmp_path):
         passes = 1 if run.method in ("plain", "late") else 3
         training = {"steps": 3, "batches": 3 // passes, "backward_passes": 3, "delta_norm": 0.1, "images": 7}
@@ -375,6 +410,47 @@ def test_the_page_decides_by_trainings(tmp_path):
     assert f"| free | {mean:+.1%} ({low:+.1%} … {high:+.1%}), n = 3 |" in text
     assert "ddim +1.00 (13 networks); iddpm +1.00 (13 networks)" in text
     assert (tmp_path / "page" / "brightness.png").is_file()
+
+
+def test_the_trend_over_lengths_of_training_is_that_of_each_seed(tmp_path):
+    """Against scipy's regression in each seed and t-test of the slopes, on made-up cells of four seeds."""
+    lengths, seeds = (6, 12, 48), range(4)
+    methods = {f"plain-{n}": {"set": {"adversary": "none", "steps": n}, "seeds": [*seeds]} for n in lengths}
+    methods |= {f"free-{n}": {"set": {"steps": n}, "seeds": [*seeds], "baseline": f"plain-{n}"} for n in lengths}
+    measure = {**TINY["measure"], "steps": [10], "mismatch": 0, "image_noise": "training"}
+    trended = [[f"free-{n}", f"plain-{n}"] for n in lengths]
+    study = Study.model_validate(
+        {**TINY, "baseline": "plain-48", "methods": methods, "trend": trended, "measure": measure, "references": {}}
+    )
+    rng = np.random.default_rng(2)
+    (tmp_path / "cells").mkdir()
+    logs = {}
+    training = {"batches": 3, "backward_passes": 3, "delta_norm": 0.1, "images": 7, "data": "fashion-16"}
+    more = {"threads": 1, "device": "cpu", "torch": "2", "kid_se": 0.1}
+    for run in plan(study, tmp_path):
+        for cell in run.cells:
+            fid = float(np.exp(rng.normal(2, 0.01) - (run.method[:4] == "free") * 0.1 * np.log2(run.recipe.steps)))
+            logs[run.method, run.seed, cell.sampler] = np.log(fid)
+            record = {**made_up_cell(run, fid, np.full(200, fid)), **more}
+            cell.path.write_text(json.dumps({**record, "training": {**training, "steps": run.recipe.steps}}))
+    results = read_results(study, tmp_path)
+    slopes = [
+        scipy.stats.linregress(
+            np.log2(lengths), [logs[f"free-{n}", s, "ddim"] - logs[f"plain-{n}", s, "ddim"] for n in lengths]
+        ).slope
+        for s in seeds
+    ]
+    found = trend(results, "ddim", 10)
+    assert list(found.logs.values()) == pytest.approx(slopes)
+    assert found.p == pytest.approx(scipy.stats.ttest_1samp(slopes, 0).pvalue)
+    text = write_page(study, tmp_path, tmp_path / "page.md")
+    assert "over 6, 12, 48 updates in each of 4 seeds" in text
+    assert "adjusted by Holm's method for their 3 tests" in text, "the other slope, and the effect with each sampler"
+    row = next(line for line in text.splitlines() if line.startswith("| ddim | "))
+    assert f"{np.expm1(np.mean(slopes)):+.1%}".replace("-", "−") in row.split(" | ")[1]
+    for cell in tmp_path.glob("cells/free-48-*"):
+        cell.unlink()
+    assert "Not known yet: `free-48` has no cells." in write_page(study, tmp_path, tmp_path / "page.md")
 
 
 def test_a_reference_at_the_steps_of_the_methods_stands_beside_them(finished, tmp_path):
@@ -484,6 +560,24 @@ def test_a_training_that_fails_is_left_out_and_the_rest_is_done(tmp_path, robust
     assert "The training wild-s0 failed" in text
 
 
+def test_a_network_that_cannot_be_measured_has_failed(tmp_path, monkeypatch):
+    measure = module._measure
+
+    def measured(network, *arguments, **options):
+        if network.endswith("free-s0"):
+            raise RunError("the network's output is not finite")
+        return measure(network, *arguments, **options)
+
+    monkeypatch.setattr(module, "_measure", measured)
+    small = {**TINY["measure"], "samplers": ["ddim"], "steps": [1], "mismatch": 0}
+    methods = {name: {**method, "seeds": [0]} for name, method in TINY["methods"].items()}
+    study = Study.model_validate({**TINY, "methods": methods, "measure": small, "references": {}})
+    with pytest.raises(RunError, match=r"free-s0\.failed\.json: the network's output is not finite"):
+        run_study(study, tmp_path)
+    assert run_study(study, tmp_path, tolerant=True)
+    assert [path.stem for path in (tmp_path / "cells").glob("*.json")] == ["plain-s0-ddim-1"]
+
+
 def test_the_page_says_what_the_cells_say(tmp_path):
     """Single trainings, the map of α and K, and the mismatch, on made-up cells."""
     adversaries = {"free-a": [0.1, 2], "free-b": [0.5, 2], "free-c": [0.5, 4]}
@@ -497,7 +591,7 @@ def test_the_page_says_what_the_cells_say(tmp_path):
     (tmp_path / "cells").mkdir()
     (tmp_path / "mismatch").mkdir()
     training = {"steps": 3, "batches": 3, "backward_passes": 3, "delta_norm": 0.1, "data": "fashion-16", "images": 7}
-    more = {"threads": 1, "device": "cpu", "torch": "2", "training": training, "fid_ci": [0, 1]}
+    more = {"threads": 1, "device": "cpu", "torch": "2", "training": training, "kid_se": 0.1}
     for run in plan(study, tmp_path):
         for cell in run.cells:
             replicates = fids[run.method] + np.random.default_rng(cell.steps).normal(0, 0.3, 200)

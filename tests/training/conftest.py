@@ -69,3 +69,15 @@ def outcome():
         return {name: value.clone() for name, value in tensors.items()}
 
     return read
+
+
+@pytest.fixture
+def tuned(tiny, digits_run):
+    """tuned(name, field=…, watch={…}): a fine-tuning of nine updates, in batches of three, which is watched."""
+
+    def recipe(output="run", watch=None, **fields):
+        own = {"steps": 9, "checkpoint_every": 3, "adversary": "free", "ema": 0.5}
+        own["model"] = {"name": "pretrained", "path": str(digits_run)}
+        return tiny(output, **{**own, **fields}, watch={"every": 4, "steps": [2], "num": 40, **(watch or {})})
+
+    return recipe

@@ -52,6 +52,7 @@ def settings(photos: Path, model: Path, output: Path, **fields: Any) -> list[str
         "ema": 0,
         "threads": 1,
         "precision": "fp32",
+        "watch": "none",
         **fields,
     }
     return [word for name, value in values.items() for word in ("--set", f"{name}={value}")]

@@ -59,6 +59,7 @@ def commands(tmp_path_factory, digits_run):
             made[name] = ["train", str(output / f"{name}.yaml"), "--cpu"]
         model = {"name": "pretrained", "path": str(digits_run), "lora": {"rank": 2}}
         recipe = {**TINY, "model": model, "steps": 3, "batch_size": 8, "ema": 0, "output": str(output / "lora")}
+        recipe |= {"lr": 0.01, "watch": {"every": 3, "steps": [2], "num": 43, "batch_size": 7}}
         (output / "lora.yaml").write_text(yaml.safe_dump(recipe))
         made["lora"] = ["train", str(output / "lora.yaml"), "--cpu"]
         return made
@@ -121,12 +122,22 @@ def test_two_processes_train_to_the_same_networks_as_one(outcome, two, one, name
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
 
 
-def test_two_processes_train_to_the_same_adapter_as_one(two, one):
-    first, second = (load_file(run / "lora/model/pytorch_lora_weights.safetensors") for run in (one("lora"), two))
+def test_two_processes_train_to_the_same_adapter_as_one_and_watch_the_same_numbers(two, one):
+    alone = one("lora")
+    first, second = (load_file(run / "lora/model/pytorch_lora_weights.safetensors") for run in (alone, two))
     assert first.keys() == second.keys()
     assert any(value.any() for name, value in first.items() if "lora_B" in name)
     for name, value in first.items():
         torch.testing.assert_close(value, second[name], rtol=0, atol=1e-5)
+    folders = [folder / "lora" for folder in (alone, two)]
+    first, second = ([json.loads(line) for line in (f / "watch.jsonl").read_text().splitlines()] for f in folders)
+    assert [line["step"] for line in first] == [line["step"] for line in second] == [0, 3]
+    for ours, theirs in zip(first, second, strict=True):
+        assert ours["mean"] == pytest.approx(theirs["mean"], rel=1e-3)
+        assert ours["best"] == theirs["best"]
+    first, second = (json.loads((folder / "result.json").read_text())["best"] for folder in folders)
+    assert first["step"] == second["step"]
+    assert first["mean"] == pytest.approx(second["mean"], rel=1e-3)
 
 
 def test_two_processes_sample_the_same_images(two, one):

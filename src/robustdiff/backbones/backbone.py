@@ -14,11 +14,12 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from robustdiff.backbones.frozen import Quantization
 from robustdiff.backbones.lora import LoraSection
 from robustdiff.codecs.codec import Codec, Shape
 from robustdiff.conditions.condition import Condition
 from robustdiff.errors import InputError
-from robustdiff.loading import Components
+from robustdiff.loading import Components, Place
 from robustdiff.registry import Registry
 from robustdiff.section import Fraction, Named, Text, refusal
 
@@ -35,6 +36,11 @@ class BackboneSection(Named):
     lora: LoraSection | None = Field(
         None, description="train a low-rank adapter of the pretrained model; by default all of its weights"
     )
+    quantize: Quantization | None = Field(
+        None,
+        description="type of the frozen weights of linear layers under model.lora: int8, or nf4 of bitsandbytes; by "
+        "default that of precision",
+    )
 
     @model_validator(mode="after")
     def _adapts_what_is_there(self) -> BackboneSection:
@@ -43,6 +49,12 @@ class BackboneSection(Named):
                 "lora",
                 f"a LoRA adapts a pretrained model, and model={self.name} is a new one: set model.name=pretrained and "
                 "model.path, or leave model.lora out",
+            )
+        if self.quantize is not None and self.lora is None:
+            raise refusal(
+                "quantize",
+                "only frozen weights are quantised, and without model.lora all are trained: set model.lora.rank, or "
+                "leave model.quantize out",
             )
         return self
 
@@ -150,13 +162,16 @@ class Backbone(ABC):
 
     @classmethod
     @abstractmethod
-    def load(cls, folder: Path, components: Components, size: int | None) -> tuple[Backbone, Codec]:
+    def load(
+        cls, folder: Path, components: Components, size: int | None, place: Place | None = None
+    ) -> tuple[Backbone, Codec]:
         """Load the network of a pipeline folder, on the CPU in float32, and its codec.
 
         Arguments:
             folder: The pipeline folder.
             components: The components listed in its ``model_index.json``.
             size: The side of the images in pixels, if the configuration has none or another one is wanted.
+            place: The function that places the weights of the network, for other types than float32.
 
         Raises:
             InputError: If the folder cannot be read.

@@ -25,7 +25,7 @@ from robustdiff.codecs.vae import VAE, load_vae
 from robustdiff.conditions.condition import Condition
 from robustdiff.conditions.labels import Labels
 from robustdiff.errors import InputError, first_line
-from robustdiff.loading import Components, component, load_network, read_config, shown
+from robustdiff.loading import Components, Place, component, load_network, read_config, shown
 from robustdiff.section import MOST_PARAMETERS, Fraction, Width
 
 __all__ = ["DiT", "DiTSection", "check_size", "exported", "load_transformer"]
@@ -131,8 +131,10 @@ class DiT(Backbone):
             block.norm1.emb.class_embedder.dropout_prob = 0.0
 
     @classmethod
-    def load(cls, folder: Path, components: Components, size: int | None) -> tuple[DiT, Codec]:
-        network, codec = load_transformer(folder, components, DiTTransformer2DModel, _check, size)
+    def load(
+        cls, folder: Path, components: Components, size: int | None, place: Place | None = None
+    ) -> tuple[DiT, Codec]:
+        network, codec = load_transformer(folder, components, DiTTransformer2DModel, _check, size, place)
         index = folder / "model_index.json"
         names = read_config(index).get("id2label")
         if names is not None and not (
@@ -213,6 +215,7 @@ def load_transformer(
     kind: type[_Network],
     check: Callable[[_Network, Path], None],
     size: int | None,
+    place: Place | None,
 ) -> tuple[_Network, VAE]:
     """Load the transformer of a pipeline, which has a fixed size, and its VAE.
 
@@ -222,12 +225,18 @@ def load_transformer(
         kind: The class of the transformer.
         check: A check of the transformer on the meta device, as for :func:`robustdiff.loading.load_network`.
         size: The requested side of the images in pixels, if any.
+        place: The function that places the weights, as for :func:`robustdiff.loading.load_network`.
 
     Raises:
         InputError: If one of them is missing or cannot be read, or they do not fit each other or the size.
     """
     network = load_network(
-        component(folder, "transformer"), kind, aliases=("Transformer2DModel",), prepare=_prepare, check=check
+        component(folder, "transformer"),
+        kind,
+        aliases=("Transformer2DModel",),
+        prepare=_prepare,
+        check=check,
+        place=place,
     )
     index = folder / "model_index.json"
     if components.get("vae") != ("diffusers", "AutoencoderKL"):

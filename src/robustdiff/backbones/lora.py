@@ -40,7 +40,6 @@ __all__ = [
     "adapter_of",
     "disabled",
     "inject",
-    "lower_frozen",
     "merge",
     "read_adapter",
     "read_weights_into",
@@ -123,7 +122,8 @@ def inject(network: nn.Module, lora: LoraSection, path: str, seed: int | None = 
     """Freeze a network in place and add an adapter to it.
 
     Arguments:
-        network: A network on the CPU.
+        network: A network on the CPU, with weights in any type. The adapter's are in float32, since updates of the size
+            of a learning rate would be rounded away in bfloat16.
         lora: The settings.
         path: The name of the model in messages.
         seed: The seed of the matrices A, which depend on nothing else; None leaves A and B without memory, on the meta
@@ -153,6 +153,8 @@ def inject(network: nn.Module, lora: LoraSection, path: str, seed: int | None = 
             inject_adapter_in_model(config, network, adapter_name=_NAME, low_cpu_mem_usage=seed is None)
     except ValueError as error:  # such as a convolution in groups that the rank does not divide into
         raise InputError(f"model.lora does not suit the model {path}: {first_line(error)}") from None
+    for parameter in adapter_of(dict(network.named_parameters())).values():
+        parameter.data = parameter.data.float()  # peft makes them in the type of the frozen weight
     return lora.model_copy(update={"targets": targets})
 
 
@@ -185,17 +187,6 @@ def _targets(network: nn.Module, given: tuple[str, ...] | None, path: str) -> tu
                     f"LoRA is of linear layers and two-dimensional convolutions: take out of {named}"
                 )
     return given
-
-
-def lower_frozen(network: nn.Module, dtype: torch.dtype) -> None:
-    """Convert the frozen parameters of a network, in place; those that are trained stay in float32.
-
-    With mixed precision a frozen weight is only ever used in the low precision, so that keeping it in float32 would
-    take twice the memory for nothing. diffusers' scripts for LoRAs do the same. Buffers are left as they are.
-    """
-    for parameter in network.parameters():
-        if not parameter.requires_grad:
-            parameter.data = parameter.data.to(dtype)
 
 
 def adapter_of(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from robustdiff.backbones.backbone import BACKBONES, Backbone
+from robustdiff.backbones.frozen import FrozenWeights, update_fingerprint
 from robustdiff.backbones.hub import download, is_hub_name
 from robustdiff.backbones.lora import (
     RECORD,
@@ -237,12 +238,13 @@ class Model:
         self.check_shape(dataset.shape)
         self.condition.check(dataset.num_classes, dataset.captioned, self.path)
 
-    def add_lora(self, lora: LoraSection, seed: int) -> None:
+    def add_lora(self, lora: LoraSection, seed: int, fingerprint: str | None = None) -> None:
         """Freeze the network, and add an adapter to it that changes nothing yet.
 
         Arguments:
             lora: The settings.
             seed: The seed of the adapter's random matrices.
+            fingerprint: The fingerprint of the network's weights in float32, if they are held in another type.
 
         Raises:
             InputError: If peft is not installed, or the settings do not suit the network.
@@ -250,7 +252,7 @@ class Model:
         base = Path(self.path)
         self.adapter = Adapter(
             base=str(base.resolve()) if base.exists() else self.path,
-            fingerprint=self.fingerprint(),
+            fingerprint=self.fingerprint() if fingerprint is None else fingerprint,
             lora=inject(self.network, lora, self.path, seed),
             scheduler=type(self.scheduler).__name__,
             size=self.backbone.size,
@@ -273,7 +275,7 @@ class Model:
         """Return the sha256 of the network's parameters; it depends neither on the device nor on the memory format."""
         digest = hashlib.sha256()
         for value in self.network.state_dict().values():
-            digest.update(value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+            update_fingerprint(digest, value)
         return digest.hexdigest()
 
     def save(self, folder: Path, state: Mapping[str, Tensor] | None = None) -> None:
@@ -299,7 +301,7 @@ class Model:
         pipeline.save_pretrained(folder, safe_serialization=True)
 
 
-def load_model(path: str | Path, size: int | None = None) -> Model:
+def load_model(path: str | Path, size: int | None = None, frozen: FrozenWeights | None = None) -> Model:
     """Load the model of a run, of a diffusers pipeline folder, shipped with the package, or of the Hugging Face Hub.
 
     The run of a LoRA gives its base model with the adapter. Weights of any type are loaded in float32, because training
@@ -309,6 +311,7 @@ def load_model(path: str | Path, size: int | None = None) -> Model:
         path: The run, the folder, the name of the shipped model, or the name "owner/name" of a pipeline of the Hub,
             which is downloaded to its cache.
         size: The side of the images in pixels, if the network's configuration has none or another one is wanted.
+        frozen: The type in which the weights of the network are held, if they are not trained and it is no LoRA.
 
     Raises:
         InputError: If the model is missing, unreadable or not supported, or its weights do not fit the network or are
@@ -319,7 +322,9 @@ def load_model(path: str | Path, size: int | None = None) -> Model:
         return _adapted(folder, str(path), size)
     components = read_index(folder)
     family = _family(folder, components)
-    backbone, codec = family.load(folder, components, size)
+    backbone, codec = family.load(folder, components, size, frozen)
+    if frozen is not None:
+        frozen.check(str(path))
     return Model(backbone, backbone.corrected(load_scheduler(folder, components)), codec, path=str(path))
 
 

@@ -22,7 +22,7 @@ from robustdiff.codecs.codec import Codec
 from robustdiff.conditions.condition import Condition
 from robustdiff.conditions.t5 import T5Text, load_t5
 from robustdiff.errors import InputError
-from robustdiff.loading import Components, read_config
+from robustdiff.loading import Components, Place, read_config
 
 __all__ = ["PixArt"]
 
@@ -60,12 +60,14 @@ class PixArt(Backbone):
         return super().reads(components) and {"text_encoder", "tokenizer"} <= set(components)
 
     @classmethod
-    def load(cls, folder: Path, components: Components, size: int | None) -> tuple[PixArt, Codec]:
+    def load(
+        cls, folder: Path, components: Components, size: int | None, place: Place | None = None
+    ) -> tuple[PixArt, Codec]:
         index = folder / "model_index.json"
         kind = read_config(index).get("_class_name")
         if kind not in _PIPELINES:
             raise InputError(f"{index}: pipelines of captions are read if they are {' or '.join(_PIPELINES)}")
-        network, codec = load_transformer(folder, components, PixArtTransformer2DModel, _check, size)
+        network, codec = load_transformer(folder, components, PixArtTransformer2DModel, _check, size, place)
         text = load_t5(folder, _PIPELINES[kind])
         width = text.encoder.config.d_model
         if width != _caption_width(network):

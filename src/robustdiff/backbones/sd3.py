@@ -29,7 +29,7 @@ from robustdiff.codecs.vae import VAE, load_vae
 from robustdiff.conditions.clip_t5 import StableDiffusion3Text, load_sd3_text
 from robustdiff.conditions.condition import Condition
 from robustdiff.errors import InputError, first_line
-from robustdiff.loading import Components, component, load_network, read_config, shown
+from robustdiff.loading import Components, Place, component, load_network, read_config, shown
 
 __all__ = ["LARGEST_SIZE", "MMDiT", "StableDiffusion3", "check_call", "check_config"]
 
@@ -59,13 +59,19 @@ class MMDiT(Backbone):
         self.text, self.factor = text, factor
 
     @classmethod
-    def load(cls: type[_Own], folder: Path, components: Components, size: int | None) -> tuple[_Own, Codec]:
+    def load(
+        cls: type[_Own], folder: Path, components: Components, size: int | None, place: Place | None = None
+    ) -> tuple[_Own, Codec]:
         index = folder / "model_index.json"
         kind = read_config(index).get("_class_name")
         if kind != cls.kind:
             raise InputError(f"{index} describes a {shown(kind)}, and with this transformer only a {cls.kind} is read")
         network: Any = load_network(
-            component(folder, cls.part), cls.classes[components[cls.part]], prepare=cls._prepare, check=cls._check
+            component(folder, cls.part),
+            cls.classes[components[cls.part]],
+            prepare=cls._prepare,
+            check=cls._check,
+            place=place,
         )
         codec = _load_vae(folder, components, cls(network).channels)
         backbone = cls(network, cls._load_text(folder, components, network.config), codec.factor)

@@ -28,7 +28,7 @@ from robustdiff.codecs.vae import VAE, load_vae
 from robustdiff.conditions.clip import ClipText, TwoClipTexts, load_clip, load_two_clips
 from robustdiff.conditions.condition import Condition
 from robustdiff.errors import InputError, first_line, printable
-from robustdiff.loading import Components, component, load_network, read_config, shown
+from robustdiff.loading import Components, Place, component, load_network, read_config, shown
 from robustdiff.objectives.latent_consistency import embed_guidance
 
 __all__ = ["StableDiffusion"]
@@ -73,7 +73,9 @@ class StableDiffusion(Backbone):
         self.text, self.factor, self.kind = text, factor, pipeline
 
     @classmethod
-    def load(cls, folder: Path, components: Components, size: int | None) -> tuple[StableDiffusion, Codec]:
+    def load(
+        cls, folder: Path, components: Components, size: int | None, place: Place | None = None
+    ) -> tuple[StableDiffusion, Codec]:
         index = folder / "model_index.json"
         config = read_config(index)
         kind = config.get("_class_name")
@@ -101,7 +103,9 @@ class StableDiffusion(Backbone):
         def check(network: UNet2DConditionModel, path: Path) -> None:
             _check(network, path, codec, text, kind)
 
-        network = load_network(component(folder, cls.part), UNet2DConditionModel, prepare=prepare, check=check)
+        network = load_network(
+            component(folder, cls.part), UNet2DConditionModel, prepare=prepare, check=check, place=place
+        )
         if "safety_checker" in components:
             logger.warning("%s: the safety checker is neither applied nor saved again", printable(folder))
         return cls(network, text, codec.factor, kind), codec

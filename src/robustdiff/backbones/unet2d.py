@@ -18,7 +18,7 @@ from robustdiff.conditions.condition import Condition
 from robustdiff.conditions.labels import Labels
 from robustdiff.conditions.none import Unconditional
 from robustdiff.errors import InputError, first_line
-from robustdiff.loading import Components, class_parameters, component, load_network, shown
+from robustdiff.loading import Components, Place, class_parameters, component, load_network, shown
 from robustdiff.section import MOST_PARAMETERS, Fraction, Width
 
 __all__ = ["UNet2D", "UNetSection"]
@@ -107,7 +107,9 @@ class UNet2D(Backbone):
     classes: ClassVar[dict[tuple[str, str], type[nn.Module]]] = {("diffusers", "UNet2DModel"): UNet2DModel}
 
     @classmethod
-    def load(cls, folder: Path, components: Components, size: int | None) -> tuple[UNet2D, Codec]:
+    def load(
+        cls, folder: Path, components: Components, size: int | None, place: Place | None = None
+    ) -> tuple[UNet2D, Codec]:
         kind: Any = cls.classes[components[cls.part]]
 
         def prepare(config: dict[str, Any], tensors: int, path: Path) -> None:
@@ -126,6 +128,7 @@ class UNet2D(Backbone):
             parameters={**class_parameters(UNet2DModel), **class_parameters(kind)},
             prepare=prepare,
             check=_check,
+            place=place,
         )
         return cls(network), Pixels()
 

@@ -20,13 +20,15 @@ def train(
 ) -> None:
     """Train a recipe: pretraining or fine-tuning, plain or adversarial.
 
-    On several GPUs or machines: accelerate launch -m robustdiff train RECIPE. Ctrl-C saves first.
+    With a section watch in the recipe, the model is measured while it trains, and the best is kept in best/. On several
+    GPUs or machines: accelerate launch -m robustdiff train RECIPE. Ctrl-C saves first.
     """
     from accelerate import PartialState
 
     from robustdiff.recipe import load_recipe
     from robustdiff.report.bar import Bar
     from robustdiff.training.trainer import train as run
+    from robustdiff.training.watch_files import summary
 
     settings = load_recipe(recipe, overrides)
     quiet = not PartialState(cpu=cpu).is_main_process
@@ -34,5 +36,7 @@ def train(
         result = run(settings, resume=resume, cpu=cpu, progress=bar)
     if result is not None and not quiet:
         say(f"{settings.output}: {result['steps']} updates, loss {result['loss']:.4f}; the model is in model/")
+        for line in summary(settings, result):
+            say(line)
     elif not quiet:
         say(f"stopped and saved; --resume goes on from {settings.output}", err)

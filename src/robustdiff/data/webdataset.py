@@ -9,7 +9,7 @@ Members with the same path up to the first dot of the name are one sample:
 
 A tar has no index. The headers of all members are read once when the dataset is loaded, and images are read at their
 offsets. Therefore the order is that of any other dataset, a new permutation in every epoch, and a run can be resumed.
-Tars are not extracted, and no member is opened by its name.
+Tars are not extracted, and no member is opened by its name. Those of a URL are fetched whole first.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from robustdiff.data.dataset import check_labels
 from robustdiff.data.decode import Background, Header, Source, allow_large, file_source, parse_colour, read_header
 from robustdiff.data.encoded import EncodedDataset
 from robustdiff.data.registry import DATASETS
+from robustdiff.data.remote import fetch, is_url, shown
 from robustdiff.errors import InputError, first_line, printable
 from robustdiff.section import Text
 
@@ -126,16 +127,21 @@ def expand(root: str) -> list[str]:
 
     Args:
         root: A path, a pattern such as `train-*.tar` or `train-{000..099}.tar` or `{a,b}/*.tar`, or a folder, of which
-            all `.tar` files are taken.
+            all `.tar` files are taken. Or a URL, with braces or without, whose files are fetched to the cache; see
+            :func:`robustdiff.data.remote.fetch`.
 
     Raises:
-        InputError: A URL or a command, too many files, or a path or a pattern without a file.
+        InputError: A command, too many files, a path or a pattern without a file, or a file that cannot be fetched.
     """
-    shown = printable(root[:200])
+    short = shown(root)
     if root.startswith("pipe:"):
-        raise InputError(f"{shown} is a command, and none is run; download the tar files and give their path as root")
-    if "://" in root or "::" in root:
-        raise InputError(f"{shown} is not on this machine; download the tar files and give their path as root")
+        raise InputError(f"{short} is a command, and none is run; give the URL alone, or the path of downloaded files")
+    if is_url(root):
+        if "*" in root:
+            raise InputError(f"{short}: a server does not list its files; name them as in train-{{000..099}}.tar")
+        return fetch(list(dict.fromkeys(_braces(root))))
+    if "::" in root:
+        raise InputError(f"{short} is no path and no URL; download the tar files and give their path as root")
     if os.path.isdir(root):
         root = os.path.join(glob.escape(root), "*.tar")
     found: list[str] = []
@@ -145,7 +151,7 @@ def expand(root: str) -> list[str]:
             raise InputError(f"{printable(pattern)}: no such file; give the path of tar files, such as train-*.tar")
         found += matching
         if len(found) > MOST_TARS:
-            raise InputError(f"{shown} names more than {MOST_TARS} files; give fewer, larger ones")
+            raise InputError(f"{short} names more than {MOST_TARS} files; give fewer, larger ones")
     return list(dict.fromkeys(found))
 
 
@@ -364,8 +370,10 @@ class WebDataset(EncodedDataset):
         background: str = "white",
         caption_column: str | None = None,
     ) -> None:
-        name, colour = printable(root), parse_colour(background)
-        self.paths = expand(os.fspath(root))
+        given = os.fspath(root)
+        name = shown(given) if is_url(given) else printable(given)
+        colour = parse_colour(background)
+        self.paths = expand(given)
         with allow_large(), ThreadPoolExecutor() as pool:
             found = list(pool.map(partial(_index, column=caption_column), self.paths))
         self._keys = [key for indexed in found for key in indexed.keys]
@@ -437,7 +445,7 @@ def webdataset(
     background: Background = "white",
     caption_column: Text | None = None,
 ) -> WebDataset:
-    """Load the tar files `root`, a path, a pattern such as `train-{000..099}.tar`, or a folder; see `WebDataset`."""
+    """Load the tar files `root`, a path, a pattern such as `train-{000..099}.tar`, a folder or a URL; see `expand`."""
     if root is None:
         raise InputError("webdataset needs root, the path of tar files, such as 'train-{000..099}.tar'")
     if split != "train":

@@ -52,6 +52,7 @@ class Cell:
             with the same number of images.
         seconds: The time taken to generate and measure the images, in seconds.
         guidance: The scale of classifier-free guidance, or None without guidance.
+        blocks: The number of blocks that the replicates of a number resample, by name.
     """
 
     checkpoint: str
@@ -63,6 +64,7 @@ class Cell:
     replicates: dict[str, Any] = field(repr=False, compare=False)
     seconds: float
     guidance: float | None = None
+    blocks: dict[str, int] = field(default_factory=dict, repr=False)
 
     def record(self) -> dict[str, Any]:
         """Return the record of the cell in ``result.json``, with each interval as ``NAME_ci``, without replicates."""
@@ -73,7 +75,7 @@ class Cell:
             record[name] = value
             if name in self.intervals:
                 record[f"{name}_ci"] = list(self.intervals[name])
-        return {**record, "seconds": self.seconds}
+        return {**record, **({"blocks": self.blocks} if self.blocks else {}), "seconds": self.seconds}
 
     def _repr_html_(self) -> str:
         return _table([self])
@@ -256,7 +258,9 @@ def _measure(
         for state in states:
             metrics.merge_state(state)
     found = metrics.result(f"{name}, {sampler}" if steps is None else f"{name}, {sampler} {steps}")
-    cell = Cell(name, sampler, steps, num, *found, time.perf_counter() - start)
+    values, intervals, replicates, blocks = found
+    seconds = time.perf_counter() - start
+    cell = Cell(name, sampler, steps, num, values, intervals, replicates, seconds, blocks=blocks)
     return cell, torch.stack(first) if first else torch.empty(0)
 
 
@@ -269,7 +273,7 @@ def differences(cell: Cell, other: Cell) -> list[Difference]:
     for name, replicates in cell.replicates.items():
         value, base = cell.values[name], other.values.get(name)
         if value is not None and base is not None and name in other.replicates:
-            ends = interval(value - base, replicates - other.replicates[name])
+            ends = interval(value - base, replicates - other.replicates[name], cell.blocks[name])
             relative = (value - base) / base if base > 0 else None
             pair = cell.checkpoint, other.checkpoint, cell.sampler, cell.steps
             found.append(Difference(*pair, name, value - base, ends, relative))

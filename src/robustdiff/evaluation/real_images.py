@@ -13,6 +13,7 @@ from accelerate import Accelerator, PartialState
 
 from robustdiff.data import ImageDataset
 from robustdiff.data.huggingface import is_remote
+from robustdiff.data.remote import is_url, shown
 from robustdiff.errors import InputError, printable
 from robustdiff.evaluation.prompts import Prompts
 from robustdiff.metrics.features import INCEPTION_URL, SHIPPED, FeatureExtractor, load_extractor
@@ -53,6 +54,11 @@ def choose_real_images(
     named = name is not None or not fields.isdisjoint({"data", "data.name"})
     rooted = root is not None or "data.root" in fields
     remote = config.name.startswith("hf:")
+    if config.root is not None and not rooted and is_url(config.root):
+        raise InputError(
+            f"{recipe} names the data {shown(config.root)}, which is fetched from the network: add --root URL if "
+            "that is wanted, or name other images by --data and --root"
+        )
     if named or not (remote or (config.root is not None and not rooted)):
         return config
     if remote and is_remote(config.name):

@@ -133,13 +133,16 @@ class ClipScore(Metric):
             raise InputError("no images: the mean of nothing is not defined; update first")
         return {"clip_score": float(scores.mean())}
 
+    @property
+    def blocks(self) -> int:
+        return len(np.unique(block_of(self.state()["index"], _BLOCKS)))
+
     def replicates(self) -> dict[str, Array]:
         state = self.state()
-        block = block_of(state["index"], _BLOCKS)
-        filled, block = np.unique(block, return_inverse=True)
-        if len(filled) < 2:
+        block = np.unique(block_of(state["index"], _BLOCKS), return_inverse=True)[1]
+        if self.blocks < 2:
             return {}
-        weights = block_weights(len(filled))
+        weights = block_weights(self.blocks)
         return {"clip_score": (weights @ np.bincount(block, state["scores"])) / (weights @ np.bincount(block))}
 
 

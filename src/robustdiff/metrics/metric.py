@@ -17,7 +17,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, ClassVar, Literal, cast
+from typing import Any, ClassVar, Literal, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from robustdiff.errors import InputError, RunError, printable
-from robustdiff.metrics.bootstrap import Array, interval
+from robustdiff.metrics.bootstrap import BLOCKS, Array, interval
 from robustdiff.metrics.features import FeatureExtractor
 from robustdiff.metrics.reference import Reference
 from robustdiff.registry import Registry
@@ -34,6 +34,7 @@ __all__ = [
     "DEFAULT",
     "METRICS",
     "Batch",
+    "Measured",
     "Metric",
     "MetricCollection",
     "Number",
@@ -151,6 +152,11 @@ class Metric(ABC):
         """Return bootstrap replicates, (R,), by key, of the numbers that have them (see ``metrics.bootstrap``)."""
         return {}
 
+    @property
+    def blocks(self) -> int:
+        """The number of blocks that the replicates resample, 50 if a metric does not say otherwise."""
+        return BLOCKS
+
 
 METRICS: Registry[type[Metric]] = Registry("metric", "metrics")
 """The registry of metrics."""
@@ -170,6 +176,22 @@ def compared(names: Sequence[str] = DEFAULT) -> bool:
     """
     needs = [METRICS[name].needs for name in names]
     return any(need in ("features", "reference features") for need in needs)
+
+
+class Measured(NamedTuple):
+    """The numbers of a set of images, each by key.
+
+    Attributes:
+        values: The numbers; one that is not defined is None.
+        intervals: The 95 % intervals of those that have one.
+        replicates: The bootstrap replicates, (R,), of those.
+        blocks: The number of blocks that the replicates resample.
+    """
+
+    values: dict[str, float | None]
+    intervals: dict[str, tuple[float, float]]
+    replicates: dict[str, Array]
+    blocks: dict[str, int]
 
 
 class MetricCollection:
@@ -244,8 +266,8 @@ class MetricCollection:
         for name, metric in self.metrics.items():
             metric.merge_state(state[name])
 
-    def result(self, what: str) -> tuple[dict[str, float | None], dict[str, tuple[float, float]], dict[str, Array]]:
-        """Return the numbers, and the 95 % intervals and replicates of those that have them, each by key.
+    def result(self, what: str) -> Measured:
+        """Return the numbers, with the 95 % intervals and replicates of those that have them.
 
         Arguments:
             what: The name of the images, for messages.
@@ -256,14 +278,20 @@ class MetricCollection:
         """
         found: dict[str, Any] = {}
         replicates: dict[str, Array] = {}
+        blocks: dict[str, int] = {}
         for metric in self.metrics.values():
             found |= metric.result()
-            replicates |= metric.replicates()
+            drawn = metric.replicates()
+            replicates |= drawn
+            blocks |= dict.fromkeys(drawn, metric.blocks)
         values = {key: None if found.get(key) is None else float(found[key]) for key in self._keys}
         check_finite(what, values)
-        intervals = {name: interval(float(found[name]), drawn) for name, drawn in replicates.items()}
+        intervals = {
+            name: interval(float(found[name]), drawn, blocks[name], number_named(name).log)
+            for name, drawn in replicates.items()
+        }
         check_finite(what, {f"the interval of {name}": high - low for name, (low, high) in intervals.items()})
-        return values, intervals, replicates
+        return Measured(values, intervals, replicates, blocks)
 
 
 def _value(name: str, kind: type[Metric], values: Mapping[str, str]) -> list[str]:

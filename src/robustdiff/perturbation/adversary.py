@@ -80,6 +80,24 @@ class Adversary(ABC):
         """The number of perturbations yielded for one batch, which is the number of optimiser updates made on it."""
         return self.steps
 
+    @property
+    def ascents(self) -> int:
+        """The number of ascent steps made for one batch."""
+        return self.steps - 1
+
+    def at_radius(self, delta: Tensor, x_t: Tensor, t: Tensor | None, training_step: int | None) -> Tensor | None:
+        """Return how many samples have a δ as long as their radius, and how many a radius above 0, with shape (2,).
+
+        Returns:
+            The two numbers in float32 on the device of δ, or None without a radius.
+        """
+        if self.radius is None:
+            return None
+        radius = self.radius(x_t, t, training_step, self.norm)
+        inside = radius > 0
+        reached = inside & (self.norm(delta) >= (1 - 1e-3) * radius)  # up to rounding
+        return torch.stack([reached.sum(), inside.sum()]).float()
+
     @abstractmethod
     def __call__(
         self, x_t: Tensor, t: Tensor | None = None, *, loss: LossOfDelta | None = None, training_step: int | None = None
@@ -125,6 +143,11 @@ class AdversaryConfig(Named):
         return 1
 
     @property
+    def passes(self) -> int:
+        """The number of optimiser updates made on each batch."""
+        return 1
+
+    @property
     def by_level(self) -> bool:
         """True if the radius depends on the noise level σ_t."""
         return False
@@ -161,6 +184,10 @@ class AscentConfig(AdversaryConfig):
         if self.ramp and self.radius is None:
             raise ValueError("adversary.ramp needs adversary.radius: there is nothing else to ramp")
         return self
+
+    @property
+    def passes(self) -> int:
+        return self.steps
 
     @property
     def by_level(self) -> bool:

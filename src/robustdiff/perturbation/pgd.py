@@ -26,6 +26,10 @@ class PGDAdversary(Adversary):
     def passes(self) -> int:
         return 1
 
+    @property
+    def ascents(self) -> int:
+        return self.steps
+
     def __call__(
         self, x_t: Tensor, t: Tensor | None = None, *, loss: LossOfDelta | None = None, training_step: int | None = None
     ) -> Iterator[Tensor]:
@@ -46,6 +50,10 @@ class PGDConfig(AscentConfig):
 
     adversary: ClassVar[type[Adversary]] = PGDAdversary
     name: Literal["pgd"] = "pgd"
+
+    @property
+    def passes(self) -> int:
+        return 1
 
     @property
     def backward_passes(self) -> int:

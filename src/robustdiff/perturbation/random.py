@@ -22,7 +22,10 @@ class RandomAdversary(Adversary):
     Π_r(k·α·u), k = 0 … K−1, which have the sizes of :class:`FreeAdversary` for a gradient of constant direction.
 
     Arguments:
-        steps, step_size, radius, norm: As for :class:`Adversary`.
+        steps: The number K of passes over a batch, ≥ 1.
+        step_size: The length α > 0 by which δ grows from pass to pass, in units of the norm.
+        radius: The radius of the ball, as for :class:`Adversary`.
+        norm: The name of the norm: "l2", "linf" or "l1".
         generator: The source of randomness, on the device of x_t. Default: PyTorch's global generator.
     """
 

@@ -17,6 +17,7 @@ from scipy.stats import t as student_t
 from robustdiff.data.decode import open_image
 from robustdiff.errors import InputError, printable
 from robustdiff.files import atomic_write, make_folder
+from robustdiff.metrics.bootstrap import BLOCKS, interval
 from robustdiff.metrics.metric import number_named
 from robustdiff.mismatch.measure import MEASURES as MISMATCHES
 from robustdiff.report.figures import (
@@ -47,6 +48,7 @@ from robustdiff.study.analysis import (
     ratio_to,
     sensitivity,
     spread,
+    trend,
     values,
 )
 from robustdiff.study.schema import Study
@@ -111,7 +113,7 @@ def _correlation(value: float | None) -> str:
     return "–" if value is None else f"{value:+.2f}".replace("-", "−")
 
 
-def _title(measures: Sequence[str]) -> list[str]:
+def _title(measures: Iterable[str]) -> list[str]:
     return [TITLES.get(name, name) for name in measures]
 
 
@@ -161,6 +163,48 @@ def _effects(results: Results, steps: int) -> list[str]:
         + ("Below 0.05:" if lines else "No p-value is below 0.05."),
         *(["\n".join(lines)] if lines else []),
         _table([f"{steps} steps", "trainings", *columns], rows),
+    ]
+
+
+def _trend(results: Results, steps: int) -> list[str]:
+    """Return the change of the effect with the length of training, and the effect at each length.
+
+    The slope with the first sampler is the primary hypothesis. The other slopes and the effects at the largest number
+    of updates come behind it, adjusted for their number.
+    """
+    heading = "## Does the effect grow with the length of training?"
+    compared = results.study.trend
+    if missing := [name for name in itertools.chain(*compared) if name not in results.methods]:
+        return [heading, f"Not known yet: {', '.join(map(_code, missing))} has no cells."]
+    updates = [_of_method(results, method)["training"]["steps"] for method, _ in compared]
+    longest = updates.index(max(updates))
+    found = {
+        sampler: [
+            trend(results, sampler, steps),
+            *(effect(results, method, sampler, steps, baseline) for method, baseline in compared),
+        ]
+        for sampler in results.samplers
+    }
+    primary = results.samplers[0]
+    tested = [(sampler, 0) for sampler in results.samplers[1:]] + [(sampler, 1 + longest) for sampler in found]
+    p = {key: one.p for key in tested if (one := found[key[0]][key[1]]) is not None and one.p is not None}
+    adjusted: dict[tuple[str, int], float | None] = dict(zip(p, holm(list(p.values())), strict=True))
+    slope = found[primary][0]
+    adjusted[primary, 0] = None if slope is None else slope.p
+
+    def cell(sampler: str, i: int) -> str:
+        own = found[sampler][i]
+        return _tested(own, adjusted[sampler, i]) if (sampler, i) in adjusted else _effect(own)
+
+    rows = [[sampler, *(cell(sampler, i) for i in range(1 + len(compared)))] for sampler in found]
+    return [
+        heading,
+        f"The relative change of FID at {steps} steps with each doubling of the number of updates, by least squares "
+        f"over {', '.join(f'{count:,}' for count in updates)} updates in each of {0 if slope is None else slope.n} "
+        f"seeds, with Student's 95 % interval over seeds. The slope with {primary} is the primary hypothesis, and its "
+        "p-value is not adjusted. Those of the other slopes and of the effects at "
+        f"{max(updates):,} updates are adjusted by Holm's method for their {len(p)} tests.",
+        _table([f"{steps} steps", "with each doubling", *(f"{one} to {other}" for one, other in compared)], rows),
     ]
 
 
@@ -237,14 +281,22 @@ def _levels(results: Results, folder: Path) -> list[str]:
     return [*parts, _figure(folder, "fid", _fid_figure(results), "FID against steps")]
 
 
+def _fid_of(record: dict[str, Any]) -> str:
+    """Return the FID of a cell with the interval over its images."""
+    fid, blocks = record["numbers"][FID], record["blocks"].get(FID, BLOCKS)
+    low, high = interval(fid, np.array(record["replicates"]), blocks, log=True)
+    return f"{fid:.2f} ({low:.2f} … {high:.2f})"
+
+
 def _references(results: Results) -> list[str]:
     """Return the table of the reference levels."""
     rows = [
-        [name, f"{sampler} {steps}", f"{r['numbers'][FID]:.2f} ({r['fid_ci'][0]:.2f} … {r['fid_ci'][1]:.2f})"]
-        + [f"{r['numbers'][measure]:.3f}" for measure in OTHERS]
+        [name, f"{sampler} {steps}", _fid_of(r), f"{r['numbers']['kid']:.3f} ± {r['kid_se']:.3f}"]
+        + [f"{r['numbers'][measure]:.3f}" for measure in OTHERS if measure != "kid"]
         for (name, sampler, steps), r in levels(results).items()
     ]
-    heading = ["as they are", "sampler, steps", "FID (95 % interval)", *_title(OTHERS)]
+    others = [name for name in OTHERS if name != "kid"]
+    heading = ["as they are", "sampler, steps", "FID (95 % interval)", "KID ± standard error", *_title(others)]
     return [_table(heading, rows)] if rows else []
 
 
@@ -309,15 +361,49 @@ def _at_equal_brightness(results: Results, steps: int) -> list[str]:
     ]
 
 
-def _other_measures(results: Results, steps: int) -> str:
+def _other_measures(results: Results, steps: int) -> list[str]:
+    """Return KID, precision and recall of methods and of real images."""
     rows = []
     for method in results.methods:
         row = [method]
         for sampler in results.samplers:
             found = [values(results, method, sampler, steps, measure) for measure in OTHERS]
-            row.append(" / ".join(f"{np.mean(each):.3f}" for each in found) if found[0] else "–")
+            means = [f"{np.mean(each):.3f}" for each in found if each]
+            error = _kid_error(results, method, sampler, steps)
+            if error is not None:
+                means[0] += f" ± {error:.3f}"
+            row.append(" / ".join(means) or "–")
         rows.append(row)
-    return _table([f"{steps} steps: {' / '.join(_title(OTHERS))}", *results.samplers], rows)
+    text = (
+        "Means over seeds. KID has its standard error: over trainings where there are several, else over groups of "
+        "images of the one."
+    )
+    return [text, _table([f"{steps} steps: {' / '.join(_title(OTHERS))}", *results.samplers], rows), *_real(results)]
+
+
+def _real(results: Results) -> list[str]:
+    """Return the numbers of other real images."""
+    real = results.real
+    if real is None:
+        return []
+    numbers, data = real["numbers"], real["measure"]["real"]
+    row = ["real images", _fid_of(real), f"{numbers['kid']:.3f} ± {real['kid_se']:.3f}"]
+    row += [f"{numbers[name]:.3f}" for name in OTHERS if name != "kid"]
+    heading = ["", "FID (95 % interval)", "KID ± standard error", *_title(name for name in OTHERS if name != "kid")]
+    return [
+        f"{real['n']:,} other real images (the split {_code(data['split'])} of {_code(data['name'])}), measured as "
+        "generated ones are:",
+        _table(heading, [row]),
+    ]
+
+
+def _kid_error(results: Results, method: str, sampler: str, steps: int) -> float | None:
+    """Return the standard error of the mean of KID, over trainings if there are several."""
+    found = values(results, method, sampler, steps, "kid")
+    if len(found) > 1:
+        return float(np.std(found, ddof=1) / np.sqrt(len(found)))
+    own = [r["kid_se"] for (name, _, *cell), r in results.cells.items() if (name, *cell) == (method, sampler, steps)]
+    return own[0] if own else None
 
 
 def _further(results: Results) -> list[str]:
@@ -541,7 +627,7 @@ def _check_settings(results: Results) -> None:
         if len(key) == 4:
             needed |= {f"training.{name}": value for name, value in record["training"].items()}
         else:
-            needed["fid_ci"] = record["fid_ci"]
+            needed["kid_se"] = record["kid_se"]
         if missing := [name for name, value in needed.items() if value is None]:
             cell = "-".join(map(str, key if len(key) == 3 else (f"{key[0]}-s{key[1]}", *key[2:])))
             raise InputError(f"the cell {cell} does not say its {missing[0]}: delete its file, and run the study again")
@@ -582,9 +668,11 @@ def page_parts(results: Results, figures: Path) -> list[str]:
     _check_settings(results)
     make_folder(figures)
     middle = middle_steps(results)
-    compared = bool(pairs(results))
+    trended = bool(results.study.trend)
+    compared = bool(pairs(results)) and not trended
     return [
         *_introduction(results),
+        *(_trend(results, middle) if trended else []),
         *(["## What the numbers say", *_effects(results, middle), *_chosen(results)] if compared else []),
         *(_few_trainings(results, middle) if compared else []),
         *_spread(results, middle),
@@ -594,7 +682,7 @@ def page_parts(results: Results, figures: Path) -> list[str]:
         *_against_references(results),
         *(_by_steps(results) if compared else []),
         f"## {', '.join(_title(OTHERS))}",
-        _other_measures(results, middle),
+        *_other_measures(results, middle),
         *_further(results),
         *_mismatch(results),
         *_cost(results),

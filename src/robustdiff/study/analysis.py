@@ -6,7 +6,8 @@ The effect of a method M against a baseline B, under one sampler and number of s
 
 Its mean ē over n seeds is given as the relative change exp(ē) − 1, so that the changes from B to M and from M to B are
 inverse. Effects on different samplers are not averaged, since a method can help one and harm another. The contrast of
-two samplers is the effect on one minus that on the other.
+two samplers is the effect on one minus that on the other. The trend over lengths of training is the slope of e_s, by
+least squares, over log₂ of the number of updates: the relative change of the effect with each doubling.
 
 A network is one draw of a method. Its own bootstrap interval says how well the network is measured, and nothing about
 the method, so intervals and tests need three seeds or more. With the variance s² of the e_s, and the variance v of ē
@@ -34,6 +35,7 @@ from scipy.stats import spearmanr
 from scipy.stats import t as student_t
 
 from robustdiff.errors import RunError
+from robustdiff.metrics.bootstrap import BLOCKS
 from robustdiff.mismatch.measure import MEASURES as MISMATCHES
 from robustdiff.study.store import MEASURES, Results
 
@@ -59,6 +61,7 @@ __all__ = [
     "ratio_to",
     "sensitivity",
     "spread",
+    "trend",
     "values",
 ]
 
@@ -69,8 +72,6 @@ Key = tuple[str, int, str, int]
 
 FID = MEASURES[0]
 SMALLEST = 1e-3  # replicates of an FID near 0 can be negative
-BLOCKS = 50
-"""The number K of blocks of the bootstrap."""
 TRAININGS = 3
 """The smallest number of trainings for which there is an interval."""
 DIGITS = 4
@@ -93,10 +94,12 @@ class Effect:
     Attributes:
         logs: The effect e_s, a difference of logarithms, of each seed.
         shared: The variance v of the mean due to the noise of images that all trainings share.
+        relative: False if the e_s are plain differences, of a measure that is not on a logarithmic scale.
     """
 
     logs: dict[int, float]
     shared: float = 0.0
+    relative: bool = True
 
     @property
     def n(self) -> int:
@@ -105,8 +108,9 @@ class Effect:
 
     @property
     def mean(self) -> float:
-        """Return the relative change, the geometric mean over seeds."""
-        return float(np.expm1(np.mean(list(self.logs.values()))))
+        """Return the relative change, the geometric mean over seeds, or the mean difference."""
+        value = float(np.mean(list(self.logs.values())))
+        return float(np.expm1(value)) if self.relative else value
 
     @property
     def changes(self) -> dict[int, float]:
@@ -130,7 +134,8 @@ class Effect:
             return None
         error, freedom = self._error
         value, half = np.mean(list(self.logs.values())), student_t.ppf(0.975, freedom) * error
-        return Interval(*np.expm1([value, value - half, value + half]).tolist())
+        ends = np.array([value, value - half, value + half])
+        return Interval(*(np.expm1(ends) if self.relative else ends).tolist())
 
     @property
     def p(self) -> float | None:
@@ -220,6 +225,24 @@ def contrast(
     baseline = baseline or baseline_of(results, method)
     one, other = (_differences(results, method, sampler, steps, baseline) for sampler in samplers)
     return _effect(results, {seed: one[seed] - other[seed] for seed in one if seed in other})
+
+
+def trend(results: Results, sampler: str, steps: int) -> Effect | None:
+    """Return the change of the effect with each doubling of the updates, over the pairs of the study's ``trend``.
+
+    Returns:
+        The slope of each seed that has the cells of all pairs, or None without such a seed.
+    """
+    found = [_differences(results, method, sampler, steps, baseline) for method, baseline in results.study.trend]
+    seeds = [seed for seed in found[0] if all(seed in own for own in found)]
+    if not seeds:
+        return None
+    lengths = [
+        results.cells[method, seeds[0], sampler, steps]["training"]["steps"] for method, _ in results.study.trend
+    ]
+    centred = np.log2(lengths) - np.mean(np.log2(lengths))
+    weights = centred / np.sum(centred**2)
+    return _effect(results, {seed: weights @ np.stack([own[seed] for own in found]) for seed in seeds})
 
 
 def ratio_to(results: Results, method: str, sampler: str, steps: int, reference: Record) -> Effect | None:

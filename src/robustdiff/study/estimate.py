@@ -13,13 +13,14 @@ from pathlib import Path
 import numpy as np
 
 from robustdiff.evaluation.generate import Generator
+from robustdiff.evaluation.prompts import prompts_of
 from robustdiff.study.plan import Piece, Run, image_passes, pieces, plan
 from robustdiff.study.schema import Study
 from robustdiff.study.store import Loss, read, read_cell
 from robustdiff.training.build import build_model
 from robustdiff.training.trainer import train
 
-__all__ = ["Remaining", "remaining"]
+__all__ = ["Remaining", "remaining", "time_sampling", "time_training"]
 
 
 @dataclass(frozen=True)
@@ -44,14 +45,14 @@ def remaining(study: Study, folder: Path) -> list[Remaining]:
     if trained:
         training = sum(seconds for _, seconds in trained) / sum(image_passes(run.recipe) for run, _ in trained)
     else:
-        training = _time_training(runs[0])
+        training = time_training(runs[0])
     # A cell takes a + b·steps for each image: a for its features, b·steps for generating it.
     if len({record["steps"] for record in measured}) > 1:
         each = [record["seconds"] / record["n"] for record in measured]
         fit = np.polynomial.Polynomial.fit([record["steps"] for record in measured], each, 1).convert()
         once, sampling = np.maximum(fit.coef, 0)
     else:
-        once, sampling = 0.0, _time_sampling(runs[0])
+        once, sampling = 0.0, time_sampling(runs[0])
 
     def left(name: str, own: Sequence[Piece]) -> Remaining:
         cells = [piece.cell for piece in own if piece.cell is not None]
@@ -70,11 +71,11 @@ def remaining(study: Study, folder: Path) -> list[Remaining]:
     return [left(name, parts) for name, parts in itertools.chain(own.items(), alone.items())]
 
 
-def _time_training(run: Run) -> float:
+def time_training(run: Run) -> float:
     """Measure the seconds that training takes for one image in one pass."""
     with tempfile.TemporaryDirectory() as scratch:
         recipe = run.recipe.model_copy(
-            update={"output": str(Path(scratch) / "run"), "steps": 4, "log_every": 1, "trackers": ()}
+            update={"output": str(Path(scratch) / "run"), "steps": 4, "log_every": 1, "trackers": (), "ema": "auto"}
         )
         train(recipe)
         lines = (Path(recipe.output) / "metrics.jsonl").read_text().splitlines()
@@ -83,12 +84,19 @@ def _time_training(run: Run) -> float:
     return 1 / (max(speeds) * passes)  # the first updates include initialisation
 
 
-def _time_sampling(run: Run) -> float:
+def time_sampling(run: Run) -> float:
     """Measure the seconds of one network evaluation for one image, with the initial network."""
     recipe, measure = run.recipe, run.study.measure
-    built = build_model(recipe, recipe.data.load())
+    dataset = recipe.data.load()
+    built, prompts = build_model(recipe, dataset), prompts_of(dataset)
     generator = Generator.of(
-        built.model, sampler=measure.samplers[0], steps=2, batch_size=measure.batch_size, precision=recipe.precision
+        built.model,
+        sampler=measure.samplers[0],
+        steps=2,
+        batch_size=measure.batch_size,
+        precision=recipe.precision,
+        guidance=measure.guidance,
+        data_captions=() if prompts is None else prompts.texts,
     )
     seconds = []
     for _ in range(3):

@@ -81,9 +81,13 @@ class Run:
 
     @cached_property
     def recipe(self) -> Recipe:
-        """Return the run's recipe, which :func:`robustdiff.study.schema.load_study` has validated."""
+        """Return the run's recipe, which :func:`robustdiff.study.schema.load_study` has validated.
+
+        The run is not watched, since the study measures it.
+        """
         changes = {**self.study.set, **self.study.methods[self.method].set}
-        return load_recipe(self.study.recipe, changes={**changes, "seed": self.seed, "output": str(self.output)})
+        own = {"seed": self.seed, "output": str(self.output), "watch": "none"}
+        return load_recipe(self.study.recipe, changes={**changes, **own})
 
     @property
     def path(self) -> Path:

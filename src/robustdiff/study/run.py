@@ -23,7 +23,8 @@ from robustdiff.data import DataConfig, ImageDataset
 from robustdiff.data.pixels import tile
 from robustdiff.errors import InputError, RunError, printable
 from robustdiff.evaluation.generate import Generator
-from robustdiff.evaluation.grid import evaluate_cell
+from robustdiff.evaluation.grid import Cell as Measured
+from robustdiff.evaluation.grid import evaluate_cell, evaluate_images
 from robustdiff.evaluation.prompts import prompts_of
 from robustdiff.files import atomic_write, make_folder, read_json
 from robustdiff.metrics.features import load_extractor
@@ -43,6 +44,8 @@ from robustdiff.study.store import (
     held,
     read,
     read_metrics,
+    read_real,
+    real_path,
     reproducible,
     write,
 )
@@ -55,7 +58,13 @@ __all__ = ["reproduce", "run_study"]
 
 
 def run_study(
-    study: Study, folder: Path, *, processes: int | None = None, progress: Progress = SILENT, wait: float = 1.0
+    study: Study,
+    folder: Path,
+    *,
+    processes: int | None = None,
+    progress: Progress = SILENT,
+    wait: float = 1.0,
+    tolerant: bool = False,
 ) -> bool:
     """Work on a study until nothing of it is missing.
 
@@ -66,6 +75,7 @@ def run_study(
         progress: The receiver of the progress of each piece of work, or with ``processes`` of the percentage of the
             whole.
         wait: The time in seconds between checks of the locks of other processes, when no other work is left.
+        tolerant: Whether trainings may fail. By default their failure is an error after all other work is done.
 
     Returns:
         False when a signal stopped it.
@@ -73,7 +83,7 @@ def run_study(
     Raises:
         InputError: If a run cannot be built from its recipe, a sampler does not suit the networks, or existing results
             were made with other settings.
-        RunError: If a training failed, after all other work is done, or if a process is killed.
+        RunError: If a training failed, or its network cannot be measured, or if a process is killed.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise InputError("a study is shared by processes of its own: start robustdiff once, without accelerate")
@@ -83,6 +93,7 @@ def run_study(
         _check_samplers(study, first)
     for part in ("cells", "locks", "mismatch", "runs", "trainings"):  # raises if one is a link out of the folder
         make_folder(folder / part)
+    _measure_real(study, folder)
     if processes is None:
         finished = _work(study, folder, wait, progress)
     else:
@@ -91,7 +102,7 @@ def run_study(
         parts = [_Share(whole) for _ in range(min(processes, len(missing)))]
         finished = run_workers(partial(_work, study, folder, wait), parts)
     failed = [run for run in plan(study, folder) if run.failure.is_file()]
-    if finished and failed:
+    if finished and failed and not tolerant:
         raise RunError(
             f"the rest is done, but {len(failed)} trainings failed; {printable(failed[0].failure)}: "
             f"{read(failed[0].failure, Failure).error}"
@@ -134,7 +145,12 @@ def _do(study: Study, piece: Piece, progress: Progress) -> bool:
     if recipe.threads is not None:  # as in training
         torch.set_num_threads(recipe.threads)
     if piece.cell is not None:
-        _measure_cell(study, piece.run, piece.cell, recipe, progress)
+        try:
+            _measure_cell(study, piece.run, piece.cell, recipe, progress)
+        except RunError as error:
+            if piece.run is None:
+                raise
+            _fail(piece.run, error)
     else:
         assert piece.run is not None
         _measure_mismatch(piece.run, piece.name, progress)
@@ -147,7 +163,7 @@ def _train_run(run: Run, progress: Progress) -> bool:
         if not _train(run.recipe, progress):
             return False
     except RunError as error:
-        write(run.failure, {"method": run.method, "seed": run.seed, "error": str(error)})
+        _fail(run, error)
         return True
     lines = read_metrics(run)
     seconds, before = 0.0, 0
@@ -158,6 +174,11 @@ def _train_run(run: Run, progress: Progress) -> bool:
     losses = {"step": [line.step for line in thinned], "loss": [round(line.loss, 5) for line in thinned]}
     write(run.path, {"method": run.method, "seed": run.seed, "seconds": round(seconds, 1), **losses})
     return True
+
+
+def _fail(run: Run, error: RunError) -> None:
+    """Write why a run failed: its loss, or what the network makes of noise, is not finite."""
+    write(run.failure, {"method": run.method, "seed": run.seed, "error": str(error)})
 
 
 def _measure_cell(study: Study, run: Run | None, cell: Cell, recipe: Recipe, progress: Progress) -> None:
@@ -174,20 +195,54 @@ def _measure_cell(study: Study, run: Run | None, cell: Cell, recipe: Recipe, pro
             cell.steps,
             reference.precision,
             progress,
+            measure.seed if reference.seed is None else reference.seed,
             guidance=reference.guidance,
         )
         settings = {"name": cell.network, "path": reference.path, "data": recipe.data.model_dump(mode="json")}
-        sampling = {"precision": reference.precision, "guidance": reference.guidance}
+        sampling = {"precision": reference.precision, "guidance": reference.guidance, "seed": reference.seed}
         # In a section of their own, since ``precision`` of a cell is that of precision and recall.
         write(cell.path, {"reference": {**settings, **sampling}, **record})
         return
+    noise = measure.noise_seed(run.seed)
     record, images = _measure(
-        recipe.output, measure, recipe.data, cell.sampler, cell.steps, recipe.precision, progress, training=run.seed
+        recipe.output, measure, recipe.data, cell.sampler, cell.steps, recipe.precision, progress, noise
     )
     if run.first:
         with atomic_write(cell.path.with_suffix(".png")) as file:
             Image.fromarray(tile(images, measure.pictured).squeeze()).save(file, format="png")
     write(cell.path, {"method": run.method, "seed": run.seed, **record, **_training_settings(recipe)})
+
+
+def _measure_real(study: Study, folder: Path) -> None:
+    """Measure the other real images of a study as generated ones, and write their numbers, if that is to be done."""
+    measure, path = study.measure, real_path(folder)
+    if measure.real is None:
+        return
+    with held(folder / "locks" / "real") as mine:
+        if not mine or read_real(study, folder) is not None:
+            return
+        dataset = measure.real.load()
+        if len(dataset) < measure.num:
+            raise InputError(
+                f"measure.real: {dataset.name} has {len(dataset)} images, fewer than measure.num={measure.num}"
+            )
+        state = PartialState()
+        metrics, _ = _real_images(measure, plan(study, folder)[0].recipe.data, state.device)
+        prompts = prompts_of(dataset)
+        captions = None if prompts is None else prompts.of(dataset)
+        cell = evaluate_images("real", dataset, measure.num, metrics, state, measure.batch_size, captions=captions)
+        numbers = _numbers(cell)
+        del numbers["sampler"], numbers["steps"]
+        write(path, {**numbers, "measure": measure.model_dump(mode="json")})
+
+
+def _numbers(cell: Measured) -> dict[str, Any]:
+    """Return the numbers of a cell with their replicates, for its file."""
+    numbers = cell.record()
+    del numbers["checkpoint"]
+    others = {name: values.tolist() for name, values in cell.replicates.items() if name != MEASURES[0]}
+    numbers["replicates"] = cell.replicates[MEASURES[0]].tolist()
+    return {**numbers, **({"other_replicates": others} if others else {})}
 
 
 def _measure_mismatch(run: Run, name: str, progress: Progress) -> None:
@@ -266,14 +321,13 @@ def _measure(
     steps: int,
     precision: str,
     progress: Progress,
+    noise: int,
     cpu: bool = False,
-    training: int | None = None,
     guidance: float | None = None,
 ) -> tuple[dict[str, Any], torch.Tensor]:
     """Measure a network under one sampler, and return the numbers for a cell's file and the first images.
 
-    ``training`` is the seed of the network's training, or None for a reference. The scale of guidance is by default
-    that of the measurement.
+    ``noise`` is the seed of the images' noise. The scale of guidance is by default that of the measurement.
     """
     state = PartialState(cpu=cpu)  # used for the device alone, with one process
     metrics, captions = _real_images(measure, data, state.device)
@@ -283,7 +337,7 @@ def _measure(
         state.device,
         sampler=sampler,
         steps=steps,
-        seed=measure.noise_seed(training),
+        seed=noise,
         batch_size=measure.batch_size,
         precision=precision,
         guidance=measure.guidance if guidance is None else guidance,
@@ -292,13 +346,8 @@ def _measure(
     cell, images = evaluate_cell(
         network, generator, measure.num, metrics, state, keep=measure.pictured, progress=_Piece(progress)
     )
-    numbers = cell.record()
-    del numbers["checkpoint"]
-    others = {name: values.tolist() for name, values in cell.replicates.items() if name != MEASURES[0]}
     record = {
-        **numbers,
-        "replicates": cell.replicates[MEASURES[0]].tolist(),
-        **({"other_replicates": others} if others else {}),
+        **_numbers(cell),
         "measure": cell_settings(measure),
         "weights": generator.model.fingerprint(),
         "extractor": metrics.reference.fingerprint,
@@ -376,22 +425,21 @@ def reproduce(path: Path, folder: Path, *, progress: Progress = SILENT) -> tuple
     assert cell.threads is not None
     cpu = cell.device == "cpu"
     torch.set_num_threads(cell.threads)
-    after, guidance = {}, None
+    after, guidance, noise = {}, None, cell.measure.noise_seed(cell.seed)
     if cell.reference is not None:
         assert cell.reference.data is not None
         name, data, precision = cell.reference.path, cell.reference.data, cell.reference.precision
         guidance = cell.reference.guidance
+        noise = noise if cell.reference.seed is None else cell.reference.seed
     else:
         assert cell.recipe is not None
         name = str(folder / f"{cell.method}-s{cell.seed}")
-        # Trackers of the original run are not used.
-        recipe = cell.recipe.model_copy(update={"output": name, "trackers": ()})
+        # Trackers of the original run are not used, and nothing is watched.
+        recipe = cell.recipe.model_copy(update={"output": name, "trackers": (), "watch": None})
         data, precision = recipe.data, recipe.precision
         if not _train(recipe, progress, cpu):
             return None
         after = _training_settings(recipe)
     progress.begin(path.stem, cell.measure.num)
-    record, _ = _measure(
-        name, cell.measure, data, cell.sampler, cell.steps, precision, progress, cpu, cell.seed, guidance
-    )
+    record, _ = _measure(name, cell.measure, data, cell.sampler, cell.steps, precision, progress, noise, cpu, guidance)
     return before, {**before, **record, **after}

@@ -57,6 +57,8 @@ def _of_methods(values: dict[str, Any]) -> dict[str, Any]:
             raise ValueError(f"{name[:100]!r} is no dotted name of a field, such as adversary.step_size")
         if (field := name.split(".")[0]) in ("seed", "output"):
             raise ValueError(f"{field} is the study's own: seeds are listed, and the folder is that of the study")
+        if field == "watch":
+            raise ValueError("watch is not for studies, which measure the finished runs: leave it out")
     return values
 
 
@@ -100,6 +102,7 @@ class Reference(Section):
     steps: Counts
     precision: Precision = "fp32"
     guidance: Guidance | None = Field(None, description="scale of guidance; by default that of the measurement")
+    seed: Seed | None = Field(None, description="of the images' noise; by default that of the measurement")
 
 
 class Measurement(Section):
@@ -128,6 +131,9 @@ class Measurement(Section):
     data: DataConfig | None = Field(
         None, description="the real images, whose captions are prompts in turn; those of the recipe by default"
     )
+    real: DataConfig | None = Field(
+        None, description="other real images, measured as generated ones are: what a perfect model would get"
+    )
 
     @model_validator(mode="after")
     def _enough(self) -> Measurement:
@@ -151,6 +157,9 @@ class Study(Section):
     contrast: tuple[Sampler, Sampler] | None = Field(
         None, description="two samplers; the effect of each method on the first is compared with that on the second"
     )
+    trend: Annotated[tuple[tuple[Name, Name], ...], Field(max_length=100)] = Field(
+        (), description="pairs of methods whose effect is regressed on the logarithm of their numbers of updates"
+    )
     methods: dict[Name, Method] = Field(min_length=1, max_length=MOST_METHODS)
     references: dict[Name, Reference] = Field({}, max_length=MOST_METHODS)
     measure: Measurement = Measurement()
@@ -161,6 +170,7 @@ class Study(Section):
         for key, names in {
             "baseline": (self.baseline, *(m.baseline for m in self.methods.values() if m.baseline is not None)),
             "compare": tuple(itertools.chain(*self.compare)),
+            "trend": tuple(itertools.chain(*self.trend)),
             "measure.mismatch_methods": self.measure.mismatch_methods or (),
         }.items():
             for name in names:
@@ -199,8 +209,16 @@ def load_study(source: str | Path) -> Study:
         study = Study.model_validate(values)
     except ValidationError as error:
         raise InputError(f"{printable(source)}: {first_mistake(error)}") from None
-    for method in study.methods.values():
-        load_recipe(study.recipe, changes={**study.set, **method.set, "seed": method.seeds[0]})
+    updates = {
+        name: load_recipe(study.recipe, changes={**study.set, **method.set, "seed": method.seeds[0]}).steps
+        for name, method in study.methods.items()
+    }
+    lengths = {updates[method] for method, _ in study.trend}
+    if study.trend and (len(lengths) < 2 or any(updates[one] != updates[other] for one, other in study.trend)):
+        raise InputError(
+            f"{printable(source)}: trend: give pairs of two or more lengths of training, in which both methods have "
+            "the same number of updates"
+        )
     return study
 
 

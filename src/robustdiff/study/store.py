@@ -82,6 +82,7 @@ class _Network(_Record):
     path: Text
     precision: Precision = "fp32"
     guidance: Guidance | None = None
+    seed: Seed | None = None
     data: DataConfig | None = None
 
 
@@ -98,8 +99,8 @@ class CellRecord(_Record):
     numbers: dict[str, Number]
     replicates: Replicates
     other_replicates: dict[str, Replicates] = {}
+    blocks: dict[str, Annotated[Whole, Field(ge=2)]] = {}
     measure: Measurement
-    fid_ci: tuple[Number, Number] | None = None
     kid_se: Number | None = None
     brightness: Number | None = None
     n: Annotated[Whole, Field(ge=1)] | None = None
@@ -232,7 +233,7 @@ def read_metrics(run: Run) -> list[_Metrics]:
 
 def cell_settings(measure: Measurement) -> dict[str, Any]:
     """Return the settings of a measurement that affect a cell's numbers."""
-    others = {"samplers", "steps", "pictured", "mismatch", "mismatch_steps", "mismatch_methods"}
+    others = {"samplers", "steps", "pictured", "mismatch", "mismatch_steps", "mismatch_methods", "real"}
     return measure.model_dump(mode="json", exclude=others)
 
 
@@ -262,9 +263,30 @@ def read_cell(cell: Cell, study: Study, run: Run | None) -> dict[str, Any]:
         if record.reference is None:
             raise InputError(f"{printable(cell.path)} is not a cell of this study: {remedy}")
         reference = study.references[cell.network]
-        same = same and (record.reference.path, record.reference.guidance) == (reference.path, reference.guidance)
+        names = ("path", "guidance", "seed")
+        same = same and all(getattr(record.reference, name) == getattr(reference, name) for name in names)
     if not same:
         raise InputError(f"{printable(cell.path)} was made with other settings than the study's: {remedy}")
+    return record.model_dump(mode="json")
+
+
+def real_path(folder: Path) -> Path:
+    """Return the path of the file with the numbers of real images."""
+    return folder / "cells" / "real.json"
+
+
+def read_real(study: Study, folder: Path) -> dict[str, Any] | None:
+    """Return the numbers of other real images, or None if they are not wanted or not measured.
+
+    Raises:
+        InputError: If the file is damaged, or was made with other settings than the study's.
+    """
+    path = real_path(folder)
+    if study.measure.real is None or not path.is_file():
+        return None
+    record = read(path, CellRecord)
+    if record.measure.real != study.measure.real or cell_settings(record.measure) != cell_settings(study.measure):
+        raise InputError(f"{printable(path)} was made with other settings than the study's: delete the file")
     return record.model_dump(mode="json")
 
 
@@ -325,6 +347,7 @@ class Results:
         missing: The number of missing files, by run or reference.
         failed: The errors of failed trainings, by run.
         planned: The number of cells that the study plans.
+        real: The record of other real images, or None.
     """
 
     study: Study
@@ -336,6 +359,7 @@ class Results:
     missing: dict[str, int] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
     planned: int = 0
+    real: dict[str, Any] | None = None
 
     @cached_property
     def methods(self) -> list[str]:
@@ -360,7 +384,7 @@ def read_results(study: Study, folder: Path) -> Results:
     Raises:
         InputError: If the baseline has no cell, or a file is damaged or was made with other settings.
     """
-    results = Results(study)
+    results = Results(study, real=read_real(study, folder))
     for run in plan(study, folder):
         method = run.method
         results.planned += len(run.cells)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from robustdiff.backbones.backbone import Backbone
-from robustdiff.backbones.lora import lower_frozen
+from robustdiff.backbones.frozen import FrozenWeights
 from robustdiff.backbones.model import Model, load_model
 from robustdiff.backbones.scheduler import kind_of, mark_as_own, objective_of, process_of
 from robustdiff.codecs.pixels import Pixels
@@ -68,7 +68,9 @@ def _new(recipe: Recipe, dataset: ImageDataset) -> Built:
 
 
 def _pretrained(recipe: Recipe, path: str, dataset: ImageDataset) -> Built:
-    model, lora = load_model(path, recipe.model.side), recipe.model.lora
+    lora = recipe.model.lora
+    frozen = None if lora is None else FrozenWeights(DTYPES[recipe.precision], recipe.model.quantize)
+    model = load_model(path, recipe.model.side, frozen)
     if lora is None:
         model.merge()
     elif model.adapter is not None:
@@ -128,9 +130,8 @@ def _pretrained(recipe: Recipe, path: str, dataset: ImageDataset) -> Built:
         )
     objective, backbone = objective.student_of(backbone, lora is not None)
     student = Model(backbone, objective.scheduler_of(scheduler), model.codec, path=path)
-    if lora is not None:
-        student.add_lora(lora, recipe.seed)
-        lower_frozen(student.network, DTYPES[recipe.precision])
+    if lora is not None and frozen is not None:
+        student.add_lora(lora, recipe.seed, frozen.fingerprint)
     return Built(student, process, objective, model)
 
 

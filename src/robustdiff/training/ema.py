@@ -87,12 +87,20 @@ class EMA:
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Replace the parameters by the average within the block."""
-        with torch.no_grad():
-            values: list[Tensor] = [p.detach() for p in self.parameters]
-            kept = [value.clone() for value in values]
-            torch._foreach_copy_(values, self.average)
-            try:
-                yield
-            finally:
-                torch._foreach_copy_(values, kept)
+        """Replace the parameters by the average within the block, in which ``average`` holds the parameters.
+
+        They are swapped one by one, so that no second copy of the network is made.
+        """
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    @torch.no_grad()
+    def _swap(self) -> None:
+        for parameter, average in zip(self.parameters, self.average, strict=True):
+            value = parameter.detach()
+            kept = value.clone()
+            value.copy_(average)
+            average.copy_(kept)

@@ -24,8 +24,8 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import count
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -35,6 +35,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, ProjectConfiguration, set_seed
 from diffusers import EDMEulerScheduler
+from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 
 from robustdiff.backbones.lora import RECORD, adapter_of
@@ -58,7 +59,7 @@ from robustdiff.interrupt import Interrupt
 from robustdiff.objectives.objective import Draw
 from robustdiff.objectives.timesteps import LossSecondMoment
 from robustdiff.progress import SILENT, Progress
-from robustdiff.recipe import Recipe, load_recipe
+from robustdiff.recipe import Recipe, SignsConfig, load_recipe
 from robustdiff.training.build import Built, build_model
 from robustdiff.training.checkpoint import (
     Scale,
@@ -75,13 +76,15 @@ from robustdiff.training.ema import EMA, REMAINDER, sufficient_decay
 from robustdiff.training.optimizer import build_optimizer, create_state, set_counts, state_tensors
 from robustdiff.training.result import RunResult
 from robustdiff.training.stream import BatchIndices, BucketIndices, batch_generator, caption_numbers, crop_positions
+from robustdiff.training.watch import Interrupted, Watch
+from robustdiff.training.watch_files import Best, FiredSign
 
 __all__ = ["Trainer", "read_result", "train"]
 
 logger = logging.getLogger(__name__)
 
 # Fields that a resumed run may change.
-FREE_TO_CHANGE = {"output", "threads", "checkpoint_every", "keep", "log_every", "trackers", "sampler"}
+FREE_TO_CHANGE = {"output", "threads", "checkpoint_every", "keep", "log_every", "trackers", "sampler", "watch"}
 # Fields that change the rounding alone.
 FREE_TO_CHANGE |= {"compile", "channels_last"}
 
@@ -174,6 +177,7 @@ class Trainer:
         self.step = 0
         self.batch = 0
         self.skipped_updates: int | Tensor = 0
+        self.at_radius: Tensor | None = None  # of the last batch, as Adversary.at_radius returns it
 
         parts = accelerator.num_processes * recipe.accumulate
         if recipe.batch_size % parts:
@@ -353,9 +357,9 @@ class Trainer:
         if self.step >= recipe.steps:  # killed between the last checkpoint and the export
             return
         for draws in self.batches():
+            began = self.step
             perturbations = [
-                self.adversary(draw.x_t, draw.t, loss=self._loss_of_delta(draw), training_step=self.step)
-                for draw in draws
+                self.adversary(draw.x_t, draw.t, loss=self._loss_of_delta(draw), training_step=began) for draw in draws
             ]
             for k, deltas in enumerate(zip(*perturbations, strict=True)):
                 totals: dict[str, Tensor] = {}
@@ -386,10 +390,20 @@ class Trainer:
                 self.step += 1
                 size = torch.cat([self.adversary.norm(d.detach()) for d in deltas]).mean()
                 done = k + 1 == self.adversary.passes
+                if done:
+                    self.at_radius = self._at_radius(draws, deltas, began)
                 self.batch += done
                 yield totals, size, done
                 if self.step >= recipe.steps:
                     return
+
+    def _at_radius(self, draws: list[Draw], deltas: Sequence[Tensor], step: int) -> Tensor | None:
+        """Return :meth:`Adversary.at_radius` of the perturbations of a batch, which began at an update."""
+        counts = [
+            self.adversary.at_radius(delta.detach(), draw.x_t, draw.t, step)
+            for draw, delta in zip(draws, deltas, strict=True)
+        ]
+        return None if counts[0] is None else torch.stack([count for count in counts if count is not None]).sum(0)
 
     # -- in and out ------------------------------------------------------------------------------------------
 
@@ -477,9 +491,17 @@ class Trainer:
         self.skipped_updates = state.skipped_updates
         self.objective.load_state(state.objective)
 
-    def export(self, folder: Path) -> None:
-        """Write the model as a diffusers pipeline folder, with the averaged weights if there is a moving average."""
-        with self.ema.applied() if self.ema is not None else nullcontext():
+    def averaged(self) -> AbstractContextManager[None]:
+        """Replace the weights by their moving average within the block, if there is one."""
+        return self.ema.applied() if self.ema is not None else nullcontext()
+
+    def export(self, folder: Path, average: bool = True) -> None:
+        """Write the model as a diffusers pipeline folder, with the averaged weights if there is a moving average.
+
+        Arguments:
+            average: False for the weights themselves.
+        """
+        with self.averaged() if average else nullcontext():
             state = self.accelerator.get_state_dict(self.model)
             if self.accelerator.is_main_process:  # inside, since the state holds the parameters and not copies
                 with atomic_folder(folder, replace=True) as temporary:
@@ -501,6 +523,7 @@ class _Metrics:
         self.trainer = trainer
         self.path = path
         self.line: dict[str, float] = {}
+        self.begins = True  # the next update is the first of a batch
         self.file: BinaryIO | None = None
         if trainer.accelerator.is_main_process:
             self._drop_after(trainer.step)
@@ -535,6 +558,7 @@ class _Metrics:
         self.sums: dict[str, Tensor] = {}
         self.sizes: Tensor | float = 0.0
         self.updates = self.batches = 0
+        self.of_passes: dict[str, Tensor] = {}
         self.since = time.perf_counter()
 
     def add(self, losses: dict[str, Tensor], size: Tensor, done: bool) -> None:
@@ -542,16 +566,36 @@ class _Metrics:
             self.sums[name] = self.sums.get(name, 0) + value
         self.updates += 1
         self.size = size
+        if self.begins:
+            self.first = losses["loss"]
+        self.begins = done
         if done:  # the last pass has the largest δ
             self.sizes = self.sizes + size
             self.batches += 1
+            more = {"first": self.first, "last": losses["loss"]} if self.trainer.adversary.passes > 1 else {}
+            if self.trainer.at_radius is not None:
+                more["at"], more["of"] = self.trainer.at_radius
+            for name, value in more.items():
+                self.of_passes[name] = self.of_passes.get(name, 0) + value
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave the time of the block out of the speed of training."""
+        began = time.perf_counter()
+        yield
+        self.since += time.perf_counter() - began
 
     def flush(self) -> str:
         """Write a line of metrics, and return a summary of it."""
         trainer, recipe = self.trainer, self.trainer.recipe
-        names = sorted(self.sums)
-        means = trainer.accelerator.reduce(torch.stack([self.sums[n] for n in names]) / self.updates, reduction="mean")
-        line: dict[str, float] = {"step": trainer.step, **dict(zip(names, means.tolist(), strict=True))}
+        sums = {name: self.sums[name] / self.updates for name in sorted(self.sums)}
+        values = torch.stack([*sums.values(), *self.of_passes.values()])
+        means = iter(trainer.accelerator.reduce(values, reduction="mean").tolist())
+        line: dict[str, float] = {"step": trainer.step, **{name: next(means) for name in sums}}
+        of_passes = {name: next(means) for name in self.of_passes}
+        for name, part, whole in (("pass_ratio", "last", "first"), ("at_radius", "at", "of")):
+            if of_passes.get(whole, 0) > 0 and math.isfinite(ratio := of_passes[part] / of_passes[whole]):
+                line[name] = ratio
         line["delta_norm"] = float(self.sizes) / self.batches if self.batches else float(self.size)
         line["lr"] = self.trainer.optimizer.param_groups[0]["lr"]
         line["epoch"] = trainer.batch * recipe.batch_size / len(trainer.dataset)
@@ -634,7 +678,7 @@ def _prepare_folder(recipe: Recipe, folder: Path, resume: bool, dataset: ImageDa
         if source and Path(source).is_dir() and folder.resolve().is_relative_to(Path(source).resolve()):
             raise InputError(f"output {folder} is in {source}, which is read: choose another --set output=…")
     claim_folder(folder, "a run")
-    remove_leftovers(folder, r"(?:recipe\.yaml|data\.json|metrics\.jsonl|result\.json|model)")
+    remove_leftovers(folder, r"(?:recipe\.yaml|(?:data|start|result)\.json|metrics\.jsonl|model|best)")
     if any(path.name != MARKER for path in folder.iterdir()):
         if not resume:
             raise InputError(f"{folder} already holds a run: go on with --resume, or choose another --set output=…")
@@ -659,6 +703,8 @@ def _check_recipe(recipe: Recipe, folder: Path) -> None:
     # The cosine schedule and growing numbers of levels depend on the number of steps.
     fixed = recipe.lr_schedule == "constant" and (recipe.objective is None or recipe.objective.fixed_levels)
     free = FREE_TO_CHANGE | ({"steps"} if fixed else set())
+    if (folder / "watch.jsonl").exists():  # lines of other measurements cannot be compared
+        free = free - {"watch"}
     for name in Recipe.model_fields:
         if name not in free and _fixed(before, name) != _fixed(recipe, name):
             raise InputError(
@@ -670,8 +716,12 @@ def _check_recipe(recipe: Recipe, folder: Path) -> None:
 def _fixed(recipe: Recipe, name: str) -> Any:
     """Return a field of a recipe, without settings that do not change the training."""
     value = getattr(recipe, name)
-    same = {"data": {"workers": 0}, "model": {"gradient_checkpointing": False}}.get(name)
-    return value if same is None else value.model_copy(update=same)
+    same = {
+        "data": {"workers": 0},
+        "model": {"gradient_checkpointing": False},
+        "watch": {"every": "auto", "batch_size": 1, "signs": SignsConfig()},
+    }.get(name)
+    return value if same is None or value is None else value.model_copy(update=same)
 
 
 def train(recipe: Recipe, *, resume: bool = False, cpu: bool = False, progress: Progress = SILENT) -> RunResult | None:
@@ -701,13 +751,14 @@ def train(recipe: Recipe, *, resume: bool = False, cpu: bool = False, progress: 
     built = build_model(recipe, dataset)
     latents = LatentDataset(dataset, built.model.codec, recipe.data.flip) if recipe.caches_latents else None
     trainer = Trainer(recipe, accelerator, latents or dataset, built)
+    watch = None if recipe.watch is None else Watch(recipe.watch, trainer, dataset, folder, progress)
     if accelerator.is_main_process:
         _prepare_folder(recipe, folder, resume, trainer.dataset)
     accelerator.wait_for_everyone()
     finished = folder / "result.json"
     if resume and finished.exists():
         before = read_result(finished)
-        if before["steps"] >= recipe.steps:
+        if before["steps"] >= recipe.steps or _stopped(before, recipe):
             _check_result(finished, before, trainer)
             logger.info("%s is finished", folder)
             return RunResult(before)
@@ -719,20 +770,34 @@ def train(recipe: Recipe, *, resume: bool = False, cpu: bool = False, progress: 
     if built.model.condition.takes_captions and dataset.captions is not None and accelerator.device.type != "cpu":
         _embed_captions(dataset.captions, built, accelerator, progress)
     set_seed(recipe.seed, device_specific=True)  # dropout and random directions differ between processes
-    if resume and (checkpoint := newest_checkpoint(folder / "checkpoints")) is not None:
-        trainer.load(checkpoint)
-        if accelerator.is_main_process:
-            remove_before(checkpoint, recipe.keep)
+    checkpoint = newest_checkpoint(folder / "checkpoints") if resume else None
     if recipe.trackers:
         accelerator.init_trackers("robustdiff", config={"recipe": recipe.to_yaml()})
     if accelerator.is_main_process:
         _warn_of_the_start(recipe)
-    metrics = _Metrics(trainer, folder / "metrics.jsonl")
     with Interrupt() as interrupt, worker_failures():
-        if not _run(trainer, metrics, folder, interrupt, progress):
+        try:
+            if watch is not None:
+                progress.begin(f"{recipe.output}: what it starts from", recipe.steps)
+                watch.begin(checkpoint is None, interrupt, progress)
+            if checkpoint is not None:
+                trainer.load(checkpoint)
+                if accelerator.is_main_process:
+                    remove_before(checkpoint, recipe.keep)
+            metrics = _Metrics(trainer, folder / "metrics.jsonl")
+            if not _run(trainer, metrics, folder, interrupt, progress, watch):
+                return None
+            trainer.export(folder / "model")
+            result = _result(trainer, metrics)
+            if watch is not None:
+                result |= watch.result(interrupt, progress)
+        except Interrupted:
+            logger.warning("%s: %s is stopped at update %d", interrupt.received or "a signal", folder, trainer.step)
             return None
-        trainer.export(folder / "model")
-        result = _result(trainer, metrics)
+        except RunError as error:
+            if watch is None or not watch.lines:
+                raise
+            raise RunError(f"{error}; best/ holds the best model that was measured before") from None
         if accelerator.is_main_process:
             with atomic_write(finished) as file:
                 file.write(json.dumps(result, indent=1).encode())
@@ -772,12 +837,18 @@ def _accelerator(recipe: Recipe, cpu: bool) -> Accelerator:
     return accelerator
 
 
-def _run(trainer: Trainer, metrics: _Metrics, folder: Path, interrupt: Interrupt, progress: Progress) -> bool:
-    """Make all updates, with lines of metrics and checkpoints; False if a signal stopped the run, which was saved."""
+def _run(
+    trainer: Trainer, metrics: _Metrics, folder: Path, interrupt: Interrupt, progress: Progress, watch: Watch | None
+) -> bool:
+    """Make all updates, with metrics, checkpoints and the watch; False if a signal stopped the run, which was saved."""
     recipe, accelerator = trainer.recipe, trainer.accelerator
     saved = shown = trainer.step
     progress.begin(recipe.output, recipe.steps)
     progress.advance(trainer.step)
+    # Killed between a checkpoint and its measurement, or after a sign that ends the run.
+    resumed = watch is not None and trainer.step > 0 and watch.due(trainer.step, trainer.step >= recipe.steps)
+    if watch is not None and resumed and watch.measure(trainer.step, interrupt, progress):
+        return True
     for losses, size, done in trainer.updates():
         metrics.add(losses, size, done)
         stop = interrupt.received is not None and done
@@ -788,15 +859,33 @@ def _run(trainer: Trainer, metrics: _Metrics, folder: Path, interrupt: Interrupt
         last = trainer.step >= recipe.steps
         # Between batches, so that every line covers whole batches; before a checkpoint, so that none has a NaN.
         if (done and metrics.updates >= recipe.log_every) or due or stop or last:
-            progress.advance(trainer.step - shown, metrics.flush())
+            note = metrics.flush() if watch is None else f"{metrics.flush()}  {watch.note}"
+            progress.advance(trainer.step - shown, note)
             shown = trainer.step
         if due or ((stop or last) and done):
             trainer.save(folder / "checkpoints")
             saved = trainer.step
-        if stop and not last:
-            logger.warning("%s: %s is saved at update %d", interrupt.received, folder, trainer.step)
+        ends = False
+        if not stop and watch is not None and (done or last) and watch.due(trainer.step, last):
+            try:
+                with metrics.paused():
+                    ends = watch.measure(trainer.step, interrupt, progress)
+            except Interrupted:
+                stop = True
+            if (stop or ends) and done and saved < trainer.step:
+                trainer.save(folder / "checkpoints")
+        if stop and (watch is not None or not last):
+            logger.warning("%s: %s is saved at update %d", interrupt.received or "a signal", folder, trainer.step)
             return False
+        if ends:
+            return True
     return True
+
+
+def _stopped(result: Mapping[str, Any], recipe: Recipe) -> bool:
+    """Return whether a sign ended a finished run, and still would."""
+    ends = recipe.watch is not None and recipe.watch.signs.action == "stop"
+    return ends and any(sign["action"] == "stop" for sign in result.get("signs") or [])
 
 
 def _result(trainer: Trainer, metrics: _Metrics) -> dict[str, Any]:
@@ -830,8 +919,16 @@ def read_result(path: Path) -> dict[str, Any]:
     kinds: dict[str, type] = {"loss": float, "delta_norm": float, "data": str, "device": str, "torch": str}
     counts = ("steps", "batches", "batch_size", "backward_passes", "skipped", "skipped_updates")
     kinds |= dict.fromkeys((*counts, "parameters", "images", "processes"), int)
-    if not isinstance(result, dict) or result.keys() != kinds.keys():
+    watched = {"best", "signs"}  # of runs that were watched
+    if not isinstance(result, dict) or result.keys() - watched != kinds.keys() or len(result.keys() & watched) == 1:
         raise InputError(f"{path} is damaged: remove it, and resume the run")
+    if "best" in result:
+        try:
+            Best.model_validate(result["best"])
+            TypeAdapter(list[FiredSign]).validate_python(result["signs"])
+        except ValidationError as error:
+            where = printable(".".join(map(str, error.errors()[0]["loc"]))[:40])
+            raise InputError(f"{path} is damaged ({where}): remove it, and resume the run") from None
     for name, kind in kinds.items():
         value = result[name]
         right = type(value) is kind or (kind is float and value is None)

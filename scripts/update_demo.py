@@ -1,6 +1,6 @@
-"""Put the results of a demonstration into the documentation: python scripts/update_readme.py robustdiff-demo
+"""Put the results of a demonstration into the documentation: python scripts/update_demo.py robustdiff-demo
 
-Those of `robustdiff demo` go to docs/demo and the README, those of `robustdiff demo --text` to docs/demo-text and
+Those of `robustdiff demo` go to docs/demo and docs/demo.md, those of `robustdiff demo --text` to docs/demo-text and
 docs/emoji.md. A test checks that the two documents hold what the two result.json say.
 """
 
@@ -17,7 +17,7 @@ START, END = "<!-- demo -->", "<!-- /demo -->"
 
 
 def demo_section(record: dict[str, Any]) -> str:
-    """The README's section, from what a demo's result.json holds."""
+    """The section of docs/demo.md, from what a demo's result.json holds."""
     methods = list(record["training"])
     cells = {(c["checkpoint"], c["sampler"], c["steps"]): c for c in record["cells"]}
     differences = {(d["checkpoint"], d["baseline"], d["sampler"], d["steps"]): d for d in record["differences"]}
@@ -54,9 +54,9 @@ def demo_section(record: dict[str, Any]) -> str:
             "The intervals are of the images of one training each. Trainings of one method with other seeds differ as "
             "well, so that this table compares these networks and not the methods.",
             "",
-            "![FID against steps](docs/demo/fid.png)",
+            "![FID against steps](demo/fid.png)",
             "",
-            "![Samples from the same noise](docs/demo/samples-ddim.png)",
+            "![Samples from the same noise](demo/samples-ddim.png)",
         ]
     )
 
@@ -115,7 +115,8 @@ def main(folder: Path) -> None:
     """Copy the results and rewrite the section of the document."""
     record = json.loads((folder / "result.json").read_text())
     text = "clip_score" in record["cells"][0]
-    document, section = (ROOT / "docs" / "emoji.md", text_section) if text else (ROOT / "README.md", demo_section)
+    name, section = ("emoji.md", text_section) if text else ("demo.md", demo_section)
+    document = ROOT / "docs" / name
     target = ROOT / "docs" / ("demo-text" if text else "demo")
     target.mkdir(parents=True, exist_ok=True)
     for path in (folder / "result.json", *sorted(folder.glob("*.png"))):

@@ -1,0 +1,112 @@
+"""The command `robustdiff tune`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from robustdiff.cli import app, err, options, out, say
+from robustdiff.errors import InputError
+
+if TYPE_CHECKING:
+    from robustdiff.study.tune import Speed, Tuning
+
+
+@app.command()
+def tune(
+    recipe: Annotated[str, typer.Argument(help="A recipe that fine-tunes a checkpoint: a file, or a shipped one.")],
+    sampler: Annotated[str, typer.Option(help="The sampler that you use.")],
+    steps: Annotated[int, typer.Option(min=1, help="The number of network evaluations for one image that you use.")],
+    overrides: Annotated[
+        list[str],
+        typer.Option("--set", metavar="KEY=VALUE", help="Change the recipe for all: --set lr_schedule=cosine"),
+    ] = [],  # noqa: B006  (typer reads it and does not change it)
+    tries: Annotated[
+        list[str], typer.Option("--try", metavar="KEY=VALUES", help="Search other values: --try adversary.steps=2,3")
+    ] = [],  # noqa: B006
+    output: Annotated[Path | None, typer.Option(help="A folder; tuning/RECIPE-SAMPLER-STEPS by default.")] = None,
+    minutes: Annotated[float, typer.Option(min=0.1, help="The time to spend, by which the updates are chosen.")] = 30,
+    updates: Annotated[
+        int | None, typer.Option(min=1, help="Backward passes of the confirmation, in place of --minutes.")
+    ] = None,
+    candidates: Annotated[int, typer.Option(min=1, help="Settings in the first rung.")] = 12,
+    rungs: Annotated[int, typer.Option(min=1, help="Halvings; each trains twice as long as the one before.")] = 3,
+    seeds: Annotated[int, typer.Option(min=3, help="Confirming trainings of each contestant.")] = 5,
+    seed: Annotated[int | None, typer.Option(min=0, help="Seed of the search; that of the recipe by default.")] = None,
+    num: Annotated[int, typer.Option(min=4, help="Images of each measurement.")] = 2000,
+    metric: Annotated[str, typer.Option(help="What to rank by: fid, kid, clip-score=FOLDER, …")] = "fid",
+    features: options.Features = None,
+    weights: options.Weights = None,
+    guidance: options.Guidance = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images that are sampled at a time.")] = 64,
+    processes: Annotated[int, typer.Option(min=1, help="Single-threaded processes that share the work.")] = 1,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and its time, and do nothing.")] = False,
+) -> None:
+    """Find out whether, and how, to fine-tune a checkpoint for one sampler at one number of steps.
+
+    α, K, radius, learning rate and moving average are searched by successive halving; the best settings, plain
+    fine-tuning and the untouched checkpoint are then compared on new seeds. After an interruption the same command goes
+    on, and processes that are started by the same command share the work.
+    """
+    from robustdiff.study.tune import new_tuning
+
+    folder = output or Path("tuning") / f"{Path(recipe).stem}-{sampler}-{steps}"
+    changes, tried = options.parse_assignments(overrides, {}), _lists(tries)
+    given: dict[str, Any] = {"sampler": sampler, "steps": steps, "metric": metric, "guidance": guidance, "seed": seed}
+    given |= {"candidates": candidates, "rungs": rungs, "seeds": seeds, "num": num, "batch_size": batch_size}
+    given |= {"updates": updates, "minutes": minutes, "features": features, "weights": weights}
+    settings, speed = new_tuning(recipe, changes, tried, folder, processes=processes, **given)
+    _show_plan(settings, speed, processes)
+    if not dry_run and not _search(settings, folder, processes):
+        say(f"stopped; the same command goes on from {folder}", err)
+
+
+def _lists(texts: list[str]) -> dict[str, list[Any]]:
+    """Return the values of each ``KEY=VALUE,VALUE,…``, parsed as YAML."""
+    from robustdiff.yaml_reader import parse_yaml
+
+    values: dict[str, list[Any]] = {}
+    for text in texts:
+        key, separator, listed = text.partition("=")
+        if not separator or not key or key in values:
+            raise InputError(f"--try {text}: write each field once, as in --try adversary.step_size=0.03,0.1,0.3")
+        values[key] = [_number(value) for value in parse_yaml(f"[{listed}]", f"--try {text}")]
+    return values
+
+
+def _number(value: Any) -> Any:
+    try:
+        return float(value) if isinstance(value, str) else value  # YAML 1.1 reads 1e-4 as a string
+    except ValueError:
+        return value
+
+
+def _show_plan(settings: Tuning, speed: Speed, processes: int) -> None:
+    from robustdiff.report.tables import print_whole
+    from robustdiff.report.tune import plan_table
+    from robustdiff.study.tune import RULE, stages
+
+    print_whole(out, plan_table(settings, stages(settings), speed, processes))
+    say(RULE)
+
+
+def _search(settings: Tuning, folder: Path, processes: int) -> bool:
+    from robustdiff.report.bar import Bar
+    from robustdiff.report.tables import print_whole
+    from robustdiff.report.tune import advice, comparison_table, confirmation_table, failures, rung_table
+    from robustdiff.study.tune import tune as search
+
+    with Bar(err) as bar:
+        for record in search(settings, folder, processes=None if processes == 1 else processes, progress=bar):
+            if "answer" not in record:
+                print_whole(out, rung_table(record, settings))
+                for line in failures(record["contestants"]):
+                    say(line)
+                continue
+            print_whole(out, confirmation_table(record))
+            print_whole(out, comparison_table(record))
+            say(advice(record, folder))
+            return True
+    return False

@@ -1,0 +1,575 @@
+r"""The watch: measurements of the model while it is trained, of which the best is kept.
+
+At step 0 (for a model that starts from a checkpoint), every ``watch.every`` updates and at the end, the model is
+measured at each of the watch's samplers and numbers of steps, its cells. All measurements have the same noise (common
+random numbers), so that the difference of a cell to that of the starting checkpoint has a narrow interval. A line of
+``watch.jsonl`` has the cells, and their mean decides: ``best/`` holds the model with the best mean so far, with the
+starting checkpoint among the candidates.
+
+The lowest of several noisy numbers is below its expectation. The chosen model is therefore measured once more at the
+end, with the noise of the next seed, and its difference to the starting checkpoint on that noise is recorded.
+
+A measurement changes nothing of the training: weights, random states and modes are as before. ``best/`` is written
+before its line, and lines are only appended. A resumed run does not measure again what has a line, so that an
+interruption at any moment leads to the same lines and the same ``best/``. What was measured of the starting checkpoint
+is in ``start.json``.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+import math
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from accelerate.utils import DistributedType, broadcast_object_list
+from pydantic import ValidationError
+
+from robustdiff.backbones.lora import WEIGHTS, read_weights_into
+from robustdiff.backbones.model import load_model
+from robustdiff.data import ImageDataset
+from robustdiff.errors import InputError, RunError, printable
+from robustdiff.evaluation.generate import Generator
+from robustdiff.evaluation.grid import Cell, differences, evaluate_cell
+from robustdiff.evaluation.prompts import prompts_of
+from robustdiff.evaluation.real_images import Target
+from robustdiff.files import atomic_write, open_regular, read_json, write_json
+from robustdiff.interrupt import Interrupt
+from robustdiff.metrics.bootstrap import interval
+from robustdiff.metrics.features import SHIPPED, load_extractor
+from robustdiff.metrics.metric import METRICS, MetricCollection, Number, compared
+from robustdiff.progress import SILENT, Progress
+from robustdiff.recipe import WatchConfig
+from robustdiff.samplers.sample import SAMPLERS
+from robustdiff.training.signs import SIGNS, History
+from robustdiff.training.watch_files import (
+    LONGEST_LINE,
+    Best,
+    FiredSign,
+    Line,
+    Sign,
+    Start,
+    StartCell,
+    WatchedCell,
+    damaged,
+    dump,
+    read_lines,
+)
+
+if TYPE_CHECKING:
+    from robustdiff.training.trainer import Trainer
+
+__all__ = ["Interrupted", "Watch"]
+
+logger = logging.getLogger(__name__)
+
+LONG = 50  # the number of steps that diffusion models are watched at besides their own
+SHARE = 0.10  # of the time of training, the most that every=auto spends
+MOST = 50  # measurements of every=auto, at most
+
+
+class Interrupted(Exception):
+    """A signal arrived during a measurement, which is dropped."""
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """The cells of one model on one noise."""
+
+    cells: tuple[Cell, ...]
+    seconds: float
+
+
+class Watch:
+    """The watch of a run. Every process makes one and calls the same methods.
+
+    Arguments:
+        config: The section of the recipe.
+        trainer: The trainer, whose network has the starting weights.
+        dataset: The real images, and the captions of the generated ones.
+        folder: The folder of the run, to which the constructor writes nothing.
+        progress: The receiver of the progress of the statistics of the real images.
+
+    Attributes:
+        note: The last measurement in words, for the line of progress.
+
+    Raises:
+        InputError: If a metric, sampler or extractor is unknown or does not suit the model or the data, or the network
+            is sharded by FSDP.
+    """
+
+    def __init__(
+        self,
+        config: WatchConfig,
+        trainer: Trainer,
+        dataset: ImageDataset,
+        folder: Path,
+        progress: Progress = SILENT,
+    ) -> None:
+        self.config, self.trainer, self.dataset, self.folder = config, trainer, dataset, folder
+        self.recipe, self.accelerator = trainer.recipe, trainer.accelerator
+        self.note = ""
+        if self.accelerator.distributed_type == DistributedType.FSDP:
+            raise InputError("watch is not for FSDP, whose shards are not sampled from: set watch=none")
+        self.generators = self._generators()
+        self.number, self.metrics = self._metrics(progress)
+        self.every = None if config.every == "auto" else config.every
+        self.lines: list[Line] = []
+        self.start: tuple[_Measured, _Measured] | None = None
+        self._clock: tuple[float, int] | None = None
+        self._training: float | None = None  # the time of the whole training in seconds
+
+    @property
+    def fresh_seed(self) -> int:
+        """The seed of the noise on which the chosen model is measured again."""
+        return self.config.seed + 1
+
+    def _metrics(self, progress: Progress) -> tuple[Number, MetricCollection]:
+        """Return the watched number, and its metric with the statistics of the real images."""
+        config, dataset = self.config, self.dataset
+        name, _, value = config.metric.partition("=")
+        try:
+            number = next((number for number in METRICS[name].numbers if number.better is not None), None)
+        except InputError as error:
+            raise InputError(f"watch.metric: {error}") from None
+        if number is None:
+            raise InputError(f"watch.metric={name}: no value of it is better than another, so that none is the best")
+        target = Target()
+        if compared([name]):
+            features = config.features
+            if features is None:
+                if self.recipe.data.name not in SHIPPED:
+                    raise InputError(
+                        f"watch: no features are known for {dataset.name}: set watch.features=inception and "
+                        "watch.weights=FILE, or others; or set watch=none"
+                    )
+                features = self.recipe.data.name
+            weights = None if config.weights is None else Path(config.weights)
+            try:
+                extractor = load_extractor(features, weights=weights, device=self.accelerator.device)
+            except InputError as error:
+                raise InputError(f"watch.features: {error}") from None
+            target = Target(self.recipe.data, dataset, extractor)
+        elif config.features is not None or config.weights is not None:
+            raise InputError(f"watch.features is of no use to watch.metric={name}: leave it out")
+        reference = target.statistics(self.accelerator, progress)
+        values = {name: value} if value else {}
+        try:
+            metrics = MetricCollection([name], target.extractor, reference, self.accelerator.device, values)
+        except InputError as error:
+            raise InputError(f"watch.metric: {error}") from None
+        if metrics.needs_captions and not self.trainer.built.model.condition.takes_captions:
+            raise InputError(f"watch.metric={name} is for models of captions: leave it out")
+        return number, metrics
+
+    def _generators(self) -> list[Generator]:
+        """Return the generator of each cell."""
+        config, model, own = self.config, self.trainer.built.model, self.recipe.sampler
+        prompts = prompts_of(self.dataset) if model.condition.takes_captions else None
+        found = []
+        samplers = config.samplers or (own.name or model.samplers[0],)
+        for sampler in samplers:
+            for steps in config.steps or _usual_steps(sampler, own.steps):
+                try:
+                    generator = Generator.of(
+                        model,
+                        data_classes=self.dataset.num_classes,
+                        data_captions=() if prompts is None else prompts.texts[: config.num],
+                        sampler=sampler,
+                        steps=steps,
+                        batch_size=config.batch_size,
+                        precision=self.recipe.precision,
+                        guidance=config.guidance,
+                    )
+                except InputError as error:
+                    raise InputError(f"watch of {sampler} at {steps} steps: {error}") from None
+                found.append(generator)
+        return found
+
+    # -- measurement -----------------------------------------------------------------------------------------
+
+    def _measure(self, seed: int, average: bool, interrupt: Interrupt, progress: Progress) -> _Measured:
+        """Measure the cells of the network as it is, or of its moving average.
+
+        Raises:
+            Interrupted: If a signal arrived.
+            RunError: If a number is not finite.
+        """
+        began = time.perf_counter()
+        shown = _Within(self, interrupt, progress)
+        cells = []
+        with self._sampling(average):
+            for generator in self.generators:
+                shown.check()
+                chosen = replace(generator, seed=seed)
+                cell, _ = evaluate_cell("watch", chosen, self.config.num, self.metrics, self.accelerator, 0, shown)
+                cells.append(cell)
+        return _Measured(tuple(cells), time.perf_counter() - began)
+
+    @contextmanager
+    def _sampling(self, average: bool) -> Iterator[None]:
+        """Prepare the model for sampling within the block, and leave everything as it was."""
+        model, device = self.trainer.built.model, self.accelerator.device
+        averaged = self.trainer.averaged() if average else nullcontext()
+        with torch.random.fork_rng([device] if device.type == "cuda" else []), averaged:
+            model.codec.to(device)
+            try:
+                yield
+            finally:
+                model.network.train()
+                if self.recipe.caches_latents:  # training does not call the codec
+                    model.codec.to("cpu")
+
+    def _cells(self, measured: _Measured, start: _Measured | None) -> list[WatchedCell]:
+        """Return the records of cells, with the differences to the start's."""
+        found = []
+        for i, cell in enumerate(measured.cells):
+            key = self.number.name
+            record = WatchedCell(
+                sampler=cell.sampler,
+                steps=int(cell.steps or 0),
+                metric=key,
+                value=_value(cell, key),
+                ci=list(cell.intervals[key]) if key in cell.intervals else None,
+                guidance=cell.guidance,
+            )
+            if start is not None:
+                base = start.cells[i]
+                record.difference = record.value - _value(base, key)
+                pairs = [pair for pair in differences(cell, base) if pair.number == key]
+                record.difference_ci = list(pairs[0].interval) if pairs else None
+            found.append(record)
+        return found
+
+    def _mean(self, cells: Sequence[WatchedCell]) -> float:
+        return sum(cell.value for cell in cells) / len(cells)
+
+    def _better(self, mean: float) -> bool:
+        """Return whether a mean is better than those of all lines so far."""
+        sign = 1 if self.number.better == "lower" else -1
+        return all(sign * mean < sign * line.mean for line in self.lines)
+
+    # -- the run ---------------------------------------------------------------------------------------------
+
+    def begin(self, new: bool, interrupt: Interrupt, progress: Progress) -> None:
+        """Measure the starting checkpoint, if there is one and it is not measured yet, and read the lines so far.
+
+        Call it before a checkpoint of the run is loaded.
+
+        Arguments:
+            new: Whether the run starts from the beginning; earlier measurements are then removed.
+
+        Raises:
+            Interrupted: If a signal arrived.
+            InputError: If a file of the watch is damaged.
+        """
+        main = self.accelerator.is_main_process
+        if main and new:
+            for name in ("watch.jsonl", "start.json"):
+                (self.folder / name).unlink(missing_ok=True)
+            shutil.rmtree(self.folder / "best", ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        self.lines = self._everywhere(read_lines(self.folder / "watch.jsonl") if main else None)
+        if main and self.lines:
+            self._drop_torn_line()
+        if self.every is None:
+            self.every = next((line.every for line in self.lines if line.every is not None), None)
+        if self.trainer.built.pretrained is None:
+            return
+        record: Start | None = self._everywhere(self._read_start() if main else None)
+        if record is None:
+            first = self._measure(self.config.seed, self.config.average, interrupt, progress)
+            fresh = self._measure(self.fresh_seed, self.config.average, interrupt, progress)
+            record = Start(
+                seconds=first.seconds + fresh.seconds, cells=self._to_start(first), fresh=self._to_start(fresh)
+            )
+            if main:
+                write_json(self.folder / "start.json", record.model_dump())
+        half = record.seconds / 2
+        self.start = _Measured(self._of_start(record.cells), half), _Measured(self._of_start(record.fresh), half)
+        if not self.lines:
+            self._keep()
+            line = self._line(0, self._cells(self.start[0], None), record.seconds)
+            line.images *= 2  # on two noises
+            self._append(line)
+
+    def _everywhere(self, value: Any) -> Any:
+        """Return the main process's value in all processes."""
+        return broadcast_object_list([value])[0]
+
+    def _drop_torn_line(self) -> None:
+        """Remove the part of a line that a kill left at the end of ``watch.jsonl``."""
+        with open_regular(self.folder / "watch.jsonl", "r+b") as file:
+            whole = 0
+            while (line := file.readline(LONGEST_LINE)).endswith(b"\n"):
+                whole += len(line)
+            file.truncate(whole)
+
+    def _to_start(self, measured: _Measured) -> list[StartCell]:
+        key = self.number.name
+        return [
+            StartCell(
+                sampler=cell.sampler,
+                steps=int(cell.steps or 0),
+                metric=key,
+                value=_value(cell, key),
+                ci=list(cell.intervals[key]) if key in cell.intervals else None,
+                replicates=cell.replicates[key].tolist() if key in cell.replicates else None,
+                blocks=cell.blocks.get(key),
+            )
+            for cell in measured.cells
+        ]
+
+    def _of_start(self, records: Sequence[StartCell]) -> tuple[Cell, ...]:
+        key = self.number.name
+        return tuple(
+            Cell(
+                checkpoint="start",
+                sampler=record.sampler,
+                steps=record.steps,
+                n=self.config.num,
+                values={key: record.value},
+                intervals={} if record.ci is None else {key: (record.ci[0], record.ci[1])},
+                replicates={} if record.replicates is None else {key: np.array(record.replicates)},
+                seconds=0.0,
+                guidance=self.config.guidance,
+                blocks={} if record.blocks is None else {key: record.blocks},
+            )
+            for record in records
+        )
+
+    def _read_start(self) -> Start | None:
+        """Return the contents of ``start.json``, or None if there is no such file."""
+        path = self.folder / "start.json"
+        if not path.exists():
+            return None
+        own = [(g.sampler, g.steps, self.number.name) for g in self.generators]
+        try:
+            record = Start.model_validate(read_json(path))
+        except ValidationError as error:
+            raise damaged(path, error) from None
+        for cells in (record.cells, record.fresh):
+            if [(cell.sampler, cell.steps, cell.metric) for cell in cells] != own:
+                raise damaged(path, "its cells are not those of the recipe")
+        return record
+
+    def due(self, step: int, last: bool) -> bool:
+        """Return whether to measure after an update that completes a batch, or the last one of the run."""
+        if self.every is None:
+            self._choose_interval(step)
+        if last:
+            return True
+        passes = self.trainer.adversary.passes
+        return self.every is not None and step // self.every > (step - passes) // self.every
+
+    def _choose_interval(self, step: int) -> None:
+        """Choose the interval of every=auto from the speed of training so far, once it is known."""
+        steps, now = self.recipe.steps, time.perf_counter()
+        if self._clock is None:  # the first batch is slower than the others
+            self._clock = now, step
+            return
+        since, before = self._clock
+        if step - before < steps / 50:
+            return
+        training = self._everywhere((now - since) / (step - before) * steps)
+        if self.start is None:  # what a measurement takes is not known yet
+            self.every = math.ceil(steps / 10)
+            self._training = training
+            return
+        one = self.start[0].seconds
+        spare = SHARE * training - 4 * one  # of the start and the chosen model, each on two noises
+        self.every = math.ceil(steps / (1 + min(MOST, max(0, int(spare / one)))))
+        self._warn_of_cost(4 * one, training)
+
+    def _warn_of_cost(self, seconds: float, training: float) -> None:
+        """Log a warning if measurements take more of the time of training than every=auto shall spend."""
+        if seconds > SHARE * training and self.accelerator.is_main_process:
+            logger.warning(
+                "%s: the watch takes about %.0f s, %.0f %% of the time of training: lower watch.num, or give fewer or "
+                "smaller watch.steps",
+                printable(self.recipe.output),
+                seconds,
+                100 * seconds / training,
+            )
+
+    def measure(self, step: int, interrupt: Interrupt, progress: Progress) -> bool:
+        """Measure the model after an update, keep it if it is the best, and append a line.
+
+        An update that has a line, from before an interruption, is not measured again.
+
+        Returns:
+            True if a sign ends the run.
+
+        Raises:
+            Interrupted: If a signal arrived.
+            RunError: If a number is not finite.
+        """
+        line = next((line for line in self.lines if line.step == step), None)
+        if line is None:
+            began = time.perf_counter()
+            measured = self._measure(self.config.seed, self.config.average, interrupt, progress)
+            cells = self._cells(measured, None if self.start is None else self.start[0])
+            line = self._line(step, cells, 0.0)
+            if line.best:
+                self._keep()
+            line.seconds = time.perf_counter() - began
+            if self._training is not None and not self.lines and self.every is not None:
+                self._warn_of_cost((1 + math.ceil(self.recipe.steps / self.every)) * line.seconds, self._training)
+            line.signs = self._everywhere(self._signs(line) if self.accelerator.is_main_process else None)
+            self._append(line)
+        return self.config.signs.action == "stop" and any(sign.action == "stop" for sign in line.signs)
+
+    def _keep(self) -> None:
+        """Write the model to ``best/``, with the recipe, which names its sampler and data."""
+        self.trainer.export(self.folder / "best", self.config.average)
+        if self.accelerator.is_main_process:
+            with atomic_write(self.folder / "best" / "recipe.yaml") as file:
+                file.write(self.recipe.to_yaml().encode())
+
+    def _line(self, step: int, cells: list[WatchedCell], seconds: float) -> Line:
+        mean, images = self._mean(cells), self.config.num * len(cells)
+        every = self.every if step else None
+        return Line(
+            step=step, cells=cells, mean=mean, best=self._better(mean), seconds=seconds, images=images, every=every
+        )
+
+    def _append(self, line: Line) -> None:
+        """Append a line to ``watch.jsonl``, show it and pass it to the trackers."""
+        self.lines.append(line)
+        if self.accelerator.is_main_process:
+            with open_regular(self.folder / "watch.jsonl", "ab") as file:
+                file.write(json.dumps(dump(line)).encode() + b"\n")
+            for sign in line.signs:
+                output = printable(self.recipe.output)
+                logger.warning("%s: update %d: %s (%s)", output, line.step, sign.message, sign.name)
+        best = self._chosen()
+        self.note = f"{self.number.title} {line.mean:{self.number.format}} at {line.step}, best at {best.step}"
+        values = {f"watch/{cell.sampler}-{cell.steps}": cell.value for cell in line.cells}
+        self.accelerator.log({**values, "watch/mean": line.mean}, step=line.step)
+
+    def _signs(self, line: Line) -> list[Sign]:
+        """Return the signs that fire after a measurement."""
+        config = self.config.signs
+        if config.action == "off":
+            return []
+        adversary = self.trainer.adversary
+        ascents = adversary.ascents * self.recipe.batch_size / self.accelerator.num_processes / adversary.passes
+        lines = [dump(one) for one in (*self.lines, line)]
+        history = History(lines, _read_metrics(self.folder / "metrics.jsonl", line.step), ascents)
+        fired = []
+        for name, rule in SIGNS.items():
+            threshold = getattr(config, name.replace("-", "_"))
+            message = None if threshold is None else rule(history, threshold)
+            if message is not None:
+                fired.append(Sign(name=name, message=message, action=config.action))
+        return fired
+
+    def _chosen(self) -> Line:
+        return next(line for line in reversed(self.lines) if line.best)
+
+    def result(self, interrupt: Interrupt, progress: Progress) -> dict[str, Any]:
+        """Return the watch's part of ``result.json``, with the chosen model measured on fresh noise.
+
+        The network has the weights of the chosen model afterwards: call it when the run's own model is exported.
+
+        Raises:
+            Interrupted: If a signal arrived.
+            InputError: If ``best/`` cannot be read.
+        """
+        line = self._chosen()
+        at_start = self.start is not None and line.step == 0
+        fresh = None if self.start is None else self.start[1]
+        if at_start:
+            assert fresh is not None
+            chosen, fresh = fresh, None
+        else:
+            self._load_best()
+            chosen = self._measure(self.fresh_seed, False, interrupt, progress)
+        cells = self._cells(chosen, fresh)
+        best = Best(
+            step=line.step,
+            start=at_start,
+            mean=self._mean(cells),
+            seed=self.fresh_seed,
+            images=self.config.num * len(cells),
+            cells=cells,
+        )
+        if fresh is not None:
+            best.difference = best.mean - self._mean(self._cells(fresh, None))
+            key = self.number.name
+            pairs = list(zip(chosen.cells, fresh.cells, strict=True))
+            if all(key in cell.replicates for cell in itertools.chain(*pairs)):
+                drawn = np.mean([a.replicates[key] - b.replicates[key] for a, b in pairs], axis=0)
+                best.difference_ci = list(interval(best.difference, drawn, chosen.cells[0].blocks[key]))
+        signs = [FiredSign(step=one.step, **sign.model_dump()) for one in self.lines for sign in one.signs]
+        return {"best": dump(best), "signs": [sign.model_dump() for sign in signs]}
+
+    def _load_best(self) -> None:
+        """Load the weights in ``best/`` into the network."""
+        model, path = self.trainer.built.model, self.folder / "best"
+        if model.adapter is not None:
+            read_weights_into(model.network, model.backbone.part, path / WEIGHTS)
+            model.network.to(self.accelerator.device)
+            return
+        model.network.load_state_dict(load_model(path).network.state_dict())
+
+
+class _Within:
+    """The progress of a measurement as a note on that of the run; it ends the measurement after a signal."""
+
+    def __init__(self, watch: Watch, interrupt: Interrupt, progress: Progress) -> None:
+        self.accelerator, self.interrupt, self.progress = watch.accelerator, interrupt, progress
+        smallest = watch.config.num // self.accelerator.num_processes
+        self.common = math.ceil(smallest / watch.config.batch_size)  # batches that every process has
+
+    def begin(self, description: str, total: float) -> None:
+        self.description, self.total, self.done, self.batches = description, total, 0.0, 0
+
+    def advance(self, amount: float, note: str = "") -> None:
+        self.done += amount
+        self.batches += 1
+        self.progress.advance(0, f"{self.description}: {min(self.done, self.total):g} of {self.total:g} images")
+        if self.batches <= self.common:
+            self.check()
+
+    def check(self) -> None:
+        """Raise Interrupted if a signal arrived in any process. Every process must call it equally often."""
+        if self.accelerator.num_processes > 1:
+            flag = torch.tensor(float(self.interrupt.received is not None), device=self.accelerator.device)
+            stop = bool(self.accelerator.reduce(flag, reduction="sum"))
+        else:
+            stop = self.interrupt.received is not None
+        if stop:
+            raise Interrupted
+
+
+def _value(cell: Cell, key: str) -> float:
+    value = cell.values[key]
+    if value is None:
+        raise RunError(f"watch.metric: {key} is not defined for these images: choose another metric")
+    return value
+
+
+def _usual_steps(sampler: str, own: int | str | None) -> tuple[int, ...]:
+    """Return the numbers of steps of a sampler that are watched by default, given those of the recipe."""
+    kind = SAMPLERS[sampler]
+    first = own if isinstance(own, int) else None
+    if LONG in kind.grid_steps:
+        return tuple(sorted({first or kind.default_steps, LONG}))
+    return tuple(sorted({*kind.grid_steps, *([first] if first else [])}))
+
+
+def _read_metrics(path: Path, step: int) -> list[dict[str, float]]:
+    """Return the lines of ``metrics.jsonl`` up to an update."""
+    with open_regular(path) as file:
+        lines = [json.loads(line) for line in file]
+    return [line for line in lines if line["step"] <= step]

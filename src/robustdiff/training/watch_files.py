@@ -1,0 +1,221 @@
+"""The files of the watch (:mod:`robustdiff.training.watch`), and what a finished run says of it in words.
+
+    watch.jsonl    a :class:`Line` for each measurement, in increasing order of updates
+    start.json     :class:`Start`, what was measured of the starting checkpoint
+    result.json    its fields ``best``, :class:`Best`, and ``signs``, a list of :class:`FiredSign`
+
+A file may come from somebody else: everything in it is validated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError
+
+from robustdiff.errors import InputError, printable
+from robustdiff.files import open_regular
+from robustdiff.metrics.bootstrap import REPLICATES
+from robustdiff.metrics.metric import number_named
+from robustdiff.recipe import Recipe
+
+__all__ = [
+    "Best",
+    "FiredSign",
+    "Line",
+    "Sign",
+    "Start",
+    "StartCell",
+    "WatchedCell",
+    "damaged",
+    "dump",
+    "read_lines",
+    "summary",
+]
+
+LONGEST_LINE = 2**20
+
+
+class Record(BaseModel):
+    """The base class of records, in which nothing is unknown, and no number is NaN or infinite."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+Ends = Annotated[list[float], Field(min_length=2, max_length=2)]
+
+
+class WatchedCell(Record):
+    """The number of a model at one sampler and number of steps, with its difference to the starting checkpoint's.
+
+    Attributes:
+        metric: The key of the number, as in :class:`robustdiff.metrics.metric.Number`.
+        ci, difference_ci: The 95 % intervals, or None without bootstrap replicates.
+        difference: None without a starting checkpoint, and for itself.
+        guidance: The scale of classifier-free guidance; left out of files if it is None.
+    """
+
+    sampler: str
+    steps: PositiveInt
+    metric: str
+    value: float
+    ci: Ends | None = None
+    difference: float | None = None
+    difference_ci: Ends | None = None
+    guidance: float | None = None
+
+
+class Sign(Record):
+    """A sign that fired."""
+
+    name: str
+    message: str
+    action: str
+
+
+class Line(Record):
+    """A line of ``watch.jsonl``.
+
+    Attributes:
+        step: The number of updates; 0 for the starting checkpoint.
+        mean: The mean of the cells' values.
+        best: Whether this mean is better than those of all lines before.
+        seconds: The time that the measurement took.
+        images: The number of images that were generated: those of all cells, and twice as many of the start.
+        every: The number of updates between measurements.
+    """
+
+    step: NonNegativeInt
+    cells: Annotated[list[WatchedCell], Field(min_length=1, max_length=10_000)]
+    mean: float
+    best: bool
+    seconds: Annotated[float, Field(ge=0)]
+    images: PositiveInt
+    every: PositiveInt | None = None
+    signs: list[Sign] = []
+
+
+class Best(Record):
+    """The model in ``best/``, measured on fresh noise, as in ``result.json``.
+
+    Attributes:
+        step: The number of updates; 0 for the starting checkpoint.
+        start: Whether it is the starting checkpoint.
+        mean: The mean of the cells' values.
+        seed: The seed of the noise.
+        images: The number of images of all cells.
+        difference, difference_ci: Those of the mean to the starting checkpoint's, or None as in the cells.
+    """
+
+    step: NonNegativeInt
+    start: bool
+    mean: float
+    seed: NonNegativeInt
+    images: PositiveInt
+    cells: Annotated[list[WatchedCell], Field(min_length=1, max_length=10_000)]
+    difference: float | None = None
+    difference_ci: Ends | None = None
+
+
+class FiredSign(Sign):
+    """A sign that fired, and the update at which it did, as in ``result.json``."""
+
+    step: NonNegativeInt
+
+
+class StartCell(Record):
+    """The number of the starting checkpoint at one sampler and number of steps, with its bootstrap replicates."""
+
+    sampler: str
+    steps: PositiveInt
+    metric: str
+    value: float
+    ci: Ends | None
+    replicates: Annotated[list[float], Field(min_length=REPLICATES, max_length=REPLICATES)] | None
+    blocks: Annotated[int, Field(ge=2)] | None
+
+
+class Start(Record):
+    """The contents of ``start.json``: the starting checkpoint's cells on the noise of the watch, and on fresh noise."""
+
+    seconds: Annotated[float, Field(gt=0)]
+    cells: list[StartCell]
+    fresh: list[StartCell]
+
+
+def dump(record: Record) -> dict[str, Any]:
+    """Return a record as JSON values, without a scale of guidance where there is none."""
+    values = record.model_dump()
+    for cell in values.get("cells", []):
+        if cell["guidance"] is None:
+            del cell["guidance"]
+    return values
+
+
+def read_lines(path: Path) -> list[Line]:
+    """Return the lines of ``watch.jsonl``, without a last one that a kill left unfinished; none if there is no file.
+
+    Raises:
+        InputError: If a line is malformed, or the steps do not increase.
+    """
+    lines: list[Line] = []
+    try:
+        with open_regular(path) as file:
+            while (line := file.readline(LONGEST_LINE)).endswith(b"\n"):
+                lines.append(Line.model_validate_json(line))
+                if len(lines) > 1 and lines[-1].step <= lines[-2].step:
+                    raise damaged(path, f"step {lines[-1].step} comes after {lines[-2].step}")
+    except FileNotFoundError:
+        return []
+    except ValidationError as error:
+        raise damaged(path, error) from None
+    return lines
+
+
+def damaged(path: Path, reason: str | ValidationError) -> InputError:
+    """Return the error for a damaged file."""
+    if isinstance(reason, ValidationError):
+        first = reason.errors()[0]
+        reason = f"{'.'.join(map(str, first['loc']))[:100]}: {first['msg']}"
+    return InputError(f"{printable(path)} is damaged ({printable(reason)}): remove it to resume without what it has")
+
+
+def _said(cell: Mapping[str, Any]) -> str:
+    """Return a cell of ``result.json`` in words."""
+    words = f"{cell['metric']} of {cell['sampler']} at {cell['steps']} steps {cell['value']:.4g}"
+    if cell["difference"] is None:
+        return words
+    ends = "" if cell["difference_ci"] is None else " [{:+.3g}, {:+.3g}]".format(*cell["difference_ci"])
+    return f"{words} ({cell['difference']:+.3g}{ends} to the start)"
+
+
+def summary(recipe: Recipe, result: Mapping[str, Any]) -> list[str]:
+    """Return what a finished run says of its watch, in lines."""
+    best, signs = result.get("best"), result.get("signs") or []
+    if best is None:
+        if recipe.model.source is None:
+            return []
+        return [
+            "this fine-tuning was not watched, so nothing says that it is better than what it started from: "
+            "--set watch.every=auto measures it while it trains"
+        ]
+    lines = []
+    if signs and signs[-1]["action"] == "stop":
+        lines.append(f"stopped at update {signs[-1]['step']} by the sign {signs[-1]['name']}: {signs[-1]['message']}")
+    elif signs:
+        names = dict.fromkeys(sign["name"] for sign in signs)
+        lines.append(f"signs that fired: {', '.join(names)} (watch.jsonl has them)")
+    if best["start"]:
+        lines.append("no checkpoint of this run was better than the one it started from: best/ holds that one")
+        return lines
+    lines.append(
+        f"best/ holds the model of update {best['step']}; on fresh noise {', '.join(map(_said, best['cells']))}"
+    )
+    ends = best["difference_ci"]
+    if ends is not None and ends[0] <= 0 <= ends[1]:
+        lines.append("on fresh noise it does not differ significantly from the one it started from")
+    elif ends is not None and (ends[0] > 0) == (number_named(best["cells"][0]["metric"]).better == "lower"):
+        lines.append("on fresh noise it is worse than the one it started from: use that one")
+    return lines

@@ -1,0 +1,191 @@
+"""The watch over interruptions: the same lines, the same best, and damaged files are named."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from robustdiff.errors import InputError
+from robustdiff.recipe import Recipe
+from robustdiff.training import watch as module
+from robustdiff.training.trainer import read_result, train
+
+TUNED = {
+    "data": "digits",
+    "adversary": "free",
+    "steps": 9,
+    "batch_size": 8,
+    "ema": 0.5,
+    "threads": 1,
+    "log_every": 1,
+    "checkpoint_every": 3,
+    "watch": {"every": 4, "steps": [2], "num": 40},
+}
+UNET = "unet/diffusion_pytorch_model.safetensors"
+
+
+class Crash(Exception):
+    """As a kill: the run ends where it is."""
+
+
+def lines(recipe):
+    found = [json.loads(line) for line in (Path(recipe.output) / "watch.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k != "seconds"} for line in found]
+
+
+def result(recipe):
+    return json.loads((Path(recipe.output) / "result.json").read_text())
+
+
+def weights(recipe, part="best"):
+    return load_file(Path(recipe.output) / part / UNET)
+
+
+def same(first, second):
+    return first.keys() == second.keys() and all(torch.equal(value, second[name]) for name, value in first.items())
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, digits_run):
+    """The recipe of an uninterrupted run."""
+    recipe = {**TUNED, "model": {"name": "pretrained", "path": str(digits_run)}, "lr": 3e-3}
+    finished = Recipe.model_validate({**recipe, "output": str(tmp_path_factory.mktemp("watched") / "run")})
+    train(finished)
+    return finished
+
+
+@pytest.fixture
+def whole(tmp_path, finished):
+    """The recipe of a finished run, in a folder of its own."""
+    shutil.copytree(finished.output, tmp_path / "whole")
+    return finished.model_copy(update={"output": str(tmp_path / "whole")})
+
+
+def assert_alike(first, second):
+    assert lines(first) == lines(second)
+    assert same(weights(first), weights(second))
+    assert same(weights(first, "model"), weights(second, "model"))
+    assert result(first)["best"] == result(second)["best"]
+    assert result(first)["signs"] == result(second)["signs"]
+
+
+@pytest.mark.parametrize(
+    ("place", "call"),
+    [("_measure", 1), ("_append", 0), ("_measure", 2), ("_append", 2), ("result", 0)],
+)
+def test_a_run_that_is_killed_at_any_place_ends_as_one_in_one_go(tuned, whole, monkeypatch, place, call):
+    cut, calls = tuned("cut", lr=3e-3), []
+
+    def crash(self, *arguments):
+        calls.append(1)
+        if len(calls) == call + 1:
+            raise Crash
+        return own(self, *arguments)
+
+    own = getattr(module.Watch, place)
+    monkeypatch.setattr(module.Watch, place, crash)
+    with pytest.raises(Crash):
+        train(cut)
+    train(cut, resume=True)
+    assert_alike(whole, cut)
+
+
+def test_a_kill_between_a_measurement_and_a_checkpoint(tuned, whole, watch, monkeypatch):
+    """The measurement after update 6 has its line, and the newest checkpoint is that of update 3."""
+    cut, measured = tuned("cut", lr=3e-3), []
+    own = module.Watch._measure
+    monkeypatch.setattr(module.Watch, "_measure", lambda self, *a: measured.append(self.trainer.step) or own(self, *a))
+    for at, every in ((6, 3), (9, 100)):
+
+        def crash(done, at=at):
+            if done >= at:
+                raise Crash
+
+        rarer = cut.model_copy(update={"checkpoint_every": every})
+        with pytest.raises(Crash):
+            train(rarer, resume=True, progress=watch(crash))
+    assert [path.name for path in (Path(cut.output) / "checkpoints").iterdir()] == ["step-00000003"]
+    train(cut, resume=True)
+    assert measured == [0, 0, 6, 9, 9]  # twice at the start, and the chosen model at the end
+    assert_alike(whole, cut)
+
+
+def test_a_torn_line_is_dropped(whole):
+    path = Path(whole.output) / "watch.jsonl"
+    before = lines(whole)
+    with path.open("ab") as file:
+        file.write(b'{"step": 12, "ce')
+    longer = whole.model_copy(update={"steps": 12})
+    train(longer, resume=True)
+    assert lines(longer)[: len(before)] == before
+    assert [line["step"] for line in lines(longer)] == [0, 6, 9, 12]
+
+
+@pytest.mark.parametrize("cell", [1, 3, 5], ids=["at the start", "in between", "at the end"])
+def test_a_signal_during_a_measurement_saves_and_resumes(tuned, whole, monkeypatch, cell):
+    cut, calls = tuned("cut", lr=3e-3), []
+
+    def signalled(*arguments):
+        calls.append(1)
+        if len(calls) == cell:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return own(*arguments)
+
+    own = module.evaluate_cell
+    monkeypatch.setattr(module, "evaluate_cell", signalled)
+    assert train(cut) is None
+    assert len(calls) == cell  # the measurement is dropped
+    assert not (Path(cut.output) / "result.json").exists()
+    train(cut, resume=True)
+    assert_alike(whole, cut)
+
+
+def test_another_watch_is_refused_after_the_first_measurement(whole):
+    longer = whole.model_copy(update={"steps": 12})
+    other = longer.model_copy(update={"watch": whole.watch.model_copy(update={"seed": 5})})
+    with pytest.raises(InputError, match="another watch"):
+        train(other, resume=True)
+    with pytest.raises(InputError, match="another watch"):
+        train(longer.model_copy(update={"watch": None}), resume=True)
+    found = train(longer.model_copy(update={"watch": whole.watch.model_copy(update={"every": 1})}), resume=True)
+    assert found["steps"] == 12
+
+
+def test_the_watch_may_begin_later(tuned):
+    recipe = tuned(lr=3e-3)
+    train(recipe.model_copy(update={"watch": None}))
+    found = train(recipe.model_copy(update={"steps": 12}), resume=True)
+    assert [line["step"] for line in lines(recipe)] == [0, 9, 12]
+    assert found["best"] is not None
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "new"),
+    [
+        ("watch.jsonl", '"step": 6', '"step": 0'),
+        ("watch.jsonl", '"mean": ', '"mean": NaN, "x": '),
+        ("start.json", '"metric": "fid"', '"metric": "kid"'),
+        ("start.json", '"replicates": [', '"replicates": [1.0, '),
+        ("result.json", '"start": false', '"start": 7'),
+        ("result.json", '"signs"', '"sign"'),
+    ],
+)
+def test_a_damaged_file_is_named(whole, name, old, new):
+    path = Path(whole.output) / name
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new, 1))
+    with pytest.raises(InputError, match=name) as error:
+        train(whole.model_copy(update={"steps": 12}), resume=True)
+    assert "\n" not in str(error.value)
+
+
+def test_results_from_before_the_watch_are_read(digits_run):
+    assert "best" not in read_result(digits_run / "result.json")
