@@ -183,7 +183,8 @@ class EvaluatedCell(_Record):
         if not isinstance(values, dict):
             return values
         own = {name: value for name, value in values.items() if name in cls.model_fields}
-        others = {name: value for name, value in values.items() if name not in cls.model_fields}
+        known = {*cls.model_fields, "blocks"}  # of the bootstrap, which the page does not need
+        others = {name: value for name, value in values.items() if name not in known}
         intervals = {name.removesuffix("_ci"): value for name, value in others.items() if name.endswith("_ci")}
         numbers = {name: value for name, value in others.items() if not name.endswith("_ci")}
         return {**own, "numbers": numbers, "intervals": intervals}
