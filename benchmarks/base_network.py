@@ -126,7 +126,7 @@ def measure(network, process, shape, num, metrics):
         with torch.autocast("cpu", torch.bfloat16):
             images = sample(network, process, "ddim", 50, latents=noise.draw())
         metrics.update(to_uint8(images), start)
-    values, intervals, _ = metrics.result("the images")
+    values, intervals, *_ = metrics.result("the images")
     return {"fid": values["fid"], "fid_ci": list(intervals["fid"])}
 
 

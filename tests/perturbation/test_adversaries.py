@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from scipy.optimize import linprog, minimize
 from torch import nn
@@ -95,6 +95,7 @@ def test_projection_is_the_nearest_point_by_constrained_optimisation(norm, seed,
         lambda x: ((x[:d] - x[d:] - z) ** 2).sum(), start, bounds=[(0, bound)] * 2 * d, constraints=constraints,
         options={"maxiter": 500, "ftol": 1e-14}, method="SLSQP",
     )  # fmt: skip
+    assume(found.success and (norm == "linf" or size(found.x) > -1e-6))  # the solver has its own failures
     brute = found.x[:d] - found.x[d:]
     mine = NORMS[norm].project(torch.from_numpy(z)[None], torch.tensor([radius], dtype=torch.float64))[0].numpy()
     assert np.linalg.norm(mine, ord=ORDER[norm]) <= radius * (1 + 1e-9)
