@@ -319,9 +319,9 @@ def test_several_runs_stand_side_by_side(make_run, tmp_path):
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
-        ({"watch.jsonl": "{}\n"}, ["watch.jsonl, line 1", "step"]),
-        ({"watch.jsonl": '{"step": NaN}\n'}, ["watch.jsonl, line 1"]),
-        ({"watch.jsonl": "[" * 100_000 + "\n"}, ["watch.jsonl, line 1"]),
+        ({"watch.jsonl": "{}\n"}, ["watch.jsonl is damaged", "step"]),
+        ({"watch.jsonl": '{"step": NaN}\n'}, ["watch.jsonl is damaged"]),
+        ({"watch.jsonl": "[" * 100_000 + "\n"}, ["watch.jsonl is damaged"]),
         ({"metrics.jsonl": '{"step": 2, "loss": "1"}\n'}, ["metrics.jsonl, line 1", "loss"]),
         ({"result.json": "{}"}, ["result.json", "steps"]),
         ({"result.json": "nothing"}, ["result.json"]),
@@ -344,7 +344,7 @@ def test_a_damaged_file_is_named(make_run, tmp_path, spoil, words):
 def test_lines_out_of_order_are_refused(make_run, tmp_path):
     path = make_run(tmp_path / "run") / "watch.jsonl"
     path.write_text("".join(reversed(path.read_text().splitlines(keepends=True))))
-    with pytest.raises(InputError, match="do not ascend"):
+    with pytest.raises(InputError, match="comes after"):
         write_report([str(tmp_path / "run")], tmp_path / "r.html")
 
 

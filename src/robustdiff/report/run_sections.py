@@ -13,7 +13,8 @@ from robustdiff.errors import printable
 from robustdiff.metrics.metric import Number, number_named
 from robustdiff.mismatch.measure import MEASURES
 from robustdiff.report.charts import Chart, Mark, Point, Series, draw, interval_text
-from robustdiff.report.runs import Evaluated, Mismatches, RunFiles, Sign, WatchCell, WatchLine
+from robustdiff.report.runs import Evaluated, Mismatches, RunFiles
+from robustdiff.training.watch_files import FiredSign, Line, WatchedCell
 
 __all__ = [
     "Summary",
@@ -53,7 +54,7 @@ class Summary:
     what: str
     outcome: list[str]
     differences: Table | None
-    signs: list[Sign]
+    signs: list[FiredSign]
     watched: bool
 
 
@@ -63,7 +64,7 @@ class Watched:
 
     name: str
     charts: list[Chart]
-    signs: list[Sign]
+    signs: list[FiredSign]
     note: str
 
 
@@ -122,7 +123,7 @@ _VERDICTS = {
 }
 
 
-def _place(cell: WatchCell) -> str:
+def _place(cell: WatchedCell) -> str:
     return f"{cell.place}, {cell.steps} steps"
 
 
@@ -164,7 +165,7 @@ def _outcome(run: RunFiles) -> list[str]:
     return found
 
 
-def _difference(cell: WatchCell) -> str:
+def _difference(cell: WatchedCell) -> str:
     number = number_named(cell.metric)
     assert cell.difference is not None
     return interval_text(cell.difference, cell.difference_ci, _show(number, difference=True))
@@ -203,7 +204,7 @@ def summary(run: RunFiles) -> Summary:
 # -- the metric against steps, and over the training ---------------------------------------------------------
 
 
-def _levels_of(run: RunFiles) -> list[tuple[str, Sequence[WatchCell], bool]]:
+def _levels_of(run: RunFiles) -> list[tuple[str, Sequence[WatchedCell], bool]]:
     """Return the cells of the start and of the checkpoints of a run, by name, and whether their noise is fresh."""
     best = run.result.best if run.result is not None else None
     if best is not None:
@@ -218,7 +219,7 @@ def _levels_of(run: RunFiles) -> list[tuple[str, Sequence[WatchCell], bool]]:
     if not run.watch:
         return []
     kept = next((line for line in run.watch if line.step == run.best_step), None)
-    lines: dict[int, tuple[str, WatchLine]] = {run.watch[-1].step: (f"update {run.watch[-1].step:,}", run.watch[-1])}
+    lines: dict[int, tuple[str, Line]] = {run.watch[-1].step: (f"update {run.watch[-1].step:,}", run.watch[-1])}
     if kept is not None:
         lines[kept.step] = f"best so far, update {kept.step:,}", kept
     if run.watch[0].step == 0:

@@ -20,17 +20,14 @@ from robustdiff.evaluation.sources import name_sources
 from robustdiff.files import open_regular, read_json
 from robustdiff.recipe import Recipe, load_recipe
 from robustdiff.study.schema import first_mistake
+from robustdiff.training.watch_files import Best, FiredSign, Line, read_lines
 
 __all__ = [
-    "Best",
     "Evaluated",
     "EvaluatedCell",
     "MeasuredPath",
     "Mismatches",
     "RunFiles",
-    "Sign",
-    "WatchCell",
-    "WatchLine",
     "read_evaluation",
     "read_mismatch",
     "read_runs",
@@ -41,65 +38,13 @@ _BYTES = 2**28
 Number = Annotated[float, Field(strict=True, ge=-1e300, le=1e300)]
 Whole = Annotated[int, Field(strict=True, ge=0, lt=2**63)]
 Words = Annotated[str, Field(strict=True, max_length=8192)]
-Ends = tuple[Number, Number]
+_Ends = tuple[Number, Number]
 
 
 class _Record(BaseModel):
     """The contents of a file that the report shows; further fields are ignored."""
 
     model_config = ConfigDict(frozen=True, allow_inf_nan=False)
-
-
-class WatchCell(_Record):
-    """A metric under one sampler at one number of steps, and its difference to the starting checkpoint."""
-
-    sampler: Words
-    steps: Whole
-    metric: Words
-    value: Number
-    ci: Ends | None = None
-    difference: Number | None = None
-    difference_ci: Ends | None = None
-    guidance: Number | None = None
-
-    @property
-    def place(self) -> str:
-        """Return the sampler and the scale of guidance, if there is one."""
-        return self.sampler if self.guidance is None else f"{self.sampler}, guidance {self.guidance:g}"
-
-
-class Sign(_Record):
-    """A sign of failure that fired. In a line of ``watch.jsonl`` the update is that of the line."""
-
-    name: Words
-    message: Words
-    action: Words
-    step: Whole | None = None
-
-
-class WatchLine(_Record):
-    """A line of ``watch.jsonl``."""
-
-    step: Whole
-    cells: Annotated[tuple[WatchCell, ...], Field(min_length=1, max_length=10_000)]
-    mean: Number
-    best: Annotated[bool, Field(strict=True)]
-    seconds: Annotated[Number, Field(ge=0)]
-    images: Whole
-    signs: tuple[Sign, ...] = ()
-
-
-class Best(_Record):
-    """The kept checkpoint, measured again on fresh noise, with the difference of its mean to that of the start."""
-
-    step: Whole
-    start: Annotated[bool, Field(strict=True)]
-    mean: Number
-    seed: Whole
-    images: Whole
-    cells: Annotated[tuple[WatchCell, ...], Field(min_length=1, max_length=10_000)]
-    difference: Number | None = None
-    difference_ci: Ends | None = None
 
 
 class _Result(_Record):
@@ -118,7 +63,7 @@ class _Result(_Record):
     device: Words
     torch: Words
     best: Best | None = None
-    signs: tuple[Sign, ...] | None = None
+    signs: list[FiredSign] | None = None
 
 
 class _Data(_Record):
@@ -175,7 +120,7 @@ class EvaluatedCell(_Record):
     seconds: Annotated[Number, Field(ge=0)]
     guidance: Number | None = None
     numbers: dict[Words, Number | None]
-    intervals: dict[Words, Ends]
+    intervals: dict[Words, _Ends]
 
     @model_validator(mode="before")
     @classmethod
@@ -200,7 +145,6 @@ class Evaluated(_Record):
 
 
 _Kind = TypeVar("_Kind", bound=_Record)
-_Line = TypeVar("_Line", WatchLine, _Metrics)
 
 
 def _read(path: Path, kind: type[_Kind], remedy: str) -> _Kind | None:
@@ -213,9 +157,9 @@ def _read(path: Path, kind: type[_Kind], remedy: str) -> _Kind | None:
         raise InputError(f"{printable(path)}: {first_mistake(error)}: {remedy}") from None
 
 
-def _lines(path: Path, kind: type[_Line]) -> list[_Line]:
-    """Return the whole lines of a file, whose updates ascend, or nothing if there is none."""
-    found: list[_Line] = []
+def _read_metrics(path: Path) -> list[_Metrics]:
+    """Return the whole lines of ``metrics.jsonl``, whose updates ascend, or nothing if there is none."""
+    found: list[_Metrics] = []
     try:
         with open_regular(path) as file:
             contents = file.read(_BYTES + 1)
@@ -225,7 +169,7 @@ def _lines(path: Path, kind: type[_Line]) -> list[_Line]:
         raise InputError(f"{printable(path)} has more than {_BYTES >> 20} MiB, which no file of its kind has")
     for number, line in enumerate(contents.split(b"\n")[:-1], 1):  # what follows the last break was torn by a kill
         try:
-            found.append(kind.model_validate(json.loads(line)))
+            found.append(_Metrics.model_validate(json.loads(line)))
         except (ValueError, RecursionError) as error:
             reason = first_mistake(error) if isinstance(error, ValidationError) else printable(str(error))
             raise InputError(f"{printable(path)}, line {number}, is damaged ({reason}): remove the line") from None
@@ -249,7 +193,7 @@ class RunFiles:
     recipe: Recipe
     data: _Data | None
     metrics: list[_Metrics]
-    watch: list[WatchLine]
+    watch: list[Line]
     result: _Result | None
     mismatch: Mismatches | None
 
@@ -272,11 +216,11 @@ class RunFiles:
         return self.metrics[-1].step if self.metrics else 0
 
     @cached_property
-    def signs(self) -> list[Sign]:
+    def signs(self) -> list[FiredSign]:
         """Return the signs that fired, with their updates."""
         if self.result is not None and self.result.signs is not None:
-            return list(self.result.signs)
-        return [sign.model_copy(update={"step": line.step}) for line in self.watch for sign in line.signs]
+            return self.result.signs
+        return [FiredSign(step=line.step, **sign.model_dump()) for line in self.watch for sign in line.signs]
 
     @property
     def best_step(self) -> int | None:
@@ -310,8 +254,8 @@ def _read_run(name: str, source: str) -> RunFiles:
         source,
         load_recipe(str(folder / "recipe.yaml")),
         _read(folder / "data.json", _Data, remedy),
-        _lines(folder / "metrics.jsonl", _Metrics),
-        _lines(folder / "watch.jsonl", WatchLine),
+        _read_metrics(folder / "metrics.jsonl"),
+        read_lines(folder / "watch.jsonl"),
         _read(folder / "result.json", _Result, remedy),
         next((found for path in places if (found := _read(path, Mismatches, "measure it again")) is not None), None),
     )

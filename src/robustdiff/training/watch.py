@@ -239,14 +239,14 @@ class Watch:
                 steps=int(cell.steps or 0),
                 metric=key,
                 value=_value(cell, key),
-                ci=list(cell.intervals[key]) if key in cell.intervals else None,
+                ci=cell.intervals.get(key),
                 guidance=cell.guidance,
             )
             if start is not None:
                 base = start.cells[i]
                 record.difference = record.value - _value(base, key)
                 pairs = [pair for pair in differences(cell, base) if pair.number == key]
-                record.difference_ci = list(pairs[0].interval) if pairs else None
+                record.difference_ci = pairs[0].interval if pairs else None
             found.append(record)
         return found
 
@@ -322,7 +322,7 @@ class Watch:
                 steps=int(cell.steps or 0),
                 metric=key,
                 value=_value(cell, key),
-                ci=list(cell.intervals[key]) if key in cell.intervals else None,
+                ci=cell.intervals.get(key),
                 replicates=cell.replicates[key].tolist() if key in cell.replicates else None,
                 blocks=cell.blocks.get(key),
             )
@@ -338,7 +338,7 @@ class Watch:
                 steps=record.steps,
                 n=self.config.num,
                 values={key: record.value},
-                intervals={} if record.ci is None else {key: (record.ci[0], record.ci[1])},
+                intervals={} if record.ci is None else {key: record.ci},
                 replicates={} if record.replicates is None else {key: np.array(record.replicates)},
                 seconds=0.0,
                 guidance=self.config.guidance,
@@ -509,7 +509,7 @@ class Watch:
             pairs = list(zip(chosen.cells, fresh.cells, strict=True))
             if all(key in cell.replicates for cell in itertools.chain(*pairs)):
                 drawn = np.mean([a.replicates[key] - b.replicates[key] for a, b in pairs], axis=0)
-                best.difference_ci = list(interval(best.difference, drawn, chosen.cells[0].blocks[key]))
+                best.difference_ci = interval(best.difference, drawn, chosen.cells[0].blocks[key])
         signs = [FiredSign(step=one.step, **sign.model_dump()) for one in self.lines for sign in one.signs]
         return {"best": dump(best), "signs": [sign.model_dump() for sign in signs]}
 

@@ -44,7 +44,7 @@ class Record(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
-Ends = Annotated[list[float], Field(min_length=2, max_length=2)]
+Ends = Annotated[tuple[float, float], Field(strict=False)]  # a list in JSON
 
 
 class WatchedCell(Record):
@@ -65,6 +65,11 @@ class WatchedCell(Record):
     difference: float | None = None
     difference_ci: Ends | None = None
     guidance: float | None = None
+
+    @property
+    def place(self) -> str:
+        """Return the sampler and the scale of guidance, if there is one."""
+        return self.sampler if self.guidance is None else f"{self.sampler}, guidance {self.guidance:g}"
 
 
 class Sign(Record):
