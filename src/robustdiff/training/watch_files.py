@@ -152,7 +152,7 @@ class Start(Record):
 
 def dump(record: Record) -> dict[str, Any]:
     """Return a record as JSON values, without a scale of guidance where there is none."""
-    values = record.model_dump()
+    values = record.model_dump(mode="json")
     for cell in values.get("cells", []):
         if cell["guidance"] is None:
             del cell["guidance"]
