@@ -57,7 +57,8 @@ def make_run(digits_run: Path) -> Callable[..., Path]:
     ) -> Path:
         folder.mkdir(parents=True)
         steps = 20 * max(1, len(gains))
-        recipe = load_recipe("fashion-16-at", [f"output={folder}", f"steps={steps if finished else 999}"])
+        changes = [f"output={folder}", f"steps={steps if finished else 999}", "adversary.radius={eta: 0.1}"]
+        recipe = load_recipe("fashion-16-at", changes)
         (folder / "recipe.yaml").write_text(recipe.to_yaml())
         data = {"name": "fashion-16", "images": 60_000, "shape": [1, 16, 16], "classes": None, "captions": None}
         (folder / "data.json").write_text(json.dumps(data))

@@ -97,6 +97,7 @@ def test_the_page_says_whether_the_training_helped(report):
     assert "FID, ddim, 5 steps 8.00 6.00 (5.00 … 7.00) −2.00 (−2.50 … −1.50) (−25.0%) better" in text
     assert "long-sampling , update 60 (warn): FID at 5 steps is above that of the start" in text
     assert "Fine-tuning of fashion-16 on fashion-16 (60,000 images), with the adversary free" in text
+    assert "radius eta 0.1)" in text
     assert "4 measurements, each of 600 images in all; together they took 14 s." in text
 
 

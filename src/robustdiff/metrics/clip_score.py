@@ -180,7 +180,7 @@ def load_clip(folder: str | Path) -> tuple[Any, Any, Any]:
     try:
         from transformers import CLIPModel, CLIPTokenizer
     except ImportError:
-        raise InputError("the metric clip-score needs transformers: pip install 'robustdiff[text]'") from None
+        raise InputError("CLIP needs transformers: pip install 'robustdiff[text]'") from None
     _check_files(folder)
     options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     try:

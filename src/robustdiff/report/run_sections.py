@@ -83,6 +83,8 @@ def _setting(value: Any) -> str:
         return f"{value:g}"
     if isinstance(value, list | tuple):
         return ", ".join(map(_setting, value))
+    if isinstance(value, dict):
+        return " ".join(f"{key} {_setting(own)}" for key, own in value.items() if own not in (None, False))
     return str(value)
 
 
