@@ -1,2 +1,38 @@
-/* iframe-worker 1.0.4, MIT licence, Copyright (c) 2020-2022 Martin Donath: search works in a site that is read from files. */
-"use strict";(()=>{function c(s,n){parent.postMessage(s,n||"*")}function d(...s){return s.reduce((n,e)=>n.then(()=>new Promise(r=>{let t=document.createElement("script");t.src=e,t.onload=r,document.body.appendChild(t)})),Promise.resolve())}var o=class extends EventTarget{constructor(e){super();this.url=e;this.m=e=>{e.source===this.w&&(this.dispatchEvent(new MessageEvent("message",{data:e.data})),this.onmessage&&this.onmessage(e))};this.e=(e,r,t,i,m)=>{if(r===`${this.url}`){let a=new ErrorEvent("error",{message:e,filename:r,lineno:t,colno:i,error:m});this.dispatchEvent(a),this.onerror&&this.onerror(a)}};let r=document.createElement("iframe");r.hidden=!0,document.body.appendChild(this.iframe=r),this.w.document.open(),this.w.document.write(`<html><body><script>postMessage=${c};importScripts=${d};addEventListener("error",({error})=>{parent.dispatchEvent(new ErrorEvent("error",{filename:"${e}",error}))})<\/script><script src=${e}?${+Date.now()}><\/script></body></html>`),this.w.document.close(),onmessage=this.m,onerror=this.e,this.r=new Promise((t,i)=>{this.w.onload=t,this.w.onerror=i})}terminate(){this.iframe.remove(),onmessage=onerror=null}postMessage(e){this.r.catch().then(()=>{this.w.dispatchEvent(new MessageEvent("message",structuredClone({data:e})))})}get w(){return this.iframe.contentWindow}};window.IFrameWorker=o;location.protocol==="file:"&&(window.Worker=o);})();
+// Searching runs in a worker, and browsers start none for a page that is read from a file. There its script runs in a
+// hidden frame, whose window is given what the script expects of a worker.
+if (location.protocol === "file:") {
+  const load = (frame, url) =>
+    new Promise((resolve, reject) => {
+      const script = frame.document.createElement("script");
+      script.src = url;
+      script.onload = resolve;
+      script.onerror = () => reject(new Error(`${url} cannot be read`));
+      frame.document.body.append(script);
+    });
+
+  window.Worker = class extends EventTarget {
+    constructor(url) {
+      super();
+      this.element = document.createElement("iframe");
+      this.element.hidden = true;
+      document.body.append(this.element);
+      this.frame = this.element.contentWindow;
+      this.frame.document.open();
+      this.frame.document.write("<!doctype html><title>search</title><body></body>");
+      this.frame.document.close();
+      this.frame.postMessage = (data) => this.dispatchEvent(new MessageEvent("message", { data }));
+      this.frame.importScripts = async (...urls) => {
+        for (const each of urls) await load(this.frame, each);
+      };
+      this.ready = load(this.frame, url);
+    }
+
+    postMessage(data) {
+      this.ready.then(() => this.frame.dispatchEvent(new MessageEvent("message", { data })));
+    }
+
+    terminate() {
+      this.element.remove();
+    }
+  };
+}
