@@ -20,6 +20,7 @@ PAGES = {
     "fashion-16-scratch": "results-scratch.md",
     "fashion-28": "results-28.md",
     "fashion-16-consistency": "results-consistency.md",
+    "emoji-lcm": "results-emoji.md",
 }
 THERE = [study for study in PAGES if (ROOT / "benchmarks" / "results" / study / "cells").is_dir()]
 

@@ -613,8 +613,9 @@ def _obtained_on(results: Results) -> str:
     measure = results.study.measure
     data = measure.data.name if measure.data is not None else next(iter(results.cells.values()))["training"]["data"]
     machines = sorted({_text(f"{r['threads']} thread(s) of a {r['device']}, torch {r['torch']}") for r in records})
+    noise = "common noise" if measure.image_noise == "shared" else "noise that is common to the methods of a seed"
     return (
-        f"{measure.num:,} images a cell from common noise, against the images of {_text(data)} on the features "
+        f"{measure.num:,} images a cell from {noise}, against the images of {_text(data)} on the features "
         f"{_code(measure.features)}; {'; '.join(machines)}. "
         f"{len(records)} of {results.planned} planned cells are there."
     )
