@@ -1,4 +1,4 @@
-"""What the benchmarks of speed share: loops that take turns in one process, and the command line.
+"""Time loops that take turns in one process, and give the benchmarks of speed one command line.
 
 Whatever slows the machine slows all loops that take turns, so that a ratio within a round says more than a time.
 """

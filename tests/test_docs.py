@@ -41,7 +41,7 @@ SMALL = {
     "reproduce": [],
     "convert": [],
 }
-"""What makes a documented command take a moment; a later option overrides an earlier one."""
+"""Options that make a documented command take a moment; a later one overrides an earlier one."""
 
 WATCHED = ("fashion-16-at", "fashion-16-consistency")
 """Recipes that are watched, which takes longer than their training here."""
@@ -62,7 +62,7 @@ baseline: plain
 methods: {plain: {set: {adversary: none}}, free: {}}
 measure: {samplers: [ddim], steps: [1, 10], num: 40}
 """
-"""What stands in for the documented study."""
+"""A small study, which is run in place of the documented one."""
 
 
 def blocks(path: Path, language: str) -> list[str]:
@@ -182,7 +182,7 @@ def test_every_command_of_text_to_image_runs(robustdiff, make_sd_pipeline, clip_
 
 @pytest.fixture
 def registries(monkeypatch):
-    """What a document registers is forgotten afterwards."""
+    """Restore the registries after a test, whose document may register kinds of its own."""
     from robustdiff.data.registry import DATASETS
     from robustdiff.metrics.metric import METRICS
     from robustdiff.samplers.sampler import SAMPLERS

@@ -1,4 +1,4 @@
-"""What is installed: the wheel has all that the package reads, and the sdist makes the same wheel."""
+"""Check that the wheel has every file that the package reads, and that the sdist makes the same wheel."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from robustdiff import __version__
 ROOT = Path(__file__).resolve().parent.parent
 SOURCE = ROOT / "src" / "robustdiff"
 LARGEST = 50 * 2**20
-"""Of the wheel, in bytes. Three quarters are the models, data and features that come with the package."""
+"""The largest wheel in bytes. Three quarters of it are the models, data and features of the package."""
 
 
 def build(kind: str, source: Path, folder: Path) -> Path:

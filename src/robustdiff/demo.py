@@ -21,7 +21,7 @@ from robustdiff.errors import InputError, printable
 from robustdiff.evaluation.grid import Cell, Grid, differences
 from robustdiff.evaluation.prompts import prompts_of
 from robustdiff.files import atomic_write, make_folder
-from robustdiff.metrics.bootstrap import BLOCKS, interval
+from robustdiff.metrics.bootstrap import BLOCKS, corrected, interval
 from robustdiff.metrics.metric import number_named
 from robustdiff.progress import SILENT, Progress
 from robustdiff.report.page import read_picture
@@ -134,7 +134,7 @@ def _cell(name: str, record: dict[str, Any]) -> Cell:
     blocks = {"fid": BLOCKS, **record["blocks"]}
     replicates = {"fid": record["replicates"], **others}
     drawn = {key: np.array(values, dtype=np.float64) for key, values in replicates.items()}
-    numbers["fid_corrected"] = 2 * numbers["fid"] - float(drawn["fid"].mean())
+    numbers["fid_corrected"] = corrected(numbers["fid"], drawn["fid"])
     return Cell(
         checkpoint=name,
         **{key: record[key] for key in ("sampler", "steps", "n", "seconds")},

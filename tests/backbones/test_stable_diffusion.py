@@ -119,16 +119,21 @@ def test_images_are_those_of_diffusers(both: dict[str, tuple[Model, Any]], kind:
         assert (found[one] - found[other]).abs().max() > 1e-3
 
 
+def with_scheduler(pair: tuple[Model, Any], scheduler: Any) -> tuple[Model, Any, torch.Tensor]:
+    """Return our model and diffusers' pipeline with another scheduler, and latents for both."""
+    loaded, pipeline = pair
+    pipeline.scheduler = scheduler
+    model = Model(loaded.backbone, scheduler, loaded.codec)
+    return model, pipeline, torch.randn(2, *model.shape, generator=torch.Generator().manual_seed(0))
+
+
 @pytest.mark.parametrize(("spacing", "steps"), [("trailing", 5), ("linspace", 4)])
 def test_euler_over_all_times_is_ddim_from_a_little_less_noise(
     both: dict[str, tuple[Model, Any]], spacing: str, steps: int
 ) -> None:
     """With these spacings diffusers begins at σ_T ε in place of ε. The four times of linspace are whole numbers."""
     scheduler = EulerDiscreteScheduler(**BETAS, timestep_spacing=spacing)
-    loaded, pipeline = both["xl"]
-    pipeline.scheduler = scheduler
-    model = Model(loaded.backbone, scheduler, loaded.codec)
-    latents = torch.randn(2, *model.shape, generator=torch.Generator().manual_seed(0))
+    model, pipeline, latents = with_scheduler(both["xl"], scheduler)
     last = float(model.process.sigmas[-1])
     assert 0.997 < last < 0.998
     ours = images_of(model, last * latents, 5.0, steps=steps)
@@ -140,10 +145,7 @@ def test_ddim_that_clips_derives_the_noise_from_what_is_clipped(
 ) -> None:
     """As guided-diffusion and ``use_clipped_model_output`` do; the pipeline leaves the noise as it was."""
     scheduler = DDIMScheduler(**LEADING, clip_sample=True)
-    loaded, pipeline = both["xl"]
-    pipeline.scheduler = scheduler
-    model = Model(loaded.backbone, scheduler, loaded.codec)
-    latents = torch.randn(2, *model.shape, generator=torch.Generator().manual_seed(0))
+    model, pipeline, latents = with_scheduler(both["xl"], scheduler)
     ours, plain = images_of(model, latents, 5.0), of_diffusers(pipeline, latents, 5.0)
     assert (ours - plain).abs().max() > 1e-3
     step = partial(scheduler.step, use_clipped_model_output=True)

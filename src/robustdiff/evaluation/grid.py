@@ -26,11 +26,21 @@ from robustdiff.data import ImageDataset
 from robustdiff.data.pixels import tile
 from robustdiff.evaluation.generate import Generator, share_of
 from robustdiff.metrics.bootstrap import interval
-from robustdiff.metrics.metric import MetricCollection, number_named
+from robustdiff.metrics.metric import MetricCollection, Number, number_named
 from robustdiff.notebook import html_image, html_table
 from robustdiff.progress import SILENT, Progress
 
-__all__ = ["FILE", "Cell", "Difference", "Grid", "differences", "evaluate_cell", "evaluate_grid", "evaluate_images"]
+__all__ = [
+    "FILE",
+    "Cell",
+    "Difference",
+    "Grid",
+    "differences",
+    "evaluate_cell",
+    "evaluate_grid",
+    "evaluate_images",
+    "numbers_of",
+]
 
 FILE = "file"
 """The value of :attr:`Cell.sampler` for existing images."""
@@ -136,11 +146,15 @@ class Grid:
         return text
 
 
+def numbers_of(cells: Sequence[Cell]) -> list[Number]:
+    """Return the numbers of which a cell has a value, without the standard errors of others."""
+    names = dict.fromkeys(name for cell in cells for name in cell.values)
+    return [number_named(name) for name in names if not (name.endswith("_se") and name.removesuffix("_se") in names)]
+
+
 def _table(cells: Sequence[Cell]) -> str:
     """Return a table of cells with all of their numbers as HTML."""
-    names = dict.fromkeys(name for cell in cells for name in cell.values)
-    numbers = [number_named(name) for name in names if not (name.endswith("_se") and name.removesuffix("_se") in names)]
-    rows = []
+    numbers, rows = numbers_of(cells), []
     for cell in cells:
         row: list[object] = [cell.checkpoint, cell.sampler, "–" if cell.steps is None else cell.steps, cell.n]
         for number in numbers:
@@ -258,9 +272,10 @@ def _measure(
         for state in states:
             metrics.merge_state(state)
     found = metrics.result(f"{name}, {sampler}" if steps is None else f"{name}, {sampler} {steps}")
-    values, intervals, replicates, blocks = found
     seconds = time.perf_counter() - start
-    cell = Cell(name, sampler, steps, num, values, intervals, replicates, seconds, blocks=blocks)
+    cell = Cell(
+        name, sampler, steps, num, found.values, found.intervals, found.replicates, seconds, blocks=found.blocks
+    )
     return cell, torch.stack(first) if first else torch.empty(0)
 
 

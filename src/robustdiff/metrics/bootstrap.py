@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import t as student_t
 
-__all__ = ["BLOCKS", "REPLICATES", "Array", "block_of", "block_weights", "interval"]
+__all__ = ["BLOCKS", "REPLICATES", "Array", "block_of", "block_weights", "corrected", "interval"]
 
 Array = NDArray[np.float64]
 
@@ -43,6 +43,11 @@ def block_of(index: NDArray[np.int64], blocks: int) -> NDArray[np.int64]:
 def block_weights(blocks: int, replicates: int = REPLICATES, seed: int = 0) -> NDArray[np.int64]:
     """Return the weight of each block in each replicate, with shape (R, K)."""
     return np.random.default_rng(seed).multinomial(blocks, np.full(blocks, 1 / blocks), size=replicates)
+
+
+def corrected(estimate: float, replicates: NDArray[Any]) -> float:
+    """Return 2F − mean F*, the estimate F without its bias, from its replicates with shape (R,)."""
+    return 2 * estimate - float(replicates.mean())
 
 
 def interval(

@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from robustdiff.errors import InputError
-from robustdiff.metrics.bootstrap import BLOCKS, REPLICATES, Array, block_weights
+from robustdiff.metrics.bootstrap import BLOCKS, REPLICATES, Array, block_weights, corrected
 from robustdiff.metrics.metric import METRICS, Batch, Metric, Need, Number
 from robustdiff.metrics.moments import Moments
 from robustdiff.metrics.reference import Reference
@@ -124,7 +124,7 @@ class FID(Metric):
 
     def result(self) -> dict[str, float | None]:
         distance = self.distance()
-        return {"fid": distance, "fid_corrected": 2 * distance - float(self.replicates()["fid"].mean())}
+        return {"fid": distance, "fid_corrected": corrected(distance, self.replicates()["fid"])}
 
     def replicates(self) -> dict[str, Array]:
         if self._replicates is None:

@@ -11,8 +11,8 @@ from rich.table import Table
 from rich.text import Text
 
 from robustdiff.errors import printable
-from robustdiff.evaluation.grid import FILE, Cell, Grid
-from robustdiff.metrics.metric import Number, number_named
+from robustdiff.evaluation.grid import FILE, Cell, Grid, numbers_of
+from robustdiff.metrics.metric import Number
 from robustdiff.study.analysis import agreeing_digits
 from robustdiff.study.estimate import Remaining
 from robustdiff.study.store import MEASURES
@@ -35,8 +35,7 @@ def print_whole(console: Console, table: Table) -> None:
 
 def cell_table(cells: Sequence[Cell]) -> Table:
     """Return a table with a row for each cell and all of its numbers. "—" means not applicable or unknown."""
-    names = dict.fromkeys(name for cell in cells for name in cell.values)
-    numbers = [number_named(name) for name in names if not (name.endswith("_se") and name.removesuffix("_se") in names)]
+    numbers = numbers_of(cells)
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), collapse_padding=True)
     table.add_column("", no_wrap=True)
     table.add_column("sampler", no_wrap=True)

@@ -298,7 +298,7 @@ def _value(tuning: Tuning, record: Mapping[str, Any], path: Path) -> float:
 
 @dataclass(frozen=True)
 class _Outcome:
-    """What a finished study measured: the values and the failures by contestant and seed, and its costs."""
+    """Hold the measurements of a finished study: values and failures by contestant and seed, and the costs."""
 
     values: dict[str, dict[int, float]]
     failed: dict[str, dict[int, str]]
