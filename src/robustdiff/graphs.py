@@ -1,0 +1,160 @@
+r"""Functions of tensors as CUDA graphs: recorded once for each shape of their arguments, and replayed.
+
+A GPU is given its work kernel by kernel, and for a small network the host needs longer for that than the GPU for the
+work. A CUDA graph holds all kernels of a function, and is launched as one. The graph works on the memory of the first
+recording, so that arguments are copied into it before each replay.
+
+    call 1 of a shape:  the function itself, on the stream of the recording, where libraries allocate what they need
+    call 2:             recorded, and replayed
+    further calls:      arguments copied, replayed
+
+Random numbers of PyTorch's global generator are fresh in each replay. On other devices than GPUs the same copies are
+made, and the function is called on them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from robustdiff.errors import first_line
+
+__all__ = ["Recorder"]
+
+logger = logging.getLogger(__name__)
+
+
+class Recorder:
+    """A function whose calls are recorded and replayed.
+
+    The function may change tensors in place, such as parameters. It must not change anything else, must not wait for
+    the GPU, and must make the same operations in each call with arguments of the same shapes.
+
+    Arguments:
+        function: The function. Its arguments and its result are tensors, numbers, strings and None, and lists, tuples,
+            dictionaries and dataclasses of them.
+        device: The device of all tensors.
+        what: What the function does, for the line that is logged if it cannot be recorded.
+    """
+
+    def __init__(self, function: Callable[..., Any], device: torch.device, what: str) -> None:
+        self.function, self.device, self.what = function, device, what
+        self._recordings: dict[Hashable, _Recording | None] = {}
+        self._stream: torch.cuda.Stream | None = None
+        self._pool: Any = None
+        self._failed = False
+
+    def __call__(self, *arguments: Any) -> Any:
+        """Return what the function returns.
+
+        The tensors of the result are overwritten by the next call: copy those that are needed longer.
+        """
+        if self._failed:
+            return self.function(*arguments)
+        tensors: list[Tensor] = []
+        key = _key(arguments, tensors)
+        recording = self._recordings.get(key)
+        if recording is None and self.device.type == "cuda" and key not in self._recordings:
+            self._recordings[key] = None
+            with self._on_stream():
+                return self.function(*arguments)
+        if recording is None:
+            recording = self._recordings[key] = _Recording(arguments, tensors)
+            recording.fill(tensors)
+            if self.device.type == "cuda" and not self._record(recording):
+                return self.function(*arguments)
+        else:
+            recording.fill(tensors)
+        if recording.graph is None:
+            return self.function(*recording.arguments)
+        recording.graph.replay()
+        return recording.result
+
+    @contextmanager
+    def _on_stream(self) -> Iterator[None]:
+        """Make the calls of the block on the stream of the recording, after those before and before those after."""
+        if self._stream is None:
+            self._stream = torch.cuda.Stream(self.device)
+        current = torch.cuda.current_stream(self.device)
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream):
+            yield
+        current.wait_stream(self._stream)
+
+    def _record(self, recording: _Recording) -> bool:
+        """Record the function. Return False, and never try again, if it cannot be recorded."""
+        graph = torch.cuda.CUDAGraph()
+        cached = torch.is_autocast_cache_enabled()
+        # A cast of a weight that was cached outside would be freed while the graph still reads it.
+        torch.set_autocast_cache_enabled(False)
+        try:
+            # Threads that load data may call CUDA meanwhile. Graphs share their memory, since no two run at a time.
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+                result = self.function(*recording.arguments)
+        except RuntimeError as error:
+            self._failed = True
+            self._recordings.clear()
+            logger.warning(
+                "%s runs without a CUDA graph, since it cannot be recorded: %s", self.what, first_line(error)
+            )
+            return False
+        finally:
+            torch.set_autocast_cache_enabled(cached)
+        self._pool = graph.pool()
+        recording.graph, recording.result = graph, result
+        return True
+
+
+class _Recording:
+    """A graph with its arguments and its result.
+
+    Arguments:
+        arguments: The arguments of the function.
+        tensors: The tensors in them, in their order.
+    """
+
+    def __init__(self, arguments: Any, tensors: list[Tensor]) -> None:
+        self.tensors = [torch.empty_like(tensor, requires_grad=False) for tensor in tensors]
+        self.arguments = _replaced(arguments, iter(self.tensors))
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.result: Any = None
+
+    def fill(self, tensors: list[Tensor]) -> None:
+        """Copy other tensors of the same shapes into the arguments."""
+        for own, other in zip(self.tensors, tensors, strict=True):
+            own.copy_(other, non_blocking=True)
+
+
+def _key(value: Any, tensors: list[Tensor]) -> Hashable:
+    """Return the structure of a value, with the shapes of its tensors, which are appended to a list."""
+    if isinstance(value, Tensor):
+        tensors.append(value)
+        return (Tensor, value.shape, value.stride(), value.dtype, value.device)
+    if dataclasses.is_dataclass(value):
+        return (type(value), *(_key(getattr(value, field.name), tensors) for field in dataclasses.fields(value)))
+    if isinstance(value, Mapping):
+        return (dict, *((name, _key(one, tensors)) for name, one in value.items()))
+    if isinstance(value, list | tuple):
+        return (type(value), *(_key(one, tensors) for one in value))
+    hash(value)  # raises TypeError for anything that cannot be compared
+    return (type(value), value)
+
+
+def _replaced(value: Any, tensors: Iterator[Tensor]) -> Any:
+    """Return a value with other tensors, in the order of :func:`_key`."""
+    if isinstance(value, Tensor):
+        return next(tensors)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        own = {field.name: _replaced(getattr(value, field.name), tensors) for field in dataclasses.fields(value)}
+        return dataclasses.replace(value, **own)
+    if isinstance(value, Mapping):
+        return {name: _replaced(one, tensors) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_replaced(one, tensors) for one in value)
+    return value
