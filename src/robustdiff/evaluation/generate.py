@@ -16,10 +16,10 @@ import re
 import zipfile
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 import torch
@@ -34,6 +34,7 @@ from robustdiff.conditions.condition import Condition
 from robustdiff.data import to_uint8
 from robustdiff.errors import InputError, printable
 from robustdiff.evaluation.noise import NOISE, ImageNoise
+from robustdiff.evaluation.recorded import Recordings, unrecordable
 from robustdiff.files import atomic_write, make_folder, open_regular, remove_leftovers, user_key
 from robustdiff.progress import SILENT, Progress
 from robustdiff.recipe import load_recipe
@@ -69,9 +70,13 @@ class Generator:
         prompts: The captions for text-conditional networks; image i has the caption with the number i modulo their
             number.
         negative: The caption that takes the place of the empty condition in guidance; None for the empty condition.
+        capture: Whether the network's calls are recorded as CUDA graphs and replayed; "auto": on a GPU, if the network
+            allows it. On other devices the same copies are made without a graph.
+        recordings: The recorded calls, which generators that are made of this one by ``dataclasses.replace`` share.
 
     Raises:
-        InputError: If the sampler is unknown or does not suit the model, or the label does not exist.
+        InputError: If the sampler is unknown or does not suit the model, the label does not exist, or the network's
+            calls cannot be recorded and shall be.
     """
 
     model: Model
@@ -86,6 +91,8 @@ class Generator:
     options: dict[str, Any] | None = None
     prompts: tuple[str, ...] = ()
     negative: str | None = None
+    capture: bool | Literal["auto"] = "auto"
+    recordings: Recordings = field(default_factory=Recordings, repr=False, compare=False)
 
     @classmethod
     def of(
@@ -140,6 +147,8 @@ class Generator:
             raise InputError(f"{path}: {error}") from None
 
     def __post_init__(self) -> None:
+        if self.capture is True and (why := unrecordable(self.model)) is not None:
+            raise InputError(f"capture: the calls of this network cannot be recorded, since {why}: leave it out")
         if not 0 <= self.seed < 2**63:
             raise InputError(f"the seed of images is {self.seed}: give one from 0 to 2**63 - 1")
         self.model.prediction  # noqa: B018  (raises where the checkpoint contradicts itself)
@@ -224,6 +233,7 @@ class Generator:
         """
         model = self.model
         model.network.eval()
+        captured = model.device.type == "cuda" if self.capture == "auto" else self.capture
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision)
         noise = ImageNoise(self.seed, batch, model.shape, model.device, ahead=len(self.path))
         unconditional = None
@@ -234,7 +244,7 @@ class Generator:
         labels = None if labels is None else labels.to(model.device)
         with torch.autocast(model.device.type, dtype, enabled=dtype is not None):
             return sample(
-                model,
+                self.recordings.model(model, self.precision) if captured else model,
                 model.process,
                 self.sampler,
                 self.steps,

@@ -43,6 +43,7 @@ from robustdiff.evaluation.grid import Cell, differences, evaluate_cell
 from robustdiff.evaluation.noise import NOISE
 from robustdiff.evaluation.prompts import prompts_of
 from robustdiff.evaluation.real_images import Target
+from robustdiff.evaluation.recorded import Recordings
 from robustdiff.files import atomic_write, open_regular, read_json, write_json
 from robustdiff.interrupt import Interrupt
 from robustdiff.metrics.bootstrap import interval
@@ -211,7 +212,8 @@ class Watch:
         with self._sampling(average):
             for generator in self.generators:
                 shown.check()
-                chosen = replace(generator, seed=seed)
+                # Of its own recordings, so that their memory is free when training goes on.
+                chosen = replace(generator, seed=seed, recordings=Recordings())
                 cell, _ = evaluate_cell("watch", chosen, self.config.num, self.metrics, self.accelerator, 0, shown)
                 cells.append(cell)
         return _Measured(tuple(cells), time.perf_counter() - began)
