@@ -37,6 +37,7 @@ def test_images_are_sampled_and_evaluated(device, run, tmp_path):
     run("evaluate", "--num", 40, "--steps", 2, "--batch-size", 16, "--output", tmp_path / "evaluated")
     record = json.loads((tmp_path / "evaluated/result.json").read_text())
     assert [cell["n"] for cell in record["cells"]] == [40]
+    assert (record["seed"], record["noise"]) == (0, "philox")
 
 
 def test_the_mismatch_is_measured(device, run, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import threading
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -194,10 +195,55 @@ def test_processes_share_the_images_and_each_has_the_numbers_of_all(grid, genera
     monkeypatch.setattr(grid_module, "gather_object", gathered)
     for rank in (1, 0):
         told = Told()
-        process = SimpleNamespace(process_index=rank, num_processes=2)
+        process = SimpleNamespace(process_index=rank, num_processes=2, device=torch.device("cpu"))
         cell, images = evaluate_cell("one", generator, NUM, metrics, process, 9, told)
         assert sum(amount for amount, _ in told.amounts) == NUM
         assert len(images) == (9 if rank == 0 else 0)
     same = next(c for c in grid.cells if (c.checkpoint, c.sampler, c.steps) == ("one", "ddim", 2))
     assert dict(cell.values) == pytest.approx(dict(same.values), rel=1e-4)
     assert cell.n == NUM
+
+
+def test_calls_beside_are_made_in_their_order_in_one_other_thread():
+    made, threads, first = [], set(), threading.Event()
+
+    def work(number: int) -> None:
+        if number == 0:
+            assert first.wait(60), "the first call returns before it is made"
+        threads.add(threading.get_ident())
+        made.append(number)
+
+    with grid_module._beside(work, None) as call:
+        call(0)
+        first.set()
+        for number in range(1, 5):
+            call(number)
+            assert made[:number] == list(range(number)), "those before are made"
+    assert made == [0, 1, 2, 3, 4]
+    assert len(threads) == 1
+    assert threading.get_ident() not in threads
+
+
+@pytest.mark.parametrize("wrong", [0, 2])
+def test_an_error_beside_is_raised(wrong):
+    def work(number: int) -> None:
+        made.append(number)
+        if number == wrong:
+            raise InputError("these images are wrong")
+
+    made: list[int] = []
+    with pytest.raises(InputError, match="these images are wrong"), grid_module._beside(work, None) as call:  # noqa: PT012
+        for number in range(3):
+            call(number)
+    assert made == list(range(wrong + 1)), "nothing is measured after it"
+
+
+def test_a_cell_measured_beside_the_sampling_is_the_same(generators, metrics, monkeypatch):
+    generator = replace(generators["one"], sampler="ddim", steps=2)
+    cell, images = evaluate_cell("one", generator, NUM, metrics, Accelerator(cpu=True))
+    on_gpu = SimpleNamespace(device=SimpleNamespace(type="cuda"), process_index=0, num_processes=1)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
+    other, again = evaluate_cell("one", generator, NUM, metrics, on_gpu)
+    assert torch.equal(images, again)
+    assert replace(cell, seconds=0.0) == replace(other, seconds=0.0)
+    assert np.array_equal(cell.replicates["fid"], other.replicates["fid"])

@@ -7,13 +7,17 @@ both, which common random numbers make narrow.
 
 Existing images, in a folder or a file, are measured in the same way and give one cell, without sampler and steps. They
 are not paired with the images of another cell, so they have no differences.
+
+On a GPU the metrics of a batch are computed in a thread and on a stream of their own, while the next batch is sampled.
 """
 
 from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -247,6 +251,29 @@ class _Within:
         self.progress.advance(amount * self.steps, self.note)
 
 
+@contextmanager
+def _beside(function: Callable[..., None], stream: torch.cuda.Stream | None) -> Iterator[Callable[..., None]]:
+    """Yield a function whose calls return at once, while a thread makes them on a stream, one after the other.
+
+    A call waits for the one before. An error is raised by the next call, or at the end of the block.
+    """
+    pending: list[Future[None]] = []
+
+    def on_stream(*arguments: Any) -> None:
+        with torch.cuda.stream(stream):
+            function(*arguments)
+
+    def call(*arguments: Any) -> None:
+        while pending:
+            pending.pop().result()
+        pending.append(thread.submit(on_stream, *arguments))
+
+    with ThreadPoolExecutor(1) as thread:
+        yield call
+        while pending:
+            pending.pop().result()
+
+
 def _measure(
     batches: Iterable[_Measured],
     name: str,
@@ -262,10 +289,13 @@ def _measure(
     start = time.perf_counter()
     metrics.reset()
     first: list[Tensor] = []
-    for batch, images, condition, captions in batches:
-        metrics.update(images, batch.start, condition, captions)
-        first += list(images[: max(0, keep - batch.start)])
-        progress.advance(len(batch) * accelerator.num_processes)
+    device = accelerator.device
+    on_gpu = device.type == "cuda"
+    with _beside(metrics.update, torch.cuda.Stream(device)) if on_gpu else nullcontext(metrics.update) as update:
+        for batch, images, condition, captions in batches:
+            update(images, batch.start, condition, captions)
+            first += list(images[: max(0, keep - batch.start)])
+            progress.advance(len(batch) * accelerator.num_processes)
     if accelerator.num_processes > 1:
         states = gather_object([metrics.state()])
         metrics.reset()
