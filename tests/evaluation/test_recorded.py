@@ -169,7 +169,7 @@ def test_what_cannot_be_recorded_is_called_as_it_is_or_refused(generator, record
     handle.remove()
     assert_as_unrecorded(generator)
     generator.model.network.conv_in._hf_hook = object()
-    assert "accelerate" in unrecordable(generator.model)
+    assert "offload" in unrecordable(generator.model)
 
 
 def test_nothing_is_recorded_on_a_cpu_by_default(recorders):

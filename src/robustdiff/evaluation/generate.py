@@ -231,18 +231,18 @@ class Generator:
             labels: The classes of the images, with shape (B,), or None if the network has no classes.
             more: Further arguments of :func:`robustdiff.sample`, such as ``on_evaluation``.
         """
-        model = self.model
+        model, device = self.model, self.model.device  # which diffusers looks up in all modules
         model.network.eval()
-        captured = model.device.type == "cuda" if self.capture == "auto" else self.capture
+        captured = device.type == "cuda" if self.capture == "auto" else self.capture
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision)
-        noise = ImageNoise(self.seed, batch, model.shape, model.device, ahead=len(self.path))
+        noise = ImageNoise(self.seed, batch, model.shape, device, ahead=len(self.path))
         unconditional = None
         if self.negative is not None:
             unconditional = self.condition.batch(None, [self.negative], None)
         elif self.guidance is not None:
             unconditional = self.condition.empty()
-        labels = None if labels is None else labels.to(model.device)
-        with torch.autocast(model.device.type, dtype, enabled=dtype is not None):
+        labels = None if labels is None else labels.to(device)
+        with torch.autocast(device.type, dtype, enabled=dtype is not None):
             return sample(
                 self.recordings.model(model, self.precision) if captured else model,
                 model.process,

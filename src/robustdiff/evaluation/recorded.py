@@ -26,7 +26,8 @@ from robustdiff.objectives.objective import predict
 __all__ = ["RecordedModel", "Recordings", "unrecordable"]
 
 # Attributes of modules, of peft and of diffusers, by which other operations are made with the same parameters.
-_SWITCHES = ("training", "processor", "_disable_adapters", "_active_adapter", "merged_adapters", "scaling", "_hf_hook")
+_SWITCHES = ("training", "processor", "_disable_adapters", "_active_adapter", "merged_adapters", "scaling")
+_OFFLOAD = ("_hf_hook", "_diffusers_hook")  # of accelerate and of diffusers
 
 
 def unrecordable(model: Model) -> str | None:
@@ -36,8 +37,8 @@ def unrecordable(model: Model) -> str | None:
             return "its network is spread over several devices"
         if type(module).__module__.startswith("bitsandbytes"):
             return "its weights are held by bitsandbytes"
-        if "_hf_hook" in vars(module):
-            return "accelerate moves its weights between devices"
+        if not vars(module).keys().isdisjoint(_OFFLOAD):
+            return "its weights may be moved between devices (offload)"
         if _hooks(module):
             return "it has hooks, which replays do not call"
     if len({parameter.device for parameter in model.network.parameters()}) > 1:
@@ -54,7 +55,7 @@ def _state(network: nn.Module) -> Hashable:
     found: list[Hashable] = []
     for module in network.modules():
         own = vars(module)
-        found += [id(module), _hooks(module), *(repr(own[name]) for name in _SWITCHES if name in own)]
+        found += [id(module), _hooks(module), *(repr(own[name]) for name in (*_SWITCHES, *_OFFLOAD) if name in own)]
         for tensor in (*module._parameters.values(), *module._buffers.values()):
             if tensor is not None:
                 found.append((tensor.data_ptr(), tensor.dtype, tensor.stride()))
