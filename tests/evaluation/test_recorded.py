@@ -149,10 +149,12 @@ def test_the_mismatch_is_that_of_the_network_itself(generator):
     assert made == plain
 
 
-def test_calls_with_gradients_are_not_recorded(generator, recorders):
+def test_calls_outside_of_inference_mode_are_not_recorded(generator, recorders):
     recorded = generator.recordings.model(generator.model, "fp32")
     assert isinstance(recorded, RecordedModel)
     x = torch.zeros(1, 1, 16, 16, requires_grad=True)
+    with torch.no_grad():
+        recorded(x, torch.zeros(1, dtype=torch.int64))
     recorded(x, torch.zeros(1, dtype=torch.int64)).sum().backward()
     assert x.grad is not None
     assert not recorders[0]._recordings

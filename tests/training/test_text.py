@@ -99,6 +99,7 @@ def test_a_fine_tuned_pipeline_is_sampled_as_diffusers_does(
         "sampler": "ddim",
         "steps": "3",
         "seed": "0",
+        "noise": "philox",
         "number": "1",
         "model": load_model(run).fingerprint(),
     }

@@ -65,7 +65,7 @@ def _state(network: nn.Module) -> Hashable:
 class RecordedModel:
     """A model whose calls are recorded and replayed. Its attributes are those of the model.
 
-    Calls with gradients are not recorded.
+    Calls outside of inference mode, which may be for gradients, are not recorded.
     """
 
     def __init__(self, model: Model, recorder: Recorder) -> None:
@@ -73,7 +73,7 @@ class RecordedModel:
 
     def __call__(self, x: Tensor, t: Tensor, **condition: Any) -> Tensor:
         """Return the network's output, as :meth:`robustdiff.backbones.model.Model.__call__` does, as a tensor."""
-        if torch.is_grad_enabled():
+        if not torch.is_inference_mode_enabled():
             return predict(self.model, x, t, condition)
         output: Tensor = self.recorder(x, t, condition)
         return output.clone()  # the next call overwrites it

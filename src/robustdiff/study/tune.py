@@ -626,8 +626,9 @@ def _existing(folder: Path) -> Tuning | None:
     path = folder / "tune.yaml"
     if not path.is_file():
         return None
+    found = read_yaml(path)
     try:
-        return Tuning.model_validate({"noise": None, **read_yaml(path)})
+        return Tuning.model_validate({"noise": None, **found} if isinstance(found, dict) else found)
     except ValidationError as error:
         raise InputError(f"{printable(path)}: {first_mistake(error)}: choose another --output") from None
 
