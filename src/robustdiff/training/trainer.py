@@ -235,7 +235,7 @@ class Trainer:
     def batches(self) -> Iterator[list[Draw]]:
         """Yield the microbatches of each batch, from the run's current batch to its last."""
         parts = self.recipe, self.accelerator, self.dataset, self.built, self.objective, self.buckets, self.sizes
-        return iter(Batches(*parts, self.batch))
+        yield from Batches(*parts, self.batch)
 
     def _remember(self, draws: list[Draw], losses: list[Tensor]) -> None:
         """Pass the losses of a batch, gathered from all processes in batch order, to the sampler of times.
