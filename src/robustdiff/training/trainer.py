@@ -27,7 +27,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from itertools import count
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -43,8 +42,7 @@ from robustdiff.backbones.lora import RECORD, adapter_of
 from robustdiff.backbones.model import Model, load_model
 from robustdiff.data import ImageDataset
 from robustdiff.data.latents import LatentDataset
-from robustdiff.data.loader import Request, load_batches, worker_failures
-from robustdiff.data.pixels import mirror_geometry
+from robustdiff.data.loader import worker_failures
 from robustdiff.errors import InputError, RunError, printable
 from robustdiff.files import (
     MARKER,
@@ -62,6 +60,7 @@ from robustdiff.objectives.objective import Draw
 from robustdiff.objectives.timesteps import LossSecondMoment
 from robustdiff.progress import SILENT, Progress
 from robustdiff.recipe import Recipe, SignsConfig, load_recipe
+from robustdiff.training.batches import Batches
 from robustdiff.training.build import Built, build_model
 from robustdiff.training.checkpoint import (
     Scale,
@@ -77,7 +76,6 @@ from robustdiff.training.crops import arrange
 from robustdiff.training.ema import EMA, REMAINDER, sufficient_decay
 from robustdiff.training.optimizer import build_optimizer, create_state, set_counts, state_tensors
 from robustdiff.training.result import RunResult
-from robustdiff.training.stream import BatchIndices, BucketIndices, batch_generator, caption_numbers, crop_positions
 from robustdiff.training.watch import Interrupted, Watch
 from robustdiff.training.watch_files import Best, FiredSign
 
@@ -305,77 +303,9 @@ class Trainer:
         return rate
 
     def batches(self) -> Iterator[list[Draw]]:
-        """Yield the list of microbatches of each batch, from the run's current batch on."""
-        recipe, accelerator = self.recipe, self.accelerator
-        parts = accelerator.process_index, accelerator.num_processes, recipe.accumulate
-        indices: BatchIndices
-        if self.buckets is None:
-            indices = BatchIndices(len(self.dataset), recipe.batch_size, recipe.seed, self.batch, *parts)
-        else:
-            indices = BucketIndices(self.buckets, recipe.batch_size, recipe.seed, self.batch, *parts)
-        plain = recipe.data.crop == "centre" and self.buckets is None
-        wanted = indices if plain else self._requests(indices)
-        loader = load_batches(self.dataset, wanted, recipe.data.workers, accelerator.device.type == "cuda")
-        codec, condition = self.built.model.codec, self.built.model.condition
-        while True:
-            size = self.sizes[indices.bucket(self.batch)]
-            shape = codec.encoded_shape((self.dataset.shape[0], *size))
-            generator = batch_generator(recipe.seed, self.batch, accelerator.device)
-            t, weight = self.objective.timesteps.draw(recipe.batch_size, generator, accelerator.device)
-            noise = torch.randn((recipe.batch_size, *shape), generator=generator, device=accelerator.device)
-            flip = torch.rand(recipe.batch_size, generator=generator, device=accelerator.device) < 0.5
-            # Draws that not every run makes come last, so that they do not change the others.
-            more = self.objective.more_noise(tuple(noise.shape), generator)
-            of_codec = (
-                torch.randn(noise.shape, generator=generator, device=accelerator.device) if codec.random else None
-            )
-            dropped = None
-            if recipe.model.condition_dropout:
-                share = torch.rand(recipe.batch_size, generator=generator, device=accelerator.device)
-                dropped = share < recipe.model.condition_dropout
-            chosen = caption_numbers(recipe.seed, self.batch, recipe.batch_size)
-            draws = []
-            for m in range(recipe.accumulate):
-                images, labels, captions, geometry = next(loader)
-                rows = indices.rows(m)
-                texts = None
-                if captions is not None and condition.takes_captions:
-                    numbers = chosen[rows].tolist()
-                    texts = [own[int(u * len(own))] for own, u in zip(captions, numbers, strict=True)]
-                if geometry is not None:
-                    geometry = geometry.to(accelerator.device, non_blocking=True)
-                    if recipe.data.flip:
-                        geometry = mirror_geometry(geometry, size, flip[rows])
-                x0 = self.dataset.latents(
-                    images.to(accelerator.device, non_blocking=True),
-                    codec,
-                    flip[rows] if recipe.data.flip else None,
-                    None if of_codec is None else of_codec[rows],
-                )
-                if labels is not None and condition.classes is not None:
-                    labels = labels.to(accelerator.device, non_blocking=True)
-                draws.append(
-                    self.objective.draw(
-                        x0,
-                        t=t[rows],
-                        noise=noise[rows],
-                        weight=None if weight is None else weight[rows],
-                        **{name: value[rows] for name, value in more.items()},
-                        **condition.batch(labels, texts, None if dropped is None else dropped[rows], geometry),
-                        **({"unconditional": condition.empty()} if self.built.objective.needs_unconditional else {}),
-                    )
-                )
-            yield draws
-
-    def _requests(self, indices: BatchIndices) -> Iterator[Request]:
-        """Yield the images and the crops of each microbatch."""
-        recipe = self.recipe
-        for batch in count(indices.start):
-            images, size, positions = indices.batch(batch).tolist(), self.sizes[indices.bucket(batch)], None
-            if recipe.data.crop == "random":
-                positions = crop_positions(recipe.seed, batch, recipe.batch_size)
-            for rows in map(indices.rows, range(recipe.accumulate)):
-                yield Request(images[rows], size, None if positions is None else positions[rows])
+        """Yield the microbatches of each batch, from the run's current batch to its last."""
+        parts = self.recipe, self.accelerator, self.dataset, self.built, self.objective, self.buckets, self.sizes
+        yield from Batches(*parts, self.batch)
 
     def _remember(self, draws: list[Draw], losses: list[Tensor]) -> None:
         """Pass the losses of a batch, gathered from all processes in batch order, to the sampler of times.
