@@ -90,8 +90,10 @@ class Recorder:
         """Record the function. Return False, and never try again, if it cannot be recorded."""
         graph = torch.cuda.CUDAGraph()
         cached = torch.is_autocast_cache_enabled()
-        # A cast of a weight that was cached outside would be freed while the graph still reads it.
+        # A cast of a weight that was cached outside would be freed while the graph still reads it, and one that is made
+        # inside, by an autocast of the function's own, is there after a replay only.
         torch.set_autocast_cache_enabled(False)
+        torch.clear_autocast_cache()
         try:
             # Threads that load data may call CUDA meanwhile. Graphs share their memory, since no two run at a time.
             with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
@@ -104,6 +106,7 @@ class Recorder:
             )
             return False
         finally:
+            torch.clear_autocast_cache()
             torch.set_autocast_cache_enabled(cached)
         self._pool = graph.pool()
         recording.graph, recording.result = graph, result
