@@ -1,6 +1,6 @@
 """What each choice of kernels gives on a GPU: forward and backward, and forward alone, of one network.
 
-The network is that of ADM's CIFAR-10 checkpoints (dropout 0.3), untrained, on random images of 3×32×32 in bf16 autocast.
+The network is that of ADM's CIFAR-10 checkpoints (dropout 0.3), untrained, on random images of 3×32×32, in bf16.
 Each variant is recorded as a CUDA graph and replayed, so that launches cost nothing, except where it says eager:
 
     layout        channels-last or contiguous activations
@@ -151,8 +151,9 @@ class Bench:
         self.x = torch.randn(2 * batch_size, 3, 32, 32, device=self.device)
         self.t = torch.randint(1000, (2 * batch_size,), device=self.device)
 
-    def run(self, variant):
-        """Measure a variant."""
+    def run(self, name):
+        """Measure a variant, and yield what is found so far."""
+        variant = VARIANTS[name]
         torch.backends.cudnn.benchmark = variant.search
         network, found = variant.prepare(self.network).train(), {}
         x = self._images(variant, self.batch_size).requires_grad_()
@@ -169,7 +170,7 @@ class Bench:
         found["training"] = speed(call, self.batch_size, self.rounds, self.synchronize)
         yield found
         if variant.profiled and self.profiles is not None and self.device == "cuda":
-            found["profile"] = self._profile(call)
+            self._profile(call, name)
         del call
         network.zero_grad()
         found["errors"] = self._errors(network, variant, x, t)
@@ -219,14 +220,17 @@ class Bench:
             for name, value in self._reference.items()
         }
 
-    def _profile(self, call):
-        """The kernels of three calls."""
+    def _profile(self, call, name):
+        """Write which kernels three calls spend their time in."""
         activities = [torch.profiler.ProfilerActivity.CUDA]
         with torch.profiler.profile(activities=activities) as profile:
             for _ in range(3):
                 call()
             self.synchronize()
-        return profile.key_averages().table(sort_by="self_cuda_time_total", row_limit=25, max_name_column_width=90)
+        table = profile.key_averages().table(sort_by="self_cuda_time_total", row_limit=25, max_name_column_width=90)
+        self.profiles.mkdir(parents=True, exist_ok=True)
+        (self.profiles / f"{name}.txt").write_text(table)
+        print(table)
 
 
 def apart(name, options, limit):
@@ -257,14 +261,19 @@ def tiles(rounds):
         modulation = torch.randn(128, 2 * channels, device="cuda", dtype=torch.bfloat16).requires_grad_()
         for elements, warps in ((4096, 8), (2048, 8), (2048, 4), (4096, 4), (8192, 8)):
             fused_norm._ELEMENTS, fused_norm._WARPS = elements, warps
-            y = fused_norm.triton_group_norm(norm, x, modulation)
-            forward, _ = recorded(lambda n=norm, x=x, m=modulation: fused_norm.triton_group_norm(n, x, m), False)
-            dy, leaves = torch.randn_like(y), (x, norm.weight, norm.bias, modulation)
-            kept = {"retain_graph": True}
-            backward, _ = recorded(lambda y=y, v=leaves, dy=dy, k=kept: torch.autograd.grad(y, v, dy, **k), False)
+            both = []
+            for backward in (False, True):
+
+                def call(norm=norm, x=x, modulation=modulation, backward=backward):
+                    y = fused_norm.triton_group_norm(norm, x, modulation)
+                    if backward:
+                        torch.autograd.grad(y, (x, norm.weight, norm.bias, modulation), y.detach())
+
+                replay, _ = recorded(call, False)
+                both.append(1000 / speed(replay, 1, rounds, torch.cuda.synchronize)["median"])
             found[f"{channels}×{side}×{side}, {elements} elements, {warps} warps"] = {
-                name: 1000 / speed(call, 1, rounds, torch.cuda.synchronize)["median"]
-                for name, call in (("forward", forward), ("backward", backward))
+                "forward": both[0],
+                "backward": both[1] - both[0],
             }
     fused_norm._ELEMENTS, fused_norm._WARPS = chosen
     return found
@@ -273,7 +282,9 @@ def tiles(rounds):
 def line(name, found):
     """A variant in a line."""
     parts = [
-        f"{key} {found[key]['median']:8.1f} images/s" for key in ("training", "forward") if isinstance(found.get(key), dict)
+        f"{key} {found[key]['median']:8.1f} images/s"
+        for key in ("training", "forward")
+        if isinstance(found.get(key), dict)
     ]
     if "errors" in found:
         parts.append("errors " + " ".join(f"{value['relative']:.1e}" for value in found["errors"].values()))
@@ -301,32 +312,29 @@ def measure(options):
             "torch": torch.__version__,
         },
     }
-    for name in [options.only] if options.only else VARIANTS:
-        variant, left = VARIANTS[name], options.seconds - (time.perf_counter() - start)
-        if not cuda and not variant.eager:
-            found = {"error": "needs a GPU"}
-        elif left < 10:
-            found = {"error": "no time left"}
-        elif variant.compiled and not options.only:
-            found = apart(name, options, min(left, LONGEST))
-        else:
-            found = {}
-            try:
-                for found in bench.run(variant):
-                    result["variants"][name] = found
-                    publish(result, [], options.out)
-            except Exception as error:
-                found["error"] = f"{type(error).__name__}: {error}"[:500]
-        gc.collect()
-        if cuda:
-            torch.cuda.empty_cache()
-        if profile := found.pop("profile", None):
-            options.profiles.mkdir(parents=True, exist_ok=True)
-            (options.profiles / f"{name}.txt").write_text(profile)
-            print(profile)
+
+    def note(name, found):
         result["variants"][name] = found
         publish(result, [line(name, found)], options.out)
         sys.stdout.flush()
+
+    for name in [options.only] if options.only else VARIANTS:
+        variant, left, found = VARIANTS[name], options.seconds - (time.perf_counter() - start), {}
+        if not cuda and not variant.eager:
+            note(name, {"error": "needs a GPU"})
+        elif left < 10:
+            note(name, {"error": "no time left"})
+        elif variant.compiled and not options.only:
+            note(name, apart(name, options, min(left, LONGEST)))
+        else:
+            try:
+                for found in bench.run(name):
+                    note(name, found)
+            except Exception as error:
+                note(name, found | {"error": f"{type(error).__name__}: {error}"[:500]})
+        gc.collect()
+        if cuda:
+            torch.cuda.empty_cache()
         if name == "contiguous" and options.tiles and cuda:
             result["tiles"] = tiles(options.rounds)
             lines = [f"{key}: {v['forward']:.3f} ms, {v['backward']:.3f} ms" for key, v in result["tiles"].items()]

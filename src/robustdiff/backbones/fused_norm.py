@@ -5,8 +5,8 @@ sample's group,
 
     x̂ = (x − μ) / √(σ² + eps),   z = (γ x̂ + β)(1 + scale) + shift,   y = z sigmoid(z)
 
-with γ and β for each channel, and scale and shift for each sample and channel. Each of these operations on its own is a
-trip of the whole activation through memory, in float32 under autocast. Here a program of a GPU takes a few groups of one
+with γ and β for each channel, and scale and shift for each sample and channel. Each of these operations alone is a trip
+of the whole activation through memory, in float32 under autocast. Here a program of a GPU takes a few groups of one
 sample: it reads them for the statistics and again, now from a cache, for y, which is written in the type that the next
 convolution wants. In memory the channels of a pixel are neighbours (``torch.channels_last``), as convolutions on tensor
 cores want them.
@@ -346,7 +346,7 @@ class _FusedAttention(AttnProcessor2_0):
         out = attn.to_out[1](attn.to_out[0](out))
         out = out.unflatten(1, (height, width)).permute(0, 3, 1, 2)
         if attn.residual_connection:
-            out = out + hidden_states
+            out = hidden_states + out  # in the layout of the first
         return out if attn.rescale_output_factor == 1 else out / attn.rescale_output_factor
 
 
@@ -387,7 +387,7 @@ def fuse_norms(network: nn.Module, norm: Norm = group_norm) -> nn.Module:
 
 
 def _on_pixels(attention: Attention) -> bool:
-    """Return whether a block attends to the pixels of its input alone, in the way that :class:`_FusedAttention` does."""
+    """Return whether a block is self-attention on pixels, as :class:`_FusedAttention` computes it."""
     return (
         type(attention.processor) is AttnProcessor2_0
         and attention.group_norm is not None
