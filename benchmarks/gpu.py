@@ -123,7 +123,7 @@ def measure(rounds, batch_size, tiny):
         "ratios": {
             "free_over_bare": quartiles(seconds["bare bf16"] / seconds["free bf16"]),
             "free_over_plain": quartiles(seconds["none bf16"] / seconds["free bf16"]),
-            "fashion-16, free over eager": quartiles(seconds["fashion-16 free, eager"] / seconds["fashion-16 free"]),
+            "fashion-16_eager_over_free": quartiles(seconds["fashion-16 free, eager"] / seconds["fashion-16 free"]),
         },
         "settings": {
             "network": "tiny" if tiny else "cifar10-adm",

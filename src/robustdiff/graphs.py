@@ -40,7 +40,7 @@ class Recorder:
         function: The function. Its arguments and its result are tensors, numbers, strings and None, and lists, tuples,
             dictionaries and dataclasses of them.
         device: The device that the function computes on. Arguments on the CPU are copied to it.
-        what: What the function does, for the line that is logged if it cannot be recorded.
+        what: A name of the function for the line that is logged if it cannot be recorded.
     """
 
     def __init__(self, function: Callable[..., Any], device: torch.device, what: str) -> None:

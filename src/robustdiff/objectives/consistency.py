@@ -395,7 +395,8 @@ class ConsistencyObjective(Objective):
         """Restore the generators after the block, so that the target's dropout is the student's, as in the original."""
         # In eval mode nothing is dropped out. While a CUDA graph is recorded, which happens without dropout alone, the
         # states of generators cannot be read.
-        if not self.target.training or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+        recording = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        if recording or not getattr(self.target, "training", True):
             return nullcontext()
         fork = torch.random.fork_rng
         return fork([]) if device.type == "cpu" else fork([device], device_type=device.type)

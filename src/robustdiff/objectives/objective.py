@@ -162,8 +162,8 @@ class ObjectiveConfig(Named):
     def fixed_levels(self) -> bool:
         """True if the times or noise levels stay the same throughout training.
 
-        :meth:`Objective.draw` then depends on nothing that training changes on the device, and a GPU makes the draw of
-        a batch while it trains on the batch before.
+        A GPU then makes the draw of a batch while it trains on the batch before, so that :meth:`Objective.draw` must
+        depend on nothing that training changes on the device.
         """
         return True
 

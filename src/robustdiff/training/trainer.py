@@ -38,6 +38,7 @@ from diffusers import EDMEulerScheduler
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 
+from robustdiff.backbones.fused_norm import fuse_norms
 from robustdiff.backbones.lora import RECORD, adapter_of
 from robustdiff.backbones.model import Model, load_model
 from robustdiff.data import ImageDataset
@@ -227,6 +228,8 @@ class Trainer:
         by_default = accelerator.device.type == "cuda" and recipe.optimizer == "adamw"
         if by_default if recipe.channels_last is None else recipe.channels_last:
             unet = unet.to(memory_format=torch.channels_last)
+            if accelerator.device.type == "cuda":
+                fuse_norms(unet)
         config, adapted = built.objective, built.model.adapter is not None
         target = _copy_of(unet) if config.needs_target and config.copies_student(adapted) else None
         if recipe.compile:
