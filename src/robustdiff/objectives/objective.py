@@ -160,7 +160,11 @@ class ObjectiveConfig(Named):
 
     @property
     def fixed_levels(self) -> bool:
-        """True if the times or noise levels stay the same throughout training."""
+        """True if the times or noise levels stay the same throughout training.
+
+        A GPU then makes the draw of a batch while it trains on the batch before, so that :meth:`Objective.draw` must
+        depend on nothing that training changes on the device.
+        """
         return True
 
     @property

@@ -25,6 +25,7 @@ b, though. There is one stream alone where it may:
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -83,14 +84,14 @@ class Batches:
         indices = self._indices()
         stop = -(-self.recipe.steps // self.recipe.adversary.passes)  # the last batch may lack passes
         loader = self._loader(indices, stop)
-        if not self._own_stream:
+        if not self.own_stream:
             for number in range(self.start, stop):
                 yield self._batch(number, indices, loader)
             return
         device = self.accelerator.device
         stream, handed_over = torch.cuda.Stream(device), torch.cuda.Event()
         handed_over.record(torch.cuda.current_stream(device))
-        kept: list[Draw] = []
+        kept: deque[list[Draw]] = deque(maxlen=1)
         for number in range(self.start, stop):
             stream.wait_event(handed_over)
             with torch.cuda.stream(stream):
@@ -102,10 +103,11 @@ class Batches:
             # The passes over this batch are queued, not made. PyTorch gives memory that is free to the next tensor of
             # the stream on which it was allocated, here the next batch's. So a batch is kept for another turn, until
             # that stream waits for its passes.
-            kept = draws  # noqa: F841
+            kept.append(draws)
 
     @property
-    def _own_stream(self) -> bool:
+    def own_stream(self) -> bool:
+        """True if batches are prepared on another stream than the passes over them."""
         config = self.built.objective
         shares_network = config.needs_teacher and self.built.model.adapter is not None
         history = isinstance(self.objective.timesteps, LossSecondMoment)
