@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from robustdiff.backbones.fused_norm import fuse_norms
 from robustdiff.backbones.lora import LoraSection
 from robustdiff.errors import InputError
 from robustdiff.evaluation import recorded as module
@@ -99,12 +100,16 @@ def change_module(network) -> None:
     network.conv_out = copy.deepcopy(network.conv_out)
 
 
+def change_norms(network) -> None:
+    fuse_norms(network)
+
+
 def change_type(network) -> None:
     network.to(torch.float64)
     network.to(torch.float32)
 
 
-@pytest.mark.parametrize("change", [change_parameter, change_module, change_type])
+@pytest.mark.parametrize("change", [change_parameter, change_module, change_norms, change_type])
 def test_what_is_replaced_is_recorded_anew(generator, recorders, change):
     generator.sample(range(4), None)
     generator.sample(range(4), None)

@@ -55,7 +55,8 @@ def _state(network: nn.Module) -> Hashable:
     found: list[Hashable] = []
     for module in network.modules():
         own = vars(module)
-        found += [id(module), _hooks(module), *(repr(own[name]) for name in (*_SWITCHES, *_OFFLOAD) if name in own)]
+        found += [id(module), type(module), _hooks(module)]
+        found += [repr(own[name]) for name in (*_SWITCHES, *_OFFLOAD) if name in own]
         for tensor in (*module._parameters.values(), *module._buffers.values()):
             if tensor is not None:
                 found.append((tensor.data_ptr(), tensor.dtype, tensor.stride()))

@@ -191,6 +191,7 @@ class Watch:
                         batch_size=config.batch_size,
                         precision=self.recipe.precision,
                         guidance=config.guidance,
+                        capture=False if self.recipe.capture is False else "auto",
                     )
                 except InputError as error:
                     raise InputError(f"watch of {sampler} at {steps} steps: {error}") from None
