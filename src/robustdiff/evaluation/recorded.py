@@ -55,7 +55,7 @@ def _state(network: nn.Module) -> Hashable:
     found: list[Hashable] = []
     for module in network.modules():
         own = vars(module)
-        found += [id(module), type(module), _hooks(module)]
+        found.append((id(module), type(module), _hooks(module)))
         found += [repr(own[name]) for name in (*_SWITCHES, *_OFFLOAD) if name in own]
         for tensor in (*module._parameters.values(), *module._buffers.values()):
             if tensor is not None:
