@@ -43,7 +43,7 @@ from robustdiff.backbones.lora import RECORD, adapter_of
 from robustdiff.backbones.model import Model, load_model
 from robustdiff.data import ImageDataset
 from robustdiff.data.latents import LatentDataset
-from robustdiff.data.loader import worker_failures
+from robustdiff.data.loader import to_device, worker_failures
 from robustdiff.errors import InputError, RunError, printable
 from robustdiff.files import (
     MARKER,
@@ -387,9 +387,9 @@ class Trainer:
     def _record(self, draws: list[Draw]) -> list[_Pass]:
         """Make all passes over a batch by the recorder."""
         assert self.recorder is not None
-        schedule = self._schedule(self.step)
-        tensors = _Schedule(torch.tensor(schedule.step), torch.tensor(schedule.rates), torch.tensor(schedule.weights))
-        of_passes: list[_Pass] = self.recorder(draws, tensors)
+        schedule, device = self._schedule(self.step), self.accelerator.device
+        numbers = (torch.tensor(value) for value in (schedule.step, schedule.rates, schedule.weights))
+        of_passes: list[_Pass] = self.recorder(draws, _Schedule(*(to_device(number, device) for number in numbers)))
         # A replay changes tensors alone.
         self.objective.updates = self.step + len(of_passes)
         if self.ema is not None:
@@ -890,13 +890,15 @@ def _run(
     for losses, size, done in trainer.updates():
         metrics.add(losses, size, done)
         stop = interrupt.received is not None and done
-        if accelerator.num_processes > 1 and done:  # a signal may reach one process before another
-            flag = torch.tensor(float(stop), device=accelerator.device)
-            stop = bool(accelerator.reduce(flag, reduction="sum"))
         due = done and trainer.step - saved >= recipe.checkpoint_every
         last = trainer.step >= recipe.steps
         # Between batches, so that every line covers whole batches; before a checkpoint, so that none has a NaN.
-        if (done and metrics.updates >= recipe.log_every) or due or stop or last:
+        line = (done and metrics.updates >= recipe.log_every) or due or last
+        if accelerator.num_processes > 1:
+            # A signal may reach one process before another. They agree where the host waits for the GPU in any case.
+            received = float(stop)
+            stop = line and done and bool(accelerator.reduce(torch.tensor(received, device=accelerator.device)))
+        if line or stop:
             note = metrics.flush() if watch is None else f"{metrics.flush()}  {watch.note}"
             progress.advance(trainer.step - shown, note)
             shown = trainer.step
