@@ -205,7 +205,25 @@ def _trend(results: Results, steps: int) -> list[str]:
         "p-value is not adjusted. Those of the other slopes and of the effects at "
         f"{max(updates):,} updates are adjusted by Holm's method for their {len(p)} tests.",
         _table([f"{steps} steps", "with each doubling", *(f"{one} to {other}" for one, other in compared)], rows),
+        *_consequence(slope, primary, updates),
     ]
+
+
+def _consequence(slope: Effect | None, sampler: str, updates: Sequence[int]) -> list[str]:
+    """Return what the slope of the primary hypothesis means for someone who trains, if it has an interval."""
+    if slope is None or slope.interval is None:
+        return []
+    low, high = slope.interval.low, slope.interval.high
+    if high < 0:
+        then = f"FID falls further below the baseline's with each doubling: with {sampler}, longer training pays"
+    elif low > 0:
+        then = f"FID rises against the baseline's with each doubling: with {sampler}, train no longer for it"
+    else:
+        then = (
+            f"with {sampler} the effect was not found to change with the length of training, so {min(updates):,} "
+            f"updates tell what {max(updates):,} would, to within {_ends(slope.interval)} a doubling"
+        )
+    return [f"What follows for a training: {then}."]
 
 
 def _few_trainings(results: Results, steps: int) -> list[str]:
