@@ -29,7 +29,7 @@ from torch.nn import functional as F
 from robustdiff import DenoisingObjective, DiffusionProcess
 from robustdiff.backbones.unet2d import UNetSection
 from robustdiff.data import load_dataset, to_uint8, to_unit
-from robustdiff.evaluation.generate import ImageNoise
+from robustdiff.evaluation.noise import ImageNoise
 from robustdiff.metrics.features import load_extractor
 from robustdiff.metrics.metric import MetricCollection
 from robustdiff.metrics.reference import reference_statistics

@@ -1,17 +1,19 @@
 """Training and sampling speed on a GPU: images through forward and backward per second, and sampled images per second.
 
 The network is that of ADM's CIFAR-10 checkpoints (hybrid loss, dropout 0.3), untrained, on random images of 3×32×32, in
-the recipe `cifar10-adm`: free adversarial training with K = 3, PGD, and plain training, each in bf16 and fp16, beside a
-bare forward and backward of the same network in bf16. Sampling is 10 ancestral steps. A small network, that of
-`fashion-16`, is bound by the launches of kernels: the time of one of its passes is measured as well.
+the recipe `cifar10-adm`: free adversarial training with K = 3, PGD, and plain training in bf16, recorded as CUDA graphs
+as by default and eagerly, free training in fp16, and a bare forward and backward of the same network of diffusers in
+bf16. Sampling is 10 ancestral steps. A small network, that of `fashion-16`, is bound by the launches of kernels: the
+time of one of its passes is measured as well.
 
-Loops of one precision take turns in one process, and every number is a median over rounds with its quartiles. For
+Loops of one group take turns in one process, and every number is a median over rounds with its quartiles. For
 comparison, guided-diffusion's own network, fp16 trainer and moving average in the authors' adversarial loop made 776 to
 787 images per second, and 326 sampled images per second in fp16, on one H100 with PyTorch 2.11.
 
     python benchmarks/gpu.py --out benchmarks/results/gpu.json
 """
 
+import gc
 import platform
 import tempfile
 from pathlib import Path
@@ -50,10 +52,11 @@ def bare(network, images, dtype, device):
         yield
 
 
-def training(recipe, dataset, adversary, precision, cpu, batch_size):
+def training(recipe, dataset, adversary, precision, cpu, batch_size, capture="auto"):
     """The updates of a trainer."""
     AcceleratorState._reset_state()
     changes = {"adversary.name": adversary, "precision": precision, "batch_size": batch_size, "steps": 10**8}
+    changes["capture"] = capture
     if adversary != "none":
         changes["adversary.steps"] = K
     settings = load_recipe(*recipe, changes=changes)
@@ -83,28 +86,36 @@ def measure(rounds, batch_size, tiny):
         save_adm(build_adm(flags), folder / "network.pt")
         convert(folder / "network.pt", folder / "pipeline", flags, "cosine")
         source = ["data.name=npz", "data.root=none", "data.workers=0", f"model.path={folder / 'pipeline'}"]
-        for precision in ("bf16",) if cpu else ("bf16", "fp16"):
-            loops = {
-                f"{name} {precision}": training(("cifar10-adm", source), dataset, name, precision, cpu, batch_size)
-                for name in ("free", "none", "pgd")
-            }
-            advances = {f"free {precision}": K, f"none {precision}": K, f"pgd {precision}": 1}
-            if precision == "bf16":
-                x = torch.randn(batch_size, 3, 32, 32)
-                loops["bare bf16"] = bare(build_adm(flags), x, torch.bfloat16, device)
-                advances["bare bf16"] = K
-            seconds |= take_turns(loops, advances, rounds, synchronize)
-            sizes |= dict.fromkeys(loops, batch_size)
-            sizes[f"pgd {precision}"] = (K + 1) * batch_size
+        adm = ("cifar10-adm", source), dataset
+        groups = [
+            {
+                "free bf16": lambda: training(*adm, "free", "bf16", cpu, batch_size),
+                "none bf16": lambda: training(*adm, "none", "bf16", cpu, batch_size),
+                "bare bf16": lambda: bare(build_adm(flags), torch.randn(batch_size, 3, 32, 32), torch.bfloat16, device),
+            },
+            {
+                "pgd bf16": lambda: training(*adm, "pgd", "bf16", cpu, batch_size),
+                "free bf16, eager": lambda: training(*adm, "free", "bf16", cpu, batch_size, False),
+                **({} if cpu else {"free fp16": lambda: training(*adm, "free", "fp16", cpu, batch_size)}),
+            },
+        ]
+        for group in groups:
+            loops = {name: make() for name, make in group.items()}
+            seconds |= take_turns(loops, {name: 1 if "pgd" in name else K for name in loops}, rounds, synchronize, 2)
+            sizes |= {name: (K + 1 if "pgd" in name else 1) * batch_size for name in loops}
             del loops  # and with them the networks
+            gc.collect()
+            if not cpu:
+                torch.cuda.empty_cache()
         model = load_model(folder / "pipeline").to(device)
         loops = {f"sampling {p}": sampled(model, p, 2 * batch_size) for p in (("bf16",) if cpu else ("bf16", "fp16"))}
-        seconds |= take_turns(loops, dict.fromkeys(loops, 1), rounds, synchronize)
+        seconds |= take_turns(loops, dict.fromkeys(loops, 1), rounds, synchronize, 2)
         sizes |= dict.fromkeys(loops, 2 * batch_size)
     own = ("fashion-16-at", [])
     small = load_recipe(*own).data.load()
     loops = {f"fashion-16 {n}": training(own, small, n, "bf16", cpu, batch_size) for n in ("free", "none")}
-    seconds |= take_turns(loops, dict.fromkeys(loops, K), rounds, synchronize)
+    loops["fashion-16 free, eager"] = training(own, small, "free", "bf16", cpu, batch_size, False)
+    seconds |= take_turns(loops, dict.fromkeys(loops, K), rounds, synchronize, 2)
     sizes |= dict.fromkeys(loops, batch_size)
     return {
         "images_per_second": {name: quartiles(sizes[name] / values) for name, values in seconds.items()},
@@ -112,6 +123,7 @@ def measure(rounds, batch_size, tiny):
         "ratios": {
             "free_over_bare": quartiles(seconds["bare bf16"] / seconds["free bf16"]),
             "free_over_plain": quartiles(seconds["none bf16"] / seconds["free bf16"]),
+            "fashion-16_eager_over_free": quartiles(seconds["fashion-16 free, eager"] / seconds["fashion-16 free"]),
         },
         "settings": {
             "network": "tiny" if tiny else "cifar10-adm",
@@ -131,11 +143,11 @@ def main(arguments=None):
     options = parser.parse_args(arguments)
     result = measure(options.rounds, options.batch_size, options.tiny)
     lines = [
-        f"{name:20}{found['median']:9.1f} images/s  ({found['quartiles'][0]:.1f} to {found['quartiles'][1]:.1f})"
+        f"{name:24}{found['median']:9.1f} images/s  ({found['quartiles'][0]:.1f} to {found['quartiles'][1]:.1f})"
         for name, found in result["images_per_second"].items()
     ]
     lines += [
-        f"{name:20}{found['median']:9.2f} ms" for name, found in result["milliseconds"].items() if "fashion" in name
+        f"{name:24}{found['median']:9.2f} ms" for name, found in result["milliseconds"].items() if "fashion" in name
     ]
     publish(result, lines, options.out)
 

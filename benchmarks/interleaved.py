@@ -20,16 +20,17 @@ def take_turns(
     advances: Mapping[str, int],
     rounds: int,
     synchronize: Callable[[], None] = lambda: None,
+    uncounted: int = 1,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Any]:
     """Return the seconds that one advance of each loop takes, by name with shape (rounds,).
 
-    In each round every loop is advanced ``advances`` times, in an order that changes from round to round. A first round
-    is not counted: it is for allocations and the choice of kernels.
+    In each round every loop is advanced ``advances`` times, in an order that changes from round to round. The first
+    ``uncounted`` rounds are for allocations, the choice of kernels, and recordings.
     """
     names = list(loops)
     times: dict[str, list[float]] = {name: [] for name in names}
-    for number in range(rounds + 1):
+    for number in range(uncounted + rounds):
         shift = number % len(names)
         for name in names[shift:] + names[:shift]:
             synchronize()
@@ -38,7 +39,7 @@ def take_turns(
                 next(loops[name])
             synchronize()
             times[name].append((clock() - start) / advances[name])
-    return {name: np.array(values[1:]) for name, values in times.items()}
+    return {name: np.array(values[uncounted:]) for name, values in times.items()}
 
 
 def quartiles(values: Any) -> dict[str, Any]:

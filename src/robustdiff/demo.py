@@ -92,6 +92,7 @@ def run_demo(
             "torch": first["torch"],
         },
         "seed": study.measure.seed,
+        "noise": first["noise"],
         "training": training,
         **{name: [cell.record() for cell in cells] for name, cells in references.items()},
     }

@@ -39,8 +39,8 @@ class Recorder:
     Arguments:
         function: The function. Its arguments and its result are tensors, numbers, strings and None, and lists, tuples,
             dictionaries and dataclasses of them.
-        device: The device of all tensors.
-        what: What the function does, for the line that is logged if it cannot be recorded.
+        device: The device that the function computes on. Arguments on the CPU are copied to it.
+        what: A name of the function for the line that is logged if it cannot be recorded.
     """
 
     def __init__(self, function: Callable[..., Any], device: torch.device, what: str) -> None:
@@ -60,19 +60,18 @@ class Recorder:
         tensors: list[Tensor] = []
         key = _key(arguments, tensors)
         recording = self._recordings.get(key)
-        if recording is None and self.device.type == "cuda" and key not in self._recordings:
-            self._recordings[key] = None
-            with self._on_stream():
-                return self.function(*arguments)
+        first = recording is None
         if recording is None:
-            recording = self._recordings[key] = _Recording(arguments, tensors)
-            recording.fill(tensors)
-            if self.device.type == "cuda" and not self._record(recording):
-                return self.function(*arguments)
-        else:
-            recording.fill(tensors)
-        if recording.graph is None:
+            recording = self._recordings[key] = _Recording(arguments, tensors, self.device)
+        recording.fill(tensors)
+        if self.device.type != "cuda":
             return self.function(*recording.arguments)
+        if first:
+            with self._on_stream():
+                return self.function(*recording.arguments)
+        if recording.graph is None and not self._record(recording):
+            return self.function(*arguments)
+        assert recording.graph is not None
         recording.graph.replay()
         return recording.result
 
@@ -91,8 +90,10 @@ class Recorder:
         """Record the function. Return False, and never try again, if it cannot be recorded."""
         graph = torch.cuda.CUDAGraph()
         cached = torch.is_autocast_cache_enabled()
-        # A cast of a weight that was cached outside would be freed while the graph still reads it.
+        # A cast of a weight that was cached outside would be freed while the graph still reads it, and one that is made
+        # inside, by an autocast of the function's own, is there after a replay only.
         torch.set_autocast_cache_enabled(False)
+        torch.clear_autocast_cache()
         try:
             # Threads that load data may call CUDA meanwhile. Graphs share their memory, since no two run at a time.
             with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
@@ -105,6 +106,7 @@ class Recorder:
             )
             return False
         finally:
+            torch.clear_autocast_cache()
             torch.set_autocast_cache_enabled(cached)
         self._pool = graph.pool()
         recording.graph, recording.result = graph, result
@@ -117,10 +119,11 @@ class _Recording:
     Arguments:
         arguments: The arguments of the function.
         tensors: The tensors in them, in their order.
+        device: The device of the copies.
     """
 
-    def __init__(self, arguments: Any, tensors: list[Tensor]) -> None:
-        self.tensors = [torch.empty_like(tensor, requires_grad=False) for tensor in tensors]
+    def __init__(self, arguments: Any, tensors: list[Tensor], device: torch.device) -> None:
+        self.tensors = [torch.empty_like(tensor, device=device, requires_grad=False) for tensor in tensors]
         self.arguments = _replaced(arguments, iter(self.tensors))
         self.graph: torch.cuda.CUDAGraph | None = None
         self.result: Any = None

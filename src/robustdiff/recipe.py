@@ -144,6 +144,11 @@ class Recipe(Section):
     precision: Precision = Field(
         "fp32", description="mixed precision of the network; auto: bf16 if the device supports it, else fp32"
     )
+    capture: bool | Literal["auto"] = Field(
+        "auto",
+        description="record the passes over a batch as a CUDA graph, and replay it; auto: on CUDA; a line says where "
+        "this is not possible",
+    )
     compile: bool = Field(False, description="torch.compile the network")
     channels_last: bool | None = Field(None, description="channels-last memory format; by default on CUDA with adamw")
     seed: int = Field(0, ge=0, lt=2**63)

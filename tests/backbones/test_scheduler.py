@@ -12,7 +12,8 @@ from robustdiff.backbones.model import Model
 from robustdiff.backbones.scheduler import kind_of, mark_as_own, model_of, objective_of, process_of, sampling_of
 from robustdiff.backbones.unet2d import UNet2D
 from robustdiff.errors import InputError
-from robustdiff.evaluation.generate import Generator, ImageNoise
+from robustdiff.evaluation.generate import Generator
+from robustdiff.evaluation.noise import ImageNoise
 from robustdiff.objectives.preconditioning import Preconditioned
 from robustdiff.process import DiffusionProcess
 

@@ -11,12 +11,13 @@ def test_it_writes_speeds_with_quartiles_and_settings(benchmark, tmp_path):
     out = benchmark("gpu.py", "--tiny", "--rounds", 1, "--batch-size", 2, "--out", tmp_path / "gpu.json")
     result = json.loads((tmp_path / "gpu.json").read_text())
     trained = {f"{name} bf16" for name in ("free", "none", "pgd", "bare")}
+    trained |= {"free bf16, eager", "fashion-16 free, eager"}
     assert trained | {"sampling bf16", "fashion-16 free", "fashion-16 none"} <= set(result["images_per_second"])
     for name, speed in result["images_per_second"].items():
         low, high = speed["quartiles"]
         assert 0 < low <= speed["median"] <= high
-        assert f"{name:20}{speed['median']:9.1f} images/s" in out
-    assert set(result["ratios"]) == {"free_over_bare", "free_over_plain"}
+        assert f"{name:24}{speed['median']:9.1f} images/s" in out
+    assert set(result["ratios"]) == {"free_over_bare", "free_over_plain", "fashion-16_eager_over_free"}
     assert (result["settings"]["network"], result["settings"]["batch_size"]) == ("tiny", 2)
     assert result["settings"]["device"]
 

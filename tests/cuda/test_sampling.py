@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,6 +13,8 @@ import torch
 from robustdiff import ConsistencyObjective, DenoisingObjective, DiffusionProcess, FreeAdversary, load_adm
 from robustdiff.codecs.vae import VAESection
 from robustdiff.evaluation.generate import Generator
+from robustdiff.evaluation.noise import ImageNoise, philox
+from robustdiff.evaluation.recorded import Recordings
 from robustdiff.objectives.preconditioning import Preconditioned
 from robustdiff.perturbation import PerDimension
 
@@ -27,6 +31,54 @@ def test_samples_are_those_of_the_cpu(device, exact, network, sampler, memory_fo
         images.append(generator.sample(range(8), None).cpu())
     # time-shift chooses among times by numbers that may be as good as equal.
     torch.testing.assert_close(images[0], images[1], rtol=0, atol=3e-2 if sampler == "time-shift" else 1e-3)
+
+
+def test_noise_is_that_of_the_cpu(device):
+    words = torch.randint(2**32, (2, 2, 1000), generator=torch.Generator().manual_seed(0))
+    expected = philox(*words.clone(), (2**32 - 1, 2**31))
+    for found, own in zip(philox(*words.to(device), (2**32 - 1, 2**31)), expected, strict=True):
+        assert torch.equal(found.cpu(), own)
+    for ahead in (0, 20):
+        draws = (
+            ImageNoise(2**63 - 1, range(2**32 - 3, 2**32 + 3), (3, 7, 5), torch.device(place), ahead)
+            for place in ("cpu", device)
+        )
+        for ours, theirs in itertools.islice(zip(*draws, strict=False), 6):
+            torch.testing.assert_close(theirs.cpu(), ours, rtol=0, atol=4e-6)
+
+
+def assert_as_unrecorded(generator, tolerance):
+    """Batches of two sizes, of which each but the first is replayed."""
+    plain = replace(generator, capture=False, recordings=Recordings())
+    for batch in (range(8), range(8, 16), range(16, 19)):
+        labels = generator.labels(batch)
+        found = generator.sample(batch, labels)
+        torch.testing.assert_close(found, plain.sample(batch, labels), rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-4), ("bf16", 2e-2), ("fp16", 2e-2)])
+@pytest.mark.parametrize("sampler", ["ddim", "iddpm", "dpm++"])
+def test_recorded_samples_are_those_of_the_network_itself(device, exact, caplog, sampler, precision, tolerance):
+    generator = Generator.load("fashion-16", device, sampler=sampler, steps=5, precision=precision, capture=True)
+    assert_as_unrecorded(generator, tolerance)
+    with torch.no_grad():
+        for parameter in generator.model.network.parameters():  # as an optimiser or a moving average does
+            parameter.mul_(1.01)
+    assert_as_unrecorded(generator, tolerance)
+    bias = generator.model.network.conv_out.bias
+    generator.model.network.conv_out.bias = torch.nn.Parameter(bias.detach() + 0.1)
+    assert_as_unrecorded(generator, tolerance)
+    assert not caplog.records, "every call could be recorded"
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_network_with_an_autocast_of_its_own_is_recorded(device, exact, caplog, precision):
+    """As accelerate makes it for training in mixed precision."""
+    generator = Generator.load("fashion-16", device, steps=5, precision=precision, capture=True)
+    network = generator.model.network
+    network.forward = torch.autocast(torch.device(device).type, torch.bfloat16, cache_enabled=True)(network.forward)
+    assert_as_unrecorded(generator, 2e-2)
+    assert not caplog.records
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])

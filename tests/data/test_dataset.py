@@ -164,3 +164,14 @@ def test_fingerprint_of_any_dataset_is_that_of_its_pixels():
 
     arrays = ArrayDataset("mine", np.arange(300).astype(np.uint8).reshape(-1, 1, 1, 1))
     assert Lazy("lazy", (1, 1, 1), None).fingerprint() == arrays.fingerprint()
+
+
+def test_images_are_resident_where_there_is_room():
+    """The device "meta" stands for a GPU."""
+    cpu, gpu = torch.device("cpu"), torch.device("meta")
+    dataset = ArrayDataset("mine", np.arange(48, dtype=np.uint8).reshape(3, 4, 4, 1))
+    here = dataset.resident(cpu, 0)
+    assert torch.equal(here, dataset.__getitems__(range(3)).images)
+    assert here.data_ptr() == dataset.resident(cpu, 0).data_ptr()  # not a copy
+    assert dataset.resident(gpu, 47) is None
+    assert dataset.resident(gpu, 48).device == gpu

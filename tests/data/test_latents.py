@@ -71,6 +71,14 @@ def test_latents_are_those_of_the_images(tmp_path, parts_of_40, posterior, flip)
     assert torch.equal(latents, again) == (posterior == "mean")  # every epoch draws anew
 
 
+def test_latents_are_resident_where_there_is_room(tmp_path, parts_of_40):
+    cached = LatentDataset(dataset(), VAE(small()), True, tmp_path)
+    cached.fill()
+    wanted = cached.__getitems__(range(N)).images
+    assert torch.equal(cached.resident(torch.device("cpu"), wanted.nbytes), wanted)
+    assert cached.resident(torch.device("cpu"), wanted.nbytes - 1) is None
+
+
 def test_it_describes_itself_as_its_images_do(tmp_path):
     images = dataset()
     cached = LatentDataset(images, VAE(small()), False, tmp_path)

@@ -9,7 +9,7 @@ import torch
 from torch.utils.data import get_worker_info
 
 from robustdiff.data import ArrayDataset, ImageDataset
-from robustdiff.data.loader import load_batches, worker_failures
+from robustdiff.data.loader import load_batches, select_batches, worker_failures
 from robustdiff.errors import InputError, RunError
 
 BATCHES = [[0, 1], [4, 2], [3]]
@@ -43,6 +43,18 @@ def test_batches_in_order(workers):
     assert [captions[0][0] for _, _, captions, _ in batches] == ["image 0", "image 4", "image 3"]
     assert all(batch.geometry is None for batch in batches)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("labels", [True, False])
+def test_selected_batches_are_those_that_are_loaded(labels):
+    images = np.arange(40, dtype=np.uint8).reshape(5, 2, 4, 1)
+    dataset = ArrayDataset("mine", images, np.arange(5), captions=[(f"image {k}",) for k in range(5)])
+    resident = dataset.resident(torch.device("cpu"), 0)
+    batches = list(select_batches(dataset, resident, BATCHES, labels))
+    for batch, wanted in zip(batches, load_batches(dataset, BATCHES), strict=True):
+        assert torch.equal(batch.images, wanted.images)
+        assert torch.equal(batch.labels, wanted.labels) if labels else batch.labels is None
+        assert (batch.captions, batch.geometry) == (wanted.captions, None)
 
 
 @pytest.mark.parametrize("workers", [0, 1])

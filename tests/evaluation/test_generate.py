@@ -18,7 +18,7 @@ from PIL import Image
 from robustdiff.backbones.model import Model
 from robustdiff.backbones.unet2d import UNet2D
 from robustdiff.errors import InputError
-from robustdiff.evaluation.generate import RECORD, Generator, ImageNoise, share_of, write_npz, write_pngs
+from robustdiff.evaluation.generate import RECORD, Generator, share_of, write_npz, write_pngs
 from robustdiff.process import DiffusionProcess
 
 
@@ -44,17 +44,10 @@ def test_an_image_is_the_same_alone_and_among_others(generator):
     assert (together - other_batches).abs().max() <= 1
 
 
-def test_seeds_and_numbers_give_different_noise():
-    device = torch.device("cpu")
-    a, b = ImageNoise(0, range(3), (1, 4, 4), device), ImageNoise(1, range(3), (1, 4, 4), device)
-    first, second = a.draw(), a.draw()
-    assert len(torch.unique(torch.cat([first, second, b.draw()]).flatten(1), dim=0)) == 9
-
-
-def test_noise_is_standard_normal():
-    noise = ImageNoise(0, range(64), (1, 16, 16), torch.device("cpu")).draw().double()
-    assert abs(noise.mean()) < 4 / noise.numel() ** 0.5
-    assert abs(noise.var() - 1) < 4 * (2 / noise.numel()) ** 0.5
+@pytest.mark.parametrize("seed", [-1, 2**63])
+def test_a_seed_out_of_range_is_refused(generator, seed):
+    with pytest.raises(InputError, match=r"give one from 0 to 2\*\*63 - 1"):
+        replace(generator, seed=seed)
 
 
 def test_samplers_start_from_the_same_noise(generator, monkeypatch):
@@ -196,6 +189,15 @@ def test_pngs_of_another_network_or_process_are_refused(generator, accelerator, 
     other = Model(generator.model.backbone, process=DiffusionProcess.linear(1000), prediction="epsilon")
     with pytest.raises(InputError, match=r"png holds images of other settings \(process"):
         write_pngs(replace(generator, model=other), 2, tmp_path / "png", accelerator)
+
+
+def test_pngs_of_other_noise_are_not_added_to(generator, accelerator, tmp_path):
+    write_pngs(generator, 2, tmp_path / "png", accelerator)
+    record = json.loads((tmp_path / "png" / RECORD).read_text())
+    assert record.pop("noise") == "philox"
+    (tmp_path / "png" / RECORD).write_text(json.dumps(record))  # as robustdiff 0.2.0 wrote it
+    with pytest.raises(InputError, match=r"other settings \(noise None, now philox\).*--output"):
+        write_pngs(generator, 4, tmp_path / "png", accelerator)
 
 
 @pytest.mark.parametrize("name", ["000000.png", "notes.txt", RECORD])

@@ -17,7 +17,8 @@ from robustdiff.backbones.unet2d import UNet2D
 from robustdiff.data import load_dataset
 from robustdiff.data.dataset import ArrayDataset
 from robustdiff.errors import InputError
-from robustdiff.evaluation.generate import Generator, ImageNoise
+from robustdiff.evaluation.generate import Generator
+from robustdiff.evaluation.noise import ImageNoise
 from robustdiff.mismatch.distances import random_directions
 from robustdiff.mismatch.measure import MEASURES, measure_mismatch
 from robustdiff.process import DiffusionProcess

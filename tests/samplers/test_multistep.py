@@ -15,7 +15,8 @@ from robustdiff import DiffusionProcess, sample
 from robustdiff.backbones.model import Model
 from robustdiff.data import to_uint8
 from robustdiff.errors import InputError
-from robustdiff.evaluation.generate import Generator, ImageNoise
+from robustdiff.evaluation.generate import Generator
+from robustdiff.evaluation.noise import ImageNoise
 from robustdiff.objectives.preconditioning import Preconditioned, karras_process, karras_sigmas
 from robustdiff.samplers.multistep import scale_numbers
 

@@ -43,6 +43,7 @@ CELL = {
     "seconds": 1.0,
     "measure": {"num": 8, "batch_size": 8},
     "weights": "0",
+    "noise": "philox",
     "threads": 1,
     "torch": "2",
     "device": "cpu",

@@ -207,6 +207,53 @@ def test_a_cell_is_made_again_from_its_file_alone(finished, tmp_path, robustdiff
         assert "differs" in outcome.out, "that of the weights is said, and is no error"
 
 
+@pytest.fixture
+def of_other_noise(finished, tmp_path):
+    """The same study, as robustdiff 0.2.0 made it: its files say nothing of the noise."""
+    study, folder = finished
+    for part in ("cells", "trainings", "mismatch", "runs"):
+        shutil.copytree(folder / part, tmp_path / "old" / part)
+    paths = [*(tmp_path / "old" / "cells").glob("*.json"), *(tmp_path / "old" / "mismatch").glob("*.json")]
+    assert len(paths) == 13 + 2
+    for path in paths:
+        record = json.loads(path.read_text())
+        assert record.pop("noise") == "philox"
+        path.write_text(json.dumps(record))
+    return study, tmp_path / "old"
+
+
+def test_a_study_of_other_noise_is_shown_and_not_added_to(of_other_noise, study_file, finished, tmp_path, robustdiff):
+    study, folder = of_other_noise
+    assert run_study(study, folder), "nothing is missing"
+    assert write_page(study, folder, tmp_path / "page.md") == write_page(*finished, tmp_path / "page.md")
+    missing = folder / "cells" / "free-s0-iddpm-2.json"
+    missing.unlink()
+    outcome = robustdiff("study", study_file, "--output", folder)
+    assert (outcome.code, outcome.err.strip().count("\n")) == (2, 0)
+    assert "other noise" in outcome.err
+    assert "another --output, or go on with robustdiff 0.2.0" in outcome.err
+    assert not missing.exists()
+    for path in (folder / "cells").glob("*.json"):
+        path.unlink()
+    with pytest.raises(InputError, match=r"mismatch.*other noise"):
+        run_study(study, folder)
+
+
+def test_a_page_does_not_mix_images_of_different_noise(of_other_noise, finished):
+    study, folder = of_other_noise
+    shutil.copy(finished[1] / "cells" / "free-s0-iddpm-2.json", folder / "cells")
+    with pytest.raises(InputError, match="two kinds of noise"):
+        read_results(study, folder)
+
+
+def test_a_cell_of_other_noise_is_not_made_again(of_other_noise, tmp_path, robustdiff):
+    _, folder = of_other_noise
+    outcome = robustdiff("reproduce", folder / "cells" / "base-ddim-3.json", "--output", tmp_path / "again")
+    assert (outcome.code, outcome.err.strip().count("\n")) == (2, 0)
+    assert "reproduce it with robustdiff 0.2.0" in outcome.err
+    assert not (tmp_path / "again").exists()
+
+
 def test_dry_run_says_what_is_left(finished, study_file, tmp_path, robustdiff):
     study, folder = finished
     assert all((part.runs, part.cells, part.seconds) == (0, 0, 0) for part in remaining(study, folder))

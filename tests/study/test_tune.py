@@ -366,6 +366,17 @@ def test_a_search_from_nothing_has_no_untouched_checkpoint(tmp_path):
 # -- with real trainings -------------------------------------------------------------------------------------
 
 
+def test_a_search_of_other_noise_is_not_continued(measured, tmp_path):
+    measured(lambda settings, seed: 1.0)
+    list(tune(small(), tmp_path))
+    path = tmp_path / "tune.yaml"
+    settings = yaml.safe_load(path.read_text())
+    assert settings.pop("noise") == "philox"
+    path.write_text(yaml.safe_dump(settings))  # as robustdiff 0.2.0 wrote it
+    with pytest.raises(InputError, match=r"tune\.yaml .*other noise.*with robustdiff 0\.2\.0"):
+        next(tune(small(), tmp_path))
+
+
 class Killer:
     """A progress that sends SIGTERM in the training with a number."""
 

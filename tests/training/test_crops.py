@@ -141,7 +141,7 @@ def test_an_xl_is_called_with_the_geometry_of_crops_in_buckets(
     for k in range(len(SIZES)):
         (images / f"{k:02d}.txt").write_text("red" if k % 2 else "blue")
     data = {"size": 8, "channels": 3, "buckets": True, "bucket_step": 4, "crop": "random", "flip": True}
-    recipe = recipe_of(images, data, model={"name": "pretrained", "path": str(path)}, steps=1)
+    recipe = recipe_of(images, data, model={"name": "pretrained", "path": str(path)}, steps=12)
     dataset = recipe.data.load()
     trainer = Trainer(recipe, _accelerator(recipe, True), dataset, build_model(recipe, dataset))
     called: list[Any] = []

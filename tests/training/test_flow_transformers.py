@@ -14,7 +14,7 @@ from PIL import Image
 
 from robustdiff.backbones.flux import pack
 from robustdiff.backbones.model import load_model
-from robustdiff.evaluation.generate import ImageNoise
+from robustdiff.evaluation.noise import ImageNoise
 from robustdiff.objectives.objective import predict
 
 pytest.importorskip("transformers")

@@ -17,7 +17,8 @@ from PIL import Image
 
 from robustdiff.backbones.model import load_model
 from robustdiff.conditions.clip import ClipText
-from robustdiff.evaluation.generate import Generator, ImageNoise
+from robustdiff.evaluation.generate import Generator
+from robustdiff.evaluation.noise import ImageNoise
 from robustdiff.objectives.denoising import DenoisingObjective
 from robustdiff.progress import SILENT
 from robustdiff.training.trainer import _embed_captions

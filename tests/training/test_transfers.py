@@ -62,7 +62,7 @@ def test_what_would_be_missed_is_seen():
 @pytest.fixture
 def on_the_device(monkeypatch):
     """on_the_device(recipe): a trainer whose device is META."""
-    monkeypatch.setattr("robustdiff.training.trainer.batch_generator", lambda *_: None)
+    monkeypatch.setattr("robustdiff.training.batches.batch_generator", lambda *_: None)
     monkeypatch.setattr(torch.random, "fork_rng", lambda *_, **__: nullcontext())
     # Without the fused kernel, which META has not; the number of steps, which the other reads, stays on the host.
     monkeypatch.setattr(torch.optim, "AdamW", lambda *a, fused, **k: AdamW(*a, foreach=True, **k))

@@ -187,5 +187,21 @@ def test_a_damaged_file_is_named(whole, name, old, new):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("name", ["watch.jsonl", "start.json"])
+def test_measurements_of_other_noise_are_not_continued(whole, name):
+    path = Path(whole.output) / name
+    text = path.read_text()
+    records = [json.loads(part) for part in (text.splitlines() if name == "watch.jsonl" else [text])]
+    assert [record.pop("noise") for record in records] == ["philox"] * len(records)
+    path.write_text("".join(f"{json.dumps(record)}\n" for record in records))
+    longer = whole.model_copy(update={"steps": 12})
+    with pytest.raises(InputError, match=r"robustdiff 0\.2\.0.*remove watch\.jsonl and start\.json"):
+        train(longer, resume=True)
+    for made in ("watch.jsonl", "start.json"):
+        (Path(whole.output) / made).unlink()
+    train(longer, resume=True)
+    assert [line["step"] for line in lines(longer)] == [0, 9, 12]
+
+
 def test_results_from_before_the_watch_are_read(digits_run):
     assert "best" not in read_result(digits_run / "result.json")

@@ -98,9 +98,11 @@ class PixArt(Backbone):
             added = None
             if self.network.use_additional_conditions:
                 height, width = (self.factor * side for side in x.shape[2:])
+                # Filled on the device: a copy from the host could not be recorded in a CUDA graph.
+                sides = [x.new_full((len(x), 1), side) for side in (height, width)]
                 added = {
-                    "resolution": x.new_tensor([[height, width]]).repeat(len(x), 1),
-                    "aspect_ratio": x.new_tensor([[height / width]]).repeat(len(x), 1),
+                    "resolution": torch.cat(sides, dim=1),
+                    "aspect_ratio": x.new_full((len(x), 1), height / width),
                 }
             return network(x, timestep=t, added_cond_kwargs=added, **condition)
 

@@ -144,8 +144,9 @@ class StableDiffusion(Backbone):
                 condition |= self.embed_guidance(_GUIDANCE, x) or {}
             if text_embeds is None:
                 return network(x, timestep=t, **condition)
-            target = x.new_tensor([[self.factor * side for side in x.shape[2:]]], dtype=torch.float32)
-            target = target.expand(len(x), 2)
+            # Filled on the device: a copy from the host could not be recorded in a CUDA graph.
+            sides = (x.new_full((len(x), 1), self.factor * side, dtype=torch.float32) for side in x.shape[2:])
+            target = torch.cat(list(sides), dim=1)
             if geometry is None:
                 geometry = torch.cat([target, torch.zeros_like(target)], dim=1)
             added = {"text_embeds": text_embeds, "time_ids": torch.cat([geometry.to(target), target], dim=1)}

@@ -147,6 +147,7 @@ def _show(
 ) -> None:
     """Print the tables, and write the results into a folder."""
     from robustdiff.evaluation.grid import FILE
+    from robustdiff.evaluation.noise import NOISE
     from robustdiff.evaluation.prompts import prompts_of
     from robustdiff.metrics.metric import number_named
     from robustdiff.report.results import write_results
@@ -165,6 +166,8 @@ def _show(
         title = f"{grid.cells[0].n} images a cell, seed {settings['seed']}"
         title = title if target.name is None else f"{target.name}, {title}"
         used = prompts_of(target.dataset) if texts is None and grid.captions else texts
-        record = options.given(**settings, metrics=metrics or None, prompts=None if used is None else used.record)
+        noise = NOISE if runs else None
+        prompts = None if used is None else used.record
+        record = options.given(**settings, noise=noise, metrics=metrics or None, prompts=prompts)
         write_results(output, grid, title, {**target.record, **record})
         say(f"figures and result.json are in {output}" if runs else f"result.json is in {output}")

@@ -57,5 +57,14 @@ def _text(numbers: tuple[int, ...]) -> str:
 
 
 def _record(found: TimeSearch, num: int, seed: int) -> dict[str, Any]:
+    from robustdiff.evaluation.noise import NOISE
+
     tried = [{"steps": _text(numbers), "fid": value} for numbers, value in found.evaluated.items()]
-    return {"steps": _text(found.numbers), "fid": found.value, "num": num, "seed": seed, "evaluated": tried}
+    return {
+        "steps": _text(found.numbers),
+        "fid": found.value,
+        "num": num,
+        "seed": seed,
+        "noise": NOISE,
+        "evaluated": tried,
+    }

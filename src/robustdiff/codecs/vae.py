@@ -104,8 +104,8 @@ class VAE(Codec):
             parts = []
             for part in images.float().split(self._at_once(images.shape[2] * images.shape[3])):
                 posterior = self.network.encode(part).latent_dist
-                mean = (posterior.mean - self._mean.to(part.device)) * self._scale.to(part.device)
-                std = [posterior.std * self._scale.to(part.device)] if self.random else []
+                mean = (posterior.mean - self._mean) * self._scale
+                std = [posterior.std * self._scale] if self.random else []
                 parts.append(torch.cat([mean, *std], dim=1))
         return torch.cat(parts)
 
@@ -122,7 +122,7 @@ class VAE(Codec):
     def decode(self, latents: Tensor) -> Tensor:
         self.to(latents.device)
         with torch.autocast(latents.device.type, enabled=False):
-            z = latents.float() / self._scale.to(latents.device) + self._mean.to(latents.device)
+            z = latents.float() / self._scale + self._mean
             pixels = latents.shape[2] * latents.shape[3] * self.factor**2
             return torch.cat([self.network.decode(part).sample for part in z.split(self._at_once(pixels))])
 
@@ -131,6 +131,7 @@ class VAE(Codec):
 
     def to(self, device: torch.device | str) -> VAE:
         self.network.to(device)
+        self._mean, self._scale = self._mean.to(device), self._scale.to(device)
         return self
 
     @cached_property

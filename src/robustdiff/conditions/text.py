@@ -191,8 +191,11 @@ class TextCondition(Condition):
             packed |= self._compute(missing[start : start + _BATCH])
         unpacked = {name: _unpack(row) for name, row in packed.items()}
         rows = [unpacked[name] for name in names]
-        stacked = {name: torch.stack([row[name] for row in rows]).to(self.device) for name in rows[0]}
-        return {name: value.float() if value.is_floating_point() else value for name, value in stacked.items()}
+        stacked = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+        if self.device.type == "cuda":  # which copies page-locked memory without the host waiting
+            stacked = {name: value.pin_memory() for name, value in stacked.items()}
+        moved = {name: value.to(self.device, non_blocking=True) for name, value in stacked.items()}
+        return {name: value.float() if value.is_floating_point() else value for name, value in moved.items()}
 
     def prepare(self, texts: Iterable[str], progress: Progress = SILENT) -> None:
         """Compute and cache the embeddings of texts that are neither in memory nor on disk.

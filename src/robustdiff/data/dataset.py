@@ -131,6 +131,20 @@ class ImageDataset(Dataset[tuple[Tensor, Any]]):
         """
         raise NotImplementedError
 
+    def resident(self, device: torch.device, room: int) -> Tensor | None:
+        """Return all images on a device, so that a batch is selected there, or None to have batches loaded instead.
+
+        It is for datasets that are stored as :meth:`__getitems__` returns them. By default it is None.
+
+        Args:
+            device: The device.
+            room: The largest number of bytes that may be allocated.
+
+        Returns:
+            The images of :meth:`__getitems__` at indices 0 … N − 1, uint8 (N, C, H, W).
+        """
+        return None
+
     def latents(self, batch: Tensor, codec: Codec, flipped: Tensor | None, noise: Tensor | None) -> Tensor:
         """Return the latents of a batch, float32 (B, C', H', W').
 
@@ -254,6 +268,12 @@ class ArrayDataset(ImageDataset):
     def __getitems__(self, indices: Sequence[int]) -> Batch:
         images = self._images[torch.as_tensor(indices, dtype=torch.int64)]
         return Batch(images, self.labels_of(indices), self.captions_of(indices))
+
+    def resident(self, device: torch.device, room: int) -> Tensor | None:
+        """Return all images on a device, uint8 (N, C, H, W), or None without room. A CPU needs none."""
+        if device.type != "cpu" and self._images.nbytes > room:
+            return None
+        return self._images.to(device)
 
     def contents(self) -> bytes:
         """Return the sha256 of all pixels."""

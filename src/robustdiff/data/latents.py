@@ -90,6 +90,20 @@ class LatentDataset(ImageDataset):
         captions, geometry = self.captions_of(indices), self.images.geometry_of(indices)
         return Batch(torch.from_numpy(np.stack(rows)), self.labels_of(indices), captions, geometry)
 
+    def resident(self, device: torch.device, room: int) -> Tensor | None:
+        """Return all latents on a device, float16 (N, V, C', H', W'), or None without room.
+
+        Raises:
+            RunError: If a part is missing or damaged.
+        """
+        if 2 * len(self) * math.prod(self.latent_shape) > room:
+            return None
+        latents = torch.empty((len(self), *self.latent_shape), dtype=torch.float16, device=device)
+        for part in self._parts():
+            rows = self._rows(part)
+            latents[rows.start : rows.stop].copy_(torch.from_numpy(np.array(self._map(part))))
+        return latents
+
     def latents(self, batch: Tensor, codec: Codec, flipped: Tensor | None, noise: Tensor | None) -> Tensor:
         view = torch.zeros(len(batch), dtype=torch.int64, device=batch.device) if flipped is None else flipped.long()
         return self.codec.draw(batch[torch.arange(len(batch), device=batch.device), view].float(), noise)

@@ -1,4 +1,8 @@
-"""Batches of a dataset, loaded in this process or in worker processes, with the same error messages."""
+"""Batches of a dataset.
+
+They are loaded in this process or in worker processes, with the same error messages, or selected from images that are
+on the device as a whole.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +12,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from robustdiff.data.dataset import Batch, ImageDataset
 from robustdiff.data.pixels import Position
 from robustdiff.errors import InputError, RunError
 
-__all__ = ["Request", "load_batches", "worker_failures"]
+__all__ = ["Request", "load_batches", "select_batches", "to_device", "worker_failures"]
 
 # Parts of torch's error messages for a worker that was killed, or that cannot send its batches.
 GONE = (
@@ -84,6 +89,31 @@ def load_batches(
         if isinstance(batch, InputError):
             raise batch
         yield batch
+
+
+def select_batches(
+    dataset: ImageDataset, images: Tensor, indices: Iterable[Sequence[int]], labels: bool = True
+) -> Iterator[Batch]:
+    """Select batches in order, from images that are on a device.
+
+    Args:
+        dataset: The dataset.
+        images: All of its images, as :meth:`ImageDataset.resident` returns them.
+        indices: The indices of each batch.
+        labels: Whether the batches have the labels of the dataset, if it has any, on the device of the images.
+    """
+    classes = dataset.labels.to(images.device) if labels and dataset.labels is not None else None
+    for own in indices:
+        rows = to_device(torch.tensor(own, dtype=torch.int64), images.device)
+        chosen = None if classes is None else classes.index_select(0, rows)
+        yield Batch(images.index_select(0, rows), chosen, dataset.captions_of(own), dataset.geometry_of(own))
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy a tensor to a device. The host does not wait for a GPU, which copies from page-locked memory."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()  # the tensor itself if it is page-locked
+    return tensor.to(device, non_blocking=True)
 
 
 @contextmanager

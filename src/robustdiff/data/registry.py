@@ -107,7 +107,7 @@ class DataConfig(Named):
     crop: Literal["centre", "random"] = Field("centre", description="place of the crop in images that are not square")
     buckets: bool = Field(False, description="batches of about size² pixels with the aspect ratios of the images")
     bucket_step: int = Field(64, ge=1, le=16_384, description="sides of buckets are multiples of this")
-    workers: int = Field(0, ge=0, le=256, description="number of processes that load images")
+    workers: int = Field(0, ge=0, le=256, description="number of processes that load images; those in memory need none")
 
     @model_validator(mode="before")
     @classmethod

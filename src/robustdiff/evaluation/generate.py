@@ -1,8 +1,9 @@
 r"""Generation of images, each of which depends on the seed and its own number alone.
 
-Image i has its own random generator, seeded by (seed, i), for x_T and for the noise of every step. Its noise does not
-depend on the batch size or the number of processes, its x_T is the same for all samplers, steps and checkpoints (common
-random numbers), and an interrupted run can be continued.
+The noise of image i, x_T and that of every step, is a function of the seed and of i
+(:mod:`robustdiff.evaluation.noise`). It does not depend on the batch size, the number of processes or the device, its
+x_T is the same for all samplers, steps and checkpoints (common random numbers), and an interrupted run can be
+continued.
 """
 
 from __future__ import annotations
@@ -15,10 +16,10 @@ import re
 import zipfile
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 import torch
@@ -32,36 +33,20 @@ from robustdiff.backbones.model import Model, load_model
 from robustdiff.conditions.condition import Condition
 from robustdiff.data import to_uint8
 from robustdiff.errors import InputError, printable
+from robustdiff.evaluation.noise import NOISE, ImageNoise
+from robustdiff.evaluation.recorded import Recordings, unrecordable
 from robustdiff.files import atomic_write, make_folder, open_regular, remove_leftovers, user_key
 from robustdiff.progress import SILENT, Progress
 from robustdiff.recipe import load_recipe
 from robustdiff.samplers.sample import SAMPLERS, check_sampler, sample, sampling_settings
+from robustdiff.samplers.sampler import Path as SamplerPath
 
-__all__ = ["Generator", "ImageNoise", "share_of", "write_npz", "write_pngs"]
+__all__ = ["Generator", "share_of", "write_npz", "write_pngs"]
 
 RECORD = ".robustdiff-samples.json"
 """The file in a folder of PNGs that holds their settings."""
 
 _SIGNATURE = 32  # bytes
-
-_NOISE = 2  # the stream of images in (seed, stream, number); training uses others
-
-
-class ImageNoise:
-    """A source of noise (C, H, W) for each of some images, which have their own random generators on the CPU."""
-
-    def __init__(self, seed: int, indices: range, shape: tuple[int, ...], device: torch.device) -> None:
-        self.shape, self.device = shape, device
-        states = (np.random.SeedSequence([seed, _NOISE, i]).generate_state(1, np.uint64)[0] for i in indices)
-        self._generators = [torch.Generator().manual_seed(int(state >> np.uint64(1))) for state in states]
-
-    def draw(self) -> Tensor:
-        """Draw the next noise of each image, with shape (B, C, H, W)."""
-        return torch.stack([torch.randn(self.shape, generator=g) for g in self._generators]).to(self.device)
-
-    def __iter__(self) -> Iterator[Tensor]:
-        while True:
-            yield self.draw()
 
 
 @dataclass(frozen=True)
@@ -85,9 +70,13 @@ class Generator:
         prompts: The captions for text-conditional networks; image i has the caption with the number i modulo their
             number.
         negative: The caption that takes the place of the empty condition in guidance; None for the empty condition.
+        capture: Whether the network's calls are recorded as CUDA graphs and replayed; "auto": on a GPU, if the network
+            allows it. On other devices the same copies are made without a graph.
+        recordings: The recorded calls, which generators that are made of this one by ``dataclasses.replace`` share.
 
     Raises:
-        InputError: If the sampler is unknown or does not suit the model, or the label does not exist.
+        InputError: If the sampler is unknown or does not suit the model, the label does not exist, or the network's
+            calls cannot be recorded and shall be.
     """
 
     model: Model
@@ -102,6 +91,8 @@ class Generator:
     options: dict[str, Any] | None = None
     prompts: tuple[str, ...] = ()
     negative: str | None = None
+    capture: bool | Literal["auto"] = "auto"
+    recordings: Recordings = field(default_factory=Recordings, repr=False, compare=False)
 
     @classmethod
     def of(
@@ -156,10 +147,12 @@ class Generator:
             raise InputError(f"{path}: {error}") from None
 
     def __post_init__(self) -> None:
-        options = self.sampling
-        options.pop("clip", None)
+        if self.capture is True and (why := unrecordable(self.model)) is not None:
+            raise InputError(f"capture: the calls of this network cannot be recorded, since {why}: leave it out")
+        if not 0 <= self.seed < 2**63:
+            raise InputError(f"the seed of images is {self.seed}: give one from 0 to 2**63 - 1")
         self.model.prediction  # noqa: B018  (raises where the checkpoint contradicts itself)
-        check_sampler(self.sampler, self.steps, self.model.process, **options)
+        self.path  # noqa: B018  (raises where the sampler does not suit the model)
         condition = self.condition
         if condition.takes_captions != bool(self.prompts):
             if self.prompts:
@@ -189,6 +182,13 @@ class Generator:
         """The condition of the network, restricted to the classes that are sampled."""
         own = self.model.condition
         return own if self.num_classes is None else own.with_classes(self.num_classes)
+
+    @cached_property
+    def path(self) -> SamplerPath:
+        """The path of the sampler, whose length is the number of network evaluations for one image."""
+        options = self.sampling
+        options.pop("clip", None)
+        return check_sampler(self.sampler, self.steps, self.model.process, **options)[1]
 
     @property
     def sampling(self) -> dict[str, Any]:
@@ -233,8 +233,9 @@ class Generator:
         """
         model = self.model
         model.network.eval()
+        captured = model.device.type == "cuda" if self.capture == "auto" else self.capture
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision)
-        noise = ImageNoise(self.seed, batch, model.shape, model.device)
+        noise = ImageNoise(self.seed, batch, model.shape, model.device, ahead=len(self.path))
         unconditional = None
         if self.negative is not None:
             unconditional = self.condition.batch(None, [self.negative], None)
@@ -243,7 +244,7 @@ class Generator:
         labels = None if labels is None else labels.to(model.device)
         with torch.autocast(model.device.type, dtype, enabled=dtype is not None):
             return sample(
-                model,
+                self.recordings.model(model, self.precision) if captured else model,
                 model.process,
                 self.sampler,
                 self.steps,
@@ -367,8 +368,8 @@ def write_pngs(
     """Write ``000000.png``, … into a folder. Existing files are kept, so that an interrupted call can be continued.
 
     A PNG of a caption has text chunks: ``prompt``, ``negative_prompt`` and ``guidance`` if they are given, ``sampler``,
-    ``steps``, ``seed``, ``number`` (the image's, on which its noise depends as well) and ``model``, the sha256 of the
-    network's parameters.
+    ``steps``, ``seed``, ``noise`` (:data:`~robustdiff.evaluation.noise.NOISE`), ``number`` (the image's, on which its
+    noise depends as well) and ``model``, the sha256 of the network's parameters.
 
     The file :data:`RECORD` in the folder holds the settings. A call with the same settings and a larger number of
     images adds those that are missing.
@@ -421,6 +422,7 @@ def _texts(generator: Generator, network: str, index: int) -> PngInfo | None:
         ("sampler", generator.sampler),
         ("steps", generator.steps),
         ("seed", generator.seed),
+        ("noise", NOISE),
         ("number", index),
         ("model", network),
     ):
@@ -441,6 +443,7 @@ def _settings(generator: Generator) -> dict[str, Any]:
         "sampler": generator.sampler,
         "steps": generator.steps,
         "seed": generator.seed,
+        "noise": NOISE,
         "batch_size": generator.batch_size,  # rounding may depend on it
         "precision": generator.precision,
         "label": generator.label,

@@ -23,7 +23,7 @@ space; the sliced Wasserstein and the energy distance use all dimensions. A proj
 value estimates a lower bound. For a few thousand images, nearest neighbours require no more than about four dimensions
 (:mod:`robustdiff.mismatch.distances`).
 
-**Common random numbers.** :class:`robustdiff.evaluation.generate.ImageNoise` draws x_T and the step noise of image i.
+**Common random numbers.** :class:`robustdiff.evaluation.noise.ImageNoise` draws x_T and the step noise of image i.
 Image i of q has one x_0 and one ε, which are the same for all times, samplers and checkpoints. A class-conditional
 network receives the class of the real image i in sampling and on the points of q. Replicates omit the same images
 everywhere, which gives intervals for means over steps and for differences of checkpoints.
@@ -47,7 +47,8 @@ from torch import Tensor
 from robustdiff.backbones.model import Model
 from robustdiff.data import ImageDataset, to_unit
 from robustdiff.errors import InputError, RunError
-from robustdiff.evaluation.generate import Generator, ImageNoise
+from robustdiff.evaluation.generate import Generator
+from robustdiff.evaluation.noise import NOISE, ImageNoise
 from robustdiff.mismatch.distances import (
     BLOCKS,
     Array,
@@ -179,6 +180,7 @@ class Mismatch:
         paths: The measurements of each sampler, number of steps and checkpoint.
         differences: The differences of all pairs of checkpoints.
         robustness: The robustness of each checkpoint at each time.
+        noise: The name of the noise, :data:`robustdiff.evaluation.noise.NOISE`.
     """
 
     data: str
@@ -186,6 +188,7 @@ class Mismatch:
     paths: list[Path]
     differences: list[Difference]
     robustness: list[Robustness]
+    noise: str = NOISE
 
     def _repr_html_(self) -> str:
         rows = [

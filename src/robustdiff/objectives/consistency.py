@@ -333,7 +333,6 @@ class ConsistencyObjective(Objective):
         self.weighting = weighting
         self.times = times
         self.sigma_min, self.sigma_max, self.rho, self.sigma_data = sigma_min, sigma_max, rho, sigma_data
-        self.updates = 0
         self._set_scales()
 
     def _set_scales(self) -> None:
@@ -394,11 +393,21 @@ class ConsistencyObjective(Objective):
 
     def _fork(self, device: torch.device) -> AbstractContextManager[None]:
         """Restore the generators after the block, so that the target's dropout is the student's, as in the original."""
-        # In eval mode nothing is dropped out, and generator states cannot be read while a CUDA graph is captured.
-        if not getattr(self.target, "training", True):
+        # In eval mode nothing is dropped out. While a CUDA graph is recorded, which happens without dropout alone, the
+        # states of generators cannot be read.
+        recording = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        if recording or not getattr(self.target, "training", True):
             return nullcontext()
         fork = torch.random.fork_rng
         return fork([]) if device.type == "cpu" else fork([device], device_type=device.type)
+
+    def unrecordable(self) -> str | None:
+        if not isinstance(self.schedule, FixedScales):
+            return "the number of levels changes in the run"
+        dropout = (module for module in self.target.modules() if "drop" in type(module).__name__.lower())
+        if self.target.training and any(getattr(module, "p", 1) > 0 for module in dropout):
+            return "the target drops out what the student does"
+        return None
 
     @torch.no_grad()
     def after_update(self, model: nn.Module, stepped: Tensor | None = None) -> None:

@@ -64,21 +64,21 @@ def precise(dtype: torch.dtype) -> torch.dtype:
 
 
 @torch.no_grad()
-def follow(average: list[Tensor], values: list[Tensor], weight: float, stepped: Tensor | None = None) -> None:
+def follow(average: list[Tensor], values: list[Tensor], weight: float | Tensor, stepped: Tensor | None = None) -> None:
     """Update a moving average of parameters in place, a ← (1 − w) a + w θ.
 
     Arguments:
         average: The averages a.
         values: The parameters θ, with the shapes of ``average``.
-        weight: The weight w in [0, 1]; w = 1 copies θ exactly.
+        weight: The weight w in [0, 1]; the number 1 copies θ exactly. A scalar on the device of θ is not read.
         stepped: A boolean scalar on the device of θ: if False, the averages stay as they are. Default: True.
     """
-    if stepped is None or weight == 1:
+    if not isinstance(weight, Tensor) and (stepped is None or weight == 1):
         torch._foreach_lerp_(average, values, weight)
         return
     # The flag is not read on the host, which would make it wait for the GPU.
     gaps = torch._foreach_sub(values, average)
-    torch._foreach_mul_(gaps, weight * stepped)
+    torch._foreach_mul_(gaps, torch.as_tensor(weight if stepped is None else weight * stepped))
     torch._foreach_add_(average, gaps)
 
 
@@ -88,10 +88,12 @@ class Objective(ABC):
     Attributes:
         process: The noising process, to which the times ``Draw.t`` refer.
         timesteps: The distribution of the times.
+        updates: The number of optimiser updates so far. Most objectives do not depend on it.
     """
 
     process: DiffusionProcess
     timesteps: TimestepSampler
+    updates: int = 0
 
     @abstractmethod
     def draw(self, x0: Tensor, t: Tensor | None = None, noise: Tensor | None = None, **more: Any) -> Draw:
@@ -120,6 +122,13 @@ class Objective(ABC):
             model: The model.
             stepped: A boolean scalar on the model's device: False if the optimiser skipped the update. Default: True.
         """
+
+    def unrecordable(self) -> str | None:
+        """Return why the passes over a batch cannot be recorded as a CUDA graph, in a few words, or None if they can.
+
+        A recorded pass repeats the operations on the GPU alone, so that nothing of it may depend on ``updates``.
+        """
+        return None
 
     def state(self) -> dict[str, Any]:
         """Return the state that a resumed run needs, as JSON-serialisable values."""
@@ -151,7 +160,11 @@ class ObjectiveConfig(Named):
 
     @property
     def fixed_levels(self) -> bool:
-        """True if the times or noise levels stay the same throughout training."""
+        """True if the times or noise levels stay the same throughout training.
+
+        A GPU then makes the draw of a batch while it trains on the batch before, so that :meth:`Objective.draw` must
+        depend on nothing that training changes on the device.
+        """
         return True
 
     @property

@@ -75,6 +75,10 @@ class Adversary(ABC):
     def skipped(self, count: int) -> None:
         self._skipped = count
 
+    def count_on(self, device: torch.device) -> None:
+        """Count :attr:`skipped` in one tensor on a device from now on, as a recorded pass must."""
+        self._skipped = torch.as_tensor(self._skipped, device=device).clone()
+
     @property
     def passes(self) -> int:
         """The number of perturbations yielded for one batch, which is the number of optimiser updates made on it."""
@@ -85,7 +89,9 @@ class Adversary(ABC):
         """The number of ascent steps made for one batch."""
         return self.steps - 1
 
-    def at_radius(self, delta: Tensor, x_t: Tensor, t: Tensor | None, training_step: int | None) -> Tensor | None:
+    def at_radius(
+        self, delta: Tensor, x_t: Tensor, t: Tensor | None, training_step: int | Tensor | None
+    ) -> Tensor | None:
         """Return how many samples have a δ as long as their radius, and how many a radius above 0, with shape (2,).
 
         Returns:
@@ -100,7 +106,12 @@ class Adversary(ABC):
 
     @abstractmethod
     def __call__(
-        self, x_t: Tensor, t: Tensor | None = None, *, loss: LossOfDelta | None = None, training_step: int | None = None
+        self,
+        x_t: Tensor,
+        t: Tensor | None = None,
+        *,
+        loss: LossOfDelta | None = None,
+        training_step: int | Tensor | None = None,
     ) -> Iterator[Tensor]:
         """Yield the perturbations of a batch, in order, each like ``x_t``.
 
@@ -109,16 +120,19 @@ class Adversary(ABC):
             t: Their time indices, with shape (B,). Required by radii that depend on the timestep.
             loss: A function that maps δ to the losses (B,) at x_t + δ, or to their sum or mean. Required by adversaries
                 that call backward themselves.
-            training_step: The number of optimiser updates made so far. Required by ramped radii.
+            training_step: The number of optimiser updates made so far, a number or a scalar on the device. Required by
+                ramped radii.
         """
 
-    def _project(self, delta: Tensor, x_t: Tensor, t: Tensor | None, training_step: int | None) -> Tensor:
+    def _project(self, delta: Tensor, x_t: Tensor, t: Tensor | None, training_step: int | Tensor | None) -> Tensor:
         if self.radius is None:
             return delta
         return self.norm.project(delta, self.radius(x_t, t, training_step, self.norm))
 
     @torch.no_grad()
-    def _ascend(self, delta: Tensor, grad: Tensor, x_t: Tensor, t: Tensor | None, training_step: int | None) -> Tensor:
+    def _ascend(
+        self, delta: Tensor, grad: Tensor, x_t: Tensor, t: Tensor | None, training_step: int | Tensor | None
+    ) -> Tensor:
         """Return Π_r(δ + α d), except for samples whose gradient is zero or not finite: they keep δ and are counted."""
         flat = grad.flatten(1)
         usable = flat.isfinite().all(1) & (flat != 0).any(1)
@@ -128,7 +142,7 @@ class Adversary(ABC):
         if self.grad_floor > 0:
             step = step * broadcast((safe.flatten(1).norm(dim=1) / self.grad_floor).clamp_max(1), step)
         moved = self._project(delta + step, x_t, t, training_step)
-        self._skipped = self._skipped + (~usable).sum()  # kept on the device: reading it here would stall a GPU
+        self._skipped += (~usable).sum()  # kept on the device: reading it here would stall a GPU
         return torch.where(broadcast(usable, delta), moved, delta)
 
 

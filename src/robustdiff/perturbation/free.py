@@ -25,7 +25,12 @@ class FreeAdversary(Adversary):
     """
 
     def __call__(
-        self, x_t: Tensor, t: Tensor | None = None, *, loss: LossOfDelta | None = None, training_step: int | None = None
+        self,
+        x_t: Tensor,
+        t: Tensor | None = None,
+        *,
+        loss: LossOfDelta | None = None,
+        training_step: int | Tensor | None = None,
     ) -> Iterator[Tensor]:
         delta = torch.zeros_like(x_t)
         for k in range(self.steps):

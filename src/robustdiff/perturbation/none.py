@@ -22,7 +22,12 @@ class NoAdversary(Adversary):
         super().__init__(steps=1)
 
     def __call__(
-        self, x_t: Tensor, t: Tensor | None = None, *, loss: LossOfDelta | None = None, training_step: int | None = None
+        self,
+        x_t: Tensor,
+        t: Tensor | None = None,
+        *,
+        loss: LossOfDelta | None = None,
+        training_step: int | Tensor | None = None,
     ) -> Iterator[Tensor]:
         yield torch.zeros_like(x_t)
 

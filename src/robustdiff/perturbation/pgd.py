@@ -31,7 +31,12 @@ class PGDAdversary(Adversary):
         return self.steps
 
     def __call__(
-        self, x_t: Tensor, t: Tensor | None = None, *, loss: LossOfDelta | None = None, training_step: int | None = None
+        self,
+        x_t: Tensor,
+        t: Tensor | None = None,
+        *,
+        loss: LossOfDelta | None = None,
+        training_step: int | Tensor | None = None,
     ) -> Iterator[Tensor]:
         if loss is None:
             raise ValueError("PGDAdversary needs the loss as a function of delta: adversary(x_t, t, loss=…)")

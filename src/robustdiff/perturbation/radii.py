@@ -32,7 +32,7 @@ class RadiusSchedule(ABC):
     """The radius r of the ball for each sample, which may depend on the timestep and on the number of updates made."""
 
     @abstractmethod
-    def __call__(self, x_t: Tensor, t: Tensor | None, training_step: int | None, norm: Norm) -> Tensor:
+    def __call__(self, x_t: Tensor, t: Tensor | None, training_step: int | Tensor | None, norm: Norm) -> Tensor:
         """Return the radius for each of the noisy points ``x_t`` (B, *), with shape (B,).
 
         Raises:
@@ -50,7 +50,7 @@ class Constant(RadiusSchedule):
         if not self.radius >= 0:
             raise ValueError(f"radius must be at least 0; got {self.radius}")
 
-    def __call__(self, x_t: Tensor, t: Tensor | None, training_step: int | None, norm: Norm) -> Tensor:
+    def __call__(self, x_t: Tensor, t: Tensor | None, training_step: int | Tensor | None, norm: Norm) -> Tensor:
         return x_t.new_full((len(x_t),), self.radius)
 
 
@@ -67,7 +67,7 @@ class PerDimension(RadiusSchedule):
         if not self.eta >= 0:
             raise ValueError(f"eta must be at least 0; got {self.eta}")
 
-    def __call__(self, x_t: Tensor, t: Tensor | None, training_step: int | None, norm: Norm) -> Tensor:
+    def __call__(self, x_t: Tensor, t: Tensor | None, training_step: int | Tensor | None, norm: Norm) -> Tensor:
         return x_t.new_full((len(x_t),), self.eta * norm.of_ones(x_t[0].numel()))
 
 
@@ -91,7 +91,7 @@ class NoiseLevel(RadiusSchedule):
         if not self.eta >= 0:
             raise ValueError(f"eta must be at least 0; got {self.eta}")
 
-    def __call__(self, x_t: Tensor, t: Tensor | None, training_step: int | None, norm: Norm) -> Tensor:
+    def __call__(self, x_t: Tensor, t: Tensor | None, training_step: int | Tensor | None, norm: Norm) -> Tensor:
         if t is None:
             raise ValueError("a radius by timestep needs t: call adversary(x_t, t)")
         sigma = self.process.levels(t, x_t)[1].flatten()
@@ -134,7 +134,7 @@ class SamplerDistance(RadiusSchedule):
     def _radii(self) -> Table:
         return Table(self.distances().clamp_max(self.eta))
 
-    def __call__(self, x_t: Tensor, t: Tensor | None, training_step: int | None, norm: Norm) -> Tensor:
+    def __call__(self, x_t: Tensor, t: Tensor | None, training_step: int | Tensor | None, norm: Norm) -> Tensor:
         if t is None:
             raise ValueError("a radius by timestep needs t: call adversary(x_t, t)")
         return self._radii.at(self.process.index(t), x_t).flatten() * norm.of_ones(x_t[0].numel())
@@ -162,7 +162,7 @@ class Within(RadiusSchedule):
         if not 0 <= self.low <= self.high:
             raise ValueError(f"the noise levels must be 0 ≤ low ≤ high; got {self.low} and {self.high}")
 
-    def __call__(self, x_t: Tensor, t: Tensor | None, training_step: int | None, norm: Norm) -> Tensor:
+    def __call__(self, x_t: Tensor, t: Tensor | None, training_step: int | Tensor | None, norm: Norm) -> Tensor:
         if t is None:
             raise ValueError("a radius by timestep needs t: call adversary(x_t, t)")
         sigmas = self.process.sigmas_at(t, x_t)
@@ -185,10 +185,12 @@ class Ramp(RadiusSchedule):
         if self.steps < 1:
             raise ValueError(f"steps must be at least 1; got {self.steps}")
 
-    def __call__(self, x_t: Tensor, t: Tensor | None, training_step: int | None, norm: Norm) -> Tensor:
+    def __call__(self, x_t: Tensor, t: Tensor | None, training_step: int | Tensor | None, norm: Norm) -> Tensor:
         if training_step is None:
             raise ValueError("a ramped radius needs the training step: call adversary(x_t, t, training_step=step)")
-        return self.radius(x_t, t, training_step, norm) * min(1.0, (training_step + 1) / self.steps)
+        share = (training_step + 1) / self.steps
+        radius = self.radius(x_t, t, training_step, norm)
+        return radius * (share.clamp(max=1.0) if isinstance(share, Tensor) else min(1.0, share))
 
 
 class RadiusConfig(Section):

@@ -41,7 +41,12 @@ class RandomAdversary(Adversary):
         self.generator = generator
 
     def __call__(
-        self, x_t: Tensor, t: Tensor | None = None, *, loss: LossOfDelta | None = None, training_step: int | None = None
+        self,
+        x_t: Tensor,
+        t: Tensor | None = None,
+        *,
+        loss: LossOfDelta | None = None,
+        training_step: int | Tensor | None = None,
     ) -> Iterator[Tensor]:
         gaussian = torch.randn(x_t.shape, generator=self.generator, device=x_t.device, dtype=x_t.dtype)
         direction = self.norm.ascent(gaussian)

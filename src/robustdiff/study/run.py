@@ -25,6 +25,7 @@ from robustdiff.errors import InputError, RunError, printable
 from robustdiff.evaluation.generate import Generator
 from robustdiff.evaluation.grid import Cell as Measured
 from robustdiff.evaluation.grid import evaluate_cell, evaluate_images
+from robustdiff.evaluation.noise import NOISE
 from robustdiff.evaluation.prompts import prompts_of
 from robustdiff.files import atomic_write, make_folder, read_json
 from robustdiff.metrics.features import load_extractor
@@ -40,6 +41,7 @@ from robustdiff.study.store import (
     Failure,
     Training,
     cell_settings,
+    check_noise,
     check_results,
     held,
     read,
@@ -275,6 +277,7 @@ def _measure_mismatch(run: Run, name: str, progress: Progress) -> None:
         "seed": run.seed,
         "n": measure.mismatch,
         "images_seed": measure.noise_seed(run.seed),
+        "noise": NOISE,
     }
     write(run.mismatch_path, {**record, "weights": generator.model.fingerprint(), "paths": paths})
 
@@ -350,6 +353,7 @@ def _measure(
         **_numbers(cell),
         "measure": cell_settings(measure),
         "weights": generator.model.fingerprint(),
+        "noise": NOISE,
         "extractor": metrics.reference.fingerprint,
         "real_images": metrics.reference.n,
         "robustdiff": __version__,
@@ -416,10 +420,11 @@ def reproduce(path: Path, folder: Path, *, progress: Progress = SILENT) -> tuple
         stopped the training. On the same machine and one thread, all but the times are equal to the last digit.
 
     Raises:
-        InputError: If the file is not a cell of a study.
+        InputError: If the file is not a cell of a study, or its images have another noise than those of this version.
     """
     before = read_json(path, limit=2**22)
     cell = reproducible(before, path)
+    check_noise(path, cell.noise, "reproduce it with {version}")
     assert cell.sampler is not None
     assert cell.steps is not None
     assert cell.threads is not None

@@ -23,12 +23,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from robustdiff.data import DataConfig
 from robustdiff.errors import InputError, printable
+from robustdiff.evaluation.noise import NOISE
 from robustdiff.files import make_folder, open_regular, read_json, write_json
 from robustdiff.metrics.bootstrap import REPLICATES
 from robustdiff.mismatch.measure import MEASURES as MISMATCHES
 from robustdiff.recipe import Recipe, load_recipe
 from robustdiff.section import Precision, Text
-from robustdiff.study.plan import Cell, Run, plan, reference_cells
+from robustdiff.study.plan import Cell, Run, pieces, plan, reference_cells
 from robustdiff.study.schema import Count, Guidance, Measurement, Name, Sampler, Seed, Study, first_mistake
 from robustdiff.training.trainer import FREE_TO_CHANGE
 
@@ -40,6 +41,7 @@ __all__ = [
     "Results",
     "Training",
     "cell_settings",
+    "check_noise",
     "check_results",
     "held",
     "read",
@@ -89,7 +91,8 @@ class _Network(_Record):
 class CellRecord(_Record):
     """The numbers and settings of a cell. Fields with a default are needed for the page or for reproduction alone.
 
-    In the file, each of ``numbers`` is a field of its own.
+    In the file, each of ``numbers`` is a field of its own. ``noise`` is the name of the images' noise, None for that of
+    robustdiff 0.2.0 and before.
     """
 
     method: Name | None = None
@@ -110,6 +113,7 @@ class CellRecord(_Record):
     device: Text | None = None
     torch: Text | None = None
     weights: Text | None = None
+    noise: Text | None = None
     training: Training | None = None
     recipe: Recipe | None = None
     reference: _Network | None = None
@@ -165,6 +169,7 @@ class _Path(_Record):
 
 class _Mismatch(_Record):
     paths: tuple[_Path, ...]
+    noise: Text | None = None
 
 
 class _Metrics(_Record):
@@ -291,12 +296,29 @@ def read_real(study: Study, folder: Path) -> dict[str, Any] | None:
     return record.model_dump(mode="json")
 
 
+def check_noise(
+    path: Path, noise: str | None, remedy: str = "choose another --output, or go on with {version}"
+) -> None:
+    """Check that images, of which a file says the noise, can be compared with images that are sampled now.
+
+    Raises:
+        InputError: If they have another noise.
+    """
+    if noise != NOISE:
+        version = "robustdiff 0.2.0" if noise is None else f"the version that has the noise {printable(noise)}"
+        raise InputError(
+            f"{printable(path)} is of images with other noise than those that this version samples: "
+            f"{remedy.format(version=version)}"
+        )
+
+
 def check_results(study: Study, folder: Path) -> None:
     """Check that existing results were made with the study's settings. A run may have fewer updates.
 
     Raises:
-        InputError: If a cell or a run was made with other settings.
+        InputError: If a cell or a run was made with other settings, or with other noise than those that are missing.
     """
+    noises: dict[Path, str | None] = {}
     for run in plan(study, folder):
         path = run.output / "recipe.yaml"
         if path.is_file():
@@ -309,10 +331,15 @@ def check_results(study: Study, folder: Path) -> None:
                 )
         for cell in run.cells:
             if cell.done:
-                read_cell(cell, study, run)
+                noises[cell.path] = read_cell(cell, study, run)["noise"]
+        if (mismatch := run.mismatch_path) is not None and mismatch.is_file():
+            noises[mismatch] = read(mismatch, _Mismatch).noise
     for cell in reference_cells(study, folder):
         if cell.done:
-            read_cell(cell, study, None)
+            noises[cell.path] = read_cell(cell, study, None)["noise"]
+    if any(not piece.done for piece in pieces(study, folder)):
+        for path, noise in noises.items():
+            check_noise(path, noise)
 
 
 def reproducible(record: Any, path: Path) -> CellRecord:
@@ -383,7 +410,8 @@ def read_results(study: Study, folder: Path) -> Results:
     """Read the existing results of a study.
 
     Raises:
-        InputError: If the baseline has no cell, or a file is damaged or was made with other settings.
+        InputError: If the baseline has no cell, or a file is damaged or was made with other settings, or the cells have
+            not all the same noise.
     """
     results = Results(study, real=read_real(study, folder))
     for run in plan(study, folder):
@@ -411,4 +439,10 @@ def read_results(study: Study, folder: Path) -> Results:
             results.missing[cell.network] = results.missing.get(cell.network, 0) + 1
     if not any(method == study.baseline for method, *_ in results.cells):
         raise InputError(f"no cells of {study.baseline} in {folder / 'cells'}: run the study first")
+    records = [*results.cells.values(), *results.references.values()]
+    if len({record["noise"] for record in records}) > 1:
+        raise InputError(
+            f"{printable(folder / 'cells')} holds cells of images with two kinds of noise (the field noise), which are "
+            "not compared: remove those of one kind"
+        )
     return results

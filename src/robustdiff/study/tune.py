@@ -45,6 +45,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from robustdiff.errors import InputError, RunError, printable
 from robustdiff.evaluation.generate import Generator
+from robustdiff.evaluation.noise import NOISE
 from robustdiff.evaluation.prompts import prompts_of
 from robustdiff.evaluation.real_images import load_target
 from robustdiff.files import atomic_write, claim_folder, write_json
@@ -57,7 +58,7 @@ from robustdiff.study.estimate import time_sampling, time_training
 from robustdiff.study.plan import CELL, plan, reference_cells
 from robustdiff.study.run import run_study
 from robustdiff.study.schema import Changes, Count, Guidance, Sampler, Seed, Study, first_mistake
-from robustdiff.study.store import MEASURES, Failure, Loss, held, read, read_cell
+from robustdiff.study.store import MEASURES, Failure, Loss, check_noise, held, read, read_cell
 from robustdiff.training.ema import sufficient_decay
 from robustdiff.yaml_reader import read_yaml
 
@@ -106,6 +107,7 @@ class Tuning(Section):
     features: Text
     weights: Text | None = None
     guidance: Guidance | None = None
+    noise: Text | None = Field(NOISE, description="the images' noise; none: that of robustdiff 0.2.0")
 
     @field_validator("metric")
     @classmethod
@@ -625,13 +627,14 @@ def _existing(folder: Path) -> Tuning | None:
     if not path.is_file():
         return None
     try:
-        return Tuning.model_validate(read_yaml(path))
+        return Tuning.model_validate({"noise": None, **read_yaml(path)})
     except ValidationError as error:
         raise InputError(f"{printable(path)}: {first_mistake(error)}: choose another --output") from None
 
 
 def _checked(before: Tuning, tuning: Tuning, folder: Path) -> Tuning:
     """Return the settings in a folder, which must be the given ones but for updates that were chosen by the minutes."""
+    check_noise(folder / "tune.yaml", before.noise)
     for name in Tuning.model_fields:
         chosen = name == "updates" and tuning.minutes is not None
         if not chosen and getattr(tuning, name) != getattr(before, name):

@@ -73,17 +73,22 @@ class EMA:
         self.updates = 0
         self._exponent = power_exponent(RELATIVE_WIDTH)
 
-    def update(self, stepped: Tensor | None = None) -> None:
+    def weight(self, update: int) -> float:
+        """Return the weight 1 − β_t of the parameters after an update t = 1, 2, …"""
+        return 1 - ((1 - 1 / update) ** (self._exponent + 1) if isinstance(self.decay, str) else self.decay)
+
+    def update(self, stepped: Tensor | None = None, weight: Tensor | None = None) -> None:
         """Update the average with the parameters, after an optimiser step.
 
         Arguments:
             stepped: A boolean scalar on the parameters' device. If it is false, the average is left as it is. None
                 means true.
+            weight: The weight 1 − β_t of "auto" as a scalar on the parameters' device, which is not read. Default: that
+                of the next update.
         """
         self.updates += 1
-        power = (1 - 1 / self.updates) ** (self._exponent + 1)
-        beta = power if isinstance(self.decay, str) else self.decay
-        follow(self.average, [p.detach() for p in self.parameters], 1 - beta, stepped)
+        own = self.weight(self.updates) if weight is None or not isinstance(self.decay, str) else weight
+        follow(self.average, [p.detach() for p in self.parameters], own, stepped)
 
     @contextmanager
     def applied(self) -> Iterator[None]:

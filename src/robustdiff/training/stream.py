@@ -61,14 +61,15 @@ class _Endless:
 
     def batch(self, number: int, batch_size: int) -> NDArray[np.int64]:
         """Return the batch of a number, (B,)."""
-        rows = np.arange(number * batch_size, (number + 1) * batch_size)
-        indices = np.empty(batch_size, np.int64)
-        for epoch in np.unique(rows // self.length).tolist():
+        row, stop = number * batch_size, (number + 1) * batch_size
+        parts = []
+        while row < stop:
+            epoch, first = divmod(row, self.length)
             if self._known[0] != epoch:
                 self._known = (epoch, np.random.default_rng([*self.seed, epoch]).permutation(self.length))
-            inside = rows // self.length == epoch
-            indices[inside] = self._known[1][rows[inside] % self.length]
-        return indices
+            parts.append(self._known[1][first : first + stop - row])
+            row += len(parts[-1])
+        return np.concatenate(parts)
 
 
 class BatchIndices:

@@ -26,7 +26,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from itertools import count
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -38,12 +38,12 @@ from diffusers import EDMEulerScheduler
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 
+from robustdiff.backbones.fused_norm import fuse_norms
 from robustdiff.backbones.lora import RECORD, adapter_of
 from robustdiff.backbones.model import Model, load_model
 from robustdiff.data import ImageDataset
 from robustdiff.data.latents import LatentDataset
-from robustdiff.data.loader import Request, load_batches, worker_failures
-from robustdiff.data.pixels import mirror_geometry
+from robustdiff.data.loader import worker_failures
 from robustdiff.errors import InputError, RunError, printable
 from robustdiff.files import (
     MARKER,
@@ -55,11 +55,13 @@ from robustdiff.files import (
     read_json,
     remove_leftovers,
 )
+from robustdiff.graphs import Recorder
 from robustdiff.interrupt import Interrupt
 from robustdiff.objectives.objective import Draw
 from robustdiff.objectives.timesteps import LossSecondMoment
 from robustdiff.progress import SILENT, Progress
 from robustdiff.recipe import Recipe, SignsConfig, load_recipe
+from robustdiff.training.batches import Batches
 from robustdiff.training.build import Built, build_model
 from robustdiff.training.checkpoint import (
     Scale,
@@ -75,7 +77,6 @@ from robustdiff.training.crops import arrange
 from robustdiff.training.ema import EMA, REMAINDER, sufficient_decay
 from robustdiff.training.optimizer import build_optimizer, create_state, set_counts, state_tensors
 from robustdiff.training.result import RunResult
-from robustdiff.training.stream import BatchIndices, BucketIndices, batch_generator, caption_numbers, crop_positions
 from robustdiff.training.watch import Interrupted, Watch
 from robustdiff.training.watch_files import Best, FiredSign
 
@@ -86,7 +87,7 @@ logger = logging.getLogger(__name__)
 # Fields that a resumed run may change.
 FREE_TO_CHANGE = {"output", "threads", "checkpoint_every", "keep", "log_every", "trackers", "sampler", "watch"}
 # Fields that change the rounding alone.
-FREE_TO_CHANGE |= {"compile", "channels_last"}
+FREE_TO_CHANGE |= {"capture", "compile", "channels_last"}
 
 
 def _build_teacher(built: Built, dataset: ImageDataset, accelerator: Accelerator) -> Callable[..., Any]:
@@ -160,6 +161,40 @@ def _copy_of(network: nn.Module) -> nn.Module:
     return copy.deepcopy(network, frozen).requires_grad_(False)
 
 
+@dataclass(frozen=True)
+class _Schedule:
+    """What the updates of a batch depend on besides the batch: numbers, or tensors in a recorded batch.
+
+    Attributes:
+        step: The number of updates before the batch.
+        rates: The learning rate of each pass.
+        weights: The weight of the parameters in the moving average after each pass.
+    """
+
+    step: int | Tensor
+    rates: Sequence[float] | Tensor
+    weights: Sequence[float] | Tensor
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """What a pass over a batch gives, on the device.
+
+    Attributes:
+        losses: The mean of each loss in this process.
+        samples: The losses of the samples of each microbatch.
+        size: The mean ‖δ‖.
+        stepped: Whether the optimiser made its step; None without scaling of the loss.
+        at_radius: After the last pass, :meth:`Adversary.at_radius` of the batch.
+    """
+
+    losses: dict[str, Tensor]
+    samples: list[Tensor]
+    size: Tensor
+    stepped: Tensor | None
+    at_radius: Tensor | None
+
+
 class Trainer:
     """A training run with its network, optimiser, objective and adversary. :meth:`updates` is the training loop.
 
@@ -193,6 +228,8 @@ class Trainer:
         by_default = accelerator.device.type == "cuda" and recipe.optimizer == "adamw"
         if by_default if recipe.channels_last is None else recipe.channels_last:
             unet = unet.to(memory_format=torch.channels_last)
+            if accelerator.device.type == "cuda":
+                fuse_norms(unet)
         config, adapted = built.objective, built.model.adapter is not None
         target = _copy_of(unet) if config.needs_target and config.copies_student(adapted) else None
         if recipe.compile:
@@ -215,6 +252,36 @@ class Trainer:
         teacher = _build_teacher(built, dataset, accelerator) if config.needs_teacher else None
         self.objective = config.build(built.process, recipe.steps, self._target_of_objective(), teacher)
         self.ema = EMA(list(_trained(self.model).values()), recipe.ema) if recipe.ema else None
+        self.rate = self.learning_rate()  # of the last update
+        self.recorder = self._recorder()
+
+    def _recorder(self) -> Recorder | None:
+        """Return the recorder of the passes over a batch, or None if they are not to be recorded."""
+        accelerator, recipe = self.accelerator, self.recipe
+        on_gpu = accelerator.device.type == "cuda"
+        if recipe.capture is False or (recipe.capture == "auto" and not on_gpu):
+            return None
+        why = self.objective.unrecordable()
+        if accelerator.num_processes > 1:
+            why = "several processes train together"
+        elif accelerator.scaler is not None:
+            why = "the loss is scaled in fp16"
+        elif recipe.optimizer != "adamw":
+            why = f"optimizer={recipe.optimizer} counts its updates on the host"
+        elif recipe.model.gradient_checkpointing:
+            why = "gradient checkpointing reads the states of generators"
+        if why is not None:
+            logger.warning("the passes over a batch are not recorded as a CUDA graph, since %s", why)
+            return None
+        self.adversary.count_on(accelerator.device)
+
+        def passes(draws: list[Draw], schedule: _Schedule) -> list[_Pass]:
+            # AdamW refuses to be recorded without it, and with it warns of steps that are not.
+            for group in self.optimizer.param_groups:
+                group["capturable"] = on_gpu and torch.cuda.is_current_stream_capturing()
+            return list(self._passes(draws, schedule))
+
+        return Recorder(passes, accelerator.device, "a training pass")
 
     def _target_of_objective(self) -> nn.Module | None:
         """Return the target network as the objective calls it: a copy of the student, or the student itself."""
@@ -226,86 +293,22 @@ class Trainer:
 
     # -- the loop --------------------------------------------------------------------------------------------
 
-    def learning_rate(self) -> float:
-        """Return the learning rate of the next update: linear warm-up, then constant or half a cosine."""
-        recipe = self.recipe
-        rate = recipe.lr * min(1.0, (self.step + 1) / recipe.warmup if recipe.warmup else 1.0)
+    def learning_rate(self, step: int | None = None) -> float:
+        """Return the learning rate of the update after ``step``: linear warm-up, then constant or half a cosine.
+
+        Arguments:
+            step: The number of updates before it. Default: those of the run so far.
+        """
+        recipe, step = self.recipe, self.step if step is None else step
+        rate = recipe.lr * min(1.0, (step + 1) / recipe.warmup if recipe.warmup else 1.0)
         if recipe.lr_schedule == "cosine":
-            rate *= 0.5 * (1 + math.cos(math.pi * self.step / recipe.steps))
+            rate *= 0.5 * (1 + math.cos(math.pi * step / recipe.steps))
         return rate
 
     def batches(self) -> Iterator[list[Draw]]:
-        """Yield the list of microbatches of each batch, from the run's current batch on."""
-        recipe, accelerator = self.recipe, self.accelerator
-        parts = accelerator.process_index, accelerator.num_processes, recipe.accumulate
-        indices: BatchIndices
-        if self.buckets is None:
-            indices = BatchIndices(len(self.dataset), recipe.batch_size, recipe.seed, self.batch, *parts)
-        else:
-            indices = BucketIndices(self.buckets, recipe.batch_size, recipe.seed, self.batch, *parts)
-        plain = recipe.data.crop == "centre" and self.buckets is None
-        wanted = indices if plain else self._requests(indices)
-        loader = load_batches(self.dataset, wanted, recipe.data.workers, accelerator.device.type == "cuda")
-        codec, condition = self.built.model.codec, self.built.model.condition
-        while True:
-            size = self.sizes[indices.bucket(self.batch)]
-            shape = codec.encoded_shape((self.dataset.shape[0], *size))
-            generator = batch_generator(recipe.seed, self.batch, accelerator.device)
-            t, weight = self.objective.timesteps.draw(recipe.batch_size, generator, accelerator.device)
-            noise = torch.randn((recipe.batch_size, *shape), generator=generator, device=accelerator.device)
-            flip = torch.rand(recipe.batch_size, generator=generator, device=accelerator.device) < 0.5
-            # Draws that not every run makes come last, so that they do not change the others.
-            more = self.objective.more_noise(tuple(noise.shape), generator)
-            of_codec = (
-                torch.randn(noise.shape, generator=generator, device=accelerator.device) if codec.random else None
-            )
-            dropped = None
-            if recipe.model.condition_dropout:
-                share = torch.rand(recipe.batch_size, generator=generator, device=accelerator.device)
-                dropped = share < recipe.model.condition_dropout
-            chosen = caption_numbers(recipe.seed, self.batch, recipe.batch_size)
-            draws = []
-            for m in range(recipe.accumulate):
-                images, labels, captions, geometry = next(loader)
-                rows = indices.rows(m)
-                texts = None
-                if captions is not None and condition.takes_captions:
-                    numbers = chosen[rows].tolist()
-                    texts = [own[int(u * len(own))] for own, u in zip(captions, numbers, strict=True)]
-                if geometry is not None:
-                    geometry = geometry.to(accelerator.device, non_blocking=True)
-                    if recipe.data.flip:
-                        geometry = mirror_geometry(geometry, size, flip[rows])
-                x0 = self.dataset.latents(
-                    images.to(accelerator.device, non_blocking=True),
-                    codec,
-                    flip[rows] if recipe.data.flip else None,
-                    None if of_codec is None else of_codec[rows],
-                )
-                if labels is not None and condition.classes is not None:
-                    labels = labels.to(accelerator.device, non_blocking=True)
-                draws.append(
-                    self.objective.draw(
-                        x0,
-                        t=t[rows],
-                        noise=noise[rows],
-                        weight=None if weight is None else weight[rows],
-                        **{name: value[rows] for name, value in more.items()},
-                        **condition.batch(labels, texts, None if dropped is None else dropped[rows], geometry),
-                        **({"unconditional": condition.empty()} if self.built.objective.needs_unconditional else {}),
-                    )
-                )
-            yield draws
-
-    def _requests(self, indices: BatchIndices) -> Iterator[Request]:
-        """Yield the images and the crops of each microbatch."""
-        recipe = self.recipe
-        for batch in count(indices.start):
-            images, size, positions = indices.batch(batch).tolist(), self.sizes[indices.bucket(batch)], None
-            if recipe.data.crop == "random":
-                positions = crop_positions(recipe.seed, batch, recipe.batch_size)
-            for rows in map(indices.rows, range(recipe.accumulate)):
-                yield Request(images[rows], size, None if positions is None else positions[rows])
+        """Yield the microbatches of each batch, from the run's current batch to its last."""
+        parts = self.recipe, self.accelerator, self.dataset, self.built, self.objective, self.buckets, self.sizes
+        yield from Batches(*parts, self.batch)
 
     def _remember(self, draws: list[Draw], losses: list[Tensor]) -> None:
         """Pass the losses of a batch, gathered from all processes in batch order, to the sampler of times.
@@ -342,8 +345,7 @@ class Trainer:
         # The scale falls when a step is left out, and only then; reading it here would stall a GPU.
         before = scaler.scale(one)
         self.optimizer.step()
-        stepped = scaler.scale(one) >= before
-        self.skipped_updates = self.skipped_updates + ~stepped
+        stepped: Tensor = scaler.scale(one) >= before
         return stepped
 
     def updates(self) -> Iterator[tuple[dict[str, Tensor], Tensor, bool]]:
@@ -353,51 +355,85 @@ class Trainer:
             After each optimiser update, the mean of each loss in this process and the mean ‖δ‖, as tensors on the
             device, and whether the batch is complete, so that a checkpoint may be taken.
         """
-        accelerator, recipe = self.accelerator, self.recipe
-        if self.step >= recipe.steps:  # killed between the last checkpoint and the export
+        if self.step >= self.recipe.steps:  # killed between the last checkpoint and the export
             return
+        passes = self.adversary.passes
         for draws in self.batches():
-            began = self.step
-            perturbations = [
-                self.adversary(draw.x_t, draw.t, loss=self._loss_of_delta(draw), training_step=began) for draw in draws
-            ]
-            for k, deltas in enumerate(zip(*perturbations, strict=True)):
-                totals: dict[str, Tensor] = {}
-                drawn: list[Tensor] = []
-                for m, (draw, delta) in enumerate(zip(draws, deltas, strict=True)):
-                    last = m + 1 == len(draws)
-                    if k + 1 == self.adversary.passes:
-                        # Nothing ascends any more: no backward down to δ, through a target network above all.
-                        delta = delta.detach()
-                    sync: AbstractContextManager[Any] = nullcontext() if last else accelerator.no_sync(self.model)
-                    with sync:
-                        losses = self.objective(self.call, draw, delta)
-                        accelerator.backward(losses["loss"].mean() / len(draws))
-                    drawn.append(losses["loss"].detach())
-                    for name, value in losses.items():
-                        totals[name] = totals.get(name, 0) + value.detach().mean() / len(draws)
+            began, done = self.step, False
+            # The last batch of a run may be left before its last pass.
+            recorded = self.recorder is not None and began + passes <= self.recipe.steps
+            of_passes = self._record(draws) if recorded else self._passes(draws, self._schedule(began))
+            for k, of_pass in enumerate(of_passes):
                 if k == 0:
-                    self._remember(draws, drawn)
-                if recipe.clip is not None:
-                    accelerator.clip_grad_norm_(self.model.parameters(), recipe.clip)
-                for group in self.optimizer.param_groups:
-                    group["lr"] = self.learning_rate()
-                stepped = self._optimizer_step()
-                self.optimizer.zero_grad(set_to_none=True)
-                self.objective.after_update(self.model, stepped)
-                if self.ema is not None:
-                    self.ema.update(stepped)
+                    self._remember(draws, of_pass.samples)
+                if of_pass.stepped is not None:
+                    self.skipped_updates = self.skipped_updates + ~of_pass.stepped
+                self.rate = self.learning_rate()
                 self.step += 1
-                size = torch.cat([self.adversary.norm(d.detach()) for d in deltas]).mean()
-                done = k + 1 == self.adversary.passes
+                done = k + 1 == passes
                 if done:
-                    self.at_radius = self._at_radius(draws, deltas, began)
+                    self.at_radius = of_pass.at_radius
                 self.batch += done
-                yield totals, size, done
-                if self.step >= recipe.steps:
+                yield of_pass.losses, of_pass.size, done
+                if self.step >= self.recipe.steps:
                     return
 
-    def _at_radius(self, draws: list[Draw], deltas: Sequence[Tensor], step: int) -> Tensor | None:
+    def _schedule(self, step: int) -> _Schedule:
+        """Return what the updates of a batch that begins at an update depend on."""
+        steps = range(step, step + self.adversary.passes)
+        weights = [0.0 if self.ema is None else self.ema.weight(step + 1) for step in steps]
+        return _Schedule(step, [self.learning_rate(step) for step in steps], weights)
+
+    def _record(self, draws: list[Draw]) -> list[_Pass]:
+        """Make all passes over a batch by the recorder."""
+        assert self.recorder is not None
+        schedule = self._schedule(self.step)
+        tensors = _Schedule(torch.tensor(schedule.step), torch.tensor(schedule.rates), torch.tensor(schedule.weights))
+        of_passes: list[_Pass] = self.recorder(draws, tensors)
+        # A replay changes tensors alone.
+        self.objective.updates = self.step + len(of_passes)
+        if self.ema is not None:
+            self.ema.updates = self.step + len(of_passes)
+        return of_passes
+
+    def _passes(self, draws: list[Draw], schedule: _Schedule) -> Iterator[_Pass]:
+        """Make the passes over a batch, each with an update of the optimiser, the moving average and the objective."""
+        accelerator, recipe = self.accelerator, self.recipe
+        perturbations = [
+            self.adversary(draw.x_t, draw.t, loss=self._loss_of_delta(draw), training_step=schedule.step)
+            for draw in draws
+        ]
+        for k, deltas in enumerate(zip(*perturbations, strict=True)):
+            totals: dict[str, Tensor] = {}
+            drawn: list[Tensor] = []
+            for m, (draw, delta) in enumerate(zip(draws, deltas, strict=True)):
+                last = m + 1 == len(draws)
+                if k + 1 == self.adversary.passes:
+                    # Nothing ascends any more: no backward down to δ, through a target network above all.
+                    delta = delta.detach()
+                sync: AbstractContextManager[Any] = nullcontext() if last else accelerator.no_sync(self.model)
+                with sync:
+                    losses = self.objective(self.call, draw, delta)
+                    accelerator.backward(losses["loss"].mean() / len(draws))
+                drawn.append(losses["loss"].detach())
+                for name, value in losses.items():
+                    totals[name] = totals.get(name, 0) + value.detach().mean() / len(draws)
+            if recipe.clip is not None:
+                accelerator.clip_grad_norm_(self.model.parameters(), recipe.clip)
+            for group in self.optimizer.param_groups:
+                group["lr"] = schedule.rates[k]
+            stepped = self._optimizer_step()
+            self.optimizer.zero_grad(set_to_none=True)
+            self.objective.after_update(self.model, stepped)
+            if self.ema is not None:
+                weight = schedule.weights[k]
+                self.ema.update(stepped, weight if isinstance(weight, Tensor) else None)
+            size = torch.cat([self.adversary.norm(d.detach()) for d in deltas]).mean()
+            done = k + 1 == self.adversary.passes
+            at_radius = self._at_radius(draws, deltas, schedule.step) if done else None
+            yield _Pass(totals, drawn, size, stepped, at_radius)
+
+    def _at_radius(self, draws: list[Draw], deltas: Sequence[Tensor], step: int | Tensor) -> Tensor | None:
         """Return :meth:`Adversary.at_radius` of the perturbations of a batch, which began at an update."""
         counts = [
             self.adversary.at_radius(delta.detach(), draw.x_t, draw.t, step)
@@ -488,6 +524,8 @@ class Trainer:
         if self.ema is not None:
             self.ema.updates = self.step
         self.adversary.skipped = state.skipped
+        if self.recorder is not None:
+            self.adversary.count_on(self.accelerator.device)
         self.skipped_updates = state.skipped_updates
         self.objective.load_state(state.objective)
 
@@ -597,7 +635,7 @@ class _Metrics:
             if of_passes.get(whole, 0) > 0 and math.isfinite(ratio := of_passes[part] / of_passes[whole]):
                 line[name] = ratio
         line["delta_norm"] = float(self.sizes) / self.batches if self.batches else float(self.size)
-        line["lr"] = self.trainer.optimizer.param_groups[0]["lr"]
+        line["lr"] = trainer.rate
         line["epoch"] = trainer.batch * recipe.batch_size / len(trainer.dataset)
         line["skipped"] = trainer.adversary.skipped
         line["skipped_updates"] = int(trainer.skipped_updates)

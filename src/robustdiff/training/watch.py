@@ -40,8 +40,10 @@ from robustdiff.data import ImageDataset
 from robustdiff.errors import InputError, RunError, printable
 from robustdiff.evaluation.generate import Generator
 from robustdiff.evaluation.grid import Cell, differences, evaluate_cell
+from robustdiff.evaluation.noise import NOISE
 from robustdiff.evaluation.prompts import prompts_of
 from robustdiff.evaluation.real_images import Target
+from robustdiff.evaluation.recorded import Recordings
 from robustdiff.files import atomic_write, open_regular, read_json, write_json
 from robustdiff.interrupt import Interrupt
 from robustdiff.metrics.bootstrap import interval
@@ -210,7 +212,8 @@ class Watch:
         with self._sampling(average):
             for generator in self.generators:
                 shown.check()
-                chosen = replace(generator, seed=seed)
+                # Of its own recordings, so that their memory is free when training goes on.
+                chosen = replace(generator, seed=seed, recordings=Recordings())
                 cell, _ = evaluate_cell("watch", chosen, self.config.num, self.metrics, self.accelerator, 0, shown)
                 cells.append(cell)
         return _Measured(tuple(cells), time.perf_counter() - began)
@@ -270,7 +273,7 @@ class Watch:
 
         Raises:
             Interrupted: If a signal arrived.
-            InputError: If a file of the watch is damaged.
+            InputError: If a file of the watch is damaged, or its images have another noise than those of this version.
         """
         main = self.accelerator.is_main_process
         if main and new:
@@ -279,6 +282,7 @@ class Watch:
             shutil.rmtree(self.folder / "best", ignore_errors=True)
         self.accelerator.wait_for_everyone()
         self.lines = self._everywhere(read_lines(self.folder / "watch.jsonl") if main else None)
+        self._check_noise(self.lines)
         if main and self.lines:
             self._drop_torn_line()
         if self.every is None:
@@ -286,11 +290,15 @@ class Watch:
         if self.trainer.built.pretrained is None:
             return
         record: Start | None = self._everywhere(self._read_start() if main else None)
+        self._check_noise([] if record is None else [record])
         if record is None:
             first = self._measure(self.config.seed, self.config.average, interrupt, progress)
             fresh = self._measure(self.fresh_seed, self.config.average, interrupt, progress)
             record = Start(
-                seconds=first.seconds + fresh.seconds, cells=self._to_start(first), fresh=self._to_start(fresh)
+                seconds=first.seconds + fresh.seconds,
+                cells=self._to_start(first),
+                fresh=self._to_start(fresh),
+                noise=NOISE,
             )
             if main:
                 write_json(self.folder / "start.json", record.model_dump())
@@ -301,6 +309,14 @@ class Watch:
             line = self._line(0, self._cells(self.start[0], None), record.seconds)
             line.images *= 2  # on two noises
             self._append(line)
+
+    def _check_noise(self, records: Sequence[Line | Start]) -> None:
+        """Check that measurements so far are of the images that are sampled now."""
+        if any(record.noise != NOISE for record in records):
+            raise InputError(
+                f"{printable(self.folder)} was watched on images of other noise (of robustdiff 0.2.0): resume it with "
+                "the version that began it, or remove watch.jsonl and start.json in it to resume without what they have"
+            )
 
     def _everywhere(self, value: Any) -> Any:
         """Return the main process's value in all processes."""
@@ -439,7 +455,14 @@ class Watch:
         mean, images = self._mean(cells), self.config.num * len(cells)
         every = self.every if step else None
         return Line(
-            step=step, cells=cells, mean=mean, best=self._better(mean), seconds=seconds, images=images, every=every
+            step=step,
+            cells=cells,
+            mean=mean,
+            best=self._better(mean),
+            seconds=seconds,
+            images=images,
+            every=every,
+            noise=NOISE,
         )
 
     def _append(self, line: Line) -> None:
@@ -502,6 +525,7 @@ class Watch:
             seed=self.fresh_seed,
             images=self.config.num * len(cells),
             cells=cells,
+            noise=NOISE,
         )
         if fresh is not None:
             best.difference = best.mean - self._mean(self._cells(fresh, None))

@@ -90,6 +90,7 @@ class Line(Record):
         seconds: The time that the measurement took.
         images: The number of images that were generated: those of all cells, and twice as many of the start.
         every: The number of updates between measurements.
+        noise: The name of the images' noise, or None for that of robustdiff 0.2.0 and before.
     """
 
     step: NonNegativeInt
@@ -100,6 +101,7 @@ class Line(Record):
     images: PositiveInt
     every: PositiveInt | None = None
     signs: list[Sign] = []
+    noise: str | None = None
 
 
 class Best(Record):
@@ -110,6 +112,7 @@ class Best(Record):
         start: Whether it is the starting checkpoint.
         mean: The mean of the cells' values.
         seed: The seed of the noise.
+        noise: The name of the noise, as in a line.
         images: The number of images of all cells.
         difference, difference_ci: Those of the mean to the starting checkpoint's, or None as in the cells.
     """
@@ -122,6 +125,7 @@ class Best(Record):
     cells: Annotated[list[WatchedCell], Field(min_length=1, max_length=10_000)]
     difference: float | None = None
     difference_ci: Ends | None = None
+    noise: str | None = None
 
 
 class FiredSign(Sign):
@@ -148,6 +152,7 @@ class Start(Record):
     seconds: Annotated[float, Field(gt=0)]
     cells: list[StartCell]
     fresh: list[StartCell]
+    noise: str | None = None
 
 
 def dump(record: Record) -> dict[str, Any]:

@@ -1,0 +1,104 @@
+"""A model whose network's calls are recorded as CUDA graphs, for samplers (:mod:`robustdiff.graphs`).
+
+A sampler calls the network once in each step, always with the same shapes, so that a graph of one call serves all steps
+of all batches of one size. With classifier-free guidance the call is of the doubled batch. Everything else of a step is
+computed as usual.
+
+A graph reads the memory in which the parameters were when it was recorded. Parameters that are changed in place, by
+training or by swapping in a moving average, are therefore those of the next replay. What else a call depends on is
+compared before each batch, and the calls are recorded anew if it has changed: parameters that were replaced or moved,
+modules that were exchanged, hooks, and adapters that were turned on or off.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from robustdiff.backbones.model import Model
+from robustdiff.errors import printable
+from robustdiff.graphs import Recorder
+from robustdiff.objectives.objective import predict
+
+__all__ = ["RecordedModel", "Recordings", "unrecordable"]
+
+# Attributes of modules, of peft and of diffusers, by which other operations are made with the same parameters.
+_SWITCHES = ("training", "processor", "_disable_adapters", "_active_adapter", "merged_adapters", "scaling", "_hf_hook")
+
+
+def unrecordable(model: Model) -> str | None:
+    """Return why the calls of a model's network cannot be recorded, or None if nothing speaks against it."""
+    for module in model.network.modules():
+        if isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            return "its network is spread over several devices"
+        if type(module).__module__.startswith("bitsandbytes"):
+            return "its weights are held by bitsandbytes"
+        if "_hf_hook" in vars(module):
+            return "accelerate moves its weights between devices"
+        if _hooks(module):
+            return "it has hooks, which replays do not call"
+    if len({parameter.device for parameter in model.network.parameters()}) > 1:
+        return "its network is on several devices"
+    return None
+
+
+def _hooks(module: nn.Module) -> int:
+    return len(module._forward_hooks) + len(module._forward_pre_hooks)
+
+
+def _state(network: nn.Module) -> Hashable:
+    """Return what the operations of a network and their memory depend on, besides its arguments."""
+    found: list[Hashable] = []
+    for module in network.modules():
+        own = vars(module)
+        found += [id(module), _hooks(module), *(repr(own[name]) for name in _SWITCHES if name in own)]
+        for tensor in (*module._parameters.values(), *module._buffers.values()):
+            if tensor is not None:
+                found.append((tensor.data_ptr(), tensor.dtype, tensor.stride()))
+    return tuple(found)
+
+
+class RecordedModel:
+    """A model whose calls are recorded and replayed. Its attributes are those of the model.
+
+    Calls with gradients are not recorded.
+    """
+
+    def __init__(self, model: Model, recorder: Recorder) -> None:
+        self.model, self.recorder = model, recorder
+
+    def __call__(self, x: Tensor, t: Tensor, **condition: Any) -> Tensor:
+        """Return the network's output, as :meth:`robustdiff.backbones.model.Model.__call__` does, as a tensor."""
+        if torch.is_grad_enabled():
+            return predict(self.model, x, t, condition)
+        output: Tensor = self.recorder(x, t, condition)
+        return output.clone()  # the next call overwrites it
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.model, name)
+
+
+class Recordings:
+    """The recorded calls of a model's network, kept from batch to batch as long as they are those of the network."""
+
+    def __init__(self) -> None:
+        self._of: Any = None
+        self._recorder: Recorder | None = None
+
+    def model(self, model: Model, precision: str) -> Model | RecordedModel:
+        """Return a model with recorded calls for one batch, or the model itself if they cannot be recorded.
+
+        Arguments:
+            model: The model, in eval mode.
+            precision: The precision of autocast under which it will be called.
+        """
+        of = model, precision, _state(model.network)
+        if of != self._of:
+            self._of, self._recorder = of, None
+            if unrecordable(model) is None:
+                what = f"sampling of {printable(model.path)}"
+                self._recorder = Recorder(lambda x, t, condition: predict(model, x, t, condition), model.device, what)
+        return model if self._recorder is None else RecordedModel(model, self._recorder)

@@ -1,0 +1,167 @@
+"""Passes that are recorded as a CUDA graph and replayed train as those that are not.
+
+On the CPU the same copies are made, and the function is called on them.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from robustdiff.graphs import Recorder
+from robustdiff.recipe import load_recipe
+from robustdiff.training.trainer import train
+
+ARMS = {
+    "free": ["adversary.name=free", "adversary.radius=1.0", "adversary.ramp=5"],
+    "random": ["adversary.name=random", "adversary.radius={eta: 0.1}"],
+    "pgd": ["adversary.name=pgd"],
+    "none": ["adversary.name=none"],
+    "accumulated": ["accumulate=2", "clip=1", "lr_schedule=cosine", "warmup=3"],
+    "second-moment": ["objective.timesteps=loss-second-moment", "process.T=2"],
+}
+
+
+def lines(recipe):
+    """The metrics of a run but its speed."""
+    kept = []
+    for line in (Path(recipe.output) / "metrics.jsonl").read_text().splitlines():
+        values = json.loads(line)
+        del values["images_per_second"]
+        kept.append(values)
+    return kept
+
+
+def close(first, second):
+    """Whether two runs learned the same, up to the rounding of learning rates to float32."""
+    for name in first | second:
+        if "to_k.bias" not in name:  # its gradient is 0 but for rounding, which Adam makes steps of
+            assert torch.allclose(first[name], second[name], rtol=1e-3, atol=1e-5), name
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_recorded_passes_train_as_others(device, exact, recipe, learned, arm):
+    runs = [
+        recipe("digits", name, "steps=14", "log_every=3", "model.dropout=0", *ARMS[arm], f"capture={capture}")
+        for name, capture in (("eager", "false"), ("recorded", "true"))
+    ]
+    for run in runs:
+        train(run, cpu=device == "cpu")
+    close(*map(learned, runs))
+    for eager, recorded in zip(*map(lines, runs), strict=True):
+        assert recorded == pytest.approx(eager, rel=1e-4)
+
+
+@pytest.mark.parametrize("schedule", ["fixed", "growing"])
+def test_consistency_training_is_recorded_while_its_levels_stay(device, exact, recipe, learned, caplog, schedule):
+    growing = ["objective.start_scales=3", "objective.schedule=growing", "adversary.radius=1.0"]
+    settings = growing if schedule == "growing" else []
+    runs = [
+        recipe("fashion-16-consistency", name, "steps=9", *settings, f"capture={capture}")
+        for name, capture in (("eager", "false"), ("recorded", "true"))
+    ]
+    with caplog.at_level(logging.WARNING):
+        for run in runs:
+            train(run, cpu=device == "cpu")
+    close(*map(learned, runs))
+    said = [record.getMessage() for record in caplog.records if "not recorded" in record.getMessage()]
+    assert said == (
+        []
+        if schedule == "fixed"
+        else ["the passes over a batch are not recorded as a CUDA graph, since the number of levels changes in the run"]
+    )
+
+
+def test_dropout_is_fresh_in_every_replay(device, recipe, learned):
+    """The same batch again and again: a replayed mask would repeat the loss of a network that does not learn."""
+    run = recipe("digits", "run", "steps=8", "adversary=none", "model.dropout=0.5", "lr=1e-30", "capture=true")
+    train(run, cpu=device == "cpu")
+    losses = [line["loss"] for line in lines(run)]
+    assert len(set(losses)) == len(losses)
+
+
+def test_a_resumed_run_is_the_same(device, exact, recipe, learned, train_cut):
+    whole, cut = (recipe("digits", name, "steps=12", "capture=true", "model.dropout=0.1") for name in ("whole", "cut"))
+    train(whole, cpu=device == "cpu")
+    train_cut(cut)
+    first, second = map(learned, (whole, cut))
+    assert all(torch.equal(first[name], second[name]) for name in first | second)
+
+
+@pytest.mark.parametrize(
+    ("settings", "why"),
+    [
+        (["model.gradient_checkpointing=true"], "gradient checkpointing reads the states of generators"),
+        (["precision=fp16"], "the loss is scaled in fp16"),
+    ],
+)
+def test_what_cannot_be_recorded_says_why(device, recipe, caplog, settings, why):
+    if device == "cpu" and "precision=fp16" in settings:
+        pytest.skip("fp16 is refused on a CPU")
+    with caplog.at_level(logging.WARNING):
+        assert train(recipe("digits", "run", *settings, "capture=true"), cpu=device == "cpu")
+    assert f"since {why}" in caplog.text
+
+
+def test_by_default_passes_are_recorded_on_a_gpu_alone(device, recipe, monkeypatch):
+    made = []
+    monkeypatch.setattr("robustdiff.training.trainer.Recorder", lambda *given: made.append(given) or Recorder(*given))
+    train(recipe("digits", "run"), cpu=device == "cpu")
+    assert len(made) == (device == "cuda")
+    assert load_recipe("digits").capture == "auto"
+
+
+@dataclass
+class Pair:
+    a: torch.Tensor
+    b: dict[str, torch.Tensor | float]
+
+
+def test_a_recorder_returns_what_its_function_does_for_every_shape(device):
+    calls = []
+
+    def function(pair, factor):
+        calls.append(pair.a.shape)
+        return {"sum": pair.a + pair.b["x"] * pair.b["y"], "more": [factor * pair.a.sum()]}
+
+    recorder = Recorder(function, torch.device(device), "a sum")
+    generator = torch.Generator().manual_seed(0)
+    for number in range(4):
+        for n in (2, 3):
+            a, x = (torch.randn(n, generator=generator) for _ in range(2))
+            found = recorder(Pair(a.to(device), {"x": x.to(device), "y": 3.0}), 2)
+            assert torch.allclose(found["sum"].cpu(), a + 3 * x)
+            assert torch.allclose(found["more"][0].cpu(), 2 * a.sum())
+        if number > 1 and device == "cuda":
+            assert len(calls) == 4  # once as it is and once recorded, for each shape
+    other = recorder(Pair(torch.ones(2, device=device), {"x": torch.ones(2, device=device), "y": 4.0}), 2)
+    assert other["sum"].tolist() == [5, 5]  # another number is another recording
+
+
+def test_arguments_on_the_cpu_are_copied_to_the_device(device):
+    recorder = Recorder(lambda x, factor: x * factor, torch.device(device), "a product")
+    for value in (1.0, 2.0, 3.0):
+        assert recorder(torch.ones(3, device=device), torch.tensor(value)).tolist() == [value] * 3
+
+
+def test_what_fails_while_it_is_recorded_runs_without(gpu, caplog):
+    """Random numbers and gradients go on as well, which a recording that was broken off could leave in disorder."""
+    weight = torch.ones(3, device=gpu, requires_grad=True)
+
+    def function(x):
+        noise = torch.randn_like(x)
+        (weight * x).sum().backward()
+        return x * float(x.sum()) + 0 * noise  # the host waits
+
+    recorder = Recorder(function, torch.device(gpu), "a sum")
+    with caplog.at_level(logging.WARNING):
+        for _ in range(3):
+            assert recorder(torch.ones(3, device=gpu)).tolist() == [3, 3, 3]
+    assert caplog.text.count("a sum runs without a CUDA graph, since it cannot be recorded") == 1
+    assert torch.randn(3, device=gpu).isfinite().all()
+    assert torch.nn.functional.dropout(torch.ones(3, device=gpu)).isfinite().all()

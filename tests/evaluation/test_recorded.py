@@ -1,0 +1,177 @@
+"""Recorded calls of a network: samples are those of unrecorded ones, whatever is done to the network in between."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from robustdiff.backbones.lora import LoraSection
+from robustdiff.errors import InputError
+from robustdiff.evaluation import recorded as module
+from robustdiff.evaluation.generate import Generator
+from robustdiff.evaluation.recorded import RecordedModel, Recordings, unrecordable
+from robustdiff.mismatch.measure import measure_mismatch
+
+
+@pytest.fixture
+def generator() -> Generator:
+    return Generator.load("fashion-16", sampler="iddpm", steps=3, seed=5, batch_size=4, capture=True)
+
+
+def assert_as_unrecorded(generator: Generator, **settings) -> None:
+    """The samples of a recorded generator are those of a new one that calls the network itself."""
+    made = replace(generator, **settings)
+    plain = replace(made, capture=False, recordings=Recordings())
+    for batch in (range(4), range(4, 8), range(8, 10)):
+        labels = made.labels(batch)
+        assert torch.equal(made.sample(batch, labels), plain.sample(batch, labels))
+
+
+@pytest.fixture
+def recorders(monkeypatch):
+    """The recorders that are made."""
+    made = []
+
+    class Kept(module.Recorder):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            made.append(self)
+
+    monkeypatch.setattr(module, "Recorder", Kept)
+    return made
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "iddpm", "dpm++", "es", "time-shift"])
+def test_samples_are_those_of_the_network_itself(generator, recorders, sampler):
+    assert_as_unrecorded(generator, sampler=sampler)
+    assert len(recorders) == 1
+    assert 2 <= len(recorders[0]._recordings) <= 4, "one for each shape, of two sizes of batches"
+
+
+def test_precision_is_that_of_the_generator(generator, recorders):
+    exact = generator.sample(range(4), None)
+    assert_as_unrecorded(generator, precision="bf16")
+    assert not torch.equal(replace(generator, precision="bf16").sample(range(4), None), exact)
+    assert torch.equal(generator.sample(range(4), None), exact)
+    assert len(recorders) == 3, "each change of the precision begins anew"
+
+
+def test_guidance_and_classes(make_unet, recorders):
+    from robustdiff.backbones.model import Model
+    from robustdiff.backbones.unet2d import UNet2D
+    from robustdiff.process import DiffusionProcess
+
+    unet = make_unet(num_class_embeds=4)
+    model = Model(UNet2D(unet), process=DiffusionProcess.cosine(10), prediction="epsilon")
+    generator = Generator(model, steps=3, batch_size=4, num_classes=3, capture=True)
+    assert_as_unrecorded(generator)
+    assert_as_unrecorded(generator, guidance=3.0)
+    assert len(recorders) == 1
+    sizes = {recording.tensors[0].shape[0] for recording in recorders[0]._recordings.values()}
+    assert sizes == {2, 4, 8}, "with guidance the doubled batches, of which one has the size of a plain one"
+
+
+def test_generators_made_of_one_share_its_recordings(generator, recorders):
+    for steps in (2, 3):
+        replace(generator, steps=steps).sample(range(4), None)
+    assert len(recorders) == 1
+
+
+def test_weights_changed_in_place_are_used(generator, recorders):
+    before = generator.sample(range(4), None)
+    with torch.no_grad():
+        for parameter in generator.model.network.parameters():
+            parameter.mul_(1.1)
+    assert not torch.equal(generator.sample(range(4), None), before)
+    assert_as_unrecorded(generator)
+    assert len(recorders) == 1
+
+
+def change_parameter(network) -> None:
+    network.conv_out.bias = nn.Parameter(network.conv_out.bias.detach() + 1)
+
+
+def change_module(network) -> None:
+    network.conv_out = copy.deepcopy(network.conv_out)
+
+
+def change_type(network) -> None:
+    network.to(torch.float64)
+    network.to(torch.float32)
+
+
+@pytest.mark.parametrize("change", [change_parameter, change_module, change_type])
+def test_what_is_replaced_is_recorded_anew(generator, recorders, change):
+    generator.sample(range(4), None)
+    generator.sample(range(4), None)
+    assert len(recorders) == 1
+    kept = [parameter.detach() for parameter in generator.model.network.parameters()]  # so that no memory is reused
+    change(generator.model.network)
+    assert_as_unrecorded(generator)
+    assert len(recorders) == 2
+    del kept
+
+
+def test_an_adapter_is_switched(generator, recorders):
+    pytest.importorskip("peft")
+    plain = generator.sample(range(4), None)
+    model = generator.model
+    model.add_lora(LoraSection(rank=2), seed=0)
+    with torch.no_grad():
+        for name, parameter in model.network.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1, generator=torch.Generator().manual_seed(0))
+    assert_as_unrecorded(generator)
+    adapted = generator.sample(range(4), None)
+    with model.base():
+        torch.testing.assert_close(generator.sample(range(4), None), plain)
+    assert torch.equal(generator.sample(range(4), None), adapted)
+    assert not torch.equal(adapted, plain)
+    assert len(recorders) == 4
+    model.merge()
+    torch.testing.assert_close(generator.sample(range(4), None), adapted, rtol=1e-3, atol=1e-3)
+    assert len(recorders) == 5
+
+
+def test_the_mismatch_is_that_of_the_network_itself(generator):
+    from robustdiff.data import load_dataset
+
+    dataset = load_dataset("fashion-16", split="test")
+    settings = {"samplers": ["ddim"], "steps": [3], "num": 40, "probes": 2, "times": [0.5]}
+    made, plain = (
+        measure_mismatch({"x": replace(generator, batch_size=20, capture=capture)}, dataset, **settings)
+        for capture in (True, False)
+    )
+    assert made == plain
+
+
+def test_calls_with_gradients_are_not_recorded(generator, recorders):
+    recorded = generator.recordings.model(generator.model, "fp32")
+    assert isinstance(recorded, RecordedModel)
+    x = torch.zeros(1, 1, 16, 16, requires_grad=True)
+    recorded(x, torch.zeros(1, dtype=torch.int64)).sum().backward()
+    assert x.grad is not None
+    assert not recorders[0]._recordings
+
+
+def test_what_cannot_be_recorded_is_called_as_it_is_or_refused(generator, recorders):
+    calls = []
+    handle = generator.model.network.conv_in.register_forward_hook(lambda *_: calls.append(1))
+    assert "hooks" in unrecordable(generator.model)
+    generator.sample(range(4), None)
+    assert (len(calls), recorders) == (3, [])
+    with pytest.raises(InputError, match="hooks, which replays do not call: leave it out"):
+        replace(generator)
+    handle.remove()
+    assert_as_unrecorded(generator)
+    generator.model.network.conv_in._hf_hook = object()
+    assert "accelerate" in unrecordable(generator.model)
+
+
+def test_nothing_is_recorded_on_a_cpu_by_default(recorders):
+    Generator.load("fashion-16", steps=2).sample(range(2), None)
+    assert recorders == []
