@@ -22,6 +22,7 @@ from robustdiff.metrics.metric import MetricCollection
 from robustdiff.metrics.reference import reference_statistics
 from robustdiff.mismatch.measure import MEASURES as MISMATCHES
 from robustdiff.report.page import _fid_figure, write_page
+from robustdiff.report.study_section import study_section
 from robustdiff.study import run as module
 from robustdiff.study.analysis import contrast, effect, holm, trend
 from robustdiff.study.estimate import remaining
@@ -457,6 +458,8 @@ def test_the_page_decides_by_trainings(tmp_path):
     assert f"| free | {mean:+.1%} ({low:+.1%} … {high:+.1%}), n = 3 |" in text
     assert "ddim +1.00 (13 networks); iddpm +1.00 (13 networks)" in text
     assert (tmp_path / "page" / "brightness.png").is_file()
+    charts = next(block.charts for block in study_section(study, tmp_path).blocks if block.charts)
+    assert charts[0].columns[0].values[-1] == ("base, as it is", "4.00 (4.00 … 4.00)")
 
 
 def test_the_page_shows_the_terms_of_fid_and_fid_at_the_real_brightness_where_they_are(tmp_path):

@@ -55,7 +55,7 @@ from robustdiff.study.analysis import (
 from robustdiff.study.schema import Study
 from robustdiff.study.store import MEASURES, Results, read_results
 
-__all__ = ["middle_steps", "page_parts", "read_picture", "write_page"]
+__all__ = ["fid_interval", "middle_steps", "page_parts", "read_picture", "write_page"]
 
 FID, *OTHERS = MEASURES
 SHIFTED = "fid_shifted"
@@ -284,11 +284,16 @@ def _levels(results: Results, folder: Path) -> list[str]:
     return [*parts, *terms, _figure(folder, "fid", _fid_figure(results), "FID against steps")]
 
 
+def fid_interval(record: dict[str, Any]) -> tuple[float, float]:
+    """Return the 95 % interval of the FID of a cell over its images."""
+    blocks = record["blocks"].get(FID, BLOCKS)
+    return interval(record["numbers"][FID], np.array(record["replicates"]), blocks, log=True)
+
+
 def _fid_of(record: dict[str, Any]) -> str:
     """Return the FID of a cell with the interval over its images."""
-    fid, blocks = record["numbers"][FID], record["blocks"].get(FID, BLOCKS)
-    low, high = interval(fid, np.array(record["replicates"]), blocks, log=True)
-    return f"{fid:.2f} ({low:.2f} … {high:.2f})"
+    low, high = fid_interval(record)
+    return f"{record['numbers'][FID]:.2f} ({low:.2f} … {high:.2f})"
 
 
 def _references(results: Results) -> list[str]:
