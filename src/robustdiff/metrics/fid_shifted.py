@@ -13,8 +13,8 @@ difference between the two mean grey values; in general it is where
 
 equals the mean grey value of the real images. m follows from the histogram of the values.
 
-s is known only after the last image, so all images are kept until then: N·C·H·W bytes for N images, and their features
-are extracted a second time. Bootstrap replicates have the same s.
+s is known only after the last image, so each process keeps its images until then, and all of them at the end, N·C·H·W
+bytes for N images. Their features are extracted a second time. Bootstrap replicates have the same s.
 """
 
 from __future__ import annotations
