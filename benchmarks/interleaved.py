@@ -21,6 +21,7 @@ def take_turns(
     rounds: int,
     synchronize: Callable[[], None] = lambda: None,
     uncounted: int = 1,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Any]:
     """Return the seconds that one advance of each loop takes, by name with shape (rounds,).
 
@@ -33,11 +34,11 @@ def take_turns(
         shift = number % len(names)
         for name in names[shift:] + names[:shift]:
             synchronize()
-            start = time.perf_counter()
+            start = clock()
             for _ in range(advances[name]):
                 next(loops[name])
             synchronize()
-            times[name].append((time.perf_counter() - start) / advances[name])
+            times[name].append((clock() - start) / advances[name])
     return {name: np.array(values[uncounted:]) for name, values in times.items()}
 
 

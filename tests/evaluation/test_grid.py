@@ -125,8 +125,8 @@ def test_the_record_of_a_cell(grid):
     cell = grid.cells[0]
     record = cell.record()
     assert list(record) == [
-        "checkpoint", "sampler", "steps", "n", "fid", "fid_ci", "fid_corrected", "kid", "kid_se", "precision", "recall",
-        "brightness", "blocks", "seconds",
+        "checkpoint", "sampler", "steps", "n", "fid", "fid_ci", "fid_corrected", "fid_mean_term", "kid", "kid_se",
+        "precision", "recall", "brightness", "blocks", "seconds",
     ]  # fmt: skip
     assert (record["fid"], tuple(record["fid_ci"])) == (cell.values["fid"], cell.intervals["fid"])
 

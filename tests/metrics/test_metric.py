@@ -18,7 +18,7 @@ from robustdiff.metrics.features import load_extractor
 from robustdiff.metrics.metric import METRICS, MetricCollection, check_finite, compared, number_named
 from robustdiff.metrics.reference import Reference, reference_statistics
 
-KEYS = ["fid", "fid_corrected", "kid", "kid_se", "precision", "recall", "brightness"]
+KEYS = ["fid", "fid_corrected", "fid_mean_term", "kid", "kid_se", "precision", "recall", "brightness"]
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +61,7 @@ def test_the_numbers_of_all_metrics(extractor, reference, noisy):
     root = scipy.linalg.sqrtm(a @ b).real
     fid = ((features.mean(0) - real.mean(0)) ** 2).sum() + np.trace(a + b - 2 * root)
     assert values["fid"] == pytest.approx(fid, rel=1e-5)
+    assert values["fid_mean_term"] == pytest.approx(((features.mean(0) - real.mean(0)) ** 2).sum(), rel=1e-5)
     assert intervals == {"fid": interval(values["fid"], replicates["fid"], 50, log=True)}
     assert values["brightness"] == pytest.approx(noisy[0].double().mean().item())
     assert values == metrics.result("x")[0], "it changes nothing"
@@ -103,7 +104,9 @@ def test_processes_together_are_one(extractor, reference, noisy):
 def test_a_collection_refuses(extractor, reference):
     with pytest.raises(ValueError, match="another extractor"):
         MetricCollection(None, extractor, replace(reference, fingerprint="0" * 64))
-    with pytest.raises(InputError, match="unknown metric 'fd': use one of brightness, clip-score, fid, kid, p"):
+    with pytest.raises(
+        InputError, match="unknown metric 'fd': use one of brightness, clip-score, fid, fid-shifted, kid, p"
+    ):
         MetricCollection(["fid", "fd"], extractor, reference)
     metrics = MetricCollection(None, extractor, reference)
     with pytest.raises(InputError, match="no images"):
@@ -208,7 +211,7 @@ def test_a_metric_of_an_installed_package_is_measured_compared_and_drawn(robustd
     assert "brightness" not in outcome.out
     record = json.loads((tmp_path / "e" / "result.json").read_text())
     for cell in record["cells"]:
-        assert list(cell)[4:-2] == ["contrast", "contrast_ci", "fid", "fid_ci", "fid_corrected"]
+        assert list(cell)[4:-2] == ["contrast", "contrast_ci", "fid", "fid_ci", "fid_corrected", "fid_mean_term"]
         assert cell["contrast_ci"][0] < cell["contrast"] < cell["contrast_ci"][1]
     changes = [{k: d[k] for k in d if k not in ("steps", "sampler")} for d in record["differences"]]
     pair = {"checkpoint": "other", "baseline": "digits", "relative": 0.0}
@@ -237,7 +240,10 @@ def test_it_needs_no_real_images(robustdiff, contrast, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--metrics", "fid,fd"], ["unknown metric 'fd'", "brightness, clip-score, fid, kid, precision-recall"]),
+        (
+            ["--metrics", "fid,fd"],
+            ["unknown metric 'fd'", "brightness, clip-score, fid, fid-shifted, kid, precision-recall"],
+        ),
         (["--metrics", "fid,fid"], ["--metrics has fid twice"]),
         (["--metrics", ""], ["unknown metric ''"]),
         (["--metrics", "brightness", "--data", "digits"], ["--data", "leave it out"]),

@@ -22,6 +22,7 @@ from robustdiff.metrics.metric import MetricCollection
 from robustdiff.metrics.reference import reference_statistics
 from robustdiff.mismatch.measure import MEASURES as MISMATCHES
 from robustdiff.report.page import _consequence, _fid_figure, write_page
+from robustdiff.report.study_section import study_section
 from robustdiff.study import run as module
 from robustdiff.study.analysis import Effect, contrast, effect, holm, trend
 from robustdiff.study.estimate import remaining
@@ -457,6 +458,45 @@ def test_the_page_decides_by_trainings(tmp_path):
     assert f"| free | {mean:+.1%} ({low:+.1%} … {high:+.1%}), n = 3 |" in text
     assert "ddim +1.00 (13 networks); iddpm +1.00 (13 networks)" in text
     assert (tmp_path / "page" / "brightness.png").is_file()
+    charts = next(block.charts for block in study_section(study, tmp_path).blocks if block.charts)
+    assert charts[0].columns[0].values[-1] == ("base, as it is", "4.00 (4.00 … 4.00)")
+
+
+def test_the_page_shows_the_terms_of_fid_and_fid_at_the_real_brightness_where_they_are(tmp_path):
+    """Against scipy's paired t-test, on made-up cells of three seeds, of which one then lacks the mean term."""
+    methods = {name: {**TINY["methods"][name], "seeds": [0, 1, 2]} for name in ("plain", "free")}
+    measure = {**TINY["measure"], "steps": [10], "mismatch": 0, "metrics": ["fid-shifted"], "image_noise": "training"}
+    study = Study.model_validate({**TINY, "methods": methods, "measure": measure, "references": {}})
+    rng = np.random.default_rng(3)
+    (tmp_path / "cells").mkdir()
+    training = {"steps": 3, "batches": 3, "backward_passes": 3, "delta_norm": 0.1, "images": 7, "data": "fashion-16"}
+    more = {"threads": 1, "device": "cpu", "torch": "2", "training": training}
+    logs, terms, paths = {}, {}, {}
+    for run in plan(study, tmp_path):
+        for cell in run.cells:
+            fid, shifted, term = rng.uniform(5, 10), rng.uniform(3, 4), rng.uniform(1, 2)
+            logs.setdefault((run.method, cell.sampler), []).append(np.log(shifted))
+            terms.setdefault((run.method, cell.sampler), []).append((term, fid - term))
+            own = {"fid_shifted": shifted, "fid_mean_term": term, "other_replicates": {"fid_shifted": [shifted] * 200}}
+            cell.path.write_text(json.dumps({**made_up_cell(run, fid, np.full(200, fid)), **more, **own}))
+            paths[run.method, run.seed, cell.sampler] = cell.path
+    text = write_page(study, tmp_path, tmp_path / "page.md").replace("−", "-")
+    lines = text[text.index("after the images of each training are shifted") :].splitlines()
+    row = next(line for line in lines if line.startswith("| free to plain |"))
+    for sampler, cell in zip(study.measure.samplers, row.split("|")[2:4], strict=True):
+        test = scipy.stats.ttest_1samp(np.subtract(logs["free", sampler], logs["plain", sampler]), 0)
+        ends = test.confidence_interval()
+        mean = np.mean(np.subtract(logs["free", sampler], logs["plain", sampler]))
+        mean, low, high = (f"{np.expm1(value):+.1%}" for value in (mean, ends.low, ends.high))
+        assert cell.strip() == f"{mean} ({low} … {high}), n = 3"
+    shown = [" + ".join(f"{value:.2f}" for value in np.mean(terms["free", s], axis=0)) for s in study.measure.samplers]
+    assert f"| free | {' | '.join(shown)} |" in text
+    assert "## FID at the real brightness" in text
+    path = paths["free", 1, study.measure.samplers[0]]
+    record = json.loads(path.read_text())
+    del record["fid_mean_term"]
+    path.write_text(json.dumps(record))
+    assert f"| free | – | {shown[1]} |" in write_page(study, tmp_path, tmp_path / "page.md")
 
 
 def test_the_trend_over_lengths_of_training_is_that_of_each_seed(tmp_path):

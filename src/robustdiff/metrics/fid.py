@@ -5,6 +5,8 @@ of generated and of real images:
 
     FID = ‖μ₁ − μ₂‖² + tr C₁ + tr C₂ − 2 tr (C₁C₂)^½
 
+The first term, the mean term, is large where all images are wrong in the same way, such as too bright.
+
 C₁C₂ has the same eigenvalues as the symmetric positive semi-definite matrix C₂^½ C₁ C₂^½, so the last trace is the sum
 of the square roots of the eigenvalues of that matrix, also where it is singular.
 
@@ -99,6 +101,7 @@ class FID(Metric):
     numbers = (
         Number("fid", "FID", ".2f", "lower", log=True),
         Number("fid_corrected", "FID corrected", ".2f", "lower"),
+        Number("fid_mean_term", "mean term", ".2f", "lower"),
     )
     needs: ClassVar[Need] = "features"
 
@@ -124,7 +127,11 @@ class FID(Metric):
 
     def result(self) -> dict[str, float | None]:
         distance = self.distance()
-        return {"fid": distance, "fid_corrected": corrected(distance, self.replicates()["fid"])}
+        return {
+            "fid": distance,
+            "fid_corrected": corrected(distance, self.replicates()["fid"]),
+            "fid_mean_term": float(((self.moments.mean - self.real.mean) ** 2).sum()),
+        }
 
     def replicates(self) -> dict[str, Array]:
         if self._replicates is None:

@@ -107,14 +107,17 @@ class Metric(ABC):
     Attributes:
         numbers: The numbers that the metric returns.
         needs: "nothing"; "captions" of the images; "features", for features of the images and their mean and covariance
-            over the real images; or "reference features", for a sample of the features of real images as well.
+            over the real images; or "reference features", for what takes the real images themselves as well: a sample
+            of their features, and their brightness.
         takes: A description, for messages, of the value that is given with the name, as NAME=VALUE, and is the third
             argument of ``__init__``; None if the metric takes no value.
+        extractor: The feature extractor of the collection that the metric is in, or None.
     """
 
     numbers: ClassVar[tuple[Number, ...]]
     needs: ClassVar[Need] = "nothing"
     takes: ClassVar[str | None] = None
+    extractor: FeatureExtractor | None = None
 
     def __init__(self, real: Reference | None = None, device: torch.device | str = "cpu") -> None:
         self.real, self.device = cast(Reference, real), device
@@ -236,6 +239,7 @@ class MetricCollection:
                 lacks = "more than the mean and covariance of their features: give the images themselves"
             if not lacks:
                 self.metrics[name] = kind(reference, device, *_value(name, kind, values))
+                self.metrics[name].extractor = extractor
             elif names is not None:
                 raise InputError(f"the metric {name} needs of real images {lacks}, or leave it out")
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import os
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from robustdiff.data.archive import list_npz, read_npz
@@ -38,6 +39,7 @@ class Reference:
         features: A uniform sample of the features in random order, float32 (n, D), n ≤ 10,000; None if only μ and C are
             known.
         n: The number of images, or None if it is not known.
+        brightness: The mean over all images, pixels and channels, in [0, 255]; None if only μ and C are known.
     """
 
     mean: Array
@@ -45,6 +47,7 @@ class Reference:
     fingerprint: str
     features: NDArray[np.float32] | None = None
     n: int | None = None
+    brightness: float | None = None
 
 
 def load_reference(path: str | os.PathLike[str], extractor: FeatureExtractor) -> Reference:
@@ -80,13 +83,16 @@ def load_reference(path: str | os.PathLike[str], extractor: FeatureExtractor) ->
     return Reference(mean, (cov + cov.T) / 2, extractor.fingerprint)
 
 
-def _dataset_hash(dataset: ImageDataset, batch_size: int) -> str:
-    """Return the sha256 of the number of images, their shape and all their pixels in order."""
+def _read_pixels(dataset: ImageDataset, batch_size: int) -> tuple[str, float]:
+    """Return the sha256 of the number of images, their shape and all their pixels in order, and the pixels' mean."""
     digest = hashlib.sha256(f"{len(dataset)} {tuple(dataset.shape)}\n".encode())
+    total = count = 0
     for start in range(0, len(dataset), batch_size):
         images = dataset.__getitems__(range(start, min(start + batch_size, len(dataset))))[0]
         digest.update(images.contiguous().numpy().tobytes())
-    return digest.hexdigest()
+        total += int(images.sum(dtype=torch.int64))
+        count += images.numel()
+    return digest.hexdigest(), total / count
 
 
 def reference_statistics(
@@ -107,12 +113,12 @@ def reference_statistics(
     """
     if len(dataset) < FEWEST:
         raise InputError(f"{dataset.name}: {len(dataset)} real images; give {FEWEST} or more, better thousands")
-    content = _dataset_hash(dataset, batch_size)
+    content, brightness = _read_pixels(dataset, batch_size)
     key = hashlib.sha256(f"{content} {extractor.fingerprint}".encode()).hexdigest()
     path = Path(cache_folder() if cache_dir is None else cache_dir) / f"reference-{key}.npz"
     if path.exists():
         try:
-            return _read_reference(path, dataset, extractor)
+            return replace(_read_reference(path, dataset, extractor), brightness=brightness)
         except (KeyError, TypeError, ValueError) as error:
             warnings.warn(f"unusable cache entry, computed again: {error}", stacklevel=2)
     moments, reservoir = Moments(extractor.dim, blocks=1), Reservoir(extractor.dim)
@@ -128,7 +134,7 @@ def reference_statistics(
             np.savez(file, **arrays)
     except OSError as error:
         warnings.warn(f"statistics not cached: {error}", stacklevel=2)
-    return Reference(moments.mean, moments.cov, extractor.fingerprint, reservoir.features, moments.n)
+    return Reference(moments.mean, moments.cov, extractor.fingerprint, reservoir.features, moments.n, brightness)
 
 
 def _read_reference(path: Path, dataset: ImageDataset, extractor: FeatureExtractor) -> Reference:

@@ -41,6 +41,7 @@ from robustdiff.study.analysis import (
     effect,
     holm,
     levels,
+    mean_terms,
     mismatch_agreement,
     mismatch_pairs,
     pairs,
@@ -54,9 +55,10 @@ from robustdiff.study.analysis import (
 from robustdiff.study.schema import Study
 from robustdiff.study.store import MEASURES, Results, read_results
 
-__all__ = ["middle_steps", "page_parts", "read_picture", "write_page"]
+__all__ = ["fid_interval", "middle_steps", "page_parts", "read_picture", "write_page"]
 
 FID, *OTHERS = MEASURES
+SHIFTED = "fid_shifted"
 TITLES = {"kid": "KID"}
 SIGNIFICANT = 0.05
 
@@ -296,14 +298,20 @@ def _levels(results: Results, folder: Path) -> list[str]:
             cells = ("–" if record is None else f"{record['numbers'][FID]:.2f}" for record in found)
             rows.append([f"{name}, as it is", *cells])
         parts.append(_table([f"{sampler}, steps", *map(str, results.steps)], rows))
-    return [*parts, _figure(folder, "fid", _fid_figure(results), "FID against steps")]
+    terms = _terms(results, middle_steps(results))
+    return [*parts, *terms, _figure(folder, "fid", _fid_figure(results), "FID against steps")]
+
+
+def fid_interval(record: dict[str, Any]) -> tuple[float, float]:
+    """Return the 95 % interval of the FID of a cell over its images."""
+    blocks = record["blocks"].get(FID, BLOCKS)
+    return interval(record["numbers"][FID], np.array(record["replicates"]), blocks, log=True)
 
 
 def _fid_of(record: dict[str, Any]) -> str:
     """Return the FID of a cell with the interval over its images."""
-    fid, blocks = record["numbers"][FID], record["blocks"].get(FID, BLOCKS)
-    low, high = interval(fid, np.array(record["replicates"]), blocks, log=True)
-    return f"{fid:.2f} ({low:.2f} … {high:.2f})"
+    low, high = fid_interval(record)
+    return f"{record['numbers'][FID]:.2f} ({low:.2f} … {high:.2f})"
 
 
 def _references(results: Results) -> list[str]:
@@ -376,6 +384,46 @@ def _at_equal_brightness(results: Results, steps: int) -> list[str]:
         f"the seed and brightness, over the methods with {TRAININGS} trainings or more. Training changes brightness, "
         "too, so that this is no estimate of a method's effect.",
         _table([f"{steps} steps", *found], rows),
+    ]
+
+
+def _at_real_brightness(results: Results, steps: int) -> list[str]:
+    """Return the effects on FID of the images shifted to the real brightness, if every cell has it."""
+    if not all(SHIFTED in record["numbers"] for record in results.cells.values()):
+        return []
+    rows = [
+        [f"{method} to {baseline}"]
+        + [_effect(effect(results, method, own, steps, baseline, SHIFTED)) for own in results.samplers]
+        for method, baseline in pairs(results)
+    ]
+    if not rows:
+        return []
+    return [
+        "The relative change of FID after the images of each training are shifted to the mean grey value of the real "
+        f"ones, with the 95 % interval from {TRAININGS} trainings: the effect that is left without brightness.",
+        _table([f"{steps} steps", *results.samplers], rows),
+    ]
+
+
+def _terms(results: Results, steps: int) -> list[str]:
+    """Return the mean term of FID and the rest of it, of the methods whose cells hold it."""
+    rows = []
+    for method in results.methods:
+        row = []
+        for sampler in results.samplers:
+            means = mean_terms(results, method, sampler, steps)
+            if means:
+                rest = np.mean(values(results, method, sampler, steps)) - np.mean(means)
+                row.append(f"{np.mean(means):.2f} + {rest:.2f}")
+            else:
+                row.append("–")
+        if any(cell != "–" for cell in row):
+            rows.append([method, *row])
+    if not rows:
+        return []
+    return [
+        "The terms of FID, means over seeds: the squared distance of the mean features, and what the covariances add.",
+        _table([f"{steps} steps: means + covariances", *results.samplers], rows),
     ]
 
 
@@ -696,6 +744,7 @@ def page_parts(results: Results, figures: Path) -> list[str]:
         *(_few_trainings(results, middle) if compared else []),
         *_spread(results, middle),
         *_brightness(results, middle, figures),
+        *_at_real_brightness(results, middle),
         *_sensitivity(results, middle, figures),
         *_levels(results, figures),
         *_against_references(results),

@@ -18,7 +18,7 @@ from markdown_it import MarkdownIt
 from markupsafe import Markup, escape
 
 from robustdiff.report.charts import Chart, Point, Series, draw
-from robustdiff.report.page import middle_steps, page_parts, read_picture
+from robustdiff.report.page import fid_interval, middle_steps, page_parts, read_picture
 from robustdiff.report.pictures import Gallery, encode, gallery_of_rows
 from robustdiff.report.run_sections import windows
 from robustdiff.study.analysis import levels, values
@@ -104,8 +104,7 @@ def _fid_charts(results: Results) -> tuple[Chart, ...]:
         beside: dict[str, list[Point]] = {}
         for (name, own, steps), record in levels(results, beside=True).items():
             if own == sampler:
-                ends = record["fid_ci"]
-                beside.setdefault(name, []).append(Point(steps, record["numbers"]["fid"], ends and tuple(ends)))
+                beside.setdefault(name, []).append(Point(steps, record["numbers"]["fid"], fid_interval(record)))
         series += [Series(f"{name}, as it is", points) for name, points in beside.items()]
         title = f"FID against steps, {sampler}: mean and range over seeds"
         y_title = "FID (lower is better)"

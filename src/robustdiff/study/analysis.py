@@ -54,6 +54,7 @@ __all__ = [
     "holm",
     "levels",
     "log",
+    "mean_terms",
     "mismatch_agreement",
     "mismatch_pairs",
     "pairs",
@@ -160,9 +161,13 @@ def log(value: float) -> float:
     return float(np.log(max(value, SMALLEST)))
 
 
-def _logs(record: Record) -> Array:
-    """Return ln FID of a cell and of its R replicates, centred at FID since their own mean is biased upwards."""
-    value, replicates = record["numbers"][FID], np.array(record["replicates"])
+def _logs(record: Record, measure: str = FID) -> Array:
+    """Return ln FID of a cell and of its R replicates, centred at FID since their own mean is biased upwards.
+
+    ``measure`` may name another positive number that has replicates.
+    """
+    drawn = record["replicates"] if measure == FID else record["other_replicates"][measure]
+    value, replicates = record["numbers"][measure], np.array(drawn)
     return np.log(np.maximum([value, *(replicates - replicates.mean() + value)], SMALLEST))
 
 
@@ -200,22 +205,37 @@ def values(results: Results, method: str, sampler: str, steps: int, measure: str
     return [results.cells[method, seed, sampler, steps]["numbers"][measure] for seed in seeds]
 
 
-def _differences(results: Results, method: str, sampler: str, steps: int, baseline: str) -> dict[int, Array]:
+def _differences(
+    results: Results, method: str, sampler: str, steps: int, baseline: str, measure: str = FID
+) -> dict[int, Array]:
     """Return e_s and its replicates, by seed, of the seeds on which neither method was chosen."""
     methods = results.study.methods
     chosen = {*methods[method].chosen_on, *methods[baseline].chosen_on}
     seeds = [s for s in _seeds(results, method, sampler, steps) if (baseline, s, sampler, steps) in results.cells]
     cells = results.cells
     return {
-        s: _logs(cells[method, s, sampler, steps]) - _logs(cells[baseline, s, sampler, steps])
+        s: _logs(cells[method, s, sampler, steps], measure) - _logs(cells[baseline, s, sampler, steps], measure)
         for s in seeds
         if s not in chosen
     }
 
 
-def effect(results: Results, method: str, sampler: str, steps: int, baseline: str | None = None) -> Effect | None:
-    """Return the effect of a method against a baseline, by default its own, or None if no seed has both cells."""
-    return _effect(results, _differences(results, method, sampler, steps, baseline or baseline_of(results, method)))
+def effect(
+    results: Results, method: str, sampler: str, steps: int, baseline: str | None = None, measure: str = FID
+) -> Effect | None:
+    """Return the effect of a method against a baseline, by default its own, or None if no seed has both cells.
+
+    ``measure`` is FID, or another positive number of which every cell has replicates.
+    """
+    baseline = baseline or baseline_of(results, method)
+    return _effect(results, _differences(results, method, sampler, steps, baseline, measure))
+
+
+def mean_terms(results: Results, method: str, sampler: str, steps: int) -> list[float]:
+    """Return the mean term of FID for each seed of a method, or an empty list if a cell does not hold it."""
+    cells = [results.cells[method, seed, sampler, steps] for seed in _seeds(results, method, sampler, steps)]
+    found = [cell["fid_mean_term"] for cell in cells]
+    return [] if None in found else found
 
 
 def contrast(

@@ -105,6 +105,7 @@ class CellRecord(_Record):
     blocks: dict[str, Annotated[Whole, Field(ge=2)]] = {}
     measure: Measurement
     kid_se: Number | None = None
+    fid_mean_term: Number | None = None
     brightness: Number | None = None
     n: Annotated[Whole, Field(ge=1)] | None = None
     seconds: Annotated[Number, Field(ge=0)] | None = None
