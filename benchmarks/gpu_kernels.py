@@ -259,7 +259,7 @@ def tiles(rounds):
         x = torch.randn(128, channels, side, side, device="cuda", dtype=torch.bfloat16)
         x = x.to(memory_format=torch.channels_last).requires_grad_()
         modulation = torch.randn(128, 2 * channels, device="cuda", dtype=torch.bfloat16).requires_grad_()
-        for elements, warps in ((4096, 8), (2048, 8), (2048, 4), (4096, 4), (8192, 8)):
+        for elements, warps in ((4096, 8), (2048, 8), (2048, 4), (1024, 4), (8192, 8)):
             fused_norm._ELEMENTS, fused_norm._WARPS = elements, warps
             both = []
             for backward in (False, True):

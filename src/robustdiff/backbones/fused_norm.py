@@ -23,7 +23,7 @@ a mean far from zero costs no precision.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -31,18 +31,23 @@ from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 try:
     import triton
-    import triton.language as tl
-except ImportError:  # as in PyTorch for CPUs
+
+    from robustdiff.backbones.norm_kernels import backward_kernel, forward_kernel
+except ImportError:  # as with PyTorch for CPUs
     triton = None
 
 __all__ = ["fuse_norms", "group_norm", "torch_group_norm", "triton_group_norm"]
 
+Norm = Callable[..., Tensor]
+"""A function with the arguments of :func:`group_norm`."""
+
 _TYPES = (torch.float32, torch.float16, torch.bfloat16)
-_ELEMENTS = 4096
+_ELEMENTS = 2048
 _WIDTH = 32
 _WARPS = 8
 
@@ -112,15 +117,17 @@ class _FusedNorm(torch.autograd.Function):
         statistics = x.new_empty((2, samples, groups), dtype=torch.float32)
         if x.numel():
             grid, constants = _launch(x, groups, silu, modulation)
-            _forward_kernel[grid](
-                x, weight, bias, weight if modulation is None else modulation, y, statistics, samples, pixels, eps,
-                **constants,
-            )  # fmt: skip
+            with torch.cuda.device_of(x):  # where Triton launches
+                forward_kernel[grid](
+                    x, weight, bias, weight if modulation is None else modulation, y, statistics, samples, pixels, eps,
+                    **constants,
+                )  # fmt: skip
         context.save_for_backward(x, weight, bias, modulation, statistics)
         context.groups, context.silu = groups, silu
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(context: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, modulation, statistics = context.saved_tensors
         dy = gradients[0].contiguous(memory_format=torch.channels_last)
@@ -130,7 +137,7 @@ class _FusedNorm(torch.autograd.Function):
         dmodulation = None if modulation is None else torch.empty_like(modulation)
         if x.numel():
             grid, constants = _launch(x, context.groups, context.silu, modulation)
-            _backward_kernel[grid](
+            backward_kernel[grid](
                 x, weight, bias, weight if modulation is None else modulation, statistics, dy, dx, sums,
                 weight if dmodulation is None else dmodulation, samples, pixels, **constants,
             )  # fmt: skip
@@ -154,132 +161,6 @@ def _launch(x: Tensor, groups: int, silu: bool, modulation: Tensor | None) -> tu
         "num_warps": _WARPS,
     }
     return (len(x) * triton.cdiv(groups, block),), constants
-
-
-if triton is not None:
-
-    @triton.jit
-    def _place(GROUPS: tl.constexpr, SIZE: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr):
-        """Return the sample of this program, and its groups, channels, rows and the mask of its channels."""
-        blocks: tl.constexpr = (GROUPS + BLOCK - 1) // BLOCK
-        sample = tl.program_id(0) // blocks
-        group = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
-        within = tl.arange(0, PADDED)
-        channel = group[:, None] * SIZE + within[None, :]
-        there = (group[:, None] < GROUPS) & (within[None, :] < SIZE)
-        return sample, group, channel, tl.arange(0, ROWS), there
-
-    @triton.jit
-    def _affine(weight, bias, modulation, sample, channel, there, C: tl.constexpr, MODULATED: tl.constexpr):
-        """Return γ, β, 1 + scale and shift of this program's channels."""
-        gamma = tl.load(weight + channel, mask=there, other=0.0).to(tl.float32)
-        beta = tl.load(bias + channel, mask=there, other=0.0).to(tl.float32)
-        scale = tl.full(gamma.shape, 1.0, tl.float32)
-        shift = tl.full(gamma.shape, 0.0, tl.float32)
-        if MODULATED:
-            row = modulation + sample * (2 * C) + channel
-            scale += tl.load(row, mask=there, other=0.0).to(tl.float32)
-            shift += tl.load(row + C, mask=there, other=0.0).to(tl.float32)
-        return gamma, beta, scale, shift
-
-    @triton.jit
-    def _forward_kernel(
-        x, weight, bias, modulation, y, statistics, samples, pixels, eps,
-        GROUPS: tl.constexpr, SIZE: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
-        MODULATED: tl.constexpr, SILU: tl.constexpr,
-    ):  # fmt: skip
-        C: tl.constexpr = GROUPS * SIZE
-        sample, group, channel, row, there = _place(GROUPS, SIZE, PADDED, BLOCK, ROWS)
-        start = sample.to(tl.int64) * pixels * C
-        offset = row[:, None, None] * C + channel[None, :, :]
-
-        mean = tl.zeros((ROWS, BLOCK, PADDED), tl.float32)
-        squares = tl.zeros((ROWS, BLOCK, PADDED), tl.float32)
-        seen = 0.0
-        for first in range(0, pixels, ROWS):
-            mask = (first + row < pixels)[:, None, None] & there[None, :, :]
-            value = tl.load(x + start + first * C + offset, mask=mask, other=0.0).to(tl.float32)
-            seen += 1.0
-            difference = tl.where(mask, value - mean, 0.0)
-            mean += difference / seen
-            squares += difference * tl.where(mask, value - mean, 0.0)
-        # The number of pixels that each row of the tile has seen.
-        count = ((pixels - row + ROWS - 1) // ROWS).to(tl.float32)[:, None, None]
-        total = (pixels * SIZE).to(tl.float32)
-        mu = tl.sum(tl.sum(mean * count, axis=0), axis=1) / total
-        difference = tl.where(there[None, :, :], mean - mu[None, :, None], 0.0)
-        variance = tl.sum(tl.sum(squares + count * difference * difference, axis=0), axis=1) / total
-        rstd = 1.0 / tl.sqrt(variance + eps)
-        tl.store(statistics + sample * GROUPS + group, mu, mask=group < GROUPS)
-        tl.store(statistics + (samples + sample) * GROUPS + group, rstd, mask=group < GROUPS)
-
-        gamma, beta, scale, shift = _affine(weight, bias, modulation, sample, channel, there, C, MODULATED)
-        factor = gamma * scale
-        added = beta * scale + shift
-        for first in range(0, pixels, ROWS):
-            mask = (first + row < pixels)[:, None, None] & there[None, :, :]
-            here = start + first * C + offset
-            value = tl.load(x + here, mask=mask, other=0.0).to(tl.float32)
-            z = (value - mu[None, :, None]) * rstd[None, :, None] * factor[None, :, :] + added[None, :, :]
-            if SILU:
-                z = z * tl.sigmoid(z)
-            tl.store(y + here, z.to(y.dtype.element_ty), mask=mask)
-
-    @triton.jit
-    def _backward_kernel(
-        x, weight, bias, modulation, statistics, dy, dx, sums, dmodulation, samples, pixels,
-        GROUPS: tl.constexpr, SIZE: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
-        MODULATED: tl.constexpr, SILU: tl.constexpr,
-    ):  # fmt: skip
-        C: tl.constexpr = GROUPS * SIZE
-        sample, group, channel, row, there = _place(GROUPS, SIZE, PADDED, BLOCK, ROWS)
-        start = sample.to(tl.int64) * pixels * C
-        offset = row[:, None, None] * C + channel[None, :, :]
-        mu = tl.load(statistics + sample * GROUPS + group, mask=group < GROUPS, other=0.0)[None, :, None]
-        rstd = tl.load(statistics + (samples + sample) * GROUPS + group, mask=group < GROUPS, other=0.0)[None, :, None]
-        gamma, beta, scale, shift = _affine(weight, bias, modulation, sample, channel, there, C, MODULATED)
-        factor = (gamma * scale)[None, :, :]
-        added = (beta * scale + shift)[None, :, :]
-
-        a = tl.zeros((ROWS, BLOCK, PADDED), tl.float32)
-        b = tl.zeros((ROWS, BLOCK, PADDED), tl.float32)
-        for first in range(0, pixels, ROWS):
-            mask = (first + row < pixels)[:, None, None] & there[None, :, :]
-            here = start + first * C + offset
-            normal = (tl.load(x + here, mask=mask, other=0.0).to(tl.float32) - mu) * rstd
-            dz = tl.load(dy + here, mask=mask, other=0.0).to(tl.float32)
-            if SILU:
-                z = normal * factor + added
-                s = tl.sigmoid(z)
-                dz = dz * s * (1.0 + z * (1.0 - s))
-            a += dz
-            b += dz * normal
-        a_sum = tl.sum(a, axis=0)
-        b_sum = tl.sum(b, axis=0)
-        tl.store(sums + sample * C + channel, b_sum * scale, mask=there)
-        tl.store(sums + (samples + sample) * C + channel, a_sum * scale, mask=there)
-        if MODULATED:
-            out = dmodulation + sample * (2 * C) + channel
-            tl.store(out, (gamma * b_sum + beta * a_sum).to(dmodulation.dtype.element_ty), mask=there)
-            tl.store(out + C, a_sum.to(dmodulation.dtype.element_ty), mask=there)
-
-        total = (pixels * SIZE).to(tl.float32)
-        a_mean = (tl.sum(gamma * scale * a_sum, axis=1) / total)[None, :, None]
-        b_mean = (tl.sum(gamma * scale * b_sum, axis=1) / total)[None, :, None]
-        for first in range(0, pixels, ROWS):
-            mask = (first + row < pixels)[:, None, None] & there[None, :, :]
-            here = start + first * C + offset
-            normal = (tl.load(x + here, mask=mask, other=0.0).to(tl.float32) - mu) * rstd
-            dz = tl.load(dy + here, mask=mask, other=0.0).to(tl.float32)
-            if SILU:
-                z = normal * factor + added
-                s = tl.sigmoid(z)
-                dz = dz * s * (1.0 + z * (1.0 - s))
-            value = (factor * dz - a_mean - normal * b_mean) * rstd
-            tl.store(dx + here, value.to(dx.dtype.element_ty), mask=mask)
-
-
-Norm = Callable[..., Tensor]
 
 
 class _FusedResnetBlock(ResnetBlock2D):
@@ -340,7 +221,7 @@ class _FusedAttention(AttnProcessor2_0):
             bias = None if attn.to_q.bias is None else torch.cat([one.bias for one in projections])
             parts = F.linear(tokens, weight, bias).chunk(3, dim=-1)
         else:
-            parts = [one(tokens) for one in projections]
+            parts = tuple(one(tokens) for one in projections)
         query, key, value = (part.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for part in parts)
         out = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
         out = attn.to_out[1](attn.to_out[0](out))
@@ -373,16 +254,18 @@ def fuse_norms(network: nn.Module, norm: Norm = group_norm) -> nn.Module:
     Returns:
         The same network.
     """
-    for module in network.modules():
+    own: Any = network
+    modules: Iterable[Any] = network.modules()
+    for module in modules:
         if type(module) is ResnetBlock2D and isinstance(module.nonlinearity, nn.SiLU):
             module.__class__ = _FusedResnetBlock
             module.fused_norm = norm
         elif type(module) is Attention and _on_pixels(module):
             module.set_processor(_FusedAttention(norm))
-    if type(getattr(network, "conv_norm_out", None)) is nn.GroupNorm and isinstance(network.conv_act, nn.SiLU):
-        network.conv_norm_out.__class__ = _FusedOut
-        network.conv_norm_out.fused_norm = norm
-        network.conv_act = nn.Identity()
+    if type(getattr(network, "conv_norm_out", None)) is nn.GroupNorm and isinstance(own.conv_act, nn.SiLU):
+        own.conv_norm_out.__class__ = _FusedOut
+        own.conv_norm_out.fused_norm = norm
+        own.conv_act = nn.Identity()
     return network
 
 
