@@ -29,6 +29,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
+from robustdiff.backbones.fused_norm import fuse_norms
 from robustdiff.backbones.model import Model, load_model
 from robustdiff.conditions.condition import Condition
 from robustdiff.data import to_uint8
@@ -137,6 +138,8 @@ class Generator:
             InputError: If the model is missing or cannot be read, or a setting does not suit it.
         """
         model = load_model(path, size).to(device)
+        if model.device.type == "cuda":
+            fuse_norms(model.network.to(memory_format=torch.channels_last))
         recipe = Path(path) / "recipe.yaml"
         if settings.get("sampler") is None and settings.get("steps") is None and recipe.is_file():
             sampler = load_recipe(str(recipe)).sampler

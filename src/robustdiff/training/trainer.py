@@ -271,7 +271,8 @@ class Trainer:
         elif recipe.model.gradient_checkpointing:
             why = "gradient checkpointing reads the states of generators"
         if why is not None:
-            logger.warning("the passes over a batch are not recorded as a CUDA graph, since %s", why)
+            if accelerator.is_main_process:
+                logger.warning("the passes over a batch are not recorded as a CUDA graph, since %s", why)
             return None
         self.adversary.count_on(accelerator.device)
 
