@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "src" / "robustdiff"
 
 ORDER = [
     {"errors", "files", "interrupt", "notebook", "progress", "registry", "section", "workers", "yaml_reader"},
-    {"graphs", "loading", "weights"},
+    {"graphs", "kernels", "loading", "weights"},
     {"process"},
     {"perturbation"},
     {"objectives"},

@@ -37,7 +37,7 @@ from torch.nn import functional as F
 try:
     import triton
 
-    from robustdiff.backbones.norm_kernels import backward_kernel, forward_kernel
+    from robustdiff.kernels.group_norm import backward_kernel, forward_kernel
 except ImportError:  # as with PyTorch for CPUs
     triton = None
 
