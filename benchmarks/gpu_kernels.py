@@ -253,14 +253,14 @@ def apart(name, options, limit):
 def tiles(rounds):
     """Milliseconds of the kernel's forward and backward for sizes of its tile, on two shapes."""
     found = {}
-    chosen = fused_norm._ELEMENTS, fused_norm._WARPS
+    chosen = fused_norm.ELEMENTS, fused_norm.WARPS
     for channels, side in ((128, 32), (256, 16)):
         norm = nn.GroupNorm(32, channels, device="cuda")
         x = torch.randn(128, channels, side, side, device="cuda", dtype=torch.bfloat16)
         x = x.to(memory_format=torch.channels_last).requires_grad_()
         modulation = torch.randn(128, 2 * channels, device="cuda", dtype=torch.bfloat16).requires_grad_()
         for elements, warps in ((4096, 8), (2048, 8), (2048, 4), (1024, 4), (8192, 8)):
-            fused_norm._ELEMENTS, fused_norm._WARPS = elements, warps
+            fused_norm.ELEMENTS, fused_norm.WARPS = elements, warps
             both = []
             for backward in (False, True):
 
@@ -275,7 +275,7 @@ def tiles(rounds):
                 "forward": both[0],
                 "backward": both[1] - both[0],
             }
-    fused_norm._ELEMENTS, fused_norm._WARPS = chosen
+    fused_norm.ELEMENTS, fused_norm.WARPS = chosen
     return found
 
 

@@ -16,7 +16,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 from torch.nn import functional as F
 
-from robustdiff.backbones import fused_norm
+from robustdiff.backbones import channels_last
 from robustdiff.backbones.adm import AdmFlags, build_adm
 from robustdiff.backbones.fused_norm import fuse_norms, group_norm, torch_group_norm
 from robustdiff.backbones.unet2d import UNetSection
@@ -65,9 +65,9 @@ def test_all_norms_of_an_adm_network_and_of_a_new_unet_are_fused():
     for network in (built(), section.build((3, 32, 32), None, False).network.double()):
         called = []
 
-        def norm(module, x, modulation=None, silu=True, called=called):
+        def norm(module, *arguments, called=called, **others):
             called.append(module)
-            return torch_group_norm(module, x, modulation, silu)
+            return torch_group_norm(module, *arguments, **others)
 
         norms = {module for module in network.modules() if isinstance(module, nn.GroupNorm)}
         fuse_norms(network, norm)(*inputs())
@@ -142,7 +142,7 @@ def test_under_autocast_the_result_is_what_the_next_convolution_takes(silu, modu
     torch.testing.assert_close(found, (F.silu(expected) if silu else expected).bfloat16())
 
 
-@pytest.mark.skipif(fused_norm.triton is None, reason="triton is not installed, as beside PyTorch for CPUs")
+@pytest.mark.skipif(channels_last.triton is None, reason="triton is not installed, as beside PyTorch for CPUs")
 def test_the_kernels_compute_their_definition():
     """Under Triton's interpreter, which is chosen when Triton is imported: in a process of its own."""
     script = Path(__file__).parents[1] / "cuda" / "fused_norm.py"
@@ -151,4 +151,4 @@ def test_the_kernels_compute_their_definition():
     if "only 0-dimensional arrays can be converted" in done.stderr:
         pytest.skip("this Triton's interpreter is older than this NumPy")
     assert done.returncode == 0, done.stderr[-2000:]
-    assert "60 cases" in done.stdout
+    assert "180 cases" in done.stdout

@@ -6,11 +6,9 @@ import copy
 import runpy
 from pathlib import Path
 
-import pytest
 import torch
-from torch import nn
 
-from robustdiff.backbones.fused_norm import fuse_norms, group_norm
+from robustdiff.backbones.fused_norm import fuse_norms
 from robustdiff.backbones.unet2d import UNetSection
 from robustdiff.graphs import Recorder
 
@@ -19,7 +17,7 @@ CASES = Path(__file__).with_name("fused_norm.py")
 
 def test_the_kernels_compute_their_definition(gpu, exact, capsys):
     runpy.run_path(str(CASES))["main"](gpu)
-    assert "60 cases" in capsys.readouterr().out
+    assert "180 cases" in capsys.readouterr().out
 
 
 def unet(device):
@@ -60,11 +58,3 @@ def test_a_fused_network_is_recorded(device):
     found = [recorder(x, t).clone() for _ in range(3)]
     for one in found[1:]:
         torch.testing.assert_close(one, found[0], rtol=1e-5, atol=1e-6)
-
-
-def test_a_second_derivative_is_refused(gpu):
-    norm = nn.GroupNorm(2, 8, device=gpu)
-    x = torch.randn(2, 8, 4, 4, device=gpu).to(memory_format=torch.channels_last).requires_grad_()
-    (first,) = torch.autograd.grad(group_norm(norm, x).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        first.sum().backward()
