@@ -94,11 +94,16 @@ class Recorder:
         # inside, by an autocast of the function's own, is there after a replay only.
         torch.set_autocast_cache_enabled(False)
         torch.clear_autocast_cache()
+        index = torch.cuda.current_device() if self.device.index is None else self.device.index
+        generator = torch.cuda.default_generators[index]
+        state = generator.clone_state()
         try:
             # Threads that load data may call CUDA meanwhile. Graphs share their memory, since no two run at a time.
             with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
                 result = self.function(*recording.arguments)
         except RuntimeError as error:
+            # A recording that is broken off leaves the generator's state as one that may be drawn from in it alone.
+            generator.graphsafe_set_state(state)
             self._failed = True
             self._recordings.clear()
             logger.warning(

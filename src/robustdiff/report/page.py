@@ -216,10 +216,9 @@ def _consequence(slope: Effect | None, sampler: str, updates: Sequence[int]) -> 
     if slope is None or slope.interval is None:
         return []
     low, high = slope.interval.low, slope.interval.high
-    if high < 0:
-        then = f"FID falls further below the baseline's with each doubling: with {sampler}, longer training pays"
-    elif low > 0:
-        then = f"FID rises against the baseline's with each doubling: with {sampler}, train no longer for it"
+    if high < 0 or low > 0:
+        worth = "more" if high < 0 else "less"
+        then = f"the longer a training, the {worth} the method is worth with {sampler} against its baseline"
     else:
         then = (
             f"with {sampler} the effect was not found to change with the length of training, so {min(updates):,} "
