@@ -250,32 +250,46 @@ def apart(name, options, limit):
         return found | ({} if error is None or found.get("error") else {"error": error})
 
 
-def tiles(rounds):
-    """Milliseconds of the kernel's forward and backward for sizes of its tile, on two shapes."""
-    found = {}
-    chosen = fused_norm.ELEMENTS, fused_norm.WARPS
-    for channels, side in ((128, 32), (256, 16)):
-        norm = nn.GroupNorm(32, channels, device="cuda")
-        x = torch.randn(128, channels, side, side, device="cuda", dtype=torch.bfloat16)
-        x = x.to(memory_format=torch.channels_last).requires_grad_()
-        modulation = torch.randn(128, 2 * channels, device="cuda", dtype=torch.bfloat16).requires_grad_()
-        for elements, warps in ((4096, 8), (2048, 8), (2048, 4), (1024, 4), (8192, 8)):
-            fused_norm.ELEMENTS, fused_norm.WARPS = elements, warps
-            both = []
+def tiles(limit):
+    """Time the fused norm for sizes of its tile on three shapes, for some seconds, and print the best sizes.
+
+    Returns:
+        Milliseconds of forward and backward by shape, elements, width and warps.
+    """
+    start, found, totals, repeats = time.perf_counter(), {}, {}, 10
+    chosen = fused_norm.ELEMENTS, fused_norm.WIDTH, fused_norm.WARPS
+    shapes = ((128, 32, 32, True), (256, 16, 32, True), (48, 16, 8, False))
+    sizes = ((2048, 32, 8), (4096, 64, 8), (2048, 64, 8), (1024, 32, 4), (4096, 32, 8), (4096, 64, 16), (2048, 32, 4))
+    for elements, width, warps in (*sizes, (8192, 64, 16), (2048, 128, 8)):
+        if time.perf_counter() - start > limit:
+            break
+        fused_norm.ELEMENTS, fused_norm.WIDTH, fused_norm.WARPS = elements, width, warps
+        total = 0.0
+        for channels, side, groups, modulated in shapes:
+            norm = nn.GroupNorm(groups, channels, device="cuda")
+            x = torch.randn(128, channels, side, side, device="cuda", dtype=torch.bfloat16)
+            x = x.to(memory_format=torch.channels_last).requires_grad_()
+            leaves = {"x": x, "offset": torch.randn(channels, device="cuda").requires_grad_()}
+            if modulated:
+                leaves["modulation"] = torch.randn(128, 2 * channels, device="cuda").bfloat16().requires_grad_()
+            times = []
             for backward in (False, True):
 
-                def call(norm=norm, x=x, modulation=modulation, backward=backward):
-                    y = fused_norm.triton_group_norm(norm, x, modulation)
-                    if backward:
-                        torch.autograd.grad(y, (x, norm.weight, norm.bias, modulation), y.detach())
+                def call(norm=norm, leaves=leaves, backward=backward):
+                    for _ in range(repeats):
+                        y = fused_norm.triton_group_norm(norm, **leaves)
+                        if backward:
+                            torch.autograd.grad(y, (*leaves.values(), norm.weight, norm.bias), y.detach())
 
                 replay, _ = recorded(call, False)
-                both.append(1000 / speed(replay, 1, rounds, torch.cuda.synchronize)["median"])
-            found[f"{channels}×{side}×{side}, {elements} elements, {warps} warps"] = {
-                "forward": both[0],
-                "backward": both[1] - both[0],
-            }
-    fused_norm.ELEMENTS, fused_norm.WARPS = chosen
+                times.append(1000 / speed(replay, 1, 5, torch.cuda.synchronize)["median"] / repeats)
+            name = f"{channels}×{side}×{side}, ELEMENTS={elements} WIDTH={width} WARPS={warps}"
+            found[name] = {"forward": times[0], "backward": times[1] - times[0]}
+            print(f"{name:52}{times[0]:8.4f} ms{times[1] - times[0]:8.4f} ms", flush=True)
+            total += times[1]
+        totals[f"ELEMENTS={elements} WIDTH={width} WARPS={warps}"] = total
+    fused_norm.ELEMENTS, fused_norm.WIDTH, fused_norm.WARPS = chosen
+    print("best", min(totals, key=totals.get), flush=True)
     return found
 
 
@@ -335,10 +349,6 @@ def measure(options):
         gc.collect()
         if cuda:
             torch.cuda.empty_cache()
-        if name == "contiguous" and options.tiles and cuda:
-            result["tiles"] = tiles(options.rounds)
-            lines = [f"{key}: {v['forward']:.3f} ms, {v['backward']:.3f} ms" for key, v in result["tiles"].items()]
-            publish(result, lines, options.out)
 
 
 def main(arguments=None):
@@ -347,8 +357,14 @@ def main(arguments=None):
     parser.add_argument("--seconds", type=float, default=600, help="start no variant later than this")
     parser.add_argument("--only", choices=VARIANTS, help="measure one variant")
     parser.add_argument("--profiles", type=Path, help="write tables of kernels into this folder")
-    parser.add_argument("--tiles", action="store_true", help="also time sizes of the fused kernel's tile")
-    measure(parser.parse_args(arguments))
+    parser.add_argument("--tiles", type=float, metavar="SECONDS", help="time sizes of the fused norm's tile instead")
+    options = parser.parse_args(arguments)
+    if options.tiles is None:
+        measure(options)
+    elif torch.cuda.is_available():
+        publish({"tiles": tiles(options.tiles)}, [], options.out)
+    else:
+        parser.error("--tiles needs a GPU")
 
 
 if __name__ == "__main__":

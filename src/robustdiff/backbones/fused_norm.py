@@ -68,7 +68,7 @@ def torch_group_norm(
         x: Activations with shape (N, C, H, W).
         modulation: Scale and shift with shape (N, 2C), or None for neither.
         silu: Whether the result is activated.
-        offset: What is added to x first, with shape (C,) or (N, C), or None for nothing.
+        offset: Addend of x before the statistics, with shape (C,) or (N, C), or None for none.
 
     Returns:
         Activations with the shape of x, in the type of autocast where that is on, else in that of x.

@@ -172,7 +172,7 @@ def _matrix(pixels, C: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 @triton.jit
 def add_kernel(x, y, bias, out, pixels, C: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """out = x + y + bias"""
+    """Add x, y and the bias of each channel to out."""
     row, column, mask = _matrix(pixels, C, ROWS, COLUMNS)
     here = row[:, None] * C + column[None, :]
     added = tl.load(bias + column, mask=column < C, other=0.0).to(tl.float32)
@@ -183,7 +183,7 @@ def add_kernel(x, y, bias, out, pixels, C: tl.constexpr, ROWS: tl.constexpr, COL
 
 @triton.jit
 def sum_kernel(x, out, pixels, tiles, C: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """out[program] = the sum of x over the pixels of ``tiles`` tiles"""
+    """Sum x over the pixels of some tiles, to the row of out of this program."""
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     row = tl.program_id(0).to(tl.int64) * tiles * ROWS + tl.arange(0, ROWS)
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
@@ -196,7 +196,7 @@ def sum_kernel(x, out, pixels, tiles, C: tl.constexpr, ROWS: tl.constexpr, COLUM
 
 @triton.jit
 def spread_kernel(x, out, pixels, width, factor, C: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Each of the pixels of x, times the factor, to 2×2 pixels of out"""
+    """Write each pixel of x, times the factor, to 2×2 pixels of out."""
     row, column, mask = _matrix(pixels, C, ROWS, COLUMNS)
     value = tl.load(x + row[:, None] * C + column[None, :], mask=mask, other=0.0).to(tl.float32) * factor
     value = value.to(out.dtype.element_ty)
@@ -209,7 +209,7 @@ def spread_kernel(x, out, pixels, width, factor, C: tl.constexpr, ROWS: tl.const
 
 @triton.jit
 def gather_kernel(x, out, pixels, width, factor, C: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """The sum of 2×2 pixels of x, times the factor, to each of the pixels of out"""
+    """Sum 2×2 pixels of x, times the factor, to each pixel of out."""
     row, column, mask = _matrix(pixels, C, ROWS, COLUMNS)
     corner = (4 * (row // width) * width + 2 * (row % width))[:, None] * C + column[None, :]
     value = tl.load(x + corner, mask=mask, other=0.0).to(tl.float32)
