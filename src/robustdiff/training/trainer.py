@@ -228,7 +228,7 @@ class Trainer:
         by_default = accelerator.device.type == "cuda" and recipe.optimizer == "adamw"
         if by_default if recipe.channels_last is None else recipe.channels_last:
             unet = unet.to(memory_format=torch.channels_last)
-            if accelerator.device.type == "cuda":
+            if accelerator.device.type == "cuda" and not recipe.compile:  # which fuses by itself
                 fuse_norms(unet)
         config, adapted = built.objective, built.model.adapter is not None
         target = _copy_of(unet) if config.needs_target and config.copies_student(adapted) else None
