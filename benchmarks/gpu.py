@@ -140,6 +140,17 @@ def measure(rounds, batch_size, tiny):
     }
 
 
+def table(result):
+    """The table of a result, for the documentation."""
+    speeds, times = result["images_per_second"], result["milliseconds"]
+    rows = [
+        f"| {name} | {speed['median']:,.0f} | {speed['quartiles'][0]:,.0f} to {speed['quartiles'][1]:,.0f} "
+        f"| {times[name]['median']:.1f} |"
+        for name, speed in speeds.items()
+    ]
+    return "\n".join(["| | images/s | quartiles | ms |", "|---|---:|---:|---:|", *rows]) + "\n"
+
+
 def main(arguments=None):
     parser = command_line(__doc__.splitlines()[0], rounds=15, batch_size=128)
     parser.add_argument("--tiny", action="store_true", help="a network of no use, to see whether this runs")

@@ -309,6 +309,18 @@ def line(name, found):
     return f"{name:28}{'  '.join(parts)}"
 
 
+def table(result):
+    """The table of a result, for the documentation: images per second, and the error of the gradient."""
+    rows = [
+        f"| {name} | {found['training']['median']:,.0f} | {found['forward']['median']:,.0f} "
+        f"| {found['errors']['gradient']['relative']:.4f} |"
+        for name, found in result["variants"].items()
+        if "forward" in found
+    ]
+    head = ["| | forward and backward | forward alone | error of the gradient |", "|---|---:|---:|---:|"]
+    return "\n".join([*head, *rows]) + "\n"
+
+
 def measure(options):
     """Measure the variants, and publish after each."""
     start = time.perf_counter()

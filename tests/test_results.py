@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGES = {
     "fashion-16": "results.md",
     "fashion-16-constant-rate": "results-constant-rate.md",
+    "length": "results-length.md",
     "fashion-16-scratch": "results-scratch.md",
     "fashion-28": "results-28.md",
     "fashion-16-consistency": "results-consistency.md",
