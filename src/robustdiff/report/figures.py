@@ -94,8 +94,9 @@ def step_panels(
     title: str,
     levels: Mapping[str, float] = {},
     number: Number = FID.numbers[0],
+    xlabel: str = "steps (network evaluations)",
 ) -> Figure:
-    """Draw a number against steps, on a logarithmic axis, as lines by title of the panel and by label.
+    """Draw a number against steps, or others, on a logarithmic axis, as lines by title of the panel and by label.
 
     Lines with the same label have the same colour. Levels are dashed horizontal lines.
     """
@@ -122,7 +123,7 @@ def step_panels(
             panel.set_yscale("log")
         panel.set_xticks(steps, [f"{s:g}" for s in steps])
         panel.minorticks_off()
-        panel.set_xlabel("steps (network evaluations)")
+        panel.set_xlabel(xlabel)
         panel.grid(alpha=0.3)
     axes[0].set_ylabel(number.title + (f" ({number.better} is better)" if number.better else ""))
     if number.log:

@@ -18,7 +18,7 @@ from robustdiff.data.decode import open_image
 from robustdiff.errors import InputError, printable
 from robustdiff.files import atomic_write, make_folder
 from robustdiff.metrics.bootstrap import BLOCKS, interval
-from robustdiff.metrics.metric import number_named
+from robustdiff.metrics.metric import Number, number_named
 from robustdiff.mismatch.measure import MEASURES as MISMATCHES
 from robustdiff.report.figures import (
     Figure,
@@ -168,7 +168,7 @@ def _effects(results: Results, steps: int) -> list[str]:
     ]
 
 
-def _trend(results: Results, steps: int) -> list[str]:
+def _trend(results: Results, steps: int, folder: Path) -> list[str]:
     """Return the change of the effect with the length of training, and the effect at each length.
 
     The slope with the first sampler is the primary hypothesis. The other slopes and the effects at the largest number
@@ -208,7 +208,31 @@ def _trend(results: Results, steps: int) -> list[str]:
         f"{max(updates):,} updates are adjusted by Holm's method for their {len(p)} tests.",
         _table([f"{steps} steps", "with each doubling", *(f"{one} to {other}" for one, other in compared)], rows),
         *_consequence(slope, primary, updates),
+        _figure(
+            folder, "trend", _trend_figure({s: own[1:] for s, own in found.items()}, updates), "The effect by updates"
+        ),
     ]
+
+
+def _trend_figure(effects: dict[str, list[Effect | None]], updates: Sequence[int]) -> Figure:
+    """Draw the effect at each number of updates, by sampler: each seed, and the mean with its interval."""
+    panels: dict[str, dict[str, list[Line]]] = {}
+    for sampler, found in effects.items():
+        at = [(n, one) for n, one in sorted(zip(updates, found, strict=True), key=itemgetter(0)) if one is not None]
+        seeds = {seed for _, one in at for seed in one.logs}
+        lines = []
+        for seed in sorted(seeds):
+            own = [(n, 100 * one.changes[seed]) for n, one in at if seed in one.logs]
+            x, y = [n for n, _ in own], [change for _, change in own]
+            lines.append(Line(x, y, y, y))
+        bands = [
+            (n, *(100 * end for end in (i.mean, i.low, i.high))) for n, one in at if (i := one.interval) is not None
+        ]
+        mean = Line(*np.reshape(bands, (-1, 4)).T.tolist())
+        panels[sampler] = {"one seed": lines, "mean, 95 % interval": [mean]}
+    number = Number("change", "change of FID to the baseline, %", ".1f", "lower")
+    title = "each method against its baseline"
+    return step_panels(panels, title, {"no change": 0.0}, number, "optimiser updates")
 
 
 def _consequence(slope: Effect | None, sampler: str, updates: Sequence[int]) -> list[str]:
@@ -298,6 +322,8 @@ def _levels(results: Results, folder: Path) -> list[str]:
             rows.append([f"{name}, as it is", *cells])
         parts.append(_table([f"{sampler}, steps", *map(str, results.steps)], rows))
     terms = _terms(results, middle_steps(results))
+    if len(results.steps) == 1 and not results.references:  # columns of points, which are in the table
+        return [*parts, *terms]
     return [*parts, *terms, _figure(folder, "fid", _fid_figure(results), "FID against steps")]
 
 
@@ -738,7 +764,7 @@ def page_parts(results: Results, figures: Path) -> list[str]:
     compared = bool(pairs(results)) and not trended
     return [
         *_introduction(results),
-        *(_trend(results, middle) if trended else []),
+        *(_trend(results, middle, figures) if trended else []),
         *(["## What the numbers say", *_effects(results, middle), *_chosen(results)] if compared else []),
         *(_few_trainings(results, middle) if compared else []),
         *_spread(results, middle),
