@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from robustdiff.process import DiffusionProcess, absorb
     from robustdiff.samplers import sample
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 
 # diffusers imports bitsandbytes if it is there, which on some CPUs warns of a package that is not needed.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
