@@ -1,4 +1,4 @@
-"""What each choice of kernels gives on a GPU: forward and backward, and forward alone, of one network.
+"""Measure what each choice of kernels gives on a GPU: forward and backward, and forward alone, of one network.
 
 The network is that of ADM's CIFAR-10 checkpoints (dropout 0.3), untrained, on random images of 3×32×32, in bf16.
 Each variant is recorded as a CUDA graph and replayed, so that launches cost nothing, except where it says eager:
@@ -65,7 +65,7 @@ def compiled_norm():
 
 @dataclass
 class Variant:
-    """How the network is run."""
+    """Say how the network is run, and prepare it."""
 
     norm: object = None
     eager: bool = False

@@ -45,7 +45,7 @@ class Recorder:
 
     def __init__(self, function: Callable[..., Any], device: torch.device, what: str) -> None:
         self.function, self.device, self.what = function, device, what
-        self._recordings: dict[Hashable, _Recording | None] = {}
+        self._recordings: dict[Hashable, _Recording] = {}
         self._stream: torch.cuda.Stream | None = None
         self._pool: Any = None
         self._failed = False

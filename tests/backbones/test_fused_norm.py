@@ -83,7 +83,7 @@ def test_fused_networks_are_copied_pickled_and_fused_twice():
 
 
 def test_activations_keep_their_layout_in_large_batches():
-    """Where diffusers' blocks make them contiguous, from 64 images on."""
+    """Check the layout where diffusers' blocks make activations contiguous, from 64 images on."""
     block = ResnetBlock2D(in_channels=8, out_channels=16, temb_channels=4, groups=2, up=True).double()
     fused = fuse_norms(copy.deepcopy(block))
     x = torch.randn(64, 8, 4, 4, dtype=torch.float64).to(memory_format=torch.channels_last)

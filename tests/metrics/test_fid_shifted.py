@@ -6,29 +6,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from robustdiff.data import load_dataset
 from robustdiff.errors import InputError
-from robustdiff.metrics.features import load_extractor
 from robustdiff.metrics.fid_shifted import shift_images, shift_to
 from robustdiff.metrics.metric import MetricCollection
 from robustdiff.metrics.reference import Reference, reference_statistics
 
 NAMES = ["fid", "fid-shifted", "brightness"]
-
-
-@pytest.fixture(scope="module")
-def extractor():
-    return load_extractor("digits")
-
-
-@pytest.fixture(scope="module")
-def digits():
-    return load_dataset("digits")
-
-
-@pytest.fixture(scope="module")
-def reference(digits, extractor, tmp_path_factory):
-    return reference_statistics(digits, extractor, tmp_path_factory.mktemp("cache"))
 
 
 def measured(metrics, images, batch_size=64):

@@ -11,29 +11,12 @@ import pytest
 import scipy.linalg
 import torch
 
-from robustdiff.data import load_dataset
 from robustdiff.errors import InputError, RunError
 from robustdiff.metrics.bootstrap import interval
-from robustdiff.metrics.features import load_extractor
 from robustdiff.metrics.metric import METRICS, MetricCollection, check_finite, compared, number_named
-from robustdiff.metrics.reference import Reference, reference_statistics
+from robustdiff.metrics.reference import Reference
 
 KEYS = ["fid", "fid_corrected", "fid_mean_term", "kid", "kid_se", "precision", "recall", "brightness"]
-
-
-@pytest.fixture(scope="module")
-def extractor():
-    return load_extractor("digits")
-
-
-@pytest.fixture(scope="module")
-def digits():
-    return load_dataset("digits")
-
-
-@pytest.fixture(scope="module")
-def reference(digits, extractor, tmp_path_factory):
-    return reference_statistics(digits, extractor, tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture(scope="module")

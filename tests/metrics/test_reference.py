@@ -6,26 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from robustdiff.data import ArrayDataset, load_dataset
+from robustdiff.data import ArrayDataset
 from robustdiff.errors import InputError, RunError
-from robustdiff.metrics.features import Classifier, ClassifierExtractor, load_extractor
+from robustdiff.metrics.features import Classifier, ClassifierExtractor
 from robustdiff.metrics.moments import Moments
 from robustdiff.metrics.reference import load_reference, reference_statistics
-
-
-@pytest.fixture(scope="module")
-def extractor():
-    return load_extractor("digits")
-
-
-@pytest.fixture(scope="module")
-def digits():
-    return load_dataset("digits")
-
-
-@pytest.fixture(scope="module")
-def reference(digits, extractor, tmp_path_factory):
-    return reference_statistics(digits, extractor, tmp_path_factory.mktemp("cache"))
 
 
 def test_reference_statistics(digits, extractor, reference):

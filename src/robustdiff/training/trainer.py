@@ -163,7 +163,7 @@ def _copy_of(network: nn.Module) -> nn.Module:
 
 @dataclass(frozen=True)
 class _Schedule:
-    """What the updates of a batch depend on besides the batch: numbers, or tensors in a recorded batch.
+    """Hold what the updates of a batch depend on besides the batch: numbers, or tensors in a recorded batch.
 
     Attributes:
         step: The number of updates before the batch.
@@ -178,7 +178,7 @@ class _Schedule:
 
 @dataclass(frozen=True)
 class _Pass:
-    """What a pass over a batch gives, on the device.
+    """Hold what a pass over a batch gives, on the device.
 
     Attributes:
         losses: The mean of each loss in this process.
