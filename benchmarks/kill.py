@@ -97,16 +97,16 @@ STAGES = {
     "checkpoint.py:save_checkpoint": "checkpoint write",
     "checkpoint.py:load_checkpoint": "checkpoint read",
     "checkpoint.py:newest_checkpoint": "checkpoint read",
-    "trainer.py:_prepare_folder": "preparation of the run",
+    "run.py:_prepare_folder": "preparation of the run",
     "trainer.py:__init__": "preparation of the run",
     "build.py:build_model": "preparation of the run",
     "registry.py:load": "preparation of the run",
     "recipe.py:load_recipe": "preparation of the run",
-    "trainer.py:_drop_after": "metrics",
-    "trainer.py:flush": "metrics",
+    "metrics_log.py:_drop_after": "metrics",
+    "metrics_log.py:flush": "metrics",
     "trainer.py:updates": "training",
-    "trainer.py:train": "preparation of the run",
-    "trainer.py:_run": "training, between updates",
+    "run.py:train": "preparation of the run",
+    "run.py:_run": "training, between updates",
     "generate.py:write_npz": "write of samples",
     "generate.py:write_pngs": "write of samples",
     "generate.py:load": "load of the model",
@@ -439,7 +439,7 @@ class Experiment:
 
 def preload():
     """Import what the commands use, so that forked processes need not."""
-    for module in ("cli", "training.trainer", "evaluation.grid", "report.results", "report.page", "study.run"):
+    for module in ("cli", "training.run", "evaluation.grid", "report.results", "report.page", "study.run"):
         importlib.import_module(f"robustdiff.{module}")
 
 

@@ -359,7 +359,7 @@ def clip_folder(make_clip: Callable[..., tuple[Any, Any]], tmp_path_factory: pyt
 def digits_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run of a tiny network on the digits."""
     from robustdiff.recipe import load_recipe
-    from robustdiff.training.trainer import train
+    from robustdiff.training.run import train
 
     folder = tmp_path_factory.mktemp("runs") / "digits"
     train(load_recipe("digits", [*TINY, f"output={folder}"]))

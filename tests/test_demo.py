@@ -24,7 +24,7 @@ from robustdiff.metrics.reference import reference_statistics
 from robustdiff.recipe import load_recipe
 from robustdiff.study.plan import plan
 from robustdiff.study.schema import Study
-from robustdiff.training.trainer import train
+from robustdiff.training.run import train
 
 
 def shrunk(study: Study, updates: int, images: int, steps: tuple[int, ...], **changes: Any) -> Study:

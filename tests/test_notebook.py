@@ -9,7 +9,7 @@ from robustdiff.evaluation.grid import Cell, Difference, Grid
 from robustdiff.mismatch.distances import Estimate
 from robustdiff.mismatch.measure import Mismatch, Path
 from robustdiff.notebook import html_image, html_table
-from robustdiff.training.result import RunResult
+from robustdiff.training.run_files import RunResult
 
 HOSTILE = "<script>alert('1')</script>\x1b[31m\""
 ESCAPED = "&lt;script&gt;alert(&#x27;1&#x27;)&lt;/script&gt;\\x1b[31m&quot;"

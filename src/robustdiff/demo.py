@@ -30,7 +30,7 @@ from robustdiff.study.plan import plan
 from robustdiff.study.run import run_study
 from robustdiff.study.schema import Study, load_study
 from robustdiff.study.store import Results, read_results
-from robustdiff.training.trainer import read_result
+from robustdiff.training.run_files import read_result
 from robustdiff.workers import available_cores
 
 __all__ = ["demo_study", "run_demo"]
@@ -82,7 +82,7 @@ def run_demo(
     training = {}
     for run in plan(study, folder):
         result = read_result(run.output / "result.json")
-        training[run.method] = {"recipe": run.recipe.model_dump(mode="json"), **result}
+        training[run.method] = {"recipe": run.recipe.model_dump(mode="json"), **result.as_dict()}
     settings = {
         "obtained_on": {
             "data": DATA[plan(study, folder)[0].recipe.data.name],

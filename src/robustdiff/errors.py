@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import os
+from typing import TYPE_CHECKING
 
-__all__ = ["InputError", "RunError", "first_line", "printable"]
+if TYPE_CHECKING:
+    from pydantic import ValidationError
+
+__all__ = ["InputError", "RunError", "first_line", "first_mistake", "printable"]
 
 
 class InputError(ValueError):
@@ -26,6 +30,14 @@ def printable(name: str | os.PathLike[str]) -> str:
 def first_line(error: Exception) -> str:
     """Return the first line of an error's message, or the name of its class if it has none."""
     return (str(error).splitlines() or [""])[0] or type(error).__name__
+
+
+def first_mistake(error: ValidationError) -> str:
+    """Return the first error that pydantic found, after the place where it is, in one line."""
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"] if part != "[key]")
+    message = first["msg"].removeprefix("Value error, ")[:1000]
+    return printable(f"{where[:200]}: {message}" if where else message)
 
 
 def _escape(character: str) -> str:

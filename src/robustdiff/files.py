@@ -22,11 +22,12 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, BinaryIO, Literal, TypeVar
 
+from pydantic import BaseModel, ValidationError
 from safetensors import SafetensorError
 
-from robustdiff.errors import InputError, RunError, printable
+from robustdiff.errors import InputError, RunError, first_mistake, printable
 
 __all__ = [
     "atomic_folder",
@@ -36,6 +37,8 @@ __all__ = [
     "make_folder",
     "open_regular",
     "read_json",
+    "read_json_lines",
+    "read_record",
     "remove_leftovers",
     "user_key",
     "write_json",
@@ -201,6 +204,58 @@ def read_json(path: str | os.PathLike[str], limit: int = _JSON_BYTES) -> Any:
         return json.loads(contents, parse_constant=finite, parse_float=finite)
     except (ValueError, RecursionError) as error:
         raise InputError(f"{printable(path)} is damaged: it cannot be read as JSON ({printable(str(error))})") from None
+
+
+_Record = TypeVar("_Record", bound=BaseModel)
+
+
+def read_record(path: str | os.PathLike[str], kind: type[_Record], remedy: str, limit: int = _JSON_BYTES) -> _Record:
+    """Read an untrusted JSON file into a pydantic model.
+
+    Args:
+        path: A regular file.
+        kind: The model.
+        remedy: What to do about a damaged file; the message of the error ends with it.
+        limit: The maximum size in bytes.
+
+    Raises:
+        InputError: As of :func:`read_json`, or the contents are not those of the model.
+        OSError: The file is missing or cannot be read.
+    """
+    try:
+        return kind.model_validate(read_json(path, limit))
+    except ValidationError as error:
+        raise InputError(f"{printable(path)} is damaged ({first_mistake(error)}): {remedy}") from None
+    except InputError as error:
+        raise InputError(f"{error}: {remedy}") from None
+
+
+def read_json_lines(
+    path: str | os.PathLike[str], kind: type[_Record], remedy: str, longest: int
+) -> Iterator[tuple[bytes, _Record]]:
+    """Yield the lines of an untrusted file of JSON Lines, as they are and as pydantic models.
+
+    A last line without a line break, which a kill left unfinished, is not yielded.
+
+    Args:
+        path: A regular file.
+        kind: The model.
+        remedy: What to do about a damaged line; the message of the error ends with it.
+        longest: The maximum length of a line in bytes.
+
+    Raises:
+        InputError: A line is too long, or not of the model.
+        OSError: The file is missing or cannot be read.
+    """
+    with open_regular(path) as file:
+        for number, line in enumerate(iter(lambda: file.readline(longest), b""), 1):
+            if not line.endswith(b"\n") and len(line) < longest:
+                return
+            try:
+                yield line, kind.model_validate_json(line)
+            except ValidationError as error:
+                message = f"{printable(path)}, line {number}, is damaged ({first_mistake(error)}): {remedy}"
+                raise InputError(message) from None
 
 
 def write_json(path: Path, record: Any) -> None:

@@ -26,7 +26,7 @@ from robustdiff.objectives.preconditioning import DiffusionDenoiser, Preconditio
 from robustdiff.process import PREDICTIONS, DiffusionProcess
 from robustdiff.recipe import Recipe, load_recipe
 from robustdiff.training.build import build_model
-from robustdiff.training.trainer import train
+from robustdiff.training.run import train
 
 SMALL = {"name": "unet", "channels": [8, 16], "groups": 4, "layers": 1}
 

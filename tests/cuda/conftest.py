@@ -21,7 +21,7 @@ from accelerate.state import AcceleratorState, PartialState
 from safetensors.torch import load_file
 
 from robustdiff.recipe import Recipe, load_recipe
-from robustdiff.training.trainer import train
+from robustdiff.training.run import train
 
 # cuBLAS reads it when CUDA starts; without it torch refuses to be deterministic.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

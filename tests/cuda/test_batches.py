@@ -11,7 +11,8 @@ from accelerate import Accelerator
 from robustdiff.data import ArrayDataset
 from robustdiff.training.batches import Batches
 from robustdiff.training.build import build_model
-from robustdiff.training.trainer import Trainer, train
+from robustdiff.training.run import train
+from robustdiff.training.trainer import Trainer
 
 CASES = {
     "pixels": ("digits", ["data.flip=true"]),

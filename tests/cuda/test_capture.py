@@ -15,7 +15,7 @@ import torch
 
 from robustdiff.graphs import Recorder
 from robustdiff.recipe import load_recipe
-from robustdiff.training.trainer import train
+from robustdiff.training.run import train
 
 ARMS = {
     "free": ["adversary.name=free", "adversary.radius=1.0", "adversary.ramp=5"],

@@ -15,6 +15,7 @@ from robustdiff.codecs.vae import VAESection
 from robustdiff.evaluation.generate import Generator
 from robustdiff.evaluation.noise import ImageNoise, philox
 from robustdiff.evaluation.recorded import Recordings
+from robustdiff.metrics.precision_recall import precision_recall
 from robustdiff.objectives.preconditioning import Preconditioned
 from robustdiff.perturbation import PerDimension
 
@@ -162,3 +163,8 @@ def test_latents_are_encoded_and_decoded_as_on_the_cpu(device, exact):
     latents = vae.encode(images.to(device))
     torch.testing.assert_close(latents.cpu(), expected[0], rtol=0, atol=1e-3)
     torch.testing.assert_close(vae.decode(latents).cpu(), expected[1], rtol=0, atol=1e-3)
+
+
+def test_precision_and_recall_are_those_of_the_cpu(device):
+    x, y = (np.random.default_rng(seed).normal(size=(300, 8)).astype(np.float32) for seed in (0, 1))
+    assert precision_recall(0.8 * x, y, chunk=70, device=device) == precision_recall(0.8 * x, y)

@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 
 from robustdiff.errors import InputError
 from robustdiff.evaluation.generate import Generator
-from robustdiff.training import trainer as module
-from robustdiff.training.trainer import train
+from robustdiff.training import run as module
+from robustdiff.training.run import train
 
 RECIPES = {
     "digits": ["adversary.radius=1.0"],

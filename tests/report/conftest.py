@@ -60,8 +60,9 @@ def make_run(digits_run: Path) -> Callable[..., Path]:
         changes = [f"output={folder}", f"steps={steps if finished else 999}", "adversary.radius={eta: 0.1}"]
         recipe = load_recipe("fashion-16-at", changes)
         (folder / "recipe.yaml").write_text(recipe.to_yaml())
-        data = {"name": "fashion-16", "images": 60_000, "shape": [1, 16, 16], "classes": None, "captions": None}
-        (folder / "data.json").write_text(json.dumps(data))
+        data = {"name": "fashion-16", "images": 60_000, "shape": [1, 16, 16], "classes": None}
+        sums = {"labels": None, "captions": None, "fingerprint": "0" * 64}
+        (folder / "data.json").write_text(json.dumps({**data, **sums}))
         metrics = [
             {"step": s, "loss": 1 / s, "delta_norm": 0.6, "images_per_second": 500.0} for s in range(2, steps + 1, 2)
         ]

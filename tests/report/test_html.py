@@ -239,7 +239,8 @@ def test_a_model_of_text_is_sampled_for_its_prompts_or_the_captions_of_its_data(
     recipe["model"]["path"] = str(make_sd_pipeline(tmp_path / "base"))
     shutil.copytree(tmp_path / "base", run / "model")
     (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    data = {"name": "photos", "images": 4, "shape": [3, 8, 8], "classes": None, "captions": "1f"}
+    data = {"name": "photos", "images": 4, "shape": [3, 8, 8], "classes": None, "labels": None, "captions": "1f"}
+    data["fingerprint"] = "2e"
     (run / "data.json").write_text(json.dumps(data))
     said: list[str] = []
     write_report([str(run)], tmp_path / "r.html", num=2, samplers=["ddim"], steps=[1], on_read=said.append)
@@ -320,9 +321,9 @@ def test_several_runs_stand_side_by_side(make_run, tmp_path):
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
-        ({"watch.jsonl": "{}\n"}, ["watch.jsonl is damaged", "step"]),
-        ({"watch.jsonl": '{"step": NaN}\n'}, ["watch.jsonl is damaged"]),
-        ({"watch.jsonl": "[" * 100_000 + "\n"}, ["watch.jsonl is damaged"]),
+        ({"watch.jsonl": "{}\n"}, ["watch.jsonl, line 1, is damaged", "step"]),
+        ({"watch.jsonl": '{"step": NaN}\n'}, ["watch.jsonl, line 1, is damaged"]),
+        ({"watch.jsonl": "[" * 100_000 + "\n"}, ["watch.jsonl, line 1, is damaged"]),
         ({"metrics.jsonl": '{"step": 2, "loss": "1"}\n'}, ["metrics.jsonl, line 1", "loss"]),
         ({"result.json": "{}"}, ["result.json", "steps"]),
         ({"result.json": "nothing"}, ["result.json"]),

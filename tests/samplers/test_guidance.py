@@ -18,7 +18,7 @@ from robustdiff.objectives.denoising import DenoisingObjective
 from robustdiff.process import DiffusionProcess
 from robustdiff.recipe import load_recipe
 from robustdiff.samplers import sample
-from robustdiff.training.trainer import train
+from robustdiff.training.run import train
 
 LINEAR = DiffusionProcess.linear(1000)
 

@@ -44,7 +44,8 @@ from robustdiff.study import run
 from robustdiff.study.schema import load_study
 from robustdiff.training.build import build_model
 from robustdiff.training.checkpoint import newest_checkpoint
-from robustdiff.training.trainer import Trainer, train
+from robustdiff.training.run import train
+from robustdiff.training.trainer import Trainer
 from robustdiff.weights import read_weights
 
 EXAMPLES = {"ci": 200, "nightly": 10_000}[os.environ.get("HYPOTHESIS_PROFILE", "ci")]

@@ -51,7 +51,7 @@ def contents(folder):
 def finished(tmp_path_factory):
     """A finished run, of which tests take copies."""
     from robustdiff.recipe import load_recipe
-    from robustdiff.training.trainer import train
+    from robustdiff.training.run import train
 
     folder = tmp_path_factory.mktemp("finished") / "run"
     train(load_recipe("digits", [*SMALL, "steps=6", "ema=0.9", f"output={folder}"]), cpu=True)
@@ -444,7 +444,7 @@ def test_metrics_that_no_run_writes(robustdiff, run, line):
     path = run / "metrics.jsonl"
     path.write_bytes(line + path.read_bytes())
     before = path.read_bytes()
-    assert_refused(call(robustdiff, run, "--resume", steps=9), "metrics.jsonl is damaged: remove it")
+    assert_refused(call(robustdiff, run, "--resume", steps=9), "metrics.jsonl, line 1, is damaged (")
     assert path.read_bytes() == before
 
 

@@ -18,8 +18,9 @@ from robustdiff.data.latents import LatentDataset
 from robustdiff.errors import InputError
 from robustdiff.training.batches import Batches
 from robustdiff.training.build import build_model
+from robustdiff.training.run import train
 from robustdiff.training.stream import BatchIndices
-from robustdiff.training.trainer import Trainer, train
+from robustdiff.training.trainer import Trainer
 
 
 def trainer_of(recipe, dataset=None) -> Trainer:

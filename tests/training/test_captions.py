@@ -21,7 +21,8 @@ from safetensors.torch import load_file
 
 from robustdiff.recipe import Recipe
 from robustdiff.training.build import build_model
-from robustdiff.training.trainer import Trainer, _accelerator
+from robustdiff.training.run import _accelerator
+from robustdiff.training.trainer import Trainer
 
 transformers = pytest.importorskip("transformers")
 WORDS = ["<pad>", "</s>", "<unk>", "▁", "▁a", "▁red", "▁blue", "▁shoe", "▁shirt", "s", "h", "o", "e"]

@@ -17,7 +17,7 @@ import torch
 
 from robustdiff.errors import InputError
 from robustdiff.training.checkpoint import damage, newest_checkpoint
-from robustdiff.training.trainer import train
+from robustdiff.training.run import train
 
 
 def checkpoints(recipe):
@@ -42,7 +42,7 @@ def assert_same(first, second):
 def processes():
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["robustdiff.training.trainer", "sklearn.datasets", "diffusers"])
+    context.set_forkserver_preload(["robustdiff.training.run", "sklearn.datasets", "diffusers"])
     return context
 
 
@@ -262,7 +262,7 @@ def test_a_flush_that_fails_is_an_oserror_too(tiny, monkeypatch):
 
     with monkeypatch.context() as patch:
         # From the first line of metrics on: the recipe is written before.
-        patch.setattr("robustdiff.training.trainer._Metrics.flush", lambda self: patch.setattr(os, "fsync", full))
+        patch.setattr("robustdiff.training.metrics_log.MetricsLog.flush", lambda self: patch.setattr(os, "fsync", full))
         with pytest.raises(OSError, match="No space left"):
             train(recipe.model_copy(update={"steps": 4}), resume=True, cpu=True)
     assert state_of(Path(recipe.output) / "checkpoints") == before

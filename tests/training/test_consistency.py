@@ -25,7 +25,8 @@ from robustdiff.objectives.consistency import (
 from robustdiff.objectives.edm import EdmConfig
 from robustdiff.objectives.preconditioning import DiffusionDenoiser, Preconditioned, karras_sigmas
 from robustdiff.training.build import build_model
-from robustdiff.training.trainer import Trainer, train
+from robustdiff.training.run import train
+from robustdiff.training.trainer import Trainer
 
 CD = {"name": "consistency", "metric": "l2", "decay": 0.8, "scales": 10}
 

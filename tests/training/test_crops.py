@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 from robustdiff.errors import InputError
 from robustdiff.recipe import Recipe, load_recipe
 from robustdiff.training.build import build_model
-from robustdiff.training.trainer import Trainer, _accelerator
+from robustdiff.training.run import _accelerator
+from robustdiff.training.trainer import Trainer
 
 SIZES = [(16, 16)] * 3 + [(20, 40)] * 5 + [(48, 24)] * 3
 CACHED = {"codec": {"name": "vae", "path": "fashion-16-vae", "cache": True}}

@@ -16,7 +16,7 @@ from robustdiff.data import load_dataset, to_unit
 from robustdiff.objectives.denoising import DenoisingObjective
 from robustdiff.process import DiffusionProcess
 from robustdiff.training.ema import EMA, power_exponent, sufficient_decay
-from robustdiff.training.trainer import train
+from robustdiff.training.run import train
 
 
 @pytest.fixture

@@ -19,7 +19,8 @@ from robustdiff.errors import InputError
 from robustdiff.evaluation.generate import Generator
 from robustdiff.objectives.latent_consistency import embed_guidance
 from robustdiff.training.build import build_model
-from robustdiff.training.trainer import Trainer, train
+from robustdiff.training.run import train
+from robustdiff.training.trainer import Trainer
 
 pytest.importorskip("transformers")
 PROMPTS = ["A red shoe", "blue"]

@@ -15,7 +15,8 @@ from robustdiff.backbones.model import Model, load_model
 from robustdiff.data import load_dataset
 from robustdiff.errors import InputError
 from robustdiff.training.build import build_model
-from robustdiff.training.trainer import Trainer, train
+from robustdiff.training.run import train
+from robustdiff.training.trainer import Trainer
 
 pytest.importorskip("peft")
 

@@ -18,7 +18,7 @@ from PIL import Image
 from robustdiff.backbones.export import export
 from robustdiff.backbones.model import Model, load_model
 from robustdiff.recipe import Recipe
-from robustdiff.training.trainer import train
+from robustdiff.training.run import train
 
 pytest.importorskip("peft")
 pytest.importorskip("transformers")

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from robustdiff.errors import InputError
 from robustdiff.training.checkpoint import _hash
-from robustdiff.training.trainer import train
+from robustdiff.training.run import train
 
 
 class AdamW8bit(torch.optim.Optimizer):

@@ -18,7 +18,7 @@ import yaml
 from safetensors.torch import load_file
 
 from robustdiff.recipe import Recipe
-from robustdiff.training.trainer import train
+from robustdiff.training.run import train
 
 TINY = {
     "data": "digits",

@@ -18,7 +18,8 @@ from safetensors.torch import load_file
 from robustdiff.backbones.model import load_model
 from robustdiff.recipe import Recipe
 from robustdiff.training.build import build_model
-from robustdiff.training.trainer import Trainer, train
+from robustdiff.training.run import train
+from robustdiff.training.trainer import Trainer
 
 pytest.importorskip("peft")
 pytest.importorskip("transformers")

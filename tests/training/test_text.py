@@ -21,7 +21,7 @@ from robustdiff.evaluation.generate import Generator
 from robustdiff.evaluation.noise import ImageNoise
 from robustdiff.objectives.denoising import DenoisingObjective
 from robustdiff.progress import SILENT
-from robustdiff.training.trainer import _embed_captions
+from robustdiff.training.run import _embed_captions
 
 pytest.importorskip("transformers")
 

@@ -19,7 +19,7 @@ from robustdiff.evaluation.real_images import load_target
 from robustdiff.evaluation.sources import evaluate_sources
 from robustdiff.recipe import Recipe, SignsConfig
 from robustdiff.training import watch as module
-from robustdiff.training.trainer import train
+from robustdiff.training.run import train
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 

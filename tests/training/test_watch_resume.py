@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 from robustdiff.errors import InputError
 from robustdiff.recipe import Recipe
 from robustdiff.training import watch as module
-from robustdiff.training.trainer import read_result, train
+from robustdiff.training.run import train
+from robustdiff.training.run_files import read_result
 
 TUNED = {
     "data": "digits",

@@ -23,12 +23,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from robustdiff.errors import InputError, first_line, printable
-from robustdiff.files import atomic_write, read_json
+from robustdiff.files import atomic_write, read_record
 from robustdiff.section import Fraction, Section, Text
 from robustdiff.weights import check_weights, read_state
 
@@ -268,15 +268,7 @@ def read_adapter(folder: Path) -> Adapter:
         InputError: If ``adapter.json`` is malformed.
         OSError: If it cannot be read.
     """
-    path = folder / RECORD
-    try:
-        return Adapter.model_validate(read_json(path, 2**20))
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = printable(".".join(map(str, first["loc"]))[:200])
-        raise InputError(
-            f"{printable(path)} is damaged ({where}: {printable(first['msg'][:200])}): restore it"
-        ) from None
+    return read_record(folder / RECORD, Adapter, "restore it", 2**20)
 
 
 def read_weights_into(network: nn.Module, part: str, path: Path) -> None:

@@ -34,7 +34,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from robustdiff.backbones.backbone import Backbone
-from robustdiff.errors import InputError, first_line
+from robustdiff.errors import InputError, first_line, first_mistake
 from robustdiff.objectives.consistency import ConsistencyConfig
 from robustdiff.objectives.denoising import DenoisingConfig
 from robustdiff.objectives.edm import EdmConfig
@@ -189,11 +189,8 @@ def objective_of(scheduler: Any, backbone: Backbone) -> ObjectiveConfig:
                 return EdmConfig(name="edm", levels=config.num_train_timesteps, **levels)
             return ConsistencyConfig(name="consistency", scales=config.num_train_timesteps, **levels)
         except ValidationError as error:
-            first = error.errors()[0]
-            name = ".".join(map(str, first["loc"])) or "its levels"
-            raise InputError(
-                f"{type(scheduler).__name__}: {name}: {first['msg']}: correct scheduler_config.json"
-            ) from None
+            name = type(scheduler).__name__
+            raise InputError(f"{name}: {first_mistake(error)}: correct scheduler_config.json") from None
     if kind == "flow":
         if config.get("prediction_type", "flow_prediction") != "flow_prediction":
             raise InputError(f"prediction_type={given} with flow sigmas is not supported: only flow_prediction is")
@@ -222,10 +219,7 @@ def objective_of(scheduler: Any, backbone: Backbone) -> ObjectiveConfig:
         try:
             return LatentConsistencyConfig(prediction=given, solver_steps=steps, timestep_scaling=scaling)
         except ValidationError as error:
-            first = error.errors()[0]
-            raise InputError(
-                f"LCMScheduler: {first['loc'][0]}: {first['msg']}: correct scheduler_config.json"
-            ) from None
+            raise InputError(f"LCMScheduler: {first_mistake(error)}: correct scheduler_config.json") from None
     return DenoisingConfig(prediction=given, variance="learned_range" if learned else "fixed")
 
 

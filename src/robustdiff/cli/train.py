@@ -27,7 +27,7 @@ def train(
 
     from robustdiff.recipe import load_recipe
     from robustdiff.report.bar import Bar
-    from robustdiff.training.trainer import train as run
+    from robustdiff.training.run import train as run
     from robustdiff.training.watch_files import summary
 
     settings = load_recipe(recipe, overrides)

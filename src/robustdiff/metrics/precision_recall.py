@@ -9,31 +9,34 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from robustdiff.errors import InputError
-from robustdiff.metrics.bootstrap import Array
 from robustdiff.metrics.metric import METRICS, Number
 from robustdiff.metrics.sampled import SampledMetric
 
 __all__ = ["PrecisionRecall", "precision_recall"]
 
 
-def _squared_distances(x: Array, y: Array) -> Array:
+def _squared_distances(x: Tensor, y: Tensor) -> Tensor:
     """Return ‖x_i − y_j‖², (m, n), of points (m, D) and (n, D)."""
-    squares = (x * x).sum(axis=1)[:, None] + (y * y).sum(axis=1)[None] - 2 * (x @ y.T)
-    return np.asarray(np.maximum(squares, 0))
+    squares = (x * x).sum(1)[:, None] + (y * y).sum(1)
+    return squares.addmm_(x, y.T, alpha=-2).clamp_(min=0)
 
 
-def _squared_radii(points: Array, k: int, chunk: int) -> Array:
+def _squared_radii(points: Tensor, k: int, chunk: int) -> Tensor:
     """Return the squared distance of each point to its k-th nearest neighbour, the point itself not counted."""
-    parts = [points[i : i + chunk] for i in range(0, len(points), chunk)]
-    return np.concatenate([np.partition(_squared_distances(p, points), k, axis=1)[:, k] for p in parts])
+    return torch.cat([_squared_distances(part, points).kthvalue(k + 1).values for part in points.split(chunk)])
 
 
 def precision_recall(
-    generated: NDArray[Any], reference: NDArray[Any], k: int = 3, chunk: int = 1000
+    generated: NDArray[Any],
+    reference: NDArray[Any],
+    k: int = 3,
+    chunk: int = 1000,
+    device: torch.device | str = "cpu",
 ) -> tuple[float, float]:
     """Return improved precision and recall, each in [0, 1].
 
@@ -43,24 +46,24 @@ def precision_recall(
             results with the same numbers.
         k: The number of the nearest neighbour that gives the radius, the point itself not counted.
         chunk: The number of rows of the distance matrix in memory at a time.
+        device: The device that computes the distances, in float64.
 
     Raises:
         InputError: If a set has k features or fewer.
     """
     if min(len(generated), len(reference)) <= k:
         raise InputError(f"precision of {len(generated)} and {len(reference)} images: give more than {k} of each")
-    x, y = np.asarray(generated, np.float64), np.asarray(reference, np.float64)
-    centre = y.mean(axis=0)  # leaves distances unchanged, and makes ‖x‖² + ‖y‖² − 2x·y more accurate
+    x, y = (torch.as_tensor(features).to(device, torch.float64) for features in (generated, reference))
+    centre = y.mean(0)  # leaves distances unchanged, and makes ‖x‖² + ‖y‖² − 2x·y more accurate
     x, y = x - centre, y - centre
     radii_x, radii_y = (_squared_radii(points, k, chunk) for points in (x, y))
-    inside_y = np.zeros(len(x), np.bool_)  # x_i is in a ball of y
-    inside_x = np.zeros(len(y), np.bool_)  # y_j is in a ball of x
-    for start in range(0, len(x), chunk):
-        rows = slice(start, start + chunk)
-        squares = _squared_distances(x[rows], y)
-        inside_y[rows] = (squares <= radii_y).any(axis=1)
-        inside_x |= (squares <= radii_x[rows, None]).any(axis=0)
-    return float(inside_y.mean()), float(inside_x.mean())
+    inside_y = []  # whether x_i is in a ball of y
+    inside_x = torch.zeros(len(y), dtype=torch.bool, device=device)  # whether y_j is in a ball of x
+    for part, radii in zip(x.split(chunk), radii_x.split(chunk), strict=True):
+        squares = _squared_distances(part, y)
+        inside_y.append((squares <= radii_y).any(1))
+        inside_x |= (squares <= radii[:, None]).any(0)
+    return float(torch.cat(inside_y).double().mean()), float(inside_x.double().mean())
 
 
 @METRICS.register("precision-recall")
@@ -70,5 +73,6 @@ class PrecisionRecall(SampledMetric):
     numbers = (Number("precision", "precision", ".3f", "higher"), Number("recall", "recall", ".3f", "higher"))
 
     def result(self) -> dict[str, float | None]:
-        precision, recall = precision_recall(*self.samples())
+        on_gpu = torch.device(self.device).type == "cuda"  # other devices may not have float64
+        precision, recall = precision_recall(*self.samples(), device=self.device if on_gpu else "cpu")
         return {"precision": precision, "recall": recall}

@@ -6,21 +6,20 @@ process left of the last line of a file is not read, and files that are not ther
 
 from __future__ import annotations
 
-import itertools
-import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from robustdiff.errors import InputError, printable
 from robustdiff.evaluation.sources import name_sources
-from robustdiff.files import open_regular, read_json
+from robustdiff.files import read_record
 from robustdiff.recipe import Recipe, load_recipe
-from robustdiff.study.schema import first_mistake
-from robustdiff.training.watch_files import Best, FiredSign, Line, read_lines
+from robustdiff.training.run_files import DataRecord, Metrics, Result, read_data, read_metrics, read_result
+from robustdiff.training.watch_files import FiredSign, Line, read_lines
 
 __all__ = [
     "Evaluated",
@@ -45,44 +44,6 @@ class _Record(BaseModel):
     """The contents of a file that the report shows; further fields are ignored."""
 
     model_config = ConfigDict(frozen=True, allow_inf_nan=False)
-
-
-class _Result(_Record):
-    """The ``result.json`` of a finished run."""
-
-    steps: Whole
-    batches: Whole
-    batch_size: Whole
-    backward_passes: Whole
-    loss: Number | None
-    delta_norm: Number | None
-    skipped: Whole
-    skipped_updates: Whole
-    parameters: Whole
-    processes: Whole
-    device: Words
-    torch: Words
-    best: Best | None = None
-    signs: list[FiredSign] | None = None
-
-
-class _Data(_Record):
-    """The ``data.json`` of a run."""
-
-    name: Words
-    images: Whole
-    shape: tuple[Whole, Whole, Whole]
-    classes: Whole | None
-    captions: Words | None = None
-
-
-class _Metrics(_Record):
-    """A line of ``metrics.jsonl``."""
-
-    step: Whole
-    loss: Number
-    delta_norm: Number
-    images_per_second: Annotated[Number, Field(gt=0)]
 
 
 class _Estimate(_Record):
@@ -144,39 +105,15 @@ class Evaluated(_Record):
     cells: Annotated[tuple[EvaluatedCell, ...], Field(min_length=1, max_length=100_000)]
 
 
-_Kind = TypeVar("_Kind", bound=_Record)
+_Contents = TypeVar("_Contents")
 
 
-def _read(path: Path, kind: type[_Kind], remedy: str) -> _Kind | None:
+def _if_there(reader: Callable[..., _Contents], *arguments: Any) -> _Contents | None:
     """Return the contents of a file, or None if there is none."""
     try:
-        return kind.model_validate(read_json(path))
+        return reader(*arguments)
     except FileNotFoundError:
         return None
-    except ValidationError as error:
-        raise InputError(f"{printable(path)}: {first_mistake(error)}: {remedy}") from None
-
-
-def _read_metrics(path: Path) -> list[_Metrics]:
-    """Return the whole lines of ``metrics.jsonl``, whose updates ascend, or nothing if there is none."""
-    found: list[_Metrics] = []
-    try:
-        with open_regular(path) as file:
-            contents = file.read(_BYTES + 1)
-    except FileNotFoundError:
-        return found
-    if len(contents) > _BYTES:
-        raise InputError(f"{printable(path)} has more than {_BYTES >> 20} MiB, which no file of its kind has")
-    for number, line in enumerate(contents.split(b"\n")[:-1], 1):  # what follows the last break was torn by a kill
-        try:
-            found.append(_Metrics.model_validate(json.loads(line)))
-        except (ValueError, RecursionError) as error:
-            reason = first_mistake(error) if isinstance(error, ValidationError) else printable(str(error))
-            raise InputError(f"{printable(path)}, line {number}, is damaged ({reason}): remove the line") from None
-    steps = [line.step for line in found]
-    if any(later <= earlier for earlier, later in itertools.pairwise(steps)):
-        raise InputError(f"{printable(path)} is damaged (its updates do not ascend): remove the lines out of order")
-    return found
 
 
 @dataclass(frozen=True)
@@ -191,10 +128,10 @@ class RunFiles:
     name: str
     source: str
     recipe: Recipe
-    data: _Data | None
-    metrics: list[_Metrics]
+    data: DataRecord | None
+    metrics: list[Metrics]
     watch: list[Line]
-    result: _Result | None
+    result: Result | None
     mismatch: Mismatches | None
 
     @property
@@ -247,17 +184,17 @@ def _read_run(name: str, source: str) -> RunFiles:
             f"{printable(source)} is no run, since it has no recipe.yaml: give folders of runs, or a study file that "
             "ends in .yaml"
         )
-    remedy = "remove the file, and resume the run"
+    measured = Mismatches, "measure it again"
     places = (folder / "mismatch.json", folder / "mismatch" / "mismatch.json")
     return RunFiles(
         name,
         source,
         load_recipe(str(folder / "recipe.yaml")),
-        _read(folder / "data.json", _Data, remedy),
-        _read_metrics(folder / "metrics.jsonl"),
+        _if_there(read_data, folder / "data.json"),
+        _if_there(read_metrics, folder / "metrics.jsonl") or [],
         read_lines(folder / "watch.jsonl"),
-        _read(folder / "result.json", _Result, remedy),
-        next((found for path in places if (found := _read(path, Mismatches, "measure it again")) is not None), None),
+        _if_there(read_result, folder / "result.json"),
+        next((found for path in places if (found := _if_there(read_record, path, *measured)) is not None), None),
     )
 
 
@@ -276,7 +213,7 @@ def read_evaluation(folder: Path) -> Evaluated | None:
     Raises:
         InputError: If the file is malformed.
     """
-    return _read(folder / "result.json", Evaluated, "run robustdiff evaluate again")
+    return _if_there(read_record, folder / "result.json", Evaluated, "run robustdiff evaluate again")
 
 
 def read_mismatch(folder: Path) -> Mismatches | None:
@@ -285,4 +222,4 @@ def read_mismatch(folder: Path) -> Mismatches | None:
     Raises:
         InputError: If the file is malformed.
     """
-    return _read(folder / "mismatch.json", Mismatches, "run robustdiff mismatch again")
+    return _if_there(read_record, folder / "mismatch.json", Mismatches, "run robustdiff mismatch again")

@@ -18,7 +18,7 @@ from robustdiff.study.plan import Piece, Run, image_passes, pieces, plan
 from robustdiff.study.schema import Study
 from robustdiff.study.store import Loss, read, read_cell
 from robustdiff.training.build import build_model
-from robustdiff.training.trainer import train
+from robustdiff.training.run import train
 
 __all__ = ["Remaining", "remaining", "time_sampling", "time_training"]
 

@@ -45,14 +45,14 @@ from robustdiff.study.store import (
     check_results,
     held,
     read,
-    read_metrics,
     read_real,
     real_path,
     reproducible,
     write,
 )
 from robustdiff.training.build import build_model
-from robustdiff.training.trainer import train
+from robustdiff.training.run import train
+from robustdiff.training.run_files import read_metrics
 from robustdiff.workers import run_workers
 from robustdiff.yaml_reader import parse_yaml
 
@@ -167,7 +167,7 @@ def _train_run(run: Run, progress: Progress) -> bool:
     except RunError as error:
         _fail(run, error)
         return True
-    lines = read_metrics(run)
+    lines = read_metrics(run.output / "metrics.jsonl")
     seconds, before = 0.0, 0
     for line in lines:
         seconds += (line.step - before) * run.recipe.batch_size / line.images_per_second

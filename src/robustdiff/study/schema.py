@@ -15,13 +15,13 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from robustdiff.data import DataConfig
-from robustdiff.errors import InputError, printable
+from robustdiff.errors import InputError, first_mistake, printable
 from robustdiff.recipe import load_recipe
 from robustdiff.samplers.sample import SAMPLERS
 from robustdiff.section import Precision, Section, Text
 from robustdiff.yaml_reader import parse_yaml, read_yaml
 
-__all__ = ["Measurement", "Method", "Reference", "Study", "first_mistake", "load_study", "shipped_studies"]
+__all__ = ["Measurement", "Method", "Reference", "Study", "load_study", "shipped_studies"]
 
 MOST_METHODS = 256
 MOST_CELLS = 100_000
@@ -220,10 +220,3 @@ def load_study(source: str | Path) -> Study:
             "the same number of updates"
         )
     return study
-
-
-def first_mistake(error: ValidationError) -> str:
-    """Return the first error and its place, in one line."""
-    first = error.errors()[0]
-    where = ".".join(str(part) for part in first["loc"] if part != "[key]")
-    return printable(f"{where[:200] or 'the file'}: {first['msg'].removeprefix('Value error, ')[:1000]}")

@@ -11,7 +11,6 @@ else, everything is written inside the study's folder, and not through symbolic 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -22,16 +21,16 @@ from typing import Annotated, Any, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from robustdiff.data import DataConfig
-from robustdiff.errors import InputError, printable
+from robustdiff.errors import InputError, first_mistake, printable
 from robustdiff.evaluation.noise import NOISE
-from robustdiff.files import make_folder, open_regular, read_json, write_json
+from robustdiff.files import make_folder, open_regular, read_record, write_json
 from robustdiff.metrics.bootstrap import REPLICATES
 from robustdiff.mismatch.measure import MEASURES as MISMATCHES
 from robustdiff.recipe import Recipe, load_recipe
 from robustdiff.section import Precision, Text
 from robustdiff.study.plan import Cell, Run, pieces, plan, reference_cells
-from robustdiff.study.schema import Count, Guidance, Measurement, Name, Sampler, Seed, Study, first_mistake
-from robustdiff.training.trainer import FREE_TO_CHANGE
+from robustdiff.study.schema import Count, Guidance, Measurement, Name, Sampler, Seed, Study
+from robustdiff.training.run import FREE_TO_CHANGE
 
 __all__ = [
     "MEASURES",
@@ -46,7 +45,6 @@ __all__ = [
     "held",
     "read",
     "read_cell",
-    "read_metrics",
     "read_results",
     "reproducible",
     "write",
@@ -172,14 +170,6 @@ class _Mismatch(_Record):
     noise: Text | None = None
 
 
-class _Metrics(_Record):
-    """A line of ``metrics.jsonl``."""
-
-    step: Whole
-    loss: Number
-    images_per_second: Annotated[Number, Field(gt=0)]
-
-
 _Kind = TypeVar("_Kind", bound=_Record)
 
 
@@ -189,12 +179,7 @@ def read(path: Path, kind: type[_Kind], remedy: str = "delete it, and run the st
     Raises:
         InputError: If it is not whole.
     """
-    try:
-        return kind.model_validate(read_json(path, limit=2**22))
-    except ValidationError as error:
-        raise InputError(f"{printable(path)}: {first_mistake(error)}: {remedy}") from None
-    except InputError as error:
-        raise InputError(f"{error}: {remedy}") from None
+    return read_record(path, kind, remedy, 2**22)
 
 
 def write(path: Path, record: Mapping[str, Any]) -> None:
@@ -220,21 +205,6 @@ def held(path: Path) -> Iterator[bool]:
             yield False
             return
         yield True
-
-
-def read_metrics(run: Run) -> list[_Metrics]:
-    """Return the lines of ``metrics.jsonl`` of a finished run.
-
-    Raises:
-        InputError: If the file is damaged.
-    """
-    path = run.output / "metrics.jsonl"
-    try:
-        with open_regular(path) as file:
-            return [_Metrics.model_validate(json.loads(line)) for line in file]
-    except (ValueError, RecursionError) as error:
-        reason = first_mistake(error) if isinstance(error, ValidationError) else printable(str(error))
-        raise InputError(f"{printable(path)} is damaged ({reason}): delete {printable(run.output)}") from None
 
 
 def cell_settings(measure: Measurement) -> dict[str, Any]:

@@ -43,7 +43,7 @@ import torch
 import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from robustdiff.errors import InputError, RunError, printable
+from robustdiff.errors import InputError, RunError, first_mistake, printable
 from robustdiff.evaluation.generate import Generator
 from robustdiff.evaluation.noise import NOISE
 from robustdiff.evaluation.prompts import prompts_of
@@ -57,7 +57,7 @@ from robustdiff.study.analysis import TRAININGS, Effect, holm, log
 from robustdiff.study.estimate import time_sampling, time_training
 from robustdiff.study.plan import CELL, plan, reference_cells
 from robustdiff.study.run import run_study
-from robustdiff.study.schema import Changes, Count, Guidance, Sampler, Seed, Study, first_mistake
+from robustdiff.study.schema import Changes, Count, Guidance, Sampler, Seed, Study
 from robustdiff.study.store import MEASURES, Failure, Loss, check_noise, held, read, read_cell
 from robustdiff.training.ema import sufficient_decay
 from robustdiff.yaml_reader import read_yaml

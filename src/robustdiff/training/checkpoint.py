@@ -31,7 +31,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from robustdiff.errors import InputError, printable
+from robustdiff.errors import InputError, first_mistake, printable
 from robustdiff.files import atomic_folder, open_regular, read_json
 
 __all__ = [
@@ -219,9 +219,7 @@ def load_checkpoint(path: Path, accelerator: Accelerator, tensors: Mapping[str, 
     try:
         state = State.model_validate(read_json(path / "state.json"))
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise _refusal(path / "state.json", f"{printable(where)}: {first['msg']}") from None
+        raise _refusal(path / "state.json", first_mistake(error)) from None
     if f"step-{state.step:08d}" != path.name:
         raise _refusal(path / "state.json", f"step {state.step} is not that of its folder")
     sharded = accelerator.distributed_type == DistributedType.FSDP

@@ -18,69 +18,47 @@ A pass does not synchronise with the GPU: counters stay on the device until a li
 from __future__ import annotations
 
 import copy
-import hashlib
-import json
 import logging
 import math
-import os
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedType, ProjectConfiguration, set_seed
-from diffusers import EDMEulerScheduler
-from pydantic import TypeAdapter, ValidationError
+from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
 from robustdiff.backbones.fused_norm import fuse_norms
-from robustdiff.backbones.lora import RECORD, adapter_of
-from robustdiff.backbones.model import Model, load_model
+from robustdiff.backbones.lora import adapter_of
 from robustdiff.data import ImageDataset
-from robustdiff.data.latents import LatentDataset
-from robustdiff.data.loader import to_device, worker_failures
-from robustdiff.errors import InputError, RunError, printable
+from robustdiff.data.loader import to_device
+from robustdiff.errors import InputError, RunError
 from robustdiff.files import (
-    MARKER,
     atomic_folder,
-    atomic_write,
-    claim_folder,
-    make_folder,
-    open_regular,
-    read_json,
-    remove_leftovers,
 )
 from robustdiff.graphs import Recorder
-from robustdiff.interrupt import Interrupt
 from robustdiff.objectives.objective import Draw
 from robustdiff.objectives.timesteps import LossSecondMoment
-from robustdiff.progress import SILENT, Progress
-from robustdiff.recipe import Recipe, SignsConfig, load_recipe
+from robustdiff.recipe import Recipe
 from robustdiff.training.batches import Batches
-from robustdiff.training.build import Built, build_model
+from robustdiff.training.build import Built
 from robustdiff.training.checkpoint import (
     Scale,
     State,
     check_moments,
     check_objective,
     load_checkpoint,
-    newest_checkpoint,
-    remove_before,
     save_checkpoint,
 )
 from robustdiff.training.crops import arrange
-from robustdiff.training.ema import EMA, REMAINDER, sufficient_decay
+from robustdiff.training.ema import EMA
 from robustdiff.training.optimizer import build_optimizer, create_state, set_counts, state_tensors
-from robustdiff.training.result import RunResult
-from robustdiff.training.watch import Interrupted, Watch
-from robustdiff.training.watch_files import Best, FiredSign
+from robustdiff.training.teacher import build_teacher
 
-__all__ = ["Trainer", "read_result", "train"]
+__all__ = ["Trainer"]
 
 logger = logging.getLogger(__name__)
 
@@ -88,55 +66,6 @@ logger = logging.getLogger(__name__)
 FREE_TO_CHANGE = {"output", "threads", "checkpoint_every", "keep", "log_every", "trackers", "sampler", "watch"}
 # Fields that change the rounding alone.
 FREE_TO_CHANGE |= {"capture", "compile", "channels_last"}
-
-
-def _build_teacher(built: Built, dataset: ImageDataset, accelerator: Accelerator) -> Callable[..., Any]:
-    """Build the teacher of the objective, in the precision of the student."""
-    config, own = built.objective, built.pretrained
-    path = config.teacher_path
-    model: Model | None = None
-    if own is not None and (path is None or os.path.realpath(path) == os.path.realpath(own.path)):
-        if built.model.adapter is not None:
-            return _base_as_teacher(own, built, accelerator)
-        path = own.path
-        model = own if own.network is not built.model.network else None  # the student has a network of its own
-    if model is None:
-        assert path is not None  # a section that needs a teacher and has no path refuses new networks
-        model = load_model(path)
-        model.check_data(dataset)
-        if model.condition != built.model.condition:
-            same = "text encoders" if model.condition.takes_captions else "classes, or both none"
-            raise InputError(f"the teacher {path} and the student must have the same {same}")
-    # A diffusion model's table has an end as well, which DiffusionDenoiser says how it goes beyond.
-    highest = config.teacher_sigma_max
-    if isinstance(model.scheduler, EDMEulerScheduler) and model.scheduler.config.sigma_max < highest:
-        raise InputError(
-            f"the teacher {path} has levels up to {model.scheduler.config.sigma_max:g} and is asked up to "
-            f"{highest:g}: lower objective.sigma_max, or take another teacher"
-        )
-    frozen = model.network.to(accelerator.device).eval().requires_grad_(False)
-
-    def network(*arguments: Any, **condition: Any) -> Any:
-        with accelerator.autocast():
-            return frozen(*arguments, **condition)
-
-    return config.teacher_of(model, network, built.process)
-
-
-def _base_as_teacher(own: Model, built: Built, accelerator: Accelerator) -> Callable[..., Any]:
-    """Return the student's network without its adapter as the teacher, so that one network is in memory."""
-    student = built.model.network
-
-    def network(*arguments: Any, **condition: Any) -> Any:
-        training = student.training
-        student.eval()
-        try:
-            with built.model.base(), accelerator.autocast():
-                return student(*arguments, **condition)
-        finally:
-            student.train(training)
-
-    return built.objective.teacher_of(own, network, built.process)
 
 
 class _Bound(nn.Module):
@@ -249,7 +178,7 @@ class Trainer:
         self.call = built.model.backbone.bind(self.model)
         built.model.codec.to(accelerator.device)
         built.model.condition.to(accelerator.device)
-        teacher = _build_teacher(built, dataset, accelerator) if config.needs_teacher else None
+        teacher = build_teacher(built, dataset, accelerator) if config.needs_teacher else None
         self.objective = config.build(built.process, recipe.steps, self._target_of_objective(), teacher)
         self.ema = EMA(list(_trained(self.model).values()), recipe.ema) if recipe.ema else None
         self.rate = self.learning_rate()  # of the last update
@@ -305,6 +234,11 @@ class Trainer:
         if recipe.lr_schedule == "cosine":
             rate *= 0.5 * (1 + math.cos(math.pi * step / recipe.steps))
         return rate
+
+    @property
+    def trained_parameters(self) -> int:
+        """Return the number of parameters that are trained."""
+        return sum(parameter.numel() for parameter in _trained(self.built.model.network).values())
 
     def batches(self) -> Iterator[list[Draw]]:
         """Yield the microbatches of each batch, from the run's current batch to its last."""
@@ -546,451 +480,3 @@ class Trainer:
                 with atomic_folder(folder, replace=True) as temporary:
                     self.built.model.save(temporary, state)
         self.accelerator.wait_for_everyone()
-
-
-_LONGEST_LINE = 2**16
-
-
-def _finite(value: Any) -> bool:
-    return type(value) in (int, float) and abs(value) < 1e300
-
-
-class _Metrics:
-    """Metrics of a run, written every ``log_every`` updates to ``metrics.jsonl`` and to accelerate's trackers."""
-
-    def __init__(self, trainer: Trainer, path: Path) -> None:
-        self.trainer = trainer
-        self.path = path
-        self.line: dict[str, float] = {}
-        self.begins = True  # the next update is the first of a batch
-        self.file: BinaryIO | None = None
-        if trainer.accelerator.is_main_process:
-            self._drop_after(trainer.step)
-            self.file = open_regular(path, "ab")
-        self._restart()
-
-    def _drop_after(self, step: int) -> None:
-        """Remove the lines that a killed run wrote after its last checkpoint, since they will be written again."""
-        with atomic_write(self.path) as kept:
-            if not os.path.lexists(self.path):
-                return
-            with open_regular(self.path) as file:
-                while line := file.readline(_LONGEST_LINE):
-                    if not line.endswith(b"\n") and len(line) < _LONGEST_LINE:  # torn by a kill
-                        return
-                    values = self._values(line)
-                    if values["step"] <= step:
-                        kept.write(line)
-                        self.line = values
-
-    def _values(self, line: bytes) -> dict[str, float]:
-        """Return the numbers of a line. Anything else in it is refused."""
-        try:
-            values = json.loads(line)
-        except (ValueError, RecursionError):
-            values = None
-        if not isinstance(values, dict) or not all(_finite(values.get(name)) for name in {"step", *values}):
-            raise InputError(f"{self.path} is damaged: remove it, and resume without the lines that it has")
-        return values
-
-    def _restart(self) -> None:
-        self.sums: dict[str, Tensor] = {}
-        self.sizes: Tensor | float = 0.0
-        self.updates = self.batches = 0
-        self.of_passes: dict[str, Tensor] = {}
-        self.since = time.perf_counter()
-
-    def add(self, losses: dict[str, Tensor], size: Tensor, done: bool) -> None:
-        for name, value in losses.items():
-            self.sums[name] = self.sums.get(name, 0) + value
-        self.updates += 1
-        self.size = size
-        if self.begins:
-            self.first = losses["loss"]
-        self.begins = done
-        if done:  # the last pass has the largest δ
-            self.sizes = self.sizes + size
-            self.batches += 1
-            more = {"first": self.first, "last": losses["loss"]} if self.trainer.adversary.passes > 1 else {}
-            if self.trainer.at_radius is not None:
-                more["at"], more["of"] = self.trainer.at_radius
-            for name, value in more.items():
-                self.of_passes[name] = self.of_passes.get(name, 0) + value
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Leave the time of the block out of the speed of training."""
-        began = time.perf_counter()
-        yield
-        self.since += time.perf_counter() - began
-
-    def flush(self) -> str:
-        """Write a line of metrics, and return a summary of it."""
-        trainer, recipe = self.trainer, self.trainer.recipe
-        sums = {name: self.sums[name] / self.updates for name in sorted(self.sums)}
-        values = torch.stack([*sums.values(), *self.of_passes.values()])
-        means = iter(trainer.accelerator.reduce(values, reduction="mean").tolist())
-        line: dict[str, float] = {"step": trainer.step, **{name: next(means) for name in sums}}
-        of_passes = {name: next(means) for name in self.of_passes}
-        for name, part, whole in (("pass_ratio", "last", "first"), ("at_radius", "at", "of")):
-            if of_passes.get(whole, 0) > 0 and math.isfinite(ratio := of_passes[part] / of_passes[whole]):
-                line[name] = ratio
-        line["delta_norm"] = float(self.sizes) / self.batches if self.batches else float(self.size)
-        line["lr"] = trainer.rate
-        line["epoch"] = trainer.batch * recipe.batch_size / len(trainer.dataset)
-        line["skipped"] = trainer.adversary.skipped
-        line["skipped_updates"] = int(trainer.skipped_updates)
-        line["images_per_second"] = self.updates * recipe.batch_size / (time.perf_counter() - self.since)
-        if not math.isfinite(line["loss"]):
-            raise RunError(
-                f"the loss is {line['loss']} at update {trainer.step}: lower lr or adversary.step_size, or set clip=1; "
-                "checkpoints from before are kept"
-            )
-        if self.file is not None:
-            self.file.write(json.dumps(line).encode() + b"\n")
-            self.file.flush()
-        self.line = line
-        trainer.accelerator.log({k: v for k, v in line.items() if k != "step"}, step=trainer.step)
-        self._restart()
-        speed = line["images_per_second"]
-        return f"loss {line['loss']:.4f}  |δ| {line['delta_norm']:.3g}  {speed:.0f} images/s"
-
-
-def _warn_of_the_start(recipe: Recipe) -> None:
-    """Log a warning if the exported moving average will contain much of the starting weights."""
-    if isinstance(recipe.ema, str) or (left := recipe.ema**recipe.steps) <= REMAINDER:
-        return
-    logger.warning(
-        "ema %g leaves %.0f %% of the starting weights in the exported model of %d updates: set ema=auto, or ema=%g, "
-        "which leaves at most %.0f %%",
-        recipe.ema,
-        100 * left,
-        recipe.steps,
-        sufficient_decay(recipe.steps),
-        100 * REMAINDER,
-    )
-
-
-def _describe(dataset: ImageDataset) -> dict[str, Any]:
-    """Return the description of a dataset that ``data.json`` holds."""
-    labels = dataset.labels
-    return {
-        "name": dataset.name,
-        "images": len(dataset),
-        "shape": list(dataset.shape),
-        "classes": dataset.num_classes,
-        "labels": None if labels is None else hashlib.sha256(labels.numpy().tobytes()).hexdigest(),
-        "captions": dataset.caption_digest(),
-        "fingerprint": dataset.fingerprint(),
-    }
-
-
-def _check_data(path: Path, data: dict[str, Any]) -> None:
-    """Check that a resumed run has the data that it began with. A run without ``data.json`` is not checked."""
-    if not path.exists():
-        return
-    try:
-        before = read_json(path, 2**20)
-        fingerprint = before["fingerprint"]
-    except (InputError, KeyError, TypeError):
-        raise InputError(f"{path} is damaged: restore it, or remove it to resume without a check of the data") from None
-    if fingerprint == data["fingerprint"]:
-        return
-    counts = {"number of images": "images", "shape": "shape", "number of classes": "classes"}
-    changes = [
-        f"{what} {printable(str(before.get(k))[:40])} → {data[k]}"
-        for what, k in counts.items()
-        if before.get(k) != data[k]
-    ]
-    if not changes:
-        changes += [name for name in ("labels", "captions") if before.get(name) != data[name]]
-    raise InputError(
-        f"{path.parent} was trained with other data ({', '.join(changes) or 'contents'}): restore the data, start a "
-        f"new run from it with model.name=pretrained model.path={path.parent}, or remove {path} to go on all the same"
-    )
-
-
-def _prepare_folder(recipe: Recipe, folder: Path, resume: bool, dataset: ImageDataset) -> None:
-    """Make the run's folder, or with ``resume`` check that an existing folder holds the same run."""
-    teacher = None if recipe.objective is None else recipe.objective.teacher_path
-    for source in (recipe.model.source, teacher, recipe.data.root):
-        if source and Path(source).is_dir() and folder.resolve().is_relative_to(Path(source).resolve()):
-            raise InputError(f"output {folder} is in {source}, which is read: choose another --set output=…")
-    claim_folder(folder, "a run")
-    remove_leftovers(folder, r"(?:recipe\.yaml|(?:data|start|result)\.json|metrics\.jsonl|model|best)")
-    if any(path.name != MARKER for path in folder.iterdir()):
-        if not resume:
-            raise InputError(f"{folder} already holds a run: go on with --resume, or choose another --set output=…")
-        _check_recipe(recipe, folder)
-    data, checkpoints = _describe(dataset), folder / "checkpoints"
-    if any(checkpoints.glob("step-*")):  # without checkpoints nothing was trained on other data
-        _check_data(folder / "data.json", data)
-    with atomic_write(folder / "recipe.yaml") as file:  # first, since the other files belong to a run only with it
-        file.write(recipe.to_yaml().encode())
-    make_folder(checkpoints)
-    remove_leftovers(checkpoints, r"step-\d{8}")
-    with atomic_write(folder / "data.json") as file:
-        file.write(json.dumps(data, indent=1).encode())
-
-
-def _check_recipe(recipe: Recipe, folder: Path) -> None:
-    """Check that a folder holds a run of a recipe."""
-    path = folder / "recipe.yaml"
-    if not path.exists():
-        raise InputError(f"{folder} has no recipe.yaml, so it is not known of what it is a run: choose another output")
-    before = load_recipe(str(path))
-    # The cosine schedule and growing numbers of levels depend on the number of steps.
-    fixed = recipe.lr_schedule == "constant" and (recipe.objective is None or recipe.objective.fixed_levels)
-    free = FREE_TO_CHANGE | ({"steps"} if fixed else set())
-    if (folder / "watch.jsonl").exists():  # lines of other measurements cannot be compared
-        free = free - {"watch"}
-    for name in Recipe.model_fields:
-        if name not in free and _fixed(before, name) != _fixed(recipe, name):
-            raise InputError(
-                f"{folder} was trained with another {name}: resume with the recipe it was started with, "
-                "or choose another --set output=…"
-            )
-
-
-def _fixed(recipe: Recipe, name: str) -> Any:
-    """Return a field of a recipe, without settings that do not change the training."""
-    value = getattr(recipe, name)
-    same = {
-        "data": {"workers": 0},
-        "model": {"gradient_checkpointing": False},
-        "watch": {"every": "auto", "batch_size": 1, "signs": SignsConfig()},
-    }.get(name)
-    return value if same is None or value is None else value.model_copy(update=same)
-
-
-def train(recipe: Recipe, *, resume: bool = False, cpu: bool = False, progress: Progress = SILENT) -> RunResult | None:
-    """Train a recipe until it is finished, or until SIGTERM or Ctrl-C.
-
-    Arguments:
-        recipe: The configuration.
-        resume: Continue from the newest whole checkpoint in ``recipe.output``, or start from the beginning if there is
-            none.
-        cpu: Use the CPU even if there is a GPU.
-        progress: The receiver of the progress, in updates, with the loss, the mean ‖δ‖ and the speed as a note.
-
-    Returns:
-        The contents of ``result.json``, or None if a signal stopped the run; it was then saved and can be resumed.
-
-    Raises:
-        InputError: If the recipe, the data, the checkpoint and the folder do not fit together.
-        RunError: If the loss is not finite.
-        OSError: If the disk is full.
-    """
-    folder = Path(recipe.output)
-    if recipe.threads is not None:
-        torch.set_num_threads(recipe.threads)
-    dataset = recipe.data.load()
-    accelerator = _accelerator(recipe, cpu)
-    set_seed(recipe.seed)  # before the network is built, so that all processes start from the same weights
-    built = build_model(recipe, dataset)
-    latents = LatentDataset(dataset, built.model.codec, recipe.data.flip) if recipe.caches_latents else None
-    trainer = Trainer(recipe, accelerator, latents or dataset, built)
-    watch = None if recipe.watch is None else Watch(recipe.watch, trainer, dataset, folder, progress)
-    if accelerator.is_main_process:
-        _prepare_folder(recipe, folder, resume, trainer.dataset)
-    accelerator.wait_for_everyone()
-    finished = folder / "result.json"
-    if resume and finished.exists():
-        before = read_result(finished)
-        if before["steps"] >= recipe.steps or _stopped(before, recipe):
-            _check_result(finished, before, trainer)
-            logger.info("%s is finished", folder)
-            return RunResult(before)
-    if latents is not None:
-        rank, processes = accelerator.process_index, accelerator.num_processes
-        latents.fill(accelerator.device, recipe.data.workers, rank, processes, progress)
-        accelerator.wait_for_everyone()
-        built.model.codec.to("cpu")  # which nothing calls any more
-    if built.model.condition.takes_captions and dataset.captions is not None and accelerator.device.type != "cpu":
-        _embed_captions(dataset.captions, built, accelerator, progress)
-    set_seed(recipe.seed, device_specific=True)  # dropout and random directions differ between processes
-    checkpoint = newest_checkpoint(folder / "checkpoints") if resume else None
-    if recipe.trackers:
-        accelerator.init_trackers("robustdiff", config={"recipe": recipe.to_yaml()})
-    if accelerator.is_main_process:
-        _warn_of_the_start(recipe)
-    with Interrupt() as interrupt, worker_failures():
-        try:
-            if watch is not None:
-                progress.begin(f"{recipe.output}: what it starts from", recipe.steps)
-                watch.begin(checkpoint is None, interrupt, progress)
-            if checkpoint is not None:
-                trainer.load(checkpoint)
-                if accelerator.is_main_process:
-                    remove_before(checkpoint, recipe.keep)
-            metrics = _Metrics(trainer, folder / "metrics.jsonl")
-            if not _run(trainer, metrics, folder, interrupt, progress, watch):
-                return None
-            trainer.export(folder / "model")
-            result = _result(trainer, metrics)
-            if watch is not None:
-                result |= watch.result(interrupt, progress)
-        except Interrupted:
-            logger.warning("%s: %s is stopped at update %d", interrupt.received or "a signal", folder, trainer.step)
-            return None
-        except RunError as error:
-            if watch is None or not watch.lines:
-                raise
-            raise RunError(f"{error}; best/ holds the best model that was measured before") from None
-        if accelerator.is_main_process:
-            with atomic_write(finished) as file:
-                file.write(json.dumps(result, indent=1).encode())
-        accelerator.wait_for_everyone()
-    if recipe.trackers:
-        accelerator.end_training()
-    return RunResult(result)
-
-
-def _embed_captions(
-    captions: Iterable[tuple[str, ...]], built: Built, accelerator: Accelerator, progress: Progress
-) -> None:
-    """Cache the embeddings of all captions, and move the text encoders off the device."""
-    condition = built.model.condition
-    texts = ["", *dict.fromkeys(text for own in captions for text in own)]
-    condition.prepare(texts[accelerator.process_index :: accelerator.num_processes], progress)
-    accelerator.wait_for_everyone()
-    condition.prepare(texts, progress)  # those of the other processes, if they are not on disk
-    condition.park()
-
-
-def _accelerator(recipe: Recipe, cpu: bool) -> Accelerator:
-    """Return the accelerator of a run, if the device supports its precision."""
-    AcceleratorState._reset_state()  # another run in this process may have had another precision
-    try:
-        accelerator = Accelerator(
-            cpu=cpu,
-            mixed_precision="no" if recipe.precision == "fp32" else recipe.precision,
-            log_with=list(recipe.trackers) or None,
-            project_config=ProjectConfiguration(project_dir=recipe.output, logging_dir=recipe.output),
-        )
-    except ValueError as error:
-        message = f"precision={recipe.precision} is not for this device: {str(error).rstrip('.')}; set precision=auto"
-        raise InputError(message) from None
-    if recipe.precision == "fp16" and accelerator.device.type == "cpu":  # accelerate would silently train in fp32
-        raise InputError("precision=fp16 is not for a CPU: set precision=bf16, fp32 or auto")
-    return accelerator
-
-
-def _run(
-    trainer: Trainer, metrics: _Metrics, folder: Path, interrupt: Interrupt, progress: Progress, watch: Watch | None
-) -> bool:
-    """Make all updates, with metrics, checkpoints and the watch; False if a signal stopped the run, which was saved."""
-    recipe, accelerator = trainer.recipe, trainer.accelerator
-    saved = shown = trainer.step
-    progress.begin(recipe.output, recipe.steps)
-    progress.advance(trainer.step)
-    # Killed between a checkpoint and its measurement, or after a sign that ends the run.
-    resumed = watch is not None and trainer.step > 0 and watch.due(trainer.step, trainer.step >= recipe.steps)
-    if watch is not None and resumed and watch.measure(trainer.step, interrupt, progress):
-        return True
-    for losses, size, done in trainer.updates():
-        metrics.add(losses, size, done)
-        stop = interrupt.received is not None and done
-        due = done and trainer.step - saved >= recipe.checkpoint_every
-        last = trainer.step >= recipe.steps
-        # Between batches, so that every line covers whole batches; before a checkpoint, so that none has a NaN.
-        line = (done and metrics.updates >= recipe.log_every) or due or last
-        if accelerator.num_processes > 1:
-            # A signal may reach one process before another. They agree where the host waits for the GPU in any case.
-            received = float(stop)
-            stop = line and done and bool(accelerator.reduce(torch.tensor(received, device=accelerator.device)))
-        if line or stop:
-            note = metrics.flush() if watch is None else f"{metrics.flush()}  {watch.note}"
-            progress.advance(trainer.step - shown, note)
-            shown = trainer.step
-        if due or ((stop or last) and done):
-            trainer.save(folder / "checkpoints")
-            saved = trainer.step
-        ends = False
-        if not stop and watch is not None and (done or last) and watch.due(trainer.step, last):
-            try:
-                with metrics.paused():
-                    ends = watch.measure(trainer.step, interrupt, progress)
-            except Interrupted:
-                stop = True
-            if (stop or ends) and done and saved < trainer.step:
-                trainer.save(folder / "checkpoints")
-        if stop and (watch is not None or not last):
-            logger.warning("%s: %s is saved at update %d", interrupt.received or "a signal", folder, trainer.step)
-            return False
-        if ends:
-            return True
-    return True
-
-
-def _stopped(result: Mapping[str, Any], recipe: Recipe) -> bool:
-    """Return whether a sign ended a finished run, and still would."""
-    ends = recipe.watch is not None and recipe.watch.signs.action == "stop"
-    return ends and any(sign["action"] == "stop" for sign in result.get("signs") or [])
-
-
-def _result(trainer: Trainer, metrics: _Metrics) -> dict[str, Any]:
-    """Return the contents of ``result.json`` of a finished run."""
-    return {
-        "steps": trainer.step,
-        "batches": trainer.batch,
-        "batch_size": trainer.recipe.batch_size,
-        "backward_passes": trainer.step * trainer.recipe.adversary.backward_passes,
-        "loss": metrics.line.get("loss"),
-        "delta_norm": metrics.line.get("delta_norm"),
-        "skipped": trainer.adversary.skipped,
-        "skipped_updates": int(trainer.skipped_updates),
-        "parameters": sum(p.numel() for p in _trained(trainer.built.model.network).values()),
-        "data": trainer.dataset.name,
-        "images": len(trainer.dataset),
-        "processes": trainer.accelerator.num_processes,
-        "device": trainer.accelerator.device.type,
-        "torch": torch.__version__,
-    }
-
-
-def read_result(path: Path) -> dict[str, Any]:
-    """Read the ``result.json`` of a run.
-
-    Raises:
-        InputError: If the file is malformed.
-        OSError: If the file cannot be read.
-    """
-    result = read_json(path, 2**20)
-    kinds: dict[str, type] = {"loss": float, "delta_norm": float, "data": str, "device": str, "torch": str}
-    counts = ("steps", "batches", "batch_size", "backward_passes", "skipped", "skipped_updates")
-    kinds |= dict.fromkeys((*counts, "parameters", "images", "processes"), int)
-    watched = {"best", "signs"}  # of runs that were watched
-    if not isinstance(result, dict) or result.keys() - watched != kinds.keys() or len(result.keys() & watched) == 1:
-        raise InputError(f"{path} is damaged: remove it, and resume the run")
-    if "best" in result:
-        try:
-            Best.model_validate(result["best"])
-            TypeAdapter(list[FiredSign]).validate_python(result["signs"])
-        except ValidationError as error:
-            where = printable(".".join(map(str, error.errors()[0]["loc"]))[:40])
-            raise InputError(f"{path} is damaged ({where}): remove it, and resume the run") from None
-    for name, kind in kinds.items():
-        value = result[name]
-        right = type(value) is kind or (kind is float and value is None)
-        if not right or (type(value) is int and value < 0):
-            raise InputError(
-                f"{path} is damaged ({name}: {printable(repr(value)[:40])}): remove it, and resume the run"
-            )
-    return result
-
-
-def _check_result(path: Path, result: dict[str, Any], trainer: Trainer) -> None:
-    """Check that a result belongs to a trainer's recipe and data, and that the model was exported."""
-    expected = {
-        "batches": result["steps"] // trainer.adversary.passes,
-        "batch_size": trainer.recipe.batch_size,
-        "backward_passes": result["steps"] * trainer.recipe.adversary.backward_passes,
-        "parameters": sum(p.numel() for p in _trained(trainer.built.model.network).values()),
-        "images": len(trainer.dataset),
-    }
-    for name, value in expected.items():
-        if result[name] != value:
-            raise InputError(f"{path} is of another run ({name} {result[name]} → {value}): remove it, and resume")
-    if not any((path.parent / "model" / name).is_file() for name in ("model_index.json", RECORD)):
-        raise InputError(f"{path.parent} has a result and no model: remove {path}, and resume")

@@ -32,7 +32,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from accelerate.utils import DistributedType, broadcast_object_list
-from pydantic import ValidationError
 
 from robustdiff.backbones.lora import WEIGHTS, read_weights_into
 from robustdiff.backbones.model import load_model
@@ -44,7 +43,7 @@ from robustdiff.evaluation.noise import NOISE
 from robustdiff.evaluation.prompts import prompts_of
 from robustdiff.evaluation.real_images import Target
 from robustdiff.evaluation.recorded import Recordings
-from robustdiff.files import atomic_write, open_regular, read_json, write_json
+from robustdiff.files import atomic_write, open_regular, read_record, write_json
 from robustdiff.interrupt import Interrupt
 from robustdiff.metrics.bootstrap import interval
 from robustdiff.metrics.features import SHIPPED, load_extractor
@@ -52,9 +51,11 @@ from robustdiff.metrics.metric import METRICS, MetricCollection, Number, compare
 from robustdiff.progress import SILENT, Progress
 from robustdiff.recipe import WatchConfig
 from robustdiff.samplers.sample import SAMPLERS
+from robustdiff.training.run_files import read_metrics
 from robustdiff.training.signs import SIGNS, History
 from robustdiff.training.watch_files import (
     LONGEST_LINE,
+    REMEDY,
     Best,
     FiredSign,
     Line,
@@ -62,7 +63,6 @@ from robustdiff.training.watch_files import (
     Start,
     StartCell,
     WatchedCell,
-    damaged,
     dump,
     read_lines,
 )
@@ -370,13 +370,10 @@ class Watch:
         if not path.exists():
             return None
         own = [(g.sampler, g.steps, self.number.name) for g in self.generators]
-        try:
-            record = Start.model_validate(read_json(path))
-        except ValidationError as error:
-            raise damaged(path, error) from None
+        record = read_record(path, Start, REMEDY)
         for cells in (record.cells, record.fresh):
             if [(cell.sampler, cell.steps, cell.metric) for cell in cells] != own:
-                raise damaged(path, "its cells are not those of the recipe")
+                raise InputError(f"{printable(path)} is damaged (its cells are not those of the recipe): {REMEDY}")
         return record
 
     def due(self, step: int, last: bool) -> bool:
@@ -488,7 +485,9 @@ class Watch:
         adversary = self.trainer.adversary
         ascents = adversary.ascents * self.recipe.batch_size / self.accelerator.num_processes / adversary.passes
         lines = [dump(one) for one in (*self.lines, line)]
-        history = History(lines, _read_metrics(self.folder / "metrics.jsonl", line.step), ascents)
+        written = read_metrics(self.folder / "metrics.jsonl")
+        metrics = [one.model_dump() for one in written if one.step <= line.step]
+        history = History(lines, metrics, ascents)
         fired = []
         for name, rule in SIGNS.items():
             threshold = getattr(config, name.replace("-", "_"))
@@ -591,10 +590,3 @@ def _usual_steps(sampler: str, own: int | str | None) -> tuple[int, ...]:
     if LONG in kind.grid_steps:
         return tuple(sorted({first or kind.default_steps, LONG}))
     return tuple(sorted({*kind.grid_steps, *([first] if first else [])}))
-
-
-def _read_metrics(path: Path, step: int) -> list[dict[str, float]]:
-    """Return the lines of ``metrics.jsonl`` up to an update."""
-    with open_regular(path) as file:
-        lines = [json.loads(line) for line in file]
-    return [line for line in lines if line["step"] <= step]

@@ -10,18 +10,20 @@ A file may come from somebody else: everything in it is validated.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt
 
 from robustdiff.errors import InputError, printable
-from robustdiff.files import open_regular
+from robustdiff.files import read_json_lines
 from robustdiff.metrics.bootstrap import REPLICATES
 from robustdiff.metrics.metric import number_named
 from robustdiff.recipe import Recipe
 
 __all__ = [
+    "REMEDY",
     "Best",
     "FiredSign",
     "Line",
@@ -29,13 +31,15 @@ __all__ = [
     "Start",
     "StartCell",
     "WatchedCell",
-    "damaged",
     "dump",
     "read_lines",
     "summary",
 ]
 
 LONGEST_LINE = 2**20
+
+REMEDY = "remove it to resume without what it has"
+"""What to do about a damaged file of the watch."""
 
 
 class Record(BaseModel):
@@ -171,25 +175,14 @@ def read_lines(path: Path) -> list[Line]:
         InputError: If a line is malformed, or the steps do not increase.
     """
     lines: list[Line] = []
-    try:
-        with open_regular(path) as file:
-            while (line := file.readline(LONGEST_LINE)).endswith(b"\n"):
-                lines.append(Line.model_validate_json(line))
-                if len(lines) > 1 and lines[-1].step <= lines[-2].step:
-                    raise damaged(path, f"step {lines[-1].step} comes after {lines[-2].step}")
-    except FileNotFoundError:
-        return []
-    except ValidationError as error:
-        raise damaged(path, error) from None
+    with suppress(FileNotFoundError):
+        for _, line in read_json_lines(path, Line, REMEDY, LONGEST_LINE):
+            if lines and line.step <= lines[-1].step:
+                raise InputError(
+                    f"{printable(path)} is damaged (step {line.step} comes after {lines[-1].step}): {REMEDY}"
+                )
+            lines.append(line)
     return lines
-
-
-def damaged(path: Path, reason: str | ValidationError) -> InputError:
-    """Return the error for a damaged file."""
-    if isinstance(reason, ValidationError):
-        first = reason.errors()[0]
-        reason = f"{'.'.join(map(str, first['loc']))[:100]}: {first['msg']}"
-    return InputError(f"{printable(path)} is damaged ({printable(reason)}): remove it to resume without what it has")
 
 
 def _said(cell: Mapping[str, Any]) -> str:

@@ -1,0 +1,353 @@
+r"""A training run: a recipe, trained in a folder of its own until it is finished or interrupted.
+
+    recipe.yaml      the recipe, including defaults
+    data.json        the data that it began with
+    checkpoints/     the newest checkpoints, from which it is resumed
+    metrics.jsonl    a line every ``log_every`` updates
+    watch.jsonl, start.json, best/    of the watch
+    model/           the trained model, a diffusers pipeline or an adapter
+    result.json      written last: the run is finished
+
+A folder belongs to a run if it has this package's marker, and a run is resumed only with the same recipe and data.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import ProjectConfiguration, set_seed
+
+from robustdiff.backbones.lora import RECORD
+from robustdiff.data import ImageDataset
+from robustdiff.data.latents import LatentDataset
+from robustdiff.data.loader import worker_failures
+from robustdiff.errors import InputError, RunError
+from robustdiff.files import MARKER, atomic_write, claim_folder, make_folder, remove_leftovers, write_json
+from robustdiff.interrupt import Interrupt
+from robustdiff.progress import SILENT, Progress
+from robustdiff.recipe import Recipe, SignsConfig, load_recipe
+from robustdiff.training.build import Built, build_model
+from robustdiff.training.checkpoint import newest_checkpoint, remove_before
+from robustdiff.training.ema import REMAINDER, sufficient_decay
+from robustdiff.training.metrics_log import MetricsLog
+from robustdiff.training.run_files import DataRecord, Result, RunResult, read_data, read_result
+from robustdiff.training.trainer import Trainer
+from robustdiff.training.watch import Interrupted, Watch
+
+__all__ = ["FREE_TO_CHANGE", "train"]
+
+logger = logging.getLogger(__name__)
+
+FREE_TO_CHANGE = {"output", "threads", "checkpoint_every", "keep", "log_every", "trackers", "sampler", "watch"}
+"""The fields of a recipe that a resumed run may change."""
+FREE_TO_CHANGE |= {"capture", "compile", "channels_last"}  # which change the rounding alone
+
+
+def _warn_of_the_start(recipe: Recipe) -> None:
+    """Log a warning if the exported moving average will contain much of the starting weights."""
+    if isinstance(recipe.ema, str) or (left := recipe.ema**recipe.steps) <= REMAINDER:
+        return
+    logger.warning(
+        "ema %g leaves %.0f %% of the starting weights in the exported model of %d updates: set ema=auto, or ema=%g, "
+        "which leaves at most %.0f %%",
+        recipe.ema,
+        100 * left,
+        recipe.steps,
+        sufficient_decay(recipe.steps),
+        100 * REMAINDER,
+    )
+
+
+def _describe(dataset: ImageDataset) -> DataRecord:
+    """Return the description of a dataset that ``data.json`` holds."""
+    labels = dataset.labels
+    return DataRecord(
+        name=dataset.name,
+        images=len(dataset),
+        shape=dataset.shape,
+        classes=dataset.num_classes,
+        labels=None if labels is None else hashlib.sha256(labels.numpy().tobytes()).hexdigest(),
+        captions=dataset.caption_digest(),
+        fingerprint=dataset.fingerprint(),
+    )
+
+
+def _check_data(path: Path, data: DataRecord) -> None:
+    """Check that a resumed run has the data that it began with. A run without ``data.json`` is not checked."""
+    if not path.exists():
+        return
+    before = read_data(path)
+    if before.fingerprint == data.fingerprint:
+        return
+    counts = {"number of images": "images", "shape": "shape", "number of classes": "classes"}
+    changes = [
+        f"{what} {old} → {new}"
+        for what, name in counts.items()
+        if (old := getattr(before, name)) != (new := getattr(data, name))
+    ]
+    if not changes:
+        changes += [name for name in ("labels", "captions") if getattr(before, name) != getattr(data, name)]
+    raise InputError(
+        f"{path.parent} was trained with other data ({', '.join(changes) or 'contents'}): restore the data, start a "
+        f"new run from it with model.name=pretrained model.path={path.parent}, or remove {path} to go on all the same"
+    )
+
+
+def _prepare_folder(recipe: Recipe, folder: Path, resume: bool, dataset: ImageDataset) -> None:
+    """Make the run's folder, or with ``resume`` check that an existing folder holds the same run."""
+    teacher = None if recipe.objective is None else recipe.objective.teacher_path
+    for source in (recipe.model.source, teacher, recipe.data.root):
+        if source and Path(source).is_dir() and folder.resolve().is_relative_to(Path(source).resolve()):
+            raise InputError(f"output {folder} is in {source}, which is read: choose another --set output=…")
+    claim_folder(folder, "a run")
+    remove_leftovers(folder, r"(?:recipe\.yaml|(?:data|start|result)\.json|metrics\.jsonl|model|best)")
+    if any(path.name != MARKER for path in folder.iterdir()):
+        if not resume:
+            raise InputError(f"{folder} already holds a run: go on with --resume, or choose another --set output=…")
+        _check_recipe(recipe, folder)
+    data, checkpoints = _describe(dataset), folder / "checkpoints"
+    if any(checkpoints.glob("step-*")):  # without checkpoints nothing was trained on other data
+        _check_data(folder / "data.json", data)
+    with atomic_write(folder / "recipe.yaml") as file:  # first, since the other files belong to a run only with it
+        file.write(recipe.to_yaml().encode())
+    make_folder(checkpoints)
+    remove_leftovers(checkpoints, r"step-\d{8}")
+    write_json(folder / "data.json", data.model_dump(mode="json"))
+
+
+def _check_recipe(recipe: Recipe, folder: Path) -> None:
+    """Check that a folder holds a run of a recipe."""
+    path = folder / "recipe.yaml"
+    if not path.exists():
+        raise InputError(f"{folder} has no recipe.yaml, so it is not known of what it is a run: choose another output")
+    before = load_recipe(str(path))
+    # The cosine schedule and growing numbers of levels depend on the number of steps.
+    fixed = recipe.lr_schedule == "constant" and (recipe.objective is None or recipe.objective.fixed_levels)
+    free = FREE_TO_CHANGE | ({"steps"} if fixed else set())
+    if (folder / "watch.jsonl").exists():  # lines of other measurements cannot be compared
+        free = free - {"watch"}
+    for name in Recipe.model_fields:
+        if name not in free and _fixed(before, name) != _fixed(recipe, name):
+            raise InputError(
+                f"{folder} was trained with another {name}: resume with the recipe it was started with, "
+                "or choose another --set output=…"
+            )
+
+
+def _fixed(recipe: Recipe, name: str) -> Any:
+    """Return a field of a recipe, without settings that do not change the training."""
+    value = getattr(recipe, name)
+    same = {
+        "data": {"workers": 0},
+        "model": {"gradient_checkpointing": False},
+        "watch": {"every": "auto", "batch_size": 1, "signs": SignsConfig()},
+    }.get(name)
+    return value if same is None or value is None else value.model_copy(update=same)
+
+
+def train(recipe: Recipe, *, resume: bool = False, cpu: bool = False, progress: Progress = SILENT) -> RunResult | None:
+    """Train a recipe until it is finished, or until SIGTERM or Ctrl-C.
+
+    Arguments:
+        recipe: The configuration.
+        resume: Continue from the newest whole checkpoint in ``recipe.output``, or start from the beginning if there is
+            none.
+        cpu: Use the CPU even if there is a GPU.
+        progress: The receiver of the progress, in updates, with the loss, the mean ‖δ‖ and the speed as a note.
+
+    Returns:
+        The contents of ``result.json``, or None if a signal stopped the run; it was then saved and can be resumed.
+
+    Raises:
+        InputError: If the recipe, the data, the checkpoint and the folder do not fit together.
+        RunError: If the loss is not finite.
+        OSError: If the disk is full.
+    """
+    folder = Path(recipe.output)
+    if recipe.threads is not None:
+        torch.set_num_threads(recipe.threads)
+    dataset = recipe.data.load()
+    accelerator = _accelerator(recipe, cpu)
+    set_seed(recipe.seed)  # before the network is built, so that all processes start from the same weights
+    built = build_model(recipe, dataset)
+    latents = LatentDataset(dataset, built.model.codec, recipe.data.flip) if recipe.caches_latents else None
+    trainer = Trainer(recipe, accelerator, latents or dataset, built)
+    watch = None if recipe.watch is None else Watch(recipe.watch, trainer, dataset, folder, progress)
+    if accelerator.is_main_process:
+        _prepare_folder(recipe, folder, resume, trainer.dataset)
+    accelerator.wait_for_everyone()
+    finished = folder / "result.json"
+    if resume and finished.exists():
+        before = read_result(finished)
+        if before.steps >= recipe.steps or _stopped(before, recipe):
+            _check_result(finished, before, trainer)
+            logger.info("%s is finished", folder)
+            return before.as_dict()
+    if latents is not None:
+        rank, processes = accelerator.process_index, accelerator.num_processes
+        latents.fill(accelerator.device, recipe.data.workers, rank, processes, progress)
+        accelerator.wait_for_everyone()
+        built.model.codec.to("cpu")  # which nothing calls any more
+    if built.model.condition.takes_captions and dataset.captions is not None and accelerator.device.type != "cpu":
+        _embed_captions(dataset.captions, built, accelerator, progress)
+    set_seed(recipe.seed, device_specific=True)  # dropout and random directions differ between processes
+    checkpoint = newest_checkpoint(folder / "checkpoints") if resume else None
+    if recipe.trackers:
+        accelerator.init_trackers("robustdiff", config={"recipe": recipe.to_yaml()})
+    if accelerator.is_main_process:
+        _warn_of_the_start(recipe)
+    with Interrupt() as interrupt, worker_failures():
+        try:
+            if watch is not None:
+                progress.begin(f"{recipe.output}: what it starts from", recipe.steps)
+                watch.begin(checkpoint is None, interrupt, progress)
+            if checkpoint is not None:
+                trainer.load(checkpoint)
+                if accelerator.is_main_process:
+                    remove_before(checkpoint, recipe.keep)
+            metrics = MetricsLog(trainer, folder / "metrics.jsonl")
+            if not _run(trainer, metrics, folder, interrupt, progress, watch):
+                return None
+            trainer.export(folder / "model")
+            result = _result(trainer, metrics)
+            if watch is not None:
+                result |= watch.result(interrupt, progress)
+        except Interrupted:
+            logger.warning("%s: %s is stopped at update %d", interrupt.received or "a signal", folder, trainer.step)
+            return None
+        except RunError as error:
+            if watch is None or not watch.lines:
+                raise
+            raise RunError(f"{error}; best/ holds the best model that was measured before") from None
+        if accelerator.is_main_process:
+            write_json(finished, result)
+        accelerator.wait_for_everyone()
+    if recipe.trackers:
+        accelerator.end_training()
+    return RunResult(result)
+
+
+def _embed_captions(
+    captions: Iterable[tuple[str, ...]], built: Built, accelerator: Accelerator, progress: Progress
+) -> None:
+    """Cache the embeddings of all captions, and move the text encoders off the device."""
+    condition = built.model.condition
+    texts = ["", *dict.fromkeys(text for own in captions for text in own)]
+    condition.prepare(texts[accelerator.process_index :: accelerator.num_processes], progress)
+    accelerator.wait_for_everyone()
+    condition.prepare(texts, progress)  # those of the other processes, if they are not on disk
+    condition.park()
+
+
+def _accelerator(recipe: Recipe, cpu: bool) -> Accelerator:
+    """Return the accelerator of a run, if the device supports its precision."""
+    AcceleratorState._reset_state()  # another run in this process may have had another precision
+    try:
+        accelerator = Accelerator(
+            cpu=cpu,
+            mixed_precision="no" if recipe.precision == "fp32" else recipe.precision,
+            log_with=list(recipe.trackers) or None,
+            project_config=ProjectConfiguration(project_dir=recipe.output, logging_dir=recipe.output),
+        )
+    except ValueError as error:
+        message = f"precision={recipe.precision} is not for this device: {str(error).rstrip('.')}; set precision=auto"
+        raise InputError(message) from None
+    if recipe.precision == "fp16" and accelerator.device.type == "cpu":  # accelerate would silently train in fp32
+        raise InputError("precision=fp16 is not for a CPU: set precision=bf16, fp32 or auto")
+    return accelerator
+
+
+def _run(
+    trainer: Trainer, metrics: MetricsLog, folder: Path, interrupt: Interrupt, progress: Progress, watch: Watch | None
+) -> bool:
+    """Make all updates, with metrics, checkpoints and the watch; False if a signal stopped the run, which was saved."""
+    recipe, accelerator = trainer.recipe, trainer.accelerator
+    saved = shown = trainer.step
+    progress.begin(recipe.output, recipe.steps)
+    progress.advance(trainer.step)
+    # Killed between a checkpoint and its measurement, or after a sign that ends the run.
+    resumed = watch is not None and trainer.step > 0 and watch.due(trainer.step, trainer.step >= recipe.steps)
+    if watch is not None and resumed and watch.measure(trainer.step, interrupt, progress):
+        return True
+    for losses, size, done in trainer.updates():
+        metrics.add(losses, size, done)
+        stop = interrupt.received is not None and done
+        due = done and trainer.step - saved >= recipe.checkpoint_every
+        last = trainer.step >= recipe.steps
+        # Between batches, so that every line covers whole batches; before a checkpoint, so that none has a NaN.
+        line = (done and metrics.updates >= recipe.log_every) or due or last
+        if accelerator.num_processes > 1:
+            # A signal may reach one process before another. They agree where the host waits for the GPU in any case.
+            received = float(stop)
+            stop = line and done and bool(accelerator.reduce(torch.tensor(received, device=accelerator.device)))
+        if line or stop:
+            note = metrics.flush() if watch is None else f"{metrics.flush()}  {watch.note}"
+            progress.advance(trainer.step - shown, note)
+            shown = trainer.step
+        if due or ((stop or last) and done):
+            trainer.save(folder / "checkpoints")
+            saved = trainer.step
+        ends = False
+        if not stop and watch is not None and (done or last) and watch.due(trainer.step, last):
+            try:
+                with metrics.paused():
+                    ends = watch.measure(trainer.step, interrupt, progress)
+            except Interrupted:
+                stop = True
+            if (stop or ends) and done and saved < trainer.step:
+                trainer.save(folder / "checkpoints")
+        if stop and (watch is not None or not last):
+            logger.warning("%s: %s is saved at update %d", interrupt.received or "a signal", folder, trainer.step)
+            return False
+        if ends:
+            return True
+    return True
+
+
+def _stopped(result: Result, recipe: Recipe) -> bool:
+    """Return whether a sign ended a finished run, and still would."""
+    ends = recipe.watch is not None and recipe.watch.signs.action == "stop"
+    return ends and any(sign.action == "stop" for sign in result.signs or [])
+
+
+def _result(trainer: Trainer, metrics: MetricsLog) -> dict[str, Any]:
+    """Return the contents of ``result.json`` of a finished run."""
+    return {
+        "steps": trainer.step,
+        "batches": trainer.batch,
+        "batch_size": trainer.recipe.batch_size,
+        "backward_passes": trainer.step * trainer.recipe.adversary.backward_passes,
+        "loss": metrics.line.get("loss"),
+        "delta_norm": metrics.line.get("delta_norm"),
+        "skipped": trainer.adversary.skipped,
+        "skipped_updates": int(trainer.skipped_updates),
+        "parameters": trainer.trained_parameters,
+        "data": trainer.dataset.name,
+        "images": len(trainer.dataset),
+        "processes": trainer.accelerator.num_processes,
+        "device": trainer.accelerator.device.type,
+        "torch": torch.__version__,
+    }
+
+
+def _check_result(path: Path, result: Result, trainer: Trainer) -> None:
+    """Check that a result belongs to a trainer's recipe and data, and that the model was exported."""
+    expected = {
+        "batches": result.steps // trainer.adversary.passes,
+        "batch_size": trainer.recipe.batch_size,
+        "backward_passes": result.steps * trainer.recipe.adversary.backward_passes,
+        "parameters": trainer.trained_parameters,
+        "images": len(trainer.dataset),
+    }
+    for name, value in expected.items():
+        if (found := getattr(result, name)) != value:
+            raise InputError(f"{path} is of another run ({name} {found} → {value}): remove it, and resume")
+    if not any((path.parent / "model" / name).is_file() for name in ("model_index.json", RECORD)):
+        raise InputError(f"{path.parent} has a result and no model: remove {path}, and resume")
