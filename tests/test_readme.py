@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -32,19 +33,17 @@ def test_it_has_at_most_120_lines():
     assert len(README.splitlines()) <= 120
 
 
-@pytest.mark.parametrize(
-    ("label", "pair", "column"),
-    [
-        ("| three clean passes over the same batches | `iddpm` (ancestral) |", "free-k3-a0.3 to repeat-k3", "iddpm"),
-        ("| three clean passes over the same batches | `dpm++` |", "free-k3-a0.3 to repeat-k3", "dpm++"),
-        ("| plain fine-tuning with as many updates | `iddpm` (ancestral) |", "free-k3-a0.3 to plain", "iddpm"),
-        ("| plain fine-tuning with as many updates | `dpm++` |", "free-k3-a0.3 to plain", "dpm++"),
-    ],
-)
-def test_its_table_is_that_of_the_page(label, pair, column):
-    found, trainings = effect(pair, column)
-    change, p = found.split(", p = ")
-    assert f"{label} {change} | {p} | {trainings} |" in README.splitlines()
+@pytest.mark.parametrize("text", [README, SUMMARY], ids=["README.md", "results-summary.md"])
+def test_the_table_by_length_is_that_of_the_page(text):
+    page = (ROOT / "docs" / "results-length.md").read_text(encoding="utf-8").replace("**", "")
+    found = {}
+    for sampler in ("iddpm", "dpm++"):
+        row = next(line for line in page.splitlines() if line.startswith(f"| {sampler} | "))
+        found[sampler] = re.findall(CHANGE.removesuffix("(?:, p = [\\d.]*\\d)?"), row)[1:]
+    (slopes,) = re.findall(r"updates in each of (\d) seeds", page)
+    trainings = [*re.findall(r", n = (\d)", page)[:2], slopes]
+    rows = zip(("600", "1,700", "4,800"), trainings, found["iddpm"], found["dpm++"], strict=True)
+    assert all("| " + " | ".join(row) + " |" in text.splitlines() for row in rows)
 
 
 def summary_rows() -> list[list[str]]:
@@ -83,8 +82,22 @@ def test_the_levels_in_the_summary_are_those_of_the_page():
         for method in ("plain", "free-k3-a0.3", "base, as it is"):
             (cells,) = [line.split(" | ") for line in table.splitlines() if line.startswith(f"| {method} |")]
             assert cells[3].split(" ±")[0] in SUMMARY
-    (real,) = re.findall(r"^\| real images \| (\S+) ", page, re.MULTILINE)
-    assert f"5,000 other real images have an FID of {real}." in SUMMARY
+    length = (ROOT / "docs" / "results-length.md").read_text(encoding="utf-8")
+    (real,) = re.findall(r"^\| real images \| (\S+) ", length, re.MULTILINE)
+    assert f"10,000 other real images have an FID of {real}." in SUMMARY.replace("\n", " ")
+
+
+def test_the_correlations_with_the_mismatch_are_those_of_the_pages():
+    text = (ROOT / "docs" / "mismatch.md").read_text(encoding="utf-8").replace("\n", " ")
+    for page in PAGES[:2]:
+        rows = page.read_text(encoding="utf-8").replace("−", "-").splitlines()
+        (row,) = [line.strip("| ").split(" | ") for line in rows if line.startswith("| ranks of their changes")]
+        pairs = re.findall(r"(\d+) pairs", row[0])[0]
+        delta, x0, noise, *distances, divergence = map(float, row[1:])
+        assert f"{min(distances):.2f} to {max(distances):.2f}" in text
+        assert f"over {pairs} " in text
+        assert max(delta, x0, noise, divergence) <= 0.26
+    assert "0.26 or less in both" in text
 
 
 @pytest.mark.parametrize("name", ["choosing.md", "intervals.md"])
@@ -96,15 +109,23 @@ def test_tables_that_are_quoted_are_those_of_the_page(name):
         alphas = [row for row in rows if row.startswith("| α = ")]
         assert len(alphas) == 5
         assert set(alphas) <= set(page.splitlines())
+        cells = ROOT / "benchmarks" / "results" / "fashion-16" / "cells"
         for k in (2, 3, 5):
-            row = next(line for line in page.splitlines() if line.startswith(f"| free-k{k}-a0.3 to plain | "))
-            iddpm, _, _, dpmpp = [cell.split()[0] for cell in row.strip("| ").split(" | ")[1:] if "%" in cell][:4]
-            assert f"| K = {k} | {iddpm} | {dpmpp} |" in rows
+            of_seed = [
+                json.loads((cells / f"free-k{k}-a0.3-s1-{sampler}-10.json").read_text())["fid"]
+                / json.loads((cells / f"plain-s1-{sampler}-10.json").read_text())["fid"]
+                for sampler in ("iddpm", "dpm++")
+            ]
+            assert f"| K = {k} | {' | '.join(f'{ratio - 1:+.1%}' for ratio in of_seed)} |".replace("-", "−") in rows
     else:
         for label, title in (("one pass", "1 pass"), ("three passes", "3 passes")):
             (row,) = [line for line in page.splitlines() if line.startswith(f"| {title} over each batch | ")]
             (own,) = [line for line in rows if line.startswith(f"| {label} over each batch | ")]
             assert re.findall(r"(\d+)%\)", row) == re.findall(r"(\d+) %", own)
+        (ranks,) = re.findall(r"Spearman's rank correlation: (.*?)\. \(", page)
+        ends = sorted(re.findall(r"\+(0\.\d\d)", ranks))
+        text = (ROOT / "docs" / name).read_text(encoding="utf-8")
+        assert f"rank correlations of {ends[0]} to {ends[-1]}" in text
 
 
 def test_the_citation_has_the_version():

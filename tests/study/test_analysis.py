@@ -55,6 +55,27 @@ def test_intervals_cover_the_mean_where_trainings_share_the_noise_of_their_image
     assert covered[False] / n < 0.87
 
 
+@pytest.mark.parametrize("ratio", [0.0, 0.1, 0.3, 1.0, 10.0])
+@pytest.mark.parametrize("trainings", [3, 4])
+def test_p_values_hold_in_the_tail_where_trainings_share_the_noise_of_their_images(trainings, ratio):
+    """At the level that Holm's method asks of the smallest of 40 p-values, with v at a ratio to the trainings' s²/n."""
+    rng = np.random.default_rng(trainings)
+    n, level = 20_000, 0.05 / 40
+    shared = ratio / trainings
+    logs = rng.normal(0, 1, (n, trainings)) + rng.normal(0, shared**0.5, (n, 1))
+    estimated = shared * rng.chisquare(BLOCKS - 1, n) / (BLOCKS - 1)
+    # The trainings that are significant by Satterthwaite's degrees of freedom alone are looked at, which saves time.
+    own = logs.var(axis=1, ddof=1) / trainings
+    freedom = (own + estimated) ** 2 / (own**2 / (trainings - 1) + estimated**2 / (BLOCKS - 1))
+    usual = 2 * scipy.stats.t.sf(np.abs(logs.mean(1)) / np.sqrt(own + estimated), freedom)
+    kept = usual < level
+    p = [Effect(dict(enumerate(e)), v).p for e, v in zip(logs[kept], estimated[kept], strict=True)]
+    assert sum(one < level for one in p) <= scipy.stats.binom.ppf(0.9999, n, level)
+    assert all(one >= other for one, other in zip(p, usual[kept], strict=True))
+    if 0.1 <= ratio <= 1:
+        assert kept.sum() > scipy.stats.binom.ppf(0.9999, n, level), "which is why they are not taken"
+
+
 def test_p_values_are_adjusted_as_by_holm():
     # From R: p.adjust(c(0.01, 0.04, 0.03, 0.005), "holm").
     assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
@@ -89,6 +110,11 @@ def test_adjusted_effects_are_those_of_least_squares_with_seeds_as_blocks():
         assert (own.mean, own.low, own.high) == pytest.approx(expected)
     assert ("other", "plain") not in found
     assert adjusted_effects({"plain": {0: (1.0, 1.0), 1: (2.0, 2.0)}}, []) == {}, "no degree of freedom"
+    apart = {**groups, "apart": {seed + 9: point for seed, point in groups["plain"].items()}}
+    assert adjusted_effects(apart, [("apart", "plain")]) == {}, "no common seed"
+    assert adjusted_effects(apart, [("free", "plain")])["free", "plain"].mean == pytest.approx(
+        found["free", "plain"].mean, abs=0.1
+    )
     assert adjusted_effects({}, []) == {}
 
 

@@ -24,12 +24,12 @@ from robustdiff.mismatch.measure import MEASURES as MISMATCHES
 from robustdiff.report.page import _consequence, _fid_figure, write_page
 from robustdiff.report.study_section import study_section
 from robustdiff.study import run as module
-from robustdiff.study.analysis import Effect, contrast, effect, holm, trend
+from robustdiff.study.analysis import Effect, contrast, effect, holm, mismatch_pairs, ratio_to, trend
 from robustdiff.study.estimate import remaining
 from robustdiff.study.plan import pieces, plan
 from robustdiff.study.run import reproduce, run_study
 from robustdiff.study.schema import Study, load_study
-from robustdiff.study.store import MEASURES, read_results
+from robustdiff.study.store import MEASURES, Results, read_results
 
 TINY = {
     "title": "A tiny study",
@@ -398,8 +398,24 @@ def test_an_effect_is_of_paired_trainings_with_the_noise_that_they_share(tmp_pat
     apart = study.model_copy(update={"measure": study.measure.model_copy(update={"image_noise": "training"})})
     assert effect(replace(results, study=apart), "free", "ddim", 2).shared == 0
     chosen = {**study.methods, "free": study.methods["free"].model_copy(update={"chosen_on": (1,)})}
-    left = effect(replace(results, study=study.model_copy(update={"methods": chosen})), "free", "ddim", 2)
+    picked = replace(results, study=study.model_copy(update={"methods": chosen}))
+    left = effect(picked, "free", "ddim", 2)
     assert (list(left.logs), left.interval) == ([0, 2], None)
+    reference = results.cells["plain", 0, "ddim", 2]
+    assert list(ratio_to(picked, "free", "ddim", 2, reference).logs) == [0, 2]
+    # The images of a reference are common to all trainings, also where each of these has images of its own.
+    fid, drawn = made["plain", 0, "ddim", 2]
+    variance = np.var(np.log(drawn - drawn.mean() + fid), ddof=1)
+    assert ratio_to(replace(results, study=apart), "free", "ddim", 2, reference).shared == pytest.approx(variance)
+
+
+def test_the_mismatch_is_compared_between_all_methods_that_the_study_compares(tmp_path):
+    own = {"baseline": "repeat", **TINY["methods"]["free"]}
+    methods = {"plain": TINY["methods"]["plain"], "repeat": {"seeds": [0]}, "free": own}
+    study = Study.model_validate({**TINY, "methods": methods, "compare": [["free", "plain"]]})
+    keys = [(method, 0, "ddim", 2) for method in ("plain", "free")]
+    results = Results(study, dict.fromkeys([*keys, ("repeat", 0, "ddim", 2)]), {}, dict.fromkeys(keys))
+    assert mismatch_pairs(results) == (keys, [(keys[1], keys[0])])
 
 
 def test_the_page_decides_by_trainings(tmp_path):
@@ -535,8 +551,11 @@ def test_the_trend_over_lengths_of_training_is_that_of_each_seed(tmp_path):
     assert "adjusted by Holm's method for their 3 tests" in text, "the other slope, and the effect with each sampler"
     row = next(line for line in text.splitlines() if line.startswith("| ddim | "))
     assert f"{np.expm1(np.mean(slopes)):+.1%}".replace("-", "−") in row.split(" | ")[1]
-    assert "the longer a training, the more the method is worth with ddim" in text, "FID was made to fall by a tenth"
-    for slope, said in ((0.1, "the less the method is worth"), (0.0, "6 updates tell what 48 would, to within")):
+    assert "the longer it is, the more the method is worth with ddim" in text, "FID was made to fall by a tenth"
+    for slope, said in (
+        (0.1, "the less the method is worth"),
+        (0.0, "no change of the effect with the length of training was found. From 6 to 48 updates, 3.0 doublings"),
+    ):
         made = Effect({0: slope - 0.01, 1: slope, 2: slope + 0.01})
         assert said in "".join(_consequence(made, "ddim", lengths))
     for cell in tmp_path.glob("cells/free-48-*"):

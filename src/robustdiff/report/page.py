@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import re
 from collections.abc import Iterable, Sequence
 from operator import itemgetter
@@ -157,10 +158,14 @@ def _effects(results: Results, steps: int) -> list[str]:
         rows.append([f"{method} to {baseline}", " to ".join(map(str, dict.fromkeys((n[0], n[-1])))), *cells])
     shared = results.study.measure.image_noise == "shared"
     noise = " and over the noise of the images, which all trainings share," if shared else ","
+    degrees = (
+        "P-values have one degree of freedom less than there are trainings, so that they hold however much of the "
+        "variance is that of the images; intervals have Satterthwaite's. "
+    )
     return [
         f"The relative change of FID at {steps} steps, for each sampler by itself: the geometric mean over trainings, "
         f"Student's 95 % interval over trainings{noise} and the p-value of no change, adjusted by Holm's method for "
-        f"the {len(tests)} tests of this table. "
+        f"the {len(tests)} tests of this table. {degrees if shared else ''}"
         + (f"{columns[-1]}: the ratio of the two changes, less one. " if contrasted else "")
         + ("Below 0.05:" if lines else "No p-value is below 0.05."),
         *(["\n".join(lines)] if lines else []),
@@ -187,11 +192,11 @@ def _trend(results: Results, steps: int, folder: Path) -> list[str]:
         ]
         for sampler in results.samplers
     }
-    primary = results.samplers[0]
-    tested = [(sampler, 0) for sampler in results.samplers[1:]] + [(sampler, 1 + longest) for sampler in found]
+    primary = results.study.measure.samplers[0]
+    tested = [(sampler, 0) for sampler in found if sampler != primary] + [(sampler, 1 + longest) for sampler in found]
     p = {key: one.p for key in tested if (one := found[key[0]][key[1]]) is not None and one.p is not None}
     adjusted: dict[tuple[str, int], float | None] = dict(zip(p, holm(list(p.values())), strict=True))
-    slope = found[primary][0]
+    slope = found[primary][0] if primary in found else None
     adjusted[primary, 0] = None if slope is None else slope.p
 
     def cell(sampler: str, i: int) -> str:
@@ -242,13 +247,17 @@ def _consequence(slope: Effect | None, sampler: str, updates: Sequence[int]) -> 
     low, high = slope.interval.low, slope.interval.high
     if high < 0 or low > 0:
         worth = "more" if high < 0 else "less"
-        then = f"the longer a training, the {worth} the method is worth with {sampler} against its baseline"
-    else:
-        then = (
-            f"with {sampler} the effect was not found to change with the length of training, so {min(updates):,} "
-            f"updates tell what {max(updates):,} would, to within {_ends(slope.interval)} a doubling"
-        )
-    return [f"What follows for a training: {then}."]
+        return [
+            f"What follows for a training: the longer it is, the {worth} the method is worth with {sampler} against "
+            "its baseline."
+        ]
+    doublings = math.log2(max(updates) / min(updates))
+    ends = Interval(*((1 + end) ** doublings - 1 for end in (slope.mean, low, high)))
+    return [
+        f"What follows for a training: with {sampler} no change of the effect with the length of training was found. "
+        f"From {min(updates):,} to {max(updates):,} updates, {doublings:.1f} doublings, the interval allows the ratio "
+        f"of the FIDs a change of {_ends(ends)}."
+    ]
 
 
 def _few_trainings(results: Results, steps: int) -> list[str]:

@@ -17,7 +17,10 @@ due to the noise of the images that all trainings share,
 
 the 95 % interval is ē ± t_ν √(s²/n + v). K is the number of blocks of the bootstrap, and v the mean covariance of the
 bootstrap replicates of two seeds, which resample the same images; v = 0 if every seed has images of its own. P-values
-are adjusted by Holm's method (1979) for the number of tests. Seeds on which a setting was chosen are left out.
+are adjusted by Holm's method (1979) for the number of tests, which asks for small ones, and there ν, an estimate, does
+not hold: if s² is small by chance, ν is large and the tail of t_ν too thin. They are therefore of Student's t with n − 1
+degrees of freedom, the smallest that are valid whatever the ratio of the two variances (Mickey and Brown, 1966); with
+v = 0 this is Student's t-test. Seeds on which a setting was chosen are left out.
 """
 
 from __future__ import annotations
@@ -95,12 +98,14 @@ class Effect:
     Attributes:
         logs: The effect e_s, a difference of logarithms, of each seed.
         shared: The variance v of the mean due to the noise of images that all trainings share.
+        blocks: The number of blocks K from whose bootstrap v was estimated.
         relative: False if the e_s are plain differences, of a measure that is not on a logarithmic scale.
     """
 
     logs: dict[int, float]
     shared: float = 0.0
     relative: bool = True
+    blocks: int = BLOCKS
 
     @property
     def n(self) -> int:
@@ -125,7 +130,7 @@ class Effect:
             return None
         own = float(np.var(list(self.logs.values()), ddof=1)) / self.n
         total = own + self.shared
-        weights = own**2 / (self.n - 1) + self.shared**2 / (BLOCKS - 1)
+        weights = own**2 / (self.n - 1) + self.shared**2 / (self.blocks - 1)
         return math.sqrt(total), total**2 / weights if weights else math.inf
 
     @property
@@ -140,12 +145,12 @@ class Effect:
 
     @property
     def p(self) -> float | None:
-        """Return the two-sided p-value of no effect, or None for too few trainings."""
+        """Return the two-sided p-value of no effect with n − 1 degrees of freedom, or None for too few trainings."""
         if self._error is None:
             return None
-        error, freedom = self._error
+        error, _ = self._error
         value = abs(np.mean(list(self.logs.values())))
-        return float(2 * student_t.sf(value / error, freedom)) if error else float(value == 0)
+        return float(2 * student_t.sf(value / error, self.n - 1)) if error else float(value == 0)
 
 
 def holm(p: Sequence[float]) -> list[float]:
@@ -171,16 +176,22 @@ def _logs(record: Record, measure: str = FID) -> Array:
     return np.log(np.maximum([value, *(replicates - replicates.mean() + value)], SMALLEST))
 
 
-def _effect(results: Results, seeds: Mapping[int, Array]) -> Effect | None:
-    """Return the effect of seeds, each with its difference and the R replicates of it, or None without seeds."""
+def _effect(results: Results, seeds: Mapping[int, Array], common: float = 0.0) -> Effect | None:
+    """Return the effect of seeds, each with its difference and the R replicates of it, or None without seeds.
+
+    ``common`` is the variance of what is common to all differences if every seed has images of its own.
+    """
     if not seeds:
         return None
-    shared = 0.0
-    if len(seeds) > 1 and results.study.measure.image_noise == "shared":
-        covariance = np.cov([logs[1:] for logs in seeds.values()])
-        off = covariance.sum() - np.trace(covariance)
-        shared = max(0.0, float(off / (len(seeds) * (len(seeds) - 1))))
-    return Effect({seed: float(logs[0]) for seed, logs in seeds.items()}, shared)
+    shared = common
+    if results.study.measure.image_noise == "shared":
+        shared = 0.0
+        if len(seeds) > 1:
+            covariance = np.cov([logs[1:] for logs in seeds.values()])
+            off = covariance.sum() - np.trace(covariance)
+            shared = max(0.0, float(off / (len(seeds) * (len(seeds) - 1))))
+    blocks = next(iter(results.cells.values()))["blocks"].get(FID, BLOCKS)
+    return Effect({seed: float(logs[0]) for seed, logs in seeds.items()}, shared, blocks=blocks)
 
 
 def baseline_of(results: Results, method: str) -> str:
@@ -199,6 +210,12 @@ def _seeds(results: Results, method: str, sampler: str, steps: int) -> list[int]
     return [s for s in results.study.methods[method].seeds if (method, s, sampler, steps) in results.cells]
 
 
+def _unseen(results: Results, method: str, sampler: str, steps: int) -> list[int]:
+    """Return the seeds of a method that have a cell, and on which it was not chosen."""
+    chosen = results.study.methods[method].chosen_on
+    return [seed for seed in _seeds(results, method, sampler, steps) if seed not in chosen]
+
+
 def values(results: Results, method: str, sampler: str, steps: int, measure: str = FID) -> list[float]:
     """Return the values of a measure for each seed of a method that has a cell."""
     seeds = _seeds(results, method, sampler, steps)
@@ -209,14 +226,11 @@ def _differences(
     results: Results, method: str, sampler: str, steps: int, baseline: str, measure: str = FID
 ) -> dict[int, Array]:
     """Return e_s and its replicates, by seed, of the seeds on which neither method was chosen."""
-    methods = results.study.methods
-    chosen = {*methods[method].chosen_on, *methods[baseline].chosen_on}
-    seeds = [s for s in _seeds(results, method, sampler, steps) if (baseline, s, sampler, steps) in results.cells]
-    cells = results.cells
+    cells, of_baseline = results.cells, _unseen(results, baseline, sampler, steps)
     return {
         s: _logs(cells[method, s, sampler, steps], measure) - _logs(cells[baseline, s, sampler, steps], measure)
-        for s in seeds
-        if s not in chosen
+        for s in _unseen(results, method, sampler, steps)
+        if s in of_baseline
     }
 
 
@@ -266,10 +280,10 @@ def trend(results: Results, sampler: str, steps: int) -> Effect | None:
 
 
 def ratio_to(results: Results, method: str, sampler: str, steps: int, reference: Record) -> Effect | None:
-    """Return the effect of a method against a reference's cell, or None if no seed has a cell."""
-    base = _logs(reference)
-    seeds = _seeds(results, method, sampler, steps)
-    return _effect(results, {seed: _logs(results.cells[method, seed, sampler, steps]) - base for seed in seeds})
+    """Return the effect of a method against a reference's cell, common to all seeds, or None without seeds."""
+    base, cells = _logs(reference), results.cells
+    differences = {s: _logs(cells[method, s, sampler, steps]) - base for s in _unseen(results, method, sampler, steps)}
+    return _effect(results, differences, float(np.var(base[1:], ddof=1)))
 
 
 def levels(results: Results, beside: bool = False) -> dict[tuple[str, str, int], Record]:
@@ -339,11 +353,11 @@ def brightness(results: Results, sampler: str, steps: int) -> dict[str, dict[int
 
 def at_equal_brightness(results: Results, sampler: str, steps: int) -> dict[Pair, Interval]:
     """Return the difference in FID of each pair at equal brightness, of methods with three trainings or more."""
-    points = {
-        method: {seed: (grey, log(fid)) for seed, (grey, fid) in own.items()}
-        for method, own in brightness(results, sampler, steps).items()
-        if len(own) >= TRAININGS
-    }
+    points = {}
+    for method, own in brightness(results, sampler, steps).items():
+        seeds = [seed for seed in _unseen(results, method, sampler, steps) if seed in own]
+        if len(seeds) >= TRAININGS:
+            points[method] = {seed: (own[seed][0], log(own[seed][1])) for seed in seeds}
     return adjusted_effects(points, pairs(results))
 
 
@@ -359,8 +373,8 @@ def adjusted_effects(
         compared: The pairs of groups to compare.
 
     Returns:
-        The relative differences, with 95 % intervals, of the pairs whose groups both exist; none with fewer than two
-        degrees of freedom.
+        The relative differences, with 95 % intervals, of the pairs whose groups both exist and are connected by common
+        seeds; none with fewer than two degrees of freedom.
     """
     rows = [(name, seed, *point) for name, own in groups.items() for seed, point in own.items()]
     names, seeds = list(groups), sorted({seed for _, seed, *_ in rows})
@@ -378,6 +392,8 @@ def adjusted_effects(
     for one, other in compared:
         if one in groups and other in groups:
             weights = np.array([(name == one) - (name == other) for name in names] + [0] * len(seeds), np.float64)
+            if not np.allclose(weights @ inverse @ design.T @ design, weights):
+                continue  # the difference of groups without common seeds cannot be told from that of the seeds
             value, half = (
                 weights @ fitted,
                 student_t.ppf(0.975, freedom) * math.sqrt(variance * weights @ inverse @ weights),
@@ -392,10 +408,10 @@ def rank_correlation(points: Sequence[tuple[float, float]]) -> float | None:
 
 
 def mismatch_pairs(results: Results) -> tuple[list[Key], list[tuple[Key, Key]]]:
-    """Return the keys of cells that have a mismatch, and pairs of such keys: a cell and that of its baseline."""
+    """Return the keys of cells that have a mismatch, and pairs of such keys: of the methods that are compared."""
     keys = [key for key in results.mismatch if key in results.cells]
-    own = [(key, (baseline_of(results, key[0]), *key[1:])) for key in keys]
-    return keys, [(key, base) for key, base in own if base in keys and base != key]
+    found = [(key, (other, *key[1:])) for method, other in pairs(results) for key in keys if key[0] == method]
+    return keys, [(key, base) for key, base in found if base in keys]
 
 
 def mismatch_agreement(results: Results) -> dict[str, tuple[float | None, float | None, int]]:
