@@ -72,3 +72,17 @@ def test_imports_follow_the_order(path: Path) -> None:
 def test_the_order_names_all_that_is_there() -> None:
     there = {path.stem for path in PACKAGE.iterdir() if path.suffix == ".py" or (path / "__init__.py").is_file()}
     assert there - {"__init__", "__main__"} <= set(RANK)
+
+
+def test_modules_export_what_others_import():
+    exported, taken, modules = {}, set(), set()
+    for path in FILES:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        module = ".".join(["robustdiff", *path.relative_to(PACKAGE).with_suffix("").parts]).removesuffix(".__init__")
+        modules.add(module.rpartition(".")[::2])
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Assign) and [*map(ast.unparse, node.targets)] == ["__all__"]:
+                exported[module] = set(ast.literal_eval(node.value))
+            elif isinstance(node, ast.ImportFrom):
+                taken |= {(node.module, alias.name) for alias in node.names}
+    assert sorted(one for one in taken - modules if one[0] in exported and one[1] not in exported[one[0]]) == []

@@ -65,3 +65,14 @@ def test_a_package_that_cannot_be_imported_is_named(toys, tmp_path):
     (tmp_path / "other_toys.py").write_text("import a_module_that_is_not_there\n")
     with pytest.raises(InputError, match=r"toy kite of the installed package other-toys cannot be loaded \(No module"):
         list(toys)
+
+
+def test_a_look_up_that_was_interrupted_is_made_again(toys, monkeypatch):
+    def interrupted(name):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("robustdiff.registry.entry_points", lambda group: interrupted(group))
+    with pytest.raises(KeyboardInterrupt):
+        list(toys)
+    monkeypatch.undo()
+    assert list(toys) == ["ball", "car", "kite"]

@@ -29,7 +29,7 @@ def printable(name: str | os.PathLike[str]) -> str:
 
 def first_line(error: Exception) -> str:
     """Return the first line of an error's message, or the name of its class if it has none."""
-    return (str(error).splitlines() or [""])[0] or type(error).__name__
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def first_mistake(error: ValidationError) -> str:

@@ -30,6 +30,7 @@ from safetensors import SafetensorError
 from robustdiff.errors import InputError, RunError, first_mistake, printable
 
 __all__ = [
+    "MARKER",
     "atomic_folder",
     "atomic_write",
     "cache_folder",
@@ -215,7 +216,7 @@ def read_record(path: str | os.PathLike[str], kind: type[_Record], remedy: str, 
     Args:
         path: A regular file.
         kind: The model.
-        remedy: What to do about a damaged file; the message of the error ends with it.
+        remedy: What to do about a damaged file, with which the message of the error ends.
         limit: The maximum size in bytes.
 
     Raises:
@@ -240,7 +241,7 @@ def read_json_lines(
     Args:
         path: A regular file.
         kind: The model.
-        remedy: What to do about a damaged line; the message of the error ends with it.
+        remedy: What to do about a damaged line, with which the message of the error ends.
         longest: The maximum length of a line in bytes.
 
     Raises:

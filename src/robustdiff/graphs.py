@@ -34,7 +34,8 @@ class Recorder:
     """A function whose calls are recorded and replayed.
 
     The function may change tensors in place, such as parameters. It must not change anything else, must not wait for
-    the GPU, and must make the same operations in each call with arguments of the same shapes.
+    the GPU, and must make the same operations in each call with arguments of the same shapes. A call that cannot be
+    recorded is made again as it is, so that the function must not read gradients that were there before it.
 
     Arguments:
         function: The function. Its arguments and its result are tensors, numbers, strings and None, and lists, tuples,
@@ -94,6 +95,7 @@ class Recorder:
         # inside, by an autocast of the function's own, is there after a replay only.
         torch.set_autocast_cache_enabled(False)
         torch.clear_autocast_cache()
+        current = torch.cuda.current_stream(self.device)
         index = torch.cuda.current_device() if self.device.index is None else self.device.index
         generator = torch.cuda.default_generators[index]
         state = generator.clone_state()
@@ -102,7 +104,9 @@ class Recorder:
             with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
                 result = self.function(*recording.arguments)
         except RuntimeError as error:
-            # A recording that is broken off leaves the generator's state as one that may be drawn from in it alone.
+            # A recording that is broken off may leave its stream as the current one, and the generator's state as one
+            # that may be drawn from in it alone.
+            torch.cuda.set_stream(current)
             generator.graphsafe_set_state(state)
             self._failed = True
             self._recordings.clear()

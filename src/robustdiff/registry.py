@@ -59,19 +59,26 @@ class Registry(Mapping[str, T], Generic[T]):
     def _load(self) -> dict[str, T]:
         if not self._loaded:
             self._loaded = True  # set first, because the modules may look up names
-            for module in iter_modules(import_module(self.folder).__path__):
-                import_module(f"{self.folder}.{module.name}")
-            for point in entry_points(group=self.group):
-                try:
-                    point.load()
-                except Exception as error:  # third-party code may raise any error
-                    reason = first_line(error)
-                    raise InputError(
-                        f"the {self.what} {printable(point.name)} of the installed package "
-                        f"{point.dist.name if point.dist else point.value} cannot be loaded ({printable(reason)}): "
-                        "update the package, or uninstall it"
-                    ) from None
+            try:
+                self._import_all()
+            except BaseException:  # an interrupt too: the next look-up goes on with the rest
+                self._loaded = False
+                raise
         return self._entries
+
+    def _import_all(self) -> None:
+        for module in iter_modules(import_module(self.folder).__path__):
+            import_module(f"{self.folder}.{module.name}")
+        for point in entry_points(group=self.group):
+            try:
+                point.load()
+            except Exception as error:  # third-party code may raise any error
+                reason = first_line(error)
+                raise InputError(
+                    f"the {self.what} {printable(point.name)} of the installed package "
+                    f"{point.dist.name if point.dist else point.value} cannot be loaded ({printable(reason)}): "
+                    "update the package, or uninstall it"
+                ) from None
 
     def __getitem__(self, name: str) -> T:
         """Return the entry with a name.

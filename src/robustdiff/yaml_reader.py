@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from robustdiff.errors import InputError, printable
+from robustdiff.errors import InputError, first_line, printable
 
 __all__ = ["parse_yaml", "read_yaml"]
 
@@ -121,7 +121,7 @@ def parse_yaml(text: str | bytes, source: str) -> Any:
         where = "" if error.problem_mark is None else f" (line {error.problem_mark.line + 1})"
         raise InputError(f"{source}: not YAML: {_short(error.problem or str(error))}{where}") from None
     except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:  # such as 0x_, or an invalid byte
-        raise InputError(f"{source}: not YAML: {_short(str(error).splitlines()[0])}") from None
+        raise InputError(f"{source}: not YAML: {_short(first_line(error))}") from None
 
 
 def read_yaml(path: Path) -> Any:

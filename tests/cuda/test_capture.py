@@ -154,6 +154,7 @@ def test_what_fails_while_it_is_recorded_runs_without(gpu, caplog):
     weight = torch.ones(3, device=gpu, requires_grad=True)
 
     def function(x):
+        weight.grad = None  # as a training pass begins: a recording leaves one that was not computed
         noise = torch.randn_like(x)
         (weight * x).sum().backward()
         return x * float(x.sum()) + 0 * noise  # the host waits
@@ -162,6 +163,8 @@ def test_what_fails_while_it_is_recorded_runs_without(gpu, caplog):
     with caplog.at_level(logging.WARNING):
         for _ in range(3):
             assert recorder(torch.ones(3, device=gpu)).tolist() == [3, 3, 3]
+            assert weight.grad.tolist() == [1, 1, 1]
+    assert torch.cuda.current_stream() == torch.cuda.default_stream()
     assert caplog.text.count("a sum runs without a CUDA graph, since it cannot be recorded") == 1
     assert torch.randn(3, device=gpu).isfinite().all()
     assert torch.nn.functional.dropout(torch.ones(3, device=gpu)).isfinite().all()

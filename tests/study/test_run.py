@@ -21,6 +21,7 @@ from robustdiff.metrics.features import load_extractor
 from robustdiff.metrics.metric import MetricCollection
 from robustdiff.metrics.reference import reference_statistics
 from robustdiff.mismatch.measure import MEASURES as MISMATCHES
+from robustdiff.progress import SILENT
 from robustdiff.report.page import _consequence, _fid_figure, write_page
 from robustdiff.report.study_section import study_section
 from robustdiff.study import run as module
@@ -407,6 +408,21 @@ def test_an_effect_is_of_paired_trainings_with_the_noise_that_they_share(tmp_pat
     fid, drawn = made["plain", 0, "ddim", 2]
     variance = np.var(np.log(drawn - drawn.mean() + fid), ddof=1)
     assert ratio_to(replace(results, study=apart), "free", "ddim", 2, reference).shared == pytest.approx(variance)
+
+
+def test_the_mismatch_is_of_guided_samples_where_the_cells_are(finished, tmp_path, monkeypatch):
+    measure = finished[0].measure.model_copy(update={"guidance": 3.0})
+    given = {}
+
+    def load(*arguments, **settings):
+        given.update(settings)
+        raise InputError("as far as this")
+
+    monkeypatch.setattr(module.Generator, "load", load)
+    run = next(iter(plan(finished[0].model_copy(update={"measure": measure}), tmp_path)))
+    with pytest.raises(InputError, match="as far as this"):
+        module._measure_mismatch(run, "mismatch", SILENT)
+    assert given["guidance"] == 3.0
 
 
 def test_the_mismatch_is_compared_between_all_methods_that_the_study_compares(tmp_path):

@@ -85,6 +85,14 @@ def test_images_are_of_the_captions_of_the_data(finished, clip_folder):
     assert record["measure"]["guidance"] == 4.0
 
 
+def test_a_mismatch_of_captions_is_refused_before_anything_is_trained(finished, tmp_path):
+    study, _ = finished
+    measure = study.measure.model_copy(update={"mismatch": 40})
+    with pytest.raises(InputError, match=r"measure\.mismatch is not for text-to-image models: leave it out"):
+        run_study(study.model_copy(update={"measure": measure}), tmp_path)
+    assert not list(tmp_path.glob("runs/*"))
+
+
 def test_a_reference_has_the_guidance_of_its_own(finished):
     study, folder = finished
     cells = {name: json.loads((folder / "cells" / f"{name}-ddim-2.json").read_text()) for name in study.references}

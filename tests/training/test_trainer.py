@@ -384,6 +384,13 @@ def test_a_parameter_that_the_last_update_broke_is_not_saved(tiny):
 # -- what a run leaves behind ---------------------------------------------------------------------------------
 
 
+def test_the_accelerator_of_the_caller_keeps_its_precision(tiny):
+    own = Accelerator(cpu=True, mixed_precision="bf16")
+    train(tiny(steps=2), cpu=True)
+    assert own.mixed_precision == "bf16"
+    assert Accelerator(cpu=True).mixed_precision == "bf16"
+
+
 def test_metrics_and_result(tiny, watch):
     recipe = tiny(steps=12, adversary={"name": "free", "step_size": 0.5}, log_every=6, warmup=4)
     steps = []

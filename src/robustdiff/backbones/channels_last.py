@@ -132,12 +132,16 @@ class _BiasGradient(torch.autograd.Function):
         return dy, _summed(dy).to(context.type) if context.needs_input_grad[1] else None
 
 
+def _empty(x: Tensor, shape: tuple[int, ...]) -> Tensor:
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+
+
 class _Spread(torch.autograd.Function):
     @staticmethod
     def forward(context: Any, x: Tensor, factor: float) -> Tensor:
         context.factor = factor
         samples, channels, height, width = x.shape
-        out = x.new_empty((samples, channels, 2 * height, 2 * width)).to(memory_format=torch.channels_last)
+        out = _empty(x, (samples, channels, 2 * height, 2 * width))
         _launch(spread_kernel, x, x, out, width=width, factor=factor)
         return out
 
@@ -151,7 +155,7 @@ class _Gather(torch.autograd.Function):
     def forward(context: Any, x: Tensor, factor: float) -> Tensor:
         context.factor = factor
         samples, channels, height, width = x.shape
-        out = x.new_empty((samples, channels, height // 2, width // 2)).to(memory_format=torch.channels_last)
+        out = _empty(x, (samples, channels, height // 2, width // 2))
         _launch(gather_kernel, out, x, out, width=width // 2, factor=factor)
         return out
 

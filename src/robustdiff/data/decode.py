@@ -28,7 +28,7 @@ from pydantic import BeforeValidator
 from torch import Tensor
 
 from robustdiff.data.pixels import Position, crop_box, resize_image
-from robustdiff.errors import InputError, printable
+from robustdiff.errors import InputError, first_line, printable
 from robustdiff.section import Text
 
 __all__ = [
@@ -206,7 +206,7 @@ def _reading(name: str) -> Iterator[None]:
         raise
     except Image.DecompressionBombError as error:
         raise InputError(
-            f"{name}: over Pillow's limit of pixels ({_first_line(error).partition(',')[0]}); "
+            f"{name}: over Pillow's limit of pixels ({printable(first_line(error)).partition(',')[0]}); "
             "make it smaller or remove it"
         ) from error
     except UnidentifiedImageError as error:
@@ -216,12 +216,9 @@ def _reading(name: str) -> Iterator[None]:
     except Exception as error:  # for damaged files, Pillow's decoders may raise almost any error
         if isinstance(error, OSError) and error.errno is not None:
             raise InputError(f"{name}: cannot be read ({error.strerror}); make it readable or remove it") from error
-        raise InputError(f"{name}: cannot be decoded ({_first_line(error)}); remove it or replace it") from error
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip()
-    return printable(text.splitlines()[0]) if text else type(error).__name__
+        raise InputError(
+            f"{name}: cannot be decoded ({printable(first_line(error))}); remove it or replace it"
+        ) from error
 
 
 def _check(image: Image.Image, name: str) -> None:

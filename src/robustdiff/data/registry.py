@@ -21,7 +21,7 @@ from typing import Any, Literal, get_type_hints
 from pydantic import ConfigDict, Field, create_model, model_validator
 
 from robustdiff.data.dataset import ImageDataset
-from robustdiff.errors import InputError, printable
+from robustdiff.errors import InputError, first_line, printable
 from robustdiff.registry import Registry
 from robustdiff.section import Named, Section, Text, refusal
 
@@ -161,7 +161,7 @@ def _section(function: Callable[..., ImageDataset]) -> type[Section]:
         }
         return create_model("Options", __base__=Section, **fields)
     except Exception as error:  # annotations of third-party code may raise any error
-        reason = printable((str(error).splitlines() or [""])[0])
+        reason = printable(first_line(error))
         raise InputError(
             f"the options of the dataset function {function.__module__}.{function.__qualname__} are no fields of a "
             f"recipe ({reason}): annotate them with types such as int, float, bool or str"

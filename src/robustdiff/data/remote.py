@@ -165,7 +165,7 @@ def _persist(url: str, action: Callable[[], _T], progress: Callable[[], int]) ->
             cause = error.reason if isinstance(error, URLError) and isinstance(error.reason, OSError) else error
             if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise _full(cache_folder(), shown(url), 0) from None
-            reason = printable((first_line(cause) or type(cause).__name__)[:200])
+            reason = printable(first_line(cause)[:200])
         failures = 1 if progress() > furthest else failures + 1
         furthest = max(furthest, progress())
         if failures >= ATTEMPTS:

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import t as student_t
 
-__all__ = ["BLOCKS", "REPLICATES", "Array", "block_of", "block_weights", "corrected", "interval"]
+__all__ = ["BLOCKS", "GOLDEN", "REPLICATES", "Array", "block_of", "block_weights", "corrected", "interval"]
 
 Array = NDArray[np.float64]
 

@@ -36,12 +36,14 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from robustdiff.data.dataset import to_unit
-from robustdiff.errors import InputError, RunError, printable
+from robustdiff.errors import InputError, RunError, first_line, printable
 from robustdiff.files import atomic_write
 from robustdiff.weights import FLOATS, read_file
 
 __all__ = [
     "EXTRACTORS",
+    "INCEPTION_URL",
+    "SHIPPED",
     "Classifier",
     "ClassifierExtractor",
     "FeatureExtractor",
@@ -197,7 +199,7 @@ class Classifier(nn.Module):
             copies = {key: value.to(torch.float32, copy=True) for key, value in weights.items()}
             classifier.load_state_dict(copies, assign=True)
         except Exception as error:  # safetensors, JSON and torch raise errors of many kinds
-            message = printable(str(error).splitlines()[0]) if str(error) else type(error).__name__
+            message = printable(first_line(error))
             raise InputError(
                 f"{path}: not weights of a classifier ({message}); give a file that Classifier.save wrote"
             ) from error
@@ -283,7 +285,7 @@ class InceptionExtractor(FeatureExtractor):
             buffer.seek(0)
             self.network = network("inception", ["2048"], feature_extractor_weights_path=buffer)
         except Exception as error:  # torch-fidelity raises errors of many kinds for other weights
-            message = str(error).splitlines()[0] if str(error) else type(error).__name__
+            message = first_line(error)
             raise InputError(f"{path}: not Inception weights ({message}); download {INCEPTION_URL}") from error
         self.fingerprint = fingerprint_of(self.network.state_dict())
 

@@ -37,6 +37,7 @@ __all__ = [
     "Measured",
     "Metric",
     "MetricCollection",
+    "Need",
     "Number",
     "check_finite",
     "compared",

@@ -55,7 +55,9 @@ from robustdiff.metrics.fid import frechet_distance
 
 __all__ = [
     "BLOCKS",
+    "Array",
     "Estimate",
+    "Subsets",
     "block_of",
     "energy_distance",
     "estimate",

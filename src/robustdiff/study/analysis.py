@@ -18,7 +18,7 @@ due to the noise of the images that all trainings share,
 the 95 % interval is ē ± t_ν √(s²/n + v). K is the number of blocks of the bootstrap, and v the mean covariance of the
 bootstrap replicates of two seeds, which resample the same images; v = 0 if every seed has images of its own. P-values
 are adjusted by Holm's method (1979) for the number of tests, which asks for small ones, and there ν, an estimate, does
-not hold: if s² is small by chance, ν is large and the tail of t_ν too thin. They are therefore of Student's t with n − 1
+not hold: if s² is small by chance, ν is large and the tail of t_ν too thin. They are those of Student's t with n − 1
 degrees of freedom, the smallest that are valid whatever the ratio of the two variances (Mickey and Brown, 1966); with
 v = 0 this is Student's t-test. Seeds on which a setting was chosen are left out.
 """
@@ -46,6 +46,7 @@ __all__ = [
     "TRAININGS",
     "Effect",
     "Interval",
+    "Pair",
     "adjusted_effects",
     "agreeing_digits",
     "at_equal_brightness",

@@ -19,7 +19,7 @@ from pathlib import Path
 from robustdiff.recipe import Recipe, load_recipe
 from robustdiff.study.schema import Study
 
-__all__ = ["Cell", "Piece", "Run", "image_passes", "pieces", "plan", "reference_cells"]
+__all__ = ["CELL", "Cell", "Piece", "Run", "image_passes", "pieces", "plan", "reference_cells"]
 
 UPDATE = 4  # the time of an update for one image, in network evaluations
 CELL = 1000  # the time of features and bootstrap of a cell, in network evaluations

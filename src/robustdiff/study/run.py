@@ -117,6 +117,8 @@ def _check_samplers(study: Study, run: Run) -> None:
     dataset, measure = run.recipe.data.load(), study.measure
     captions = _captions(dataset if measure.data is None else measure.data.load())
     built = build_model(run.recipe, dataset)
+    if measure.mismatch and built.model.condition.takes_captions:
+        raise InputError("measure.mismatch is not for text-to-image models: leave it out")
     for sampler, steps in itertools.product(measure.samplers, run.steps):
         Generator.of(built.model, sampler=sampler, steps=steps, guidance=measure.guidance, data_captions=captions)
 
@@ -258,6 +260,7 @@ def _measure_mismatch(run: Run, name: str, progress: Progress) -> None:
         steps=run.mismatch_steps[0],
         batch_size=measure.batch_size,
         precision=recipe.precision,
+        guidance=measure.guidance,
     )
     progress.begin(name, measure.mismatch * len(measure.samplers) * len(run.mismatch_steps))
     mismatch = measure_mismatch(

@@ -21,7 +21,20 @@ from robustdiff.samplers.sample import SAMPLERS
 from robustdiff.section import Precision, Section, Text
 from robustdiff.yaml_reader import parse_yaml, read_yaml
 
-__all__ = ["Measurement", "Method", "Reference", "Study", "load_study", "shipped_studies"]
+__all__ = [
+    "Changes",
+    "Count",
+    "Guidance",
+    "Measurement",
+    "Method",
+    "Name",
+    "Reference",
+    "Sampler",
+    "Seed",
+    "Study",
+    "load_study",
+    "shipped_studies",
+]
 
 MOST_METHODS = 256
 MOST_CELLS = 100_000

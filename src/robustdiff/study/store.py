@@ -45,7 +45,9 @@ __all__ = [
     "held",
     "read",
     "read_cell",
+    "read_real",
     "read_results",
+    "real_path",
     "reproducible",
     "write",
 ]

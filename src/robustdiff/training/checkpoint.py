@@ -31,7 +31,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from robustdiff.errors import InputError, first_mistake, printable
+from robustdiff.errors import InputError, first_line, first_mistake, printable
 from robustdiff.files import atomic_folder, open_regular, read_json
 
 __all__ = [
@@ -263,7 +263,7 @@ def _restore_random(path: Path, accelerator: Accelerator, processes: int) -> Non
         if "cuda" in states:
             torch.cuda.set_rng_state(states["cuda"], accelerator.device)
     except RuntimeError as error:
-        raise _refusal(file, str(error).splitlines()[0]) from None
+        raise _refusal(file, first_line(error)) from None
 
 
 def _opened(path: Path) -> Any:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from robustdiff.objectives.objective import follow
 
-__all__ = ["EMA", "power_exponent", "sufficient_decay"]
+__all__ = ["EMA", "REMAINDER", "power_exponent", "sufficient_decay"]
 
 RELATIVE_WIDTH = 0.10  # σ_rel of "auto", the middle of what Karras et al. find best
 REMAINDER = 0.05  # the largest weight of the start in the final average that gives no warning

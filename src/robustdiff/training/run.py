@@ -170,6 +170,15 @@ def train(recipe: Recipe, *, resume: bool = False, cpu: bool = False, progress: 
         RunError: If the loss is not finite.
         OSError: If the disk is full.
     """
+    outer = dict(AcceleratorState._shared_state)  # of the caller, who may have another precision
+    try:
+        return _train(recipe, resume, cpu, progress)
+    finally:
+        AcceleratorState._shared_state.clear()
+        AcceleratorState._shared_state.update(outer)
+
+
+def _train(recipe: Recipe, resume: bool, cpu: bool, progress: Progress) -> RunResult | None:
     folder = Path(recipe.output)
     if recipe.threads is not None:
         torch.set_num_threads(recipe.threads)

@@ -206,7 +206,9 @@ class Trainer:
         self.adversary.count_on(accelerator.device)
 
         def passes(draws: list[Draw], schedule: _Schedule) -> list[_Pass]:
-            # AdamW refuses to be recorded without it, and with it warns of steps that are not.
+            # A recording that was broken off leaves gradients that were not computed.
+            self.optimizer.zero_grad(set_to_none=True)
+            # AdamW refuses to be recorded without it. Other steps do not need it, and would count on the device.
             for group in self.optimizer.param_groups:
                 group["capturable"] = on_gpu and torch.cuda.is_current_stream_capturing()
             return list(self._passes(draws, schedule))

@@ -23,10 +23,12 @@ from robustdiff.metrics.metric import number_named
 from robustdiff.recipe import Recipe
 
 __all__ = [
+    "LONGEST_LINE",
     "REMEDY",
     "Best",
     "FiredSign",
     "Line",
+    "Record",
     "Sign",
     "Start",
     "StartCell",
