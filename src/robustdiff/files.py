@@ -216,7 +216,7 @@ def read_record(path: str | os.PathLike[str], kind: type[_Record], remedy: str, 
     Args:
         path: A regular file.
         kind: The model.
-        remedy: What to do about a damaged file, with which the message of the error ends.
+        remedy: The advice for a damaged file, at the end of the message of the error.
         limit: The maximum size in bytes.
 
     Raises:
@@ -241,7 +241,7 @@ def read_json_lines(
     Args:
         path: A regular file.
         kind: The model.
-        remedy: What to do about a damaged line, with which the message of the error ends.
+        remedy: The advice for a damaged line, at the end of the message of the error.
         longest: The maximum length of a line in bytes.
 
     Raises:

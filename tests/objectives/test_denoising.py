@@ -12,6 +12,8 @@ from torch import nn
 from torch.distributions import Normal, kl_divergence
 
 from robustdiff.objectives.denoising import DenoisingObjective
+from robustdiff.objectives.edm import EDMObjective
+from robustdiff.objectives.timesteps import LossSecondMoment
 from robustdiff.perturbation import FreeAdversary
 from robustdiff.process import PREDICTIONS, DiffusionProcess
 
@@ -291,6 +293,20 @@ def test_weights_multiply_the_loss_alone():
     weight = torch.tensor([1.0, 2.0, 3.0, 4.0]).double()
     losses = objective(Network(), objective.draw(x0, t=torch.tensor([1, 2, 3, 4]), noise=noise, weight=weight))
     torch.testing.assert_close(losses["loss"], weight * losses["mse"])
+
+
+def test_weights_of_samples_and_of_drawn_times_are_multiplied():
+    times = LossSecondMoment(1000, history=1)
+    times.load_state_dict({"losses": torch.arange(1.0, 1001.0)[:, None].double(), "counts": torch.ones(1000).long()})
+    (x0, _, _), weight = tensors(), torch.tensor([1.0, 2.0, 3.0, 4.0]).double()
+    for objective in (DenoisingObjective(COSINE), DenoisingObjective(COSINE, timesteps=times), EDMObjective()):
+        drawn, both = (
+            objective.draw(x0, generator=torch.Generator().manual_seed(0), **given)
+            for given in ({}, {"weight": weight})
+        )
+        assert torch.equal(drawn.t, both.t)
+        of_times = torch.ones(4).double() if drawn.weight is None else drawn.weight
+        torch.testing.assert_close(both.weight.double(), weight * of_times)
 
 
 def test_weights_multiply_both_terms_of_the_hybrid_loss_and_neither_as_reported():

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from scipy.optimize import linprog, minimize
 from torch import nn
 
+from robustdiff.errors import InputError
 from robustdiff.perturbation import (
     ADVERSARIES,
     NORMS,
@@ -523,3 +524,26 @@ def test_how_many_samples_are_at_their_radius():
 
 def test_the_number_of_ascents():
     assert (FreeAdversary(3).ascents, PGDAdversary(3).ascents, FreeAdversary(1).ascents) == (2, 3, 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("adversary", [FreeAdversary(), PGDAdversary(), RandomAdversary()])
+def test_points_that_would_round_delta_away_are_refused(adversary, dtype):
+    x_t = torch.randn(2, 4, 32, 32, generator=torch.Generator().manual_seed(0)).to(dtype)
+    delta = 0.1 * torch.ones_like(x_t) / 64
+    assert (x_t + delta == x_t).float().mean() > (0.5 if dtype == torch.bfloat16 else 0)
+    with pytest.raises(InputError, match=r"torch\.b?float16.*add the noise in float32"):
+        next(adversary(x_t, loss=lambda delta: delta.sum()))
+
+
+def test_under_autocast_rounding_keeps_delta_on_average():
+    """Points in float32 lie between the numbers of bfloat16, so that a small δ moves a part of them by a whole step."""
+    x_t = torch.randn(2**20, generator=torch.Generator().manual_seed(0))
+    moved = (x_t + 1e-3).bfloat16().double() - x_t.bfloat16().double()
+    assert moved.mean().item() == pytest.approx(1e-3, rel=0.05)
+    on_grid = x_t.bfloat16()
+    assert (on_grid.float() + 1e-3).bfloat16().double().sub(on_grid.double()).mean().item() < 0.8e-3
+
+
+def test_none_takes_points_of_any_precision():
+    assert next(NoAdversary()(torch.ones(2, 3, dtype=torch.bfloat16))).abs().sum() == 0

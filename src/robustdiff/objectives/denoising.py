@@ -118,13 +118,17 @@ class DenoisingObjective(Objective):
             t: Time indices, or times, with shape (B,). Default: drawn from ``timesteps``, with their weights.
             noise: The noise ε, with shape (B, *). Default: standard normal.
             generator: The source of randomness for arguments that are not given. Default: PyTorch's global generator.
-            weight: The weights of the losses at given ``t``, with shape (B,); None for weights of 1.
+            weight: The weights of the losses, with shape (B,), in addition to those of ``timesteps``; None for weights
+                of 1.
             input_noise: The noise ξ of input perturbation, with shape (B, *). Default: standard normal.
             condition: Further keyword arguments of the model, such as ``class_labels``.
         """
         if t is None:
-            t, weight = self.timesteps.draw(len(x0), generator, x0.device)
-            t, weight = t.to(x0.device), None if weight is None else weight.to(x0.device)
+            t, of_times = self.timesteps.draw(len(x0), generator, x0.device)
+            t = t.to(x0.device)
+            if of_times is not None:
+                of_times = of_times.to(x0.device)
+                weight = of_times if weight is None else weight * of_times
         noise = gaussian(x0, generator) if noise is None else noise
         at = noise
         if self.input_perturbation:

@@ -11,15 +11,34 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from robustdiff.errors import InputError
 from robustdiff.perturbation.norms import NORMS
 from robustdiff.perturbation.radii import Constant, RadiusConfig, RadiusSchedule, Ramp
 from robustdiff.process import DiffusionProcess, broadcast
 from robustdiff.registry import Registry
 from robustdiff.section import MOST_UPDATES, Named
 
-__all__ = ["ADVERSARIES", "Adversary", "AdversaryConfig", "AscentConfig", "LossOfDelta"]
+__all__ = ["ADVERSARIES", "Adversary", "AdversaryConfig", "AscentConfig", "LossOfDelta", "check_precision"]
 
 LossOfDelta = Callable[[Tensor], Tensor]
+
+
+def check_precision(x_t: Tensor) -> None:
+    """Check that noisy points are fine enough for a perturbation.
+
+    An element of δ is about α/√d long, which is less than the distance of two numbers near 1 in bfloat16 (2⁻⁷) for
+    nearly all α and d, and in float16 (2⁻¹⁰) for large d. x_t + δ would be rounded back to x_t, and the target, which
+    has δ, would be wrong. A network under autocast rounds x_t + δ too, but from points between such numbers, so that on
+    average δ is kept.
+
+    Raises:
+        InputError: If the points are in half precision.
+    """
+    if x_t.dtype in (torch.bfloat16, torch.float16):
+        raise InputError(
+            f"the noisy points are {x_t.dtype}, in which most of δ would be rounded away: add the noise in float32, as "
+            "by add_noise(x0.float(), noise.float(), t); the network may stay under autocast"
+        )
 
 
 class Adversary(ABC):
@@ -116,12 +135,15 @@ class Adversary(ABC):
         """Yield the perturbations of a batch, in order, each like ``x_t``.
 
         Arguments:
-            x_t: The noisy points, with shape (B, *).
+            x_t: The noisy points, with shape (B, *), in float32 or float64.
             t: Their time indices, with shape (B,). Required by radii that depend on the timestep.
             loss: A function that maps δ to the losses (B,) at x_t + δ, or to their sum or mean. Required by adversaries
                 that call backward themselves.
             training_step: The number of optimiser updates made so far, a number or a scalar on the device. Required by
                 ramped radii.
+
+        Raises:
+            InputError: If the points are in half precision (:func:`check_precision`).
         """
 
     def _project(self, delta: Tensor, x_t: Tensor, t: Tensor | None, training_step: int | Tensor | None) -> Tensor:

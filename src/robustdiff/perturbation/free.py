@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from robustdiff.perturbation.adversary import ADVERSARIES, Adversary, AscentConfig, LossOfDelta
+from robustdiff.perturbation.adversary import ADVERSARIES, Adversary, AscentConfig, LossOfDelta, check_precision
 
 __all__ = ["FreeAdversary", "FreeConfig"]
 
@@ -32,6 +32,7 @@ class FreeAdversary(Adversary):
         loss: LossOfDelta | None = None,
         training_step: int | Tensor | None = None,
     ) -> Iterator[Tensor]:
+        check_precision(x_t)
         delta = torch.zeros_like(x_t)
         for k in range(self.steps):
             delta = delta.detach().requires_grad_()

@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from robustdiff.perturbation.adversary import ADVERSARIES, Adversary, AscentConfig, LossOfDelta
+from robustdiff.perturbation.adversary import ADVERSARIES, Adversary, AscentConfig, LossOfDelta, check_precision
 
 __all__ = ["PGDAdversary", "PGDConfig"]
 
@@ -40,6 +40,7 @@ class PGDAdversary(Adversary):
     ) -> Iterator[Tensor]:
         if loss is None:
             raise ValueError("PGDAdversary needs the loss as a function of delta: adversary(x_t, t, loss=…)")
+        check_precision(x_t)
         delta = torch.zeros_like(x_t)
         for _ in range(self.steps):
             delta = delta.detach().requires_grad_()

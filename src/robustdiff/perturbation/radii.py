@@ -80,7 +80,8 @@ class NoiseLevel(RadiusSchedule):
     least noisy points is many times their noise.
 
     Arguments:
-        process: The noising process.
+        process: The noising process. A consistency objective whose number of levels grows replaces its process, so that
+            the radius would be of other levels than the points.
         eta: η ≥ 0, in units of the noise.
     """
 
@@ -148,7 +149,7 @@ class Within(RadiusSchedule):
 
     Arguments:
         radius: The radius between the two levels.
-        process: The noising process.
+        process: The noising process, with levels that stay, as for :class:`NoiseLevel`.
         low: The lowest σ_t that is perturbed, ≥ 0.
         high: The highest σ_t that is perturbed, ≥ low.
     """

@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from robustdiff.perturbation.adversary import ADVERSARIES, Adversary, AscentConfig, LossOfDelta
+from robustdiff.perturbation.adversary import ADVERSARIES, Adversary, AscentConfig, LossOfDelta, check_precision
 from robustdiff.perturbation.radii import RadiusSchedule
 
 __all__ = ["RandomAdversary", "RandomConfig"]
@@ -48,6 +48,7 @@ class RandomAdversary(Adversary):
         loss: LossOfDelta | None = None,
         training_step: int | Tensor | None = None,
     ) -> Iterator[Tensor]:
+        check_precision(x_t)
         gaussian = torch.randn(x_t.shape, generator=self.generator, device=x_t.device, dtype=x_t.dtype)
         direction = self.norm.ascent(gaussian)
         for k in range(self.steps):
