@@ -71,8 +71,7 @@ def test_a_look_up_that_was_interrupted_is_made_again(toys, monkeypatch):
     def interrupted(name):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("robustdiff.registry.entry_points", lambda group: interrupted(group))
-    with pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("robustdiff.registry.entry_points", lambda group: interrupted(group))
         list(toys)
-    monkeypatch.undo()
     assert list(toys) == ["ball", "car", "kite"]
