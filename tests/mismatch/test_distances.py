@@ -11,13 +11,13 @@ from scipy.special import gammaln
 
 from robustdiff.errors import InputError
 from robustdiff.mismatch.distances import (
-    BLOCKS,
+    IMAGE_BLOCKS,
     Estimate,
-    block_of,
     energy_distance,
     estimate,
     frechet,
     half_samples,
+    image_block_of,
     kl_divergence,
     random_directions,
     sliced_wasserstein,
@@ -63,7 +63,7 @@ def test_between_two_gaussians_the_truth_is_in_the_interval(name, d, scale, shif
     generator = np.random.default_rng(d)
     x, y = scale * generator.standard_normal((N, d)), generator.standard_normal((N, d))
     x[:, 0] += shift
-    subsets = half_samples()[:, block_of(np.arange(N))]
+    subsets = half_samples()[:, image_block_of(np.arange(N))]
     result = estimate(BY_NAME[name](x, y, subsets))
     expected = truth(name, d, scale, shift, random_directions(d))
     assert result.low < expected < result.high
@@ -75,30 +75,30 @@ def test_the_interval_is_as_wide_as_repetition_says(name):
     """Half-samples of one set spread as independent sets of its size do, and their interval covers the expectation."""
     n, repetitions, results = 200, 80, []
     generator = np.random.default_rng(1)
-    subsets = half_samples()[:, block_of(np.arange(n))]
+    subsets = half_samples()[:, image_block_of(np.arange(n))]
     for _ in range(repetitions):
         x, y = 0.8 + 1.3 * generator.standard_normal((n, 2)), generator.standard_normal((n, 2))
         results.append(estimate(BY_NAME[name](x, y, subsets)))
     values = np.array([r.value for r in results])
     widths = np.array([r.high - r.low for r in results])
-    assert 0.8 < widths.mean() / (2 * stats.t.ppf(0.975, BLOCKS - 1) * values.std(ddof=1)) < 1.25
+    assert 0.8 < widths.mean() / (2 * stats.t.ppf(0.975, IMAGE_BLOCKS - 1) * values.std(ddof=1)) < 1.25
     covered = np.mean([r.low < values.mean() < r.high for r in results])
     assert covered >= 0.88
 
 
 def test_half_samples_of_a_mean_have_the_variance_of_the_mean():
     """Exactly: over all halves of K blocks the variance is s²/K."""
-    blocks = np.random.default_rng(0).standard_normal(BLOCKS)
+    blocks = np.random.default_rng(0).standard_normal(IMAGE_BLOCKS)
     halves = half_samples(20_000)
     assert halves[0].all()
-    assert (halves[1:].sum(1) == BLOCKS // 2).all()
-    means = halves[1:] @ blocks / (BLOCKS // 2)
-    assert means.var() == pytest.approx(blocks.var(ddof=1) / BLOCKS, rel=0.03)
+    assert (halves[1:].sum(1) == IMAGE_BLOCKS // 2).all()
+    means = halves[1:] @ blocks / (IMAGE_BLOCKS // 2)
+    assert means.var() == pytest.approx(blocks.var(ddof=1) / IMAGE_BLOCKS, rel=0.03)
 
 
 def test_an_estimate_is_the_value_and_students_interval():
     spread = np.array([3.0, 1.0, 2.0, 6.0])
-    half = stats.t(BLOCKS - 1).ppf(0.975) * spread.std(ddof=1)
+    half = stats.t(IMAGE_BLOCKS - 1).ppf(0.975) * spread.std(ddof=1)
     assert estimate(np.array([5.0, *spread]), floor=0.5) == Estimate(
         5.0, pytest.approx(5 - half), pytest.approx(5 + half), 0.5
     )

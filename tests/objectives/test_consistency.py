@@ -19,7 +19,7 @@ from torch import nn
 from robustdiff import ConsistencyObjective, FreeAdversary, PGDAdversary, RandomAdversary
 from robustdiff.errors import InputError
 from robustdiff.objectives.consistency import (
-    METRICS,
+    DISTANCES,
     SOLVERS,
     DoublingScales,
     FixedScales,
@@ -337,12 +337,12 @@ def test_distances(n, size):
         "pseudo-huber": np.sqrt((difference**2).sum(1) + c**2) - c,
     }
     for name, value in expected.items():
-        np.testing.assert_allclose(METRICS[name]()(torch.from_numpy(a), torch.from_numpy(b)), value, rtol=1e-6)
+        np.testing.assert_allclose(DISTANCES[name]()(torch.from_numpy(a), torch.from_numpy(b)), value, rtol=1e-6)
 
 
 def test_the_huber_distance_is_smooth_at_zero():
     a = torch.zeros(1, 4, requires_grad=True)
-    METRICS["pseudo-huber"]()(a, torch.zeros(1, 4)).sum().backward()
+    DISTANCES["pseudo-huber"]()(a, torch.zeros(1, 4)).sum().backward()
     assert torch.equal(a.grad, torch.zeros(1, 4))
 
 
@@ -360,7 +360,7 @@ def test_lpips_without_its_weights_is_named(monkeypatch):
     stub.LPIPS = offline
     monkeypatch.setitem(sys.modules, "lpips", stub)
     with pytest.raises(InputError, match=r"weights of VGG-16 .*no route to host.*pseudo-huber"):
-        METRICS["lpips"]()
+        DISTANCES["lpips"]()
 
 
 @pytest.mark.parametrize(("side", "seen"), [(8, 224), (255, 224), (256, 256)])
@@ -379,7 +379,7 @@ def test_lpips_is_given_colour_images_and_small_ones_at_224(monkeypatch, side, s
     stub = ModuleType("lpips")
     stub.LPIPS = LPIPS
     monkeypatch.setitem(sys.modules, "lpips", stub)
-    distance = METRICS["lpips"]()
+    distance = DISTANCES["lpips"]()
     a = torch.full((2, 1, side, side), 0.5, requires_grad=True)
     value = distance(a, torch.zeros(2, 1, side, side))
     torch.testing.assert_close(value, torch.full((2,), 0.5))

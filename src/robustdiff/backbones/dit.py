@@ -21,7 +21,7 @@ from torch import nn
 
 from robustdiff.backbones.backbone import BACKBONES, Backbone, BackboneSection
 from robustdiff.codecs.codec import Codec, Shape
-from robustdiff.codecs.vae import VAE, load_vae
+from robustdiff.codecs.vae import VAE, pipeline_vae
 from robustdiff.conditions.condition import Condition
 from robustdiff.conditions.labels import Labels
 from robustdiff.errors import InputError, first_line
@@ -239,11 +239,7 @@ def load_transformer(
         place=place,
     )
     index = folder / "model_index.json"
-    if components.get("vae") != ("diffusers", "AutoencoderKL"):
-        raise InputError(
-            f"{index}: vae is {shown(components.get('vae'))}, and only AutoencoderKL of diffusers is supported"
-        )
-    codec = VAE(load_vae(component(folder, "vae")))
+    codec = pipeline_vae(folder, components)
     if codec.shifted:
         raise InputError(f"{index}: the pipeline does not shift latents, and its VAE has a shift: give another VAE")
     config: Any = network.config

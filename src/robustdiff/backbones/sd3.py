@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from robustdiff.backbones.backbone import BACKBONES, Backbone
 from robustdiff.backbones.scheduler import kind_of
 from robustdiff.codecs.codec import Codec, Shape
-from robustdiff.codecs.vae import VAE, load_vae
+from robustdiff.codecs.vae import VAE, pipeline_vae
 from robustdiff.conditions.clip_t5 import StableDiffusion3Text, load_sd3_text
 from robustdiff.conditions.condition import Condition
 from robustdiff.errors import InputError, first_line
@@ -273,11 +273,7 @@ def check_call(network: Any, path: Path, shape: tuple[int, ...], **arguments: An
 def _load_vae(folder: Path, components: Components, channels: int) -> VAE:
     """Load the VAE of a pipeline that shifts latents by ``shift_factor``."""
     index = folder / "model_index.json"
-    if components.get("vae") != ("diffusers", "AutoencoderKL"):
-        raise InputError(
-            f"{index}: vae is {shown(components.get('vae'))}, and only AutoencoderKL of diffusers is supported"
-        )
-    codec = VAE(load_vae(component(folder, "vae")))
+    codec = pipeline_vae(folder, components)
     config: Any = codec.network.config
     if config.shift_factor is None or config.latents_mean is not None or config.latents_std is not None:
         raise InputError(

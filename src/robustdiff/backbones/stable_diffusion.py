@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from robustdiff.backbones.backbone import BACKBONES, Backbone
 from robustdiff.codecs.codec import Codec
-from robustdiff.codecs.vae import VAE, load_vae
+from robustdiff.codecs.vae import VAE, pipeline_vae
 from robustdiff.conditions.clip import ClipText, TwoClipTexts, load_clip, load_two_clips
 from robustdiff.conditions.condition import Condition
 from robustdiff.errors import InputError, first_line, printable
@@ -83,17 +83,13 @@ class StableDiffusion(Backbone):
             raise InputError(
                 f"{index}: pipelines of UNet2DConditionModel are supported if they are {_SD}, {_XL} or {_LCM}"
             )
-        if components.get("vae") != ("diffusers", "AutoencoderKL"):
-            raise InputError(
-                f"{index}: vae is {shown(components.get('vae'))}, and only AutoencoderKL of diffusers is supported"
-            )
         if kind == _XL:
             text: ClipText | TwoClipTexts = load_two_clips(
                 folder, bool(config.get("force_zeros_for_empty_prompt", True))
             )
         else:
             text = load_clip(folder)
-        codec = VAE(load_vae(component(folder, "vae")))
+        codec = pipeline_vae(folder, components)
         _check_codec(codec, kind, index)
 
         def prepare(config: dict[str, Any], tensors: int, path: Path) -> None:

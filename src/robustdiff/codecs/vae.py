@@ -28,10 +28,10 @@ from torch import Tensor
 
 from robustdiff.codecs.codec import CODECS, Codec, CodecSection, Shape
 from robustdiff.errors import InputError, first_line, printable
-from robustdiff.loading import load_network, shown
+from robustdiff.loading import Components, component, load_network, shown
 from robustdiff.section import Text
 
-__all__ = ["VAE", "Posterior", "VAESection", "load_vae"]
+__all__ = ["VAE", "Posterior", "VAESection", "load_vae", "pipeline_vae"]
 
 PRETRAINED = files("robustdiff.codecs") / "pretrained"
 """The folder of the VAEs shipped with the package."""
@@ -169,6 +169,24 @@ def _per_channel(config: Mapping[str, Any], name: str, default: list[float], pos
         kind = "positive" if positive else "finite"
         raise InputError(f"the VAE's {name} is not {config['latent_channels']} {kind} numbers, one for each channel")
     return [float(v) for v in value]
+
+
+def pipeline_vae(folder: Path, components: Components) -> VAE:
+    """Load the VAE of a pipeline folder as a codec.
+
+    Arguments:
+        folder: The pipeline folder.
+        components: The components of the pipeline, by name.
+
+    Raises:
+        InputError: If it is missing, of another class than AutoencoderKL, or cannot be read.
+    """
+    if components.get("vae") != ("diffusers", "AutoencoderKL"):
+        kind = shown(components.get("vae"))
+        raise InputError(
+            f"{folder / 'model_index.json'}: vae is {kind}, and only AutoencoderKL of diffusers is supported"
+        )
+    return VAE(load_vae(component(folder, "vae")))
 
 
 def load_vae(path: str | Path) -> AutoencoderKL:

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from robustdiff.metrics.clip_score import load_clip, prepare
+from robustdiff.metrics.clip_score import load_clip_pair, prepare
 from robustdiff.metrics.features import FeatureExtractor, check_images, fingerprint_of
 
 __all__ = ["ClipExtractor"]
@@ -30,7 +30,7 @@ class ClipExtractor(FeatureExtractor):
     def __init__(self, folder: str | Path) -> None:
         super().__init__()
         self.name = f"clip={Path(folder).name}"
-        self.network, _, self.processor = load_clip(folder)
+        self.network, _, self.processor = load_clip_pair(folder)
         self.dim = int(self.network.config.projection_dim)
         self.fingerprint = fingerprint_of(self.network.state_dict())
 

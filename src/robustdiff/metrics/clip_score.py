@@ -27,7 +27,7 @@ from robustdiff.metrics.bootstrap import Array, block_of, block_weights
 from robustdiff.metrics.metric import METRICS, Batch, Metric, Need, Number
 from robustdiff.metrics.reference import Reference
 
-__all__ = ["ClipScore", "load_clip", "prepare"]
+__all__ = ["ClipScore", "load_clip_pair", "prepare"]
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +62,7 @@ class ClipScore(Metric):
     def __init__(
         self, real: Reference | None = None, device: torch.device | str = "cpu", folder: str | Path = ""
     ) -> None:
-        self._model, self._tokenizer, self._processor = load_clip(folder)
+        self._model, self._tokenizer, self._processor = load_clip_pair(folder)
         self._model.to(device)
         self._warned = False
         super().__init__(real, device)
@@ -163,7 +163,7 @@ def prepare(processor: Any, images: torch.Tensor) -> torch.Tensor:
     return given["pixel_values"].to(torch.float32)
 
 
-def load_clip(folder: str | Path) -> tuple[Any, Any, Any]:
+def load_clip_pair(folder: str | Path) -> tuple[Any, Any, Any]:
     """Return the model, float32 on the CPU in eval mode, the tokenizer and the image processor of a CLIP folder.
 
     Only these classes of transformers are instantiated, whatever the folder names.

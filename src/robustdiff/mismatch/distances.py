@@ -54,15 +54,15 @@ from robustdiff.errors import InputError
 from robustdiff.metrics.fid import frechet_distance
 
 __all__ = [
-    "BLOCKS",
+    "IMAGE_BLOCKS",
     "Array",
     "Estimate",
     "Subsets",
-    "block_of",
     "energy_distance",
     "estimate",
     "frechet",
     "half_samples",
+    "image_block_of",
     "kl_divergence",
     "random_directions",
     "sliced_wasserstein",
@@ -71,7 +71,7 @@ __all__ = [
 Array = NDArray[np.float64]
 Subsets = NDArray[np.bool_]
 
-BLOCKS = 20
+IMAGE_BLOCKS = 20
 
 
 @dataclass(frozen=True)
@@ -94,19 +94,19 @@ class Estimate:
 def half_samples(replicates: int = 40, seed: int = 0) -> Subsets:
     """Return masks of blocks, with shape (1 + replicates, K): all blocks first, then random halves of them."""
     generator = np.random.default_rng(seed)
-    halves = [generator.permutation(BLOCKS) < BLOCKS // 2 for _ in range(replicates)]
-    return np.stack([np.ones(BLOCKS, np.bool_), *halves])
+    halves = [generator.permutation(IMAGE_BLOCKS) < IMAGE_BLOCKS // 2 for _ in range(replicates)]
+    return np.stack([np.ones(IMAGE_BLOCKS, np.bool_), *halves])
 
 
-def block_of(indices: NDArray[np.int64]) -> NDArray[np.int64]:
+def image_block_of(indices: NDArray[np.int64]) -> NDArray[np.int64]:
     """Return the block of each image: its number modulo K. The images must be in random order."""
-    return indices % BLOCKS
+    return indices % IMAGE_BLOCKS
 
 
 def estimate(values: NDArray[Any], floor: float | None = None) -> Estimate:
     """Return the estimate from the statistic of all images, values[0], and of half-samples, values[1:]."""
     value = float(values[0])
-    half = float(stats.t.ppf(0.975, BLOCKS - 1) * np.std(values[1:], ddof=1))
+    half = float(stats.t.ppf(0.975, IMAGE_BLOCKS - 1) * np.std(values[1:], ddof=1))
     return Estimate(value, value - half, value + half, floor)
 
 

@@ -30,7 +30,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from robustdiff.mismatch.distances import BLOCKS, Array, Subsets, block_of
+from robustdiff.mismatch.distances import IMAGE_BLOCKS, Array, Subsets, image_block_of
 
 __all__ = ["BlockMoments"]
 
@@ -43,14 +43,14 @@ class BlockMoments:
     """
 
     def __init__(self, d: int) -> None:
-        self._count = np.zeros(BLOCKS)
-        self._total = np.zeros((BLOCKS, d))
-        self._squares = np.zeros((BLOCKS, d))
+        self._count = np.zeros(IMAGE_BLOCKS)
+        self._total = np.zeros((IMAGE_BLOCKS, d))
+        self._squares = np.zeros((IMAGE_BLOCKS, d))
 
     def update(self, values: Tensor, indices: range) -> None:
         """Add a batch of images (B, *) with the given numbers, which determine their blocks."""
         flat = values.flatten(1).double().cpu().numpy()
-        blocks: NDArray[np.bool_] = block_of(np.asarray(indices)) == np.arange(BLOCKS)[:, None]
+        blocks: NDArray[np.bool_] = image_block_of(np.asarray(indices)) == np.arange(IMAGE_BLOCKS)[:, None]
         self._count += blocks.sum(1)
         self._total += blocks @ flat
         self._squares += blocks @ flat**2

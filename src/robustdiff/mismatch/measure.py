@@ -50,14 +50,14 @@ from robustdiff.errors import InputError, RunError
 from robustdiff.evaluation.generate import Generator
 from robustdiff.evaluation.noise import NOISE, ImageNoise
 from robustdiff.mismatch.distances import (
-    BLOCKS,
+    IMAGE_BLOCKS,
     Array,
     Estimate,
-    block_of,
     energy_distance,
     estimate,
     frechet,
     half_samples,
+    image_block_of,
     kl_divergence,
     random_directions,
     sliced_wasserstein,
@@ -235,7 +235,7 @@ class _Truth:
 
     def labels(self, indices: range) -> Tensor | None:
         """Return the classes of images of the first set, with shape (B,), or None if there are none."""
-        labels = self.dataset.__getitems__(self._order[np.asarray(indices)].tolist())[1]
+        labels = self.dataset.labels_of(self._order[np.asarray(indices)].tolist())
         return None if labels is None else labels.to(self.device)
 
 
@@ -299,7 +299,7 @@ def _summarise(record: _Record, truth: _Truth, num: int, blocks: NDArray[np.bool
     alpha, sigma = np.concatenate(record.alphas)[:, None], np.concatenate(record.sigmas)[:, None]
     sampled = np.concatenate(record.states)
     first, second = (alpha * x0 + sigma * noise for x0, noise in truth.kept)
-    subsets = blocks[:, block_of(np.arange(len(sampled)))]
+    subsets = blocks[:, image_block_of(np.arange(len(sampled)))]
     basis = truth.pca.components_
     a, s = float(alpha.mean()), float(sigma.mean())
     # Unit variance under q(x_t), whose covariance has the data's eigenvectors.
@@ -464,13 +464,13 @@ def _check_generators(
 def _check_numbers(
     dataset: ImageDataset, num: int, radii: Sequence[float], probes: int, times: Sequence[float], reservoir: int
 ) -> None:
-    if not 2 * BLOCKS <= num <= len(dataset) // 2:
+    if not 2 * IMAGE_BLOCKS <= num <= len(dataset) // 2:
         raise InputError(
             f"num is {num}: q(x_t) and its floor take two sets of so many real images, and {dataset.name} has "
-            f"{len(dataset)}; give a number from {2 * BLOCKS} to {len(dataset) // 2}"
+            f"{len(dataset)}; give a number from {2 * IMAGE_BLOCKS} to {len(dataset) // 2}"
         )
-    if reservoir < 2 * BLOCKS:
-        raise InputError(f"reservoir is {reservoir}; give {2 * BLOCKS} or more")
+    if reservoir < 2 * IMAGE_BLOCKS:
+        raise InputError(f"reservoir is {reservoir}; give {2 * IMAGE_BLOCKS} or more")
     if probes != 0 and not 2 <= probes <= num:
         raise InputError(f"probes is {probes}; give 0, or a number from 2 to num = {num}")
     if not all(0 < r < np.inf for r in radii):

@@ -54,7 +54,7 @@ from robustdiff.process import DiffusionProcess, broadcast
 from robustdiff.section import Fraction, given
 
 __all__ = [
-    "METRICS",
+    "DISTANCES",
     "SOLVERS",
     "ConsistencyConfig",
     "ConsistencyDraw",
@@ -152,7 +152,7 @@ class _LPIPS:
         return self.network(a, b).flatten()
 
 
-METRICS: dict[str, Callable[[], Callable[[Tensor, Tensor], Tensor]]] = {
+DISTANCES: dict[str, Callable[[], Callable[[Tensor, Tensor], Tensor]]] = {
     "l1": lambda: _l1,
     "l2": lambda: _l2,
     "pseudo-huber": lambda: _pseudo_huber,
@@ -317,7 +317,7 @@ class ConsistencyObjective(Objective):
     ) -> None:
         known: dict[str, tuple[str, Collection[str]]] = {
             "solver": (solver, SOLVERS),
-            "metric": (metric, METRICS),
+            "metric": (metric, DISTANCES),
             "perturb": (perturb, get_args(Perturbed)),
             "weighting": (weighting, get_args(Weighting)),
         }
@@ -328,7 +328,7 @@ class ConsistencyObjective(Objective):
         self.teacher = teacher
         self.schedule = scales if isinstance(scales, ScaleSchedule) else FixedScales(scales, decay)
         self.solver = SOLVERS[solver]
-        self.distance = METRICS[metric]()
+        self.distance = DISTANCES[metric]()
         self.perturb = perturb
         self.weighting = weighting
         self.times = times
