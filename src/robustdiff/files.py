@@ -22,12 +22,14 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal, TypeVar
 
-from pydantic import BaseModel, ValidationError
 from safetensors import SafetensorError
 
 from robustdiff.errors import InputError, RunError, first_mistake, printable
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
 
 __all__ = [
     "MARKER",
@@ -207,7 +209,7 @@ def read_json(path: str | os.PathLike[str], limit: int = _JSON_BYTES) -> Any:
         raise InputError(f"{printable(path)} is damaged: it cannot be read as JSON ({printable(str(error))})") from None
 
 
-_Record = TypeVar("_Record", bound=BaseModel)
+_Record = TypeVar("_Record", bound="BaseModel")
 
 
 def read_record(path: str | os.PathLike[str], kind: type[_Record], remedy: str, limit: int = _JSON_BYTES) -> _Record:
@@ -223,6 +225,8 @@ def read_record(path: str | os.PathLike[str], kind: type[_Record], remedy: str, 
         InputError: As of :func:`read_json`, or the contents are not those of the model.
         OSError: The file is missing or cannot be read.
     """
+    from pydantic import ValidationError  # imported here, since the command line starts without it
+
     try:
         return kind.model_validate(read_json(path, limit))
     except ValidationError as error:
@@ -248,6 +252,8 @@ def read_json_lines(
         InputError: A line is too long, or not of the model.
         OSError: The file is missing or cannot be read.
     """
+    from pydantic import ValidationError
+
     with open_regular(path) as file:
         for number, line in enumerate(iter(lambda: file.readline(longest), b""), 1):
             if not line.endswith(b"\n") and len(line) < longest:
