@@ -1,5 +1,6 @@
 """Files that are either whole or absent."""
 
+import errno
 import multiprocessing
 import os
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 import pytest
 from safetensors import SafetensorError
 
-from robustdiff.errors import InputError
+from robustdiff.errors import InputError, RunError
 from robustdiff.files import (
     MARKER,
     atomic_folder,
@@ -79,14 +80,21 @@ def test_a_folder_appears_whole_and_replaces(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("error", "raised"), [(KeyboardInterrupt(), KeyboardInterrupt), (SafetensorError("no space"), OSError)]
+    ("error", "raised"),
+    [
+        (KeyboardInterrupt(), KeyboardInterrupt),
+        (SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"), OSError),
+        (RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0"), RunError),
+    ],
 )
 def test_a_folder_that_failed_leaves_the_old_one(tmp_path, error, raised):
     path = tmp_path / "folder"
     path.mkdir()
     (path / "old").write_text("old")
-    with pytest.raises(raised):
+    with pytest.raises(raised) as caught:
         fill(path, error)
+    if raised is OSError:
+        assert (caught.value.errno, caught.value.filename) == (errno.ENOSPC, str(path)), "as the system says it"
     assert [p.name for p in path.rglob("*")] == ["old"]
     assert list(tmp_path.iterdir()) == [path]
 

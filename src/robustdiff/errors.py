@@ -27,7 +27,7 @@ def printable(name: str | os.PathLike[str]) -> str:
     return "".join(c if c.isprintable() else _escape(c) for c in os.fsdecode(name))
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """Return the first line of an error's message, or the name of its class if it has none."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 

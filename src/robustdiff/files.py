@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Literal, TypeVar
 
 from safetensors import SafetensorError
 
-from robustdiff.errors import InputError, RunError, first_mistake, printable
+from robustdiff.errors import InputError, RunError, first_line, first_mistake, printable
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -117,7 +117,9 @@ def atomic_folder(path: str | os.PathLike[str], *, replace: bool = False) -> Ite
         shutil.rmtree(temporary, ignore_errors=True)
         # safetensors and torch's zip writer raise errors of their own if a write fails.
         if isinstance(error, SafetensorError) or "inline_container" in str(error):
-            raise OSError(f"{target} cannot be written, is the disk full? ({error})") from error
+            if "No space left" in str(error) or "os error 28" in str(error):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target)) from error
+            raise RunError(f"{printable(target)} cannot be written: {printable(first_line(error))}") from error
         raise
 
 

@@ -13,6 +13,7 @@ import pytest
 
 from robustdiff import cli
 
+ROOT = Path(__file__).resolve().parents[2]
 COMMANDS = sorted(p.stem for p in Path(cli.__file__).parent.glob("*.py") if p.stem not in ("__init__", "options"))
 
 
@@ -96,3 +97,28 @@ def test_a_traceback_is_never_shown_for_bad_input(tmp_path):
     )
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "works", "returned"),
+    [
+        (["train", "digits"], "robustdiff.training.run.train", None),
+        (["study", "STUDY"], "robustdiff.study.run.run_study", False),
+        (
+            ["tune", "fashion-16-at", "--sampler", "ddim", "--steps", "2", "--updates", "8"],
+            "robustdiff.study.tune.tune",
+            (),
+        ),
+        (["demo"], "robustdiff.demo.run_demo", None),
+        (["reproduce", "cell.json"], "robustdiff.study.run.reproduce", None),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_what_was_stopped_is_told_from_what_is_finished(robustdiff, monkeypatch, tmp_path, arguments, works, returned):
+    """By the exit code, so that no shell or scheduler goes on as if it were finished."""
+    monkeypatch.chdir(tmp_path)
+    study = ROOT / "benchmarks" / "studies" / "length.yaml"
+    monkeypatch.setattr(works, lambda *arguments, **settings: returned)
+    outcome = robustdiff(*(study if word == "STUDY" else word for word in arguments))
+    assert outcome.code == 130
+    assert "goes on from" in outcome.err

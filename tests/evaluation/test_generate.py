@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+import zipfile
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -254,3 +255,19 @@ def test_a_recipe_can_name_another_sampler(digits_run, tmp_path):
 def test_an_option_that_the_sampler_lacks_is_refused_before_any_work(generator):
     with pytest.raises(InputError, match="window is for time-shift"):
         replace(generator, options={"window": 3})
+
+
+@pytest.mark.parametrize("kind", ["npz", "png"])
+def test_a_setting_that_only_the_existing_images_have_is_a_difference(generator, accelerator, tmp_path, kind):
+    """Such as a negative prompt, which is in the record of images that were made with one."""
+    path = tmp_path / ("a.npz" if kind == "npz" else "images")
+    write = write_npz if kind == "npz" else write_pngs
+    write(generator, 2, path, accelerator)
+    if kind == "npz":
+        with zipfile.ZipFile(path, "a") as archive:
+            archive.comment = json.dumps({**json.loads(archive.comment), "negative": "blurry"}).encode()
+    else:
+        record = json.loads((path / RECORD).read_text())
+        (path / RECORD).write_text(json.dumps({**record, "negative": "blurry"}))
+    with pytest.raises(InputError, match=r"other settings \(negative blurry, now None\)"):
+        write(generator, 2, path, accelerator)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
+import pytest
 import torch
 from PIL import Image
 
+from robustdiff.errors import InputError
 from robustdiff.evaluation.grid import Cell, Difference, Grid
-from robustdiff.report.results import write_results
+from robustdiff.report.results import claim_results, write_results
 
 
 def cell(name, sampler, steps):
@@ -61,3 +64,27 @@ def test_samples_of_captions_stand_beside_them(tmp_path, recwarn):
     write_results(tmp_path, Grid(cells, [], fewer, captions), "title", {})
     with Image.open(tmp_path / "samples-lcm.png") as image:
         assert image.height < image.width
+
+
+def test_a_folder_is_checked_before_anything_is_computed_for_it(tmp_path, monkeypatch):
+    claim_results(tmp_path / "a" / "new", "result.json", [])
+    assert not (tmp_path / "a").exists(), "a call that is refused later leaves nothing"
+    (tmp_path / "a" / "new").mkdir(parents=True)
+    claim_results(tmp_path / "a" / "new", "result.json", [tmp_path / "b"])
+    monkeypatch.chdir(tmp_path)
+    claim_results(Path("c/d"), "result.json", [])
+    (tmp_path / "a" / "new" / "result.json").write_text("{}")
+    with pytest.raises(InputError, match=r"new holds results already \(result\.json\): give another --output"):
+        claim_results(tmp_path / "a" / "new", "result.json", [])
+    (tmp_path / "file").write_text("")
+    for folder in (tmp_path / "file", tmp_path / "file" / "in"):
+        with pytest.raises(InputError, match="file is no folder: give another --output"):
+            claim_results(folder, "result.json", [])
+    monkeypatch.setattr("os.access", lambda *_: False)
+    with pytest.raises(InputError, match="cannot be written to: give another --output"):
+        claim_results(tmp_path / "b", "result.json", [])
+    monkeypatch.undo()
+    for folder in (tmp_path / "a", tmp_path / "a" / "deep" / "er"):
+        with pytest.raises(InputError, match="which is read: choose another --output"):
+            claim_results(folder, "other.json", [tmp_path / "a"])
+    assert not (tmp_path / "a" / "deep").exists()

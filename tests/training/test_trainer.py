@@ -120,6 +120,13 @@ def test_a_finished_run_is_left_as_it_is(tiny):
     written = model.stat().st_mtime_ns
     assert train(recipe, cpu=True, resume=True) == result
     assert model.stat().st_mtime_ns == written
+    said = (Path(recipe.output) / "recipe.yaml").read_text()
+    assert train(recipe.model_copy(update={"steps": 1}), cpu=True, resume=True) == result
+    assert (Path(recipe.output) / "recipe.yaml").read_text() == said, "the recipe is that of the run"
+    watched = tiny(steps=2, watch={"num": 4})
+    with pytest.raises(InputError, match=r"finished and was not watched.*robustdiff evaluate"):
+        train(watched, cpu=True, resume=True)
+    assert (Path(recipe.output) / "recipe.yaml").read_text() == said
 
 
 def photos(folder, n=8, seed=0, labels=("cat", "dog")):

@@ -32,6 +32,9 @@ app = typer.Typer(
 # click's UsageError; newer versions of typer hold a copy of click and export only its subclass.
 _UsageError: Any = typer.BadParameter.__base__
 
+INTERRUPTED = 130
+"""The exit code after Ctrl-C or SIGTERM, by which shells and schedulers tell what can go on from what is finished."""
+
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
 
@@ -65,12 +68,18 @@ def main() -> None:
         message = error.format_message().replace("Value error, ", "")  # pydantic's prefix, in newer typers
         sys.exit(_fail(f"{message} (robustdiff --help)", 2))
     except (typer.Abort, KeyboardInterrupt):
-        sys.exit(_fail("interrupted", 130))
+        sys.exit(_fail("interrupted", INTERRUPTED))
     except RunError as error:
         sys.exit(_fail(str(error), 1))
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            sys.exit(_fail(f"the disk is full ({error.filename or error}): free some space; --resume goes on", 1))
+            sys.exit(
+                _fail(
+                    f"the disk is full ({error.filename or error}): free some space, and start again "
+                    "as after an interruption",
+                    1,
+                )
+            )
         if error.filename is None or error.errno == errno.EIO:
             raise
         sys.exit(_fail(f"{os.fsdecode(error.filename)}: {error.strerror}: give another path", 2))

@@ -40,7 +40,7 @@ def convert(
         if preset is not None or text.strip():
             raise InputError("--to is for the run of a LoRA, which has no flags: leave them out")
         export(source, output, to)
-    elif source.is_dir() and preset is None and not text.strip():
+    elif not source.exists() or (source.is_dir() and preset is None and not text.strip()):
         run(source, output)
     else:
         run(source, output, *read_flags(preset, text))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from robustdiff.cli import app, err, out, say
+from robustdiff.cli import INTERRUPTED, app, err, out, say
 from robustdiff.errors import InputError
 
 if TYPE_CHECKING:
@@ -46,6 +46,7 @@ def demo(
     if result is None:
         options = f" --{kind}" * bool(kind) + " --full" * full + f" --seed {seed}" * bool(seed)
         say(f"stopped; robustdiff demo{options} --output {folder} goes on from here", err)
+        raise typer.Exit(INTERRUPTED)
     else:
         _show(*result, folder)
 

@@ -81,7 +81,8 @@ def evaluate(
     names, values = options.parse_metrics(metrics)
     given = {"--data": data, "--root": root, "--set": overrides, "--reference": reference}
     given |= {"--features": features, "--weights": weights}
-    target, texts = _target(names, given, runs, prompts, accelerator.device)
+    options.claim(output, "result.json", None, (source for source in sources if source not in runs.values()))
+    target, texts = _target(names, given, runs, prompts, accelerator.device, output)
     cells = options.parse_names(sampler), options.parse_counts(steps), num, names, values, texts, _scales(guidance)
     recorded, chosen = options.given(seed=seed, negative=negative), options.given(spacing=spacing)
     settings: dict[str, Any] = {"batch_size": batch_size, "precision": precision, "options": chosen, **recorded}
@@ -91,14 +92,20 @@ def evaluate(
 
 
 def _target(
-    metrics: list[str], given: dict[str, Any], runs: dict[str, str], prompts: Path | None, device: torch.device
+    metrics: list[str],
+    given: dict[str, Any],
+    runs: dict[str, str],
+    prompts: Path | None,
+    device: torch.device,
+    output: Path | None,
 ) -> tuple[Target, Prompts | None]:
-    """Load the real images that metrics compare with, and the prompts of a file."""
+    """Load the real images that metrics compare with, in which no output may be, and the prompts of a file."""
     from robustdiff.evaluation.prompts import load_prompts
     from robustdiff.evaluation.real_images import load_target
 
     texts = None if prompts is None else load_prompts(prompts)
     real, compare = _real_images(metrics, given, runs, texts)
+    options.claim(output, "result.json", real)
     return load_target(real, given["--features"], given["--weights"], device, texts, compare), texts
 
 

@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from robustdiff.mismatch.measure import Mismatch
 
 
+_RADII = "give numbers with commas, such as 0.1,0.3,1.0"
+
+
 @app.command()
 def mismatch(
     runs: Annotated[list[str], typer.Argument(help="Runs, pipeline folders or shipped models.")],
@@ -49,13 +52,13 @@ def mismatch(
     from robustdiff.report.bar import Bar
 
     cells = options.parse_names(sampler), options.parse_counts(steps)
-    sizes = options.parse_numbers(radii, "--radii", "give numbers with commas, such as 0.1,0.3,1.0")
+    numbers = options.given(num=num, probes=probes, seed=seed, radii=options.parse_numbers(radii, "--radii", _RADII))
     device, named = Accelerator(cpu=cpu).device, name_sources(runs)
-    dataset = options.real_images(runs[0], data, root, overrides).load()
-    chosen = options.given(spacing=spacing)
-    settings = options.given(batch_size=batch_size, precision=precision, guidance=guidance, options=chosen)
-    generators = load_generators(named, device, dataset, *cells, **settings)
-    numbers = options.given(num=num, radii=sizes, probes=probes, seed=seed)
+    real = options.real_images(runs[0], data, root, overrides)
+    options.claim(output, "mismatch.json", real)
+    settings = options.given(batch_size=batch_size, precision=precision, guidance=guidance)
+    dataset, chosen = real.load(), options.given(spacing=spacing)
+    generators = load_generators(named, device, dataset, *cells, options=chosen, **settings)
     with Bar(err) as bar:
         result = measure_mismatch(generators, dataset, *cells, **numbers, progress=bar)
     _show(result, output)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from robustdiff.cli import app, err, out, say
+from robustdiff.cli import INTERRUPTED, app, err, out, say
 
 
 @app.command()
@@ -25,6 +25,7 @@ def reproduce(
         result = run(cell, output, progress=bar)
     if result is None:
         say(f"stopped; robustdiff reproduce {cell} --output {output} goes on from here", err)
+        raise typer.Exit(INTERRUPTED)
     else:
         print_whole(out, reproduced_table(*result))
         say(compare(*result))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from robustdiff.cli import app, err, out, say
+from robustdiff.cli import INTERRUPTED, app, err, out, say
 
 if TYPE_CHECKING:
     from robustdiff.study.schema import Study
@@ -43,6 +43,7 @@ def study(
         say(f"every cell is in {folder / 'cells'}")
     else:
         say(f"stopped; robustdiff study {file} --output {folder} goes on from here", err)
+        raise typer.Exit(INTERRUPTED)
 
 
 def _report(settings: Study, file: Path, folder: Path, page: Path) -> None:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from robustdiff.cli import app, err, options, say
+from robustdiff.cli import INTERRUPTED, app, err, options, say
+
+if TYPE_CHECKING:
+    from robustdiff.recipe import Recipe
+    from robustdiff.training.run_files import RunResult
 
 
 @app.command()
@@ -28,15 +32,23 @@ def train(
     from robustdiff.recipe import load_recipe
     from robustdiff.report.bar import Bar
     from robustdiff.training.run import train as run
-    from robustdiff.training.watch_files import summary
 
     settings = load_recipe(recipe, overrides)
     quiet = not PartialState(cpu=cpu).is_main_process
     with Bar(err, quiet) as bar:
         result = run(settings, resume=resume, cpu=cpu, progress=bar)
-    if result is not None and not quiet:
-        say(f"{settings.output}: {result['steps']} updates, loss {result['loss']:.4f}; the model is in model/")
-        for line in summary(settings, result):
-            say(line)
-    elif not quiet:
+    if not quiet:
+        _show(settings, result)
+    if result is None:
+        raise typer.Exit(INTERRUPTED)
+
+
+def _show(settings: Recipe, result: RunResult | None) -> None:
+    from robustdiff.training.watch_files import summary
+
+    if result is None:
         say(f"stopped and saved; --resume goes on from {settings.output}", err)
+        return
+    say(f"{settings.output}: {result['steps']} updates, loss {result['loss']:.4f}; the model is in model/")
+    for line in summary(settings, result):
+        say(line)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from robustdiff.cli import app, err, options, out, say
+from robustdiff.cli import INTERRUPTED, app, err, options, out, say
 from robustdiff.errors import InputError
 
 if TYPE_CHECKING:
@@ -61,6 +61,7 @@ def tune(
     _show_plan(settings, speed, processes)
     if not dry_run and not _search(settings, folder, processes):
         say(f"stopped; the same command goes on from {folder}", err)
+        raise typer.Exit(INTERRUPTED)
 
 
 def _lists(texts: list[str]) -> dict[str, list[Any]]:

@@ -307,7 +307,7 @@ def common_side(name: str, headers: Sequence[Header], word: Callable[[int], str]
         if header.side != size:
             raise InputError(
                 f"{name}: images differ in size ({word(0)}: {size}, {word(k)}: {header.side} pixels); "
-                "give images of one size, or set data.size=PIXELS"
+                "give images of one size; data.size=PIXELS resizes those of a recipe or of --data"
             )
     return size
 

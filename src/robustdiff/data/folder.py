@@ -96,10 +96,10 @@ def _report_others(name: str, others: list[Path]) -> None:
     if others:
         is_one = len(others) == 1
         logger.warning(
-            "%s: %d %s passed over, such as %s (what is read ends in %s)",
+            "%s: %d %s passed over, such as %s: images end in %s",
             name,
             len(others),
-            "file is not an image and is" if is_one else "files are not images and are",
+            "file is" if is_one else "files are",
             printable(min(others).name),
             ", ".join(SUFFIXES),
         )

@@ -497,8 +497,8 @@ def _check_record(path: Path, record: bytes, settings: dict[str, Any]) -> None:
         found = None
     if not isinstance(found, dict):
         raise InputError(f"{path} exists, and does not say that robustdiff sample made it: {remedy}")
-    for name in settings:
-        if found.get(name) != settings[name]:
-            values = f" ({name} {printable(str(found.get(name)))[:80]}, now {settings[name]})"
+    for name in {**settings, **found}:  # a setting that only one of them has counts as None in the other
+        if found.get(name) != settings.get(name):
+            values = f" ({printable(name)[:80]} {printable(str(found.get(name)))[:80]}, now {settings.get(name)})"
             other = "another network" if name == "network" else f"other settings{values}"
             raise InputError(f"{path} holds images of {other}: {remedy}")

@@ -464,6 +464,11 @@ def _check_generators(
 def _check_numbers(
     dataset: ImageDataset, num: int, radii: Sequence[float], probes: int, times: Sequence[float], reservoir: int
 ) -> None:
+    if len(dataset) < 4 * IMAGE_BLOCKS:
+        raise InputError(
+            f"{dataset.name} has {len(dataset)} images: the mismatch takes {4 * IMAGE_BLOCKS} or more, half of them "
+            "for its floor"
+        )
     if not 2 * IMAGE_BLOCKS <= num <= len(dataset) // 2:
         raise InputError(
             f"num is {num}: q(x_t) and its floor take two sets of so many real images, and {dataset.name} has "

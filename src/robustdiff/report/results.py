@@ -2,19 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from robustdiff.errors import InputError, printable
 from robustdiff.evaluation.grid import Cell, Grid
 from robustdiff.files import remove_leftovers, write_json
 from robustdiff.metrics.metric import number_named
 from robustdiff.report.figures import caption_grid, numbers_against_steps, sample_grid, save_figure
 
-__all__ = ["write_results"]
+__all__ = ["claim_results", "write_results"]
 
 MOST_CAPTIONS = 8
 """The number of captions in a figure of samples."""
+
+
+def claim_results(folder: Path, file: str, sources: Iterable[Path]) -> None:
+    """Check that a folder can take results, before anything is computed for it. Nothing is made.
+
+    Arguments:
+        folder: The folder.
+        file: The name of the file of the results.
+        sources: Folders that are read, in which nothing may be written.
+
+    Raises:
+        InputError: If the folder holds results already, is in one that is read, or cannot be made or written to.
+    """
+    for source in sources:
+        if source.is_dir() and folder.resolve().is_relative_to(source.resolve()):
+            raise InputError(f"output {folder} is in {source}, which is read: choose another --output")
+    if os.path.lexists(folder / file):
+        raise InputError(f"{folder} holds results already ({file}): give another --output, or remove it")
+    there = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
+    if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
+        what = "cannot be written to" if there.is_dir() else "is no folder"
+        raise InputError(f"{printable(there)} {what}: give another --output")
 
 
 def write_results(

@@ -406,7 +406,8 @@ def tune(
         "obtained_on": found.made_on,
     }
     if answer != "untouched":
-        recipe = load_recipe(tuning.recipe, changes={**tuning.set, **study.methods[roles[answer][0]].set})
+        own = {**study.methods[roles[answer][0]].set, "output": str(folder / "run")}
+        recipe = load_recipe(tuning.recipe, changes={**tuning.set, **own})
         with atomic_write(folder / "recipe.yaml") as file:
             file.write(recipe.to_yaml().encode())
     write_json(folder / "result.json", record)

@@ -100,8 +100,8 @@ def _check_data(path: Path, data: DataRecord) -> None:
     )
 
 
-def _prepare_folder(recipe: Recipe, folder: Path, resume: bool, dataset: ImageDataset) -> None:
-    """Make the run's folder, or with ``resume`` check that an existing folder holds the same run."""
+def _claim(recipe: Recipe, folder: Path, resume: bool, data: DataRecord) -> None:
+    """Make the run's folder, or with ``resume`` check that a folder holds a run of the recipe and the data."""
     teacher = None if recipe.objective is None else recipe.objective.teacher_path
     for source in (recipe.model.source, teacher, recipe.data.root):
         if source and Path(source).is_dir() and folder.resolve().is_relative_to(Path(source).resolve()):
@@ -112,9 +112,13 @@ def _prepare_folder(recipe: Recipe, folder: Path, resume: bool, dataset: ImageDa
         if not resume:
             raise InputError(f"{folder} already holds a run: go on with --resume, or choose another --set output=…")
         _check_recipe(recipe, folder)
-    data, checkpoints = _describe(dataset), folder / "checkpoints"
-    if any(checkpoints.glob("step-*")):  # without checkpoints nothing was trained on other data
+    if any((folder / "checkpoints").glob("step-*")):  # without checkpoints nothing was trained on other data
         _check_data(folder / "data.json", data)
+
+
+def _prepare(recipe: Recipe, folder: Path, data: DataRecord) -> None:
+    """Write what the run is of into its folder."""
+    checkpoints = folder / "checkpoints"
     with atomic_write(folder / "recipe.yaml") as file:  # first, since the other files belong to a run only with it
         file.write(recipe.to_yaml().encode())
     make_folder(checkpoints)
@@ -190,7 +194,8 @@ def _train(recipe: Recipe, resume: bool, cpu: bool, progress: Progress) -> RunRe
     trainer = Trainer(recipe, accelerator, latents or dataset, built)
     watch = None if recipe.watch is None else Watch(recipe.watch, trainer, dataset, folder, progress)
     if accelerator.is_main_process:
-        _prepare_folder(recipe, folder, resume, trainer.dataset)
+        data = _describe(trainer.dataset)
+        _claim(recipe, folder, resume, data)
     accelerator.wait_for_everyone()
     finished = folder / "result.json"
     if resume and finished.exists():
@@ -199,6 +204,9 @@ def _train(recipe: Recipe, resume: bool, cpu: bool, progress: Progress) -> RunRe
             _check_result(finished, before, trainer)
             logger.info("%s is finished", folder)
             return before.as_dict()
+    if accelerator.is_main_process:
+        _prepare(recipe, folder, data)
+    accelerator.wait_for_everyone()
     if latents is not None:
         rank, processes = accelerator.process_index, accelerator.num_processes
         latents.fill(accelerator.device, recipe.data.workers, rank, processes, progress)
@@ -348,6 +356,11 @@ def _result(trainer: Trainer, metrics: MetricsLog) -> dict[str, Any]:
 
 def _check_result(path: Path, result: Result, trainer: Trainer) -> None:
     """Check that a result belongs to a trainer's recipe and data, and that the model was exported."""
+    if trainer.recipe.watch is not None and result.best is None:
+        raise InputError(
+            f"{path.parent} is finished and was not watched, which cannot be made up for: set watch=none, and measure "
+            f"it by robustdiff evaluate {path.parent}"
+        )
     expected = {
         "batches": result.steps // trainer.adversary.passes,
         "batch_size": trainer.recipe.batch_size,
