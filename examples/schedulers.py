@@ -1,5 +1,7 @@
 """The three changed lines with other schedulers: DDPM-like, Euler-like, flow matching with a shift, EDM.
 
+DPM-Solver, DEIS and UniPC are for sampling alone: train with `DDPMScheduler.from_config(scheduler.config)`.
+
 What differs is how x_t is made of x_0 and noise, and so what the moved noise is: noise + delta / sigma_t. A process
 takes sigma_t from the scheduler; `absorb` takes it from the loop. Run it: some seconds on a CPU.
 
@@ -31,7 +33,7 @@ def update(loss, optimizer):
 
 
 def ddpm(unet, optimizer, loader, scheduler):
-    """x_t = √ᾱ_t x_0 + √(1 − ᾱ_t) ε, and timesteps that are whole numbers: DDPM, DDIM, PNDM, DPM-Solver, UniPC, LCM."""
+    """x_t = √ᾱ_t x_0 + √(1 − ᾱ_t) ε, and timesteps that are whole numbers: DDPM, DDIM, PNDM, LCM."""
     process = DiffusionProcess.from_scheduler(scheduler)
     for x0 in loader:
         noise = torch.randn_like(x0)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import re
 
 import diffusers
 import numpy as np
@@ -13,6 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import robustdiff
+from robustdiff.errors import InputError
+from robustdiff.objectives.denoising import DenoisingObjective
 from robustdiff.process import PREDICTIONS, DiffusionProcess, absorb
 
 PROCESSES = {
@@ -239,6 +243,7 @@ REFUSED = {
     "ScoreSdeVeScheduler",
     "UniPCMultistepScheduler-flow",
     "DPMSolverMultistepScheduler-flow",
+    *(f"{name}Scheduler" for name in ("DPMSolverMultistep", "DPMSolverSinglestep", "DEISMultistep", "UniPCMultistep")),
 }
 FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
 OTHERS = {
@@ -307,8 +312,7 @@ KNOWN = (
         for name in (
             *("DDPM", "DDIM", "PNDM", "LCM", "TCD", "UnCLIP", "CogVideoXDDIM", "CogVideoXDPM", "CMStochasticIterative"),
             *("EulerDiscrete", "EulerAncestralDiscrete", "LMSDiscrete", "HeunDiscrete", "KDPM2Discrete", "EDMEuler"),
-            *("KDPM2AncestralDiscrete", "DEISMultistep", "DPMSolverMultistep", "DPMSolverSinglestep", "UniPCMultistep"),
-            *("SASolver", "FlowMatchEulerDiscrete"),
+            *("KDPM2AncestralDiscrete", "SASolver", "FlowMatchEulerDiscrete"),
         )
     }
     - REFUSED
@@ -360,8 +364,79 @@ def test_the_scheduler_is_asked_as_it_is():
     assert scheduler.step_index is None  # nothing of it has changed
     silent = diffusers.DPMSolverMultistepScheduler()
     silent.set_timesteps(10)  # now takes every other timestep for the last of ten
-    with pytest.raises(ValueError, match="DPMSolverMultistepScheduler does not"):
+    with pytest.raises(ValueError, match=r"DPMSolverMultistepScheduler does not.*DDPMScheduler.from_config"):
         DiffusionProcess.from_scheduler(silent)
+
+
+SOLVERS = ("DPMSolverMultistep", "DPMSolverSinglestep", "DEISMultistep", "UniPCMultistep", "DPMSolverMultistepInverse")
+SETTINGS = (
+    *({}, {"use_karras_sigmas": True}, {"use_exponential_sigmas": True}, {"use_beta_sigmas": True}),
+    *({"timestep_spacing": "leading"}, {"timestep_spacing": "trailing"}, {"rescale_betas_zero_snr": True}),
+)
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+@pytest.mark.parametrize("steps", [None, 2, 20, 1000])
+@pytest.mark.parametrize("name", SOLVERS)
+def test_a_process_never_has_other_levels_than_the_network_is_told(name, steps, settings):
+    """Schedulers for sampling add the noise of other times: they are right, or refused with their remedy."""
+    kind = getattr(diffusers, f"{name}Scheduler")
+    if settings.keys() - kind().config.keys():
+        pytest.skip("it has no such setting")
+    scheduler = kind(beta_schedule="scaled_linear", **settings)
+    if steps is not None:
+        scheduler.set_timesteps(steps)
+    right = DDPMScheduler.from_config(scheduler.config)
+    try:
+        process = DiffusionProcess.from_scheduler(scheduler)
+    except ValueError as error:
+        assert re.fullmatch(rf"{name}Scheduler[^\n]*DDPMScheduler\.from_config\(scheduler\.config\)[^\n]*", str(error))
+    else:
+        assert not (steps is None and name != "DPMSolverMultistepInverse")
+        index = process.times.long()
+        torch.testing.assert_close(process.alphas_cumprod, right.alphas_cumprod.double()[index], rtol=2e-3, atol=1e-5)
+    torch.testing.assert_close(
+        DiffusionProcess.from_scheduler(right).alphas_cumprod[:-1], scheduler.alphas_cumprod.double()[:-1]
+    )
+
+
+EULERS = ("EulerDiscrete", "EulerAncestralDiscrete", "HeunDiscrete", "LMSDiscrete", "KDPM2Discrete")
+EULERS = (*EULERS, "KDPM2AncestralDiscrete")
+
+
+@pytest.mark.parametrize("steps", [None, 20])
+@pytest.mark.parametrize("name", EULERS)
+def test_a_process_whose_network_has_a_scaled_input_is_for_own_loops(name, steps):
+    scheduler = getattr(diffusers, f"{name}Scheduler")()
+    if steps is not None:
+        scheduler.set_timesteps(steps)
+    process = DiffusionProcess.from_scheduler(scheduler)
+    noise, delta = gaussian(0, 3, 4), gaussian(1, 3, 4)
+    t = torch.tensor([0, 5, 10])
+    torch.testing.assert_close(process.absorb(noise, t, delta), noise + delta / process.sigmas[t][:, None])
+    for one in (process, process.respace(t), copy.deepcopy(process)):
+        for prediction in ("epsilon", "v_prediction", "sample"):
+            with pytest.raises(InputError, match=rf"{name}Scheduler.*DDPMScheduler\.from_config\(scheduler\.config\)"):
+                DenoisingObjective(one, prediction)
+        with pytest.raises(InputError, match=r"DDPMScheduler\.from_config\(scheduler\.config\)") as error:
+            robustdiff.sample(lambda x, t: x, one, "ddim", 2, shape=(1, 1, 4, 4))
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["EDMEuler", "CMStochasticIterative"])
+def test_a_process_of_preconditioned_networks_is_for_them(name):
+    process = DiffusionProcess.from_scheduler(SCHEDULERS[f"{name}Scheduler"])
+    with pytest.raises(InputError, match=rf"{name}Scheduler.*prediction='sample'"):
+        DenoisingObjective(process)
+    with pytest.raises(InputError, match=rf"{name}Scheduler.*prediction='sample'"):
+        robustdiff.sample(lambda x, t: x, process, "multistep", 2, shape=(1, 1, 4, 4))
+    DenoisingObjective(process, "sample")
+    robustdiff.sample(lambda x, t: 0 * x, process, "multistep", 2, shape=(1, 1, 4, 4), prediction="sample")
+
+
+@pytest.mark.parametrize("name", ["DDPM", "DDIM", "PNDM", "LCM", "TCD", "UnCLIP", "SASolver", "FlowMatchEulerDiscrete"])
+def test_a_process_whose_network_has_the_point_itself_is_for_all(name):
+    DenoisingObjective(DiffusionProcess.from_scheduler(SCHEDULERS[f"{name}Scheduler"]))
 
 
 @pytest.mark.parametrize("first", [0.0, 1e-9])
@@ -448,6 +523,31 @@ def test_a_sigma_that_does_not_fit_is_refused(sigma, message):
         absorb(torch.zeros(3, 4), torch.zeros(3, 4), sigma)
 
 
-def test_noise_and_delta_of_two_shapes_are_refused():
+@pytest.mark.parametrize("shape", [(3, 1), (1, 4), (3, 4, 1), (4,), (6, 4)])
+@pytest.mark.parametrize(
+    "call", [absorb, lambda noise, delta, _: PROCESSES["linear"].absorb(noise, torch.tensor(5), delta)]
+)
+def test_noise_and_delta_of_two_shapes_are_refused(call, shape):
     with pytest.raises(ValueError, match="one shape"):
-        absorb(torch.zeros(3, 4), torch.zeros(3, 1), 1.0)
+        call(torch.zeros(3, 4), torch.zeros(shape), 1.0)
+
+
+@pytest.mark.parametrize(("batch", "shape"), [(1, (1, 6)), (1, (6,)), (3, (2,)), (3, (3, 4)), (3, (1, 3)), (3, (4, 1))])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float32])
+def test_times_that_are_not_of_the_batch_are_refused(batch, shape, dtype):
+    process, x = PROCESSES["linear"], torch.zeros(batch, 4, 6)
+    t = torch.full(shape, 5, dtype=dtype)
+    for call in (
+        lambda: process.absorb(x, t, x),
+        lambda: process.diffuse(x, t, x),
+        lambda: process.target("v_prediction", x, t, x),
+        lambda: process.split("epsilon", x, t, x),
+    ):
+        with pytest.raises(ValueError, match=rf"t must have shape \(B,\) with B = {batch}; got"):
+            call()
+
+
+def test_times_may_be_shaped_to_multiply_the_batch():
+    process, x = PROCESSES["linear"], gaussian(0, 3, 4, 6)
+    t = torch.tensor([5, 6, 7])
+    assert torch.equal(process.absorb(x, t[:, None, None], x), process.absorb(x, t, x))

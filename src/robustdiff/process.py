@@ -85,6 +85,11 @@ class Table:
         return broadcast(self.take(index.to(like.device), like.dtype), like)
 
 
+def _check_shapes(noise: Tensor, delta: Tensor) -> None:
+    if noise.shape != delta.shape:
+        raise ValueError(f"noise and delta must be of one shape; got {tuple(noise.shape)} and {tuple(delta.shape)}")
+
+
 def absorb(noise: Tensor, delta: Tensor, sigma: Tensor | float) -> Tensor:
     """Return the noise ε' = ε + δ/σ for which x_t + δ = α x_0 + σ ε', given σ itself.
 
@@ -100,8 +105,7 @@ def absorb(noise: Tensor, delta: Tensor, sigma: Tensor | float) -> Tensor:
         ValueError: If the shapes do not match, or σ is not positive. The second is checked on the CPU only.
     """
     sigma = torch.as_tensor(sigma, dtype=noise.dtype, device=noise.device)
-    if noise.shape != delta.shape:
-        raise ValueError(f"noise and delta must be of one shape; got {tuple(noise.shape)} and {tuple(delta.shape)}")
+    _check_shapes(noise, delta)
     if sigma.numel() not in (1, len(noise)) or any(size != 1 for size in sigma.shape[1:]):
         raise ValueError(f"sigma must have shape (B,) with B = {len(noise)}; got {tuple(sigma.shape)}")
     if sigma.device.type == "cpu" and not bool((sigma > 0).all()):
@@ -125,6 +129,9 @@ class DiffusionProcess:
         ValueError: If the tables differ in shape, are empty, or contain a level that is not finite, an α_t < 0
             or a σ_t ≤ 0 (δ/σ_t would be undefined).
     """
+
+    # The scheduler, and whether it has ᾱ_t, that gives the network c_in x_t (from_scheduler); None if it gives x_t.
+    _scaled_by: tuple[str, bool] | None = None
 
     def __init__(
         self,
@@ -222,14 +229,26 @@ class DiffusionProcess:
         every accepted scheduler. α_t is √ᾱ_t for DDPM-like schedulers, 1 for Euler-like and EDM schedulers, and
         1 − σ_t for flow matching.
 
+        The network of an Euler-like scheduler is called with x_t/√(1 + σ_t²). A loop that does so itself can use the
+        process. Objectives and :func:`robustdiff.sample`, which call the network with x_t, refuse it
+        (:meth:`check_network`).
+
+        The ``add_noise`` of DPM-Solver, DEIS and UniPC is for sampling alone: before ``set_timesteps`` it adds the
+        noise of time T − 1 − t at time t, and afterwards one level for all times that are not visited. These
+        schedulers are refused. ``DDPMScheduler.from_config(scheduler.config)`` is the scheduler of their training.
+
         If the scheduler accepts the whole numbers 0 … T − 1 as timesteps, t is the timestep. Otherwise (flow matching,
         EDM, consistency models) t is a position in ``scheduler.timesteps``, which begin with the noisiest, or one of
         these floating-point timesteps.
 
         Raises:
-            ValueError: If the scheduler does not add Gaussian noise at its own timesteps, or adds none at one of them.
+            ValueError: If the scheduler does not add Gaussian noise at its own timesteps, adds none at one of them, or
+                adds another noise at a timestep than its ``alphas_cumprod`` has.
         """
         name = type(scheduler).__name__
+        cumprod = getattr(scheduler, "alphas_cumprod", None)
+        if getattr(getattr(scheduler, "config", None), "use_flow_sigmas", False):
+            cumprod = None  # the levels of flow matching are not those of this table
         for times in _timesteps_of(scheduler):
             levels = _levels_of(scheduler, times)
             if levels is None:
@@ -242,11 +261,29 @@ class DiffusionProcess:
                     "no perturbation can become noise: take betas that are all above 0, or for flow matching "
                     "DiffusionProcess.flow(T, shift)"
                 )
-            return cls(alphas, sigmas, times)
+            process = cls(alphas, sigmas, times)
+            if cumprod is not None and not times.is_floating_point():
+                expected = cumprod.detach().to("cpu", torch.float64)[times]
+                wrong = ~torch.isclose(process.alphas_cumprod, expected, rtol=1e-3, atol=1e-5)
+                if bool(wrong.any()):
+                    raise InputError(
+                        f"{name}.add_noise has another level of noise at timestep {int(times[wrong][0])} than its "
+                        "alphas_cumprod, as it is for sampling alone: train with "
+                        "DDPMScheduler.from_config(scheduler.config), and take its process"
+                    )
+            if _scales_input(scheduler, times[sigmas.argmax()]):
+                process._scaled_by = name, cumprod is not None
+            return process
+        if cumprod is not None:
+            remedy = "train with DDPMScheduler.from_config(scheduler.config), and take its process"
+        else:
+            remedy = (
+                "take the scheduler of training, such as DDPMScheduler or FlowMatchEulerDiscreteScheduler, or a "
+                "process by name (DiffusionProcess.linear, cosine, flow)"
+            )
         raise ValueError(
-            f"{name} does not add Gaussian noise to a batch at timesteps of its own, so it describes no process: take "
-            "the scheduler of training, such as DDPMScheduler or FlowMatchEulerDiscreteScheduler, or a process by name "
-            "(DiffusionProcess.linear, cosine, flow)"
+            f"{name} does not add Gaussian noise to a batch at timesteps of its own, so it describes no process: "
+            f"{remedy}"
         )
 
     def __len__(self) -> int:
@@ -308,7 +345,34 @@ class DiffusionProcess:
         """
         t = t.cpu()
         levels, like = self._levels(t, t.device, torch.float64), torch.empty((), dtype=torch.float64)
-        return DiffusionProcess(*levels, self.times_at(t, like), levels_at=self.levels_at)
+        respaced = DiffusionProcess(*levels, self.times_at(t, like), levels_at=self.levels_at)
+        respaced._scaled_by = self._scaled_by
+        return respaced
+
+    def check_network(self, prediction: Prediction) -> None:
+        """Check that the process is one of a network that is called with x_t itself, without a factor.
+
+        Objectives and samplers call the network so. The process of an Euler-like scheduler is for a network that is
+        called with x_t/√(1 + σ_t²). That of an EDM or consistency scheduler is for a preconditioned network, which
+        predicts x_0.
+
+        Raises:
+            InputError: If the process is one of a scheduler that scales the network's input, unless it is one of
+                EDM or consistency models and ``prediction`` is "sample".
+        """
+        if self._scaled_by is None:
+            return
+        name, discrete = self._scaled_by
+        if discrete:
+            raise InputError(
+                f"{name} gives the network x_t/√(1 + σ²), and here the network is called with x_t: take the process of "
+                "DDPMScheduler.from_config(scheduler.config)"
+            )
+        if prediction != "sample":
+            raise InputError(
+                f"{name} gives the network a scaled x_t, and here the network is called with x_t: take the process and "
+                "the model of Model.of(network, scheduler), or a preconditioned network with prediction='sample'"
+            )
 
     def at(self, u: Tensor) -> Tensor:
         """Return the times (B,) at fractions u (B,) in (0, 1] of the process; for discrete time the ⌈uT⌉ − 1."""
@@ -421,25 +485,32 @@ class DiffusionProcess:
         of_x0 = before.sqrt() * self.betas / (1 - a)
         return Table(of_x0), Table((1 - self.betas).sqrt() * (1 - before) / (1 - a))
 
+    def _levels_of_batch(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Return :meth:`levels` at one time for each sample of ``like`` (B, *), or one time for all."""
+        if t.numel() not in (1, len(like)) or any(size != 1 for size in t.shape[1:]):
+            raise ValueError(f"t must have shape (B,) with B = {len(like)}; got {tuple(t.shape)}")
+        return self.levels(t, like)
+
     def diffuse(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """Return x_t = α_t x_0 + σ_t ε (B, *) at time indices in [0, T), or times, ``t`` (B,)."""
-        alpha, sigma = self.levels(t, x0)
+        alpha, sigma = self._levels_of_batch(t, x0)
         return alpha * x0 + sigma * noise
 
     def absorb(self, noise: Tensor, t: Tensor, delta: Tensor) -> Tensor:
         """Return the noise ε' = ε + δ/σ_t for which x_t + δ = α_t x_0 + σ_t ε'.
 
-        ε and δ have shape (B, *); ``t`` (B,) holds time indices in [0, T), or times. δ is detached: no gradient reaches
-        it through the target.
+        ε and δ have shape (B, *); ``t`` (B,) holds time indices in [0, T), or times, or one for all samples. δ is
+        detached: no gradient reaches it through the target.
 
         Raises:
-            ValueError: If one of the times is not in the process.
+            ValueError: If the shapes do not match, or one of the times is not in the process.
         """
-        return noise + delta.detach() / self.levels(t, noise)[1]
+        _check_shapes(noise, delta)
+        return noise + delta.detach() / self._levels_of_batch(t, noise)[1]
 
     def target(self, prediction: Prediction, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """Return the training target of a parameterisation at x_t = α_t x_0 + σ_t ε, with shape (B, *)."""
-        alpha, sigma = self.levels(t, x0)
+        alpha, sigma = self._levels_of_batch(t, x0)
         match prediction:
             case "epsilon":
                 return noise
@@ -456,7 +527,7 @@ class DiffusionProcess:
 
         They solve the two linear equations x_t = α x_0 + σ ε and output = target(x_0, ε).
         """
-        alpha, sigma = self.levels(t, x_t)
+        alpha, sigma = self._levels_of_batch(t, x_t)
         match prediction:
             case "epsilon":
                 return (x_t - sigma * output) / alpha, output
@@ -507,6 +578,14 @@ def _levels_of(scheduler: Any, times: Tensor) -> tuple[Tensor, Tensor] | None:
     except Exception:  # with timesteps that it does not support, a scheduler may raise anything
         return None
     return (alpha[:, 0], sigma[:, 0]) if linear else None
+
+
+def _scales_input(scheduler: Any, time: Tensor) -> bool:
+    """Return whether a scheduler gives the network a multiple of x_t, such as x_t/√(1 + σ²), at a timestep."""
+    if not hasattr(scheduler, "scale_model_input"):
+        return False
+    x = torch.ones(1, 1)
+    return not torch.equal(copy.deepcopy(scheduler).scale_model_input(x.clone(), time), x)
 
 
 class ProcessConfig(Named):

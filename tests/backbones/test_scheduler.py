@@ -96,7 +96,10 @@ def test_the_times_are_those_that_the_scheduler_visits(kind, sampler, steps, set
     scheduler = getattr(diffusers, kind)(**settings)
     _, times = ours(scheduler, sampler, steps)
     scheduler.set_timesteps(steps)
-    assert times == scheduler.timesteps.tolist()
+    expected = scheduler.timesteps.tolist()
+    if expected in ([0], [1]):  # diffusers' only step is at the least noisy time, and returns the noise
+        expected = [999]
+    assert times == expected
 
 
 @pytest.mark.parametrize("steps", [2, 10])

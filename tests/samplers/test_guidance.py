@@ -137,3 +137,60 @@ def test_condition_dropout_without_classes_is_refused(overrides, words, robustdi
     outcome = robustdiff("train", data, *arguments, "--cpu")
     assert outcome.code == 2
     assert words in outcome.err
+
+
+# -- conditions that are mappings --------------------------------------------------------------------------
+
+
+def by_mapping(x: Tensor, t: Tensor, encoder_hidden_states: Tensor, added: dict[str, Tensor], skipped: None) -> Tensor:
+    """A model whose output is the sum of its conditions."""
+    assert skipped is None
+    total = encoder_hidden_states.mean((1, 2)) + 10 * added["text_embeds"].mean(1) + 100 * added["time_ids"].mean(1)
+    return total.reshape(-1, 1, 1, 1).expand_as(x)
+
+
+CONDITION = {
+    "encoder_hidden_states": torch.tensor([1.0, 2.0]).reshape(2, 1, 1).expand(2, 3, 4),
+    "added": {"text_embeds": torch.tensor([[3.0], [4.0]]).expand(2, 5), "time_ids": torch.tensor([[5.0], [6.0]])},
+    "skipped": None,
+}
+EMPTY = {"encoder_hidden_states": torch.full((1, 3, 4), 0.5), "added": {"text_embeds": 0.25}, "skipped": None}
+
+
+@pytest.mark.parametrize("time_ids", [None, 7, torch.full((1, 1), 7.0), torch.full((2, 1), 7.0)])
+def test_a_condition_may_be_a_mapping_of_tensors(time_ids):
+    """As added_cond_kwargs of SDXL. Names without an empty value are those of the condition."""
+    seen: list[Tensor] = []
+    empty = EMPTY
+    if time_ids is not None:
+        empty = {**EMPTY, "added": {**EMPTY["added"], "time_ids": time_ids}}
+    sample(
+        by_mapping, LINEAR, "ddim", 1, shape=(2, 4, 4, 4), condition=CONDITION, unconditional=empty, guidance=5.0,
+        on_evaluation=lambda e: seen.append(e.predicted.noise[:, 0, 0, 0]),
+    )  # fmt: skip
+    full = torch.tensor([1 + 30 + 500.0, 2 + 40 + 600.0])
+    null = torch.tensor([0.5 + 2.5 + 500.0, 0.5 + 2.5 + 600.0]) if time_ids is None else torch.full((2,), 703.0)
+    torch.testing.assert_close(seen[0], null + 5 * (full - null))
+
+
+@pytest.mark.parametrize(
+    ("empty", "words"),
+    [
+        ({"added": 0}, "the empty added as a mapping of text_embeds, time_ids"),
+        ({"added": {"pooled": 0}}, "the empty added as a mapping of text_embeds, time_ids"),
+        (
+            {"added": {"text_embeds": torch.zeros(3, 5)}},
+            r"the empty added\['text_embeds'\].*one or 2 rows of shape \(5,\)",
+        ),
+        ({"added": {"text_embeds": None}}, r"the empty added\['text_embeds'\] as a number"),
+        ({"encoder_hidden_states": None}, "the empty encoder_hidden_states as a number"),
+        ({"encoder_hidden_states": torch.zeros(1, 2, 4)}, r"one or 2 rows of shape \(3, 4\)"),
+        ({"skipped": 3}, "skipped=None is no tensor"),
+        ({"skipped": torch.zeros(1)}, "skipped=None is no tensor"),
+    ],
+)
+def test_an_empty_condition_that_does_not_fit_is_named(empty, words):
+    given = {"condition": CONDITION, "unconditional": {**EMPTY, **empty}, "guidance": 2.0}
+    with pytest.raises(InputError, match=words) as error:
+        sample(by_mapping, LINEAR, "ddim", 1, shape=(2, 4, 4, 4), **given)
+    assert "\n" not in str(error.value)

@@ -134,8 +134,12 @@ def test_a_consistency_model_is_sampled_by_multistep_unless_told(folder):
 @pytest.mark.parametrize(
     ("model", "arguments", "words"),
     [
-        (None, ["--sampler", "ddim"], ["ddim does not suit this consistency model", "multistep"]),
-        ("fashion-16", ["--sampler", "multistep"], ["multistep does not suit this diffusion model", "ddim"]),
+        (None, ["--sampler", "ddim"], ["ddim does not suit this process", "use multistep, for consistency models"]),
+        (
+            "fashion-16",
+            ["--sampler", "multistep"],
+            ["multistep does not suit this process", "use ddim", "for diffusion models"],
+        ),
         (None, ["--steps", "18"], ["between 1 and 17", "18"]),
         (None, ["--steps", "3,2"], ["3,2", "ascending"]),
         (None, ["--eps-scale", "1.01"], ["eps_scale", "multistep"]),
@@ -152,7 +156,7 @@ def test_what_does_not_suit_is_said_in_one_line(robustdiff, folder, tmp_path, mo
 
 
 def test_flows_keep_their_own_sampler():
-    with pytest.raises(InputError, match="multistep does not suit this flow-matching model: use euler"):
+    with pytest.raises(InputError, match=r"multistep does not suit this process.*: use euler"):
         sample(lambda x, t: x, DiffusionProcess.flow(10), "multistep", 1, shape=(1, 1, 2, 2), prediction="flow")
 
 
@@ -166,4 +170,4 @@ def test_evaluate_takes_one_two_four_and_eight_steps(robustdiff, tmp_path):
         assert re.search(rf"multistep +{steps} +12 ", outcome.out), outcome.out
     outcome = robustdiff("evaluate", tmp_path / "model", tmp_path / "diffusion", *words)
     assert outcome.code == 2
-    assert "multistep does not suit this diffusion model" in outcome.err
+    assert "multistep does not suit this process" in outcome.err

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 from hypothesis import given
 from hypothesis import strategies as st
 
 from robustdiff.errors import InputError
-from robustdiff.samplers.spacing import evenly_spaced, respaced, strided
+from robustdiff.samplers.spacing import evenly_spaced, respaced, scheduled, strided
 
 
 @pytest.mark.parametrize(
@@ -34,8 +35,28 @@ def test_a_number_is_its_string_for_iddpm_and_a_stride_for_ddim():
     assert strided(8, 1000).tolist() == [0, 125, 250, 375, 500, 625, 750, 875]
 
 
-def test_a_single_step_is_at_the_noisiest_time():
-    assert evenly_spaced(1, 1000).tolist() == [999]
+@pytest.mark.parametrize("T", [1, 2, 1000])
+def test_a_single_step_is_at_the_noisiest_time(T):
+    for times in (evenly_spaced(1, T), strided(1, T), respaced("1", T), scheduled("trailing", 1, T)):
+        assert times.tolist() == [T - 1]
+
+
+@pytest.mark.parametrize("spacing", ["leading", "linspace"])
+@pytest.mark.parametrize("offset", [0, 1])
+def test_a_single_step_is_never_at_the_least_noisy_end(spacing, offset):
+    """diffusers' DDIM has it there, and returns the noise that it is given."""
+    scheduler = DDIMScheduler(timestep_spacing=spacing, steps_offset=offset)
+    scheduler.set_timesteps(1)
+    assert scheduler.timesteps.tolist() == [offset if spacing == "leading" else 0]
+    assert scheduled(spacing, 1, 1000, offset).tolist() == [999]
+
+
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+@pytest.mark.parametrize("steps", [1, 2, 3, 10])
+def test_a_multistep_solver_has_the_times_of_diffusers(spacing, steps):
+    scheduler = DPMSolverMultistepScheduler(timestep_spacing=spacing)
+    scheduler.set_timesteps(steps)
+    assert scheduled(spacing, steps, 1000, left_out=1).tolist() == scheduler.timesteps.flip(0).tolist()
 
 
 @given(T=st.integers(1, 300), fraction=st.floats(0, 1))

@@ -97,7 +97,7 @@ def test_an_installed_package_brings_its_own(tmp_path, monkeypatch):
         (
             "euler",
             {},
-            r"the sampler euler does not suit this diffusion model: use ddim or .*\(euler needs α \+ σ = 1\)",
+            r"the sampler euler does not suit this process, as it needs α \+ σ = 1: use ddim or .*, for diffusion m",
         ),
         ("dpm++", {"steps": "ddim5"}, "steps 'ddim5' are for ddim, es, iddpm, time-shift"),
         ("ddim", {"spacing": "even"}, "unknown spacing 'even'"),
@@ -115,7 +115,7 @@ def test_an_option_that_is_none_is_the_default():
 
 
 def test_a_process_for_which_there_is_no_sampler_is_said():
-    with pytest.raises(InputError, match="does not suit this process: no sampler does"):
+    with pytest.raises(InputError, match=r"does not suit this process, .*: no sampler does"):
         check_sampler("ddim", 1, DiffusionProcess(torch.tensor([0.9]), torch.tensor([0.7])))
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from robustdiff.errors import InputError
 from robustdiff.process import DiffusionProcess
 from robustdiff.samplers import sample
+from robustdiff.samplers.sample import check_sampler
 from robustdiff.samplers.spacing import evenly_spaced, strided
 
 COSINE = DiffusionProcess.cosine(1000)
@@ -257,3 +258,139 @@ def test_noise_that_does_not_fit_is_named():
         sample(model, COSINE, "iddpm", 5)
     with pytest.raises(ValueError, match="shape"):
         sample(model, COSINE, "iddpm", 5, shape=(3, 1, 4, 4), latents=latents)
+
+
+# -- few steps ---------------------------------------------------------------------------------------------
+
+
+def gain(sampler: str, levels: list[tuple[float, float]], end: tuple[float, float]) -> float:
+    """The standard deviation of samples of N(0, STD²) by the best model, from the factors and variances by hand."""
+    variance = 1.0
+    for i, (alpha, sigma) in enumerate(levels):
+        after = levels[i + 1] if i + 1 < len(levels) else end
+        x0 = alpha * STD**2 / (alpha**2 * STD**2 + sigma**2)  # the factor of x in x̂_0
+        noise = (1 - alpha * x0) / sigma
+        added = 0.0
+        if sampler == "ddim":
+            factor = after[0] * x0 + after[1] * noise
+        elif sampler == "dpm++":  # of first order, in a form that does not use λ
+            factor = after[1] / sigma + x0 * (after[0] - alpha * after[1] / sigma)
+        else:  # x_s given x_t and x̂_0: precision and mean of two Gaussians, for x_t = ratio x_s + noise
+            ratio = alpha / after[0]
+            step = sigma**2 - ratio**2 * after[1] ** 2
+            if after[1] == 0:
+                factor = x0 * after[0]
+            else:
+                added = 1 / (1 / after[1] ** 2 + ratio**2 / step)
+                factor = added * (after[0] * x0 / after[1] ** 2 + ratio / step)
+        variance = factor**2 * variance + added
+    return math.sqrt(variance)
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+@pytest.mark.parametrize("spacing", ["own", "leading", "trailing", "linspace"])
+@pytest.mark.parametrize("sampler", ["ddim", "time-shift", "iddpm", "es", "dpm++"])
+def test_one_and_two_steps_have_the_spread_that_they_must_have(sampler, spacing, steps):
+    """x_T ~ N(0, 1), a linear model and linear steps: the output is a Gaussian whose spread is known."""
+
+    def model(x: Tensor, t: Tensor) -> Tensor:
+        alpha, sigma = points.levels(t, x)
+        return sigma * x / (alpha**2 * STD**2 + sigma**2)
+
+    options = {"window": 0} if sampler == "time-shift" else {"eps_scale": 1.0} if sampler == "es" else {}
+    _, path = check_sampler(sampler, steps, LINEAR, spacing, **options)
+    points = path.points if path.points.times.is_floating_point() else LINEAR
+    latents, step_noise = noise_for(4000, steps)
+    given = {"latents": latents.double(), "step_noise": step_noise, "clip": False, "spacing": spacing, **options}
+    x = sample(model, LINEAR, sampler, steps, **given)
+    rule = {"time-shift": "ddim", "es": "iddpm"}.get(sampler, sampler)
+    expected = gain(rule, path.levels[:0:-1], path.end)
+    assert x.std().item() == pytest.approx(expected, rel=0.02)
+    if steps == 1:  # noise itself has a spread of 1
+        assert x.std() < 0.5
+        assert sampler == "dpm++" or path.times.tolist() == [999]
+
+
+# -- what samples are --------------------------------------------------------------------------------------
+
+EVERY = ["ddim", "iddpm", "es", "dpm++", "time-shift", "lcm"]
+
+
+class Network(torch.nn.Module):
+    """A network whose weights have a type of their own, which refuses points of another one."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.layer = torch.nn.Conv2d(1, 1, 1).to(dtype)
+        self.seen: list[tuple[torch.dtype, bool]] = []
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        self.seen.append((x.dtype, torch.is_inference_mode_enabled()))
+        return self.layer(x)
+
+
+@pytest.mark.parametrize("sampler", EVERY)
+@pytest.mark.parametrize("latents", [True, False])
+def test_samples_are_ordinary_tensors_and_calls_are_in_inference_mode(sampler, latents):
+    network, modes = Network(torch.float32), []
+    start = {"latents": torch.randn(2, 1, 4, 4)} if latents else {"shape": (2, 1, 4, 4)}
+    x = sample(
+        network, LINEAR, sampler, 2, on_evaluation=lambda _: modes.append(torch.is_inference_mode_enabled()), **start
+    )
+    assert not x.is_inference()
+    assert not x.requires_grad
+    assert all(inference for _, inference in network.seen)
+    assert all(modes)
+    torch.nn.functional.mse_loss(network.layer(x), x).backward()
+    x.clamp_(-1, 1).requires_grad_()
+
+
+@pytest.mark.parametrize("sampler", EVERY)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_a_network_is_called_in_the_type_of_its_weights(sampler, dtype):
+    network = Network(dtype)
+    make = torch.Generator().manual_seed(0)
+    x = sample(network, LINEAR, sampler, 3, shape=(2, 1, 4, 4), generator=make)
+    assert {seen for seen, _ in network.seen} == {dtype}
+    assert x.dtype == torch.float32
+    assert x.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_samples_have_the_type_of_given_latents_and_steps_that_of_float32_at_least(dtype):
+    states, network = [], Network(torch.bfloat16)
+    latents = torch.randn(2, 1, 4, 4, dtype=dtype)
+    x = sample(network, LINEAR, "ddim", 3, latents=latents, on_evaluation=lambda e: states.append(e.x_t.dtype))
+    assert x.dtype == dtype
+    assert set(states) == {torch.promote_types(dtype, torch.float32)}
+    assert {seen for seen, _ in network.seen} == {torch.bfloat16}
+    seen = []
+    sample(lambda x, t: seen.append(x.dtype) or x, LINEAR, "ddim", 1, latents=latents)  # a function has no type
+    assert seen == [dtype]
+
+
+def test_under_autocast_points_keep_their_type():
+    network = Network(torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        sample(network, LINEAR, "ddim", 2, shape=(1, 1, 4, 4))
+        sample(network, LINEAR, "ddim", 2, latents=torch.zeros(1, 1, 4, 4, dtype=torch.bfloat16))
+    assert [seen for seen, _ in network.seen] == 2 * [torch.float32] + 2 * [torch.bfloat16]
+
+
+@pytest.mark.parametrize("generator", [True, False])
+def test_points_are_on_the_device_of_the_model_wherever_they_are_drawn(generator):
+    class Called(Exception):
+        pass
+
+    class Meta:
+        device = torch.device("meta")  # stands for a GPU
+
+        def __call__(self, x: Tensor, t: Tensor) -> Tensor:
+            raise Called(x.device)
+
+    network = torch.nn.Conv2d(1, 1, 1, device="meta")
+    network.forward = lambda x, t: Meta()(x, t)
+    drawn = torch.Generator().manual_seed(0) if generator else None
+    for model in (Meta(), network):
+        with pytest.raises(Called, match="meta"):
+            sample(model, LINEAR, "ddim", 2, shape=(1, 1, 4, 4), generator=drawn)

@@ -99,4 +99,4 @@ def test_one_step_leaves_nothing_to_search(robustdiff, model):
 def test_a_diffusion_model_has_no_such_times(robustdiff):
     outcome = robustdiff("search-times", "fashion-16", "--num", 8)
     assert outcome.code == 2
-    assert "multistep does not suit this diffusion model" in outcome.err
+    assert "multistep does not suit this process" in outcome.err

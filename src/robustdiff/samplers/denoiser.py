@@ -98,6 +98,7 @@ class Denoiser:
         on_evaluation: A callback that is called after each evaluation.
         finite: A list. Each evaluation appends a boolean scalar tensor, on the network's device: True if the whole
             output is finite.
+        dtype: The type of the points that the network is called with; None for that of the sampler's state.
     """
 
     model: Callable[..., Any]
@@ -107,6 +108,7 @@ class Denoiser:
     condition: dict[str, Any] = field(default_factory=dict)
     on_evaluation: Callable[[Evaluation], None] | None = None
     finite: list[Tensor] | None = None
+    dtype: torch.dtype | None = None
 
     def __call__(self, x_t: Tensor, index: int | Tensor, process: DiffusionProcess) -> Denoised:
         """Evaluate the network at time ``process.times[index]``.
@@ -118,7 +120,8 @@ class Denoiser:
         """
         channels = x_t.shape[1]
         t = index if isinstance(index, Tensor) else torch.full((len(x_t),), index, device=x_t.device)
-        output = predict(self.model, x_t, process.times_at(t, x_t), self.condition).to(x_t.dtype)
+        point = x_t if self.dtype is None else x_t.to(self.dtype)
+        output = predict(self.model, point, process.times_at(t, x_t), self.condition).to(x_t.dtype)
         variance = output[:, channels:] if output.shape[1] == 2 * channels else None
         x0, noise = process.split(self.prediction, x_t, t, output[:, :channels])
         if self.finite is not None:  # before clipping, which would make infinite values finite

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 from pydantic import ValidationError
-from torch import Tensor
+from torch import Tensor, nn
 
 from robustdiff.errors import InputError, RunError
-from robustdiff.objectives.objective import gaussian
+from robustdiff.objectives.objective import gaussian, precise
 from robustdiff.process import DiffusionProcess, Prediction
 from robustdiff.samplers.denoiser import Denoiser, DynamicThreshold, Evaluation
 from robustdiff.samplers.guidance import guided
@@ -46,9 +46,8 @@ def check_sampler(
         process = process.respace(torch.arange(len(process)).flip(0))
     if not kind.suits(process):
         names = suited(process)
-        model = SAMPLERS[names[0]].model if names else "process"
-        remedy = f"use {' or '.join(names)}" if names else "no sampler does"
-        raise InputError(f"the sampler {sampler} does not suit this {model}: {remedy} ({sampler} needs {kind.needs})")
+        remedy = f"use {' or '.join(names)}, for {SAMPLERS[names[0]].model}s" if names else "no sampler does"
+        raise InputError(f"the sampler {sampler} does not suit this process, as it needs {kind.needs}: {remedy}")
     given = {name: value for name, value in options.items() if value is not None}
     for name in given:
         if name not in kind.model_fields:
@@ -96,7 +95,23 @@ def _bound(clip: Clip | None, model: Any, channels: int) -> float | DynamicThres
     return clip
 
 
-@torch.inference_mode()
+def _weights_of(model: Any) -> tuple[torch.device | None, torch.dtype | None]:
+    """Return the device and the type of a network's weights; None if they are not known, as for a function."""
+    network = model
+    while not isinstance(network, nn.Module) and getattr(network, "network", None) is not None:
+        network = network.network  # a Model, or a preconditioned network
+    device, dtype = getattr(model, "device", None), getattr(network, "dtype", None)
+    if isinstance(network, nn.Module):
+        first = next((weight for weight in network.parameters() if weight.is_floating_point()), None)
+        if first is not None:
+            device, dtype = device or first.device, dtype or first.dtype
+    return device, dtype if isinstance(dtype, torch.dtype) and dtype.is_floating_point else None
+
+
+def _autocasts(device: torch.device) -> bool:
+    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+
+
 def sample(
     model: Callable[..., Any],
     process: DiffusionProcess,
@@ -133,12 +148,14 @@ def sample(
             guided-diffusion: "10", "10,20,30" (sections) or "ddim25". For euler with continuous time any number. For
             multistep a number in [1, N − 1], or scales such as "0,22,39".
         shape: The shape (n, C, H, W) of the samples. Required without ``latents``.
-        latents: The initial noise x_T, with shape (n, C, H, W). Default: standard normal.
+        latents: The initial noise x_T, with shape (n, C, H, W), on the model's device. Default: standard normal, in
+            float32. Steps are computed in the precision of the latents, and in at least float32. The network is called
+            with points in the type of its weights or, under autocast or if they are not known, of the latents.
         step_noise: The noise of each step, from the noisiest on: a tensor (steps, n, C, H, W), or any iterable of
             tensors (n, C, H, W). Default: standard normal. Samples of two models with the same latents and step noise
             (common random numbers) can be compared one by one.
-        generator: The source of randomness for latents and step noise that are not given. Default: PyTorch's global
-            generator.
+        generator: The source of randomness for latents and step noise that are not given, on any device: what it draws
+            is moved to that of the model. Default: PyTorch's global generator.
         eps_scale: The number by which ε̂ is divided; for es also (k, b), which stands for k·i + b at the i-th of the
             sampler's times, counted from 0, the least noisy. Default: 1, and 1.017 for es.
         clip: The clipping of x̂_0 in each step: True for [−1, 1], a number c for [−c, c], a ``DynamicThreshold``, or
@@ -149,12 +166,14 @@ def sample(
         prediction: The parameterisation of the model. Default: ``model.prediction`` if the model is one that
             :func:`robustdiff.load_model` returned, otherwise "epsilon".
         on_evaluation: A callback that is called with an ``Evaluation`` after each evaluation of the network.
-        condition: Further keyword arguments of the model, tensors with n rows each.
+        condition: Further keyword arguments of the model: tensors with n rows each, or mappings of such tensors, as
+            ``added_cond_kwargs`` of Stable Diffusion XL is.
         guidance: The scale g of classifier-free guidance (:mod:`robustdiff.samplers.guidance`), with two evaluations in
             each step. None and 1: no guidance. For a network that takes the scale as an argument (Flux dev, latent
             consistency models), it is this argument, and each step has one evaluation.
         unconditional: The empty condition, under the names of the condition. Each value is a tensor with one or n rows,
-            or a number, such as the null class for ``class_labels``.
+            a number, such as the null class for ``class_labels``, or a mapping of these. Names that a mapping leaves
+            out, such as the size of the images, are those of the condition.
         spacing: The choice of the times for a number of steps: "own" (as the sampler's authors space them);
             "leading", "trailing" or "linspace" as in diffusers' schedulers; or a function of (S, T) that returns S
             ascending indices or, for euler, S descending levels σ. multistep supports "own" only. Default: the spacing
@@ -164,11 +183,13 @@ def sample(
             selects the default.
 
     Returns:
-        Images, nominally in [−1, 1], with shape (n, C, H, W), on the device of the latents.
+        Images, nominally in [−1, 1], with shape (n, C, H, W), on the device and in the type of the latents. The network
+        is called in inference mode. The images themselves may be changed in place and trained on.
 
     Raises:
         InputError: If the sampler is unknown, does not suit the process or lacks an option, if an option or the steps
-            are out of range, or if the model predicts noise and the process has times without signal.
+            are out of range, if the model predicts noise and the process has times without signal, or if the process is
+            one of a scheduler that scales the network's input (:meth:`DiffusionProcess.check_network`).
         RunError: If an output of the network is not finite; the message names the first such step.
         ValueError: If ``shape`` and ``latents`` are both missing or disagree, or the step noise has another shape or
             ends early.
@@ -176,22 +197,27 @@ def sample(
     given_options = {"clip": clip, "spacing": spacing, "steps_offset": steps_offset, "eps_scale": eps_scale, **options}
     settings = sampling_settings(model, sampler, given_options)
     clip = settings.pop("clip", None)
-    chosen, path = check_sampler(sampler, steps, process, **settings)
     own: Prediction = getattr(model, "prediction", "epsilon")
     parameterisation = own if prediction is None else prediction
+    process.check_network(parameterisation)
+    chosen, path = check_sampler(sampler, steps, process, **settings)
     if parameterisation == "epsilon" and not bool((process.alphas > 0).all()):
         raise InputError(
             "the process ends without any signal (zero terminal SNR), where x̂_0 does not follow from the noise: a "
             "network for it predicts v or x_0"
         )
+    device, dtype = _weights_of(model)
     if latents is None:
         if shape is None:
             raise ValueError("give shape=(n, C, H, W), or latents")
-        device = generator.device if generator is not None else getattr(model, "device", torch.device("cpu"))
-        latents = torch.randn(shape, generator=generator, device=device)
+        if device is None:
+            device = torch.device("cpu") if generator is None else generator.device
+        # In float32 whatever the model's type, so that a generator draws the same noise for each.
+        latents = gaussian(torch.empty(shape, device=device, dtype=torch.float32), generator)
     elif shape is not None and tuple(shape) != tuple(latents.shape):
         raise ValueError(f"shape {tuple(shape)} is not that of the latents, {tuple(latents.shape)}")
-    start = latents
+    given_type, start = latents.dtype, latents.to(precise(latents.dtype))
+    called = given_type if dtype is None or _autocasts(start.device) else dtype
     bound = _bound(clip, model, start.shape[1])
     if not chosen.clips and not isinstance(bound, DynamicThreshold):
         bound = None
@@ -212,7 +238,7 @@ def sample(
     if class_labels is not None:
         given["class_labels"] = class_labels
     embed = getattr(model, "embed_guidance", None)
-    embedded = None if guidance is None or embed is None else embed(guidance, start)
+    embedded = None if guidance is None or embed is None else embed(guidance, start.to(called))
     if embedded is not None:
         if twice := [name for name in embedded if name in given]:
             raise InputError(f"the condition has the scale of guidance already, as {twice[0]}: leave one of them out")
@@ -220,9 +246,11 @@ def sample(
     elif guidance is not None and guidance != 1:
         model = guided(model, guidance, given, unconditional or {})
     finite: list[Tensor] = []
-    denoiser = Denoiser(model, parameterisation, chosen.eps_scale, bound, given, on_evaluation, finite)
-    x = chosen.run(denoiser, path, latents, noises())
-    finite.append(x.isfinite().all())
+    denoiser = Denoiser(model, parameterisation, chosen.eps_scale, bound, given, on_evaluation, finite, called)
+    with torch.inference_mode():
+        sampled = chosen.run(denoiser, path, start, noises())
+        finite.append(sampled.isfinite().all())
+    x = sampled.to(given_type, copy=True)  # outside of inference mode, an ordinary tensor
     if not all(whole := torch.stack(finite).tolist()):  # read once, not in every step
         evaluations = len(path)
         raise RunError(

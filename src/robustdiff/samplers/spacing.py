@@ -83,13 +83,19 @@ def evenly_spaced(steps: int, T: int) -> Tensor:
 
 
 def strided(steps: int, T: int) -> Tensor:
-    """Return the S times ⌊iT/S⌋, i = 0 … S − 1; if S divides T, they are those of "ddimS"."""
+    """Return the S times ⌊iT/S⌋, i = 0 … S − 1; if S divides T, they are those of "ddimS".
+
+    A single step is at the noisiest time T − 1, since at time 0 it would return noise.
+    """
     check_steps(steps, T)
-    return torch.arange(steps) * T // steps
+    return torch.tensor([T - 1]) if steps == 1 else torch.arange(steps) * T // steps
 
 
 def scheduled(spacing: Spacing, steps: int, T: int, offset: int = 0, left_out: int = 0) -> Tensor:
     """Return the S times of diffusers' ``timestep_spacing`` (Lin et al., 2024, arXiv 2305.08891, table 2), ascending.
+
+    Unlike diffusers' DDIM and DDPM, whose only step of "leading" and "linspace" is at the least noisy time and returns
+    the noise that it is given, a single step is at the noisiest time. With ``left_out`` it is where diffusers has it.
 
     Arguments:
         spacing: The spacing: "leading" (an integer stride from ``offset``), "trailing" (from the last time down) or
@@ -104,6 +110,8 @@ def scheduled(spacing: Spacing, steps: int, T: int, offset: int = 0, left_out: i
         InputError: If S is out of range, or the times are not S distinct times in [0, T).
     """
     check_steps(steps, T)
+    if steps == 1 and not left_out:
+        return torch.tensor([T - 1])
     n = steps + left_out
     times: NDArray[Any]
     if spacing == "trailing":
