@@ -90,7 +90,7 @@ def test_metadata_without_captions_is_passed_over(tmp_path: Path, caplog: pytest
     images(tmp_path, "a.png", "b.png")
     write(tmp_path / "metadata.jsonl", {"file_name": "a.png", "label": 3})
     assert captions(tmp_path) is None
-    assert "1 file is not an image and is passed over, such as metadata.jsonl" in caplog.text
+    assert "1 file is passed over, such as metadata.jsonl" in caplog.text
 
 
 A = row("a.png", "x")
@@ -177,7 +177,7 @@ def test_text_files(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert "1 of 3 text files have more lines than the caption, such as" in longer
     assert "b.txt" in longer
     assert "1 of 3 images have an empty caption, such as" in empty
-    assert "1 file is not an image and is passed over, such as notes.txt" in others
+    assert "1 file is passed over, such as notes.txt" in others
 
 
 def test_images_without_a_text_file_are_counted(tmp_path: Path) -> None:
