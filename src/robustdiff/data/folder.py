@@ -96,7 +96,7 @@ def _report_others(name: str, others: list[Path]) -> None:
     if others:
         is_one = len(others) == 1
         logger.warning(
-            "%s: %d %s passed over, such as %s: images end in %s",
+            "%s: %d %s passed over, such as %s: images are regular files that end in %s",
             name,
             len(others),
             "file is" if is_one else "files are",
