@@ -115,7 +115,7 @@ def test_a_file_that_goes_away_is_named(tmp_path):
 def test_sizes_that_differ(tmp_path):
     save(tmp_path / "a.png")
     save(tmp_path / "b.png", size=(9, 9))
-    with pytest.raises(InputError, match=r"a\.png: 8, b\.png: 9 pixels\); give images of one size; data.size=PIXELS resizes"):
+    with pytest.raises(InputError, match=r"a\.png: 8, b\.png: 9 pixels\); give images of one size; data.size=PIXELS"):
         load_dataset("imagefolder", root=tmp_path)
     assert load_dataset("imagefolder", root=tmp_path, size=8).shape == (3, 8, 8)
 

@@ -67,7 +67,7 @@ def test_without_labels(tmp_path):
 def test_sizes_that_differ(tmp_path):
     images = [Image.fromarray(np.zeros((n, n), np.uint8)) for n in (6, 6, 7)]
     datasets.Dataset.from_dict({"image": images}).save_to_disk(tmp_path / "set")
-    with pytest.raises(InputError, match=r"row 0: 6, row 2: 7 pixels\); give images of one size; data.size=PIXELS resizes"):
+    with pytest.raises(InputError, match=r"row 0: 6, row 2: 7 pixels\); give images of one size; data.size=PIXELS"):
         load_dataset(f"hf:{tmp_path / 'set'}")
     assert load_dataset(f"hf:{tmp_path / 'set'}", size=6).shape == (1, 6, 6)
 
