@@ -97,7 +97,7 @@ STAGES = {
     "checkpoint.py:save_checkpoint": "checkpoint write",
     "checkpoint.py:load_checkpoint": "checkpoint read",
     "checkpoint.py:newest_checkpoint": "checkpoint read",
-    "run.py:_prepare_folder": "preparation of the run",
+    "run.py:_prepare": "preparation of the run",
     "trainer.py:__init__": "preparation of the run",
     "build.py:build_model": "preparation of the run",
     "registry.py:load": "preparation of the run",

@@ -45,6 +45,7 @@ __all__ = [
     "remove_leftovers",
     "user_key",
     "write_json",
+    "written_last",
 ]
 
 MARKER = ".robustdiff"
@@ -117,8 +118,9 @@ def atomic_folder(path: str | os.PathLike[str], *, replace: bool = False) -> Ite
         shutil.rmtree(temporary, ignore_errors=True)
         # safetensors and torch's zip writer raise errors of their own if a write fails.
         if isinstance(error, SafetensorError) or "inline_container" in str(error):
-            if "No space left" in str(error) or "os error 28" in str(error):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target)) from error
+            if found := re.search(r"\(os error (\d+)\)", str(error)):
+                code = int(found[1])
+                raise OSError(code, os.strerror(code), str(target)) from error
             raise RunError(f"{printable(target)} cannot be written: {printable(first_line(error))}") from error
         raise
 
@@ -274,13 +276,31 @@ def write_json(path: Path, record: Any) -> None:
         RunError: A number is not finite; nothing is written.
         OSError: The folder cannot be created or written.
     """
+    with written_last(path, record):
+        pass
+
+
+@contextmanager
+def written_last(path: Path, record: Any) -> Iterator[None]:
+    """Write a result as JSON when the block ends, also by an exception.
+
+    The block writes what goes with the result, such as figures. A folder that holds the result is therefore complete,
+    unless something failed, and a killed process leaves none.
+
+    Raises:
+        RunError: A number is not finite; nothing is written, and the block is not entered.
+        OSError: The folder cannot be created or written.
+    """
     try:
         text = json.dumps(record, indent=1, allow_nan=False)
     except ValueError:
         raise RunError(f"{printable(path)} is not written: a number in it is not finite") from None
     path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(path) as file:
-        file.write(text.encode())
+    try:
+        yield
+    finally:
+        with atomic_write(path) as file:
+            file.write(text.encode())
 
 
 def make_folder(path: Path) -> None:

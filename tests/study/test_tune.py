@@ -211,7 +211,7 @@ def test_the_better_half_goes_on_and_the_winner_is_confirmed_on_new_seeds(measur
 
     assert (record["answer"], winner["settings"]["adversary.step_size"]) == ("candidate", 0.1)
     recipe = load_recipe(str(tmp_path / "recipe.yaml"))
-    assert (recipe.steps, recipe.adversary.step_size, recipe.output) == (12, 0.1, "runs/fashion-16-at")
+    assert (recipe.steps, recipe.adversary.step_size, recipe.output) == (12, 0.1, str(tmp_path / "run"))
     assert json.loads((tmp_path / "result.json").read_text()) == json.loads(json.dumps(record))
     assert record["trainings"] == 10 + 5 + 3 + 9
     assert record["process_seconds"] == 3 * 27, "two seconds for a training, one for its cell"

@@ -239,7 +239,7 @@ def test_a_full_disk_leaves_the_checkpoint_before_and_nothing_half_written(tiny,
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
     try:
-        with pytest.raises(OSError, match="step-00000004 cannot be written, is the disk full"):
+        with pytest.raises(OSError, match=r"File too large.*step-00000004"):
             train(longer, resume=True, cpu=True)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

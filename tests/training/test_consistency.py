@@ -15,7 +15,7 @@ from robustdiff.data import ArrayDataset, load_dataset
 from robustdiff.errors import InputError
 from robustdiff.evaluation.generate import Generator
 from robustdiff.objectives.consistency import (
-    METRICS,
+    DISTANCES,
     ConsistencyConfig,
     DoublingScales,
     FixedScales,
@@ -217,7 +217,7 @@ CONSISTENCY = [
         (DiffusionDenoiser, euler_step),
     ),
     ({"teacher": "edm"}, lambda o: type(o.teacher), Preconditioned),
-    ({"metric": "l1"}, lambda o: o.distance, METRICS["l1"]()),
+    ({"metric": "l1"}, lambda o: o.distance, DISTANCES["l1"]()),
     ({"perturb": "student"}, lambda o: o.perturb, "student"),
     ({"weighting": "inverse-gap"}, lambda o: o.weighting, "inverse-gap"),
     ({}, lambda o: o.times, None),

@@ -18,7 +18,7 @@ from rich.console import Console
 
 from robustdiff.errors import InputError, RunError, printable
 
-__all__ = ["app", "err", "main", "out", "say"]
+__all__ = ["INTERRUPTED", "app", "err", "main", "out", "say"]
 
 app = typer.Typer(
     name="robustdiff",

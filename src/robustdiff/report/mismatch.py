@@ -10,7 +10,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from robustdiff.files import write_json
+from robustdiff.files import written_last
 from robustdiff.mismatch.measure import MEASURES, Mismatch
 from robustdiff.report.figures import COLOURS, MARKERS, Axes, Figure, default_settings, label, save_figure
 from robustdiff.report.tables import shown
@@ -175,9 +175,9 @@ def write_mismatch(folder: Path, mismatch: Mismatch) -> None:
     Raises:
         RunError: If a number is not finite. Nothing is written then.
     """
-    write_json(folder / "mismatch.json", asdict(mismatch))
     title = f"{mismatch.data}, {mismatch.paths[0].n} images, seed {mismatch.seed}"
-    save_figure(mismatch_figure(mismatch, title), folder / "mismatch.png")
-    if mismatch.robustness:
-        title = f"{mismatch.data}, {mismatch.robustness[0].n} images, seed {mismatch.seed}"
-        save_figure(robustness_figure(mismatch, title), folder / "robust.png")
+    with written_last(folder / "mismatch.json", asdict(mismatch)):
+        save_figure(mismatch_figure(mismatch, title), folder / "mismatch.png")
+        if mismatch.robustness:
+            title = f"{mismatch.data}, {mismatch.robustness[0].n} images, seed {mismatch.seed}"
+            save_figure(robustness_figure(mismatch, title), folder / "robust.png")

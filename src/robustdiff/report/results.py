@@ -9,7 +9,7 @@ from typing import Any
 
 from robustdiff.errors import InputError, printable
 from robustdiff.evaluation.grid import Cell, Grid
-from robustdiff.files import remove_leftovers, write_json
+from robustdiff.files import remove_leftovers, written_last
 from robustdiff.metrics.metric import number_named
 from robustdiff.report.figures import caption_grid, numbers_against_steps, sample_grid, save_figure
 
@@ -56,7 +56,12 @@ def write_results(
         "cells": [cell.record() for cell in grid.cells],
         "differences": [difference.record() for difference in grid.differences],
     }
-    write_json(folder / "result.json", record)
+    with written_last(folder / "result.json", record):
+        _figures(folder, grid, title, beside)
+    return record
+
+
+def _figures(folder: Path, grid: Grid, title: str, beside: Sequence[Cell]) -> None:
     if grid.samples:
         for name in dict.fromkeys(name for cell in grid.cells for name in cell.intervals):
             figure = numbers_against_steps([*grid.cells, *beside], number_named(name), title)
@@ -73,4 +78,3 @@ def write_results(
             note = f"{sampler}: the same noise in every column"
             figure = sample_grid(grid.samples, checkpoints, sampler, steps, note)
         save_figure(figure, folder / f"samples-{sampler.replace('+', 'p')}.png")
-    return record

@@ -10,7 +10,7 @@ import numpy as np
 from rich import box
 from rich.table import Table
 
-from robustdiff.files import write_json
+from robustdiff.files import written_last
 from robustdiff.mismatch.solver_error import LocalError, SolverError, fitted_order
 from robustdiff.report.figures import Figure, default_settings, label, matplotlib, save_figure
 
@@ -85,6 +85,6 @@ def write_solver_error(folder: Path, result: SolverError) -> None:
     Raises:
         RunError: If a number is not finite. Nothing is written then.
     """
-    write_json(folder / "result.json", asdict(result))
     title = f"One step of the solver on {Path(result.teacher).name}, {result.num} images of {result.data}"
-    save_figure(solver_error_figure(result.errors, title), folder / "solver-error.png")
+    with written_last(folder / "result.json", asdict(result)):
+        save_figure(solver_error_figure(result.errors, title), folder / "solver-error.png")
