@@ -619,6 +619,14 @@ def test_a_missing_cell_leaves_no_number(finished):
     assert results.missing == {"free-s0": 1}
 
 
+def test_a_folder_of_its_name_does_not_hide_a_shipped_study(tmp_path, monkeypatch):
+    """As `robustdiff demo --output demo` makes one, and then goes on."""
+    (tmp_path / "demo").mkdir()
+    expected = load_study("demo")
+    monkeypatch.chdir(tmp_path)
+    assert load_study("demo") == expected
+
+
 def test_unreadable_yaml_is_named(tmp_path):
     (tmp_path / "bad.yaml").write_text("a: [")
     with pytest.raises(InputError, match="not YAML"):

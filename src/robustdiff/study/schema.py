@@ -214,7 +214,7 @@ def load_study(source: str | Path) -> Study:
     Raises:
         InputError: If the study does not exist, or a field is unknown or out of its range.
     """
-    if str(source) in shipped_studies() and not Path(source).exists():
+    if str(source) in shipped_studies() and not Path(source).is_file():
         values = parse_yaml((files("robustdiff") / "studies" / f"{source}.yaml").read_bytes(), str(source))
     else:
         values = read_yaml(Path(source))
