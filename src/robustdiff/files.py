@@ -19,7 +19,7 @@ import re
 import secrets
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal, TypeVar
@@ -36,6 +36,7 @@ __all__ = [
     "atomic_folder",
     "atomic_write",
     "cache_folder",
+    "check_outside",
     "claim_folder",
     "make_folder",
     "open_regular",
@@ -301,6 +302,22 @@ def written_last(path: Path, record: Any) -> Iterator[None]:
     finally:
         with atomic_write(path) as file:
             file.write(text.encode())
+
+
+def check_outside(folder: Path, sources: Iterable[Path], option: str) -> None:
+    """Check that a folder to write into is in none of the folders that are read.
+
+    Args:
+        folder: The folder to write into.
+        sources: The files and folders that are read.
+        option: The option by which another folder is chosen, for the message.
+
+    Raises:
+        InputError: The folder is a source, or in one.
+    """
+    for source in sources:
+        if source.is_dir() and folder.resolve().is_relative_to(source.resolve()):
+            raise InputError(f"output {folder} is in {source}, which is read: choose another {option}")
 
 
 def make_folder(path: Path) -> None:

@@ -67,24 +67,24 @@ def test_samples_of_captions_stand_beside_them(tmp_path, recwarn):
 
 
 def test_a_folder_is_checked_before_anything_is_computed_for_it(tmp_path, monkeypatch):
-    claim_results(tmp_path / "a" / "new", "result.json", [])
+    claim_results(tmp_path / "a" / "new" / "result.json", [])
     assert not (tmp_path / "a").exists(), "a call that is refused later leaves nothing"
     (tmp_path / "a" / "new").mkdir(parents=True)
-    claim_results(tmp_path / "a" / "new", "result.json", [tmp_path / "b"])
+    claim_results(tmp_path / "a" / "new" / "result.json", [tmp_path / "b"])
     monkeypatch.chdir(tmp_path)
-    claim_results(Path("c/d"), "result.json", [])
+    claim_results(Path("c/d") / "result.json", [])
     (tmp_path / "a" / "new" / "result.json").write_text("{}")
     with pytest.raises(InputError, match=r"new holds results already \(result\.json\): give another --output"):
-        claim_results(tmp_path / "a" / "new", "result.json", [])
+        claim_results(tmp_path / "a" / "new" / "result.json", [])
     (tmp_path / "file").write_text("")
     for folder in (tmp_path / "file", tmp_path / "file" / "in"):
         with pytest.raises(InputError, match="file is no folder: give another --output"):
-            claim_results(folder, "result.json", [])
+            claim_results(folder / "result.json", [])
     monkeypatch.setattr("os.access", lambda *_: False)
     with pytest.raises(InputError, match="cannot be written to: give another --output"):
-        claim_results(tmp_path / "b", "result.json", [])
+        claim_results(tmp_path / "b" / "result.json", [])
     monkeypatch.undo()
     for folder in (tmp_path / "a", tmp_path / "a" / "deep" / "er"):
         with pytest.raises(InputError, match="which is read: choose another --output"):
-            claim_results(folder, "other.json", [tmp_path / "a"])
+            claim_results(folder / "other.json", [tmp_path / "a"])
     assert not (tmp_path / "a" / "deep").exists()

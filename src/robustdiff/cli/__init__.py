@@ -73,13 +73,8 @@ def main() -> None:
         sys.exit(_fail(str(error), 1))
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            sys.exit(
-                _fail(
-                    f"the disk is full ({error.filename or error}): free some space, and start again "
-                    "as after an interruption",
-                    1,
-                )
-            )
+            where, remedy = error.filename or error, "free some space, and start again as after an interruption"
+            sys.exit(_fail(f"the disk is full ({where}): {remedy}", 1))
         if error.filename is None or error.errno == errno.EIO:
             raise
         sys.exit(_fail(f"{os.fsdecode(error.filename)}: {error.strerror}: give another path", 2))

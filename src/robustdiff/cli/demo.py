@@ -47,8 +47,7 @@ def demo(
         options = f" --{kind}" * bool(kind) + " --full" * full + f" --seed {seed}" * bool(seed)
         say(f"stopped; robustdiff demo{options} --output {folder} goes on from here", err)
         raise typer.Exit(INTERRUPTED)
-    else:
-        _show(*result, folder)
+    _show(*result, folder)
 
 
 def _show(grid: Grid, record: dict[str, Any], folder: Path) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -81,8 +83,8 @@ def evaluate(
     names, values = options.parse_metrics(metrics)
     given = {"--data": data, "--root": root, "--set": overrides, "--reference": reference}
     given |= {"--features": features, "--weights": weights}
-    options.claim(output, "result.json", None, (source for source in sources if source not in runs.values()))
-    target, texts = _target(names, given, runs, prompts, accelerator.device, output)
+    claim = partial(options.claim, output and output / "result.json", sources={*sources} - {*runs.values()})
+    target, texts = _target(names, given, runs, prompts, accelerator.device, claim)
     cells = options.parse_names(sampler), options.parse_counts(steps), num, names, values, texts, _scales(guidance)
     recorded, chosen = options.given(seed=seed, negative=negative), options.given(spacing=spacing)
     settings: dict[str, Any] = {"batch_size": batch_size, "precision": precision, "options": chosen, **recorded}
@@ -97,7 +99,7 @@ def _target(
     runs: dict[str, str],
     prompts: Path | None,
     device: torch.device,
-    output: Path | None,
+    claim: Callable[[DataConfig | Path | None], None],
 ) -> tuple[Target, Prompts | None]:
     """Load the real images that metrics compare with, in which no output may be, and the prompts of a file."""
     from robustdiff.evaluation.prompts import load_prompts
@@ -105,7 +107,7 @@ def _target(
 
     texts = None if prompts is None else load_prompts(prompts)
     real, compare = _real_images(metrics, given, runs, texts)
-    options.claim(output, "result.json", real)
+    claim(real)
     return load_target(real, given["--features"], given["--weights"], device, texts, compare), texts
 
 

@@ -55,7 +55,7 @@ def mismatch(
     numbers = options.given(num=num, probes=probes, seed=seed, radii=options.parse_numbers(radii, "--radii", _RADII))
     device, named = Accelerator(cpu=cpu).device, name_sources(runs)
     real = options.real_images(runs[0], data, root, overrides)
-    options.claim(output, "mismatch.json", real)
+    options.claim(output / "mismatch.json", real)
     settings = options.given(batch_size=batch_size, precision=precision, guidance=guidance)
     dataset, chosen = real.load(), options.given(spacing=spacing)
     generators = load_generators(named, device, dataset, *cells, options=chosen, **settings)

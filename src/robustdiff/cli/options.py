@@ -107,8 +107,8 @@ def real_images(run: str | None, data: str | None, root: str | None, overrides: 
     return choose_real_images(run, data, root, overrides, on_read=lambda message: say(message, err))
 
 
-def claim(output: Path | None, file: str, real: DataConfig | Path | None, sources: Iterable[str] = ()) -> None:
-    """Check the folder of results, if there is one, before anything is computed for it.
+def claim(file: Path | None, real: DataConfig | Path | None, sources: Iterable[str] = ()) -> None:
+    """Check the file of results, if there is one, before anything is computed for it.
 
     Raises:
         InputError: As of :func:`~robustdiff.report.results.claim_results`. Sources and the folder of the real images
@@ -117,8 +117,8 @@ def claim(output: Path | None, file: str, real: DataConfig | Path | None, source
     from robustdiff.report.results import claim_results
 
     root: str | None = None if real is None or isinstance(real, Path) else real.root
-    if output is not None:
-        claim_results(output, file, map(Path, [*sources, *([] if root is None else [root])]))
+    if file is not None:
+        claim_results(file, map(Path, [*sources, *([] if root is None else [root])]))
 
 
 def _native(precision: str) -> str:

@@ -26,6 +26,5 @@ def reproduce(
     if result is None:
         say(f"stopped; robustdiff reproduce {cell} --output {output} goes on from here", err)
         raise typer.Exit(INTERRUPTED)
-    else:
-        print_whole(out, reproduced_table(*result))
-        say(compare(*result))
+    print_whole(out, reproduced_table(*result))
+    say(compare(*result))

@@ -42,7 +42,7 @@ def search_times(
     from robustdiff.report.bar import Bar
 
     accelerator, real = Accelerator(cpu=cpu), options.real_images(run, data, root, overrides)
-    options.claim(output and output.parent, output.name if output else "", real)
+    options.claim(output, real)
     target = load_target(real, features, weights, accelerator.device)
     sampling = {run: run}, accelerator.device, target.dataset, ["multistep"], [None]
     (generator,) = load_generators(*sampling, seed=seed, batch_size=batch_size, precision=precision).values()

@@ -38,7 +38,7 @@ def solver_error(
 
     levels = options.parse_counts(scales, "--scales", "18,40,80,160")
     real = options.real_images(teacher, data, root, overrides)
-    options.claim(output, "result.json", real)
+    options.claim(output / "result.json", real)
     settings = options.given(points=points, substeps=substeps, seed=seed, batch_size=batch_size)
     with Bar(err) as bar:
         method = Accelerator(cpu=cpu).device, levels, solver.split(","), num

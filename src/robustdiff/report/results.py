@@ -9,7 +9,7 @@ from typing import Any
 
 from robustdiff.errors import InputError, printable
 from robustdiff.evaluation.grid import Cell, Grid
-from robustdiff.files import remove_leftovers, written_last
+from robustdiff.files import check_outside, remove_leftovers, written_last
 from robustdiff.metrics.metric import number_named
 from robustdiff.report.figures import caption_grid, numbers_against_steps, sample_grid, save_figure
 
@@ -19,22 +19,20 @@ MOST_CAPTIONS = 8
 """The number of captions in a figure of samples."""
 
 
-def claim_results(folder: Path, file: str, sources: Iterable[Path]) -> None:
-    """Check that a folder can take results, before anything is computed for it. Nothing is made.
+def claim_results(file: Path, sources: Iterable[Path]) -> None:
+    """Check that results can be written, before anything is computed for them. Nothing is made.
 
     Arguments:
-        folder: The folder.
-        file: The name of the file of the results.
+        file: The file of the results.
         sources: Folders that are read, in which nothing may be written.
 
     Raises:
-        InputError: If the folder holds results already, is in one that is read, or cannot be made or written to.
+        InputError: If the file exists, or its folder is in one that is read, or cannot be made or written to.
     """
-    for source in sources:
-        if source.is_dir() and folder.resolve().is_relative_to(source.resolve()):
-            raise InputError(f"output {folder} is in {source}, which is read: choose another --output")
-    if os.path.lexists(folder / file):
-        raise InputError(f"{folder} holds results already ({file}): give another --output, or remove it")
+    folder = file.parent
+    check_outside(folder, sources, "--output")
+    if os.path.lexists(file):
+        raise InputError(f"{folder} holds results already ({file.name}): give another --output, or remove it")
     there = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
     if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
         what = "cannot be written to" if there.is_dir() else "is no folder"
@@ -62,6 +60,7 @@ def write_results(
 
 
 def _figures(folder: Path, grid: Grid, title: str, beside: Sequence[Cell]) -> None:
+    """Write the figures of checkpoints into a folder, if the grid has any."""
     if grid.samples:
         for name in dict.fromkeys(name for cell in grid.cells for name in cell.intervals):
             figure = numbers_against_steps([*grid.cells, *beside], number_named(name), title)

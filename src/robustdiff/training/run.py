@@ -29,7 +29,15 @@ from robustdiff.data import ImageDataset
 from robustdiff.data.latents import LatentDataset
 from robustdiff.data.loader import worker_failures
 from robustdiff.errors import InputError, RunError
-from robustdiff.files import MARKER, atomic_write, claim_folder, make_folder, remove_leftovers, write_json
+from robustdiff.files import (
+    MARKER,
+    atomic_write,
+    check_outside,
+    claim_folder,
+    make_folder,
+    remove_leftovers,
+    write_json,
+)
 from robustdiff.interrupt import Interrupt
 from robustdiff.progress import SILENT, Progress
 from robustdiff.recipe import Recipe, SignsConfig, load_recipe
@@ -103,9 +111,8 @@ def _check_data(path: Path, data: DataRecord) -> None:
 def _claim(recipe: Recipe, folder: Path, resume: bool, data: DataRecord) -> None:
     """Make the run's folder, or with ``resume`` check that a folder holds a run of the recipe and the data."""
     teacher = None if recipe.objective is None else recipe.objective.teacher_path
-    for source in (recipe.model.source, teacher, recipe.data.root):
-        if source and Path(source).is_dir() and folder.resolve().is_relative_to(Path(source).resolve()):
-            raise InputError(f"output {folder} is in {source}, which is read: choose another --set output=…")
+    read = [Path(source) for source in (recipe.model.source, teacher, recipe.data.root) if source]
+    check_outside(folder, read, "--set output=…")
     claim_folder(folder, "a run")
     remove_leftovers(folder, r"(?:recipe\.yaml|(?:data|start|result)\.json|metrics\.jsonl|model|best)")
     if any(path.name != MARKER for path in folder.iterdir()):

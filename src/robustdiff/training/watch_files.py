@@ -41,7 +41,7 @@ __all__ = [
 LONGEST_LINE = 2**20
 
 REMEDY = "remove it to resume without what it has"
-"""What to do about a damaged file of the watch."""
+"""Name the remedy for a damaged file of the watch, at the end of an error's message."""
 
 
 class Record(BaseModel):
