@@ -135,7 +135,7 @@ SECRET = "cache/key"  # a random number in the user's cache, if there is one
 class Operations:
     """Counts the file operations below a folder; before the one numbered ``target`` it ends the process.
 
-    Arguments:
+    Args:
         folder: Where.
         target: The number, from 1; 0 is none.
         limit: Let the operation be, but allow no file to grow beyond so many bytes from then on. None: SIGKILL.
@@ -183,7 +183,7 @@ class Operations:
 class Process:
     """A command in a process forked from this one.
 
-    Arguments:
+    Args:
         arguments: Those of ``robustdiff``.
         folder: Where it works.
         target: As in :class:`Operations`.
@@ -342,7 +342,7 @@ def difference(expected, found):
 class Experiment:
     """Trials of all scenarios, and their counts.
 
-    Arguments:
+    Args:
         work: A folder for them.
         seed: Decides kinds, times and operations.
     """

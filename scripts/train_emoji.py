@@ -90,7 +90,7 @@ def _trained(tokenizer: Any) -> dict[str, Any]:
 class Data:
     """The emoji on a device.
 
-    Arguments:
+    Args:
         folder: The folder that `prepare` wrote.
         device: The device of the tensors.
     """

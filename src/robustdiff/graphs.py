@@ -37,7 +37,7 @@ class Recorder:
     the GPU, and must make the same operations in each call with arguments of the same shapes. A call that cannot be
     recorded is made again as it is, so that the function must not read gradients that were there before it.
 
-    Arguments:
+    Args:
         function: The function. Its arguments and its result are tensors, numbers, strings and None, and lists, tuples,
             dictionaries and dataclasses of them.
         device: The device that the function computes on. Arguments on the CPU are copied to it.
@@ -125,7 +125,7 @@ class Recorder:
 class _Recording:
     """A graph with its arguments and its result.
 
-    Arguments:
+    Args:
         arguments: The arguments of the function.
         tensors: The tensors in them, in their order.
         device: The device of the copies.

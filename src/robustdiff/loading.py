@@ -190,7 +190,7 @@ def load_network(
     ``fp16`` is read only if there are no other weights. The network is first created on the meta device, and loads the
     weights if their names and shapes match.
 
-    Arguments:
+    Args:
         kind: The class of the network.
         parameters: The arguments of the class by name, with their defaults; by default those of ``kind``.
         prepare: A function of the configuration, the number of tensors in the weights and the path of the

@@ -52,7 +52,7 @@ class Table:
     """A table of one number for each of T times, copied once to every device and precision that uses it, so that a
     training pass neither copies from the host nor waits for it.
 
-    Arguments:
+    Args:
         values: The numbers, with shape (T,), on the CPU.
     """
 
@@ -96,7 +96,7 @@ def absorb(noise: Tensor, delta: Tensor, sigma: Tensor | float) -> Tensor:
     Use it in a training loop with x_t = (1 − σ) x_0 + σ ε (flow matching: SD3, Flux), x_t = x_0 + σ ε (EDM), or any
     other x_t = α x_0 + σ ε. δ is detached: no gradient reaches it through the target.
 
-    Arguments:
+    Args:
         noise: The noise ε, with shape (B, *).
         delta: The perturbation δ of x_t, with shape (B, *).
         sigma: The noise level σ > 0 of each sample, with shape (B,) or (B, 1, …, 1); or one number for all samples.
@@ -116,7 +116,7 @@ def absorb(noise: Tensor, delta: Tensor, sigma: Tensor | float) -> Tensor:
 class DiffusionProcess:
     """A Gaussian noising process.
 
-    Arguments:
+    Args:
         alphas: The signal levels α_t, with shape (T,).
         sigmas: The noise levels σ_t > 0, with shape (T,).
         times: The time that is passed to the network for each index, with shape (T,). Default: the indices.
@@ -160,7 +160,7 @@ class DiffusionProcess:
     def from_betas(cls, betas: Tensor) -> DiffusionProcess:
         """Return the variance-preserving process of Ho et al. (2020): ᾱ_t = Π(1 − β_s), α_t = √ᾱ_t, σ_t = √(1 − ᾱ_t).
 
-        Arguments:
+        Args:
             betas: The variances β_t in (0, 1], with shape (T,).
         """
         return cls.from_alphas_cumprod(torch.cumprod(1.0 - torch.as_tensor(betas, dtype=torch.float64), dim=0))
@@ -198,7 +198,7 @@ class DiffusionProcess:
         flow-matching schedulers. The table contains u = 1/T, …, 1. Its indices ascend with the noise, whereas the
         positions in ``scheduler.timesteps`` descend (:meth:`from_scheduler`).
 
-        Arguments:
+        Args:
             T: The number of times in the table.
             shift: The shift s > 0; s > 1 moves the times towards the noise (Esser et al., 2024, equation 23).
             time_scale: The time that is passed to the network at σ = 1.

@@ -13,7 +13,7 @@ class Progress(Protocol):
     def begin(self, description: str, total: float) -> None:
         """Begin a part of the work.
 
-        Arguments:
+        Args:
             description: The name of the part.
             total: The size of the part, in any unit.
         """
@@ -21,7 +21,7 @@ class Progress(Protocol):
     def advance(self, amount: float, note: str = "") -> None:
         """Report progress in the current part.
 
-        Arguments:
+        Args:
             amount: The amount of work done since the last call, in the unit of the part's size.
             note: Additional text, such as the loss.
         """

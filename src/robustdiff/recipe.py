@@ -267,7 +267,7 @@ def _assign(values: dict[str, Any], key: str, value: Any) -> None:
 def load_recipe(source: str, overrides: Sequence[str] = (), changes: Mapping[str, Any] | None = None) -> Recipe:
     """Read and validate a recipe.
 
-    Arguments:
+    Args:
         source: A YAML file, or the name of a shipped recipe.
         overrides: Assignments ``key.key=value``, applied in order.
         changes: Further values by dotted key.
@@ -310,7 +310,7 @@ def load_data_config(
 
     If the overrides name another dataset, the recipe's own fields, such as root, split and size, are dropped.
 
-    Arguments:
+    Args:
         source: A YAML file, or the name of a shipped recipe.
         overrides: Assignments ``data.key=value``, applied in order.
         name: The value of ``data.name``, if given.

@@ -28,7 +28,7 @@ T = TypeVar("T")
 class Registry(Mapping[str, T], Generic[T]):
     """A mapping of names to registered entries, sorted by name.
 
-    Arguments:
+    Args:
         what: The word for an entry in messages, in the singular, such as "sampler".
         group: The group of entry points, without the prefix ``robustdiff.``, such as "samplers".
         folder: The subpackage with the modules that register entries; by default the name of the group.

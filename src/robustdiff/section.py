@@ -149,7 +149,7 @@ def choice(what: str, kinds: Mapping[str, type[Named]], default: str, merged: bo
 
     Sections that are registered later are found as well.
 
-    Arguments:
+    Args:
         what: The name of the field in messages.
         kinds: The sections by name.
         default: The name of the default section.

@@ -196,7 +196,7 @@ def _open(held: Any, path: str | os.PathLike[str], depth: int = 0) -> dict[str, 
 def strip_prefixes(state: Mapping[str, Tensor], path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """Return weights by the names of the unwrapped network, without the prefixes of wrappers.
 
-    Arguments:
+    Args:
         state: The weights by name. `n_averaged` of torch's ``AveragedModel`` is dropped.
         path: The file, for messages.
 
@@ -220,7 +220,7 @@ def check_weights(
 ) -> dict[str, Tensor]:
     """Check that weights are dense tensors of finite floating-point numbers, and return them by name.
 
-    Arguments:
+    Args:
         path: The file, for messages.
         dtype: The type of contiguous copies to return; None returns the weights themselves.
 

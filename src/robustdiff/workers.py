@@ -149,7 +149,7 @@ class _Worker:
 def run_workers(call: Call, progresses: Sequence[Progress]) -> bool:
     """Run a call in single-threaded processes. A signal, or the first error, stops all of them.
 
-    Arguments:
+    Args:
         call: The call, which must be picklable and stop at SIGTERM.
         progresses: The receivers of progress, one for each process. When a process has finished, a part without name
             or size begins.

@@ -100,7 +100,7 @@ def _short(message: str) -> str:
 def parse_yaml(text: str | bytes, source: str) -> Any:
     """Parse a YAML text into a dictionary, list, string, number, boolean, or None.
 
-    Arguments:
+    Args:
         text: The text.
         source: The name of the text in messages.
 

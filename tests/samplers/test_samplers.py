@@ -5,12 +5,14 @@ from __future__ import annotations
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
 from robustdiff.errors import InputError
+from robustdiff.objectives.preconditioning import karras_process, karras_sigmas
 from robustdiff.process import DiffusionProcess
 from robustdiff.samplers import sample
 from robustdiff.samplers.sample import check_sampler
@@ -235,11 +237,35 @@ def test_labels_reach_the_model():
 
 @pytest.mark.parametrize(
     ("sampler", "steps", "words"),
-    [("plms", 5, "plms"), ("ddim", 0, "steps"), ("iddpm", 1001, "1000"), ("dpm++", -1, "steps"), ("euler", 5, "euler")],
+    [
+        ("plms", 5, "plms"),
+        ("ddim", 0, "steps"),
+        ("ddim", 5.0, "whole number"),
+        ("ddim", [0, 500], "whole number"),
+        ("iddpm", 1001, "1000"),
+        ("dpm++", -1, "steps"),
+        ("euler", 5, "euler"),
+    ],
 )
 def test_what_cannot_be_sampled_is_named(sampler, steps, words):
     with pytest.raises(InputError, match=words):
         sample(optimal(COSINE), COSINE, sampler, steps, shape=(1, 1, 4, 4))
+
+
+@pytest.mark.parametrize("kind", [np.int64, np.uint8, torch.tensor])
+@pytest.mark.parametrize(
+    ("sampler", "process"),
+    [(name, LINEAR) for name in ("ddim", "iddpm", "es", "dpm++", "time-shift", "lcm")]
+    + [("euler", DiffusionProcess.flow(10)), ("multistep", karras_process(karras_sigmas(18)))],
+)
+def test_numbers_of_steps_have_any_type_of_integer(sampler, process, kind):
+    def network(x: Tensor, t: Tensor) -> Tensor:
+        return x / 2
+
+    latents, step_noise = noise_for(2, 4)
+    given = {"latents": latents, "step_noise": step_noise, "prediction": "sample"}
+    x = sample(network, process, sampler, kind(4), **given)
+    assert x.equal(sample(network, process, sampler, 4, **given))
 
 
 def test_ddim_does_not_suit_a_flow():

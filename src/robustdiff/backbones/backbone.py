@@ -75,7 +75,7 @@ class BackboneSection(Named):
     def build(self, shape: Shape, num_classes: int | None, learned_variance: bool) -> Backbone:
         """Create a new network.
 
-        Arguments:
+        Args:
             shape: The shape (C, H, W) of the network's input.
             num_classes: The number of classes of the data; None if it has no labels.
             learned_variance: Whether the network has 2C output channels.
@@ -130,7 +130,7 @@ class PretrainedSection(BackboneSection):
 class Backbone(ABC):
     """A network of one family.
 
-    Arguments:
+    Args:
         network: The network, an instance of one of :attr:`classes`.
 
     Attributes:
@@ -167,7 +167,7 @@ class Backbone(ABC):
     ) -> tuple[Backbone, Codec]:
         """Load the network of a pipeline folder, on the CPU in float32, and its codec.
 
-        Arguments:
+        Args:
             folder: The pipeline folder.
             components: The components listed in its ``model_index.json``.
             size: The side of the images in pixels, if the configuration has none or another one is wanted.
@@ -192,7 +192,7 @@ class Backbone(ABC):
     def check_scheduler(self, scheduler: Any, path: str) -> None:  # noqa: B027  (most families have any scheduler)
         """Check that pipelines of the family can have a scheduler.
 
-        Arguments:
+        Args:
             scheduler: The diffusers scheduler.
             path: The name of the model in messages.
 
@@ -203,7 +203,7 @@ class Backbone(ABC):
     def embed_guidance(self, scale: float, like: Tensor) -> dict[str, Tensor] | None:
         """Return the arguments by which the network itself takes a scale of guidance, in training and in sampling.
 
-        Arguments:
+        Args:
             scale: The scale.
             like: The input of the network, with shape (B, C, H, W).
 
@@ -229,7 +229,7 @@ class Backbone(ABC):
 
         The other weights of the network are copies of this one's.
 
-        Arguments:
+        Args:
             width: The number of channels of the embedding.
 
         Raises:

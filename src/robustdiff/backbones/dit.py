@@ -110,7 +110,7 @@ def _initialise(network: DiTTransformer2DModel) -> None:
 class DiT(Backbone):
     """A ``DiTTransformer2DModel`` on latents.
 
-    Arguments:
+    Args:
         network: The network.
         names: The names of the classes by number, as in ``model_index.json``; None without names.
     """
@@ -187,7 +187,7 @@ def _check(network: DiTTransformer2DModel, path: Path) -> None:
 def check_size(network: Any, path: Path, **condition: Any) -> None:
     """Call a transformer on the meta device and check the shape of its output.
 
-    Arguments:
+    Args:
         network: The transformer, on the meta device.
         path: The file of its configuration, for messages.
         condition: The arguments of the transformer besides x and t.
@@ -219,7 +219,7 @@ def load_transformer(
 ) -> tuple[_Network, VAE]:
     """Load the transformer of a pipeline, which has a fixed size, and its VAE.
 
-    Arguments:
+    Args:
         folder: The pipeline folder.
         components: The components of the pipeline.
         kind: The class of the transformer.

@@ -18,7 +18,7 @@ Form = Literal["pipeline", "kohya"]
 def export(source: str | Path, output: Path, form: Form) -> None:
     """Convert the run of a LoRA.
 
-    Arguments:
+    Args:
         source: The run, or its folder ``model``.
         output: The folder or the file to create.
         form: "pipeline" adds the adapter to the weights of its base, for a diffusers pipeline folder; "kohya" writes

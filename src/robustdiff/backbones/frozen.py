@@ -46,7 +46,7 @@ class FrozenWeights:
 
     An instance is the argument ``place`` of :func:`robustdiff.loading.load_network`, for one network.
 
-    Arguments:
+    Args:
         dtype: The floating-point type of weights that are not quantised, and of products with those that are.
         quantize: The type of the weights of linear layers; None leaves them in ``dtype``.
 
@@ -67,7 +67,7 @@ class FrozenWeights:
     def __call__(self, network: nn.Module, name: str, value: Tensor) -> None:
         """Place one weight or buffer.
 
-        Arguments:
+        Args:
             network: The network, on the meta device.
             name: The name of the weight. They come in the order of the network's state.
             value: The value, in float32 on the CPU.
@@ -117,7 +117,7 @@ class FrozenWeights:
     def check(self, path: str) -> None:
         """Check that a network had layers to quantise.
 
-        Arguments:
+        Args:
             path: The name of the model in messages.
 
         Raises:
@@ -143,7 +143,7 @@ def _bitsandbytes() -> Any:
 class Int8Linear(nn.Linear):
     """A linear layer whose frozen weight is held in 8 bits, with a scale for each row.
 
-    Arguments:
+    Args:
         weight: The weight, with shape (outputs, inputs).
         bias: The bias, with shape (outputs,), or None.
         dtype: The type of the products and of the output.

@@ -30,7 +30,7 @@ def download(name: str, fetch: bool = True) -> Path:
 
     Without a connection, or with ``HF_HUB_OFFLINE=1``, the folder in the cache is returned as it is.
 
-    Arguments:
+    Args:
         name: The name, "owner/name".
         fetch: False to read the cache alone, for names that a file gives.
 

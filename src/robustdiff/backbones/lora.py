@@ -121,7 +121,7 @@ class Adapter(BaseModel):
 def inject(network: nn.Module, lora: LoraSection, path: str, seed: int | None = None) -> LoraSection:
     """Freeze a network in place and add an adapter to it.
 
-    Arguments:
+    Args:
         network: A network on the CPU, with weights in any type. The adapter's are in float32, since updates of the size
             of a learning rate would be rounded away in bfloat16.
         lora: The settings.
@@ -243,7 +243,7 @@ def _stored(name: str) -> str:
 def save_adapter(folder: Path, adapter: Adapter, part: str, state: Mapping[str, Tensor]) -> None:
     """Write ``adapter.json`` and the weights of an adapter into a folder.
 
-    Arguments:
+    Args:
         part: The name of the network in a pipeline folder.
         state: The tensors of the adapter, by their names in the network.
     """
@@ -274,7 +274,7 @@ def read_adapter(folder: Path) -> Adapter:
 def read_weights_into(network: nn.Module, part: str, path: Path) -> None:
     """Load the weights of an adapter into a network in which :func:`inject` left it without memory.
 
-    Arguments:
+    Args:
         part: The name of the network in a pipeline folder.
         path: The file.
 
@@ -299,7 +299,7 @@ def read_weights_into(network: nn.Module, part: str, path: Path) -> None:
 def save_kohya(path: Path, adapter: Adapter, state: Mapping[str, Tensor]) -> None:
     """Write the adapter of a UNet as one file in kohya's format, atomically.
 
-    Arguments:
+    Args:
         state: The tensors of the adapter, by their names in the network.
     """
     from safetensors.torch import save

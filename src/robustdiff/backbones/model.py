@@ -70,7 +70,7 @@ class Model:
     It returns a prediction in the parameterisation :attr:`prediction`, with shape (B, C, H, W) or, with a learned
     variance, (B, 2C, H, W).
 
-    Arguments:
+    Args:
         backbone: The network and its family.
         scheduler: The diffusers scheduler, which defines the process and the parameterisation.
         codec: The codec between images and the network's space; pixels by default.
@@ -214,7 +214,7 @@ class Model:
     def check_shape(self, shape: Shape, path: str | None = None) -> None:
         """Check that the network takes images of a shape; a network without a size gets theirs.
 
-        Arguments:
+        Args:
             shape: The shape (C, H, W) in pixels.
             path: The name of the model in messages; by default the model's own.
 
@@ -241,7 +241,7 @@ class Model:
     def add_lora(self, lora: LoraSection, seed: int, fingerprint: str | None = None) -> None:
         """Freeze the network, and add an adapter to it that changes nothing yet.
 
-        Arguments:
+        Args:
             lora: The settings.
             seed: The seed of the adapter's random matrices.
             fingerprint: The fingerprint of the network's weights in float32, if they are held in another type.
@@ -281,7 +281,7 @@ class Model:
     def save(self, folder: Path, state: Mapping[str, Tensor] | None = None) -> None:
         """Write a diffusers pipeline folder, or with an adapter a folder of the adapter alone. The write is not atomic.
 
-        Arguments:
+        Args:
             state: The parameters to save by name, in any memory format; by default the network's own.
         """
         with quietly():
@@ -307,7 +307,7 @@ def load_model(path: str | Path, size: int | None = None, frozen: FrozenWeights 
     The run of a LoRA gives its base model with the adapter. Weights of any type are loaded in float32, because training
     needs it; the networks are in eval mode, on the CPU.
 
-    Arguments:
+    Args:
         path: The run, the folder, the name of the shipped model, or the name "owner/name" of a pipeline of the Hub,
             which is downloaded to its cache.
         size: The side of the images in pixels, if the network's configuration has none or another one is wanted.

@@ -34,7 +34,7 @@ _PIPELINES = {"PixArtAlphaPipeline": 120, "PixArtSigmaPipeline": 300}
 class PixArt(Backbone):
     """A pretrained ``PixArtTransformer2DModel`` on latents.
 
-    Arguments:
+    Args:
         network: The network.
         text: The condition, with the text encoder; None for a network alone, which is called with embeddings.
         factor: The downsampling factor of the codec, in pixels per latent on a side.

@@ -140,7 +140,7 @@ def _shift_of(scheduler: Any, backbone: Backbone | None) -> float:
 def process_of(scheduler: Any, backbone: Backbone | None = None) -> DiffusionProcess:
     """Return the process of a scheduler, which defines the times of :func:`model_of`.
 
-    Arguments:
+    Args:
         scheduler: The diffusers scheduler.
         backbone: The network, whose number of tokens defines the shift of a scheduler with dynamic shifting.
 

@@ -42,7 +42,7 @@ LARGEST_SIZE = 2048
 class MMDiT(Backbone):
     """The base class of pretrained flow-matching transformers on latents, with captions as the condition.
 
-    Arguments:
+    Args:
         network: The network.
         text: The condition, with the text encoders; None for a network alone, which is called with embeddings.
         factor: The downsampling factor of the codec, in pixels per latent on a side.
@@ -219,7 +219,7 @@ def check_config(
 ) -> None:
     """Check the numbers in the configuration of a transformer on which its memory and time of creation depend.
 
-    Arguments:
+    Args:
         config: The configuration.
         path: Its file, for messages.
         tensors: The number of tensors in the weights.
@@ -246,7 +246,7 @@ def check_config(
 def check_call(network: Any, path: Path, shape: tuple[int, ...], **arguments: Any) -> None:
     """Call a transformer with captions on the meta device, and check that its output has the shape of its input.
 
-    Arguments:
+    Args:
         network: The transformer, on the meta device.
         path: The file of its configuration, for messages.
         shape: The shape of one input, without the batch.

@@ -46,7 +46,7 @@ _LARGEST_SIZE = 2**11  # in latents: 16384 pixels with a VAE of factor 8
 class StableDiffusion(Backbone):
     """A pretrained ``UNet2DConditionModel`` on latents.
 
-    Arguments:
+    Args:
         network: The network.
         text: The condition, with the text encoders; None for a network alone, which is called with embeddings.
         factor: The downsampling factor of the codec, in pixels per latent on a side.

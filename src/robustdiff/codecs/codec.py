@@ -49,7 +49,7 @@ class Codec(ABC):
     def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
         """Encode images (B, C, H, W) in [−1, 1] as latents (B, C', H', W').
 
-        Arguments:
+        Args:
             noise: Standard normal noise of the shape of the result, if the codec is :attr:`random`; drawn by default.
         """
 
@@ -92,7 +92,7 @@ class CodecSection(Named):
     def build(self, own: Codec | None) -> Codec:
         """Create the codec.
 
-        Arguments:
+        Args:
             own: The codec of the checkpoint; None for a new network.
 
         Raises:

@@ -45,7 +45,7 @@ _TENSORS_OF_A_BLOCK = 8
 class VAE(Codec):
     """A codec that encodes images as scaled latents of an ``AutoencoderKL``.
 
-    Arguments:
+    Args:
         network: The autoencoder. It is put into eval mode and float32, and its parameters do not require gradients.
         posterior: The encoding of an image: the "mean" of the posterior, or a new "sample" of it at each call.
 
@@ -174,7 +174,7 @@ def _per_channel(config: Mapping[str, Any], name: str, default: list[float], pos
 def pipeline_vae(folder: Path, components: Components) -> VAE:
     """Load the VAE of a pipeline folder as a codec.
 
-    Arguments:
+    Args:
         folder: The pipeline folder.
         components: The components of the pipeline, by name.
 
@@ -192,7 +192,7 @@ def pipeline_vae(folder: Path, components: Components) -> VAE:
 def load_vae(path: str | Path) -> AutoencoderKL:
     """Load an ``AutoencoderKL`` in float32 on the CPU, without running code that the files name.
 
-    Arguments:
+    Args:
         path: A folder with ``config.json`` and weights, a pipeline folder with ``vae/``, a run, or the name of a
             shipped VAE, such as "fashion-16-vae".
 

@@ -30,7 +30,7 @@ def _length(tokenizer: Any, encoder: Any) -> int:
 class ClipText(TextCondition):
     """The condition of a network that takes ``encoder_hidden_states`` of one CLIP text encoder.
 
-    Arguments:
+    Args:
         tokenizer: A tokenizer of transformers.
         encoder: A ``CLIPTextModel`` of transformers.
     """
@@ -57,7 +57,7 @@ class TwoClipTexts(TextCondition):
 
     The geometry of the images, if it is known, is passed on as ``geometry``.
 
-    Arguments:
+    Args:
         tokenizers: Two tokenizers of transformers.
         encoders: A ``CLIPTextModel`` and a ``CLIPTextModelWithProjection`` of transformers.
         zeros: Whether the embeddings of the empty condition are zero, instead of those of the empty caption.
@@ -126,7 +126,7 @@ def load_clip(folder: Path) -> ClipText:
 def load_two_clips(folder: Path, zeros: bool) -> TwoClipTexts:
     """Load the two tokenizers and text encoders of a pipeline folder, on the CPU, in the type of the weights.
 
-    Arguments:
+    Args:
         folder: The pipeline folder.
         zeros: Whether the embeddings of the empty condition are zero.
 

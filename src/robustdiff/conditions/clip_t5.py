@@ -37,7 +37,7 @@ _T5_TOKENIZERS = ("T5TokenizerFast", "T5Tokenizer")
 class StableDiffusion3Text(TextCondition):
     """The condition of a network that takes ``encoder_hidden_states`` and ``pooled_projections`` as SD 3 does.
 
-    Arguments:
+    Args:
         tokenizers: The tokenizers of transformers by name: ``tokenizer``, ``tokenizer_2`` and ``tokenizer_3``.
         encoders: The encoders of transformers by name: ``text_encoder`` and ``text_encoder_2``, which are
             ``CLIPTextModelWithProjection``, and ``text_encoder_3``, a ``T5EncoderModel``. The last, with its tokenizer,
@@ -76,7 +76,7 @@ class StableDiffusion3Text(TextCondition):
 class FluxText(TextCondition):
     """The condition of a network that takes ``encoder_hidden_states`` and ``pooled_projections`` as Flux does.
 
-    Arguments:
+    Args:
         tokenizers: The tokenizers of transformers by name: ``tokenizer`` and ``tokenizer_2``.
         encoders: The encoders of transformers by name: ``text_encoder``, a ``CLIPTextModel``, and ``text_encoder_2``, a
             ``T5EncoderModel``.
@@ -113,7 +113,7 @@ def _t5_tokens(text: Any, number: str, texts: list[str]) -> Tensor:
 def load_sd3_text(folder: Path, components: Components, width: int, pooled: int) -> StableDiffusion3Text:
     """Load the tokenizers and encoders of a pipeline folder of Stable Diffusion 3, on the CPU, in their own types.
 
-    Arguments:
+    Args:
         folder: The pipeline folder.
         components: The components of the pipeline, of which ``text_encoder_3`` and ``tokenizer_3`` may both be missing.
         width: The width of ``encoder_hidden_states`` that the network takes.
@@ -141,7 +141,7 @@ def load_sd3_text(folder: Path, components: Components, width: int, pooled: int)
 def load_flux_text(folder: Path, width: int, pooled: int) -> FluxText:
     """Load the tokenizers and encoders of a pipeline folder of Flux, on the CPU, in their own types.
 
-    Arguments:
+    Args:
         folder: The pipeline folder.
         width: The width of ``encoder_hidden_states`` that the network takes.
         pooled: The width of ``pooled_projections`` that the network takes.

@@ -40,7 +40,7 @@ class Condition(ABC):
     def prepare(self, texts: Iterable[str], progress: Progress = SILENT) -> None:  # noqa: B027  (for captions)
         """Compute and cache the arguments of the network for captions, if it takes them.
 
-        Arguments:
+        Args:
             texts: The captions; several processes may prepare the same ones at once.
             progress: The progress, in captions.
         """
@@ -59,7 +59,7 @@ class Condition(ABC):
     ) -> dict[str, Any]:
         """Return the arguments of the network for a batch of the data.
 
-        Arguments:
+        Args:
             labels: The classes (B,), on the device of the network; None if the data has none.
             captions: The captions; None if the data has none.
             dropped: The mask (B,) of the samples whose condition is replaced by the empty one; None drops none.
@@ -102,7 +102,7 @@ class Condition(ABC):
     def check(self, num_classes: int | None, captions: bool, path: str) -> None:
         """Check that the data has the labels or captions that the network needs.
 
-        Arguments:
+        Args:
             num_classes: The number of classes of the data; None if it has no labels.
             captions: Whether the data has captions.
             path: The name of the model in messages.

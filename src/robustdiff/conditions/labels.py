@@ -18,7 +18,7 @@ __all__ = ["Labels"]
 class Labels(Condition):
     """The condition of a network that is called with ``class_labels``.
 
-    Arguments:
+    Args:
         embedded: The number of classes that the network embeds, including the null class.
         null: Whether the last class is the null class.
     """

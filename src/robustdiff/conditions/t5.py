@@ -20,7 +20,7 @@ class T5Text(TextCondition):
 
     Captions are lower-cased and stripped, as in diffusers' PixArt pipelines with ``clean_caption=False``.
 
-    Arguments:
+    Args:
         tokenizer: A tokenizer of transformers.
         encoder: A ``T5EncoderModel`` of transformers.
         length: The number of tokens, with padding; longer captions are truncated with a warning.
@@ -43,7 +43,7 @@ class T5Text(TextCondition):
 def load_t5(folder: Path, length: int = 120) -> T5Text:
     """Load the tokenizer and the T5 encoder of a pipeline folder, on the CPU, in the type of the weights.
 
-    Arguments:
+    Args:
         folder: The pipeline folder, with ``tokenizer`` and ``text_encoder``.
         length: The number of tokens of a caption.
 

@@ -57,7 +57,7 @@ class TextCondition(Condition):
 
     Encoders are put into eval mode, and their parameters do not require gradients.
 
-    Arguments:
+    Args:
         tokenizers: The tokenizers of transformers, by their names in a pipeline folder.
         encoders: The text encoders of transformers, by their names in a pipeline folder.
         settings: The other values that the embeddings depend on, such as the number of tokens.
@@ -84,7 +84,7 @@ class TextCondition(Condition):
     def encode(self, texts: list[str]) -> dict[str, Tensor]:
         """Return the arguments of the network for texts, without gradients.
 
-        Arguments:
+        Args:
             texts: The texts, as :meth:`normalise` returned them, at least one.
 
         Returns:
@@ -351,7 +351,7 @@ def _unpack(packed: bytes) -> dict[str, Tensor]:
 def load_tokenizer(folder: Path, part: str, kinds: Sequence[str]) -> Any:
     """Load a tokenizer of a pipeline folder, from files in the folder alone.
 
-    Arguments:
+    Args:
         folder: The pipeline folder.
         part: The name of the component, such as "tokenizer".
         kinds: The supported classes of transformers.
@@ -371,7 +371,7 @@ def load_encoder(folder: Path, part: str, kinds: Sequence[str]) -> Any:
 
     A variant of the weights, such as ``fp16``, is read only if there are no others.
 
-    Arguments:
+    Args:
         folder: The pipeline folder.
         part: The name of the component, such as "text_encoder".
         kinds: The supported classes of transformers.

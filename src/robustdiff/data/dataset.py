@@ -148,7 +148,7 @@ class ImageDataset(Dataset[tuple[Tensor, Any]]):
     def latents(self, batch: Tensor, codec: Codec, flipped: Tensor | None, noise: Tensor | None) -> Tensor:
         """Return the latents of a batch, float32 (B, C', H', W').
 
-        Arguments:
+        Args:
             batch: The images from :meth:`__getitems__`, on any device.
             codec: The codec from images to latents.
             flipped: The mask (B,) of the images to mirror; None mirrors none.

@@ -46,7 +46,7 @@ _BATCH = 64
 class LatentDataset(ImageDataset):
     """A dataset whose batches are cached latents instead of images.
 
-    Arguments:
+    Args:
         images: The dataset.
         codec: The codec that encodes them.
         flip: Whether mirrored images are encoded as well.
@@ -120,7 +120,7 @@ class LatentDataset(ImageDataset):
     ) -> None:
         """Compute the missing parts.
 
-        Arguments:
+        Args:
             device: The device of the codec.
             workers: The number of processes that load images.
             process: The index of this process. Each process computes a share of the missing parts; all must finish

@@ -73,7 +73,7 @@ def shown(url: str) -> str:
 def fetch(urls: Sequence[str]) -> list[str]:
     """Fetch files that are not in the cache, and return the paths of all.
 
-    Arguments:
+    Args:
         urls: URLs of the schemes http and https, or ``hf://datasets/OWNER/NAME/PATH``.
 
     Raises:

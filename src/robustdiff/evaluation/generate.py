@@ -54,7 +54,7 @@ _SIGNATURE = 32  # bytes
 class Generator:
     """A model with its sampling settings.
 
-    Arguments:
+    Args:
         model: The model, whose network is set to eval mode.
         sampler: The name of the sampler.
         steps: The number of network evaluations for one image, or a respacing string.
@@ -101,7 +101,7 @@ class Generator:
     ) -> Generator:
         """Create a generator of a model.
 
-        Arguments:
+        Args:
             model: The model.
             data_classes: The number of classes of the data. If the network embeds one more, the last is a null class.
             data_captions: The captions of the data, which are the prompts of a network that takes captions if no others
@@ -127,7 +127,7 @@ class Generator:
     ) -> Generator:
         """Load a generator from a run, a pipeline folder, or a model shipped with the package.
 
-        Arguments:
+        Args:
             path: The run, the pipeline folder, or the name of a shipped model.
             device: The device of the model.
             size: The height and width of the images, if the network's configuration does not give them or others are
@@ -229,7 +229,7 @@ class Generator:
     def sample(self, batch: range, labels: Tensor | None, **more: Any) -> Tensor:
         """Sample one batch, before decoding by the model's codec, with shape (B, C, H, W), on the device.
 
-        Arguments:
+        Args:
             batch: The numbers of the images.
             labels: The classes of the images, with shape (B,), or None if the network has no classes.
             more: Further arguments of :func:`robustdiff.sample`, such as ``on_evaluation``.
@@ -293,7 +293,7 @@ def write_npz(
     under its name when it is complete. After an interruption, the same call by the same user continues. The archive's
     comment holds the settings as JSON.
 
-    Arguments:
+    Args:
         generator: The source of the images.
         num: The number of images.
         path: The file.

@@ -183,7 +183,7 @@ def evaluate_cell(
 ) -> tuple[Cell, Tensor]:
     """Generate the images of one cell and measure them.
 
-    Arguments:
+    Args:
         name: The name of the checkpoint.
         generator: The source of the images, whose ``steps`` is a number.
         num: The number of images.
@@ -337,7 +337,7 @@ def evaluate_grid(
 ) -> Grid:
     """Evaluate every checkpoint under every sampler and number of steps, as :func:`evaluate_cell` does for one.
 
-    Arguments:
+    Args:
         generators: The generators by the name of the checkpoint. Their sampler and steps are replaced.
         samplers: The names of the samplers.
         steps: The numbers of network evaluations.

@@ -49,7 +49,7 @@ _CACHED = 2**17
 def philox(even: Tensor, odd: Tensor, key: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """Compute Philox4x32-10 of counters, in place.
 
-    Arguments:
+    Args:
         even: The words (c0, c2) of the counters, with shape (2, *), in [0, 2³²), int64, contiguous.
         odd: The words (c1, c3), likewise.
         key: The words (k0, k1) of the key.
@@ -74,7 +74,7 @@ def philox(even: Tensor, odd: Tensor, key: tuple[int, int]) -> tuple[Tensor, Ten
 class ImageNoise:
     """The noise (C, H, W) of each of some images, drawn one after the other.
 
-    Arguments:
+    Args:
         seed: The seed, in [0, 2⁶⁴).
         indices: The numbers of the images, in [0, 2⁴⁸), in steps of one.
         shape: The shape (C, H, W).

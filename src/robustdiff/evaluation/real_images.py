@@ -36,7 +36,7 @@ def choose_real_images(
     A run may come from somebody else. A recipe alone never causes a download, nor the reading of a folder that contains
     the working folder.
 
-    Arguments:
+    Args:
         run: A run, a model without a recipe, or None.
         name: The name of another dataset.
         root: The path of another folder or file.
@@ -161,7 +161,7 @@ def load_target(
 ) -> Target:
     """Load real images, and the extractor of the given name or else the one made for the dataset.
 
-    Arguments:
+    Args:
         source: The real images, or a file of their statistics, or None.
         features: The name of the extractor, or None.
         weights: The weights of the extractor, or None.

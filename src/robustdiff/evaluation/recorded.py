@@ -93,7 +93,7 @@ class Recordings:
     def model(self, model: Model, precision: str) -> Model | RecordedModel:
         """Return a model with recorded calls for one batch, or the model itself if they cannot be recorded.
 
-        Arguments:
+        Args:
             model: The model, in eval mode.
             precision: The precision of autocast under which it will be called.
         """

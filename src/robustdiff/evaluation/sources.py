@@ -91,7 +91,7 @@ def evaluate_sources(
 ) -> Grid:
     """Compare runs, at each sampler, number of steps and scale of guidance, and existing images with real images.
 
-    Arguments:
+    Args:
         runs: Runs, pipeline folders and shipped models, by name.
         images: Existing images, by name.
         target: The real images and the feature extractor.

@@ -55,7 +55,7 @@ def interval(
 ) -> tuple[float, float]:
     """Return the ends of Student's interval of an estimate, which covers its expectation for this number of images.
 
-    Arguments:
+    Args:
         estimate: The estimate, computed from all blocks.
         replicates: Its replicates, with shape (R,).
         blocks: The number K ≥ 2 of blocks that the replicates resample.

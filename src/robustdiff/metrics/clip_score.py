@@ -44,7 +44,7 @@ class ClipScore(Metric):
     The score of every image is kept, and replicates resample images: over 1000 blocks, or, with fewer images, each by
     itself. CLIP runs in float32, and captions longer than its context are cut, with a warning.
 
-    Arguments:
+    Args:
         real: Not used.
         device: The device of CLIP.
         folder: The folder of a ``CLIPModel`` of transformers, with its tokenizer and image processor, or the name of
@@ -81,7 +81,7 @@ class ClipScore(Metric):
     def scores(self, images: torch.Tensor, captions: Sequence[str]) -> Array:
         """Return the score of each image, float64 (B,).
 
-        Arguments:
+        Args:
             images: uint8 (B, C, H, W) with C = 1 or 3.
             captions: The B captions.
 
@@ -149,7 +149,7 @@ class ClipScore(Metric):
 def prepare(processor: Any, images: torch.Tensor) -> torch.Tensor:
     """Return the input of CLIP's vision model, float32 (B, 3, S, S), for images.
 
-    Arguments:
+    Args:
         processor: CLIP's image processor.
         images: uint8 (B, C, H, W) with C = 1 or 3.
 
@@ -168,7 +168,7 @@ def load_clip_pair(folder: str | Path) -> tuple[Any, Any, Any]:
 
     Only these classes of transformers are instantiated, whatever the folder names.
 
-    Arguments:
+    Args:
         folder: The folder, or the name of one that comes with this package.
 
     Raises:

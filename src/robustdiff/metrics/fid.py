@@ -63,7 +63,7 @@ def bootstrap_frechet(
 ) -> Array:
     """Return bootstrap replicates of the FID with a fixed reference, (R,), which are not recentred.
 
-    Arguments:
+    Args:
         moments: The moments of the generated images. With fewer images than blocks, each block is one image.
         reference: The moments or statistics of the real images.
         replicates: The number of replicates R. Each takes one eigendecomposition of a D × D matrix.

@@ -38,7 +38,7 @@ LEVELS = 256
 def shift_to(brightness: float, histogram: Tensor) -> float:
     """Return the shift s at which images have a mean grey value, in [−255, 255].
 
-    Arguments:
+    Args:
         brightness: The wanted mean grey value, in [0, 255].
         histogram: The number of values of each level, int64 (256,).
     """
@@ -51,7 +51,7 @@ def shift_to(brightness: float, histogram: Tensor) -> float:
 def shift_images(images: Tensor, start: int, shift: float) -> Tensor:
     """Return images whose values are shifted by a real number on average, uint8 (B, C, H, W).
 
-    Arguments:
+    Args:
         images: uint8 (B, C, H, W).
         start: The index i of the first image.
         shift: The mean shift s.

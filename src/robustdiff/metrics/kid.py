@@ -34,7 +34,7 @@ def kernel_distance(generated: NDArray[Any], reference: NDArray[Any], block: int
 
     If both sets have the same distribution, the estimate is skewed, and the standard error does not make a t-test.
 
-    Arguments:
+    Args:
         generated: The features of generated images, (n, D), in random order.
         reference: The features of real images, (n', D), in random order.
         block: The largest number m of features in a group; small sets have groups of a tenth. Remaining features are

@@ -101,7 +101,7 @@ class Metric(ABC):
     With several processes, each updates its own instance with its own images, and the states of all are merged in one.
     A network that the metric needs is loaded once, in ``__init__``, for all sets.
 
-    Arguments:
+    Args:
         real: The statistics of the real images, or None for metrics that need nothing.
         device: The device of networks that the metric loads.
 
@@ -201,7 +201,7 @@ class Measured(NamedTuple):
 class MetricCollection:
     """A collection of metrics of the same images, which share the extracted features.
 
-    Arguments:
+    Args:
         names: The names of the metrics. By default those of :data:`DEFAULT`, with the value None for a metric that the
             reference does not suffice for.
         extractor: The feature extractor, or None if no metric needs features.
@@ -274,7 +274,7 @@ class MetricCollection:
     def result(self, what: str) -> Measured:
         """Return the numbers, with the 95 % intervals and replicates of those that have them.
 
-        Arguments:
+        Args:
             what: The name of the images, for messages.
 
         Raises:

@@ -17,7 +17,7 @@ __all__ = ["Moments"]
 class Moments:
     """The first and second moments of a stream of features, by blocks.
 
-    Arguments:
+    Args:
         dim: D, the number of features.
         blocks: K, the number of blocks. The memory is 8·K·D² bytes.
 

@@ -40,7 +40,7 @@ def precision_recall(
 ) -> tuple[float, float]:
     """Return improved precision and recall, each in [0, 1].
 
-    Arguments:
+    Args:
         generated: The features of generated images, (n, D).
         reference: The features of real images, (n', D). Precision and recall depend on n and n', so compare only
             results with the same numbers.

@@ -127,7 +127,7 @@ def random_directions(d: int, number: int = 128, seed: int = 0) -> Array:
 def sliced_wasserstein(x: NDArray[Any], y: NDArray[Any], directions: Array, subsets: Subsets | None = None) -> Array:
     """Return SW₂ along given directions, in units of x per dimension; for p = q its mean is above zero (the floor).
 
-    Arguments:
+    Args:
         x: Samples of p, with shape (n, d).
         y: Samples of q, with shape (n, d).
         directions: Unit vectors, with shape (L, d).
@@ -188,7 +188,7 @@ def kl_divergence(x: NDArray[Any], y: NDArray[Any], k: int = 2, subsets: Subsets
 
     Further arguments and errors are those of :func:`sliced_wasserstein`.
 
-    Arguments:
+    Args:
         k: The rank of the neighbour, ≥ 1. A larger k lowers the variance and increases the bias.
 
     Raises:

@@ -96,7 +96,7 @@ class Posterior:
 class GaussianMixture:
     """The Gaussian mixture Σ_k w_k N(m_k, S_k) in d dimensions.
 
-    Arguments:
+    Args:
         weights: The weights w_k > 0, which sum to 1, with shape (K,).
         means: The means m_k, with shape (K, d).
         covariances: The covariances S_k, symmetric and positive semi-definite, with shape (K, d, d); or, for isotropic
@@ -210,7 +210,7 @@ class ExactModel:
 
     Its times are ``process.times``; between two of them, where only dpm++ evaluates, levels are interpolated linearly.
 
-    Arguments:
+    Args:
         mixture: The distribution of the data.
         process: The forward process.
     """
@@ -239,7 +239,7 @@ class ShiftedModel:
     For an exact model, the relative root-mean-square error is |scale| due to the scale and ‖offset‖/√(E‖ε*‖²) due to
     the offset. If the model is affine, so is the result.
 
-    Arguments:
+    Args:
         model: The model that predicts ε.
         scale: The relative error in proportion to the prediction.
         offset: The error that is the same for all x, broadcast against x (B, *).
@@ -288,7 +288,7 @@ class Step:
 def sampler_steps(process: DiffusionProcess, sampler: str, steps: int) -> list[Step]:
     """Return the steps of ``robustdiff.sample(…, clip=False)`` from the noisiest time to x_0, where (α, σ) = (1, 0).
 
-    Arguments:
+    Args:
         process: A variance-preserving process.
         sampler: The name of the sampler: "ddim" or "iddpm".
         steps: The number S of steps, in [1, T].
@@ -400,7 +400,7 @@ class Density:
     ) -> Density:
         """Return a density on a regular lattice of size^d points.
 
-        Arguments:
+        Args:
             log_prob: The logarithm of the density, (B, d) ↦ (B,).
             low: The lowest coordinate in each of the d dimensions.
             high: The highest coordinate in each dimension.
@@ -434,7 +434,7 @@ class Density:
         rectangle rule is exact to 2·exp(−2π²s²) for a Gaussian whose standard deviation is s times the distance of the
         points; a step with an error above 10⁻⁵ is refused.
 
-        Arguments:
+        Args:
             step: The step from t to s.
             model: The model.
             cover: The density q(x_s) for a later comparison by :meth:`kl_from`. A new lattice then also contains
@@ -544,7 +544,7 @@ def step_divergence(mixture: GaussianMixture, step: Step, model: NoiseModel, siz
     A single Gaussian with an affine model has a closed form; others are integrated on a lattice in one or two
     dimensions.
 
-    Arguments:
+    Args:
         mixture: The distribution q(x_0) of the data.
         step: The step from t to s, with σ_t > 0 and σ_s > 0.
         model: The model.

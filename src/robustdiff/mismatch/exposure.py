@@ -38,7 +38,7 @@ __all__ = ["BlockMoments"]
 class BlockMoments:
     """The running mean and variance of each element over images, for each of K blocks of images.
 
-    Arguments:
+    Args:
         d: The number of elements of an image. The memory is 16·K·d bytes.
     """
 

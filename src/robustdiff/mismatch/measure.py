@@ -383,7 +383,7 @@ def measure_mismatch(
 ) -> Mismatch:
     """Measure checkpoints with samplers, and their robustness at points of q.
 
-    Arguments:
+    Args:
         generators: The generators, by the checkpoint's name. Their sampler, steps and seed are replaced. Their
             precision applies to the paths; robustness is measured without autocast.
         dataset: The real images.

@@ -107,7 +107,7 @@ def robust_loss(
 ) -> Tensor:
     """Find the largest loss in the ball of each radius, by projected gradient ascent: a lower bound of the supremum.
 
-    Arguments:
+    Args:
         loss: A differentiable function that maps δ (B, *) to losses (B,), separately for each sample.
         x_t: The points, with shape (B, *).
         radii: The radii r > 0, ascending, in units of the norm.
@@ -135,7 +135,7 @@ def robust_loss(
 def lipschitz(function: Callable[[Tensor], Tensor], x: Tensor, iterations: int = 20, seed: int = 0) -> Tensor:
     """Estimate the largest singular value of each sample's Jacobian by power iteration, which converges from below.
 
-    Arguments:
+    Args:
         function: A differentiable function (B, *) ↦ (B, *), applied separately to each sample.
         x: The points, with shape (B, *).
         iterations: The number m of products with JᵀJ. The relative error is of the order (s_2/s_1)^4m.
@@ -179,7 +179,7 @@ def measure_robustness(
 ) -> list[Robustness]:
     """Measure the robust loss and the local Lipschitz constant at given times.
 
-    Arguments:
+    Args:
         checkpoint: The name of the checkpoint, copied to the result.
         model: The model in eval mode, called as diffusers calls it. Its parameters get no gradients.
         process: The process of the model.

@@ -72,7 +72,7 @@ class LocalError:
 def integrate(denoise: Denoise, x: Tensor, upper: float, lower: float, steps: int, rho: float = 7.0) -> Tensor:
     """Integrate dx/dσ = (x − D(x, σ))/σ from one level to a lower one by Heun's method.
 
-    Arguments:
+    Args:
         denoise: The denoiser D.
         x: Points at the level ``upper``, with shape (B, *).
         upper: The initial level σ.
@@ -110,7 +110,7 @@ def measure_solver_error(
 ) -> list[LocalError]:
     """Measure the local errors of solvers for several numbers of levels, with the same images and noise.
 
-    Arguments:
+    Args:
         denoise: The teacher as a denoiser D.
         images: Real x_0 in [−1, 1], with shape (B, *).
         scales: The numbers N of levels.
@@ -220,7 +220,7 @@ def measure_teacher(
 ) -> SolverError:
     """Load a teacher and real images, and measure the local errors of solvers by :func:`measure_solver_error`.
 
-    Arguments:
+    Args:
         teacher: The path of a run or a pipeline folder, or the name of a shipped model.
         source: The section ``data`` of a recipe, which describes the images.
         device: The device on which the teacher is evaluated.

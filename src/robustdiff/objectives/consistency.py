@@ -81,7 +81,7 @@ Weighting = Literal["uniform", "inverse-gap"]
 def euler_step(denoise: Denoise, x: Tensor, sigma: Tensor, lower: Tensor) -> Tensor:
     """Make one Euler step of dx/dσ = (x − D(x, σ))/σ, with one call of D.
 
-    Arguments:
+    Args:
         denoise: The denoiser D.
         x: Points, with shape (B, *).
         sigma: Their levels, with shape (B,).
@@ -256,7 +256,7 @@ class ConsistencyDraw(Draw):
 def move(x_next: Tensor, solved: Tensor, delta: Tensor | None, perturb: Perturbed) -> tuple[Tensor, Tensor, bool]:
     """Add a perturbation to the solver's points or to the student's input.
 
-    Arguments:
+    Args:
         x_next: The student's points, with shape (B, *).
         solved: The solver's points, with shape (B, *).
         delta: The perturbation, with shape (B, *); None for none.
@@ -277,7 +277,7 @@ class ConsistencyObjective(Objective):
 
     Student and target are networks F, called with (c_in x, 250 ln σ) as diffusers calls them.
 
-    Arguments:
+    Args:
         target: The target network, initially a copy of the student. Its parameters are frozen.
         teacher: The denoiser D, such as a ``Preconditioned`` or a ``DiffusionDenoiser``; None for training without a
             teacher.

@@ -57,7 +57,7 @@ Variance = Literal["fixed", "learned_range"]
 class DenoisingObjective(Objective):
     """The denoising loss, with the variational bound if the variance is learned, as a callable.
 
-    Arguments:
+    Args:
         process: The forward process.
         prediction: The parameterisation of the model: "epsilon", "sample" (x_0), "v_prediction" or "flow".
         variance: "fixed", or "learned_range" for models with 2C output channels (ADM's hybrid loss).
@@ -115,7 +115,7 @@ class DenoisingObjective(Objective):
     ) -> Draw:
         """Draw t, ε and, for input perturbation, ξ for a batch.
 
-        Arguments:
+        Args:
             x0: Clean samples in [−1, 1], with shape (B, *).
             t: Time indices, or times, with shape (B,). Default: drawn from ``timesteps``, with their weights.
             noise: The noise ε, with shape (B, *). Default: standard normal.

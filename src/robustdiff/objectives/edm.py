@@ -41,7 +41,7 @@ class EDMObjective(DenoisingObjective):
 
     The model is the network F, called with (c_in x, 250 ln σ) as diffusers calls it.
 
-    Arguments:
+    Args:
         levels: The number T of levels in the table of the process. Training does not depend on it, since σ is drawn
             continuously.
         sigma_min: The smallest level of the table, σ_min > 0.

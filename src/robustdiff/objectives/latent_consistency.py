@@ -103,7 +103,7 @@ def embed_guidance(w: Tensor, width: int) -> Tensor:
     ``get_guidance_scale_embedding``. The arguments reach 15 000 radians for w = 15, where float32 has errors of 10⁻³,
     and are computed in float64.
 
-    Arguments:
+    Args:
         w: The strengths w = g − 1, with shape (B,).
         width: The width of the embedding, at least 4: the ``time_cond_proj_dim`` of the network.
 
@@ -200,7 +200,7 @@ class LatentConsistencyObjective(Objective):
 
     Student, target and teacher are networks, called as diffusers calls a ``UNet2DConditionModel``.
 
-    Arguments:
+    Args:
         target: The target network, a copy of the student, or the student itself. In either case its parameters receive
             no gradient from the loss through the target, and the objective does not change their ``requires_grad``.
         teacher: The teacher. For LoRA it may be the student's network with its adapter switched off.
@@ -296,7 +296,7 @@ class LatentConsistencyObjective(Objective):
         The teacher is called twice, with the condition and with the empty one, which needs half the memory of one call
         with both.
 
-        Arguments:
+        Args:
             x0: Clean latents, with shape (B, *).
             t: The indices i in [0, N) of the solver's times, with shape (B,). Default: uniform.
             noise: The noise ε, with shape (B, *). Default: standard normal.

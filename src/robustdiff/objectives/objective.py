@@ -67,7 +67,7 @@ def precise(dtype: torch.dtype) -> torch.dtype:
 def follow(average: list[Tensor], values: list[Tensor], weight: float | Tensor, stepped: Tensor | None = None) -> None:
     """Update a moving average of parameters in place, a ← (1 − w) a + w θ.
 
-    Arguments:
+    Args:
         average: The averages a.
         values: The parameters θ, with the shapes of ``average``.
         weight: The weight w in [0, 1]; the number 1 copies θ exactly. A scalar on the device of θ is not read.
@@ -103,7 +103,7 @@ class Objective(ABC):
     def __call__(self, model: Callable[..., Any], draw: Draw, delta: Tensor | None = None) -> dict[str, Tensor]:
         """Return the losses at x_t + δ by name, each with shape (B,). The key "loss" holds the one to minimise.
 
-        Arguments:
+        Args:
             model: The model, called as diffusers calls it with the times of the process.
             draw: The batch.
             delta: The perturbation δ of x_t, with shape (B, *); None for δ = 0.
@@ -118,7 +118,7 @@ class Objective(ABC):
     ) -> None:
         """Update the objective's own state. The training loop calls it after each optimiser update.
 
-        Arguments:
+        Args:
             model: The model.
             stepped: A boolean scalar on the model's device: False if the optimiser skipped the update. Default: True.
         """
@@ -190,7 +190,7 @@ class ObjectiveConfig(Named):
     def teacher_of(self, model: Any, network: Callable[..., Any], process: DiffusionProcess) -> Callable[..., Any]:
         """Return the teacher as :meth:`build` takes it, by default a denoiser D(x, σ).
 
-        Arguments:
+        Args:
             model: The :class:`~robustdiff.backbones.model.Model` of the teacher.
             network: The network of the model, or a wrapper of it.
             process: The student's process.
@@ -204,7 +204,7 @@ class ObjectiveConfig(Named):
     def student_of(self, backbone: Any, adapted: bool) -> tuple[ObjectiveConfig, Any]:
         """Return this section and the backbone of the student, made of those of the pretrained model.
 
-        Arguments:
+        Args:
             backbone: The :class:`~robustdiff.backbones.backbone.Backbone` of the pretrained model.
             adapted: Whether the student is an adapter (LoRA) of its network.
 
@@ -232,7 +232,7 @@ class ObjectiveConfig(Named):
     def new_process(self, process: ProcessConfig | None, steps: int) -> tuple[DiffusionProcess, Any]:
         """Return the process of a new network at the end of training, and the diffusers scheduler that describes it.
 
-        Arguments:
+        Args:
             process: The section ``process`` of the recipe.
             steps: The number of optimiser updates of the training.
 
@@ -250,7 +250,7 @@ class ObjectiveConfig(Named):
     ) -> Objective:
         """Return the objective.
 
-        Arguments:
+        Args:
             process: The network's process.
             steps: The number of optimiser updates of the training.
             target: The target network, if the objective needs one.

@@ -60,7 +60,7 @@ def karras_process(sigmas: Tensor) -> DiffusionProcess:
 class Preconditioned:
     """A denoiser D or, with ``sigma_min`` > 0, a consistency function f, made of a network F.
 
-    Arguments:
+    Args:
         network: The network F, called as diffusers calls it.
         sigma_data: The standard deviation σ_d > 0 of the data.
         sigma_min: The level σ_0 ≥ 0 at which the result is x itself.
@@ -78,7 +78,7 @@ class Preconditioned:
     def __call__(self, x: Tensor, sigma: Tensor, **condition: Any) -> Tensor:
         """Return f(x, σ), with shape (B, *).
 
-        Arguments:
+        Args:
             x: Noisy points, with shape (B, *).
             sigma: Their levels, with shape (B,).
             condition: Further keyword arguments of the network.
@@ -102,7 +102,7 @@ class DiffusionDenoiser:
     ln(σ_t/α_t) between the times of the table. For σ outside the table, t is the first or last time, at which the
     network was trained for points with less (small σ) or more (large σ) signal.
 
-    Arguments:
+    Args:
         network: The network, called as diffusers calls it.
         process: The process that the network was trained on, which must preserve variance.
         prediction: The parameterisation of the network: "epsilon", "sample" or "v_prediction".

@@ -61,7 +61,7 @@ class TimestepSampler(ABC):
     ) -> tuple[Tensor, Tensor | None]:
         """Draw times, and return them with the weights of their losses.
 
-        Arguments:
+        Args:
             n: The number of times.
             generator: The source of randomness; times are drawn on its device. Default: PyTorch's global generator.
             device: The device on which times are drawn without a generator. Default: the CPU.
@@ -111,7 +111,7 @@ class LogitNormal(TimestepSampler):
 class LogNormalLevels(TimestepSampler):
     """The log-normal distribution of levels σ, ln σ ~ N(P_mean, P_std²), not truncated (Karras et al., 2022).
 
-    Arguments:
+    Args:
         mean: The mean P_mean of ln σ.
         std: The standard deviation P_std > 0 of ln σ.
 
@@ -139,7 +139,7 @@ class LogNormal(TimestepSampler):
 
         p_n ∝ Φ((ln σ_{n+1} − P_mean)/P_std) − Φ((ln σ_n − P_mean)/P_std).
 
-    Arguments:
+    Args:
         edges: The levels σ_0 < … < σ_T, with shape (T + 1,); the first may be 0 and the last infinite.
         mean: The mean P_mean of ln σ.
         std: The standard deviation P_std > 0 of ln σ.
@@ -179,7 +179,7 @@ class LossSecondMoment(TimestepSampler):
 
     Until every time has ``history`` losses, the distribution is :class:`Uniform`.
 
-    Arguments:
+    Args:
         T: The number of times.
         history: The number of losses that are stored for each time.
     """
@@ -222,7 +222,7 @@ class LossSecondMoment(TimestepSampler):
     def update(self, t: Tensor, losses: Tensor) -> None:
         """Store the losses of a batch. Losses that are not finite, as when fp16 overflows, are skipped.
 
-        Arguments:
+        Args:
             t: The indices of the times, with shape (B,).
             losses: The unweighted losses, with shape (B,), in the order in which they are stored.
         """

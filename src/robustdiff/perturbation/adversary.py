@@ -46,7 +46,7 @@ class Adversary(ABC):
 
     A sample whose gradient is zero or not finite (as when fp16 overflows) keeps its δ, and is counted in ``skipped``.
 
-    Arguments:
+    Args:
         steps: The number K of steps, ≥ 1.
         step_size: The length α > 0 of one step, in units of the norm.
         radius: The radius of the ball, as a number in units of the norm or a :class:`RadiusSchedule`; None for no
@@ -134,7 +134,7 @@ class Adversary(ABC):
     ) -> Iterator[Tensor]:
         """Yield the perturbations of a batch, in order, each like ``x_t``.
 
-        Arguments:
+        Args:
             x_t: The noisy points, with shape (B, *), in float32 or float64.
             t: Their time indices, with shape (B,). Required by radii that depend on the timestep.
             loss: A function that maps δ to the losses (B,) at x_t + δ, or to their sum or mean. Required by adversaries

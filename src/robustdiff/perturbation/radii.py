@@ -79,7 +79,7 @@ class NoiseLevel(RadiusSchedule):
     the dimensions, in ℓ∞ by η in each dimension. With a radius that does not shrink with σ_t, the perturbation of the
     least noisy points is many times their noise.
 
-    Arguments:
+    Args:
         process: The noising process. A consistency objective whose number of levels grows replaces its process, so that
             the radius would be of other levels than the points.
         eta: η ≥ 0, in units of the noise.
@@ -108,7 +108,7 @@ class SamplerDistance(RadiusSchedule):
     where s is the less noisy time to which a sampler of ``steps`` steps goes from t (ᾱ_s = 1 after its last step). For
     data of unit variance E‖x_t − x_s‖² = (2 − 2√(ᾱ_t/ᾱ_s))·d.
 
-    Arguments:
+    Args:
         process: The noising process, which must preserve variance.
         eta: The largest radius per dimension, η ≥ 0.
         steps: The number of sampling steps, in [1, T].
@@ -147,7 +147,7 @@ class Within(RadiusSchedule):
 
     At a radius of 0, all K passes train at the unperturbed point.
 
-    Arguments:
+    Args:
         radius: The radius between the two levels.
         process: The noising process, with levels that stay, as for :class:`NoiseLevel`.
         low: The lowest σ_t that is perturbed, ≥ 0.
@@ -174,7 +174,7 @@ class Within(RadiusSchedule):
 class Ramp(RadiusSchedule):
     """A given radius times min(1, (training_step + 1)/steps): a linear warm-up.
 
-    Arguments:
+    Args:
         radius: The radius after the warm-up.
         steps: The number of optimiser updates of the warm-up, ≥ 1.
     """

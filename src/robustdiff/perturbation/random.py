@@ -21,7 +21,7 @@ class RandomAdversary(Adversary):
     the unit sphere for ℓ2, a random sign vector for ℓ∞, and a random signed coordinate for ℓ1. The K passes yield
     Π_r(k·α·u), k = 0 … K−1, which have the sizes of :class:`FreeAdversary` for a gradient of constant direction.
 
-    Arguments:
+    Args:
         steps: The number K of passes over a batch, ≥ 1.
         step_size: The length α > 0 by which δ grows from pass to pass, in units of the norm.
         radius: The radius of the ball, as for :class:`Adversary`.

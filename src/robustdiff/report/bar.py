@@ -23,7 +23,7 @@ class Bar:
 
     In a notebook it is an HTML element, which needs no widgets.
 
-    Arguments:
+    Args:
         console: The console of the output; by default that of stderr.
         quiet: Show nothing, for all processes but the main one.
     """

@@ -179,7 +179,7 @@ def draw(
 ) -> Chart:
     """Return a chart of lines. Series without points are kept in the legend's order and take a colour.
 
-    Arguments:
+    Args:
         title: The title.
         x_title: The title of the horizontal axis, the unit of x in the columns.
         y_title: The title of the vertical axis.

@@ -60,7 +60,7 @@ def write_report(
 ) -> int:
     """Write the report of runs, finished or not, and of a study, and sample the runs' checkpoints for its pictures.
 
-    Arguments:
+    Args:
         sources: Folders of runs, and at most one study: a file that ends in .yaml, or one that comes with the package.
         output: The HTML file.
         study_folder: The study's folder; by default ``studies/NAME``.

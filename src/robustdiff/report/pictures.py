@@ -176,7 +176,7 @@ def sample_checkpoints(
 ) -> Samples:
     """Sample the checkpoints of runs from common noise.
 
-    Arguments:
+    Args:
         runs: The runs.
         num: The number of images of each picture.
         samplers: The names of samplers; by default the first that the first run watched, or one that suits it.
@@ -256,7 +256,7 @@ def encode(pixels: NDArray[np.uint8], lossless: bool) -> str:
 def gallery(images: Mapping[Key, Tensor], note: str, captions: Sequence[str] = (), most: int = MOST_BYTES) -> Gallery:
     """Return the gallery of images, made smaller until all pictures together have at most ``most`` bytes.
 
-    Arguments:
+    Args:
         images: The images, uint8 (n, C, H, W), by sampler, steps and checkpoint.
         note: A sentence on what is shown; what was made smaller is added to it.
         captions: The captions of the images.

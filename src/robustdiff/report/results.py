@@ -22,7 +22,7 @@ MOST_CAPTIONS = 8
 def claim_results(file: Path, sources: Iterable[Path]) -> None:
     """Check that results can be written, before anything is computed for them. Nothing is made.
 
-    Arguments:
+    Args:
         file: The file of the results.
         sources: Folders that are read, in which nothing may be written.
 

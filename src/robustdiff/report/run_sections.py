@@ -475,7 +475,7 @@ def _command(*words: str) -> str:
 def reproduction(runs: Sequence[RunFiles], study: Sequence[str], own: Sequence[str]) -> list[str]:
     """Return the commands that train the runs again, compare them with their starts, and make this report.
 
-    Arguments:
+    Args:
         runs: The runs.
         study: The study's file and folder, or nothing.
         own: The arguments of the report.

@@ -34,7 +34,7 @@ class DynamicThreshold:
     It is due to Saharia et al. ("Photorealistic Text-to-Image Diffusion Models with Deep Language Understanding", 2022,
     section 2.3), and is diffusers' ``thresholding``.
 
-    Arguments:
+    Args:
         ratio: The quantile, in (0, 1].
         maximum: The upper limit of the threshold, ≥ 1; its lower limit is 1.
     """
@@ -89,7 +89,7 @@ class Evaluation:
 class Denoiser:
     """A network, called as a sampler needs it.
 
-    Arguments:
+    Args:
         model: The network, called as diffusers calls it.
         prediction: The parameterisation of the network.
         eps_scale: The epsilon scale λ, or (k, b) for λ(i) = k·i + b.
@@ -113,7 +113,7 @@ class Denoiser:
     def __call__(self, x_t: Tensor, index: int | Tensor, process: DiffusionProcess) -> Denoised:
         """Evaluate the network at time ``process.times[index]``.
 
-        Arguments:
+        Args:
             x_t: The noisy points, with shape (B, C, H, W).
             index: The index of the time, or one index for each sample, with shape (B,).
             process: The process that the index refers to.

@@ -26,7 +26,7 @@ def guided(
 ) -> Callable[..., Tensor]:
     """Return a guided model, which evaluates the given one with and without the condition in one batch.
 
-    Arguments:
+    Args:
         model: The model, called as diffusers calls it.
         guidance: The guidance scale g ≥ 0, finite.
         condition: The condition that the guided model will be called with.

@@ -29,7 +29,7 @@ __all__ = ["Multistep", "scale_numbers"]
 def scale_numbers(steps: int | str, N: int) -> list[int]:
     """Return the positions of the scales at which the network is evaluated, ascending from 0, the noisiest.
 
-    Arguments:
+    Args:
         steps: The number of steps, in [1, N − 1], or the positions as a string such as "0,22,39".
         N: The number of training scales.
 

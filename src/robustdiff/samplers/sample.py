@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from operator import index
 from typing import Any
 
 import torch
@@ -42,6 +43,11 @@ def check_sampler(
             an option is out of range.
     """
     kind = SAMPLERS[sampler]
+    if not isinstance(steps, str):
+        try:
+            steps = index(steps)  # NumPy's integers too
+        except TypeError:
+            raise InputError(f"steps must be a whole number, or a string; got {steps!r}") from None
     if bool(process.sigmas[0] > process.sigmas[-1]):  # descending, as in a flow-matching scheduler
         process = process.respace(torch.arange(len(process)).flip(0))
     if not kind.suits(process):
@@ -69,7 +75,7 @@ def check_sampler(
 def sampling_settings(model: Any, sampler: str, given: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings of sampling that a model brings with it and a sampler has, and over them those given.
 
-    Arguments:
+    Args:
         model: The model. Its attribute ``sampling``, if it has one, holds settings by name.
         sampler: The name of the sampler.
         given: The settings given by the caller, by name; those that are None are left out.
@@ -136,7 +142,7 @@ def sample(
 ) -> Tensor:
     """Sample images.
 
-    Arguments:
+    Args:
         model: The model, called as diffusers calls it, ``model(x, t, class_labels=…)``, in eval mode. It returns a
             tensor, or an object with the attribute ``sample``. 2C output channels mean a learned variance, which iddpm
             and es use. A model that :func:`robustdiff.load_model` returned brings its settings of sampling with it:

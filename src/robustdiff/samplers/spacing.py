@@ -97,7 +97,7 @@ def scheduled(spacing: Spacing, steps: int, T: int, offset: int = 0, left_out: i
     Unlike diffusers' DDIM and DDPM, whose only step of "leading" and "linspace" is at the least noisy time and returns
     the noise that it is given, a single step is at the noisiest time. With ``left_out`` it is where diffusers has it.
 
-    Arguments:
+    Args:
         spacing: The spacing: "leading" (an integer stride from ``offset``), "trailing" (from the last time down) or
             "linspace" (from the first time to the last).
         steps: The number S of steps, in [1, T].

@@ -32,7 +32,7 @@ class TimeSearch:
 def search_times(objective: Callable[[tuple[int, ...]], float], steps: int, N: int) -> TimeSearch:
     """Find S scales that minimise an objective, one after the other.
 
-    Arguments:
+    Args:
         objective: A function that maps (τ_1, …, τ_k) to the value to minimise, such as an FID of samples with the same
             noise for all candidates. It is called once for each.
         steps: The number S of scales to find, in [1, N − 1].

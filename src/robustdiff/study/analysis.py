@@ -369,7 +369,7 @@ def adjusted_effects(
 
     The model is y = a_group + c_seed + b·x + e, fitted by least squares.
 
-    Arguments:
+    Args:
         groups: The points (x, y) of each group by seed; y is a logarithm.
         compared: The pairs of groups to compare.
 

@@ -70,7 +70,7 @@ def run_study(
 ) -> bool:
     """Work on a study until nothing of it is missing.
 
-    Arguments:
+    Args:
         study: The study.
         folder: The folder of runs and cells.
         processes: The number of single-threaded processes that share the work. By default it is done in this process.

@@ -347,7 +347,7 @@ def tune(
 ) -> Iterator[Record]:
     """Search, and confirm what is found.
 
-    Arguments:
+    Args:
         tuning: The settings.
         folder: The folder of the search. What it holds of the same search is kept.
         processes: The number of single-threaded processes that share the work. By default it is done in this process.
@@ -520,7 +520,7 @@ def new_tuning(
 ) -> tuple[Tuning, Speed]:
     """Return the settings of a search, and the speed of this machine. Nothing is written.
 
-    Arguments:
+    Args:
         recipe: The name or the file of a recipe. If it has no adversary, the candidates have free adversarial training.
         changes: Changes of the recipe, by dotted names.
         tried: Lists of values of fields, in place of those of :func:`default_space` or in addition to them.

@@ -57,7 +57,7 @@ _SHARE = 8  # and at most one of so many parts of the memory that is free
 class Batches:
     """The batches of a run, from one of them to the last, as lists of this process's microbatches.
 
-    Arguments:
+    Args:
         recipe: The recipe.
         accelerator: The device, and the share of this process.
         dataset: The images, or their latents.

@@ -55,7 +55,7 @@ def sufficient_decay(steps: int) -> float:
 class EMA:
     """An exponential moving average of parameters.
 
-    Arguments:
+    Args:
         parameters: The parameters to follow.
         decay: β in [0, 1), or "auto".
 
@@ -80,7 +80,7 @@ class EMA:
     def update(self, stepped: Tensor | None = None, weight: Tensor | None = None) -> None:
         """Update the average with the parameters, after an optimiser step.
 
-        Arguments:
+        Args:
             stepped: A boolean scalar on the parameters' device. If it is false, the average is left as it is. None
                 means true.
             weight: The weight 1 − β_t of "auto" as a scalar on the parameters' device, which is not read. Default: that

@@ -27,7 +27,7 @@ class MetricsLog:
 
     Lines that a killed run wrote after its last checkpoint are removed first, since they will be written again.
 
-    Arguments:
+    Args:
         trainer: The trainer, at the update from which the run goes on.
         path: The file.
 

@@ -30,7 +30,7 @@ _TABLES = ("qmap1", "qmap2")  # of bitsandbytes, shared by all parameters
 def build_optimizer(recipe: Recipe, parameters: list[nn.Parameter], device: torch.device) -> Any:
     """Return the optimiser of a recipe.
 
-    Arguments:
+    Args:
         parameters: The parameters to train.
         device: The device on which they will be.
 

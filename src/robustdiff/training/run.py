@@ -166,7 +166,7 @@ def _fixed(recipe: Recipe, name: str) -> Any:
 def train(recipe: Recipe, *, resume: bool = False, cpu: bool = False, progress: Progress = SILENT) -> RunResult | None:
     """Train a recipe until it is finished, or until SIGTERM or Ctrl-C.
 
-    Arguments:
+    Args:
         recipe: The configuration.
         resume: Continue from the newest whole checkpoint in ``recipe.output``, or start from the beginning if there is
             none.

@@ -50,7 +50,7 @@ def crop_positions(seed: int, batch: int, batch_size: int) -> list[Position]:
 class _Endless:
     """An endless list of indices, in which every epoch is a new permutation of {0, …, N − 1}.
 
-    Arguments:
+    Args:
         length: The number N.
         seed: The seed of epoch e is (*seed, e).
     """
@@ -75,7 +75,7 @@ class _Endless:
 class BatchIndices:
     """A ``batch_sampler`` for torch's DataLoader: the indices of successive microbatches.
 
-    Arguments:
+    Args:
         length: The number N of images.
         batch_size: The images B of one batch, over all processes and microbatches.
         seed: The run's seed.
@@ -128,7 +128,7 @@ class BucketIndices(BatchIndices):
     buckets are in random order. So over any number of rounds all images are drawn equally often, up to the last batch
     of each bucket. A bucket of fewer than B images has repeated images in its batches.
 
-    Arguments:
+    Args:
         buckets: The bucket of each image, (N,).
         batch_size: The images B of one batch.
         seed: The run's seed.

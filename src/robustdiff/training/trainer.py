@@ -228,7 +228,7 @@ class Trainer:
     def learning_rate(self, step: int | None = None) -> float:
         """Return the learning rate of the update after ``step``: linear warm-up, then constant or half a cosine.
 
-        Arguments:
+        Args:
             step: The number of updates before it. Default: those of the run so far.
         """
         recipe, step = self.recipe, self.step if step is None else step
@@ -473,7 +473,7 @@ class Trainer:
     def export(self, folder: Path, average: bool = True) -> None:
         """Write the model as a diffusers pipeline folder, with the averaged weights if there is a moving average.
 
-        Arguments:
+        Args:
             average: False for the weights themselves.
         """
         with self.averaged() if average else nullcontext():

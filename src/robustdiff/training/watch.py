@@ -94,7 +94,7 @@ class _Measured:
 class Watch:
     """The watch of a run. Every process makes one and calls the same methods.
 
-    Arguments:
+    Args:
         config: The section of the recipe.
         trainer: The trainer, whose network has the starting weights.
         dataset: The real images, and the captions of the generated ones.
@@ -269,7 +269,7 @@ class Watch:
 
         Call it before a checkpoint of the run is loaded.
 
-        Arguments:
+        Args:
             new: Whether the run starts from the beginning; earlier measurements are then removed.
 
         Raises:

@@ -36,7 +36,7 @@ _SCHEDULES: dict[str, Schedule] = {
 def read_flags(preset: str | None, text: str) -> tuple[AdmFlags, Schedule]:
     """Return the flags of a network and its schedule, from the name of a preset or from guided-diffusion's flags.
 
-    Arguments:
+    Args:
         preset: A key of :data:`robustdiff.backbones.adm.flags.PRESETS`.
         text: Flags of guided-diffusion, such as ``--image_size 64 --class_cond True``.
 
@@ -61,7 +61,7 @@ def read_flags(preset: str | None, text: str) -> tuple[AdmFlags, Schedule]:
 def convert(source: Path, output: Path, flags: AdmFlags | None = None, schedule: Schedule = "linear") -> None:
     """Convert a checkpoint into a pipeline folder, or a pipeline folder into a ``.pt``, bit for bit.
 
-    Arguments:
+    Args:
         source: A checkpoint of guided-diffusion or of OpenAI's consistency models, ``.pt`` or
             ``.safetensors``; or a folder (a run, a pipeline).
         output: The folder or the ``.pt`` file to create.
