@@ -34,6 +34,7 @@ from robustdiff.weights import check_weights, read_state, strip_prefixes
 __all__ = [
     "Components",
     "Place",
+    "check_forward",
     "class_parameters",
     "component",
     "load_network",
@@ -172,6 +173,39 @@ def _scheduler(path: Path, kind: type[SchedulerMixin]) -> Any:
     others = [kind, DDPMScheduler, *getattr(scheduler, "compatibles", []), *DDPMScheduler().compatibles]
     _check_names(config, {name for other in others for name in class_parameters(other)}, path, kind)
     return scheduler
+
+
+def check_forward(
+    call: Callable[[Tensor, Tensor], Any],
+    shape: tuple[int, ...],
+    path: Path,
+    *,
+    doubled: bool = False,
+    remedy: str = "correct it",
+) -> None:
+    """Call a network on the meta device, which computes shapes only, and check the shape of its output.
+
+    Args:
+        call: A function of a point (1, *shape) and a time (1,) that calls the network and returns diffusers' output.
+        shape: The shape of a point, without the batch.
+        path: The file of the network's configuration, for messages.
+        doubled: Whether the output may have twice the channels of the point, for a learned variance.
+        remedy: The remedy in the message.
+
+    Raises:
+        InputError: If the call fails, or the output has another shape.
+    """
+    try:
+        with torch.device("meta"), torch.no_grad():
+            x = torch.empty(1, *shape)
+            output = tuple(call(x, torch.zeros(1)).sample.shape[1:])
+        if output != shape and not (doubled and output == (2 * shape[0], *shape[1:])):
+            raise ValueError(f"its output has the shape {output}")
+        if not x.numel():
+            raise ValueError("it has no channels")
+    except Exception as error:  # the network can be created from the configuration, but not called
+        given, reason = "×".join(map(str, shape)), first_line(error)
+        raise InputError(f"{path}: the network cannot be called with {given} ({reason}): {remedy}") from None
 
 
 def load_network(

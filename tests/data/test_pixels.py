@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from robustdiff.data.pixels import crop_box, crop_square, mirror_geometry, tile
+from robustdiff.data.pixels import crop_box, fit_image, mirror_geometry, tile
 
 
 def test_tiles_are_the_images_in_order():
@@ -34,13 +34,13 @@ def test_a_crop_is_the_largest_of_its_ratio_and_lies_in_the_image(size, target):
         assert height == size[0] or width == size[1]
 
 
-def test_the_centre_is_that_of_the_square():
-    for size in ((7, 10), (10, 7), (9, 6), (5, 5)):
-        image = Image.new("L", size)
-        box = crop_square(image)
-        top, left, height, width = crop_box((image.height, image.width), (8, 8))
-        assert (width, height) == box.size
-        assert (top, left) == ((image.height - height) // 2, (image.width - width) // 2)
+def test_an_image_is_fitted_by_its_centred_square():
+    for width, height in ((7, 10), (10, 7), (9, 6), (5, 5)):
+        pixels = torch.arange(width * height, dtype=torch.uint8).reshape(height, width)
+        side = min(width, height)
+        top, left = (height - side) // 2, (width - side) // 2
+        fitted = fit_image(Image.fromarray(pixels.numpy()), None, 1)
+        assert fitted[..., 0].tolist() == pixels[top : top + side, left : left + side].tolist()
 
 
 def test_places_are_drawn_equally_often():

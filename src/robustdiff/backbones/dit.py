@@ -24,11 +24,11 @@ from robustdiff.codecs.codec import Codec, Shape
 from robustdiff.codecs.vae import VAE, pipeline_vae
 from robustdiff.conditions.condition import Condition
 from robustdiff.conditions.labels import Labels
-from robustdiff.errors import InputError, first_line
-from robustdiff.loading import Components, Place, component, load_network, read_config, shown
+from robustdiff.errors import InputError
+from robustdiff.loading import Components, Place, check_forward, component, load_network, read_config, shown
 from robustdiff.section import MOST_PARAMETERS, Fraction, Width
 
-__all__ = ["DiT", "DiTSection", "check_size", "exported", "load_transformer"]
+__all__ = ["DiT", "DiTSection", "exported", "load_transformer"]
 
 _Network = TypeVar("_Network", bound=nn.Module)
 
@@ -181,32 +181,14 @@ def _prepare(config: dict[str, Any], tensors: int, path: Path) -> None:
 
 
 def _check(network: DiTTransformer2DModel, path: Path) -> None:
-    check_size(network, path, class_labels=torch.zeros(1, dtype=torch.long, device="meta"))
-
-
-def check_size(network: Any, path: Path, **condition: Any) -> None:
-    """Call a transformer on the meta device and check the shape of its output.
-
-    Args:
-        network: The transformer, on the meta device.
-        path: The file of its configuration, for messages.
-        condition: The arguments of the transformer besides x and t.
-
-    Raises:
-        InputError: If the call fails, or the output differs in size from the input or has neither C nor 2C channels.
-    """
     config = network.config
-    side = config.sample_size
-    try:
-        with torch.no_grad():
-            x = torch.empty(1, config.in_channels, side, side, device="meta")
-            out = network(x, timestep=torch.zeros(1, device="meta"), **condition).sample
-        if out.shape[2:] != x.shape[2:] or out.shape[1] not in (config.in_channels, 2 * config.in_channels):
-            raise ValueError(f"it makes {tuple(out.shape[1:])} of {tuple(x.shape[1:])}")
-        if not x.numel():
-            raise ValueError("it has no channels")
-    except Exception as error:  # the network can be created from the configuration, but not called
-        raise InputError(f"{path}: the network cannot be called ({first_line(error)}): correct it") from None
+    labels = torch.zeros(1, dtype=torch.long, device="meta")
+    check_forward(
+        lambda x, t: network(x, timestep=t, class_labels=labels),
+        (config.in_channels, config.sample_size, config.sample_size),
+        path,
+        doubled=True,
+    )
 
 
 def load_transformer(

@@ -25,11 +25,11 @@ from diffusers.models.transformers.transformer_flux import FluxTransformer2DMode
 from torch import Tensor, nn
 
 from robustdiff.backbones.backbone import BACKBONES
-from robustdiff.backbones.sd3 import LARGEST_SIZE, MMDiT, check_call, check_config
+from robustdiff.backbones.sd3 import LARGEST_SIZE, MMDiT, caption, check_config
 from robustdiff.conditions.clip_t5 import FluxText, load_flux_text
 from robustdiff.conditions.condition import Condition
 from robustdiff.errors import InputError
-from robustdiff.loading import Components
+from robustdiff.loading import Components, check_forward
 
 __all__ = ["Flux", "pack", "unpack"]
 
@@ -61,7 +61,8 @@ class Flux(MMDiT):
         with torch.device("meta"):
             guidance = torch.ones(1) if network.config.guidance_embeds else None
             positions = {"txt_ids": torch.zeros(2, 3), "img_ids": torch.zeros(4, 3)}
-        check_call(network, path, (4, channels), guidance=guidance, **positions)
+        arguments = {**caption(network.config), **positions, "guidance": guidance}
+        check_forward(lambda x, t: network(x, timestep=t, **arguments), (4, channels), path)
 
     @staticmethod
     def _load_text(folder: Path, components: Components, config: Any) -> FluxText:

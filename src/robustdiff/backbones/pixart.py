@@ -17,12 +17,12 @@ from diffusers.models.transformers.pixart_transformer_2d import PixArtTransforme
 from torch import Tensor, nn
 
 from robustdiff.backbones.backbone import BACKBONES, Backbone
-from robustdiff.backbones.dit import check_size, exported, load_transformer
+from robustdiff.backbones.dit import exported, load_transformer
 from robustdiff.codecs.codec import Codec
 from robustdiff.conditions.condition import Condition
 from robustdiff.conditions.t5 import T5Text, load_t5
 from robustdiff.errors import InputError
-from robustdiff.loading import Components, Place, read_config
+from robustdiff.loading import Components, Place, check_forward, read_config
 
 __all__ = ["PixArt"]
 
@@ -132,4 +132,10 @@ def _check(network: PixArtTransformer2DModel, path: Path) -> None:
             "resolution": torch.empty(1, 2, device="meta"),
             "aspect_ratio": torch.empty(1, 1, device="meta"),
         }
-    check_size(network, path, **condition)
+    config = network.config
+    check_forward(
+        lambda x, t: network(x, timestep=t, **condition),
+        (config.in_channels, config.sample_size, config.sample_size),
+        path,
+        doubled=True,
+    )

@@ -28,10 +28,10 @@ from robustdiff.codecs.codec import Codec, Shape
 from robustdiff.codecs.vae import VAE, pipeline_vae
 from robustdiff.conditions.clip_t5 import StableDiffusion3Text, load_sd3_text
 from robustdiff.conditions.condition import Condition
-from robustdiff.errors import InputError, first_line
-from robustdiff.loading import Components, Place, component, load_network, read_config, shown
+from robustdiff.errors import InputError
+from robustdiff.loading import Components, Place, check_forward, component, load_network, read_config, shown
 
-__all__ = ["LARGEST_SIZE", "MMDiT", "StableDiffusion3", "check_call", "check_config"]
+__all__ = ["LARGEST_SIZE", "MMDiT", "StableDiffusion3", "caption", "check_config"]
 
 _Own = TypeVar("_Own", bound="MMDiT")
 
@@ -187,8 +187,9 @@ class StableDiffusion3(MMDiT):
 
     @staticmethod
     def _check(network: Any, path: Path) -> None:
-        side = network.config.patch_size
-        check_call(network, path, (network.config.in_channels, side, side))
+        config = network.config
+        shape = config.in_channels, config.patch_size, config.patch_size
+        check_forward(lambda x, t: network(x, timestep=t, **caption(config)), shape, path)
 
     @staticmethod
     def _load_text(folder: Path, components: Components, config: Any) -> StableDiffusion3Text:
@@ -243,31 +244,12 @@ def check_config(
             raise InputError(f"{path}: {name}={shown(config[name])} is no number from 1 to {LARGEST_SIZE}: correct it")
 
 
-def check_call(network: Any, path: Path, shape: tuple[int, ...], **arguments: Any) -> None:
-    """Call a transformer with captions on the meta device, and check that its output has the shape of its input.
-
-    Args:
-        network: The transformer, on the meta device.
-        path: The file of its configuration, for messages.
-        shape: The shape of one input, without the batch.
-        arguments: The arguments of the transformer besides x, t and the embeddings of a caption.
-
-    Raises:
-        InputError: If the call fails, or the output has another shape.
-    """
-    config = network.config
-    try:
-        with torch.device("meta"), torch.no_grad():
-            x = torch.empty(1, *shape)
-            caption = {
-                "encoder_hidden_states": torch.empty(1, 2, config.joint_attention_dim),
-                "pooled_projections": torch.empty(1, config.pooled_projection_dim),
-            }
-            out = network(x, timestep=torch.zeros(1), **caption, **arguments).sample
-        if out.shape != x.shape or not x.numel():
-            raise ValueError(f"it makes {tuple(out.shape[1:])} of {tuple(x.shape[1:])}")
-    except Exception as error:  # the network can be created from the configuration, but not called
-        raise InputError(f"{path}: the network cannot be called ({first_line(error)}): correct it") from None
+def caption(config: Any) -> dict[str, Tensor]:
+    """Return the embeddings of a caption, empty tensors on the meta device, that a transformer takes."""
+    return {
+        "encoder_hidden_states": torch.empty(1, 2, config.joint_attention_dim, device="meta"),
+        "pooled_projections": torch.empty(1, config.pooled_projection_dim, device="meta"),
+    }
 
 
 def _load_vae(folder: Path, components: Components, channels: int) -> VAE:

@@ -27,8 +27,8 @@ from robustdiff.codecs.codec import Codec
 from robustdiff.codecs.vae import VAE, pipeline_vae
 from robustdiff.conditions.clip import ClipText, TwoClipTexts, load_clip, load_two_clips
 from robustdiff.conditions.condition import Condition
-from robustdiff.errors import InputError, first_line, printable
-from robustdiff.loading import Components, Place, component, load_network, read_config, shown
+from robustdiff.errors import InputError, printable
+from robustdiff.loading import Components, Place, check_forward, component, load_network, read_config, shown
 from robustdiff.objectives.latent_consistency import embed_guidance
 
 __all__ = ["StableDiffusion"]
@@ -267,13 +267,5 @@ def _check(network: UNet2DConditionModel, path: Path, codec: VAE, text: ClipText
             )
         condition["text_embeds"] = torch.empty(1, pooled, device="meta")
     side = 2 ** len(config.block_out_channels)
-    try:
-        with torch.no_grad():
-            x = torch.empty(1, channels, side, side, device="meta")
-            out = StableDiffusion(network, text, codec.factor).bind(network)(
-                x, torch.zeros(1, device="meta"), **condition
-            )
-        if out.sample.shape != x.shape:
-            raise ValueError(f"it makes {tuple(out.sample.shape[1:])} of {tuple(x.shape[1:])}")
-    except Exception as error:  # the network can be created from the configuration, but not called
-        raise InputError(f"{path}: the network cannot be called ({first_line(error)}): correct it") from None
+    call = StableDiffusion(network, text, codec.factor).bind(network)
+    check_forward(lambda x, t: call(x, t, **condition), (channels, side, side), path)

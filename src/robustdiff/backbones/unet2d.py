@@ -17,8 +17,8 @@ from robustdiff.codecs.pixels import Pixels
 from robustdiff.conditions.condition import Condition
 from robustdiff.conditions.labels import Labels
 from robustdiff.conditions.none import Unconditional
-from robustdiff.errors import InputError, first_line
-from robustdiff.loading import Components, Place, class_parameters, component, load_network, shown
+from robustdiff.errors import InputError
+from robustdiff.loading import Components, Place, check_forward, class_parameters, component, load_network, shown
 from robustdiff.section import MOST_PARAMETERS, Fraction, Width
 
 __all__ = ["UNet2D", "UNetSection"]
@@ -182,13 +182,11 @@ def _check(network: UNet2DModel, path: Path) -> None:
     multiple = _multiple(network)
     height, width = UNet2D(network).size or (8 * multiple, 8 * multiple)
     labels = None if config.num_class_embeds is None else torch.zeros(1, dtype=torch.long, device="meta")
-    try:
-        with torch.no_grad():
-            images = torch.empty(1, config.in_channels, height, width, device="meta")
-            out = network(images, torch.zeros(1, device="meta"), class_labels=labels).sample
-        reason = None if out.shape[2:] == images.shape[2:] else f"the output is {out.shape[2]}×{out.shape[3]}"
-    except Exception as error:  # the network can be created from the configuration, but not called
-        reason = first_line(error)
-    if reason is not None:
-        remedy = f"the size must be a multiple of {multiple}" if height % multiple or width % multiple else "correct it"
-        raise InputError(f"{path}: the network cannot take images of {height}×{width} ({reason}): {remedy}")
+    remedy = f"the size must be a multiple of {multiple}" if height % multiple or width % multiple else "correct it"
+    check_forward(
+        lambda x, t: network(x, t, class_labels=labels),
+        (config.in_channels, height, width),
+        path,
+        doubled=True,
+        remedy=remedy,
+    )

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-__all__ = ["Position", "crop_box", "crop_square", "fit_array", "fit_image", "mirror_geometry", "resize_image", "tile"]
+__all__ = ["Position", "crop_box", "fit_array", "fit_image", "mirror_geometry", "resize_image", "tile"]
 
 Position = tuple[float, float]
 """The place of a crop, from the top and from the left, each in [0, 1) of the room that there is."""
@@ -59,15 +59,6 @@ def mirror_geometry(geometry: Tensor, target: tuple[int, int], flipped: Tensor) 
     return torch.stack([height, width, top, torch.where(flipped, (resized - w - left).clamp(min=0), left)], dim=1)
 
 
-def crop_square(image: Image.Image) -> Image.Image:
-    """Return the largest centred square of an image; the image itself if it is square."""
-    side = min(image.size)
-    if image.size == (side, side):
-        return image
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    return image.crop((left, top, left + side, top + side))
-
-
 def fit_image(image: Image.Image, size: int | None, channels: int) -> NDArray[np.uint8]:
     """Crop one image to the centred square, resize it and convert its channels.
 
@@ -79,8 +70,11 @@ def fit_image(image: Image.Image, size: int | None, channels: int) -> NDArray[np
     Returns:
         uint8 (size, size, channels).
     """
-    image = crop_square(image)
-    return resize_image(image, image.height if size is None else size, image.width if size is None else size, channels)
+    top, left, side, _ = crop_box((image.height, image.width), (1, 1))
+    if image.size != (side, side):
+        image = image.crop((left, top, left + side, top + side))
+    size = side if size is None else size
+    return resize_image(image, size, size, channels)
 
 
 def resize_image(image: Image.Image, height: int, width: int, channels: int) -> NDArray[np.uint8]:
