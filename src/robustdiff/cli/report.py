@@ -41,14 +41,14 @@ def report(
     It has the outcome in words, the metrics against steps and over the training, samples of the start, the best and the
     last model from common noise, costs, settings, and the commands that reproduce them.
     """
-    from accelerate import Accelerator
 
+    from robustdiff.processes import make_accelerator
     from robustdiff.report.bar import Bar
     from robustdiff.report.html import write_report
 
     settings: dict[str, Any] = {"num": num, "seed": seed, "guidance": guidance, "prompts": prompts}
     settings |= {"samplers": options.parse_names(sampler), "steps": options.parse_counts(steps)}
-    settings |= {"device": Accelerator(cpu=cpu).device, "on_read": lambda message: say(message, err)}
+    settings |= {"device": make_accelerator(cpu).device, "on_read": lambda message: say(message, err)}
     with Bar(err) as bar:
         size = write_report(sources, output, folder, results, progress=bar, **settings)
     say(f"{output} has {size / 2**20:.1f} MB, and loads nothing")

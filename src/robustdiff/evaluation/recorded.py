@@ -102,5 +102,7 @@ class Recordings:
             self._of, self._recorder = of, None
             if unrecordable(model) is None:
                 what = f"sampling of {printable(model.path)}"
-                self._recorder = Recorder(lambda x, t, condition: predict(model, x, t, condition), model.device, what)
+                self._recorder = Recorder(
+                    lambda x, t, condition: predict(model, x, t, condition), model.device, what, draws=False
+                )
         return model if self._recorder is None else RecordedModel(model, self._recorder)

@@ -39,6 +39,7 @@ from robustdiff.files import (
     write_json,
 )
 from robustdiff.interrupt import Interrupt
+from robustdiff.processes import make_accelerator
 from robustdiff.progress import SILENT, Progress
 from robustdiff.recipe import Recipe, SignsConfig, load_recipe
 from robustdiff.training.build import Built, build_model
@@ -274,8 +275,8 @@ def _accelerator(recipe: Recipe, cpu: bool) -> Accelerator:
     """Return the accelerator of a run, if the device supports its precision."""
     AcceleratorState._reset_state()  # another run in this process may have had another precision
     try:
-        accelerator = Accelerator(
-            cpu=cpu,
+        accelerator = make_accelerator(
+            cpu,
             mixed_precision="no" if recipe.precision == "fp32" else recipe.precision,
             log_with=list(recipe.trackers) or None,
             project_config=ProjectConfiguration(project_dir=recipe.output, logging_dir=recipe.output),
