@@ -75,8 +75,8 @@ def evaluate(
     -m robustdiff evaluate RUN.
     """
 
+    from robustdiff.distributed import make_accelerator
     from robustdiff.evaluation.sources import evaluate_sources, load_sources
-    from robustdiff.processes import make_accelerator
     from robustdiff.report.bar import Bar
 
     accelerator, (runs, images) = make_accelerator(cpu), load_sources(sources)

@@ -46,9 +46,9 @@ def mismatch(
     measured on common random numbers.
     """
 
+    from robustdiff.distributed import make_accelerator
     from robustdiff.evaluation.sources import load_generators, name_sources
     from robustdiff.mismatch.measure import measure_mismatch
-    from robustdiff.processes import make_accelerator
     from robustdiff.report.bar import Bar
 
     cells = options.parse_names(sampler), options.parse_counts(steps)

@@ -42,7 +42,7 @@ def report(
     last model from common noise, costs, settings, and the commands that reproduce them.
     """
 
-    from robustdiff.processes import make_accelerator
+    from robustdiff.distributed import make_accelerator
     from robustdiff.report.bar import Bar
     from robustdiff.report.html import write_report
 

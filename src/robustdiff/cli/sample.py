@@ -62,8 +62,8 @@ def sample(
     several GPUs: accelerate launch -m robustdiff sample RUN.
     """
 
+    from robustdiff.distributed import make_accelerator
     from robustdiff.evaluation.generate import Generator, write_npz, write_pngs
-    from robustdiff.processes import make_accelerator
     from robustdiff.report.bar import Bar
 
     accelerator = make_accelerator(cpu)

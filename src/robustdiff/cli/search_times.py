@@ -35,10 +35,10 @@ def search_times(
     The scales that are found are those that robustdiff sample RUN --steps takes. Choose another --seed to judge them.
     """
 
+    from robustdiff.distributed import make_accelerator
     from robustdiff.evaluation.real_images import load_target
     from robustdiff.evaluation.sources import load_generators
     from robustdiff.evaluation.time_search import search_times_by_fid
-    from robustdiff.processes import make_accelerator
     from robustdiff.report.bar import Bar
 
     accelerator, real = make_accelerator(cpu), options.real_images(run, data, root, overrides)

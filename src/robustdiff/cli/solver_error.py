@@ -30,8 +30,8 @@ def solver_error(
 ) -> None:
     """Measure how far one solver step of distillation is from the teacher's trajectory, level by level."""
 
+    from robustdiff.distributed import make_accelerator
     from robustdiff.mismatch.solver_error import measure_teacher
-    from robustdiff.processes import make_accelerator
     from robustdiff.report.bar import Bar
     from robustdiff.report.solver_error import solver_error_table, write_solver_error
     from robustdiff.report.tables import print_whole

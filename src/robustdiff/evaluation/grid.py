@@ -27,12 +27,12 @@ from torch import Tensor
 
 from robustdiff.data import ImageDataset
 from robustdiff.data.pixels import tile
+from robustdiff.distributed import from_main, of_others
 from robustdiff.errors import InputError, RunError
 from robustdiff.evaluation.generate import Generator, share_of
 from robustdiff.metrics.bootstrap import interval
 from robustdiff.metrics.metric import Measured, MetricCollection, Number, number_named
 from robustdiff.notebook import html_image, html_table
-from robustdiff.processes import from_main, of_others
 from robustdiff.progress import SILENT, Progress
 
 __all__ = [

@@ -31,9 +31,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from robustdiff.distributed import from_main
 from robustdiff.errors import InputError, first_line, first_mistake, printable
 from robustdiff.files import atomic_folder, open_regular, read_json
-from robustdiff.processes import from_main
 
 __all__ = [
     "Scale",

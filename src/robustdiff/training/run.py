@@ -28,6 +28,7 @@ from robustdiff.backbones.lora import RECORD
 from robustdiff.data import ImageDataset
 from robustdiff.data.latents import LatentDataset
 from robustdiff.data.loader import worker_failures
+from robustdiff.distributed import make_accelerator
 from robustdiff.errors import InputError, RunError
 from robustdiff.files import (
     MARKER,
@@ -39,7 +40,6 @@ from robustdiff.files import (
     write_json,
 )
 from robustdiff.interrupt import Interrupt
-from robustdiff.processes import make_accelerator
 from robustdiff.progress import SILENT, Progress
 from robustdiff.recipe import Recipe, SignsConfig, load_recipe
 from robustdiff.training.build import Built, build_model

@@ -36,6 +36,7 @@ from accelerate.utils import DistributedType
 from robustdiff.backbones.lora import WEIGHTS, read_weights_into
 from robustdiff.backbones.model import load_model
 from robustdiff.data import ImageDataset
+from robustdiff.distributed import from_main
 from robustdiff.errors import InputError, RunError, printable
 from robustdiff.evaluation.generate import Generator
 from robustdiff.evaluation.grid import Cell, differences, evaluate_cell
@@ -48,7 +49,6 @@ from robustdiff.interrupt import Interrupt
 from robustdiff.metrics.bootstrap import interval
 from robustdiff.metrics.features import SHIPPED, load_extractor
 from robustdiff.metrics.metric import METRICS, MetricCollection, Number, compared
-from robustdiff.processes import from_main
 from robustdiff.progress import SILENT, Progress
 from robustdiff.recipe import WatchConfig
 from robustdiff.samplers.sample import SAMPLERS
