@@ -148,7 +148,7 @@ def table(result):
         f"| {times[name]['median']:.1f} |"
         for name, speed in speeds.items()
     ]
-    return "\n".join(["| | images/s | quartiles | ms |", "|---|---:|---:|---:|", *rows]) + "\n"
+    return "\n".join(["| | image passes/s | quartiles | ms per update |", "|---|---:|---:|---:|", *rows]) + "\n"
 
 
 def main(arguments=None):

@@ -33,8 +33,9 @@ def demo_section(record: dict[str, Any]) -> str:
             row.append(f"{cell['fid']:.2f} ({ends}) → {cell['fid_corrected']:.2f}")
             if method != "plain":
                 difference = differences[method, "plain", sampler, steps]
-                low, high = difference["fid_ci"]
-                row.append(f"{difference['relative']:+.1%} ({low:+.2f} … {high:+.2f})")
+                base = cells["plain", sampler, steps]["fid"]
+                change, low, high = (f"{x / base:+.1%}" for x in (difference["fid"], *difference["fid_ci"]))
+                row.append(f"{change} ({low} … {high})".replace("-", "−"))
         lines.append("| " + " | ".join(row) + " |")
     training = record["training"]["free AT"]
     adversary = training["recipe"]["adversary"]
@@ -49,7 +50,8 @@ def demo_section(record: dict[str, Any]) -> str:
             f"(moving average {training['recipe']['ema']}) with one backward pass each, on "
             f"the same sequence of batches. FID of {record['cells'][0]['n']} images a cell on the features "
             f"`{on['features']}`, from common noise, with 95 % bootstrap intervals (of the images: "
-            "one training seed), and after → without the bias that FID has at so few images:",
+            "one training seed), and after → without the bias that FID has at so few images. Differences and their "
+            "intervals are in per cent of the FID of plain fine-tuning:",
             "",
             *lines,
             "",

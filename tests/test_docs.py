@@ -16,8 +16,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from PIL import Image
+
+from robustdiff.backbones.adm.flags import PRESETS, AdmFlags
+from robustdiff.metrics.features import INCEPTION_URL
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -53,6 +57,16 @@ TEXT = {
     "evaluate": ["--num", "4", "--steps", "2", "--cpu"],
 }
 """The same for a page on models of text."""
+
+TINY = AdmFlags(
+    image_size=8,
+    num_channels=32,
+    num_res_blocks=1,
+    channel_mult="1",
+    attention_resolutions="8",
+    learn_sigma=True,
+)
+"""The network of all published checkpoints here."""
 
 STUDY = """
 title: a study of no use
@@ -90,13 +104,30 @@ def small(command: list[str]) -> list[str]:
         words += ["--set", "codec.cache=false"]
     if command[:2] in (["train", "emoji"], ["train", "emoji-lcm"]):
         words += ["--set", "data.split=unseen"]  # fewer captions to encode
-    if command[0] == "train" and command[1] in WATCHED:
+    if command[:2] == ["train", "cifar10-adm"]:  # in place of the download
+        words += [
+            f"--set={value}" for value in ("data.name=npz", "data.root=cifar.npz", "data.size=8", "data.workers=0")
+        ]
+    if command[:2] == ["train", "sd15-at-lora"]:
+        words += TEXT["train"][len(SMALL["train"]) :]
+    if command[0] == "train" and (command[1] in WATCHED or "watch" in " ".join(command).replace("watch=none", "")):
         words += ["--set", "watch.num=8", "--set", "watch.steps=[1]"]
     if command[0] != "train":
         return words
     fields = {words[i + 1].partition("=")[0]: words[i + 1] for i, word in enumerate(words) if word == "--set"}
     rest = [word for i, word in enumerate(words) if word != "--set" and words[i - 1] != "--set"]
     return [*rest, *(part for field in sorted(fields) for part in ("--set", fields[field]))]
+
+
+def without_inception(words: list[str], size: int) -> list[str]:
+    """A command with the features of a small classifier of RGB images in place of Inception's."""
+    kept: list[str] = []
+    for before, word in zip(["", *words], words, strict=False):
+        if word.startswith("watch.weights="):
+            kept.pop()  # its --set
+        elif "--weights" not in (word, before):
+            kept.append(re.sub(r"^(watch\.features=)?inception$", rf"\g<1>features-{size}.safetensors", word))
+    return kept
 
 
 def _small(name):
@@ -115,16 +146,26 @@ def workspace(tmp_path_factory, make_unet, make_sd_pipeline) -> Path:
     """A folder with everything that the documents refer to: checkpoints, images, and their own recipes."""
     from diffusers import DDPMPipeline, DDPMScheduler
 
-    from robustdiff.backbones.adm import AdmFlags, build_adm, save_adm
+    from robustdiff.backbones.adm import build_adm, save_adm
+    from robustdiff.metrics.features import Classifier
 
     folder = tmp_path_factory.mktemp("workspace")
-    flags = AdmFlags(image_size=8, num_channels=32, num_res_blocks=1, channel_mult="1", attention_resolutions="8")
-    save_adm(build_adm(flags), folder / "64x64_diffusion.pt")
+    for name in ("64x64_diffusion.pt", "ADM-baseline.pt"):
+        save_adm(build_adm(TINY), folder / name)
     (folder / "benchmarks" / "studies").mkdir(parents=True)
     (folder / "benchmarks" / "studies" / "fashion-16.yaml").write_text(STUDY)
     make_sd_pipeline(folder / "stabilityai" / "stable-diffusion-xl-base-1.0", "xl")  # in place of the download
-    unet = make_unet(sample_size=64, in_channels=3, out_channels=3)
-    DDPMPipeline(unet, DDPMScheduler(1000)).save_pretrained(folder / "path" / "to" / "pipeline")
+    for path, size in (("path/to/pipeline", 64), ("models/ddpm-cifar10-32", 32)):
+        unet = make_unet(sample_size=size, in_channels=3, out_channels=3)
+        DDPMPipeline(unet, DDPMScheduler(1000)).save_pretrained(folder / path)
+    np.savez(folder / "cifar.npz", images=np.random.default_rng(0).integers(0, 256, (16, 8, 8, 3), dtype=np.uint8))
+    for size in (8, 32):
+        Classifier(3, size, [4], 3, 2).save(folder / f"features-{size}.safetensors")
+    make_sd_pipeline(folder / "models" / "sd15")
+    (folder / "data" / "captioned").mkdir(parents=True)
+    for i in range(4):
+        Image.fromarray(np.full((8, 9, 3), 40 * i, np.uint8)).save(folder / "data" / "captioned" / f"000{i}.jpg")
+        (folder / "data" / "captioned" / f"000{i}.txt").write_text("a red shoe")
     (folder / "photos").mkdir()
     for i in range(8):
         Image.fromarray(np.full((66, 70, 3), 30 * i, np.uint8)).save(folder / "photos" / f"{i}.png")
@@ -142,14 +183,13 @@ RUN: set[tuple[str, ...]] = set()
 @pytest.mark.parametrize("path", documents(lambda path: commands(path) and path.name != "text-to-image.md"))
 def test_every_command_runs(path, robustdiff, workspace, monkeypatch):
     from robustdiff import demo
-    from robustdiff.backbones.adm import PRESETS, AdmFlags, convert
+    from robustdiff.backbones.adm import PRESETS, convert
 
     monkeypatch.chdir(workspace)
     monkeypatch.setattr(demo, "load_study", _small)
-    flags = AdmFlags(image_size=8, num_channels=32, num_res_blocks=1, channel_mult="1", attention_resolutions="8")
-    monkeypatch.setattr(convert, "PRESETS", dict.fromkeys(PRESETS, flags))
+    monkeypatch.setattr(convert, "PRESETS", dict.fromkeys(PRESETS, TINY))
     for command in commands(path):
-        words = small(command)
+        words = without_inception(small(command), 8 if path.name == "cifar10.md" else 32)
         key = tuple(sorted({*words} - {"--resume", "--cpu"}))
         if key not in RUN:
             outcome = robustdiff(*words)
@@ -170,11 +210,9 @@ def test_every_command_of_text_to_image_runs(robustdiff, make_sd_pipeline, clip_
             Image.fromarray(np.full((8, 9, 3), 40 * i, np.uint8)).save(folder / f"000{i}.jpg")
             (folder / f"000{i}.txt").write_text("a red shoe")
     (tmp_path / "prompts.txt").write_text("a red shoe\na blue shirt\nred\nblue\n")
-    Classifier(3, 8, [4], 3, 2).save(tmp_path / "c.safetensors")
+    Classifier(3, 8, [4], 3, 2).save(tmp_path / "features-8.safetensors")
     for command in commands(ROOT / "docs" / "text-to-image.md"):
-        if "inception" in command:  # and its weights
-            k = command.index("inception")
-            command[k : k + 3] = ["c.safetensors"]
+        command = without_inception(command, 8)
         more = ["--set", "data.size=8"] if command[0] == "evaluate" and "--data" in command else []
         outcome = robustdiff(*command, *TEXT[command[0]], *more)
         assert outcome.code == 0, (command, outcome.err)
@@ -194,7 +232,10 @@ def registries(monkeypatch):
 @pytest.mark.usefixtures("registries")
 @pytest.mark.parametrize("path", documents(lambda path: blocks(path, "python")))
 def test_python_runs(path, workspace, monkeypatch):
+    from robustdiff.backbones import adm
+
     monkeypatch.chdir(workspace)
+    monkeypatch.setattr(adm, "PRESETS", dict.fromkeys(adm.PRESETS, TINY))
     variables: dict[str, Any] = {}
     for block in blocks(path, "python"):
         exec(compile(block, path.name, "exec"), variables)
@@ -224,11 +265,74 @@ def test_links_lead_somewhere(path):
         assert (ROOT / script).is_file()
 
 
+def test_every_preset_is_in_the_table():
+    text = (ROOT / "docs" / "adm.md").read_text(encoding="utf-8")
+    rows = [row.strip("| ").split(" | ")[:5] for row in text.splitlines() if row.startswith("| `")]
+    assert rows == [
+        [
+            f"`{name}`",
+            str(flags.image_size),
+            str(flags.num_channels),
+            "yes" if flags.class_cond else "no",
+            "learned" if flags.learn_sigma else "fixed",
+        ]
+        for name, flags in PRESETS.items()
+    ]
+
+
+def test_inceptions_weights_have_one_name_and_one_source():
+    source = (ROOT / "docs" / "evaluating.md").read_text(encoding="utf-8")
+    assert f"\ncurl -LO {INCEPTION_URL}\n" in source
+    for path in DOCUMENTS:
+        named = re.findall(r"[\w.-]*inception[\w.-]*\.pth", path.read_text(encoding="utf-8"))
+        assert {*named} <= {INCEPTION_URL.rpartition("/")[2]}, path.name
+
+
+def test_the_page_on_cifar10_has_the_measured_times():
+    times = json.loads((ROOT / "benchmarks" / "results" / "gpu.json").read_text())
+    text = (ROOT / "docs" / "cifar10.md").read_text(encoding="utf-8")
+    for row, name in (("free AT | bf16", "free bf16"), ("plain | bf16", "none bf16"), ("PGD | bf16", "pgd bf16")):
+        ms = times["milliseconds"][name]["median"]
+        assert f"| {row} | {ms:.1f} ms | {200_000 * ms / 3.6e6:.1f} hours" in text
+    ms = times["milliseconds"]["free fp16"]["median"]
+    assert f"| {ms:.1f} ms | {200_000 * ms / 3.6e6:.1f} hours" in text
+    speed = times["images_per_second"]["sampling bf16"]["median"]
+    assert f"| {speed:,.0f} images/s | {50_000 / speed:.0f} seconds for 50,000 images" in text
+
+
+def test_the_part_of_a_perturbation_that_survives_rounding_is_as_the_page_says():
+    generator = torch.Generator().manual_seed(0)
+
+    def cosine(d: int, alpha: float, dtype: torch.dtype) -> str:
+        x, direction = torch.randn(2, 100, d, generator=generator)
+        delta = alpha * direction / direction.norm(dim=1, keepdim=True)
+        change = (x + delta).to(dtype).float() - x.to(dtype).float()
+        return f"{torch.cosine_similarity(change, delta).mean():.2f}"
+
+    text = " ".join((ROOT / "docs" / "speed.md").read_text(encoding="utf-8").split())
+    cifar = cosine(3072, 0.1, torch.bfloat16), cosine(3072, 0.1, torch.float16)
+    assert f"a cosine of {cifar[0]} with δ ({cifar[1]} in fp16)" in text
+    assert f"0.019 per number, it is {cosine(256, 0.3, torch.bfloat16)} in bf16" in text
+
+
 def test_the_demonstrations_are_those_of_the_committed_results():
     script = runpy.run_path(str(ROOT / "scripts" / "update_demo.py"))
     for folder, section, page in (("demo", "demo_section", "demo.md"), ("demo-text", "text_section", "emoji.md")):
         record = json.loads((ROOT / "docs" / folder / "result.json").read_text())
         assert script[section](record) in (ROOT / "docs" / page).read_text(encoding="utf-8")
+
+
+def test_differences_of_the_demonstration_lie_in_their_intervals():
+    record = json.loads((ROOT / "docs" / "demo" / "result.json").read_text())
+    found = re.findall(r"(\S+)% \((\S+)% … (\S+)%\)", (ROOT / "docs" / "demo.md").read_text().replace("−", "-"))
+    plain = {(c["sampler"], c["steps"]): c["fid"] for c in record["cells"] if c["checkpoint"] == "plain"}
+    expected = [d for d in record["differences"] if d["baseline"] == "plain"]
+    assert len(found) == len(expected)
+    assert {tuple(map(float, row)) for row in found} == {
+        tuple(round(100 * x / plain[d["sampler"], d["steps"]], 1) for x in (d["fid"], *d["fid_ci"])) for d in expected
+    }
+    for change, low, high in found:
+        assert float(low) < float(change) < float(high)
 
 
 def test_the_notebook_runs_and_holds_such_outputs():

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from pydantic import ValidationError
 
-__all__ = ["InputError", "RunError", "first_line", "first_mistake", "printable"]
+__all__ = ["InputError", "RunError", "first_line", "first_mistake", "installing", "printable"]
 
 
 class InputError(ValueError):
@@ -25,6 +25,11 @@ def printable(name: str | os.PathLike[str]) -> str:
     Bytes that are not UTF-8, control characters, line breaks and marks of direction are escaped.
     """
     return "".join(c if c.isprintable() else _escape(c) for c in os.fsdecode(name))
+
+
+def installing(extra: str) -> str:
+    """Return the words by which a message says how an extra of this package is installed, such as `text`."""
+    return f"install the extra {extra} (pip install '.[{extra}]' in the clone of robustdiff)"
 
 
 def first_line(error: BaseException) -> str:

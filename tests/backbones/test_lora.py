@@ -202,7 +202,7 @@ def test_targets_that_are_no_layers_are_refused(make_unet, changes, targets, wor
 
 def test_without_peft_the_remedy_is_said(make_unet, monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
-    with pytest.raises(InputError, match=r"pip install --upgrade 'robustdiff\[lora\]'"):
+    with pytest.raises(InputError, match="a LoRA needs peft: install the extra lora"):
         inject(make_unet(), LORA, "model", seed=0)
 
 

@@ -316,7 +316,7 @@ def test_a_text_encoder_without_transformers_is_refused(
     saved: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(InputError, match=r"pip install 'robustdiff\[text\]'"):
+    with pytest.raises(InputError, match=r"install the extra text \(pip install '\.\[text\]' in the clone"):
         load_model(saved["sd"])
 
 

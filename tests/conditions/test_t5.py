@@ -95,7 +95,7 @@ def test_what_cannot_be_read_is_refused_in_one_line(folder, monkeypatch):
     index.write_text(json.dumps(components))
     refused("has no tokenizer")
     monkeypatch.setitem(sys.modules, "transformers", None)
-    refused("robustdiff[text]")
+    refused("install the extra text (pip install '.[text]'")
 
 
 def test_weights_of_a_variant_are_read_where_there_are_no_others(folder, text):

@@ -280,7 +280,7 @@ def test_bad_input(tmp_path, monkeypatch):
 
 def test_not_installed(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(InputError, match="pip install datasets"):
+    with pytest.raises(InputError, match="install the extra datasets"):
         load_dataset("hf:mnist")
 
 

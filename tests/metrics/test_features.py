@@ -211,7 +211,7 @@ def test_inception_bad_weight_files(tmp_path):
 
 def test_without_torch_fidelity(monkeypatch, tmp_path):
     monkeypatch.setattr(features.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(InputError, match="pip install --no-deps torch-fidelity"):
+    with pytest.raises(InputError, match=r"the extra inception .*, or without torchvision: pip install --no-deps"):
         load_extractor("inception", weights=tmp_path / "w.pth")
 
 

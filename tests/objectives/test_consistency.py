@@ -348,7 +348,7 @@ def test_the_huber_distance_is_smooth_at_zero():
 
 def test_lpips_without_its_package_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "lpips", None)
-    with pytest.raises(InputError, match="pip install lpips"):
+    with pytest.raises(InputError, match="install the extra lpips"):
         ConsistencyObjective(Network(1), metric="lpips")
 
 

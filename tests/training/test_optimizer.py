@@ -136,7 +136,7 @@ def test_a_state_out_of_range_is_refused(eight, name, value, monkeypatch):
 
 def test_without_bitsandbytes_the_remedy_is_said(eight, monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
-    with pytest.raises(InputError, match="pip install bitsandbytes"):
+    with pytest.raises(InputError, match="install the extra quantize"):
         train(eight(), cpu=True)
 
 

@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from robustdiff.errors import InputError, first_line
+from robustdiff.errors import InputError, first_line, installing
 
 __all__ = ["FrozenWeights", "Int8Linear", "Quantization", "update_fingerprint"]
 
@@ -136,7 +136,7 @@ def _bitsandbytes() -> Any:
         return import_module("bitsandbytes")
     except ImportError as error:
         raise InputError(
-            f"model.quantize=nf4 needs bitsandbytes: pip install 'robustdiff[quantize]' ({first_line(error)[:200]})"
+            f"model.quantize=nf4 needs bitsandbytes: {installing('quantize')}; {first_line(error)[:200]}"
         ) from None
 
 

@@ -27,7 +27,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from robustdiff.errors import InputError, first_line, printable
+from robustdiff.errors import InputError, first_line, installing, printable
 from robustdiff.files import atomic_write, read_record
 from robustdiff.section import Fraction, Section, Text
 from robustdiff.weights import check_weights, read_state
@@ -138,9 +138,7 @@ def inject(network: nn.Module, lora: LoraSection, path: str, seed: int | None = 
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:  # also that of a peft which is too old for the installed transformers
-        raise InputError(
-            f"a LoRA needs peft: pip install --upgrade 'robustdiff[lora]' ({first_line(error)[:200]})"
-        ) from None
+        raise InputError(f"a LoRA needs peft: {installing('lora')}; {first_line(error)[:200]}") from None
     targets = _targets(network, lora.targets, path)
     config = LoraConfig(
         r=lora.rank, lora_alpha=lora.scaled, lora_dropout=lora.dropout, target_modules=list(targets), bias="none"

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from robustdiff.conditions.condition import Condition
-from robustdiff.errors import InputError, RunError, first_line, printable
+from robustdiff.errors import InputError, RunError, first_line, installing, printable
 from robustdiff.files import atomic_write, cache_folder, claim_folder, open_regular, remove_leftovers, user_key
 from robustdiff.loading import quietly, read_index
 from robustdiff.progress import SILENT, Progress
@@ -405,9 +405,7 @@ def _class_of(folder: Path, part: str, kinds: Sequence[str]) -> tuple[Path, Any]
     try:
         import transformers
     except ImportError:
-        raise InputError(
-            "a model that is conditioned on text needs transformers: pip install 'robustdiff[text]'"
-        ) from None
+        raise InputError(f"a model that is conditioned on text needs transformers: {installing('text')}") from None
     components = read_index(folder)
     if part not in components or not (folder / part).is_dir():
         raise InputError(f"{printable(folder)} has no {part}: download the model again, with all of its folders")

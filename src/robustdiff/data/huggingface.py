@@ -32,7 +32,7 @@ from robustdiff.data.decode import (
 )
 from robustdiff.data.encoded import EncodedDataset
 from robustdiff.data.registry import DATASETS
-from robustdiff.errors import InputError, first_line, printable
+from robustdiff.errors import InputError, first_line, installing, printable
 from robustdiff.section import Text
 from robustdiff.yaml_reader import parse_yaml
 
@@ -315,10 +315,10 @@ def hf(
         import datasets
         from huggingface_hub import constants
     except ImportError as error:
-        raise InputError(f"{name} needs Hugging Face's datasets; run: pip install datasets") from error
+        raise InputError(f"{name} needs Hugging Face's datasets: {installing('datasets')}") from error
     if tuple(map(int, re.findall(r"\d+", datasets.__version__)[:2])) < (5, 2):
         raise InputError(
-            f"{name} needs datasets 5.2 or later, which runs no scripts and no pickles; run: pip install -U datasets"
+            f"{name} needs datasets 5.2 or later, which runs no scripts and no pickles: {installing('datasets')}"
         )
     _check_name(root)
     try:

@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from robustdiff.errors import InputError, first_line, printable
+from robustdiff.errors import InputError, first_line, installing, printable
 from robustdiff.loading import quietly, read_config, shown
 from robustdiff.metrics.bootstrap import Array, block_of, block_weights
 from robustdiff.metrics.metric import METRICS, Batch, Metric, Need, Number
@@ -180,7 +180,7 @@ def load_clip_pair(folder: str | Path) -> tuple[Any, Any, Any]:
     try:
         from transformers import CLIPModel, CLIPTokenizer
     except ImportError:
-        raise InputError("CLIP needs transformers: pip install 'robustdiff[text]'") from None
+        raise InputError(f"CLIP needs transformers: {installing('text')}") from None
     _check_files(folder)
     options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     try:

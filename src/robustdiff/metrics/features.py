@@ -36,7 +36,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from robustdiff.data.dataset import to_unit
-from robustdiff.errors import InputError, RunError, first_line, printable
+from robustdiff.errors import InputError, RunError, first_line, installing, printable
 from robustdiff.files import atomic_write
 from robustdiff.weights import FLOATS, read_file
 
@@ -239,7 +239,10 @@ def _torch_fidelity_inception() -> Any:
     module = "torch_fidelity.feature_extractor_inceptionv3"
     spec = importlib.util.find_spec("torch_fidelity")
     if spec is None or spec.submodule_search_locations is None:
-        raise InputError("extractor inception needs torch-fidelity; run: pip install --no-deps torch-fidelity")
+        raise InputError(
+            f"extractor inception needs torch-fidelity: {installing('inception')}, or without torchvision: pip install "
+            "--no-deps torch-fidelity"
+        )
     try:
         return importlib.import_module(module).FeatureExtractorInceptionV3
     except (ImportError, RuntimeError, AttributeError):  # torchvision is missing, or built for another torch

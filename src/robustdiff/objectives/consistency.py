@@ -45,7 +45,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-from robustdiff.errors import InputError
+from robustdiff.errors import InputError, installing
 from robustdiff.objectives.levels import LevelsConfig
 from robustdiff.objectives.objective import OBJECTIVES, Draw, Objective, follow, gaussian, precise
 from robustdiff.objectives.preconditioning import Denoise, Preconditioned, karras_process, karras_sigmas
@@ -133,7 +133,7 @@ class _LPIPS:
             package: Any = import_module("lpips")
         except ImportError:
             raise InputError(
-                "the metric lpips needs the package lpips: pip install lpips, or choose l1, l2 or pseudo-huber"
+                f"the metric lpips needs the package lpips: {installing('lpips')}, or choose l1, l2 or pseudo-huber"
             ) from None
         try:
             network = package.LPIPS(net="vgg", verbose=False)

@@ -2,10 +2,10 @@ r"""Multistep consistency sampling (Song et al., 2023, arXiv 2303.01469, algorit
 
     x = σ_{τ_1} z,   x̂ = f(x, σ_{τ_1});    for the other times τ:   x = x̂ + √(σ_τ² − σ_min²) z,   x̂ = f(x, σ_τ).
 
-The times are positions among the N training scales, counted as in the original from the largest: σ_0 = σ_max,
-σ_{N−1} = σ_min. S steps take the evenly spaced positions 0, ⌊N/S⌋, 2⌊N/S⌋, …, as diffusers'
-``CMStochasticIterativeScheduler`` does. A string such as the original's "0,22,39" gives the positions themselves. A
-final N − 1 needs no evaluation, since f is the identity there.
+The times are positions among the N training scales, counted as in the original's sampler from the largest: σ_0 = σ_max,
+σ_{N−1} = σ_min. (The objective numbers them in the other direction, from the smallest.) S steps take the evenly spaced
+positions 0, ⌊N/S⌋, 2⌊N/S⌋, …, as diffusers' ``CMStochasticIterativeScheduler`` does. A string such as the original's
+"0,22,39" gives the positions themselves. A final N − 1 needs no evaluation, since f is the identity there.
 
 The last of the evenly spaced positions is (S − 1)⌊N/S⌋; for N/2 < S < N they are 0, 1, …, S − 1, which excludes the
 lowest levels. A string can include them.

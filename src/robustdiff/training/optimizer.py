@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW
 
-from robustdiff.errors import InputError, first_line
+from robustdiff.errors import InputError, first_line, installing
 from robustdiff.recipe import Recipe
 
 __all__ = ["build_optimizer", "create_state", "set_counts", "state_tensors"]
@@ -44,7 +44,7 @@ def build_optimizer(recipe: Recipe, parameters: list[nn.Parameter], device: torc
     try:
         kind = import_module("bitsandbytes").optim.AdamW8bit
     except ImportError:
-        raise InputError("optimizer=adamw8bit needs bitsandbytes: pip install bitsandbytes") from None
+        raise InputError(f"optimizer=adamw8bit needs bitsandbytes: {installing('quantize')}") from None
     try:  # not every version has an 8-bit optimiser for every device
         probe = nn.Parameter(torch.zeros(4096, device=device))
         probe.grad = torch.zeros_like(probe)

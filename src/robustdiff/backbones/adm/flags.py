@@ -200,7 +200,8 @@ PRESETS: Mapping[str, AdmFlags] = {
 }
 """The published networks by name.
 
-`cifar10-adm` is the network of the CIFAR-10 checkpoints of ADM-IP (Ning et al. 2023), the other `*-adm` are
+`cifar10-adm` is the network of the CIFAR-10 checkpoints of ADM-IP (Ning et al. 2023,
+https://github.com/forever208/DDPM-IP), the other `*-adm` are
 guided-diffusion's releases, and `*-edm` and `*-cm` are the EDM and consistency models of Song et al. 2023. The models
 of Song et al. ignore use_new_attention_order: their flash attention always uses the new order. `imagenet64-edm` was
 trained with a dropout of 0.1; here it is 0, the published value for the distillation of consistency models from it.
