@@ -328,7 +328,7 @@ def test_a_kind_that_is_registered_later_is_found(monkeypatch):
 
 @pytest.mark.parametrize("name", ["none", "free", "pgd", "random"])
 def test_backward_passes(name):
-    passes = load_recipe("digits", [f"adversary.name={name}", "adversary.steps=4"]).adversary.backward_passes
+    passes = load_recipe("digits", [f"adversary.name={name}", "adversary.steps=4"]).adversary.example().backward_passes
     assert passes == (5 if name == "pgd" else 1)
 
 

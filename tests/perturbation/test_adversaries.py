@@ -482,9 +482,13 @@ def test_random_directions_are_uniform(norm, variance):
 
 
 @pytest.mark.parametrize("name", ADVERSARIES)
-def test_a_section_knows_the_passes_of_its_adversary(name):
-    section = ADVERSARIES[name](name=name, steps=4)
-    assert section.passes == section.build(DiffusionProcess.cosine(10)).passes
+def test_a_section_has_an_example_with_the_passes_of_every_process(name):
+    radius = {"eta": 0.1, "sampler_steps": 2000}
+    section = ADVERSARIES[name].model_validate({"name": name, "steps": 4, "ramp": 3, "radius": radius})
+    built, example = section.build(DiffusionProcess.cosine(2000)), section.example()
+    assert (example.passes, example.backward_passes) == (built.passes, built.backward_passes)
+    assert built.passes == {"none": 1, "free": 4, "pgd": 1, "random": 4}[name]
+    assert built.backward_passes == {"none": 1, "free": 1, "pgd": 5, "random": 1}[name]
 
 
 def test_none_is_one_pass_at_zero():

@@ -104,6 +104,11 @@ class Adversary(ABC):
         return self.steps
 
     @property
+    def backward_passes(self) -> int:
+        """The number of backward passes for each optimiser update, including those that only move δ."""
+        return 1
+
+    @property
     def ascents(self) -> int:
         """The number of ascent steps made for one batch."""
         return self.steps - 1
@@ -173,15 +178,9 @@ class AdversaryConfig(Named):
 
     name: Any
 
-    @property
-    def backward_passes(self) -> int:
-        """The number of backward passes for each optimiser update, including those that only move δ."""
-        return 1
-
-    @property
-    def passes(self) -> int:
-        """The number of optimiser updates made on each batch."""
-        return 1
+    def example(self) -> Adversary:
+        """Return an adversary of this section for some process, to count its passes before the process is known."""
+        return self.build(DiffusionProcess.linear())
 
     @property
     def by_level(self) -> bool:
@@ -221,9 +220,9 @@ class AscentConfig(AdversaryConfig):
             raise ValueError("adversary.ramp needs adversary.radius: there is nothing else to ramp")
         return self
 
-    @property
-    def passes(self) -> int:
-        return self.steps
+    def example(self) -> Adversary:
+        # Without the radius, which alone depends on the process.
+        return self.model_copy(update={"radius": None, "ramp": 0}).build(DiffusionProcess.linear())
 
     @property
     def by_level(self) -> bool:

@@ -47,9 +47,5 @@ class NoConfig(AscentConfig):
         others = {name for kind in ADVERSARIES.values() for name in kind.model_fields} - cls.model_fields.keys()
         return {name: setting for name, setting in value.items() if name not in others}
 
-    @property
-    def passes(self) -> int:
-        return 1
-
     def build(self, process: DiffusionProcess) -> NoAdversary:
         return NoAdversary()

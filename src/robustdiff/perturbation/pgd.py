@@ -27,6 +27,10 @@ class PGDAdversary(Adversary):
         return 1
 
     @property
+    def backward_passes(self) -> int:
+        return 1 + self.steps
+
+    @property
     def ascents(self) -> int:
         return self.steps
 
@@ -56,11 +60,3 @@ class PGDConfig(AscentConfig):
 
     adversary: ClassVar[type[Adversary]] = PGDAdversary
     name: Literal["pgd"] = "pgd"
-
-    @property
-    def passes(self) -> int:
-        return 1
-
-    @property
-    def backward_passes(self) -> int:
-        return 1 + self.steps

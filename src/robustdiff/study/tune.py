@@ -193,11 +193,12 @@ def candidates(tuning: Tuning) -> dict[str, dict[str, Any]]:
 def _scaled(tuning: Tuning, settings: Mapping[str, Any], passes: int) -> dict[str, Any]:
     """Return the changes of a recipe that train with some settings for a number of backward passes."""
     recipe = load_recipe(tuning.recipe, changes={**tuning.set, **settings})
-    updates = passes // recipe.adversary.backward_passes
+    of_update = recipe.adversary.example().backward_passes
+    updates = passes // of_update
     if updates < 1:
         raise InputError(
-            f"--updates {tuning.updates}: {passes} backward passes are less than the "
-            f"{recipe.adversary.backward_passes} of one update: give more"
+            f"--updates {tuning.updates}: {passes} backward passes are less than the {of_update} of one update: give "
+            "more"
         )
     share = updates / recipe.steps
     changes = {**settings, "steps": updates, "warmup": round(recipe.warmup * share)}
@@ -435,7 +436,7 @@ def _roles(tuning: Tuning, left: Mapping[str, dict[str, Any]]) -> dict[str, tupl
     roles = {"plain" if name.startswith("p") else "candidate": (name, own) for name, own in left.items()}
     if "candidate" in roles:
         _, settings = roles["candidate"]
-        passes = load_recipe(tuning.recipe, changes={**tuning.set, **settings}).adversary.passes
+        passes = load_recipe(tuning.recipe, changes={**tuning.set, **settings}).adversary.example().passes
         if passes > 1:
             clean = {"adversary": {"name": "random", "steps": passes, "radius": 0}}
             roles["control"] = "repeat", {**clean, **_without_delta(settings)}

@@ -65,6 +65,7 @@ class Batches:
         objective: The objective.
         buckets: The bucket of each image, with shape (N,), or None without buckets.
         sizes: The height and the width of the batches of each bucket, or of all.
+        passes: The number of optimiser updates made on each batch.
         start: The number of the first batch.
 
     Raises:
@@ -78,11 +79,12 @@ class Batches:
     objective: Objective
     buckets: NDArray[np.int64] | None
     sizes: list[tuple[int, int]]
+    passes: int
     start: int
 
     def __iter__(self) -> Iterator[list[Draw]]:
         indices = self._indices()
-        stop = -(-self.recipe.steps // self.recipe.adversary.passes)  # the last batch may lack passes
+        stop = -(-self.recipe.steps // self.passes)  # the last batch may lack passes
         loader = self._loader(indices, stop)
         if not self.own_stream:
             for number in range(self.start, stop):

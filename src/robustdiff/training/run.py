@@ -347,7 +347,7 @@ def _result(trainer: Trainer, metrics: MetricsLog) -> dict[str, Any]:
         "steps": trainer.step,
         "batches": trainer.batch,
         "batch_size": trainer.recipe.batch_size,
-        "backward_passes": trainer.step * trainer.recipe.adversary.backward_passes,
+        "backward_passes": trainer.step * trainer.adversary.backward_passes,
         "loss": metrics.line.get("loss"),
         "delta_norm": metrics.line.get("delta_norm"),
         "skipped": trainer.adversary.skipped,
@@ -371,7 +371,7 @@ def _check_result(path: Path, result: Result, trainer: Trainer) -> None:
     expected = {
         "batches": result.steps // trainer.adversary.passes,
         "batch_size": trainer.recipe.batch_size,
-        "backward_passes": result.steps * trainer.recipe.adversary.backward_passes,
+        "backward_passes": result.steps * trainer.adversary.backward_passes,
         "parameters": trainer.trained_parameters,
         "images": len(trainer.dataset),
     }

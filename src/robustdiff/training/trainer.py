@@ -245,7 +245,7 @@ class Trainer:
     def batches(self) -> Iterator[list[Draw]]:
         """Yield the microbatches of each batch, from the run's current batch to its last."""
         parts = self.recipe, self.accelerator, self.dataset, self.built, self.objective, self.buckets, self.sizes
-        yield from Batches(*parts, self.batch)
+        yield from Batches(*parts, self.adversary.passes, self.batch)
 
     def _remember(self, draws: list[Draw], losses: list[Tensor]) -> None:
         """Pass the losses of a batch, gathered from all processes in batch order, to the sampler of times.
@@ -336,11 +336,7 @@ class Trainer:
     def _passes(self, draws: list[Draw], schedule: _Schedule) -> Iterator[_Pass]:
         """Make the passes over a batch, each with an update of the optimiser, the moving average and the objective."""
         accelerator, recipe = self.accelerator, self.recipe
-        perturbations = [
-            self.adversary(draw.x_t, draw.t, loss=self._loss_of_delta(draw), training_step=schedule.step)
-            for draw in draws
-        ]
-        for k, deltas in enumerate(zip(*perturbations, strict=True)):
+        for k, deltas in enumerate(self._perturbations(draws, schedule.step)):
             totals: dict[str, Tensor] = {}
             drawn: list[Tensor] = []
             for m, (draw, delta) in enumerate(zip(draws, deltas, strict=True)):
@@ -369,6 +365,26 @@ class Trainer:
             done = k + 1 == self.adversary.passes
             at_radius = self._at_radius(draws, deltas, schedule.step) if done else None
             yield _Pass(totals, drawn, size, stepped, at_radius)
+
+    def _perturbations(self, draws: list[Draw], step: int | Tensor) -> Iterator[tuple[Tensor, ...]]:
+        """Yield the perturbations of the microbatches in each pass over a batch, which begins at an update.
+
+        Raises:
+            RunError: If the adversary yields another number than its passes, by which batches are counted.
+        """
+        perturbations = [
+            self.adversary(draw.x_t, draw.t, loss=self._loss_of_delta(draw), training_step=step) for draw in draws
+        ]
+        passes, yielded = self.adversary.passes, 0
+        for yielded, deltas in enumerate(zip(*perturbations, strict=True), 1):
+            if yielded > passes:
+                break
+            yield deltas
+        if yielded != passes:
+            name, number = type(self.adversary).__name__, yielded if yielded < passes else f"more than {passes}"
+            raise RunError(
+                f"{name} yields {number} perturbations of a batch, and {name}.passes is {passes}: correct one of them"
+            )
 
     def _at_radius(self, draws: list[Draw], deltas: Sequence[Tensor], step: int | Tensor) -> Tensor | None:
         """Return :meth:`Adversary.at_radius` of the perturbations of a batch, which began at an update."""
