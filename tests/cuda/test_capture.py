@@ -79,8 +79,9 @@ def test_consistency_training_is_recorded_while_its_levels_stay(device, exact, r
 
 def test_consistency_training_with_dropout_falls_back(device, exact, recipe, learned, caplog):
     """The target drops out what the student does, which a replay cannot repeat."""
+    settings = "process=null", "objective=consistency", "model.dropout=0.3", "adversary=free"
     runs = [
-        recipe("digits", name, "steps=6", "objective.name=consistency", "model.dropout=0.3", f"capture={capture}")
+        recipe("digits", name, "steps=6", *settings, f"capture={capture}")
         for name, capture in (("eager", "false"), ("recorded", "true"))
     ]
     with caplog.at_level(logging.WARNING):
