@@ -163,7 +163,13 @@ elements."""
 
 
 class ScaleSchedule(ABC):
-    """The number N of levels and the decay μ of the target network as functions of the number of updates made."""
+    """The number N of levels and the decay μ of the target network as functions of the number of updates made.
+
+    Attributes:
+        fixed: True if both are the same throughout.
+    """
+
+    fixed: ClassVar[bool] = False
 
     @abstractmethod
     def __call__(self, updates: int) -> tuple[int, float]:
@@ -179,6 +185,7 @@ def _check_decay(decay: float) -> None:
 class FixedScales(ScaleSchedule):
     """A constant number of levels N = ``scales`` ≥ 2 and a constant decay μ in [0, 1)."""
 
+    fixed: ClassVar[bool] = True
     scales: int
     decay: float
 
@@ -438,9 +445,7 @@ class ConsistencyObjective(Objective):
         self._drops_out = drew or bool(self._drops_out)
 
     def unrecordable(self) -> str | None:
-        if not isinstance(self.schedule, FixedScales):
-            return "the number of levels changes in the run"
-        return None
+        return None if self.schedule.fixed else "the number of levels changes in the run"
 
     @torch.no_grad()
     def after_update(self, model: nn.Module, stepped: Tensor | None = None) -> None:

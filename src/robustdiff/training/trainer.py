@@ -41,7 +41,6 @@ from robustdiff.files import (
 )
 from robustdiff.graphs import Recorder
 from robustdiff.objectives.objective import Draw
-from robustdiff.objectives.timesteps import LossSecondMoment
 from robustdiff.recipe import Recipe
 from robustdiff.training.batches import Batches
 from robustdiff.training.build import Built
@@ -253,7 +252,7 @@ class Trainer:
         Only the losses of the first pass are used. Later passes repeat the same times at perturbed points, where the
         loss is larger, and would fill a time's history with one image.
         """
-        if not isinstance(self.objective.timesteps, LossSecondMoment):
+        if not self.objective.timesteps.adaptive:
             return
         for draw, loss in zip(draws, losses, strict=True):
             plain = loss if draw.weight is None else loss / draw.weight
