@@ -20,7 +20,7 @@ from robustdiff.data import load_dataset
 from robustdiff.errors import InputError, RunError
 from robustdiff.perturbation import ADVERSARIES, Adversary, AdversaryConfig
 from robustdiff.training.build import build_model
-from robustdiff.training.run import train
+from robustdiff.training.run import own_state_of_accelerate, train
 from robustdiff.training.trainer import Trainer
 
 
@@ -391,6 +391,16 @@ def test_a_parameter_that_the_last_update_broke_is_not_saved(tiny):
 
 
 # -- what a run leaves behind ---------------------------------------------------------------------------------
+
+
+def test_a_run_has_a_precision_of_its_own():
+    """The state that accelerate shares between its accelerators is where this package takes it to be."""
+    own = Accelerator(cpu=True, mixed_precision="bf16")
+    with pytest.raises(ValueError, match="mixed_precision"):
+        Accelerator(cpu=True, mixed_precision="no")
+    with own_state_of_accelerate():
+        assert Accelerator(cpu=True, mixed_precision="no").mixed_precision == "no"
+    assert (own.mixed_precision, Accelerator(cpu=True).mixed_precision) == ("bf16", "bf16")
 
 
 def test_the_accelerator_of_the_caller_keeps_its_precision(tiny):
