@@ -316,11 +316,11 @@ def _arranged(found: Mapping[Key, Picture], note: str, wide: bool = False, capti
     return Gallery(frames, samplers, steps, names, note, wide, captions)
 
 
-def gallery_of_rows(rows: Mapping[Key, NDArray[np.uint8]], note: str, most: int = MOST_BYTES) -> Gallery:
+def gallery_of_rows(rows: Mapping[Key, NDArray[np.uint8]], note: str) -> Gallery:
     """Return the gallery of pictures that a study made, (H, W) or (H, W, 3), each a row of images.
 
     Raises:
-        InputError: If they have more than ``most`` bytes.
+        InputError: If they have more than :data:`MOST_BYTES`.
     """
     found = {
         key: Picture(
@@ -333,9 +333,9 @@ def gallery_of_rows(rows: Mapping[Key, NDArray[np.uint8]], note: str, most: int 
         )
         for key, pixels in rows.items()
     }
-    if sum(len(picture.uri) for picture in found.values()) > most:
+    if sum(len(picture.uri) for picture in found.values()) > MOST_BYTES:
         raise InputError(
-            f"the pictures of the study have more than {most >> 20} MB: lower measure.pictured, or remove some from "
-            "its folder of cells"
+            f"the pictures of the study have more than {MOST_BYTES >> 20} MB: lower measure.pictured, or remove some "
+            "from its folder of cells"
         )
     return _arranged(found, note, wide=True)

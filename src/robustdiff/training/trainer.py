@@ -61,11 +61,6 @@ __all__ = ["Trainer"]
 
 logger = logging.getLogger(__name__)
 
-# Fields that a resumed run may change.
-FREE_TO_CHANGE = {"output", "threads", "checkpoint_every", "keep", "log_every", "trackers", "sampler", "watch"}
-# Fields that change the rounding alone.
-FREE_TO_CHANGE |= {"capture", "compile", "channels_last"}
-
 
 class _Bound(nn.Module):
     """A network that is called as its family binds it; its parameters are those of the network."""
