@@ -11,7 +11,18 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "src" / "robustdiff"
 
 ORDER = [
-    {"errors", "files", "interrupt", "notebook", "progress", "registry", "section", "workers", "yaml_reader"},
+    {
+        "distributed",
+        "errors",
+        "files",
+        "interrupt",
+        "notebook",
+        "progress",
+        "registry",
+        "section",
+        "workers",
+        "yaml_reader",
+    },
     {"graphs", "kernels", "loading", "weights"},
     {"process"},
     {"perturbation"},

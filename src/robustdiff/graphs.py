@@ -10,6 +10,9 @@ recording, so that arguments are copied into it before each replay.
 
 Random numbers of PyTorch's global generator are fresh in each replay. On other devices than GPUs the same copies are
 made, and the function is called on them.
+
+The memory of recordings is theirs as long as they exist, and nothing else can use it: :meth:`Recorder.release` frees it
+before other work that needs much.
 """
 
 from __future__ import annotations
@@ -42,13 +45,15 @@ class Recorder:
             dictionaries and dataclasses of them.
         device: The device that the function computes on. Arguments on the CPU are copied to it.
         what: A name of the function for the line that is logged if it cannot be recorded.
+        draws: Whether the function draws random numbers, which then are those of PyTorch's global generator.
     """
 
-    def __init__(self, function: Callable[..., Any], device: torch.device, what: str) -> None:
-        self.function, self.device, self.what = function, device, what
+    def __init__(self, function: Callable[..., Any], device: torch.device, what: str, *, draws: bool = True) -> None:
+        self.function, self.device, self.what, self.draws = function, device, what, draws
         self._recordings: dict[Hashable, _Recording] = {}
         self._stream: torch.cuda.Stream | None = None
         self._pool: Any = None
+        self._bytes = 0  # of the memory that recordings hold
         self._failed = False
 
     def __call__(self, *arguments: Any) -> Any:
@@ -63,18 +68,40 @@ class Recorder:
         recording = self._recordings.get(key)
         first = recording is None
         if recording is None:
+            if self._bytes and not self._room():
+                self._give_up("the GPU has too little memory for batches of several shapes at once")
+                return self.function(*arguments)
             recording = self._recordings[key] = _Recording(arguments, tensors, self.device)
         recording.fill(tensors)
         if self.device.type != "cuda":
             return self.function(*recording.arguments)
         if first:
-            with self._on_stream():
+            with self._on_stream(), _without_cached_casts():
                 return self.function(*recording.arguments)
         if recording.graph is None and not self._record(recording):
             return self.function(*arguments)
         assert recording.graph is not None
         recording.graph.replay()
         return recording.result
+
+    def release(self) -> None:
+        """Free the recordings and their memory. Further calls are recorded anew."""
+        self._recordings.clear()
+        self._pool, self._bytes = None, 0
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _room(self) -> bool:
+        """Return whether there is as much memory beside the recordings as they hold, for a call that is not one."""
+        free, _ = torch.cuda.mem_get_info(self.device)
+        unused = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device) - self._bytes
+        return free + max(unused, 0) >= self._bytes
+
+    def _give_up(self, why: str) -> None:
+        """Make all further calls as they are. The allocator frees the memory of recordings when it needs it."""
+        self._failed = True
+        self._recordings.clear()
+        logger.warning("%s runs without a CUDA graph, since %s", self.what, why)
 
     @contextmanager
     def _on_stream(self) -> Iterator[None]:
@@ -90,36 +117,54 @@ class Recorder:
     def _record(self, recording: _Recording) -> bool:
         """Record the function. Return False, and never try again, if it cannot be recorded."""
         graph = torch.cuda.CUDAGraph()
-        cached = torch.is_autocast_cache_enabled()
-        # A cast of a weight that was cached outside would be freed while the graph still reads it, and one that is made
-        # inside, by an autocast of the function's own, is there after a replay only.
-        torch.set_autocast_cache_enabled(False)
-        torch.clear_autocast_cache()
         current = torch.cuda.current_stream(self.device)
         index = torch.cuda.current_device() if self.device.index is None else self.device.index
         generator = torch.cuda.default_generators[index]
-        state = generator.clone_state()
+        # A graph draws from the state that its generator has in the recording, and a recording that is broken off
+        # leaves that state as one that may be drawn from in it alone. Other graphs may draw from the generator's own.
+        own, spare = generator.graphsafe_get_state(), generator.clone_state()
+        if not self.draws:
+            generator.graphsafe_set_state(spare)
+        torch.cuda.empty_cache()  # as a recording does, so that what it takes can be counted
+        held = torch.cuda.memory_reserved(self.device)
         try:
             # Threads that load data may call CUDA meanwhile. Graphs share their memory, since no two run at a time.
-            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+            with (
+                _without_cached_casts(),
+                torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"),
+            ):
                 result = self.function(*recording.arguments)
         except RuntimeError as error:
-            # A recording that is broken off may leave its stream as the current one, and the generator's state as one
-            # that may be drawn from in it alone.
-            torch.cuda.set_stream(current)
-            generator.graphsafe_set_state(state)
-            self._failed = True
-            self._recordings.clear()
-            logger.warning(
-                "%s runs without a CUDA graph, since it cannot be recorded: %s", self.what, first_line(error)
-            )
+            torch.cuda.set_stream(current)  # which may be that of the recording otherwise
+            if self.draws:
+                generator.graphsafe_set_state(spare)
+            self._give_up(f"it cannot be recorded: {first_line(error)}")
             return False
         finally:
-            torch.clear_autocast_cache()
-            torch.set_autocast_cache_enabled(cached)
+            if not self.draws:
+                generator.graphsafe_set_state(own)
         self._pool = graph.pool()
+        self._bytes += max(0, torch.cuda.memory_reserved(self.device) - held)
         recording.graph, recording.result = graph, result
         return True
+
+
+@contextmanager
+def _without_cached_casts() -> Iterator[None]:
+    """Make no use of autocast's cache of cast weights in the block.
+
+    A cast that was cached outside would be freed while a graph still reads it, and one that is made inside, by an
+    autocast of the function's own, is there after a replay only. The call before the recording is made so too, since
+    code compiled with the cache is compiled again without it, which a recording cannot do.
+    """
+    cached = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    torch.clear_autocast_cache()
+    try:
+        yield
+    finally:
+        torch.clear_autocast_cache()
+        torch.set_autocast_cache_enabled(cached)
 
 
 class _Recording:

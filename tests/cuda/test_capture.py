@@ -5,8 +5,10 @@ On the CPU the same copies are made, and the function is called on them.
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
+import weakref
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +18,8 @@ import torch
 from robustdiff.graphs import Recorder
 from robustdiff.recipe import load_recipe
 from robustdiff.training.run import train
+from robustdiff.training.trainer import Trainer
+from robustdiff.training.watch import Watch
 
 ARMS = {
     "free": ["adversary.name=free", "adversary.radius=1.0", "adversary.ramp=5"],
@@ -185,3 +189,52 @@ def test_what_fails_while_it_is_recorded_runs_without(gpu, caplog):
     assert caplog.text.count("a sum runs without a CUDA graph, since it cannot be recorded") == 1
     assert torch.randn(3, device=gpu).isfinite().all()
     assert torch.nn.functional.dropout(torch.ones(3, device=gpu)).isfinite().all()
+
+
+def test_released_recordings_are_made_again(device):
+    calls = []
+
+    def double(x):
+        calls.append(len(x))
+        return 2 * x
+
+    recorder = Recorder(double, torch.device(device), "a product")
+    for value in (1.0, 2.0, 3.0):
+        assert recorder(torch.full((3,), value, device=device)).tolist() == [2 * value] * 3
+    before = len(calls)
+    recorder.release()
+    assert recorder(torch.full((3,), 4.0, device=device)).tolist() == [8] * 3
+    assert len(calls) == before + 1
+
+
+def test_a_trainer_is_freed_with_its_last_name(device, recipe, monkeypatch):
+    """A cycle of references would keep the weights on a GPU beside those of the next run."""
+    freed, init = [], Trainer.__init__
+
+    def watched(self, *given):
+        init(self, *given)
+        weakref.finalize(self, freed.append, True)
+
+    monkeypatch.setattr(Trainer, "__init__", watched)
+    run = recipe("digits", "run", "steps=6", "capture=true")
+    gc.collect()
+    gc.disable()
+    try:
+        train(run, cpu=device == "cpu")
+        assert freed == [True]
+    finally:
+        gc.enable()
+
+
+def test_recordings_are_released_for_a_measurement_and_an_incomplete_batch(device, recipe, monkeypatch):
+    events = []
+    monkeypatch.setattr(Trainer, "release", lambda self: events.append(("release", self.step)))
+    monkeypatch.setattr(Watch, "_sampling", lambda self, average: events.append(("measure", self.trainer.step)))
+    watch = ["watch.metric=fid", "watch.features=digits", "watch.every=6", "watch.num=50", "watch.steps=[1]"]
+    run = recipe("digits", "run", "adversary.name=free", "adversary.steps=3", "steps=8", "capture=true", *watch)
+    with pytest.raises(TypeError):  # the measurement itself is not made
+        train(run, cpu=device == "cpu")
+    assert events == [("release", 6), ("measure", 6)]
+    events.clear()
+    train(recipe("digits", "other", "adversary.steps=3", "steps=8", "capture=true"), cpu=device == "cpu")
+    assert events == [("release", 6)]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import pickle
 import threading
+from collections.abc import Iterator
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -14,14 +16,14 @@ import torch
 from accelerate import Accelerator
 
 from robustdiff.data import ArrayDataset, load_dataset
-from robustdiff.errors import InputError
+from robustdiff.errors import InputError, RunError
 from robustdiff.evaluation import grid as grid_module
 from robustdiff.evaluation.generate import Generator
 from robustdiff.evaluation.grid import Grid, differences, evaluate_cell, evaluate_grid, evaluate_images
 from robustdiff.metrics import fid as fid_module
 from robustdiff.metrics.bootstrap import interval
 from robustdiff.metrics.features import load_extractor
-from robustdiff.metrics.metric import MetricCollection
+from robustdiff.metrics.metric import MetricCollection, check_finite
 from robustdiff.metrics.reference import reference_statistics
 
 NUM = 60
@@ -183,25 +185,47 @@ def test_progress_is_in_network_evaluations_and_names_the_cell(generators, metri
     assert sum(amount for amount, _ in told.amounts) == told.parts[0][1]
 
 
-def test_processes_share_the_images_and_each_has_the_numbers_of_all(grid, generators, metrics, monkeypatch):
-    """Two processes, one after the other: the second waits for nothing, and the first is given what both sent."""
+@pytest.mark.parametrize("fails", [False, True])
+def test_processes_share_the_images_and_each_has_the_numbers_of_all(grid, generators, metrics, monkeypatch, fails):
+    """Two processes, one after the other: the first gets the images of the second, which is sent the numbers."""
     generator = replace(generators["one"], sampler="ddim", steps=2)
-    sent: list[bytes] = []
+    states: list[bytes] = []
+    numbers: list[bytes] = []
 
-    def gathered(states: list[object]) -> list[object]:
-        sent.append(pickle.dumps(states[0]))
-        return [pickle.loads(state) for state in sent[::-1]]
+    def of_others(state: object, process: SimpleNamespace) -> Iterator[object]:
+        if process.is_main_process:
+            yield from map(pickle.loads, states)
+        states.append(pickle.dumps(state))
 
-    monkeypatch.setattr(grid_module, "gather_object", gathered)
-    for rank in (1, 0):
-        told = Told()
-        process = SimpleNamespace(process_index=rank, num_processes=2, device=torch.device("cpu"))
-        cell, images = evaluate_cell("one", generator, NUM, metrics, process, 9, told)
-        assert sum(amount for amount, _ in told.amounts) == NUM
-        assert len(images) == (9 if rank == 0 else 0)
+    def from_main(value: object) -> object:
+        numbers.append(pickle.dumps(value))
+        return pickle.loads(numbers[-1])
+
+    monkeypatch.setattr(grid_module, "of_others", of_others)
+    monkeypatch.setattr(grid_module, "from_main", from_main)
+    processes = [
+        SimpleNamespace(process_index=rank, num_processes=2, device=torch.device("cpu"), is_main_process=rank == 0)
+        for rank in (0, 1)
+    ]
+    told = Told()
+    with pytest.raises(AssertionError):  # there is no main process that computed the numbers yet
+        evaluate_cell("one", generator, NUM, metrics, processes[1], 9, told)
+    assert sum(amount for amount, _ in told.amounts) == NUM
+    if fails:
+        monkeypatch.setattr(metrics, "result", lambda what: check_finite(what, {"fid": math.nan}))
+        with pytest.raises(RunError, match=r"one, ddim 2: fid is nan"):
+            evaluate_cell("one", generator, NUM, metrics, processes[0], 9)
+        assert isinstance(pickle.loads(numbers[-1]), RunError)  # which the others raise as well
+        return
+    cell, images = evaluate_cell("one", generator, NUM, metrics, processes[0], 9)
+    assert len(images) == 9
     same = next(c for c in grid.cells if (c.checkpoint, c.sampler, c.steps) == ("one", "ddim", 2))
     assert dict(cell.values) == pytest.approx(dict(same.values), rel=1e-4)
     assert cell.n == NUM
+    monkeypatch.setattr(grid_module, "from_main", lambda _: pickle.loads(numbers[-1]))
+    other, images = evaluate_cell("one", generator, NUM, metrics, processes[1], 9)
+    assert other.values == cell.values
+    assert len(images) == 0
 
 
 def test_calls_beside_are_made_in_their_order_in_one_other_thread():

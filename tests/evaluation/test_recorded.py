@@ -8,16 +8,20 @@ from dataclasses import replace
 import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
+from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, DiTPipeline, DiTTransformer2DModel
 from diffusers.hooks import HookRegistry
 from torch import nn
 
 from robustdiff.backbones.fused_norm import fuse_norms
 from robustdiff.backbones.lora import LoraSection
+from robustdiff.backbones.model import Model
+from robustdiff.backbones.unet2d import UNet2D
 from robustdiff.errors import InputError
 from robustdiff.evaluation import recorded as module
 from robustdiff.evaluation.generate import Generator
 from robustdiff.evaluation.recorded import RecordedModel, Recordings, unrecordable
 from robustdiff.mismatch.measure import measure_mismatch
+from robustdiff.process import DiffusionProcess
 
 
 @pytest.fixture
@@ -40,8 +44,8 @@ def recorders(monkeypatch):
     made = []
 
     class Kept(module.Recorder):
-        def __init__(self, *arguments):
-            super().__init__(*arguments)
+        def __init__(self, *arguments, **options):
+            super().__init__(*arguments, **options)
             made.append(self)
 
     monkeypatch.setattr(module, "Recorder", Kept)
@@ -63,11 +67,59 @@ def test_precision_is_that_of_the_generator(generator, recorders):
     assert len(recorders) == 3, "each change of the precision begins anew"
 
 
-def test_guidance_and_classes(make_unet, recorders):
-    from robustdiff.backbones.model import Model
-    from robustdiff.backbones.unet2d import UNet2D
-    from robustdiff.process import DiffusionProcess
+FAMILIES = ["classes", "dit", "sd", "xl", "sd3", "flux", "lora"]
 
+
+@pytest.fixture(params=FAMILIES)
+def in_half(request, tmp_path, make_unet, make_sd_pipeline, make_sd3_pipeline, make_flux_pipeline) -> Generator:
+    """A recorded generator in bf16 of a small network of each family."""
+    family, settings = request.param, {"steps": 2, "batch_size": 4, "capture": True, "precision": "bf16"}
+    if family == "dit":
+        torch.manual_seed(0)
+        sizes = {"num_attention_heads": 2, "attention_head_dim": 8, "in_channels": 4, "out_channels": 8}
+        network = DiTTransformer2DModel(**sizes, num_layers=2, sample_size=4, num_embeds_ada_norm=2)
+        vae = AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, sample_size=4)
+        DiTPipeline(network, vae, DDIMScheduler(clip_sample=False)).save_pretrained(tmp_path / family)
+        return Generator.load(tmp_path / family, **settings)
+    if family == "classes":
+        model = Model(UNet2D(make_unet(num_class_embeds=3)), DDPMScheduler(10))
+        return Generator.of(model, **settings)
+    make = {"sd3": make_sd3_pipeline, "flux": make_flux_pipeline}.get(family, make_sd_pipeline)
+    changes = {"kind": "xl"} if family == "xl" else {}
+    settings |= {"prompts": ("a red shoe", "blue"), "guidance": 3.0, "size": 8}
+    generator = Generator.load(make(tmp_path / family, **changes), **settings)
+    if family == "lora":
+        pytest.importorskip("peft")
+        generator.model.add_lora(LoraSection(rank=2), seed=0)
+        with torch.no_grad():
+            for parameter in generator.model.network.parameters():
+                if parameter.requires_grad:
+                    parameter.normal_(std=0.1, generator=torch.Generator().manual_seed(0))
+    return generator
+
+
+def test_weights_that_are_cast_once_make_the_same_images(in_half, monkeypatch):
+    """Bit for bit, although the recorded network has weights in bfloat16, and those of the network stay as they are."""
+    seen = set()
+
+    def spied(self, *given):
+        seen.update(parameter.dtype for parameter in self.network.parameters())
+        return predicted(self, *given)
+
+    predicted = module._Calls.forward
+    monkeypatch.setattr(module._Calls, "forward", spied)
+    before = {name: value.clone() for name, value in in_half.model.network.state_dict().items()}
+    assert_as_unrecorded(in_half)
+    assert seen == {torch.float32, torch.bfloat16}
+    for name, value in in_half.model.network.state_dict().items():
+        assert torch.equal(value, before[name])
+    with torch.no_grad():
+        for parameter in in_half.model.network.parameters():
+            parameter.mul_(1.1)  # as training and swapping in a moving average do
+    assert_as_unrecorded(in_half)
+
+
+def test_guidance_and_classes(make_unet, recorders):
     unet = make_unet(num_class_embeds=4)
     model = Model(UNet2D(unet), process=DiffusionProcess.cosine(10), prediction="epsilon")
     generator = Generator(model, "ddim", 3, batch_size=4, num_classes=3, capture=True)

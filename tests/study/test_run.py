@@ -38,7 +38,7 @@ TINY = {
     "set": {"threads": 1, "steps": 3, "batch_size": 4, "log_every": 1},
     "baseline": "plain",
     "methods": {
-        "plain": {"set": {"adversary": "none"}, "seeds": [0, 1]},
+        "plain": {"description": "Without *any* δ.", "set": {"adversary": "none"}, "seeds": [0, 1]},
         "free": {"set": {"adversary.step_size": 0.5}},
     },
     "references": {"base": {"path": "fashion-16", "samplers": ["ddim"], "steps": [3], "precision": "bf16"}},
@@ -343,6 +343,8 @@ def test_the_page_is_made_of_the_cells(finished, tmp_path):
     fids = [json.loads((folder / "cells" / f"plain-s{seed}-ddim-2.json").read_text())["fid"] for seed in (0, 1)]
     assert f"{np.mean(fids):.2f} ± {np.std(fids, ddof=1):.2f}" in text
     assert "13 of 13 planned cells" in text
+    methods = "- `plain`: Without \\*any\\* δ.\n- `free`: adversary.step\\_size: 0.5\n- `base`: fashion-16\n"
+    assert f"## The methods\n\n{methods}" in text
     base = json.loads((folder / "cells" / "base-ddim-3.json").read_text())["fid"]
     row = next(line for line in text.split("| ddim to base, ddim 3; steps |")[1].splitlines() if "| plain |" in line)
     changes = ", ".join(f"{fid / base - 1:+.1%}".replace("-", "−") for fid in fids)

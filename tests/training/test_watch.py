@@ -20,6 +20,7 @@ from robustdiff.evaluation.sources import evaluate_sources
 from robustdiff.recipe import Recipe, SignsConfig
 from robustdiff.training import watch as module
 from robustdiff.training.run import train
+from robustdiff.training.watch_files import Start
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 
@@ -210,6 +211,19 @@ def test_auto_is_chosen_once(tuned):
     recipe = tuned(watch={"every": "auto"})
     train(recipe)
     assert lines(recipe)[-1]["every"] == 9
+
+
+def test_the_clock_of_the_main_process_decides_for_all(tuned, monkeypatch):
+    """Processes that measured at different updates would wait for each other for ever."""
+
+    def from_main(value):
+        return value.model_copy(update={"seconds": 1e9}) if isinstance(value, Start) else value
+
+    recipe = tuned(watch={"every": "auto"})
+    whole = recipe.steps
+    monkeypatch.setattr(module, "from_main", from_main)
+    train(recipe)
+    assert [line["step"] for line in lines(recipe)] == [0, whole], "a measurement of an hour is made at the end alone"
 
 
 # -- refusals ---------------------------------------------------------------------------------------------------

@@ -74,12 +74,12 @@ def evaluate(
     Images in a folder or an .npz file (arr_0: uint8 NHWC) are measured as they are. On several GPUs: accelerate launch
     -m robustdiff evaluate RUN.
     """
-    from accelerate import Accelerator
 
+    from robustdiff.distributed import make_accelerator
     from robustdiff.evaluation.sources import evaluate_sources, load_sources
     from robustdiff.report.bar import Bar
 
-    accelerator, (runs, images) = Accelerator(cpu=cpu), load_sources(sources)
+    accelerator, (runs, images) = make_accelerator(cpu), load_sources(sources)
     names, values = options.parse_metrics(metrics)
     given = {"--data": data, "--root": root, "--set": overrides, "--reference": reference}
     given |= {"--features": features, "--weights": weights}

@@ -45,15 +45,15 @@ def mismatch(
     with intervals and floors. Besides: robust loss and Lipschitz constant at true points, in fp32. All checkpoints are
     measured on common random numbers.
     """
-    from accelerate import Accelerator
 
+    from robustdiff.distributed import make_accelerator
     from robustdiff.evaluation.sources import load_generators, name_sources
     from robustdiff.mismatch.measure import measure_mismatch
     from robustdiff.report.bar import Bar
 
     cells = options.parse_names(sampler), options.parse_counts(steps)
     numbers = options.given(num=num, probes=probes, seed=seed, radii=options.parse_numbers(radii, "--radii", _RADII))
-    device, named = Accelerator(cpu=cpu).device, name_sources(runs)
+    device, named = make_accelerator(cpu).device, name_sources(runs)
     real = options.real_images(runs[0], data, root, overrides)
     options.claim(output / "mismatch.json", real)
     settings = options.given(batch_size=batch_size, precision=precision, guidance=guidance)

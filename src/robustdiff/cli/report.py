@@ -41,15 +41,15 @@ def report(
     It has the outcome in words, the metrics against steps and over the training, samples of the start, the best and the
     last model from common noise, costs, settings, and the commands that reproduce them.
     """
-    from accelerate import Accelerator
 
+    from robustdiff.distributed import make_accelerator
     from robustdiff.report.bar import Bar
     from robustdiff.report.html import write_report
     from robustdiff.report.pictures import Pictures
 
     names, counts = options.parse_names(sampler), options.parse_counts(steps)
     pictures = Pictures(num, names, counts, seed, guidance, prompts)
-    settings: dict[str, Any] = {"device": Accelerator(cpu=cpu).device, "on_read": lambda message: say(message, err)}
+    settings: dict[str, Any] = {"device": make_accelerator(cpu).device, "on_read": lambda message: say(message, err)}
     with Bar(err) as bar:
         size = write_report(sources, output, folder, results, pictures=pictures, progress=bar, **settings)
     say(f"{output} has {size / 2**20:.1f} MB, and loads nothing")

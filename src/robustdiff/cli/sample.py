@@ -66,12 +66,12 @@ def sample(
     After an interruption the same command goes on; images of another run or other settings are not overwritten. On
     several GPUs: accelerate launch -m robustdiff sample RUN.
     """
-    from accelerate import Accelerator
 
+    from robustdiff.distributed import make_accelerator
     from robustdiff.evaluation.generate import Generator, write_npz, write_pngs
     from robustdiff.report.bar import Bar
 
-    accelerator = Accelerator(cpu=cpu)
+    accelerator = make_accelerator(cpu)
     chosen = options.given(eps_scale=_scale(eps_scale), window=window, cutoff=cutoff, spacing=spacing)
     chosen |= options.parse_assignments(overrides, chosen)
     settings = options.given(sampler=sampler, steps=_steps(steps), label=label, num_classes=classes, guidance=guidance)

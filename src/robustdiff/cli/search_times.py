@@ -34,14 +34,14 @@ def search_times(
 
     The scales that are found are those that robustdiff sample RUN --steps takes. Choose another --seed to judge them.
     """
-    from accelerate import Accelerator
 
+    from robustdiff.distributed import make_accelerator
     from robustdiff.evaluation.real_images import load_target
     from robustdiff.evaluation.sources import load_generators
     from robustdiff.evaluation.time_search import search_times_by_fid
     from robustdiff.report.bar import Bar
 
-    accelerator, real = Accelerator(cpu=cpu), options.real_images(run, data, root, overrides)
+    accelerator, real = make_accelerator(cpu), options.real_images(run, data, root, overrides)
     options.claim(output, real)
     target = load_target(real, features, weights, accelerator.device)
     sampling = {run: run}, accelerator.device, target.dataset, ["multistep"], [None]

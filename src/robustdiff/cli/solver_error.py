@@ -29,8 +29,8 @@ def solver_error(
     cpu: options.Cpu = False,
 ) -> None:
     """Measure how far one solver step of distillation is from the teacher's trajectory, level by level."""
-    from accelerate import Accelerator
 
+    from robustdiff.distributed import make_accelerator
     from robustdiff.mismatch.solver_error import measure_teacher
     from robustdiff.report.bar import Bar
     from robustdiff.report.solver_error import solver_error_table, write_solver_error
@@ -41,7 +41,7 @@ def solver_error(
     options.claim(output / "result.json", real)
     settings = options.given(points=points, substeps=substeps, seed=seed, batch_size=batch_size)
     with Bar(err) as bar:
-        method = Accelerator(cpu=cpu).device, levels, solver.split(","), num
+        method = make_accelerator(cpu).device, levels, solver.split(","), num
         result = measure_teacher(teacher, real, *method, progress=bar, **settings)
     print_whole(out, solver_error_table(result.errors))
     write_solver_error(output, result)

@@ -35,7 +35,7 @@ from robustdiff.conditions.condition import Condition
 from robustdiff.data import to_uint8
 from robustdiff.errors import InputError, printable
 from robustdiff.evaluation.noise import NOISE, ImageNoise
-from robustdiff.evaluation.recorded import Recordings, unrecordable
+from robustdiff.evaluation.recorded import HALF, Recordings, unrecordable
 from robustdiff.files import atomic_write, make_folder, open_regular, remove_leftovers, user_key
 from robustdiff.progress import SILENT, Progress
 from robustdiff.recipe import load_recipe
@@ -237,7 +237,7 @@ class Generator:
         model, device = self.model, self.model.device  # which diffusers looks up in all modules
         model.network.eval()
         captured = device.type == "cuda" if self.capture == "auto" else self.capture
-        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision)
+        dtype = HALF.get(self.precision)
         noise = ImageNoise(self.seed, batch, model.shape, device, ahead=len(self.path))
         unconditional = None
         if self.negative is not None:

@@ -23,14 +23,15 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 from torch import Tensor
 
 from robustdiff.data import ImageDataset
 from robustdiff.data.pixels import tile
+from robustdiff.distributed import from_main, of_others
+from robustdiff.errors import InputError, RunError
 from robustdiff.evaluation.generate import Generator, share_of
 from robustdiff.metrics.bootstrap import interval
-from robustdiff.metrics.metric import MetricCollection, Number, number_named
+from robustdiff.metrics.metric import Measured, MetricCollection, Number, number_named
 from robustdiff.notebook import html_image, html_table
 from robustdiff.progress import SILENT, Progress
 
@@ -268,7 +269,12 @@ def _beside(function: Callable[..., None], stream: torch.cuda.Stream | None) -> 
             pending.pop().result()
         pending.append(thread.submit(on_stream, *arguments))
 
-    with ThreadPoolExecutor(1) as thread:
+    # A new thread has the first GPU as its current one, and entering a stream of another would open a context there.
+    if stream is None:
+        pool = ThreadPoolExecutor(1)
+    else:
+        pool = ThreadPoolExecutor(1, initializer=torch.cuda.set_device, initargs=(stream.device,))
+    with pool as thread:
         yield call
         while pending:
             pending.pop().result()
@@ -296,17 +302,31 @@ def _measure(
             update(images, batch.start, condition, captions)
             first += list(images[: max(0, keep - batch.start)])
             progress.advance(len(batch) * accelerator.num_processes)
-    if accelerator.num_processes > 1:
-        states = gather_object([metrics.state()])
-        metrics.reset()
-        for state in states:
-            metrics.merge_state(state)
-    found = metrics.result(f"{name}, {sampler}" if steps is None else f"{name}, {sampler} {steps}")
+    found = _merged(metrics, f"{name}, {sampler}" if steps is None else f"{name}, {sampler} {steps}", accelerator)
     seconds = time.perf_counter() - start
     cell = Cell(
         name, sampler, steps, num, found.values, found.intervals, found.replicates, seconds, blocks=found.blocks
     )
     return cell, torch.stack(first) if first else torch.empty(0)
+
+
+def _merged(metrics: MetricCollection, what: str, accelerator: Accelerator) -> Measured:
+    """Return the numbers of the images of all processes, which the main process computes, in all of them."""
+    if accelerator.num_processes == 1:
+        return metrics.result(what)
+    for state in of_others(metrics.state(), accelerator):
+        metrics.merge_state(state)
+    found: Measured | InputError | RunError | None = None
+    if accelerator.is_main_process:
+        try:
+            found = metrics.result(what)
+        except (InputError, RunError) as error:  # the others must not wait for numbers
+            found = error
+    found = from_main(found)
+    if isinstance(found, InputError | RunError):
+        raise found
+    assert found is not None
+    return found
 
 
 def differences(cell: Cell, other: Cell) -> list[Difference]:

@@ -8,26 +8,38 @@ A graph reads the memory in which the parameters were when it was recorded. Para
 training or by swapping in a moving average, are therefore those of the next replay. What else a call depends on is
 compared before each batch, and the calls are recorded anew if it has changed: parameters that were replaced or moved,
 modules that were exchanged, hooks, and adapters that were turned on or off.
+
+Autocast casts the weights of linear layers and convolutions, and keeps the casts until its block ends: for all steps of
+a batch. A graph would make them anew in each step. It is therefore recorded with weights that are cast once for a
+batch, which leads to the same images.
 """
 
 from __future__ import annotations
 
 from collections.abc import Hashable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from robustdiff.backbones.model import Model
 from robustdiff.errors import printable
 from robustdiff.graphs import Recorder
 from robustdiff.objectives.objective import predict
 
-__all__ = ["RecordedModel", "Recordings", "unrecordable"]
+__all__ = ["HALF", "RecordedModel", "Recordings", "unrecordable"]
 
 # Attributes of modules, of peft and of diffusers, by which other operations are made with the same parameters.
-_SWITCHES = ("training", "processor", "_disable_adapters", "_active_adapter", "merged_adapters", "scaling")
+_SWITCHES = ("training", "processor", "disable_adapters", "active_adapter", "merged_adapters", "scaling")
 _OFFLOAD = ("_hf_hook", "_diffusers_hook")  # of accelerate and of diffusers
+
+
+HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
+"""The types of autocast by precision."""
+
+_CAST = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)  # layers that autocast computes in half precision
 
 
 def unrecordable(model: Model) -> str | None:
@@ -54,13 +66,51 @@ def _state(network: nn.Module) -> Hashable:
     """Return what the operations of a network and their memory depend on, besides its arguments."""
     found: list[Hashable] = []
     for module in network.modules():
-        own = vars(module)
         found.append((id(module), type(module), _hooks(module)))
-        found += [repr(own[name]) for name in (*_SWITCHES, *_OFFLOAD) if name in own]
-        for tensor in (*module._parameters.values(), *module._buffers.values()):
-            if tensor is not None:
-                found.append((tensor.data_ptr(), tensor.dtype, tensor.stride()))
+        found += [repr(getattr(module, name, None)) for name in (*_SWITCHES, *_OFFLOAD)]
+        for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+            found.append((tensor.data_ptr(), tensor.dtype, tensor.stride()))
     return tuple(found)
+
+
+class _Calls(nn.Module):
+    """The calls of a model's network with weights that are cast to half precision beforehand.
+
+    Args:
+        model: The model.
+        dtype: The type of autocast, or None for the weights themselves.
+    """
+
+    def __init__(self, model: Model, dtype: torch.dtype | None) -> None:
+        super().__init__()
+        self.network = model.network
+        self._predict = partial(predict, model)
+        self._own: dict[str, Tensor] = {}
+        if dtype is not None:
+            # The first one stays, since diffusers takes the type of a network from it.
+            first = next((id(one) for one in self.network.parameters() if one.is_floating_point()), None)
+            for name, module in self.named_modules():
+                if isinstance(module, _CAST):
+                    self._own |= {
+                        f"{name}.{part}": parameter.detach()
+                        for part, parameter in module.named_parameters(recurse=False)
+                        if parameter.dtype == torch.float32 and id(parameter) != first
+                    }
+        self._cast = {name: own.to(dtype) for name, own in self._own.items()}
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Cast the weights again, which may have changed in place."""
+        if self._own:
+            torch._foreach_copy_(list(self._cast.values()), list(self._own.values()))
+
+    def forward(self, x: Tensor, t: Tensor, condition: dict[str, Any]) -> Tensor:
+        return self._predict(x, t, condition)
+
+    def record(self, x: Tensor, t: Tensor, condition: dict[str, Any]) -> Tensor:
+        """Return the network's output for the cast weights."""
+        output: Tensor = functional_call(self, self._cast, (x, t, condition))
+        return output
 
 
 class RecordedModel:
@@ -89,6 +139,7 @@ class Recordings:
     def __init__(self) -> None:
         self._of: Any = None
         self._recorder: Recorder | None = None
+        self._calls: _Calls | None = None
 
     def model(self, model: Model, precision: str) -> Model | RecordedModel:
         """Return a model with recorded calls for one batch, or the model itself if they cannot be recorded.
@@ -99,8 +150,11 @@ class Recordings:
         """
         of = model, precision, _state(model.network)
         if of != self._of:
-            self._of, self._recorder = of, None
+            self._of, self._recorder, self._calls = of, None, None
             if unrecordable(model) is None:
+                self._calls = _Calls(model, HALF.get(precision))
                 what = f"sampling of {printable(model.path)}"
-                self._recorder = Recorder(lambda x, t, condition: predict(model, x, t, condition), model.device, what)
+                self._recorder = Recorder(self._calls.record, model.device, what, draws=False)
+        elif self._calls is not None:
+            self._calls.refresh()
         return model if self._recorder is None else RecordedModel(model, self._recorder)

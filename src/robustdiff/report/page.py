@@ -305,7 +305,7 @@ def _spread(results: Results, steps: int) -> list[str]:
     return [
         "## Trainings that differ in their seed alone",
         "The standard deviation of FID over seeds, pooled over the methods with as many passes over each batch, and in "
-        "brackets how far apart two trainings are by chance (95 %).",
+        "brackets the 95 % range of the difference of two trainings, by Student's t, which is wide with few trainings.",
         _table([f"{steps} steps", *results.samplers], rows),
     ]
 
@@ -748,6 +748,18 @@ def _introduction(results: Results) -> list[str]:
     ]
 
 
+def _methods(results: Results) -> list[str]:
+    """Return the methods and references with cells in words, or else by what they change in the recipe."""
+    study, lines = results.study, []
+    for name in results.methods:
+        method = study.methods[name]
+        changes = ", ".join(f"{key}: {value}" for key, value in method.set.items())
+        lines.append((name, method.description or changes or "the recipe as it is"))
+    present = {name for name, *_ in results.references}
+    lines += [(name, one.description or one.path) for name, one in study.references.items() if name in present]
+    return ["## The methods", "\n".join(f"- {_code(name)}: {_text(words)}" for name, words in lines)]
+
+
 def _not_run(results: Results) -> list[str]:
     """Return what the study plans and does not have, and what it leaves out."""
     cut = results.study.cut
@@ -774,6 +786,7 @@ def page_parts(results: Results, figures: Path) -> list[str]:
     compared = bool(pairs(results)) and not trended
     return [
         *_introduction(results),
+        *_methods(results),
         *(_trend(results, middle, figures) if trended else []),
         *(["## What the numbers say", *_effects(results, middle), *_chosen(results)] if compared else []),
         *(_few_trainings(results, middle) if compared else []),

@@ -89,6 +89,7 @@ Changes = Annotated[dict[str, Any], AfterValidator(_of_methods)]
 class Method(Section):
     """A method of training, as changes of the study's recipe."""
 
+    description: Annotated[str, Field(max_length=1000)] = Field("", description="the method in words, for the page")
     set: Changes = Field({}, description="fields by their dotted names, such as adversary.step_size: 0.5")
     seeds: Seeds = (0,)
     steps: Counts | None = Field(None, description="numbers of evaluations; those of the study by default")
@@ -110,6 +111,7 @@ class Method(Section):
 class Reference(Section):
     """A network that is measured without training, beside the methods."""
 
+    description: Annotated[str, Field(max_length=1000)] = Field("", description="the network in words, for the page")
     path: Text = Field(description="a run, a pipeline folder, or a model shipped with the package")
     samplers: Samplers
     steps: Counts

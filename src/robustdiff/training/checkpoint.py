@@ -25,12 +25,13 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, broadcast_object_list
+from accelerate.utils import DistributedType
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from robustdiff.distributed import from_main
 from robustdiff.errors import InputError, first_line, first_mistake, printable
 from robustdiff.files import atomic_folder, open_regular, read_json
 
@@ -137,7 +138,7 @@ def save_checkpoint(
     main = accelerator.is_main_process
     # The other processes write into the folder that the main process makes, names and renames.
     with atomic_folder(path, replace=True) if main else nullcontext() as made:
-        (name,) = broadcast_object_list([made.name if made is not None else None])
+        name = from_main(made.name if made is not None else None)
         temporary = folder / name
         for part, values in tensors.items():
             if main or accelerator.distributed_type == DistributedType.FSDP:

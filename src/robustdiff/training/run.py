@@ -29,6 +29,7 @@ from robustdiff.backbones.lora import RECORD
 from robustdiff.data import ImageDataset
 from robustdiff.data.latents import LatentDataset
 from robustdiff.data.loader import worker_failures
+from robustdiff.distributed import make_accelerator
 from robustdiff.errors import InputError, RunError
 from robustdiff.files import (
     MARKER,
@@ -285,8 +286,8 @@ def _embed_captions(
 def _accelerator(recipe: Recipe, cpu: bool) -> Accelerator:
     """Return the accelerator of a run, if the device supports its precision."""
     try:
-        accelerator = Accelerator(
-            cpu=cpu,
+        accelerator = make_accelerator(
+            cpu,
             mixed_precision="no" if recipe.precision == "fp32" else recipe.precision,
             log_with=list(recipe.trackers) or None,
             project_config=ProjectConfiguration(project_dir=recipe.output, logging_dir=recipe.output),

@@ -20,7 +20,8 @@ from __future__ import annotations
 import copy
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,9 +37,7 @@ from robustdiff.backbones.lora import adapter_of
 from robustdiff.data import ImageDataset
 from robustdiff.data.loader import to_device
 from robustdiff.errors import InputError, RunError
-from robustdiff.files import (
-    atomic_folder,
-)
+from robustdiff.files import atomic_folder
 from robustdiff.graphs import Recorder
 from robustdiff.objectives.objective import Draw
 from robustdiff.recipe import Recipe
@@ -198,14 +197,16 @@ class Trainer:
                 logger.warning("the passes over a batch are not recorded as a CUDA graph, since %s", why)
             return None
         self.adversary.count_on(accelerator.device)
+        # Weakly: a cycle would keep the weights on the GPU after the run, until the garbage collector comes by.
+        trainer = weakref.proxy(self)
 
         def passes(draws: list[Draw], schedule: _Schedule) -> list[_Pass]:
             # A recording that was broken off leaves gradients that were not computed.
-            self.optimizer.zero_grad(set_to_none=True)
+            trainer.optimizer.zero_grad(set_to_none=True)
             # AdamW refuses to be recorded without it. Other steps do not need it, and would count on the device.
-            for group in self.optimizer.param_groups:
+            for group in trainer.optimizer.param_groups:
                 group["capturable"] = on_gpu and torch.cuda.is_current_stream_capturing()
-            return list(self._passes(draws, schedule))
+            return list(trainer._passes(draws, schedule))
 
         return Recorder(passes, accelerator.device, "a training pass")
 
@@ -292,8 +293,11 @@ class Trainer:
         for draws in self.batches():
             began, done = self.step, False
             # The last batch of a run may be left before its last pass.
-            recorded = self.recorder is not None and began + passes <= self.recipe.steps
-            of_passes = self._record(draws) if recorded else self._passes(draws, self._schedule(began))
+            if self.recorder is not None and began + passes <= self.recipe.steps:
+                of_passes: Iterable[_Pass] = self._record(draws)
+            else:
+                self.release()
+                of_passes = self._passes(draws, self._schedule(began))
             for k, of_pass in enumerate(of_passes):
                 if k == 0:
                     self._remember(draws, of_pass.samples)
@@ -308,6 +312,11 @@ class Trainer:
                 yield of_pass.losses, of_pass.size, done
                 if self.step >= self.recipe.steps:
                     return
+
+    def release(self) -> None:
+        """Free the memory of recorded passes, for other work on the device; the next batch is recorded anew."""
+        if self.recorder is not None:
+            self.recorder.release()
 
     def _schedule(self, step: int) -> _Schedule:
         """Return what the updates of a batch that begins at an update depend on."""

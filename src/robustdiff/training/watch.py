@@ -31,11 +31,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from accelerate.utils import DistributedType, broadcast_object_list
+from accelerate.utils import DistributedType
 
 from robustdiff.backbones.lora import WEIGHTS, read_weights_into
 from robustdiff.backbones.model import load_model
 from robustdiff.data import ImageDataset
+from robustdiff.distributed import from_main
 from robustdiff.errors import InputError, RunError, printable
 from robustdiff.evaluation.generate import Generator
 from robustdiff.evaluation.grid import Cell, differences, evaluate_cell
@@ -208,6 +209,7 @@ class Watch:
             RunError: If a number is not finite.
         """
         began = time.perf_counter()
+        self.trainer.release()
         shown = _Within(self, interrupt, progress)
         cells = []
         with self._sampling(average):
@@ -282,7 +284,7 @@ class Watch:
                 (self.folder / name).unlink(missing_ok=True)
             shutil.rmtree(self.folder / "best", ignore_errors=True)
         self.accelerator.wait_for_everyone()
-        self.lines = self._everywhere(read_lines(self.folder / "watch.jsonl") if main else None)
+        self.lines = from_main(read_lines(self.folder / "watch.jsonl") if main else None)
         self._check_noise(self.lines)
         if main and self.lines:
             self._drop_torn_line()
@@ -290,7 +292,7 @@ class Watch:
             self.every = next((line.every for line in self.lines if line.every is not None), None)
         if self.trainer.built.pretrained is None:
             return
-        record: Start | None = self._everywhere(self._read_start() if main else None)
+        record: Start | None = from_main(self._read_start() if main else None)
         self._check_noise([] if record is None else [record])
         if record is None:
             first = self._measure(self.config.seed, self.config.average, interrupt, progress)
@@ -301,6 +303,7 @@ class Watch:
                 fresh=self._to_start(fresh),
                 noise=NOISE,
             )
+            record = from_main(record)  # the seconds of one process decide for all
             if main:
                 write_json(self.folder / "start.json", record.model_dump())
         half = record.seconds / 2
@@ -318,10 +321,6 @@ class Watch:
                 f"{printable(self.folder)} was watched on images of other noise (of robustdiff 0.2.0): resume it with "
                 "the version that began it, or remove watch.jsonl and start.json in it to resume without what they have"
             )
-
-    def _everywhere(self, value: Any) -> Any:
-        """Return the main process's value in all processes."""
-        return broadcast_object_list([value])[0]
 
     def _drop_torn_line(self) -> None:
         """Remove the part of a line that a kill left at the end of ``watch.jsonl``."""
@@ -394,7 +393,7 @@ class Watch:
         since, before = self._clock
         if step - before < steps / 50:
             return
-        training = self._everywhere((now - since) / (step - before) * steps)
+        training = from_main((now - since) / (step - before) * steps)
         if self.start is None:  # what a measurement takes is not known yet
             self.every = math.ceil(steps / 10)
             self._training = training
@@ -438,7 +437,7 @@ class Watch:
             line.seconds = time.perf_counter() - began
             if self._training is not None and not self.lines and self.every is not None:
                 self._warn_of_cost((1 + math.ceil(self.recipe.steps / self.every)) * line.seconds, self._training)
-            line.signs = self._everywhere(self._signs(line) if self.accelerator.is_main_process else None)
+            line.signs = from_main(self._signs(line) if self.accelerator.is_main_process else None)
             self._append(line)
         return self.config.signs.action == "stop" and any(sign.action == "stop" for sign in line.signs)
 

@@ -1,0 +1,56 @@
+"""Processes that work together, one for each GPU, as ``accelerate launch`` starts them.
+
+The main process has the rank 0. One process alone is the main process, and has no others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
+
+__all__ = ["from_main", "make_accelerator", "of_others"]
+
+PATIENCE = timedelta(hours=12)
+"""The longest wait of a process for another one. NCCL's own, 10 minutes, ends a run while the main process reads a
+large data set, or computes the features of its images."""
+
+
+def make_accelerator(cpu: bool = False, **settings: Any) -> Accelerator:
+    """Return an accelerator, whose processes wait long enough for each other.
+
+    Args:
+        cpu: Use the CPU even if there is a GPU.
+        settings: Further arguments of ``Accelerator``.
+    """
+    return Accelerator(cpu=cpu, kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)], **settings)
+
+
+def from_main(value: Any) -> Any:
+    """Return the main process's value in all processes. Values of others are ignored."""
+    return broadcast_object_list([value])[0]
+
+
+def of_others(value: Any, accelerator: Accelerator) -> Iterator[Any]:
+    """Yield the values of the other processes in the main one, in the order of their ranks; elsewhere yield nothing.
+
+    Every process must iterate to the end. Values are sent one after the other through the memory of the host (gloo).
+    NCCL would hold those of all processes on every GPU, and moments of Inception's features take 671 MB each.
+    """
+    if accelerator.num_processes == 1:
+        return
+    group = dist.new_group(backend="gloo", timeout=PATIENCE)
+    try:
+        if accelerator.is_main_process:
+            for rank in range(1, accelerator.num_processes):
+                received: list[Any] = [None]
+                dist.recv_object_list(received, src=rank, group=group)
+                yield received[0]
+        else:
+            dist.send_object_list([value], dst=0, group=group)
+    finally:
+        dist.destroy_process_group(group)

@@ -1,0 +1,40 @@
+"""Three real processes, whose values the main one collects. Each of them runs this file."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import torch
+import torch.distributed as dist
+
+from robustdiff.distributed import PATIENCE, from_main, make_accelerator, of_others
+
+
+def collect() -> None:
+    accelerator = make_accelerator(cpu=True)
+    rank = accelerator.process_index
+    assert accelerator.num_processes == 3
+    for repeat in range(2):
+        received = list(of_others({"rank": rank, "values": torch.full((1000,), rank + repeat)}, accelerator))
+        assert [value["rank"] for value in received] == ([1, 2] if rank == 0 else [])
+        assert all(value["values"].eq(value["rank"] + repeat).all() for value in received)
+    assert from_main(f"of {rank}") == "of 0"
+    dist.destroy_process_group()
+
+
+def test_values_come_in_the_order_of_their_processes():
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "3", __file__]
+    done = subprocess.run(launch, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_one_process_has_no_others():
+    accelerator = make_accelerator(cpu=True)
+    assert list(of_others(1, accelerator)) == []
+    assert from_main(2) == 2
+    assert accelerator.init_handler.timeout == PATIENCE
+
+
+if __name__ == "__main__":
+    collect()
