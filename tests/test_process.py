@@ -321,7 +321,8 @@ KNOWN = (
 
 @pytest.mark.parametrize("name", sorted(KNOWN - REFUSED))
 def test_the_schedulers_of_training_are_not_refused(name):
-    DiffusionProcess.from_scheduler(SCHEDULERS[name])
+    sigmas = DiffusionProcess.from_scheduler(SCHEDULERS[name]).sigmas
+    assert (sigmas.diff() > 0).all() or (sigmas.diff() < 0).all(), "the noise grows, or falls, from time to time"
 
 
 def test_the_loop_of_sd3_draws_positions_in_the_schedulers_timesteps():
@@ -436,7 +437,8 @@ def test_a_process_of_preconditioned_networks_is_for_them(name):
 
 @pytest.mark.parametrize("name", ["DDPM", "DDIM", "PNDM", "LCM", "TCD", "UnCLIP", "SASolver", "FlowMatchEulerDiscrete"])
 def test_a_process_whose_network_has_the_point_itself_is_for_all(name):
-    DenoisingObjective(DiffusionProcess.from_scheduler(SCHEDULERS[f"{name}Scheduler"]))
+    process = DiffusionProcess.from_scheduler(SCHEDULERS[f"{name}Scheduler"])
+    assert DenoisingObjective(process).process is process
 
 
 @pytest.mark.parametrize("first", [0.0, 1e-9])

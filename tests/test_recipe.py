@@ -15,6 +15,7 @@ from robustdiff.errors import InputError
 from robustdiff.objectives.objective import OBJECTIVES
 from robustdiff.perturbation import ADVERSARIES, AdversaryConfig
 from robustdiff.recipe import DataConfig, Recipe, load_data_config, load_recipe, shipped_recipes
+from robustdiff.yaml_reader import parse_yaml
 
 
 def mistake(tmp_path: Path, text: str, *overrides: str) -> str:
@@ -107,6 +108,36 @@ def test_numbers_without_a_point_are_numbers(tmp_path):
     recipe = load_recipe(str(tmp_path / "r.yaml"), ["adversary.step_size=5e-1", "steps=1e3"])
     assert (recipe.lr, recipe.adversary.step_size, recipe.steps) == (1e-4, 0.5, 1000)
     assert recipe.adversary.radius.eta == 0.1
+    (tmp_path / "r.yaml").write_text("adversary: {name: free, radius: 2.5e3, step_size: .5e-1}\nsteps: 1.E+3\n")
+    recipe = load_recipe(str(tmp_path / "r.yaml"), ["betas=[9e-1, 9.9E-1]", "lr=+1e-4"])
+    assert (recipe.adversary.radius.value, recipe.adversary.step_size, recipe.steps) == (2500.0, 0.05, 1000)
+    assert (recipe.betas, recipe.lr) == ((0.9, 0.99), 1e-4)
+
+
+@pytest.mark.parametrize("text", ["'2024'", '"1e5"', "1e5", "1E+05", "1_0e3"])
+def test_text_that_looks_like_a_number_is_text(tmp_path, text):
+    plain = text.strip("'\"")
+    (tmp_path / "r.yaml").write_text(f"output: {text}\n")
+    assert load_recipe("digits", [f"output={text}"]).output == plain
+    assert load_recipe("digits", changes={"output": plain}).output == plain
+    recipe = load_recipe(str(tmp_path / "r.yaml"))
+    assert recipe.output == plain
+    (tmp_path / "written.yaml").write_text(recipe.to_yaml())
+    assert load_recipe(str(tmp_path / "written.yaml")) == recipe
+
+
+def test_a_number_in_the_place_of_text_is_refused_with_the_remedy():
+    with pytest.raises(InputError, match=r"output: .*string: put quotes around it.*--set \"output='…'\""):
+        load_recipe("digits", ["output=2024"])
+
+
+def test_keys_that_look_like_numbers_with_exponents_are_names():
+    values = parse_yaml("{1e-4: 1e-4, x: '1e-4', y: [1e2, 1e, 0x1e2]}", "a text")
+    assert values == {"1e-4": 1e-4, "x": "1e-4", "y": [100.0, "1e", 482]}
+    with pytest.raises(InputError, match="given twice"):
+        parse_yaml("{1e-4: 1, '1e-4': 2}", "a text")
+    with pytest.raises(InputError, match="a number of 103 characters"):
+        parse_yaml("1" * 100 + "e99", "a text")
 
 
 def test_the_shipped_recipes_are_there():
@@ -328,7 +359,7 @@ def test_a_kind_that_is_registered_later_is_found(monkeypatch):
 
 @pytest.mark.parametrize("name", ["none", "free", "pgd", "random"])
 def test_backward_passes(name):
-    passes = load_recipe("digits", [f"adversary.name={name}", "adversary.steps=4"]).adversary.backward_passes
+    passes = load_recipe("digits", [f"adversary.name={name}", "adversary.steps=4"]).adversary.example().backward_passes
     assert passes == (5 if name == "pgd" else 1)
 
 

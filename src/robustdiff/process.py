@@ -90,6 +90,13 @@ def _check_shapes(noise: Tensor, delta: Tensor) -> None:
         raise ValueError(f"noise and delta must be of one shape; got {tuple(noise.shape)} and {tuple(delta.shape)}")
 
 
+def _per_sample(name: str, values: Tensor, like: Tensor) -> Tensor:
+    """Return the values if there is one for each sample of ``like`` (B, *), or one for all; else raise."""
+    if values.numel() not in (1, len(like)) or any(size != 1 for size in values.shape[1:]):
+        raise ValueError(f"{name} must have shape (B,) with B = {len(like)}; got {tuple(values.shape)}")
+    return values
+
+
 def absorb(noise: Tensor, delta: Tensor, sigma: Tensor | float) -> Tensor:
     """Return the noise ε' = ε + δ/σ for which x_t + δ = α x_0 + σ ε', given σ itself.
 
@@ -104,10 +111,8 @@ def absorb(noise: Tensor, delta: Tensor, sigma: Tensor | float) -> Tensor:
     Raises:
         ValueError: If the shapes do not match, or σ is not positive. The second is checked on the CPU only.
     """
-    sigma = torch.as_tensor(sigma, dtype=noise.dtype, device=noise.device)
     _check_shapes(noise, delta)
-    if sigma.numel() not in (1, len(noise)) or any(size != 1 for size in sigma.shape[1:]):
-        raise ValueError(f"sigma must have shape (B,) with B = {len(noise)}; got {tuple(sigma.shape)}")
+    sigma = _per_sample("sigma", torch.as_tensor(sigma, dtype=noise.dtype, device=noise.device), noise)
     if sigma.device.type == "cpu" and not bool((sigma > 0).all()):
         raise ValueError("sigma must be positive: without noise there is none that could absorb a perturbation")
     return noise + delta.detach() / broadcast(sigma, noise)
@@ -487,9 +492,7 @@ class DiffusionProcess:
 
     def _levels_of_batch(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """Return :meth:`levels` at one time for each sample of ``like`` (B, *), or one time for all."""
-        if t.numel() not in (1, len(like)) or any(size != 1 for size in t.shape[1:]):
-            raise ValueError(f"t must have shape (B,) with B = {len(like)}; got {tuple(t.shape)}")
-        return self.levels(t, like)
+        return self.levels(_per_sample("t", t, like), like)
 
     def diffuse(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """Return x_t = α_t x_0 + σ_t ε (B, *) at time indices in [0, T), or times, ``t`` (B,)."""

@@ -7,7 +7,6 @@ shipped with the package are loaded by name, without a path.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -220,6 +219,8 @@ def _explain(error: ValidationError, source: str) -> InputError:
     if first["type"] == "unknown_field":
         return InputError(f"{source}: unknown field {where}{first['msg'].removeprefix('unknown field')}")
     message = printable(first["msg"].removeprefix("Value error, ")[:1000])
+    if first["type"] == "string_type" and isinstance(first["input"], int | float):
+        message += f""": put quotes around it (on a command line --set "{where}='…'")"""
     message = message[:1].lower() + message[1:]
     return InputError(f"{source}: {where}: {message}" if where else f"{source}: {message}")
 
@@ -243,9 +244,6 @@ def _named(section: str, fields: dict[str, Any], name: str) -> dict[str, Any]:
 
 def _assign(values: dict[str, Any], key: str, value: Any) -> None:
     """Set the field with a dotted name."""
-    if isinstance(value, str):
-        with contextlib.suppress(ValueError):
-            value = float(value)  # YAML 1.1 reads 1e-4 as a string
     *sections, last = key.split(".")
     for section in sections:
         inner = values.get(section)

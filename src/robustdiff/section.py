@@ -27,6 +27,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from robustdiff.errors import printable
+from robustdiff.yaml_reader import text_of
 
 __all__ = [
     "MOST_PARAMETERS",
@@ -60,7 +61,7 @@ def _one_line(text: str) -> str:
     return text
 
 
-Text = Annotated[str, Field(max_length=8192), AfterValidator(_one_line)]
+Text = Annotated[str, Field(max_length=8192), BeforeValidator(text_of), AfterValidator(_one_line)]
 Width = Annotated[int, Field(ge=1, le=65_536)]
 Times = Annotated[int, Field(ge=1, le=100_000)]
 

@@ -3,10 +3,14 @@
 A short YAML text can be very large when read, because aliases expand exponentially, or ambiguous, for example with
 duplicate keys. The reader returns dictionaries, lists, strings, numbers, booleans and None, and refuses tags, duplicate
 keys, and values beyond bounds.
+
+1e-4 is a number, as in YAML 1.2. (YAML 1.1, as PyYAML reads it, has a point and a sign in numbers with exponents:
+1.0e-4.) A field that holds text still takes it as it is written (:func:`text_of`), since a name may look like it.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Hashable
 from pathlib import Path
 from typing import Any
@@ -15,11 +19,12 @@ import yaml
 
 from robustdiff.errors import InputError, first_line, printable
 
-__all__ = ["parse_yaml", "read_yaml"]
+__all__ = ["parse_yaml", "read_yaml", "text_of"]
 
 MOST_BYTES = 2**18
 MOST_VALUES = 20_000  # with all aliases expanded
 DEEPEST = 40
+_EXPONENTIAL = "exponential:float"  # the tag of numbers such as 1e-4
 LONGEST_NUMBER = 100  # characters: parsing a Python integer takes quadratic time
 
 
@@ -28,6 +33,22 @@ class _Refused(yaml.YAMLError):
 
     def __init__(self, message: str, mark: Any) -> None:
         super().__init__(f"{message} (line {mark.line + 1})")
+
+
+class _Exponential(float):
+    """A number with an exponent, such as 1e-4, and its text."""
+
+    def __new__(cls, text: str) -> _Exponential:
+        number = super().__new__(cls, text)
+        number.text = text
+        return number
+
+    text: str
+
+
+def text_of(value: Any) -> Any:
+    """Return the text of a number with an exponent that was read from YAML, and any other value as it is."""
+    return value.text if isinstance(value, _Exponential) else value
 
 
 class _Loader(yaml.SafeLoader):
@@ -86,11 +107,19 @@ class _Loader(yaml.SafeLoader):
             for key, _ in node.value:
                 if not isinstance(key, yaml.ScalarNode):
                     raise _Refused("a key that is a list or a mapping", key.start_mark)
+                if key.tag == _EXPONENTIAL:  # keys are names
+                    key.tag = "tag:yaml.org,2002:str"
                 merge = key.tag == "tag:yaml.org,2002:merge"
                 name = "<<" if merge else self.construct_object(key)
                 if name in keys:
                     raise _Refused(f"the key {str(name)[:100]!r} is given twice", key.start_mark)
                 keys.add(name)
+
+
+_Loader.add_implicit_resolver(
+    _EXPONENTIAL, re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$", re.ASCII), list("-+.0123456789")
+)
+_Loader.add_constructor(_EXPONENTIAL, lambda loader, node: _Exponential(node.value))
 
 
 def _short(message: str) -> str:

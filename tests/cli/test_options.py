@@ -8,6 +8,9 @@ import pytest
 from diffusers.schedulers.scheduling_consistency_models import CMStochasticIterativeScheduler
 
 from robustdiff.backbones.model import Model, load_model
+from robustdiff.cli.options import shipped_extractors, shipped_samplers
+from robustdiff.metrics.features import SHIPPED
+from robustdiff.samplers.sampler import SAMPLERS
 
 SMALL = {
     "evaluate": ["--num", 8, "--steps", 1],
@@ -58,3 +61,9 @@ def test_bad_settings_of_real_images_are_one_line(
     monkeypatch.chdir(tmp_path)
     options = [part for assignment in assignments for part in ("--set", assignment)]
     assert_bad_input(robustdiff(command, models[command], *SMALL[command], *options), *words)
+
+
+def test_the_help_has_the_names_that_are_registered():
+    ours = [name for name, sampler in SAMPLERS.items() if sampler.__module__.startswith("robustdiff.")]
+    assert shipped_samplers() == ours
+    assert shipped_extractors() == sorted(SHIPPED)

@@ -81,6 +81,23 @@ def test_consistency_training_is_recorded_while_its_levels_stay(device, exact, r
     )
 
 
+def test_consistency_training_with_dropout_falls_back(device, exact, recipe, learned, caplog):
+    """The target drops out what the student does, which a replay cannot repeat."""
+    settings = "process=null", "objective=consistency", "model.dropout=0.3", "adversary=free"
+    runs = [
+        recipe("digits", name, "steps=6", *settings, f"capture={capture}")
+        for name, capture in (("eager", "false"), ("recorded", "true"))
+    ]
+    with caplog.at_level(logging.WARNING):
+        for run in runs:
+            train(run, cpu=device == "cpu")
+    close(*map(learned, runs))
+    said = [record.getMessage() for record in caplog.records if "cannot be recorded" in record.getMessage()]
+    assert [line.rpartition(": ")[2] for line in said] == (
+        [] if device == "cpu" else ["the target drops out what the student does"]
+    )
+
+
 def test_dropout_is_fresh_in_every_replay(device, recipe, learned):
     """The same batch again and again: a replayed mask would repeat the loss of a network that does not learn."""
     run = recipe("digits", "run", "steps=8", "adversary=none", "model.dropout=0.5", "lr=1e-30", "capture=true")

@@ -221,7 +221,7 @@ def test_a_folder_without_images_may_be_used(generator, accelerator, tmp_path):
 def test_classes_take_turns_and_are_written(make_unet, accelerator, tmp_path):
     unet = make_unet(num_class_embeds=3)
     generator = Generator(
-        Model(UNet2D(unet), process=DiffusionProcess.cosine(10), prediction="epsilon"), steps=1, batch_size=4
+        Model(UNet2D(unet), process=DiffusionProcess.cosine(10), prediction="epsilon"), "ddim", 1, batch_size=4
     )
     write_npz(generator, 7, tmp_path / "c.npz", accelerator)
     assert np.load(tmp_path / "c.npz", allow_pickle=False)["arr_1"].tolist() == [0, 1, 2, 0, 1, 2, 0]

@@ -122,7 +122,7 @@ def test_weights_that_are_cast_once_make_the_same_images(in_half, monkeypatch):
 def test_guidance_and_classes(make_unet, recorders):
     unet = make_unet(num_class_embeds=4)
     model = Model(UNet2D(unet), process=DiffusionProcess.cosine(10), prediction="epsilon")
-    generator = Generator(model, steps=3, batch_size=4, num_classes=3, capture=True)
+    generator = Generator(model, "ddim", 3, batch_size=4, num_classes=3, capture=True)
     assert_as_unrecorded(generator)
     assert_as_unrecorded(generator, guidance=3.0)
     assert len(recorders) == 1

@@ -54,7 +54,9 @@ def gaussian_data() -> ArrayDataset:
 
 
 def generator_of(network: torch.nn.Module, **settings) -> Generator:
-    return Generator(Model(UNet2D(network), process=PROCESS, prediction="epsilon"), batch_size=500, **settings)
+    return Generator(
+        Model(UNet2D(network), process=PROCESS, prediction="epsilon"), "ddim", 50, batch_size=500, **settings
+    )
 
 
 def spread(step) -> float:

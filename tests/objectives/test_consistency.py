@@ -210,6 +210,66 @@ def test_the_target_drops_out_what_the_student_does():
     assert not torch.equal(outputs[0], outputs[2]), "the next pass has a dropout of its own"
 
 
+class WithFunction(Network):
+    """Dropout by a function, of which the network's modules tell nothing."""
+
+    def forward(self, x, t, class_labels=None):
+        return nn.functional.dropout(super().forward(x, t, class_labels), 0.5, self.training)
+
+
+class Dropless(Network):
+    """A network without dropout, in spite of its name and its attribute p."""
+
+    p = 0.5
+
+
+@pytest.mark.parametrize(
+    ("network", "mode", "recordable"),
+    [
+        (WithFunction(), True, False),
+        (WithFunction(), False, True),
+        (Network(dropout=0.5), True, False),
+        (Network(dropout=0.0), True, True),
+        (Dropless(), True, True),
+    ],
+    ids=["function", "function-eval", "layer", "layer-0", "dropless"],
+)
+@pytest.mark.parametrize("perturb", ["solver", "student"])
+def test_dropout_is_observed_and_refused_in_a_recording(network, mode, recordable, perturb, monkeypatch):
+    student = copy.deepcopy(network).train(mode)
+    objective = ConsistencyObjective(copy.deepcopy(student), Teacher(), perturb=perturb)
+    x0, noise, _ = tensors()
+    draw = objective.draw(x0, t=N_INDEX, noise=noise)
+    delta = torch.zeros_like(x0).requires_grad_()
+    torch.manual_seed(5)
+    eager = objective(student, draw, delta)["loss"]
+    assert objective.unrecordable() is None, "which is asked before anything is called"
+    monkeypatch.setattr("robustdiff.objectives.consistency._recorded", lambda device: True)
+    if recordable:
+        assert torch.equal(objective(student, draw, delta)["loss"], eager)
+    else:
+        with pytest.raises(RuntimeError, match="the target drops out what the student does"):
+            objective(student, draw, delta)
+
+
+def test_the_functional_dropout_of_the_target_is_the_students():
+    student = WithFunction().train()
+    objective = ConsistencyObjective(copy.deepcopy(student), scales=2, sigma_min=1.0, sigma_max=1.0 + 1e-9)
+    x0, noise, _ = tensors()
+    draw = objective.draw(x0, noise=noise)
+    torch.manual_seed(5)
+    assert objective(student, draw)["distance"].max() < 1e-12, "the same network at two levels that nearly coincide"
+
+
+def test_a_recording_needs_a_call_before_it(monkeypatch):
+    objective = ConsistencyObjective(Network().train(), Teacher())
+    x0, noise, _ = tensors()
+    draw = objective.draw(x0, t=N_INDEX, noise=noise)
+    monkeypatch.setattr("robustdiff.objectives.consistency._recorded", lambda device: True)
+    with pytest.raises(RuntimeError, match="drops out"):
+        objective(Network(), draw)
+
+
 def test_weights():
     x0, noise, _ = tensors()
     sigmas = karras_sigmas(18)

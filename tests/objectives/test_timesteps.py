@@ -9,6 +9,7 @@ from scipy.special import logit, ndtr
 from scipy.stats import kstest
 
 from robustdiff.errors import InputError
+from robustdiff.objectives.denoising import DenoisingConfig
 from robustdiff.objectives.timesteps import (
     TIMESTEPS,
     Continuous,
@@ -135,3 +136,47 @@ def test_the_times_of_a_table_are_drawn_logit_normally_too():
 def test_levels_without_a_finite_loss_are_refused(mean, std):
     with pytest.raises(InputError, match="levels below 1e-12 or above 1e12"):
         LogNormalLevels(mean, std)
+
+
+class Alternating(Uniform):
+    """Times of the parity of the number of batches that were given to it."""
+
+    adaptive = True
+    batches = 0
+
+    def update(self, t, losses):
+        self.batches += 1
+
+    def state_dict(self):
+        return {"batches": torch.tensor([self.batches])}
+
+    def load_state_dict(self, state):
+        self.batches = int(state["batches"])
+
+
+def test_a_distribution_that_is_registered_later_trains(monkeypatch):
+    monkeypatch.setitem(TIMESTEPS._entries, "alternating", lambda process: Alternating(len(process)))
+    config = DenoisingConfig.model_validate({"timesteps": "alternating"})
+    objectives = [config.build(DiffusionProcess.cosine(10), 1) for _ in range(2)]
+    objectives[0].timesteps.update(torch.zeros(2), torch.ones(2))
+    assert objectives[0].state() == {"batches": [1]}
+    objectives[1].load_state(objectives[0].state())
+    assert objectives[1].timesteps.batches == 1
+    assert "alternating" in DenoisingConfig.model_json_schema()["properties"]["timesteps"]["enum"]
+
+
+def test_an_unknown_distribution_is_refused_with_the_known_ones():
+    with pytest.raises(ValueError, match="unknown distribution of times 'x': use one of logit-normal, loss-second-mom"):
+        DenoisingConfig.model_validate({"timesteps": "x"})
+
+
+@pytest.mark.parametrize("name", ["uniform", "logit-normal"])
+def test_most_distributions_take_nothing_from_losses(name):
+    process = DiffusionProcess.cosine(10)
+    sampler, other = TIMESTEPS[name](process), TIMESTEPS[name](process)
+    sampler.update(torch.zeros(3, dtype=torch.long), torch.full((3,), 9.0))
+    assert not sampler.adaptive
+    assert sampler.state_dict() == {}
+    sampler.load_state_dict({})
+    draws = [one.draw(20, torch.Generator().manual_seed(0))[0] for one in (sampler, other)]
+    assert torch.equal(*draws)

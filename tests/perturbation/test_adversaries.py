@@ -17,12 +17,14 @@ from robustdiff.errors import InputError
 from robustdiff.perturbation import (
     ADVERSARIES,
     NORMS,
+    Adversary,
     Constant,
     FreeAdversary,
     NoAdversary,
     NoiseLevel,
     PerDimension,
     PGDAdversary,
+    Points,
     Ramp,
     RandomAdversary,
     SamplerDistance,
@@ -233,7 +235,7 @@ def test_the_ball_holds_in_float32_for_a_whole_image(norm):
     process, t = DiffusionProcess.cosine(1000), torch.tensor([0, 300, 999])
     radius = SamplerDistance(process, eta=0.1)
     x = torch.zeros(3, 3, 32, 32)
-    bound = radius(x, t, None, NORMS[norm])
+    bound = radius(Points(x, t), NORMS[norm])
     adversary = FreeAdversary(steps=4, step_size=2.0 * float(bound.max()), radius=radius, norm=norm)
     for k, delta in enumerate(adversary(x, t)):
         assert (NORMS[norm](delta.detach()) <= bound * (1 + 1e-5)).all()
@@ -247,13 +249,13 @@ def test_the_ball_holds_in_float32_for_a_whole_image(norm):
 
 @pytest.mark.parametrize("norm", ALL_NORMS)
 def test_a_constant_radius_is_the_same_for_all(norm):
-    assert Constant(2.5)(torch.zeros(3, 7), torch.tensor([1, 2, 3]), 4, NORMS[norm]).tolist() == [2.5] * 3
+    assert Constant(2.5)(Points(torch.zeros(3, 7), torch.tensor([1, 2, 3]), 4), NORMS[norm]).tolist() == [2.5] * 3
 
 
 @pytest.mark.parametrize(("norm", "expected"), [("l2", 0.1 * math.sqrt(48)), ("linf", 0.1), ("l1", 4.8)])
 def test_a_radius_per_dimension_is_eta_times_the_size_of_ones(norm, expected):
     x = torch.zeros(2, 3, 4, 4, dtype=torch.float64)
-    assert PerDimension(0.1)(x, None, None, NORMS[norm]).tolist() == pytest.approx([expected] * 2)
+    assert PerDimension(0.1)(Points(x), NORMS[norm]).tolist() == pytest.approx([expected] * 2)
 
 
 @pytest.mark.parametrize("norm", ALL_NORMS)
@@ -266,7 +268,7 @@ def test_the_radius_by_sampler_distance_is_its_formula(norm):
         before = alphas_cumprod[time - 20] if time >= 20 else 1.0
         ones = {"l2": math.sqrt(12), "linf": 1.0, "l1": 12.0}[norm]
         expected.append(min(math.sqrt(2 - 2 * math.sqrt(alphas_cumprod[time] / before)), 0.3) * ones)
-    radius = SamplerDistance(process, eta=0.3, steps=50)(torch.zeros(6, 3, 4).double(), t, None, NORMS[norm])
+    radius = SamplerDistance(process, eta=0.3, steps=50)(Points(torch.zeros(6, 3, 4).double(), t), NORMS[norm])
     assert radius.tolist() == pytest.approx(expected, rel=1e-6)
     assert min(expected) < max(expected), "the cap is not all there is"
 
@@ -285,7 +287,7 @@ def test_sampler_distance_is_how_far_the_sampler_goes():
 @pytest.mark.parametrize("process", [DiffusionProcess.cosine(1000), DiffusionProcess.flow(1000)])
 def test_the_radius_by_noise_moves_the_noise_by_eta(process, norm, ones):
     x, t = torch.zeros(3, 3, 4).double(), torch.tensor([0, 400, 999])
-    radius = NoiseLevel(process, eta=0.2)(x, t, None, NORMS[norm])
+    radius = NoiseLevel(process, eta=0.2)(Points(x, t), NORMS[norm])
     assert radius.tolist() == pytest.approx([0.2 * ones * float(process.sigmas[i]) for i in t])
     delta = NORMS[norm].project(gaussian(0, 3, 3, 4) * 99, radius)
     moved = process.absorb(torch.zeros_like(x), t, delta)
@@ -296,8 +298,8 @@ def test_a_radius_within_levels_is_zero_outside():
     process, t = DiffusionProcess.cosine(1000), torch.arange(1000)
     x = torch.zeros(1000, 2)
     inner = NoiseLevel(process, 0.3)
-    radius = Within(inner, process, 0.2, 0.5)(x, t, None, NORMS["l2"])
-    full = inner(x, t, None, NORMS["l2"])
+    radius = Within(inner, process, 0.2, 0.5)(Points(x, t), NORMS["l2"])
+    full = inner(Points(x, t), NORMS["l2"])
     expected = [r if 0.2 <= s <= 0.5 else 0.0 for r, s in zip(full.tolist(), process.sigmas.tolist(), strict=True)]
     assert radius.tolist() == expected
     assert 0 < sum(r > 0 for r in expected) < 1000
@@ -307,8 +309,8 @@ def test_radii_by_noise_take_times_between_those_of_a_table():
     process, t = DiffusionProcess.flow(4), torch.tensor([100.0, 333.3, 999.9])
     x = torch.zeros(3, 2)
     radius = NoiseLevel(process, 0.3)
-    assert radius(x, t, None, NORMS["linf"]).tolist() == pytest.approx([0.03, 0.09999, 0.29997])
-    inside = Within(radius, process, 0.2, 0.5)(x, t, None, NORMS["linf"])
+    assert radius(Points(x, t), NORMS["linf"]).tolist() == pytest.approx([0.03, 0.09999, 0.29997])
+    inside = Within(radius, process, 0.2, 0.5)(Points(x, t), NORMS["linf"])
     assert inside.tolist() == pytest.approx([0, 0.09999, 0])
 
 
@@ -324,24 +326,24 @@ def test_outside_its_levels_the_passes_of_free_training_are_clean():
 @pytest.mark.parametrize("inner", [Constant(2.0), PerDimension(0.5)])
 def test_a_ramp_multiplies_any_radius(inner):
     x = torch.zeros(1, 16)
-    full = inner(x, None, None, NORMS["l2"]).item()
+    full = inner(Points(x), NORMS["l2"]).item()
     ramp = Ramp(inner, steps=4)
-    sizes = [ramp(x, None, step, NORMS["l2"]).item() / full for step in (0, 1, 3, 4, 100)]
+    sizes = [ramp(Points(x, None, step), NORMS["l2"]).item() / full for step in (0, 1, 3, 4, 100)]
     assert sizes == pytest.approx([0.25, 0.5, 1, 1, 1])
 
 
 def test_radii_say_what_they_need():
     x = torch.zeros(1, 4)
     with pytest.raises(ValueError, match="needs t"):
-        SamplerDistance(DiffusionProcess.cosine(100), 0.1)(x, None, None, NORMS["l2"])
+        SamplerDistance(DiffusionProcess.cosine(100), 0.1)(Points(x), NORMS["l2"])
     with pytest.raises(ValueError, match="needs t"):
-        NoiseLevel(DiffusionProcess.cosine(100), 0.1)(x, None, None, NORMS["l2"])
+        NoiseLevel(DiffusionProcess.cosine(100), 0.1)(Points(x), NORMS["l2"])
     with pytest.raises(ValueError, match="needs t"):
-        Within(Constant(1.0), DiffusionProcess.cosine(100), 0, 1)(x, None, None, NORMS["l2"])
+        Within(Constant(1.0), DiffusionProcess.cosine(100), 0, 1)(Points(x), NORMS["l2"])
     with pytest.raises(ValueError, match="levels"):
         Within(Constant(1.0), DiffusionProcess.cosine(100), 0.5, 0.1)
     with pytest.raises(ValueError, match="training_step"):
-        Ramp(Constant(1.0), 5)(x, None, None, NORMS["l2"])
+        Ramp(Constant(1.0), 5)(Points(x), NORMS["l2"])
     with pytest.raises(ValueError, match="steps"):
         SamplerDistance(DiffusionProcess.cosine(10), 0.1, steps=11)
 
@@ -482,9 +484,32 @@ def test_random_directions_are_uniform(norm, variance):
 
 
 @pytest.mark.parametrize("name", ADVERSARIES)
-def test_a_section_knows_the_passes_of_its_adversary(name):
-    section = ADVERSARIES[name](name=name, steps=4)
-    assert section.passes == section.build(DiffusionProcess.cosine(10)).passes
+def test_a_section_has_an_example_with_the_passes_of_every_process(name):
+    radius = {"eta": 0.1, "sampler_steps": 2000}
+    section = ADVERSARIES[name].model_validate({"name": name, "steps": 4, "ramp": 3, "radius": radius})
+    built, example = section.build(DiffusionProcess.cosine(2000)), section.example()
+    assert (example.passes, example.backward_passes) == (built.passes, built.backward_passes)
+    assert built.passes == {"none": 1, "free": 4, "pgd": 1, "random": 4}[name]
+    assert built.backward_passes == {"none": 1, "free": 1, "pgd": 5, "random": 1}[name]
+
+
+def test_an_adversary_is_the_perturbations_that_it_makes_of_points():
+    """A call checks the points at once, and passes all of its arguments on."""
+    given = []
+
+    class Once(Adversary):
+        def perturb(self, points, loss):
+            given.append((points.x_t, points.t, points.training_step, loss))
+            yield points.x_t + 1
+
+    x_t, t, loss = torch.zeros(2, 3), torch.tensor([1, 2]), torch.sum
+    (delta,) = Once(steps=1)(x_t, t, loss=loss, training_step=7)
+    assert torch.equal(delta, torch.ones(2, 3))
+    assert [one is other for one, other in zip(given[0], (x_t, t, 7, loss), strict=True)] == [True] * 4
+    with pytest.raises(InputError, match="add the noise in float32"):
+        Once(steps=1)(x_t.half())
+    with pytest.raises(NotImplementedError, match="Adversary does not implement perturb"):
+        next(Adversary(steps=1)(x_t))
 
 
 def test_none_is_one_pass_at_zero():

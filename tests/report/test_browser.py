@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from robustdiff.report.html import write_report
+from robustdiff.report.pictures import Pictures
 
 ROOT = Path(__file__).resolve().parents[2]
 AXE = """
@@ -27,7 +28,7 @@ def pages(make_run, tmp_path_factory) -> dict[str, Path]:
     """A report of two runs, and one of a study."""
     folder = tmp_path_factory.mktemp("pages")
     runs = [str(make_run(folder / "free")), str(make_run(folder / "plain", gains=(1.0,), finished=False))]
-    write_report(runs, folder / "runs.html", num=4, samplers=["ddim", "dpm++"], steps=[2, 3])
+    write_report(runs, folder / "runs.html", pictures=Pictures(4, samplers=["ddim", "dpm++"], steps=[2, 3]))
     name = "fashion-16-consistency"
     study = ROOT / "benchmarks" / "studies" / f"{name}.yaml"
     write_report([str(study)], folder / "study.html", ROOT / "benchmarks" / "results" / name)

@@ -22,7 +22,7 @@ from robustdiff.errors import InputError
 from robustdiff.evaluation.generate import Generator
 from robustdiff.report import html as html_module
 from robustdiff.report.html import write_report
-from robustdiff.report.pictures import gallery
+from robustdiff.report.pictures import Pictures, gallery
 
 VOID = {"meta", "img", "input", "br", "path", "rect"}
 ROOT = Path(__file__).resolve().parents[2]
@@ -83,7 +83,7 @@ def read(path: Path) -> Page:
 def report(make_run, tmp_path_factory) -> Path:
     """The report of a run that improved, without a model of another size than the start's in between."""
     folder = tmp_path_factory.mktemp("report")
-    write_report([str(make_run(folder / "free"))], folder / "report.html", num=4, steps=[2, 3])
+    write_report([str(make_run(folder / "free"))], folder / "report.html", pictures=Pictures(4, steps=[2, 3]))
     return folder / "report.html"
 
 
@@ -135,7 +135,7 @@ def test_pictures_are_of_the_start_the_best_and_the_last_model_from_the_same_noi
 
 def test_the_same_call_makes_the_same_file(report, make_run, tmp_path):
     before = report.read_bytes()
-    write_report([str(report.parent / "free")], report, num=4, steps=[2, 3])
+    write_report([str(report.parent / "free")], report, pictures=Pictures(4, steps=[2, 3]))
     assert report.read_bytes() == before
 
 
@@ -201,7 +201,7 @@ def test_words_of_a_run_are_words_on_the_page(make_run, tmp_path):
     evaluated = {"data": HOSTILE, "features": HOSTILE, "seed": 0, "cells": [{**cell, "fid_ci": [0.5, 1.5]}]}
     (tmp_path / "evaluated").mkdir()
     (tmp_path / "evaluated" / "result.json").write_text(json.dumps(evaluated))
-    write_report([str(run)], tmp_path / "r.html", results=[tmp_path / "evaluated"], num=0)
+    write_report([str(run)], tmp_path / "r.html", results=[tmp_path / "evaluated"])
     contents = (tmp_path / "r.html").read_text(encoding="utf-8")
     page = Page(contents)
     assert len(page.all("script")) == len(page.all("style")) == 1
@@ -216,14 +216,14 @@ def test_words_of_a_run_are_words_on_the_page(make_run, tmp_path):
 def test_a_run_that_is_not_finished_has_a_report(make_run, tmp_path):
     """Without a result, and without anything but its recipe."""
     run = make_run(tmp_path / "half", finished=False)
-    write_report([str(run)], tmp_path / "half.html", num=1, steps=[1])
+    write_report([str(run)], tmp_path / "half.html", pictures=Pictures(1, steps=[1]))
     text = read(tmp_path / "half.html").text
     assert "The run is not finished: 60 of 999 updates are logged" in text
     assert "Measured on the noise by which the checkpoint is chosen" in text
     assert "half has no model yet." in text
     for name in ("data.json", "metrics.jsonl", "watch.jsonl"):
         (run / name).unlink()
-    write_report([str(run)], tmp_path / "half.html", num=0)
+    write_report([str(run)], tmp_path / "half.html")
     assert "0 of 999 updates are logged" in read(tmp_path / "half.html").text
 
 
@@ -243,7 +243,9 @@ def test_a_model_of_text_is_sampled_for_its_prompts_or_the_captions_of_its_data(
     data["fingerprint"] = "2e"
     (run / "data.json").write_text(json.dumps(data))
     said: list[str] = []
-    write_report([str(run)], tmp_path / "r.html", num=2, samplers=["ddim"], steps=[1], on_read=said.append)
+    write_report(
+        [str(run)], tmp_path / "r.html", pictures=Pictures(2, samplers=["ddim"], steps=[1]), on_read=said.append
+    )
     assert said == [
         f"{run}/recipe.yaml names the data: reading {photos}",
         f"{run}/recipe.yaml names the starting checkpoint: reading {tmp_path / 'base'}",
@@ -253,25 +255,25 @@ def test_a_model_of_text_is_sampled_for_its_prompts_or_the_captions_of_its_data(
     assert "a red shoe </script>" in page.text
     assert len(page.all("script")) == 1
     structure(page)
-    more = {"prompts": ["blue <i>"], "guidance": 3.0}
-    write_report([str(run)], tmp_path / "r.html", num=2, samplers=["ddim"], steps=[1], **more)
+    pictures = Pictures(2, samplers=["ddim"], steps=[1], prompts=["blue <i>"], guidance=3.0)
+    write_report([str(run)], tmp_path / "r.html", pictures=pictures)
     page = read(tmp_path / "r.html")
     assert "Captions blue <i> blue <i>" in page.text
     assert "--guidance 3 --prompt 'blue <i>'" in page.text
     shutil.rmtree(photos)
     with pytest.raises(InputError, match="--prompt"):
-        write_report([str(run)], tmp_path / "r.html", num=2, samplers=["ddim"], steps=[1])
+        write_report([str(run)], tmp_path / "r.html", pictures=Pictures(2, samplers=["ddim"], steps=[1]))
 
 
 def test_a_run_that_was_not_watched_says_so(make_run, tmp_path):
     run = make_run(tmp_path / "plain", gains=())
-    write_report([str(run)], tmp_path / "r.html", num=0)
+    write_report([str(run)], tmp_path / "r.html")
     assert "No metric was watched during the training" in read(tmp_path / "r.html").text
 
 
 def test_a_run_that_did_not_help_says_so(make_run, tmp_path):
     run = make_run(tmp_path / "bad", gains=(3.0, 9.0))
-    write_report([str(run)], tmp_path / "r.html", num=1, steps=[1])
+    write_report([str(run)], tmp_path / "r.html", pictures=Pictures(1, steps=[1]))
     text = read(tmp_path / "r.html").text
     assert "The training did not help: no watched checkpoint had a better mean FID than the starting" in text
     assert "The best checkpoint of bad is the one that it started from." in text
@@ -291,13 +293,13 @@ def test_the_verdict_is_what_the_interval_of_the_difference_says(make_run, tmp_p
     result = json.loads((run / "result.json").read_text())
     result["best"]["difference_ci"] = ends
     (run / "result.json").write_text(json.dumps(result))
-    write_report([str(run)], tmp_path / "r.html", num=0)
+    write_report([str(run)], tmp_path / "r.html")
     assert words in read(tmp_path / "r.html").text
 
 
 def test_a_training_from_nothing_has_values_in_place_of_differences(make_run, tmp_path):
     run = make_run(tmp_path / "new", gains=(9.0, 3.0), start=False)
-    write_report([str(run)], tmp_path / "r.html", num=0)
+    write_report([str(run)], tmp_path / "r.html")
     text = read(tmp_path / "r.html").text
     assert "The best checkpoint, of update 40, has a mean FID of 11.67" in text
     assert "minus that of the start" not in text
@@ -308,7 +310,7 @@ def test_several_runs_stand_side_by_side(make_run, tmp_path):
     runs = [make_run(tmp_path / "a"), make_run(tmp_path / "b", gains=(4.0,))]
     recipe = runs[1] / "recipe.yaml"
     recipe.write_text(recipe.read_text().replace("lr: 0.0001", "lr: 0.02"))
-    write_report([str(run) for run in runs], tmp_path / "r.html", num=1, steps=[1])
+    write_report([str(run) for run in runs], tmp_path / "r.html", pictures=Pictures(1, steps=[1]))
     page = read(tmp_path / "r.html")
     assert "lr 0.0001 0.02" in page.text
     assert "a, best, update 40" in page.text
@@ -384,7 +386,7 @@ def test_a_page_that_is_too_large_is_refused(make_run, tmp_path, monkeypatch):
     run = make_run(tmp_path / "run")
     monkeypatch.setattr(html_module, "MOST_BYTES", 2**10)
     with pytest.raises(InputError, match="at most"):
-        write_report([str(run)], tmp_path / "r.html", num=0)
+        write_report([str(run)], tmp_path / "r.html")
     assert not (tmp_path / "r.html").exists()
 
 

@@ -139,7 +139,7 @@ def test_all_make_the_same_number_of_backward_passes(name):
     settings = {"adversary": name} if name == "none" else {"adversary.name": name}
     changes = module._scaled(tuning, settings, 600)
     recipe = load_recipe("fashion-16-at", changes={**tuning.set, **changes})
-    assert recipe.steps * recipe.adversary.backward_passes == 600
+    assert recipe.steps * recipe.adversary.example().backward_passes == 600
     share = recipe.steps / 1200
     assert recipe.ema**recipe.steps == pytest.approx(0.995**1200), "the start keeps its weight"
     assert recipe.warmup == round(120 * share)

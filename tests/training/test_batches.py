@@ -113,7 +113,7 @@ def test_a_run_fails_of_the_images_of_its_own_batches_when_it_comes_to_them(tiny
 
 def batches_of(trainer, device):
     accelerator: Any = SimpleNamespace(device=torch.device(device), process_index=0, num_processes=1)
-    parts = trainer.dataset, trainer.built, trainer.objective, trainer.buckets, trainer.sizes
+    parts = trainer.dataset, trainer.built, trainer.objective, trainer.buckets, trainer.sizes, trainer.adversary.passes
     return Batches(trainer.recipe, accelerator, *parts, trainer.batch)
 
 

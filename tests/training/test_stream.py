@@ -68,8 +68,11 @@ def test_the_numbers_that_choose_captions_are_a_function_of_seed_and_batch():
 
 @pytest.mark.parametrize("seed", [0, 2**31, 2**63 - 1])
 def test_large_seeds_are_seeds(seed):
-    batch_generator(seed, 0, "cpu")
-    batches(1, length=5, batch_size=2, seed=seed)
+    drawn = [torch.rand(4, generator=batch_generator(own, 0, "cpu")) for own in (seed, seed, seed ^ 1)]
+    assert torch.equal(drawn[0], drawn[1])
+    assert not torch.equal(drawn[0], drawn[2])
+    first, again = (batches(1, length=5, batch_size=2, seed=seed) for _ in range(2))
+    assert all(np.array_equal(one, other) for one, other in zip(first, again, strict=True))
 
 
 # -- buckets ---------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ import json
 import math
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -17,8 +18,9 @@ from safetensors.torch import load_file
 from robustdiff.backbones.model import load_model
 from robustdiff.data import load_dataset
 from robustdiff.errors import InputError, RunError
+from robustdiff.perturbation import ADVERSARIES, Adversary, AdversaryConfig
 from robustdiff.training.build import build_model
-from robustdiff.training.run import train
+from robustdiff.training.run import own_state_of_accelerate, train
 from robustdiff.training.trainer import Trainer
 
 
@@ -391,6 +393,16 @@ def test_a_parameter_that_the_last_update_broke_is_not_saved(tiny):
 # -- what a run leaves behind ---------------------------------------------------------------------------------
 
 
+def test_a_run_has_a_precision_of_its_own():
+    """The state that accelerate shares between its accelerators is where this package takes it to be."""
+    own = Accelerator(cpu=True, mixed_precision="bf16")
+    with pytest.raises(ValueError, match="mixed_precision"):
+        Accelerator(cpu=True, mixed_precision="no")
+    with own_state_of_accelerate():
+        assert Accelerator(cpu=True, mixed_precision="no").mixed_precision == "no"
+    assert (own.mixed_precision, Accelerator(cpu=True).mixed_precision) == ("bf16", "bf16")
+
+
 def test_the_accelerator_of_the_caller_keeps_its_precision(tiny):
     own = Accelerator(cpu=True, mixed_precision="bf16")
     train(tiny(steps=2), cpu=True)
@@ -419,6 +431,49 @@ def test_metrics_and_result(tiny, watch):
 
 def test_backward_passes_of_pgd_are_counted_whole(tiny):
     assert train(tiny(steps=2, adversary={"name": "pgd", "steps": 2}), cpu=True)["backward_passes"] == 6
+
+
+@pytest.fixture
+def halves(monkeypatch):
+    """The adversary "halves" of recipes, which yields δ = 0 as often as told and says its passes."""
+
+    class Halves(Adversary):
+        def __init__(self, passes, yields):
+            super().__init__(steps=passes)
+            self.yields = yields
+
+        def __call__(self, x_t, t=None, *, loss=None, training_step=None):
+            for _ in range(self.yields):
+                yield torch.zeros_like(x_t)
+
+    class HalvesConfig(AdversaryConfig):
+        name: Literal["halves"] = "halves"
+        steps: int = 3  # as in the section of FreeAdversary, which is of no account here
+        passes: int = 1
+        yields: int = 1
+
+        def build(self, process):
+            return Halves(self.passes, self.yields)
+
+    monkeypatch.setitem(ADVERSARIES._entries, "halves", HalvesConfig)
+
+
+@pytest.mark.parametrize("capture", [False, True])
+@pytest.mark.usefixtures("halves")
+def test_the_adversary_alone_says_how_often_it_passes_over_a_batch(tiny, capture):
+    adversary = {"name": "halves", "passes": 2, "yields": 2}
+    result = train(tiny(steps=6, adversary=adversary, capture=capture), cpu=True)
+    assert (result["steps"], result["batches"], result["backward_passes"]) == (6, 3, 6)
+
+
+@pytest.mark.parametrize("capture", [False, True])
+@pytest.mark.parametrize(("passes", "yields", "number"), [(3, 1, "1"), (2, 0, "0"), (1, 2, "more than 1")])
+@pytest.mark.usefixtures("halves")
+def test_an_adversary_that_contradicts_itself_fails_the_run(tiny, passes, yields, number, capture):
+    recipe = tiny(steps=6, adversary={"name": "halves", "passes": passes, "yields": yields}, capture=capture)
+    with pytest.raises(RunError, match=f"Halves yields {number} perturbations.*Halves.passes is {passes}"):
+        train(recipe, cpu=True)
+    assert not (Path(recipe.output) / "result.json").exists()
 
 
 def test_tensorboard_gets_the_metrics(tiny):

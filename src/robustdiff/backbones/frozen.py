@@ -78,8 +78,8 @@ class FrozenWeights:
         update_fingerprint(self._digest, value)
         path, _, last = name.rpartition(".")
         owner = network.get_submodule(path)
-        if last in owner._buffers:
-            owner._buffers[last] = value
+        if last in dict(owner.named_buffers(recurse=False, remove_duplicate=False)):
+            setattr(owner, last, value)
             return
         held = value.to(self.dtype)
         if not held.isfinite().all():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
@@ -15,6 +16,20 @@ if TYPE_CHECKING:
     from robustdiff.recipe import DataConfig
 
 _T = TypeVar("_T")
+
+
+_PACKAGE = Path(__file__).parents[1]
+
+
+def shipped_samplers() -> list[str]:
+    """Return the names of the samplers of this package, from their files: to import them would import torch."""
+    texts = (path.read_text(encoding="utf-8") for path in (_PACKAGE / "samplers").glob("*.py"))
+    return sorted(name for text in texts for name in re.findall(r'^@SAMPLERS\.register\("(.+)"\)', text, re.MULTILINE))
+
+
+def shipped_extractors() -> list[str]:
+    """Return the names of the feature extractors whose weights are files of this package."""
+    return sorted(path.stem for path in (_PACKAGE / "metrics" / "weights").glob("*.safetensors"))
 
 
 def given(**options: Any) -> dict[str, Any]:
@@ -142,7 +157,7 @@ SetData = Annotated[
     typer.Option("--set", metavar="data.FIELD=VALUE", help="Change how the real images are read: --set data.size=16"),
 ]
 Features = Annotated[
-    str | None, typer.Option(help="digits, fashion-16, fashion-mnist, inception, or a .safetensors file.")
+    str | None, typer.Option(help=f"{', '.join(shipped_extractors())}, inception, or a .safetensors file.")
 ]
 Weights = Annotated[Path | None, typer.Option(help="The weights file of Inception.")]
 Spacing = Annotated[

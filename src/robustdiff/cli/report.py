@@ -45,10 +45,11 @@ def report(
     from robustdiff.distributed import make_accelerator
     from robustdiff.report.bar import Bar
     from robustdiff.report.html import write_report
+    from robustdiff.report.pictures import Pictures
 
-    settings: dict[str, Any] = {"num": num, "seed": seed, "guidance": guidance, "prompts": prompts}
-    settings |= {"samplers": options.parse_names(sampler), "steps": options.parse_counts(steps)}
-    settings |= {"device": make_accelerator(cpu).device, "on_read": lambda message: say(message, err)}
+    names, counts = options.parse_names(sampler), options.parse_counts(steps)
+    pictures = Pictures(num, names, counts, seed, guidance, prompts)
+    settings: dict[str, Any] = {"device": make_accelerator(cpu).device, "on_read": lambda message: say(message, err)}
     with Bar(err) as bar:
-        size = write_report(sources, output, folder, results, progress=bar, **settings)
+        size = write_report(sources, output, folder, results, pictures=pictures, progress=bar, **settings)
     say(f"{output} has {size / 2**20:.1f} MB, and loads nothing")

@@ -21,7 +21,7 @@ def sample(
     num: Annotated[int, typer.Option(min=1, help="The number of images.")] = 64,
     sampler: Annotated[
         str | None,
-        typer.Option(help="ddim, iddpm, dpm++, es, time-shift; euler: flows; multistep, lcm: consistency models."),
+        typer.Option(help=f"{', '.join(options.shipped_samplers())}; by default one that suits the model."),
     ] = None,
     steps: Annotated[
         str | None,
@@ -34,12 +34,17 @@ def sample(
         int | None, typer.Option("--class", help="The class of all images; all in turn by default.")
     ] = None,
     eps_scale: Annotated[
-        str | None, typer.Option(help="The divisor of the predicted noise, 1.017 for es by default; for es also k,b.")
+        str | None,
+        typer.Option(help="As --set eps_scale=…: the divisor of the predicted noise; for es also k,b, as [k, b]."),
     ] = None,
-    window: Annotated[int | None, typer.Option(help="time-shift: the window's width, in training times.")] = None,
-    cutoff: Annotated[int | None, typer.Option(help="time-shift: the time down from which nothing is shifted.")] = None,
+    window: Annotated[
+        int | None, typer.Option(help="As --set window=…: for time-shift, the window's width in training times.")
+    ] = None,
+    cutoff: Annotated[
+        int | None, typer.Option(help="As --set cutoff=…: for time-shift, the time from which down nothing is shifted.")
+    ] = None,
     overrides: Annotated[
-        list[str], typer.Option("--set", metavar="OPTION=VALUE", help="Another option of the sampler: --set window=20")
+        list[str], typer.Option("--set", metavar="OPTION=VALUE", help="An option of the sampler: --set window=20")
     ] = [],  # noqa: B006
     spacing: options.Spacing = None,
     guidance: options.Guidance = None,

@@ -73,15 +73,8 @@ def _lists(texts: list[str]) -> dict[str, list[Any]]:
         key, separator, listed = text.partition("=")
         if not separator or not key or key in values:
             raise InputError(f"--try {text}: write each field once, as in --try adversary.step_size=0.03,0.1,0.3")
-        values[key] = [_number(value) for value in parse_yaml(f"[{listed}]", f"--try {text}")]
+        values[key] = parse_yaml(f"[{listed}]", f"--try {text}")
     return values
-
-
-def _number(value: Any) -> Any:
-    try:
-        return float(value) if isinstance(value, str) else value  # YAML 1.1 reads 1e-4 as a string
-    except ValueError:
-        return value
 
 
 def _show_plan(settings: Tuning, speed: Speed, processes: int) -> None:

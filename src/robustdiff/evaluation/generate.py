@@ -81,8 +81,8 @@ class Generator:
     """
 
     model: Model
-    sampler: str = "ddim"
-    steps: int | str = 50
+    sampler: str
+    steps: int | str
     seed: int = 0
     batch_size: int = 128
     precision: str = "fp32"

@@ -27,6 +27,8 @@ __all__ = ["FEWEST", "Reference", "load_reference", "reference_statistics"]
 FEWEST = 4
 """The smallest number of images for which every metric is defined: precision needs three neighbours, KID two groups."""
 
+_BATCH = 256  # images at a time
+
 
 @dataclass(frozen=True, eq=False)
 class Reference:
@@ -83,12 +85,12 @@ def load_reference(path: str | os.PathLike[str], extractor: FeatureExtractor) ->
     return Reference(mean, (cov + cov.T) / 2, extractor.fingerprint)
 
 
-def _read_pixels(dataset: ImageDataset, batch_size: int) -> tuple[str, float]:
+def _read_pixels(dataset: ImageDataset) -> tuple[str, float]:
     """Return the sha256 of the number of images, their shape and all their pixels in order, and the pixels' mean."""
     digest = hashlib.sha256(f"{len(dataset)} {tuple(dataset.shape)}\n".encode())
     total = count = 0
-    for start in range(0, len(dataset), batch_size):
-        images = dataset.__getitems__(range(start, min(start + batch_size, len(dataset))))[0]
+    for start in range(0, len(dataset), _BATCH):
+        images = dataset.__getitems__(range(start, min(start + _BATCH, len(dataset))))[0]
         digest.update(images.contiguous().numpy().tobytes())
         total += int(images.sum(dtype=torch.int64))
         count += images.numel()
@@ -99,7 +101,6 @@ def reference_statistics(
     dataset: ImageDataset,
     extractor: FeatureExtractor,
     cache_dir: str | os.PathLike[str] | None = None,
-    batch_size: int = 256,
 ) -> Reference:
     """Return the statistics of a dataset under an extractor, and cache them on disk.
 
@@ -113,7 +114,7 @@ def reference_statistics(
     """
     if len(dataset) < FEWEST:
         raise InputError(f"{dataset.name}: {len(dataset)} real images; give {FEWEST} or more, better thousands")
-    content, brightness = _read_pixels(dataset, batch_size)
+    content, brightness = _read_pixels(dataset)
     key = hashlib.sha256(f"{content} {extractor.fingerprint}".encode()).hexdigest()
     path = Path(cache_folder() if cache_dir is None else cache_dir) / f"reference-{key}.npz"
     if path.exists():
@@ -122,8 +123,8 @@ def reference_statistics(
         except (KeyError, TypeError, ValueError) as error:
             warnings.warn(f"unusable cache entry, computed again: {error}", stacklevel=2)
     moments, reservoir = Moments(extractor.dim, blocks=1), Reservoir(extractor.dim)
-    for start in range(0, len(dataset), batch_size):
-        images = dataset.__getitems__(range(start, min(start + batch_size, len(dataset))))[0]
+    for start in range(0, len(dataset), _BATCH):
+        images = dataset.__getitems__(range(start, min(start + _BATCH, len(dataset))))[0]
         features = extractor.extract(images)
         moments.update(features, start)
         reservoir.update(features, start)

@@ -51,11 +51,11 @@ from scipy.spatial import KDTree
 from scipy.spatial.distance import cdist
 
 from robustdiff.errors import InputError
+from robustdiff.metrics.bootstrap import Array
 from robustdiff.metrics.fid import frechet_distance
 
 __all__ = [
     "IMAGE_BLOCKS",
-    "Array",
     "Estimate",
     "Subsets",
     "energy_distance",
@@ -68,7 +68,6 @@ __all__ = [
     "sliced_wasserstein",
 ]
 
-Array = NDArray[np.float64]
 Subsets = NDArray[np.bool_]
 
 IMAGE_BLOCKS = 20

@@ -30,7 +30,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from robustdiff.mismatch.distances import IMAGE_BLOCKS, Array, Subsets, image_block_of
+from robustdiff.metrics.bootstrap import Array
+from robustdiff.mismatch.distances import IMAGE_BLOCKS, Subsets, image_block_of
 
 __all__ = ["BlockMoments"]
 

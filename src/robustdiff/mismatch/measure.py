@@ -49,9 +49,9 @@ from robustdiff.data import ImageDataset, to_unit
 from robustdiff.errors import InputError, RunError
 from robustdiff.evaluation.generate import Generator
 from robustdiff.evaluation.noise import NOISE, ImageNoise
+from robustdiff.metrics.bootstrap import Array
 from robustdiff.mismatch.distances import (
     IMAGE_BLOCKS,
-    Array,
     Estimate,
     energy_distance,
     estimate,

@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from robustdiff.objectives.objective import predict
-from robustdiff.perturbation import PGDAdversary
+from robustdiff.perturbation import PGDAdversary, Points
 from robustdiff.process import DiffusionProcess, Prediction, broadcast
 from robustdiff.progress import SILENT, Progress
 
@@ -85,7 +85,7 @@ class _WorstPoint(PGDAdversary):
             highest = torch.where(higher, losses.detach(), highest)
             worst = torch.where(broadcast(higher, x_t), delta.detach(), worst)
             if step < self.steps:
-                delta = self._ascend(delta.detach(), grad, x_t, None, None)
+                delta = self._ascend(delta.detach(), grad, Points(x_t))
         return worst, highest
 
     def inside(self, x_t: Tensor, radius: float, generator: torch.Generator) -> Tensor:

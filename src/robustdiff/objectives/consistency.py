@@ -34,8 +34,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Collection, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, ClassVar, Literal, get_args
@@ -163,7 +163,13 @@ elements."""
 
 
 class ScaleSchedule(ABC):
-    """The number N of levels and the decay μ of the target network as functions of the number of updates made."""
+    """The number N of levels and the decay μ of the target network as functions of the number of updates made.
+
+    Attributes:
+        fixed: True if both are the same throughout.
+    """
+
+    fixed: ClassVar[bool] = False
 
     @abstractmethod
     def __call__(self, updates: int) -> tuple[int, float]:
@@ -179,6 +185,7 @@ def _check_decay(decay: float) -> None:
 class FixedScales(ScaleSchedule):
     """A constant number of levels N = ``scales`` ≥ 2 and a constant decay μ in [0, 1)."""
 
+    fixed: ClassVar[bool] = True
     scales: int
     decay: float
 
@@ -272,6 +279,17 @@ def move(x_next: Tensor, solved: Tensor, delta: Tensor | None, perturb: Perturbe
     return x_next, solved + delta, delta.requires_grad and torch.is_grad_enabled()
 
 
+def _recorded(device: torch.device) -> bool:
+    """Return whether what is computed on a device is recorded as a CUDA graph."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def _states(device: torch.device) -> list[Tensor]:
+    """Return the states of the generators from which a network on a device draws."""
+    states = [torch.get_rng_state()]
+    return [*states, torch.cuda.get_rng_state(device)] if device.type == "cuda" else states
+
+
 class ConsistencyObjective(Objective):
     """The consistency loss, as a callable.
 
@@ -333,6 +351,7 @@ class ConsistencyObjective(Objective):
         self.weighting = weighting
         self.times = times
         self.sigma_min, self.sigma_max, self.rho, self.sigma_data = sigma_min, sigma_max, rho, sigma_data
+        self._drops_out: bool | None = None  # whether the target does; None before it was called
         self._set_scales()
 
     def _set_scales(self) -> None:
@@ -378,36 +397,55 @@ class ConsistencyObjective(Objective):
 
     def __call__(self, model: Callable[..., Any], draw: Draw, delta: Tensor | None = None) -> dict[str, Tensor]:
         """Return the losses of the student with δ added to ``draw.x_t``, in at least float32: "loss" (weighted) and
-        "distance"."""
+        "distance".
+
+        Raises:
+            RuntimeError: If the call is recorded as a CUDA graph, and the target was not seen to be without dropout in
+                a call before.
+        """
         assert isinstance(draw, ConsistencyDraw)
         x_next, solved, through_target = move(draw.x_next, draw.solved, delta, self.perturb)
         student = Preconditioned(model, self.sigma_data, self.sigma_min)
         target = Preconditioned(self.target, self.sigma_data, self.sigma_min)
-        with self._fork(draw.x0.device):
+        with self._restored_generators(draw.x0.device):
             end = student(x_next, draw.upper, **draw.condition)
-        with torch.set_grad_enabled(through_target):
+        with self._observed_generators(draw.x0.device), torch.set_grad_enabled(through_target):
             goal = target(solved, draw.lower, **draw.condition)
         precision = precise(draw.x0.dtype)
         distance = self.distance(end.to(precision), goal.to(precision))
         return {"loss": distance if draw.weight is None else draw.weight * distance, "distance": distance}
 
-    def _fork(self, device: torch.device) -> AbstractContextManager[None]:
+    @property
+    def _may_drop_out(self) -> bool:
+        return getattr(self.target, "training", True)  # in eval mode nothing is dropped out
+
+    def _restored_generators(self, device: torch.device) -> AbstractContextManager[None]:
         """Restore the generators after the block, so that the target's dropout is the student's, as in the original."""
-        # In eval mode nothing is dropped out. While a CUDA graph is recorded, which happens without dropout alone, the
-        # states of generators cannot be read.
-        recording = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-        if recording or not getattr(self.target, "training", True):
+        if not self._may_drop_out:
+            return nullcontext()
+        if _recorded(device):  # where the states of generators can be neither read nor set
+            if self._drops_out is not False:
+                raise RuntimeError("the target drops out what the student does")
             return nullcontext()
         fork = torch.random.fork_rng
         return fork([]) if device.type == "cpu" else fork([device], device_type=device.type)
 
+    @contextmanager
+    def _observed_generators(self, device: torch.device) -> Iterator[None]:
+        """Compare the states of the generators before and after the block, in which the target is evaluated.
+
+        Dropout may be a layer or a function, so that a look at the network's modules cannot tell.
+        """
+        if not self._may_drop_out or _recorded(device):
+            yield
+            return
+        before = _states(device)
+        yield
+        drew = any(not torch.equal(*states) for states in zip(before, _states(device), strict=True))
+        self._drops_out = drew or bool(self._drops_out)
+
     def unrecordable(self) -> str | None:
-        if not isinstance(self.schedule, FixedScales):
-            return "the number of levels changes in the run"
-        dropout = (module for module in self.target.modules() if "drop" in type(module).__name__.lower())
-        if self.target.training and any(getattr(module, "p", 1) > 0 for module in dropout):
-            return "the target drops out what the student does"
-        return None
+        return None if self.schedule.fixed else "the number of levels changes in the run"
 
     @torch.no_grad()
     def after_update(self, model: nn.Module, stepped: Tensor | None = None) -> None:

@@ -36,17 +36,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
+import numpy as np
 import torch
-from pydantic import Field
+from pydantic import AfterValidator, Field
 from torch import Tensor
 from torch.nn import Module
 
 from robustdiff.errors import InputError
 from robustdiff.objectives.objective import OBJECTIVES, Draw, Objective, ObjectiveConfig, gaussian, precise, predict
 from robustdiff.objectives.preconditioning import Denoise
-from robustdiff.objectives.timesteps import TIMESTEPS, LossSecondMoment, TimestepSampler, uniform
+from robustdiff.objectives.timesteps import TIMESTEPS, TimestepSampler, uniform
 from robustdiff.process import PREDICTIONS, DiffusionProcess, Prediction, ProcessConfig, broadcast
 
 __all__ = ["DenoisingConfig", "DenoisingObjective", "Variance"]
@@ -144,15 +145,12 @@ class DenoisingObjective(Objective):
         return {"input_noise": torch.randn(shape, generator=generator, device=generator.device)}
 
     def state(self) -> dict[str, Any]:
-        """Return the losses that the distribution of the times has stored."""
-        if not isinstance(self.timesteps, LossSecondMoment):
-            return {}
+        """Return what the distribution of the times has taken from losses."""
         return {name: value.tolist() for name, value in self.timesteps.state_dict().items()}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        if isinstance(self.timesteps, LossSecondMoment):
-            losses = torch.tensor(state["losses"], dtype=torch.float64)
-            self.timesteps.load_state_dict({"losses": losses, "counts": torch.tensor(state["counts"])})
+        # numpy makes float64 of Python's numbers.
+        self.timesteps.load_state_dict({name: torch.from_numpy(np.asarray(value)) for name, value in state.items()})
 
     def __call__(self, model: Callable[..., Any], draw: Draw, delta: Tensor | None = None) -> dict[str, Tensor]:
         """Return the losses at x_t + δ, in at least float32: "loss" (weighted), "mse", and for a learned variance "vb".
@@ -219,6 +217,11 @@ def _log_likelihood_of_pixels(x0: Tensor, mean: Tensor, log_variance: Tensor) ->
     return probability.clamp_min(1e-12).log()
 
 
+def _known(name: str) -> str:
+    TIMESTEPS[name]  # raises for an unknown name
+    return name
+
+
 @OBJECTIVES.register("denoising")
 class DenoisingConfig(ObjectiveConfig):
     """The denoising loss of a diffusion model or of flow matching."""
@@ -227,8 +230,10 @@ class DenoisingConfig(ObjectiveConfig):
     prediction: Prediction = "epsilon"  # type: ignore[misc]
     variance: Variance = "fixed"
     vb_scale: float | None = Field(None, gt=0, description="the factor of the variational bound; learned_range only")
-    timesteps: Literal["uniform", "logit-normal", "loss-second-moment"] = Field(
-        "uniform", description="the distribution of times"
+    timesteps: Annotated[str, AfterValidator(_known)] = Field(
+        "uniform",
+        description="the distribution of times",
+        json_schema_extra=lambda schema: schema.update(enum=list(TIMESTEPS)),
     )
     input_perturbation: float = Field(0.0, ge=0, description="the strength γ of input perturbation; 0: none")
     through_target: bool = Field(False, description="true: the gradient with respect to δ includes the target")

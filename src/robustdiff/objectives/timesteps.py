@@ -25,12 +25,14 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from robustdiff.errors import InputError
 from robustdiff.process import DiffusionProcess, Table
+from robustdiff.registry import Registry
 
 __all__ = [
     "TIMESTEPS",
@@ -54,7 +56,13 @@ def double(device: torch.device) -> torch.dtype:
 
 
 class TimestepSampler(ABC):
-    """The base class of distributions over times."""
+    """The base class of distributions over times.
+
+    Attributes:
+        adaptive: True if the distribution depends on the losses of the batches before (:meth:`update`).
+    """
+
+    adaptive: ClassVar[bool] = False
 
     def draw(
         self, n: int, generator: torch.Generator | None = None, device: torch.device | None = None
@@ -76,6 +84,21 @@ class TimestepSampler(ABC):
     @abstractmethod
     def _draw(self, n: int, generator: torch.Generator | None, device: torch.device) -> tuple[Tensor, Tensor | None]:
         """Draw times on the device of the generator, if there is one."""
+
+    def update(self, t: Tensor, losses: Tensor) -> None:  # noqa: B027  (most distributions do not change)
+        """Take the losses of a batch into account, if the distribution is adaptive.
+
+        Args:
+            t: The times, with shape (B,).
+            losses: The unweighted losses, with shape (B,), in the order of the batch.
+        """
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return a copy of what the distribution has taken from losses, on the CPU."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:  # noqa: B027
+        """Restore a state that :meth:`state_dict` returned."""
 
 
 class Uniform(TimestepSampler):
@@ -184,6 +207,8 @@ class LossSecondMoment(TimestepSampler):
         history: The number of losses that are stored for each time.
     """
 
+    adaptive = True
+
     def __init__(self, T: int, history: int = 10) -> None:
         self.T = T
         self._losses = torch.zeros(T, history, dtype=torch.float64)
@@ -244,21 +269,28 @@ class LossSecondMoment(TimestepSampler):
         self._counts.index_add_(0, t, kept.long())
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return a copy of the history, on the CPU."""
+        """Return a copy of the history."""
         return {"losses": self._losses.to("cpu", torch.float64, copy=True), "counts": self._counts.to("cpu", copy=True)}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Restore a history that :meth:`state_dict` returned."""
-        self._losses, self._counts = state["losses"].clone(), state["counts"].clone()
+        self._losses, self._counts = state["losses"].to(torch.float64, copy=True), state["counts"].clone()
 
 
+TIMESTEPS: Registry[Callable[[DiffusionProcess], TimestepSampler]] = Registry(
+    "distribution of times", "timesteps", folder="objectives"
+)
+"""Constructors of distributions over the times of a process, by name."""
+
+
+@TIMESTEPS.register("uniform")
 def uniform(process: DiffusionProcess) -> TimestepSampler:
     """Return the uniform distribution over the times of a process, continuous if the process's time is."""
     return Uniform(len(process)) if process.time_at is None else Continuous(process)
 
 
-TIMESTEPS: dict[str, Callable[[DiffusionProcess], TimestepSampler]] = {
-    "uniform": uniform,
-    "logit-normal": LogitNormal,
-    "loss-second-moment": lambda process: LossSecondMoment(len(process)),
-}
+TIMESTEPS.register("logit-normal")(LogitNormal)
+
+
+@TIMESTEPS.register("loss-second-moment")
+def _loss_second_moment(process: DiffusionProcess) -> TimestepSampler:
+    return LossSecondMoment(len(process))

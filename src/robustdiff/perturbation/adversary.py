@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar, Literal
 
@@ -13,17 +12,17 @@ from torch import Tensor
 
 from robustdiff.errors import InputError
 from robustdiff.perturbation.norms import NORMS
-from robustdiff.perturbation.radii import Constant, RadiusConfig, RadiusSchedule, Ramp
+from robustdiff.perturbation.radii import Constant, Points, RadiusConfig, RadiusSchedule, Ramp
 from robustdiff.process import DiffusionProcess, broadcast
 from robustdiff.registry import Registry
 from robustdiff.section import MOST_UPDATES, Named
 
-__all__ = ["ADVERSARIES", "Adversary", "AdversaryConfig", "AscentConfig", "LossOfDelta", "check_precision"]
+__all__ = ["ADVERSARIES", "Adversary", "AdversaryConfig", "AscentConfig", "LossOfDelta"]
 
 LossOfDelta = Callable[[Tensor], Tensor]
 
 
-def check_precision(x_t: Tensor) -> None:
+def _check_precision(x_t: Tensor) -> None:
     """Check that noisy points are fine enough for a perturbation.
 
     An element of δ is about α/√d long, which is less than the distance of two numbers near 1 in bfloat16 (2⁻⁷) for
@@ -41,10 +40,11 @@ def check_precision(x_t: Tensor) -> None:
         )
 
 
-class Adversary(ABC):
+class Adversary:
     """The base class of adversaries, which yield perturbations δ of noisy points.
 
-    A sample whose gradient is zero or not finite (as when fp16 overflows) keeps its δ, and is counted in ``skipped``.
+    A subclass implements :meth:`perturb`. A sample whose gradient is zero or not finite (as when fp16 overflows) keeps
+    its δ, and is counted in ``skipped``.
 
     Args:
         steps: The number K of steps, ≥ 1.
@@ -58,7 +58,12 @@ class Adversary(ABC):
 
     Raises:
         ValueError: If an argument is out of its range or the norm is unknown.
+
+    Attributes:
+        moves: False if every δ is 0, so that points of any precision are taken.
     """
+
+    moves: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -104,6 +109,11 @@ class Adversary(ABC):
         return self.steps
 
     @property
+    def backward_passes(self) -> int:
+        """The number of backward passes for each optimiser update, including those that only move δ."""
+        return 1
+
+    @property
     def ascents(self) -> int:
         """The number of ascent steps made for one batch."""
         return self.steps - 1
@@ -118,12 +128,11 @@ class Adversary(ABC):
         """
         if self.radius is None:
             return None
-        radius = self.radius(x_t, t, training_step, self.norm)
+        radius = self.radius(Points(x_t, t, training_step), self.norm)
         inside = radius > 0
         reached = inside & (self.norm(delta) >= (1 - 1e-3) * radius)  # up to rounding
         return torch.stack([reached.sum(), inside.sum()]).float()
 
-    @abstractmethod
     def __call__(
         self,
         x_t: Tensor,
@@ -143,18 +152,23 @@ class Adversary(ABC):
                 ramped radii.
 
         Raises:
-            InputError: If the points are in half precision (:func:`check_precision`).
+            InputError: If the points are in half precision, in which most of δ would be rounded away.
         """
+        if self.moves:
+            _check_precision(x_t)
+        return self.perturb(Points(x_t, t, training_step), loss)
 
-    def _project(self, delta: Tensor, x_t: Tensor, t: Tensor | None, training_step: int | Tensor | None) -> Tensor:
+    def perturb(self, points: Points, loss: LossOfDelta | None) -> Iterator[Tensor]:
+        """Yield the perturbations of a batch, as a subclass makes them; the arguments are those of a call."""
+        raise NotImplementedError(f"{type(self).__name__} does not implement perturb")
+
+    def _project(self, delta: Tensor, points: Points) -> Tensor:
         if self.radius is None:
             return delta
-        return self.norm.project(delta, self.radius(x_t, t, training_step, self.norm))
+        return self.norm.project(delta, self.radius(points, self.norm))
 
     @torch.no_grad()
-    def _ascend(
-        self, delta: Tensor, grad: Tensor, x_t: Tensor, t: Tensor | None, training_step: int | Tensor | None
-    ) -> Tensor:
+    def _ascend(self, delta: Tensor, grad: Tensor, points: Points) -> Tensor:
         """Return Π_r(δ + α d), except for samples whose gradient is zero or not finite: they keep δ and are counted."""
         flat = grad.flatten(1)
         usable = flat.isfinite().all(1) & (flat != 0).any(1)
@@ -163,7 +177,7 @@ class Adversary(ABC):
         step = self.step_size * self.norm.ascent(safe)
         if self.grad_floor > 0:
             step = step * broadcast((safe.flatten(1).norm(dim=1) / self.grad_floor).clamp_max(1), step)
-        moved = self._project(delta + step, x_t, t, training_step)
+        moved = self._project(delta + step, points)
         self._skipped += (~usable).sum()  # kept on the device: reading it here would stall a GPU
         return torch.where(broadcast(usable, delta), moved, delta)
 
@@ -173,15 +187,9 @@ class AdversaryConfig(Named):
 
     name: Any
 
-    @property
-    def backward_passes(self) -> int:
-        """The number of backward passes for each optimiser update, including those that only move δ."""
-        return 1
-
-    @property
-    def passes(self) -> int:
-        """The number of optimiser updates made on each batch."""
-        return 1
+    def example(self) -> Adversary:
+        """Return an adversary of this section for some process, to count its passes before the process is known."""
+        return self.build(DiffusionProcess.linear())
 
     @property
     def by_level(self) -> bool:
@@ -221,9 +229,9 @@ class AscentConfig(AdversaryConfig):
             raise ValueError("adversary.ramp needs adversary.radius: there is nothing else to ramp")
         return self
 
-    @property
-    def passes(self) -> int:
-        return self.steps
+    def example(self) -> Adversary:
+        # Without the radius, which alone depends on the process.
+        return self.model_copy(update={"radius": None, "ramp": 0}).build(DiffusionProcess.linear())
 
     @property
     def by_level(self) -> bool:

@@ -8,7 +8,8 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from robustdiff.perturbation.adversary import ADVERSARIES, Adversary, AscentConfig, LossOfDelta, check_precision
+from robustdiff.perturbation.adversary import ADVERSARIES, Adversary, AscentConfig, LossOfDelta
+from robustdiff.perturbation.radii import Points
 
 __all__ = ["FreeAdversary", "FreeConfig"]
 
@@ -24,16 +25,8 @@ class FreeAdversary(Adversary):
             x_t + delta, or backward was not called.
     """
 
-    def __call__(
-        self,
-        x_t: Tensor,
-        t: Tensor | None = None,
-        *,
-        loss: LossOfDelta | None = None,
-        training_step: int | Tensor | None = None,
-    ) -> Iterator[Tensor]:
-        check_precision(x_t)
-        delta = torch.zeros_like(x_t)
+    def perturb(self, points: Points, loss: LossOfDelta | None) -> Iterator[Tensor]:
+        delta = torch.zeros_like(points.x_t)
         for k in range(self.steps):
             delta = delta.detach().requires_grad_()
             yield delta
@@ -42,7 +35,7 @@ class FreeAdversary(Adversary):
                     raise RuntimeError(
                         "delta has no gradient: compute the loss at x_t + delta and call backward in the loop's body"
                     )
-                delta = self._ascend(delta, delta.grad, x_t, t, training_step)
+                delta = self._ascend(delta, delta.grad, points)
 
 
 @ADVERSARIES.register("free")

@@ -10,6 +10,7 @@ from pydantic import model_validator
 from torch import Tensor
 
 from robustdiff.perturbation.adversary import ADVERSARIES, Adversary, AscentConfig, LossOfDelta
+from robustdiff.perturbation.radii import Points
 from robustdiff.process import DiffusionProcess
 
 __all__ = ["NoAdversary", "NoConfig"]
@@ -18,18 +19,13 @@ __all__ = ["NoAdversary", "NoConfig"]
 class NoAdversary(Adversary):
     """Ordinary training: one pass at δ = 0."""
 
+    moves = False
+
     def __init__(self) -> None:
         super().__init__(steps=1)
 
-    def __call__(
-        self,
-        x_t: Tensor,
-        t: Tensor | None = None,
-        *,
-        loss: LossOfDelta | None = None,
-        training_step: int | Tensor | None = None,
-    ) -> Iterator[Tensor]:
-        yield torch.zeros_like(x_t)
+    def perturb(self, points: Points, loss: LossOfDelta | None) -> Iterator[Tensor]:
+        yield torch.zeros_like(points.x_t)
 
 
 @ADVERSARIES.register("none")
@@ -46,10 +42,6 @@ class NoConfig(AscentConfig):
             return value
         others = {name for kind in ADVERSARIES.values() for name in kind.model_fields} - cls.model_fields.keys()
         return {name: setting for name, setting in value.items() if name not in others}
-
-    @property
-    def passes(self) -> int:
-        return 1
 
     def build(self, process: DiffusionProcess) -> NoAdversary:
         return NoAdversary()

@@ -8,7 +8,8 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from robustdiff.perturbation.adversary import ADVERSARIES, Adversary, AscentConfig, LossOfDelta, check_precision
+from robustdiff.perturbation.adversary import ADVERSARIES, Adversary, AscentConfig, LossOfDelta
+from robustdiff.perturbation.radii import Points
 
 __all__ = ["PGDAdversary", "PGDConfig"]
 
@@ -27,26 +28,22 @@ class PGDAdversary(Adversary):
         return 1
 
     @property
+    def backward_passes(self) -> int:
+        return 1 + self.steps
+
+    @property
     def ascents(self) -> int:
         return self.steps
 
-    def __call__(
-        self,
-        x_t: Tensor,
-        t: Tensor | None = None,
-        *,
-        loss: LossOfDelta | None = None,
-        training_step: int | Tensor | None = None,
-    ) -> Iterator[Tensor]:
+    def perturb(self, points: Points, loss: LossOfDelta | None) -> Iterator[Tensor]:
         if loss is None:
             raise ValueError("PGDAdversary needs the loss as a function of delta: adversary(x_t, t, loss=…)")
-        check_precision(x_t)
-        delta = torch.zeros_like(x_t)
+        delta = torch.zeros_like(points.x_t)
         for _ in range(self.steps):
             delta = delta.detach().requires_grad_()
             with torch.enable_grad():
                 (grad,) = torch.autograd.grad(loss(delta).sum(), delta)
-            delta = self._ascend(delta, grad, x_t, t, training_step)
+            delta = self._ascend(delta, grad, points)
         yield delta
 
 
@@ -56,11 +53,3 @@ class PGDConfig(AscentConfig):
 
     adversary: ClassVar[type[Adversary]] = PGDAdversary
     name: Literal["pgd"] = "pgd"
-
-    @property
-    def passes(self) -> int:
-        return 1
-
-    @property
-    def backward_passes(self) -> int:
-        return 1 + self.steps

@@ -20,6 +20,7 @@ __all__ = [
     "Constant",
     "NoiseLevel",
     "PerDimension",
+    "Points",
     "RadiusConfig",
     "RadiusSchedule",
     "Ramp",
@@ -28,15 +29,41 @@ __all__ = [
 ]
 
 
+@dataclass(frozen=True)
+class Points:
+    """The noisy points of a batch, with what perturbations of them may depend on.
+
+    Attributes:
+        x_t: The points, with shape (B, *).
+        t: Their time indices, or times, with shape (B,), if they were given.
+        training_step: The number of optimiser updates made so far, a number or a scalar on the device, if it was given.
+    """
+
+    x_t: Tensor
+    t: Tensor | None = None
+    training_step: int | Tensor | None = None
+
+    @property
+    def times(self) -> Tensor:
+        """The time indices, with shape (B,).
+
+        Raises:
+            ValueError: If they were not given.
+        """
+        if self.t is None:
+            raise ValueError("a radius by timestep needs t: call adversary(x_t, t)")
+        return self.t
+
+
 class RadiusSchedule(ABC):
     """The radius r of the ball for each sample, which may depend on the timestep and on the number of updates made."""
 
     @abstractmethod
-    def __call__(self, x_t: Tensor, t: Tensor | None, training_step: int | Tensor | None, norm: Norm) -> Tensor:
-        """Return the radius for each of the noisy points ``x_t`` (B, *), with shape (B,).
+    def __call__(self, points: Points, norm: Norm) -> Tensor:
+        """Return the radius of each noisy point, with shape (B,).
 
         Raises:
-            ValueError: If the schedule depends on ``t`` or ``training_step`` and that argument is None.
+            ValueError: If the schedule depends on ``points.t`` or ``points.training_step``, and it is None.
         """
 
 
@@ -50,8 +77,8 @@ class Constant(RadiusSchedule):
         if not self.radius >= 0:
             raise ValueError(f"radius must be at least 0; got {self.radius}")
 
-    def __call__(self, x_t: Tensor, t: Tensor | None, training_step: int | Tensor | None, norm: Norm) -> Tensor:
-        return x_t.new_full((len(x_t),), self.radius)
+    def __call__(self, points: Points, norm: Norm) -> Tensor:
+        return points.x_t.new_full((len(points.x_t),), self.radius)
 
 
 @dataclass(frozen=True)
@@ -67,8 +94,8 @@ class PerDimension(RadiusSchedule):
         if not self.eta >= 0:
             raise ValueError(f"eta must be at least 0; got {self.eta}")
 
-    def __call__(self, x_t: Tensor, t: Tensor | None, training_step: int | Tensor | None, norm: Norm) -> Tensor:
-        return x_t.new_full((len(x_t),), self.eta * norm.of_ones(x_t[0].numel()))
+    def __call__(self, points: Points, norm: Norm) -> Tensor:
+        return points.x_t.new_full((len(points.x_t),), self.eta * norm.of_ones(points.x_t[0].numel()))
 
 
 @dataclass(frozen=True)
@@ -92,11 +119,9 @@ class NoiseLevel(RadiusSchedule):
         if not self.eta >= 0:
             raise ValueError(f"eta must be at least 0; got {self.eta}")
 
-    def __call__(self, x_t: Tensor, t: Tensor | None, training_step: int | Tensor | None, norm: Norm) -> Tensor:
-        if t is None:
-            raise ValueError("a radius by timestep needs t: call adversary(x_t, t)")
-        sigma = self.process.levels(t, x_t)[1].flatten()
-        return self.eta * norm.of_ones(x_t[0].numel()) * sigma
+    def __call__(self, points: Points, norm: Norm) -> Tensor:
+        sigma = self.process.levels(points.times, points.x_t)[1].flatten()
+        return self.eta * norm.of_ones(points.x_t[0].numel()) * sigma
 
 
 @dataclass(frozen=True)
@@ -135,10 +160,9 @@ class SamplerDistance(RadiusSchedule):
     def _radii(self) -> Table:
         return Table(self.distances().clamp_max(self.eta))
 
-    def __call__(self, x_t: Tensor, t: Tensor | None, training_step: int | Tensor | None, norm: Norm) -> Tensor:
-        if t is None:
-            raise ValueError("a radius by timestep needs t: call adversary(x_t, t)")
-        return self._radii.at(self.process.index(t), x_t).flatten() * norm.of_ones(x_t[0].numel())
+    def __call__(self, points: Points, norm: Norm) -> Tensor:
+        limited = self._radii.at(self.process.index(points.times), points.x_t).flatten()
+        return limited * norm.of_ones(points.x_t[0].numel())
 
 
 @dataclass(frozen=True)
@@ -163,11 +187,9 @@ class Within(RadiusSchedule):
         if not 0 <= self.low <= self.high:
             raise ValueError(f"the noise levels must be 0 ≤ low ≤ high; got {self.low} and {self.high}")
 
-    def __call__(self, x_t: Tensor, t: Tensor | None, training_step: int | Tensor | None, norm: Norm) -> Tensor:
-        if t is None:
-            raise ValueError("a radius by timestep needs t: call adversary(x_t, t)")
-        sigmas = self.process.sigmas_at(t, x_t)
-        return self.radius(x_t, t, training_step, norm) * ((sigmas >= self.low) & (sigmas <= self.high))
+    def __call__(self, points: Points, norm: Norm) -> Tensor:
+        sigmas = self.process.sigmas_at(points.times, points.x_t)
+        return self.radius(points, norm) * ((sigmas >= self.low) & (sigmas <= self.high))
 
 
 @dataclass(frozen=True)
@@ -186,11 +208,11 @@ class Ramp(RadiusSchedule):
         if self.steps < 1:
             raise ValueError(f"steps must be at least 1; got {self.steps}")
 
-    def __call__(self, x_t: Tensor, t: Tensor | None, training_step: int | Tensor | None, norm: Norm) -> Tensor:
-        if training_step is None:
+    def __call__(self, points: Points, norm: Norm) -> Tensor:
+        if points.training_step is None:
             raise ValueError("a ramped radius needs the training step: call adversary(x_t, t, training_step=step)")
-        share = (training_step + 1) / self.steps
-        radius = self.radius(x_t, t, training_step, norm)
+        share = (points.training_step + 1) / self.steps
+        radius = self.radius(points, norm)
         return radius * (share.clamp(max=1.0) if isinstance(share, Tensor) else min(1.0, share))
 
 

@@ -8,8 +8,8 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from robustdiff.perturbation.adversary import ADVERSARIES, Adversary, AscentConfig, LossOfDelta, check_precision
-from robustdiff.perturbation.radii import RadiusSchedule
+from robustdiff.perturbation.adversary import ADVERSARIES, Adversary, AscentConfig, LossOfDelta
+from robustdiff.perturbation.radii import Points, RadiusSchedule
 
 __all__ = ["RandomAdversary", "RandomConfig"]
 
@@ -40,19 +40,12 @@ class RandomAdversary(Adversary):
         super().__init__(steps, step_size, radius, norm)
         self.generator = generator
 
-    def __call__(
-        self,
-        x_t: Tensor,
-        t: Tensor | None = None,
-        *,
-        loss: LossOfDelta | None = None,
-        training_step: int | Tensor | None = None,
-    ) -> Iterator[Tensor]:
-        check_precision(x_t)
+    def perturb(self, points: Points, loss: LossOfDelta | None) -> Iterator[Tensor]:
+        x_t = points.x_t
         gaussian = torch.randn(x_t.shape, generator=self.generator, device=x_t.device, dtype=x_t.dtype)
         direction = self.norm.ascent(gaussian)
         for k in range(self.steps):
-            yield self._project(k * self.step_size * direction, x_t, t, training_step)
+            yield self._project(k * self.step_size * direction, points)
 
 
 @ADVERSARIES.register("random")

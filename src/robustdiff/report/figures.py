@@ -44,6 +44,7 @@ __all__ = [
     "numbers_against_steps",
     "points",
     "sample_grid",
+    "samples_name",
     "save_figure",
     "step_panels",
 ]
@@ -70,6 +71,11 @@ def label(name: str) -> str:
 
 
 @default_settings()
+def samples_name(sampler: str) -> str:
+    """Return the name of the figure of a sampler's images, without an extension."""
+    return f"samples-{sampler.replace('+', 'p')}"
+
+
 def save_figure(figure: Figure, path: Path) -> None:
     """Write a figure as a PNG file atomically. A character that matplotlib's font does not have is drawn as a box."""
     FigureCanvasAgg(figure)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import hashlib
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from robustdiff import __version__
 from robustdiff.errors import InputError, printable
 from robustdiff.files import atomic_write, make_folder
 from robustdiff.progress import SILENT, Progress
-from robustdiff.report.pictures import Gallery, gallery, sample_checkpoints
+from robustdiff.report.pictures import Gallery, Pictures, gallery, sample_checkpoints
 from robustdiff.report.run_sections import (
     cost_table,
     curves,
@@ -48,12 +49,7 @@ def write_report(
     study_folder: Path | None = None,
     results: Sequence[Path] = (),
     *,
-    num: int = 16,
-    samplers: Sequence[str] = (),
-    steps: Sequence[int] = (),
-    seed: int = 0,
-    guidance: float | None = None,
-    prompts: Sequence[str] = (),
+    pictures: Pictures | None = None,
     device: torch.device | str = "cpu",
     on_read: Callable[[str], None] = lambda message: None,
     progress: Progress = SILENT,
@@ -65,12 +61,7 @@ def write_report(
         output: The HTML file.
         study_folder: The study's folder; by default ``studies/NAME``.
         results: Folders that `evaluate` or `mismatch` wrote.
-        num: The number of images in each picture; 0 for no pictures.
-        samplers: The samplers of the pictures; by default the first that was watched, or one that suits the model.
-        steps: The numbers of network evaluations of the pictures; by default those that were watched.
-        seed: The seed of the pictures' noise.
-        guidance: The scale of classifier-free guidance of the pictures.
-        prompts: The captions of the pictures, for models that take captions; by default those of the data.
+        pictures: The settings of the pictures of the runs' checkpoints; None for no pictures.
         device: The device of the pictures' sampling.
         on_read: A function that is called with a message before data or a checkpoint that a recipe names is read.
         progress: The receiver of the progress.
@@ -90,28 +81,30 @@ def write_report(
     if study_folder is not None and not files:
         raise InputError("the folder of a study is given, and no study file: name the file, or leave the folder out")
     runs = read_runs([source for source in sources if source not in files])
-    chosen = {"sampler": samplers, "steps": steps, "guidance": guidance is not None, "prompt": prompts}
-    if unused := [name for name, value in chosen.items() if value and not (runs and num)]:
-        raise InputError(f"--{unused[0]} is for the pictures of runs, and the report has none: leave it out")
+    pictured = pictures is not None and pictures.num > 0 and bool(runs)
+    if pictures is not None and not pictured:
+        chosen = {"sampler": pictures.samplers, "steps": pictures.steps, "guidance": pictures.guidance is not None}
+        if unused := [name for name, value in {**chosen, "prompt": pictures.prompts}.items() if value]:
+            raise InputError(f"--{unused[0]} is for the pictures of runs, and the report has none: leave it out")
     evaluated, mismatches = _read_results(results, runs)
     study: StudySection | None = None
     of_study = [files[0], str(study_folder or Path("studies") / Path(files[0]).stem)] if files else []
     if of_study:
         study = study_section(load_study(of_study[0]), Path(of_study[1]))
-    pictures, notes = None, list[str]()
-    if runs and num:
-        settings: dict[str, Any] = {"seed": seed, "guidance": guidance, "prompts": prompts, "device": device}
-        found = sample_checkpoints(runs, num, samplers, steps, on_read=on_read, progress=progress, **settings)
+    shown, notes = None, list[str]()
+    if pictures is not None and pictured:
+        found = sample_checkpoints(runs, pictures, device=device, on_read=on_read, progress=progress)
         notes = found.notes
         if found.images:
-            note = f"Sampled for this report: {num} images of each checkpoint from the same noise, seed {seed}."
-            pictures = gallery(found.images, note, found.captions)
+            note = f"Sampled for this report: {pictures.num} images of each checkpoint from the same noise, seed "
+            shown = gallery(found.images, f"{note}{pictures.seed}.", found.captions)
     own = [*sources, "--output", str(output)]
     own += [] if study_folder is None else ["--folder", str(study_folder)]
     own += [word for folder in results for word in ("--results", str(folder))]
-    own += [] if pictures is None else _picture_options(pictures, num, seed, guidance, prompts)
+    if pictures is not None and shown is not None:  # as they were chosen here, whatever the defaults are then
+        own += _picture_options(replace(pictures, samplers=shown.samplers, steps=shown.steps))
     commands = reproduction(runs, of_study, own)
-    page = _render(runs, study, evaluated, mismatches, pictures, notes, commands)
+    page = _render(runs, study, evaluated, mismatches, shown, notes, commands)
     if len(page) > MOST_BYTES:
         raise InputError(
             f"{printable(output)} would have {len(page) / 2**20:.1f} MB, and a report has at most {MOST_BYTES >> 20}: "
@@ -123,14 +116,12 @@ def write_report(
     return len(page)
 
 
-def _picture_options(
-    pictures: Gallery, num: int, seed: int, guidance: float | None, prompts: Sequence[str]
-) -> list[str]:
-    """Return the options that make the pictures again, whatever the defaults are then."""
-    options = ["--num", str(num), "--seed", str(seed), "--sampler", ",".join(pictures.samplers)]
+def _picture_options(pictures: Pictures) -> list[str]:
+    """Return the options that make the pictures again."""
+    options = ["--num", str(pictures.num), "--seed", str(pictures.seed), "--sampler", ",".join(pictures.samplers)]
     options += ["--steps", ",".join(map(str, pictures.steps))]
-    options += [] if guidance is None else ["--guidance", f"{guidance:g}"]
-    return [*options, *(word for prompt in prompts for word in ("--prompt", prompt))]
+    options += [] if pictures.guidance is None else ["--guidance", f"{pictures.guidance:g}"]
+    return [*options, *(word for prompt in pictures.prompts for word in ("--prompt", prompt))]
 
 
 def _is_study(source: str) -> bool:

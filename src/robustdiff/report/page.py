@@ -28,6 +28,7 @@ from robustdiff.report.figures import (
     label,
     loss_curves,
     points,
+    samples_name,
     save_figure,
     step_panels,
 )
@@ -682,12 +683,12 @@ def read_picture(path: Path) -> NDArray[np.uint8]:
 
 
 def _samples(results: Results, steps: int, folder: Path) -> list[str]:
-    parts = ["## Samples"]
-    for sampler in results.samplers:
-        if (made := _pictures(results, sampler, steps)) is not None:
-            name = f"samples-{sampler.replace('+', 'p')}"
-            parts.append(_figure(folder, name, made, f"Samples of {sampler} at {steps} steps"))
-    return parts
+    figures = (
+        _figure(folder, samples_name(sampler), made, f"Samples of {sampler} at {steps} steps")
+        for sampler in results.samplers
+        if (made := _pictures(results, sampler, steps)) is not None
+    )
+    return ["## Samples", *figures]
 
 
 @default_settings()

@@ -35,6 +35,7 @@ __all__ = [
     "Frame",
     "Gallery",
     "Picture",
+    "Pictures",
     "Samples",
     "encode",
     "gallery",
@@ -48,6 +49,27 @@ _SIDES = (256, 192, 128, 96, 64, 48, 32)
 
 Key = tuple[str, int, str]
 """A sampler, a number of steps, and the name of a checkpoint or method."""
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """The settings of the pictures of checkpoints.
+
+    Attributes:
+        num: The number of images in each picture; 0 for no pictures.
+        samplers: The samplers; by default the first that the first run watched, or one that suits it.
+        steps: The numbers of network evaluations; by default those that the first run watched, or the sampler's.
+        seed: The seed of the noise.
+        guidance: The scale of classifier-free guidance.
+        prompts: The captions for models that take them; by default those of the data of each run.
+    """
+
+    num: int = 16
+    samplers: Sequence[str] = ()
+    steps: Sequence[int] = ()
+    seed: int = 0
+    guidance: float | None = None
+    prompts: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -163,13 +185,8 @@ def _captions_of(run: RunFiles, on_read: Callable[[str], None]) -> tuple[str, ..
 
 def sample_checkpoints(
     runs: Sequence[RunFiles],
-    num: int,
-    samplers: Sequence[str] = (),
-    steps: Sequence[int] = (),
+    pictures: Pictures,
     *,
-    seed: int = 0,
-    guidance: float | None = None,
-    prompts: Sequence[str] = (),
     device: torch.device | str = "cpu",
     on_read: Callable[[str], None] = lambda message: None,
     progress: Progress = SILENT,
@@ -178,12 +195,7 @@ def sample_checkpoints(
 
     Args:
         runs: The runs.
-        num: The number of images of each picture.
-        samplers: The names of samplers; by default the first that the first run watched, or one that suits it.
-        steps: The numbers of network evaluations; by default those that the first run watched, or the sampler's.
-        seed: The seed of the noise.
-        guidance: The scale of classifier-free guidance.
-        prompts: The captions for models that take them; by default those of the data of each run.
+        pictures: The settings of the pictures.
         device: The device.
         on_read: A function that is called with a message before data or a checkpoint that a recipe names is read.
         progress: The receiver of the progress, in network evaluations.
@@ -192,11 +204,14 @@ def sample_checkpoints(
         InputError: If a sampler or a number of steps does not suit a checkpoint, or a checkpoint cannot be read.
     """
     found, notes = _checkpoints(runs)
+    num, samplers, steps = pictures.num, pictures.samplers, pictures.steps
+    prompts = tuple(pictures.prompts)
+    common: dict[str, Any] = {"seed": pictures.seed, "batch_size": num, "guidance": pictures.guidance}
     images: dict[Key, Tensor] = {}
     captions: list[str] = []
     known: dict[str, tuple[str, ...]] = {}  # of the data of each run
     for name, (path, run) in found.items():  # one in memory at a time
-        settings: dict[str, Any] = {"seed": seed, "batch_size": num, "guidance": guidance, "prompts": tuple(prompts)}
+        settings = {**common, "prompts": prompts}
         if not prompts and run.data is not None and run.data.captions is not None:
             if run.name not in known:
                 known[run.name] = _captions_of(run, on_read)[:num]
@@ -301,11 +316,11 @@ def _arranged(found: Mapping[Key, Picture], note: str, wide: bool = False, capti
     return Gallery(frames, samplers, steps, names, note, wide, captions)
 
 
-def gallery_of_rows(rows: Mapping[Key, NDArray[np.uint8]], note: str, most: int = MOST_BYTES) -> Gallery:
+def gallery_of_rows(rows: Mapping[Key, NDArray[np.uint8]], note: str) -> Gallery:
     """Return the gallery of pictures that a study made, (H, W) or (H, W, 3), each a row of images.
 
     Raises:
-        InputError: If they have more than ``most`` bytes.
+        InputError: If they have more than :data:`MOST_BYTES`.
     """
     found = {
         key: Picture(
@@ -318,9 +333,9 @@ def gallery_of_rows(rows: Mapping[Key, NDArray[np.uint8]], note: str, most: int 
         )
         for key, pixels in rows.items()
     }
-    if sum(len(picture.uri) for picture in found.values()) > most:
+    if sum(len(picture.uri) for picture in found.values()) > MOST_BYTES:
         raise InputError(
-            f"the pictures of the study have more than {most >> 20} MB: lower measure.pictured, or remove some from "
-            "its folder of cells"
+            f"the pictures of the study have more than {MOST_BYTES >> 20} MB: lower measure.pictured, or remove some "
+            "from its folder of cells"
         )
     return _arranged(found, note, wide=True)

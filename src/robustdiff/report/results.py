@@ -11,7 +11,7 @@ from robustdiff.errors import InputError, printable
 from robustdiff.evaluation.grid import Cell, Grid
 from robustdiff.files import check_outside, remove_leftovers, written_last
 from robustdiff.metrics.metric import number_named
-from robustdiff.report.figures import caption_grid, numbers_against_steps, sample_grid, save_figure
+from robustdiff.report.figures import caption_grid, numbers_against_steps, sample_grid, samples_name, save_figure
 
 __all__ = ["claim_results", "write_results"]
 
@@ -76,4 +76,4 @@ def _figures(folder: Path, grid: Grid, title: str, beside: Sequence[Cell]) -> No
         else:
             note = f"{sampler}: the same noise in every column"
             figure = sample_grid(grid.samples, checkpoints, sampler, steps, note)
-        save_figure(figure, folder / f"samples-{sampler.replace('+', 'p')}.png")
+        save_figure(figure, folder / f"{samples_name(sampler)}.png")

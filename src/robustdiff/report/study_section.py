@@ -18,6 +18,7 @@ from markdown_it import MarkdownIt
 from markupsafe import Markup, escape
 
 from robustdiff.report.charts import Chart, Point, Series, draw
+from robustdiff.report.figures import samples_name
 from robustdiff.report.page import fid_interval, middle_steps, page_parts, read_picture
 from robustdiff.report.pictures import Gallery, encode, gallery_of_rows
 from robustdiff.report.run_sections import windows
@@ -131,10 +132,10 @@ def _replacements(results: Results) -> dict[str, Block]:
     middle = middle_steps(results)
     shown = [s for s in results.samplers if any((s, middle, method) in rows for method in results.study.methods)]
     for sampler in shown:  # the page has a figure for each, and one gallery has all
-        found[f"samples-{sampler.replace('+', 'p')}"] = Block()
+        found[samples_name(sampler)] = Block()
     if shown:
         note = "The first images of each method, all from the same noise; first seed."
-        found[f"samples-{shown[0].replace('+', 'p')}"] = Block(gallery=gallery_of_rows(rows, note))
+        found[samples_name(shown[0])] = Block(gallery=gallery_of_rows(rows, note))
     return found
 
 

@@ -33,12 +33,11 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy.stats import spearmanr
 from scipy.stats import t as student_t
 
 from robustdiff.errors import RunError
-from robustdiff.metrics.bootstrap import BLOCKS
+from robustdiff.metrics.bootstrap import BLOCKS, Array
 from robustdiff.mismatch.measure import MEASURES as MISMATCHES
 from robustdiff.study.store import MEASURES, Results
 
@@ -70,7 +69,6 @@ __all__ = [
     "values",
 ]
 
-Array = NDArray[np.float64]
 Record = dict[str, Any]
 Pair = tuple[str, str]
 Key = tuple[str, int, str, int]

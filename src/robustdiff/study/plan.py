@@ -162,7 +162,7 @@ def reference_cells(study: Study, folder: Path) -> list[Cell]:
 
 def image_passes(recipe: Recipe) -> float:
     """Return the number of forward and backward passes of single images in a training."""
-    return float(recipe.steps * recipe.batch_size * recipe.adversary.backward_passes)
+    return float(recipe.steps * recipe.batch_size * recipe.adversary.example().backward_passes)
 
 
 @dataclass(frozen=True)

@@ -12,14 +12,14 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, model_validator
 
 from robustdiff.data import DataConfig
 from robustdiff.errors import InputError, first_mistake, printable
 from robustdiff.recipe import load_recipe
 from robustdiff.samplers.sample import SAMPLERS
 from robustdiff.section import Precision, Section, Text
-from robustdiff.yaml_reader import parse_yaml, read_yaml
+from robustdiff.yaml_reader import parse_yaml, read_yaml, text_of
 
 __all__ = [
     "Changes",
@@ -75,7 +75,7 @@ def _of_methods(values: dict[str, Any]) -> dict[str, Any]:
     return values
 
 
-Name = Annotated[str, AfterValidator(_file_name)]
+Name = Annotated[str, BeforeValidator(text_of), AfterValidator(_file_name)]
 Sampler = Annotated[str, AfterValidator(_known)]
 Seed = Annotated[int, Field(strict=True, ge=0, lt=2**63)]
 Count = Annotated[int, Field(strict=True, ge=1, le=100_000)]

@@ -193,11 +193,12 @@ def candidates(tuning: Tuning) -> dict[str, dict[str, Any]]:
 def _scaled(tuning: Tuning, settings: Mapping[str, Any], passes: int) -> dict[str, Any]:
     """Return the changes of a recipe that train with some settings for a number of backward passes."""
     recipe = load_recipe(tuning.recipe, changes={**tuning.set, **settings})
-    updates = passes // recipe.adversary.backward_passes
+    of_update = recipe.adversary.example().backward_passes
+    updates = passes // of_update
     if updates < 1:
         raise InputError(
-            f"--updates {tuning.updates}: {passes} backward passes are less than the "
-            f"{recipe.adversary.backward_passes} of one update: give more"
+            f"--updates {tuning.updates}: {passes} backward passes are less than the {of_update} of one update: give "
+            "more"
         )
     share = updates / recipe.steps
     changes = {**settings, "steps": updates, "warmup": round(recipe.warmup * share)}
@@ -343,7 +344,7 @@ def _best(tuning: Tuning, names: Sequence[str], values: Mapping[str, Mapping[int
 
 
 def tune(
-    tuning: Tuning, folder: Path, *, processes: int | None = None, progress: Progress = SILENT, wait: float = 1.0
+    tuning: Tuning, folder: Path, *, processes: int | None = None, progress: Progress = SILENT
 ) -> Iterator[Record]:
     """Search, and confirm what is found.
 
@@ -352,7 +353,6 @@ def tune(
         folder: The folder of the search. What it holds of the same search is kept.
         processes: The number of single-threaded processes that share the work. By default it is done in this process.
         progress: The receiver of the progress, as in :func:`robustdiff.study.run.run_study`.
-        wait: The time in seconds between checks of the locks of other processes, when no other work is left.
 
     Yields:
         The record of each rung when it is finished, and at last the contents of ``result.json``. A signal ends it
@@ -369,7 +369,7 @@ def tune(
     left, seconds = list(every), 0.0
     for stage, following in itertools.pairwise((*halvings, last)):
         study = _study(tuning, stage, {n: every[n] for n in left}, [tuning.seed], tuning.untouched and not rungs)
-        if not _run(study, folder / stage.name, processes, progress, wait):
+        if not _run(study, folder / stage.name, processes, progress):
             return
         found = _outcome(tuning, study, folder / stage.name)
         seconds += found.seconds
@@ -385,7 +385,7 @@ def tune(
             raise RunError(f"every plain fine-tuning failed ({folder / stage.name / 'trainings'} says how): lower lr")
     roles = _roles(tuning, {name: every[name] for name in left})
     study = _study(tuning, last, dict(roles.values()), tuning.confirming, tuning.untouched)
-    if not _run(study, folder / last.name, processes, progress, wait):
+    if not _run(study, folder / last.name, processes, progress):
         return
     found = _outcome(tuning, study, folder / last.name)
     confirmed = {role: {"name": name, **_record(study, name, own, found)} for role, (name, own) in roles.items()}
@@ -435,15 +435,15 @@ def _roles(tuning: Tuning, left: Mapping[str, dict[str, Any]]) -> dict[str, tupl
     roles = {"plain" if name.startswith("p") else "candidate": (name, own) for name, own in left.items()}
     if "candidate" in roles:
         _, settings = roles["candidate"]
-        passes = load_recipe(tuning.recipe, changes={**tuning.set, **settings}).adversary.passes
+        passes = load_recipe(tuning.recipe, changes={**tuning.set, **settings}).adversary.example().passes
         if passes > 1:
             clean = {"adversary": {"name": "random", "steps": passes, "radius": 0}}
             roles["control"] = "repeat", {**clean, **_without_delta(settings)}
     return roles
 
 
-def _run(study: Study, folder: Path, processes: int | None, progress: Progress, wait: float) -> bool:
-    return run_study(study, folder, processes=processes, progress=progress, wait=wait, tolerant=True)
+def _run(study: Study, folder: Path, processes: int | None, progress: Progress) -> bool:
+    return run_study(study, folder, processes=processes, progress=progress, tolerant=True)
 
 
 def _compare(tuning: Tuning, confirmed: Mapping[str, Record]) -> list[Record]:

@@ -18,7 +18,7 @@ on the streams, nor fail because of a batch that it does not train on, and gener
 networks are as they would be on one stream. What the GPU does for batch b + 1 must not depend on the passes over batch
 b, though. There is one stream alone where it may:
 
-- loss-second-moment draws times by the losses of the batch before;
+- adaptive distributions (loss-second-moment) draw times by the losses of the batch before;
 - a schedule of the number of levels replaces tables that the passes over the batch before still read;
 - the teacher of an adapter can be the network that is trained, with the adapter switched off.
 """
@@ -42,7 +42,6 @@ from robustdiff.data import Batch, ImageDataset
 from robustdiff.data.loader import Request, load_batches, select_batches, to_device
 from robustdiff.data.pixels import mirror_geometry
 from robustdiff.objectives.objective import Draw, Objective
-from robustdiff.objectives.timesteps import LossSecondMoment
 from robustdiff.recipe import Recipe
 from robustdiff.training.build import Built
 from robustdiff.training.stream import BatchIndices, BucketIndices, batch_generator, caption_numbers, crop_positions
@@ -65,6 +64,7 @@ class Batches:
         objective: The objective.
         buckets: The bucket of each image, with shape (N,), or None without buckets.
         sizes: The height and the width of the batches of each bucket, or of all.
+        passes: The number of optimiser updates made on each batch.
         start: The number of the first batch.
 
     Raises:
@@ -78,11 +78,12 @@ class Batches:
     objective: Objective
     buckets: NDArray[np.int64] | None
     sizes: list[tuple[int, int]]
+    passes: int
     start: int
 
     def __iter__(self) -> Iterator[list[Draw]]:
         indices = self._indices()
-        stop = -(-self.recipe.steps // self.recipe.adversary.passes)  # the last batch may lack passes
+        stop = -(-self.recipe.steps // self.passes)  # the last batch may lack passes
         loader = self._loader(indices, stop)
         if not self.own_stream:
             for number in range(self.start, stop):
@@ -110,9 +111,9 @@ class Batches:
         """True if batches are prepared on another stream than the passes over them."""
         config = self.built.objective
         shares_network = config.needs_teacher and self.built.model.adapter is not None
-        history = isinstance(self.objective.timesteps, LossSecondMoment)
+        adaptive = self.objective.timesteps.adaptive
         on_gpu = self.accelerator.device.type == "cuda"
-        return on_gpu and config.fixed_levels and not history and not shares_network
+        return on_gpu and config.fixed_levels and not adaptive and not shares_network
 
     def _indices(self) -> BatchIndices:
         recipe, accelerator = self.recipe, self.accelerator

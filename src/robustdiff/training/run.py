@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,7 @@ from robustdiff.training.run_files import DataRecord, Result, RunResult, read_da
 from robustdiff.training.trainer import Trainer
 from robustdiff.training.watch import Interrupted, Watch
 
-__all__ = ["FREE_TO_CHANGE", "train"]
+__all__ = ["FREE_TO_CHANGE", "own_state_of_accelerate", "train"]
 
 logger = logging.getLogger(__name__)
 
@@ -182,9 +183,20 @@ def train(recipe: Recipe, *, resume: bool = False, cpu: bool = False, progress: 
         RunError: If the loss is not finite.
         OSError: If the disk is full.
     """
-    outer = dict(AcceleratorState._shared_state)  # of the caller, who may have another precision
-    try:
+    with own_state_of_accelerate():
         return _train(recipe, resume, cpu, progress)
+
+
+@contextmanager
+def own_state_of_accelerate() -> Iterator[None]:
+    """Let accelerators of the block be as they are asked for, and give the caller's state back after it.
+
+    Accelerate keeps the first precision that it was given for the whole process, and has no public way to change it.
+    """
+    outer = dict(AcceleratorState._shared_state)
+    AcceleratorState._shared_state.clear()
+    try:
+        yield
     finally:
         AcceleratorState._shared_state.clear()
         AcceleratorState._shared_state.update(outer)
@@ -273,7 +285,6 @@ def _embed_captions(
 
 def _accelerator(recipe: Recipe, cpu: bool) -> Accelerator:
     """Return the accelerator of a run, if the device supports its precision."""
-    AcceleratorState._reset_state()  # another run in this process may have had another precision
     try:
         accelerator = make_accelerator(
             cpu,
@@ -348,7 +359,7 @@ def _result(trainer: Trainer, metrics: MetricsLog) -> dict[str, Any]:
         "steps": trainer.step,
         "batches": trainer.batch,
         "batch_size": trainer.recipe.batch_size,
-        "backward_passes": trainer.step * trainer.recipe.adversary.backward_passes,
+        "backward_passes": trainer.step * trainer.adversary.backward_passes,
         "loss": metrics.line.get("loss"),
         "delta_norm": metrics.line.get("delta_norm"),
         "skipped": trainer.adversary.skipped,
@@ -372,7 +383,7 @@ def _check_result(path: Path, result: Result, trainer: Trainer) -> None:
     expected = {
         "batches": result.steps // trainer.adversary.passes,
         "batch_size": trainer.recipe.batch_size,
-        "backward_passes": result.steps * trainer.recipe.adversary.backward_passes,
+        "backward_passes": result.steps * trainer.adversary.backward_passes,
         "parameters": trainer.trained_parameters,
         "images": len(trainer.dataset),
     }

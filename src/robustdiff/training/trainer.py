@@ -40,7 +40,6 @@ from robustdiff.errors import InputError, RunError
 from robustdiff.files import atomic_folder
 from robustdiff.graphs import Recorder
 from robustdiff.objectives.objective import Draw
-from robustdiff.objectives.timesteps import LossSecondMoment
 from robustdiff.recipe import Recipe
 from robustdiff.training.batches import Batches
 from robustdiff.training.build import Built
@@ -60,11 +59,6 @@ from robustdiff.training.teacher import build_teacher
 __all__ = ["Trainer"]
 
 logger = logging.getLogger(__name__)
-
-# Fields that a resumed run may change.
-FREE_TO_CHANGE = {"output", "threads", "checkpoint_every", "keep", "log_every", "trackers", "sampler", "watch"}
-# Fields that change the rounding alone.
-FREE_TO_CHANGE |= {"capture", "compile", "channels_last"}
 
 
 class _Bound(nn.Module):
@@ -246,7 +240,7 @@ class Trainer:
     def batches(self) -> Iterator[list[Draw]]:
         """Yield the microbatches of each batch, from the run's current batch to its last."""
         parts = self.recipe, self.accelerator, self.dataset, self.built, self.objective, self.buckets, self.sizes
-        yield from Batches(*parts, self.batch)
+        yield from Batches(*parts, self.adversary.passes, self.batch)
 
     def _remember(self, draws: list[Draw], losses: list[Tensor]) -> None:
         """Pass the losses of a batch, gathered from all processes in batch order, to the sampler of times.
@@ -254,7 +248,7 @@ class Trainer:
         Only the losses of the first pass are used. Later passes repeat the same times at perturbed points, where the
         loss is larger, and would fill a time's history with one image.
         """
-        if not isinstance(self.objective.timesteps, LossSecondMoment):
+        if not self.objective.timesteps.adaptive:
             return
         for draw, loss in zip(draws, losses, strict=True):
             plain = loss if draw.weight is None else loss / draw.weight
@@ -345,11 +339,7 @@ class Trainer:
     def _passes(self, draws: list[Draw], schedule: _Schedule) -> Iterator[_Pass]:
         """Make the passes over a batch, each with an update of the optimiser, the moving average and the objective."""
         accelerator, recipe = self.accelerator, self.recipe
-        perturbations = [
-            self.adversary(draw.x_t, draw.t, loss=self._loss_of_delta(draw), training_step=schedule.step)
-            for draw in draws
-        ]
-        for k, deltas in enumerate(zip(*perturbations, strict=True)):
+        for k, deltas in enumerate(self._perturbations(draws, schedule.step)):
             totals: dict[str, Tensor] = {}
             drawn: list[Tensor] = []
             for m, (draw, delta) in enumerate(zip(draws, deltas, strict=True)):
@@ -378,6 +368,26 @@ class Trainer:
             done = k + 1 == self.adversary.passes
             at_radius = self._at_radius(draws, deltas, schedule.step) if done else None
             yield _Pass(totals, drawn, size, stepped, at_radius)
+
+    def _perturbations(self, draws: list[Draw], step: int | Tensor) -> Iterator[tuple[Tensor, ...]]:
+        """Yield the perturbations of the microbatches in each pass over a batch, which begins at an update.
+
+        Raises:
+            RunError: If the adversary yields another number than its passes, by which batches are counted.
+        """
+        perturbations = [
+            self.adversary(draw.x_t, draw.t, loss=self._loss_of_delta(draw), training_step=step) for draw in draws
+        ]
+        passes, yielded = self.adversary.passes, 0
+        for yielded, deltas in enumerate(zip(*perturbations, strict=True), 1):
+            if yielded > passes:
+                break
+            yield deltas
+        if yielded != passes:
+            name, number = type(self.adversary).__name__, yielded if yielded < passes else f"more than {passes}"
+            raise RunError(
+                f"{name} yields {number} perturbations of a batch, and {name}.passes is {passes}: correct one of them"
+            )
 
     def _at_radius(self, draws: list[Draw], deltas: Sequence[Tensor], step: int | Tensor) -> Tensor | None:
         """Return :meth:`Adversary.at_radius` of the perturbations of a batch, which began at an update."""
