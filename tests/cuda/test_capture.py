@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from robustdiff.graphs import Recorder
+from robustdiff.perturbation.free import FreeAdversary, FreeConfig
 from robustdiff.recipe import load_recipe
 from robustdiff.training.run import train
 from robustdiff.training.trainer import Trainer
@@ -238,3 +239,23 @@ def test_recordings_are_released_for_a_measurement_and_an_incomplete_batch(devic
     events.clear()
     train(recipe("digits", "other", "adversary.steps=3", "steps=8", "capture=true"), cpu=device == "cpu")
     assert events == [("release", 6)]
+
+
+class Counting(FreeAdversary):
+    """An adversary with a state in Python, which replays would not change."""
+
+    batches = 0
+
+    def perturb(self, points, loss):
+        self.batches += 1
+        yield from super().perturb(points, loss)
+
+
+def test_what_does_not_say_that_it_may_be_recorded_is_not(device, recipe, monkeypatch, caplog):
+    made = []
+    monkeypatch.setattr(FreeConfig, "build", lambda self, process: made.append(Counting(3, 0.1)) or made[-1])
+    run = recipe("digits", "run", "adversary.name=free", "adversary.steps=3", "steps=9", "capture=true")
+    with caplog.at_level(logging.WARNING):
+        train(run, cpu=device == "cpu")
+    assert "since Counting does not declare that it may be (recordable = True in its class)" in caplog.text
+    assert made[-1].batches == 3

@@ -317,6 +317,8 @@ class ConsistencyObjective(Objective):
         InputError: If the metric "lpips" lacks its package or its weights.
     """
 
+    recordable = True
+
     def __init__(
         self,
         target: nn.Module,

@@ -75,6 +75,8 @@ class DenoisingObjective(Objective):
             network's input (:meth:`DiffusionProcess.check_network`).
     """
 
+    recordable = True
+
     def __init__(
         self,
         process: DiffusionProcess,

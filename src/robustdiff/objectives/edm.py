@@ -58,6 +58,8 @@ class EDMObjective(DenoisingObjective):
         InputError: If the distribution reaches levels without a finite loss.
     """
 
+    recordable = True
+
     def __init__(
         self,
         levels: int = 1000,

@@ -222,6 +222,8 @@ class LatentConsistencyObjective(Objective):
         ValueError: If a name is unknown, a number is out of range, or the process does not suit.
     """
 
+    recordable = True
+
     def __init__(
         self,
         target: Callable[..., Any],

@@ -89,8 +89,11 @@ class Objective(ABC):
         process: The noising process, to which the times ``Draw.t`` refer.
         timesteps: The distribution of the times.
         updates: The number of optimiser updates so far. Most objectives do not depend on it.
+        recordable: True if the losses are made by operations on tensors alone, so that a CUDA graph may replay them. It
+            is not inherited, as that of :class:`robustdiff.perturbation.adversary.Adversary`.
     """
 
+    recordable: ClassVar[bool] = False
     process: DiffusionProcess
     timesteps: TimestepSampler
     updates: int = 0
@@ -124,9 +127,12 @@ class Objective(ABC):
         """
 
     def unrecordable(self) -> str | None:
-        """Return why the passes over a batch cannot be recorded as a CUDA graph, in a few words, or None if they can.
+        """Return why the passes over a batch cannot be recorded as a CUDA graph with this instance, in a few words.
 
         A recorded pass repeats the operations on the GPU alone, so that nothing of it may depend on ``updates``.
+
+        Returns:
+            The reason, or None if they can be recorded.
         """
         return None
 

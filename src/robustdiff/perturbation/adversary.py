@@ -61,9 +61,13 @@ class Adversary:
 
     Attributes:
         moves: False if every δ is 0, so that points of any precision are taken.
+        recordable: True if a batch makes operations on tensors alone, so that a CUDA graph may replay them. Attributes
+            and random numbers of Python would keep the values that they had in the recording. It is not inherited:
+            every class declares it for itself.
     """
 
     moves: ClassVar[bool] = True
+    recordable: ClassVar[bool] = False
 
     def __init__(
         self,

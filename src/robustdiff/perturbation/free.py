@@ -25,6 +25,8 @@ class FreeAdversary(Adversary):
             x_t + delta, or backward was not called.
     """
 
+    recordable = True
+
     def perturb(self, points: Points, loss: LossOfDelta | None) -> Iterator[Tensor]:
         delta = torch.zeros_like(points.x_t)
         for k in range(self.steps):

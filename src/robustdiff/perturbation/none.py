@@ -20,6 +20,7 @@ class NoAdversary(Adversary):
     """Ordinary training: one pass at δ = 0."""
 
     moves = False
+    recordable = True
 
     def __init__(self) -> None:
         super().__init__(steps=1)

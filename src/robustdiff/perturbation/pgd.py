@@ -23,6 +23,8 @@ class PGDAdversary(Adversary):
         ValueError: If ``loss`` is not given.
     """
 
+    recordable = True
+
     @property
     def passes(self) -> int:
         return 1

@@ -29,6 +29,8 @@ class RandomAdversary(Adversary):
         generator: The source of randomness, on the device of x_t. Default: PyTorch's global generator.
     """
 
+    recordable = True
+
     def __init__(
         self,
         steps: int = 3,

@@ -184,6 +184,9 @@ class Trainer:
         if recipe.capture is False or (recipe.capture == "auto" and not on_gpu):
             return None
         why = self.objective.unrecordable()
+        for part in (self.adversary, self.objective):
+            if not vars(type(part)).get("recordable"):
+                why = f"{type(part).__name__} does not declare that it may be (recordable = True in its class)"
         if accelerator.num_processes > 1:
             why = "several processes train together"
         elif accelerator.scaler is not None:
