@@ -28,7 +28,7 @@ from robustdiff.errors import InputError
 from robustdiff.loading import Components, Place, check_forward, component, load_network, read_config, shown
 from robustdiff.section import MOST_PARAMETERS, Fraction, Width
 
-__all__ = ["DiT", "DiTSection", "exported", "load_transformer"]
+__all__ = ["DiT", "DiTSection", "check_unshifted", "exported", "load_transformer"]
 
 _Network = TypeVar("_Network", bound=nn.Module)
 
@@ -121,6 +121,7 @@ class DiT(Backbone):
         ("diffusers", "DiTTransformer2DModel"): DiTTransformer2DModel,
         ("diffusers", "Transformer2DModel"): DiTTransformer2DModel,  # before diffusers 0.29
     }
+    stores: ClassVar[frozenset[str]] = frozenset({"vae"})
     others: ClassVar[frozenset[str]] = frozenset({"vae", "id2label"})
     square: ClassVar[bool] = True
 
@@ -149,6 +150,10 @@ class DiT(Backbone):
             pipeline.register_to_config(id2label=self.names)
         return pipeline
 
+    def check_codec(self, codec: Codec, path: str) -> None:
+        super().check_codec(codec, path)
+        check_unshifted(codec, path)
+
     def condition(self) -> Condition:
         return Labels(self.network.config.num_embeds_ada_norm + 1, null=True)
 
@@ -156,6 +161,20 @@ class DiT(Backbone):
     def multiple(self) -> int:
         """The side of the network's patches."""
         return int(self.network.config.patch_size)
+
+
+def check_unshifted(codec: Any, path: str | Path) -> None:
+    """Check that a VAE does not shift latents, for pipelines that do not.
+
+    Args:
+        codec: The VAE.
+        path: The name of the model in messages.
+
+    Raises:
+        InputError: If it does.
+    """
+    if codec.shifted:
+        raise InputError(f"{path}: the pipeline does not shift latents, and its VAE has a shift: give another VAE")
 
 
 def exported(scheduler: Any) -> Any:
@@ -222,8 +241,7 @@ def load_transformer(
     )
     index = folder / "model_index.json"
     codec = pipeline_vae(folder, components)
-    if codec.shifted:
-        raise InputError(f"{index}: the pipeline does not shift latents, and its VAE has a shift: give another VAE")
+    check_unshifted(codec, index)
     config: Any = network.config
     channels, height, _ = codec.decoded_shape((config.in_channels, config.sample_size, config.sample_size))
     if codec.encoded_shape((channels, height, height))[0] != config.in_channels:

@@ -57,6 +57,7 @@ class VAE(Codec):
         self.network = network.eval().float().requires_grad_(False)
         self.posterior: Posterior = posterior
         self.random = posterior == "sample"
+        self.section = VAESection(posterior=posterior)
         config = network.config
         channels = config.latent_channels
         std = _per_channel(config, "latents_std", [1.0] * channels, positive=True)
@@ -134,6 +135,9 @@ class VAE(Codec):
         self._mean, self._scale = self._mean.to(device), self._scale.to(device)
         return self
 
+    def save(self, folder: Path) -> None:
+        self.network.save_pretrained(folder)
+
     @cached_property
     def _digest(self) -> str:
         config = {name: value for name, value in self.network.config.items() if not name.startswith("_")}
@@ -193,8 +197,8 @@ def load_vae(path: str | Path) -> AutoencoderKL:
     """Load an ``AutoencoderKL`` in float32 on the CPU, without running code that the files name.
 
     Args:
-        path: A folder with ``config.json`` and weights, a pipeline folder with ``vae/``, a run, or the name of a
-            shipped VAE, such as "fashion-16-vae".
+        path: A folder with ``config.json`` and weights, a pipeline folder with ``vae/`` or ``codec/``, a run, or the
+            name of a shipped VAE, such as "fashion-16-vae".
 
     Raises:
         InputError: If the VAE is missing, is of another class, or its configuration and weights do not fit.
@@ -234,7 +238,8 @@ def _check(network: AutoencoderKL, path: Path) -> None:
 
 def _folder(path: str | Path) -> Path:
     given = Path(path)
-    for candidate in (given / "vae", given / "model" / "vae", given, Path(str(PRETRAINED / str(path)))):
+    within = [given / model / part for part in ("vae", "codec") for model in ("", "model")]
+    for candidate in (*within, given, Path(str(PRETRAINED / str(path)))):
         if (candidate / "config.json").is_file():
             return candidate
     raise InputError(
@@ -272,3 +277,6 @@ class VAESection(CodecSection):
                 f"codec=vae needs codec.path for a new network: a folder with a VAE, or a shipped one ({_shipped()})"
             )
         return VAE(own.components["vae"], self.posterior)
+
+    def load(self, folder: Path) -> VAE:
+        return VAE(load_network(folder, AutoencoderKL, prepare=_prepare, check=_check), self.posterior)

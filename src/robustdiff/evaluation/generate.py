@@ -453,7 +453,7 @@ def _settings(generator: Generator) -> dict[str, Any]:
         "classes": generator.classes,
         "guidance": generator.guidance,
         "options": generator.sampling,
-        **({"codec": model.codec.fingerprint()} if model.codec.components else {}),
+        **({} if model.codec.identity else {"codec": model.codec.fingerprint()}),
         **({"prompts": generator.prompts, "text": model.condition.fingerprint()} if generator.prompts else {}),
         **({"negative": generator.negative} if generator.negative is not None else {}),
     }

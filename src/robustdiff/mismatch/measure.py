@@ -224,7 +224,7 @@ class _Truth:
     def _images(self, indices: NDArray[np.int64]) -> Tensor:
         images = to_unit(self.dataset.__getitems__(indices.tolist())[0])
         with torch.inference_mode():
-            return self.codec.encode(images.to(self.device)).cpu() if self.codec.components else images
+            return images if self.codec.identity else self.codec.encode(images.to(self.device)).cpu()
 
     def batch(self, indices: range, second: bool = False) -> tuple[Tensor, Tensor]:
         """Return x_0 and ε of images of the first or second set, each with shape (B, C, H, W)."""
