@@ -117,8 +117,7 @@ class StableDiffusion(Backbone):
         parts = {**condition.components, "vae": codec.components["vae"], "unet": network}
         parts["scheduler"] = self.corrected(scheduler)
         if self.kind == _XL:
-            zeros = condition.zeros  # type: ignore[attr-defined]
-            parts |= {"force_zeros_for_empty_prompt": zeros, "add_watermarker": False}
+            parts |= {**condition.pipeline_settings, "add_watermarker": False}
         else:
             parts |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
         # Imported here, since it imports image processors of transformers, which warn of a missing torchvision.

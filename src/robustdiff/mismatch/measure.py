@@ -238,6 +238,11 @@ class _Truth:
         labels = self.dataset.labels_of(self._order[np.asarray(indices)].tolist())
         return None if labels is None else labels.to(self.device)
 
+    def captions(self, indices: range) -> list[str] | None:
+        """Return the first caption of each image of the first set, or None if there are none."""
+        captions = self.dataset.captions_of(self._order[np.asarray(indices)].tolist())
+        return None if captions is None else [first for first, *_ in captions]
+
 
 @dataclass
 class _Record:
@@ -438,7 +443,7 @@ def measure_mismatch(
             *truth.batch(range(probes)),
             indices,
             radii,
-            condition=None if generator.classes is None else {"class_labels": truth.labels(range(probes))},
+            condition=generator.condition.batch(truth.labels(range(probes)), truth.captions(range(probes)), None),
             seed=seed,
             progress=progress,
         )
