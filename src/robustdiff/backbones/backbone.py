@@ -184,6 +184,10 @@ class Backbone(ABC):
     def pipeline(self, network: nn.Module, scheduler: Any, codec: Codec, condition: Condition) -> Any:
         """Return the diffusers pipeline to save a network in; ``network`` may be a copy of this backbone's."""
 
+    def stored(self, network: nn.Module) -> nn.Module:
+        """Return a network, a copy of this backbone's, as pipelines of the family store it; by default as it is."""
+        return network
+
     def condition(self) -> Condition:
         """Return the condition of the network."""
         raise NotImplementedError

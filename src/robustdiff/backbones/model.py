@@ -301,6 +301,7 @@ class Model:
         with torch.device("meta"):
             network = type(self.network).from_config(self.network.config)
         network.load_state_dict({name: value.contiguous() for name, value in state.items()}, assign=True)
+        network = self.backbone.stored(network)
         pipeline = self.backbone.pipeline(network, self.scheduler, self.codec, self.condition)
         pipeline.save_pretrained(folder, safe_serialization=True)
         if not (self.codec.identity or self.backbone.stores):
