@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from robustdiff.backbones.backbone import BACKBONES, Backbone
-from robustdiff.backbones.frozen import FrozenWeights, update_fingerprint
+from robustdiff.backbones.frozen import FrozenWeights
 from robustdiff.backbones.hub import download, is_hub_name
 from robustdiff.backbones.lora import (
     RECORD,
@@ -47,6 +47,7 @@ from robustdiff.loading import Components, load_scheduler, quietly, read_index
 from robustdiff.objectives.preconditioning import Denoise
 from robustdiff.process import DiffusionProcess, Prediction
 from robustdiff.samplers.sample import suited
+from robustdiff.weights import update_digest
 
 __all__ = ["PRETRAINED", "Model", "load_model"]
 
@@ -275,7 +276,7 @@ class Model:
         """Return the sha256 of the network's parameters; it depends neither on the device nor on the memory format."""
         digest = hashlib.sha256()
         for value in self.network.state_dict().values():
-            update_fingerprint(digest, value)
+            update_digest(digest, value)
         return digest.hexdigest()
 
     def save(self, folder: Path, state: Mapping[str, Tensor] | None = None) -> None:

@@ -30,6 +30,7 @@ from robustdiff.codecs.codec import CODECS, Codec, CodecSection, Shape
 from robustdiff.errors import InputError, first_line, printable
 from robustdiff.loading import Components, component, load_network, shown
 from robustdiff.section import Text
+from robustdiff.weights import update_digest
 
 __all__ = ["VAE", "Posterior", "VAESection", "load_vae", "pipeline_vae"]
 
@@ -144,7 +145,7 @@ class VAE(Codec):
         digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=list).encode())
         for name, value in sorted(self.network.state_dict().items()):
             digest.update(f"{name} {tuple(value.shape)}\n".encode())
-            digest.update(value.cpu().contiguous().numpy().tobytes())
+            update_digest(digest, value)
         return digest.hexdigest()
 
     def fingerprint(self) -> str:
