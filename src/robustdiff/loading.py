@@ -215,6 +215,7 @@ def load_network(
     parameters: Mapping[str, Any] | None = None,
     prepare: Callable[[dict[str, Any], int, Path], None] = lambda config, tensors, path: None,
     check: Callable[[_Network, Path], None] = lambda network, path: None,
+    adapt: Callable[[dict[str, Tensor], Path], dict[str, Tensor]] = lambda state, source: state,
     aliases: Collection[str] = (),
     place: Place | None = None,
 ) -> _Network:
@@ -230,6 +231,8 @@ def load_network(
         prepare: A function of the configuration, the number of tensors in the weights and the path of the
             configuration. It may change the configuration, or raise InputError before memory is allocated.
         check: A function of the network on the meta device and the path of the configuration. It may raise InputError.
+        adapt: A function of the weights by name and their file, which returns the weights that the network is to have.
+            It may raise InputError.
         aliases: The other names of the class in configurations.
         place: A function that places each weight in turn, in another type, so that the network is never in memory in
             float32. It gets them in the order of the network's state.
@@ -254,6 +257,7 @@ def load_network(
     check(network, path)
     expected = {name: value.shape for name, value in network.state_dict().items()}
     state = {_new_name(name, expected): v for name, v in strip_prefixes(state, source).items()}
+    state = adapt(state, source)
     _check_fit(state, expected, source, path)
     if place is None:
         network.load_state_dict(check_weights(state, source, torch.float32), assign=True)

@@ -91,7 +91,9 @@ class WatchConfig(Section):
         (), max_length=100, description="numbers of network evaluations; by default the recipe's, and 50"
     )
     num: int = Field(1000, ge=4, le=10**7, description="number of images of each sampler and number of steps")
-    metric: Text = Field("fid", description="a metric, or clip-score=FOLDER; its first number is watched")
+    metric: Text = Field(
+        "fid", description="a metric, or clip-score=FOLDER; its first number with a better direction is watched"
+    )
     average: bool = Field(True, description="measure the moving average; false: the weights themselves")
     features: Text | None = Field(None, description="extractor of the metric; by default that made for the data")
     weights: Text | None = Field(None, description="weights file of Inception")

@@ -25,7 +25,16 @@ from torch import Tensor
 
 from robustdiff.errors import InputError
 
-__all__ = ["FLOATS", "check_weights", "read_file", "read_state", "read_weights", "strip_prefixes"]
+__all__ = [
+    "FLOATS",
+    "check_weights",
+    "digest_state",
+    "read_file",
+    "read_state",
+    "read_weights",
+    "strip_prefixes",
+    "update_digest",
+]
 
 _log = logging.getLogger(__name__)
 
@@ -53,6 +62,18 @@ _WEIGHTS = (
 # Parts that wrappers add to names: anywhere in the name, for a wrapped part of the network, or before all names.
 _INSIDE = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 _BEFORE = ("module.", "model.", "net.", "unet.", "ema_model.", "diffusion_model.")
+
+
+def update_digest(digest: Any, value: Tensor) -> None:
+    """Add the bytes of a tensor to a hash; they depend neither on its device nor on its memory format."""
+    digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+
+
+def digest_state(digest: Any, state: Mapping[str, Tensor]) -> None:
+    """Add the names, types, shapes and bytes of tensors to a hash, in the order of their names."""
+    for name, value in sorted(state.items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+        update_digest(digest, value)
 
 
 def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:

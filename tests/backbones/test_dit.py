@@ -17,6 +17,7 @@ from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DMod
 from PIL import Image
 
 from robustdiff.backbones.dit import DiT, DiTSection
+from robustdiff.backbones.frozen import FrozenWeights
 from robustdiff.backbones.model import load_model
 from robustdiff.conditions.labels import Labels
 from robustdiff.errors import InputError
@@ -97,15 +98,6 @@ def of_diffusers(folder: Path, latents: torch.Tensor, labels: list[int], steps: 
     """Return the images of diffusers' pipeline from given latents, in [0, 1]."""
     pipeline = DiTPipeline.from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
-    null = pipeline.transformer.config.num_embeds_ada_norm
-    # The pipeline takes 1000 for the null class, whatever the network has.
-    pipeline.transformer.register_forward_pre_hook(
-        lambda _, args, given: (
-            args,
-            {**given, "class_labels": given["class_labels"].masked_fill(given["class_labels"] == 1000, null)},
-        ),
-        with_kwargs=True,
-    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("diffusers.pipelines.dit.pipeline_dit.randn_tensor", lambda shape, **_: latents.clone())
         result = pipeline(labels, guidance_scale=guidance, num_inference_steps=steps, output_type="np")
@@ -148,6 +140,31 @@ def test_a_pipeline_of_diffusers_is_fine_tuned_sampled_and_read_by_diffusers_aga
         decoded = (after.codec.decode(ours) / 2 + 0.5).clamp(0, 1)
         theirs = of_diffusers(run / "model", latents, [0, 1, 0, 1], 5, guidance)
         torch.testing.assert_close(decoded, theirs, rtol=0, atol=1e-4)
+
+
+def test_a_network_is_stored_for_the_null_class_of_diffusers_and_loaded_with_its_own(pipeline: Path) -> None:
+    model = load_model(pipeline)
+    model.save(pipeline.parent / "saved")
+    stored = DiTPipeline.from_pretrained(pipeline.parent / "saved").transformer
+    assert (stored.config.num_embeds_ada_norm, stored.config["_num_classes"]) == (1000, 2)
+    for own, wide in zip(model.network.transformer_blocks, stored.transformer_blocks, strict=True):
+        rows, more = (block.norm1.emb.class_embedder.embedding_table.weight for block in (own, wide))
+        assert (rows.shape, more.shape) == ((3, 16), (1001, 16))
+        assert torch.equal(more[:3], rows)
+        assert torch.equal(more[2:], rows[2].expand(999, -1))
+    again = load_model(pipeline.parent / "saved")
+    assert again.fingerprint() == model.fingerprint()
+    assert again.condition == Labels(3, null=True)
+    assert again.network.config.num_embeds_ada_norm == 2
+    frozen = FrozenWeights(torch.float32)
+    load_model(pipeline.parent / "saved", frozen=frozen)
+    assert frozen.fingerprint == model.fingerprint()
+
+    config = pipeline.parent / "saved" / "transformer" / "config.json"
+    for classes, words in ((1, "has other rows after 1 classes"), (1000, "no number of classes"), ("2", "no number")):
+        edit(config, _num_classes=classes)
+        with pytest.raises(InputError, match=words):
+            load_model(pipeline.parent / "saved")
 
 
 def test_cached_latents_train_the_same_and_a_run_goes_on(

@@ -75,10 +75,10 @@ def test_what_is_downloaded_are_the_components_without_variants(
         load_model("owner/name")
     (first, _), (second, ignored), (third, _) = asked
     assert first == ["model_index.json"]
-    assert {"unet/*.safetensors", "unet/*.json", "scheduler/*.json"} <= set(second)
+    assert {"unet/*.safetensors", "unet/*.json", "scheduler/*.json", "codec/*.json"} <= set(second)
     assert not any(pattern.startswith("safety_checker") for pattern in second)
     assert "*.fp16.safetensors" in ignored
-    assert third == ["scheduler/*.safetensors"]
+    assert third == ["scheduler/*.safetensors", "codec/*.safetensors"]
     assert not any("bin" in pattern for pattern in second)
 
 

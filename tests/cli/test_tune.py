@@ -70,7 +70,7 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(robustdiff, tmp_path, monk
     [
         (["--sampler", "dddim"], ["--sampler", "unknown sampler 'dddim'"]),
         (["--sampler", "euler"], ["euler", "does not suit"]),
-        (["--metric", "brightness"], ["--metric", "no better direction"]),
+        (["--metric", "brightness"], ["--metric", "has a better direction"]),
         (["--metric", "fidd"], ["--metric", "unknown metric"]),
         (["--set", "lr"], ["--set lr"]),
         (["--set", "adversary.alpha=1"], ["unknown field adversary.alpha"]),

@@ -18,6 +18,7 @@ def test_pixels_are_their_own_latents():
     assert codec.clip == 1.0
     assert codec.to("cpu") is codec
     assert codec.components == {}
+    assert codec.identity
 
 
 def test_a_model_of_latents_keeps_its_codec():
@@ -26,9 +27,7 @@ def test_a_model_of_latents_keeps_its_codec():
     assert isinstance(section.build(Pixels()), Pixels)
 
     class Latents(Pixels):
-        @property
-        def components(self):
-            return {"vae": None}
+        identity = False
 
     latents: Codec = Latents()
     with pytest.raises(InputError, match="codec=pixels does not suit"):

@@ -46,6 +46,13 @@ def test_data_without_these_classes_is_refused(num_classes, words):
     Labels(4, null=True).check(3, False, "model")
 
 
+def test_the_classes_of_the_data_tell_a_null_class():
+    assert Labels(11).classes_of(10) == 10
+    assert Labels(10).classes_of(10) is None
+    assert Labels(10).classes_of(3) is None
+    assert Unconditional().classes_of(10) is None
+
+
 def test_nothing_is_a_condition_too():
     condition = Unconditional()
     assert condition.batch(LABELS, None, None) == {}

@@ -35,7 +35,7 @@ def test_subfolders_are_classes(tmp_path):
     dataset = load_dataset("imagefolder", root=tmp_path)
     images, labels = dataset.__getitems__(range(4))[:2]
     assert dataset.num_classes == 3
-    assert [path.name for path in dataset.paths] == ["x.WEBP", "0.bmp", "1.jpg", "2.png"]
+    assert dataset.file_names() == ["ant/x.WEBP", "cat/0.bmp", "cat/deep/1.jpg", "dog/2.png"]
     assert labels.tolist() == [0, 1, 1, 2]
     assert labels.dtype == torch.int64
     assert images.shape == (4, 3, 8, 8)

@@ -280,3 +280,8 @@ def test_a_tar_that_goes_away_or_is_cut_is_named_on_access(tmp_path: Path) -> No
     path.unlink()
     with pytest.raises(InputError, match=r"a\.tar: 0: cannot be read \(No such file"):
         dataset[0]
+
+
+def test_file_names(tmp_path: Path) -> None:
+    tar(tmp_path / "a.tar", ("./x/a.JPG", pixels(1, "JPEG")), ("b.c.txt", "seen"), *sample("b", 2))
+    assert load(tmp_path / "a.tar").file_names() == ["x/a.jpg", "b.png"]

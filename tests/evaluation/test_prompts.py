@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -179,6 +181,17 @@ def test_the_real_images_are_those_that_coco_names(folder, tmp_path):
     assert (len(target.dataset), target.extractor) == (4, None)
     batch = target.dataset.__getitems__([0, 3, 1])
     assert batch.images[:, 0, 0, 0].tolist() == [1, 5, 3]
+    # The same images as a tar, whose names are its members'.
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        archive.add(folder, ".")
+    tars = load_data_config("fashion-16", [], "webdataset", str(tmp_path / "a.tar"))
+    target = load_target(tars, None, None, torch.device("cpu"), prompts, compare=False)
+    assert target.dataset is not None
+    assert target.dataset.__getitems__([0, 3, 1]).images[:, 0, 0, 0].tolist() == [1, 5, 3]
+    shutil.copy(tmp_path / "a.tar", tmp_path / "b.tar")
+    twice = load_data_config("fashion-16", [], "webdataset", str(tmp_path / "{a,b}.tar"))
+    with pytest.raises(InputError, match=r"has \d\.png more than once, which .*c\.json names"):
+        load_target(twice, None, None, torch.device("cpu"), prompts, compare=False)
     (folder / "4.png").unlink()
     with pytest.raises(InputError, match=r"names 1 images that .*photos does not have, such as 4\.png"):
         load_target(config, None, None, torch.device("cpu"), prompts, compare=False)

@@ -1,7 +1,7 @@
 """A package of somebody else's adds kinds, one file each, which recipes and commands name with fields of their own.
 
-``package`` has a dataset, an adversary, an objective, a sampler and a metric. It is made a wheel and installed by pip,
-as a user does; no module of robustdiff names any of them.
+``package`` has a dataset, an adversary, an objective, a sampler, a metric, a codec, and a backbone with its condition.
+It is made a wheel and installed by pip, as a user does; no module of robustdiff names any of them.
 """
 
 from __future__ import annotations
@@ -17,8 +17,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from safetensors.numpy import load_file
 
 SRC = Path(__file__).resolve().parents[2] / "src"
+WEIGHTS = "diffusion_pytorch_model.safetensors"
 PACKAGE = Path(__file__).parent / "package"
 TINY = {
     "data": {"name": "stripes", "width": 3},
@@ -30,9 +32,23 @@ TINY = {
     "threads": 1,
     "log_every": 1,
 }
-
+CONV = {
+    "data": "digits",
+    "model": {"name": "conv", "width": 6, "condition_dropout": 0.5},
+    "codec": {"name": "blocks", "side": 4},
+    "adversary": {"name": "free", "steps": 2},
+    "steps": 4,
+    "batch_size": 4,
+    "threads": 1,
+    "log_every": 1,
+    "checkpoint_every": 2,
+    "precision": "fp32",
+}
 
 MISTAKES = {
+    "model=convolutional": ["unknown model 'convolutional'", "pretrained, conv, dit, unet"],
+    "codec={name: blocks, side: 0}": ["codec.side"],
+    "codec=block": ["unknown codec 'block'", "blocks, pixels, vae"],
     "adversary.shift=-1": ["adversary.shift"],
     "adversary.steps=2": ["unknown field adversary.steps", "known here: name, shift"],
     "adversary=strong": ["adversary.name", "constant, free, none, pgd, random"],
@@ -46,6 +62,7 @@ MISTAKES = {
     "data.root=x": ["stripes takes no root"],
 }
 SAMPLE = ["sample", "run", "--cpu", "--steps", "3", "--num", "4"]
+SAMPLE_CONV = ["sample", "conv", "--cpu", "--steps", "3", "--num", "4"]
 COMMANDS = {
     "run": ["train", "r.yaml", "--set", "output=run"],
     "ddim": [*SAMPLE, "--output", "ddim.npz", "--sampler", "ddim"],
@@ -55,6 +72,15 @@ COMMANDS = {
         *["evaluate", "run", "--cpu", "--output", "evaluation", "--metrics", "contrast,brightness"],
         *["--sampler", "churned", "--steps", "2,3", "--num", "8"],
     ],
+    "conv": ["train", "c.yaml", "--set", "output=conv"],
+    "again": ["train", "c.yaml", "--set", "output=conv", "--set", "steps=8", "--resume"],
+    "plain": [*SAMPLE_CONV, "--output", "plain.npz"],
+    "guided": [*SAMPLE_CONV, "--output", "guided.npz", "--guidance", "3"],
+    "tuned": [
+        *["train", "c.yaml", "--set", "model={name: pretrained, path: conv}", "--set", "codec=null"],
+        *["--set", "output=tuned"],
+    ],
+    "tuned samples": ["sample", "tuned", "--cpu", "--steps", "3", "--num", "4", "--output", "tuned.npz"],
     "two": ["sample", "run", "--cpu", "--output", "two.npz", "--sampler", "churned", "--steps", "2", "--num", "8"],
 }
 RUN = """
@@ -112,6 +138,7 @@ def folder(tmp_path_factory):
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--target", str(site)]
     subprocess.run([*pip, str(make_wheel(folder))], check=True, capture_output=True)
     (folder / "r.yaml").write_text(yaml.safe_dump(TINY))
+    (folder / "c.yaml").write_text(yaml.safe_dump(CONV))
     env = {**os.environ, "PYTHONPATH": f"{SRC}:{site}", "CUDA_VISIBLE_DEVICES": ""}
     values = [*MISTAKES, "adversary=none", "data={name: digits, background: white}"]
     outcome = subprocess.run(
@@ -158,3 +185,21 @@ def test_recipes_of_its_kinds(folder):
             assert word in read[assignment]
     assert read["adversary=none"]["adversary"]["name"] == "none", "and its own fields go with it"
     assert "background" not in read["data={name: digits, background: white}"]["data"], "as older recipes have it"
+
+
+def test_a_backbone_with_its_condition_and_a_codec_are_trained_saved_loaded_and_sampled(folder):
+    written = yaml.safe_load((folder / "conv" / "recipe.yaml").read_text())
+    assert (written["model"]["width"], written["codec"]) == (6, {"name": "blocks", "side": 4})
+    assert json.loads((folder / "conv" / "result.json").read_text())["steps"] == 8, "and it went on from 4"
+    saved = folder / "conv" / "model"
+    assert json.loads((saved / "codec" / "codec.json").read_text()) == {"codec": {"name": "blocks", "side": 4}}
+    config = json.loads((saved / "unet" / "config.json").read_text())
+    assert (config["in_channels"], config["sample_size"], config["classes"]) == (16, 2, 10)
+    plain, guided, tuned = (np.load(folder / f"{name}.npz") for name in ("plain", "guided", "tuned"))
+    assert plain["arr_0"].shape == tuned["arr_0"].shape == (4, 8, 8, 1)
+    assert plain["arr_1"].tolist() == [0, 1, 2, 3]
+    assert not np.array_equal(plain["arr_0"], guided["arr_0"])
+    assert not np.array_equal(plain["arr_0"], tuned["arr_0"])
+    before, after = (load_file(folder / run / "model" / "unet" / WEIGHTS) for run in ("conv", "tuned"))
+    assert before.keys() == after.keys()
+    assert all(not np.array_equal(before[name], after[name]) for name in before)

@@ -12,9 +12,24 @@ import scipy.linalg
 import torch
 
 from robustdiff.errors import InputError, RunError
+from robustdiff.evaluation.grid import Cell
 from robustdiff.metrics.bootstrap import interval
-from robustdiff.metrics.metric import METRICS, MetricCollection, check_finite, compared, number_named
+from robustdiff.metrics.brightness import Brightness
+from robustdiff.metrics.metric import (
+    _FIELDS,
+    METRICS,
+    Metric,
+    MetricCollection,
+    Number,
+    _keys,
+    check_finite,
+    compared,
+    number_named,
+    parse_metric,
+    ranked,
+)
 from robustdiff.metrics.reference import Reference
+from robustdiff.study.store import CellRecord
 
 KEYS = ["fid", "fid_corrected", "fid_mean_term", "kid", "kid_se", "precision", "recall", "brightness"]
 
@@ -170,6 +185,45 @@ class Contrast(Metric):
         count, total = np.bincount(block, minlength=50), np.bincount(block, values, 50)
         return {"contrast": (weights @ total) / (weights @ count)}
 '''
+
+
+def a_metric(*numbers: Number) -> type[Metric]:
+    return type("Other", (Brightness,), {"numbers": numbers})
+
+
+def test_no_two_metrics_have_the_same_number(monkeypatch):
+    monkeypatch.setattr(METRICS, "_entries", dict(METRICS._load()))
+    for key, words in {
+        "brightness": "the metrics brightness and other have the same number brightness: rename one",
+        "kid_se": "the metrics kid and other have the same number kid_se",
+        "steps": "the metric other has a number steps, which is another field of records",
+    }.items():
+        with pytest.raises(ValueError, match=words):
+            METRICS.register("other")(a_metric(Number("mine", "", ".1f"), Number(key, "", ".1f")))
+        assert "other" not in METRICS
+    METRICS.register("brightness")(METRICS["brightness"])  # as a module that is imported again
+    METRICS.register("other")(a_metric(Number("mine", "", ".1f")))
+    with pytest.raises(ValueError, match="the metrics other and third have the same number mine_se"):
+        METRICS.register("third")(a_metric(Number("mine_se", "", ".1f")))
+
+
+def test_the_fields_of_records_are_no_numbers():
+    ours = {key for kind in METRICS.values() for key in _keys(kind)}
+    cell = Cell("a", "ddim", 2, 3, {}, {}, {}, 1.0, guidance=1.0, blocks={"fid": 2})
+    assert {*CellRecord.model_fields, *cell.record()} - ours <= _FIELDS
+
+
+def test_the_value_of_a_metric_and_the_number_that_ranks(monkeypatch):
+    assert parse_metric("fid") == ("fid", {})
+    assert parse_metric("clip-score=a=b") == ("clip-score", {"clip-score": "a=b"})
+    assert (ranked("fid").name, ranked("clip-score=x").name, ranked("kid").name) == ("fid", "clip_score", "kid")
+    monkeypatch.setattr(METRICS, "_entries", dict(METRICS._load()))
+    METRICS.register("two")(a_metric(Number("one", "", ".1f"), Number("two", "", ".1f", "higher")))
+    assert ranked("two").name == "two"
+    with pytest.raises(InputError, match="no number of the metric brightness has a better direction: choose another"):
+        ranked("brightness")
+    with pytest.raises(InputError, match="unknown metric 'fd'"):
+        ranked("fd=3")
 
 
 @pytest.fixture

@@ -92,7 +92,9 @@ def test_labels_reach_the_teacher_with_their_images():
         return gaussian(x, sigma)
 
     labels = torch.arange(10)
-    measure_solver_error(denoise, images(10), [2], ["euler"], points=1, substeps=2, batch_size=4, labels=labels)
+    measure_solver_error(
+        denoise, images(10), [2], ["euler"], points=1, substeps=2, batch_size=4, condition={"class_labels": labels}
+    )
     assert {tuple(s.tolist()) for s in seen} == {(0, 1, 2, 3), (4, 5, 6, 7), (8, 9)}
 
 

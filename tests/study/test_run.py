@@ -533,6 +533,30 @@ def test_the_page_shows_the_terms_of_fid_and_fid_at_the_real_brightness_where_th
     assert f"| free | – | {shown[1]} |" in write_page(study, tmp_path, tmp_path / "page.md")
 
 
+def test_the_page_shows_a_metric_without_replicates(tmp_path):
+    measure = {**TINY["measure"], "steps": [10], "mismatch": 0, "metrics": ["brightness"]}
+    study = Study.model_validate({**TINY, "measure": measure, "references": {}})
+    (tmp_path / "cells").mkdir()
+    training = {"steps": 3, "batches": 3, "backward_passes": 3, "delta_norm": 0.1, "images": 7, "data": "fashion-16"}
+    more = {"threads": 1, "device": "cpu", "torch": "2", "training": training}
+    shown: dict[tuple[str, str], list[float]] = {}
+    for run in plan(study, tmp_path):
+        for cell in run.cells:
+            brightness = None if (run.method, run.seed) == ("free", 0) else 0.5 + len(shown) + run.seed
+            record = {**made_up_cell(run, 5.0, np.full(200, 5.0)), **more, "brightness": brightness}
+            cell.path.write_text(json.dumps({**record, "measure": measure}))
+            if brightness is not None:
+                shown.setdefault((run.method, cell.sampler), []).append(brightness)
+    text = write_page(study, tmp_path, tmp_path / "page.md")
+    table = text[text.index("## brightness") :]
+    for (method, sampler), numbers in shown.items():
+        rows = table[table.index(f"| {sampler}, steps |") :]
+        row = next(line for line in rows.splitlines() if line.startswith(f"| {method} |"))
+        assert row.split("|")[2].split("±")[0].strip() == f"{np.mean(numbers):.1f}"
+    with pytest.raises(ValueError, match="unknown metric 'brightnes'"):
+        Study.model_validate({**TINY, "measure": {**measure, "metrics": ["brightnes"]}})
+
+
 def test_the_trend_over_lengths_of_training_is_that_of_each_seed(tmp_path):
     """Against scipy's regression in each seed and t-test of the slopes, on made-up cells of four seeds."""
     lengths, seeds = (6, 12, 48), range(4)

@@ -333,7 +333,7 @@ def test_higher_is_better_for_some_metrics(measured, tmp_path, monkeypatch):
     first = record["comparisons"][0]
     assert (first["relative"], first["better"], record["answer"]) == (False, True, "candidate")
     assert first["mean"] == pytest.approx(0.1, abs=0.02), "a difference and no ratio"
-    with pytest.raises(ValueError, match="no better direction"):
+    with pytest.raises(ValueError, match="has a better direction"):
         small(metric="brightness")
 
 

@@ -233,7 +233,7 @@ def test_the_clock_of_the_main_process_decides_for_all(tuned, monkeypatch):
     ("fields", "message"),
     [
         ({"metric": "fod"}, "watch.metric: unknown metric 'fod': use one of"),
-        ({"metric": "brightness"}, "watch.metric=brightness"),
+        ({"metric": "brightness"}, "watch.metric: no number of the metric brightness"),
         ({"metric": "clip-score"}, "watch.metric: .*clip-score=VALUE"),
         ({"metric": "fid=3"}, "watch.metric: .*takes no value"),
         ({"samplers": ["heun9"]}, "heun9"),

@@ -138,6 +138,8 @@ class Backbone(ABC):
         part: The name of the network in a pipeline folder.
         classes: The classes of the network by (library, class) as in ``model_index.json``.
         others: The other components that pipelines of the family may have, besides the scheduler.
+        stores: The components of a codec that pipelines of the family hold. With none, a model is saved with any codec,
+            beside the pipeline; otherwise with codecs of these components only.
         linear_levels: Whether pipelines of the family give a flow-matching scheduler the levels 1, (S − 1)/S, …, 1/S,
             instead of leaving the choice of S levels to it.
         guidance: The scale of guidance that the network is called with where none is given; None if it takes none.
@@ -148,6 +150,7 @@ class Backbone(ABC):
     part: ClassVar[str]
     classes: ClassVar[dict[tuple[str, str], type[nn.Module]]]
     others: ClassVar[frozenset[str]] = frozenset()
+    stores: ClassVar[frozenset[str]] = frozenset()
     linear_levels: ClassVar[bool] = False
     square: ClassVar[bool] = False
 
@@ -181,6 +184,10 @@ class Backbone(ABC):
     def pipeline(self, network: nn.Module, scheduler: Any, codec: Codec, condition: Condition) -> Any:
         """Return the diffusers pipeline to save a network in; ``network`` may be a copy of this backbone's."""
 
+    def stored(self, network: nn.Module) -> nn.Module:
+        """Return a network, a copy of this backbone's, as pipelines of the family store it; by default as it is."""
+        return network
+
     def condition(self) -> Condition:
         """Return the condition of the network."""
         raise NotImplementedError
@@ -199,6 +206,30 @@ class Backbone(ABC):
         Raises:
             InputError: If they cannot.
         """
+
+    def check_codec(self, codec: Codec, path: str) -> None:
+        """Check that the network takes the latents of a codec, and that the two can be saved together.
+
+        Args:
+            codec: The codec.
+            path: The name of the model in messages.
+
+        Raises:
+            InputError: If they do not fit, or the pipelines of the family cannot hold the codec.
+        """
+        kind = type(self.network).__name__
+        if self.stores and set(codec.components) != self.stores:
+            remedy = "set codec.name=vae, for a new network with codec.path" if "vae" in self.stores else "choose it"
+            raise InputError(
+                f"the model {path} is a {kind}, whose pipeline holds a {' and a '.join(sorted(self.stores))}, and its "
+                f"codec is {type(codec).__name__}: {remedy}"
+            )
+        latents = self.channels, *(self.size or (self.multiple, self.multiple))
+        if codec.encoded_shape(codec.decoded_shape(latents)) != latents:
+            raise InputError(
+                f"the model {path} takes {latents[0]} channels, and latents of its codec {type(codec).__name__} have "
+                "another number: choose the codec that the model was trained with"
+            )
 
     def embed_guidance(self, scale: float, like: Tensor) -> dict[str, Tensor] | None:
         """Return the arguments by which the network itself takes a scale of guidance, in training and in sampling.

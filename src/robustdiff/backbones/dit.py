@@ -3,6 +3,11 @@
 DiT is the transformer of Peebles & Xie, "Scalable Diffusion Models with Transformers", ICCV 2023, arXiv 2212.09748. Its
 last class is the null class. With a learned variance it has 2C output channels.
 
+DiTPipeline takes the class 1000 for the null class. A network of K < 1000 classes is therefore stored with the
+embeddings of 1000, of which those from K on are the null class's, and with K as ``_num_classes`` in its configuration.
+They are cut off when the network is loaded. (diffusers preserves fields that begin with an underscore, and ignores
+them.)
+
 In training, the label embedding of diffusers drops labels at random, independently in each block. This is disabled
 here: the condition drops labels, once for the whole network.
 """
@@ -17,7 +22,7 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DiTPipeline
 from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
 from pydantic import Field, model_validator
-from torch import nn
+from torch import Tensor, nn
 
 from robustdiff.backbones.backbone import BACKBONES, Backbone, BackboneSection
 from robustdiff.codecs.codec import Codec, Shape
@@ -28,9 +33,12 @@ from robustdiff.errors import InputError
 from robustdiff.loading import Components, Place, check_forward, component, load_network, read_config, shown
 from robustdiff.section import MOST_PARAMETERS, Fraction, Width
 
-__all__ = ["DiT", "DiTSection", "exported", "load_transformer"]
+__all__ = ["DiT", "DiTSection", "check_unshifted", "exported", "load_transformer"]
 
 _Network = TypeVar("_Network", bound=nn.Module)
+
+_NULL_CLASS = 1000  # of DiTPipeline
+_EMBEDDINGS = "class_embedder.embedding_table.weight"
 
 _LARGEST_SIZE = 512  # in latents: 4096 pixels with a VAE of factor 8
 
@@ -121,6 +129,7 @@ class DiT(Backbone):
         ("diffusers", "DiTTransformer2DModel"): DiTTransformer2DModel,
         ("diffusers", "Transformer2DModel"): DiTTransformer2DModel,  # before diffusers 0.29
     }
+    stores: ClassVar[frozenset[str]] = frozenset({"vae"})
     others: ClassVar[frozenset[str]] = frozenset({"vae", "id2label"})
     square: ClassVar[bool] = True
 
@@ -149,6 +158,25 @@ class DiT(Backbone):
             pipeline.register_to_config(id2label=self.names)
         return pipeline
 
+    def stored(self, network: nn.Module) -> nn.Module:
+        config: Any = network.config
+        classes = config.num_embeds_ada_norm
+        if classes >= _NULL_CLASS:
+            return network
+        with torch.device("meta"):
+            wide = DiTTransformer2DModel.from_config(config, num_embeds_ada_norm=_NULL_CLASS)
+        state = network.state_dict()
+        for name, value in state.items():
+            if name.endswith(_EMBEDDINGS):
+                state[name] = torch.cat([value, value[-1:].expand(_NULL_CLASS - classes, -1)])
+        wide.load_state_dict(state, assign=True)
+        wide.register_to_config(_num_classes=classes)
+        return wide
+
+    def check_codec(self, codec: Codec, path: str) -> None:
+        super().check_codec(codec, path)
+        check_unshifted(codec, path)
+
     def condition(self) -> Condition:
         return Labels(self.network.config.num_embeds_ada_norm + 1, null=True)
 
@@ -156,6 +184,20 @@ class DiT(Backbone):
     def multiple(self) -> int:
         """The side of the network's patches."""
         return int(self.network.config.patch_size)
+
+
+def check_unshifted(codec: Any, path: str | Path) -> None:
+    """Check that a VAE does not shift latents, for pipelines that do not.
+
+    Args:
+        codec: The VAE.
+        path: The name of the model in messages.
+
+    Raises:
+        InputError: If it does.
+    """
+    if codec.shifted:
+        raise InputError(f"{path}: the pipeline does not shift latents, and its VAE has a shift: give another VAE")
 
 
 def exported(scheduler: Any) -> Any:
@@ -178,6 +220,38 @@ def _prepare(config: dict[str, Any], tensors: int, path: Path) -> None:
             f"{path}: num_layers={layers} does not fit the weights beside it, of {tensors} tensors: give the two that "
             "belong together"
         )
+
+
+def _cut_classes(config: dict[str, Any], path: Path) -> int | None:
+    """Set the number of classes of a network that is stored with more, and return it; None for another network."""
+    classes, stored = config.pop("_num_classes", None), config.get("num_embeds_ada_norm")
+    if classes is None:
+        return None
+    if not (type(classes) is int and type(stored) is int and 1 <= classes < stored):
+        raise InputError(
+            f"{path}: _num_classes={shown(classes)} is no number of classes below num_embeds_ada_norm={shown(stored)}: "
+            "save the model again"
+        )
+    config["num_embeds_ada_norm"] = classes
+    return classes
+
+
+def _cut_embeddings(state: dict[str, Tensor], classes: int, source: Path) -> dict[str, Tensor]:
+    """Return weights without the embeddings after the null class, all of which must be that of the null class."""
+    cut = dict(state)
+    for name, value in state.items():
+        if name.endswith(_EMBEDDINGS):
+            if (
+                value.ndim != 2
+                or len(value) <= classes
+                or not torch.equal(value[classes:], value[classes].expand_as(value[classes:]))
+            ):
+                raise InputError(
+                    f"{source}: {name} has other rows after {classes} classes than that of the null class, against "
+                    "_num_classes in config.json: save the model again"
+                )
+            cut[name] = value[: classes + 1].clone()
+    return cut
 
 
 def _check(network: DiTTransformer2DModel, path: Path) -> None:
@@ -212,18 +286,28 @@ def load_transformer(
     Raises:
         InputError: If one of them is missing or cannot be read, or they do not fit each other or the size.
     """
+    classes: int | None = None
+
+    def prepare(config: dict[str, Any], tensors: int, path: Path) -> None:
+        nonlocal classes
+        _prepare(config, tensors, path)
+        classes = _cut_classes(config, path)
+
+    def adapt(state: dict[str, Tensor], source: Path) -> dict[str, Tensor]:
+        return state if classes is None else _cut_embeddings(state, classes, source)
+
     network = load_network(
         component(folder, "transformer"),
         kind,
         aliases=("Transformer2DModel",),
-        prepare=_prepare,
+        prepare=prepare,
+        adapt=adapt,
         check=check,
         place=place,
     )
     index = folder / "model_index.json"
     codec = pipeline_vae(folder, components)
-    if codec.shifted:
-        raise InputError(f"{index}: the pipeline does not shift latents, and its VAE has a shift: give another VAE")
+    check_unshifted(codec, index)
     config: Any = network.config
     channels, height, _ = codec.decoded_shape((config.in_channels, config.sample_size, config.sample_size))
     if codec.encoded_shape((channels, height, height))[0] != config.in_channels:

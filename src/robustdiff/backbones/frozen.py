@@ -27,18 +27,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from robustdiff.errors import InputError, first_line, installing
+from robustdiff.weights import update_digest
 
-__all__ = ["FrozenWeights", "Int8Linear", "Quantization", "update_fingerprint"]
+__all__ = ["FrozenWeights", "Int8Linear", "Quantization"]
 
 Quantization = Literal["int8", "nf4"]
 """The types of ``model.quantize``."""
 
 _BLOCK = 64  # weights with one scale in nf4; the CPU kernels of bitsandbytes take whole blocks in a row only
-
-
-def update_fingerprint(digest: Any, value: Tensor) -> None:
-    """Add the bytes of a tensor to a hash; they depend neither on its device nor on its memory format."""
-    digest.update(value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
 
 
 class FrozenWeights:
@@ -75,7 +71,7 @@ class FrozenWeights:
         Raises:
             InputError: If the value has numbers beyond the type in which it is held.
         """
-        update_fingerprint(self._digest, value)
+        update_digest(self._digest, value)
         path, _, last = name.rpartition(".")
         owner = network.get_submodule(path)
         if last in dict(owner.named_buffers(recurse=False, remove_duplicate=False)):

@@ -1,7 +1,8 @@
 """Pipelines of the Hugging Face Hub, downloaded to its cache, or read from there without a connection.
 
-Only configurations, tokenizers and safetensors of the components in ``model_index.json`` are downloaded. A variant of
-the weights, such as ``fp16``, is downloaded only for a component without other weights.
+Only configurations, tokenizers and safetensors of the components in ``model_index.json`` are downloaded, and of a codec
+that this package saved beside them. A variant of the weights, such as ``fp16``, is downloaded only for a component
+without other weights.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ def download(name: str, fetch: bool = True) -> Path:
         raise InputError(
             f"{printable(name)} of the Hugging Face Hub has no model_index.json: it is no diffusers pipeline"
         )
-    parts = [part for part in read_index(folder) if part not in _NOT_READ]
+    parts = [*(part for part in read_index(folder) if part not in _NOT_READ), "codec"]
     kinds = ("json", "txt", "model", "safetensors")
     _snapshot(name, fetch, [f"{part}/*.{kind}" for part in parts for kind in kinds], _VARIANTS)
     # Schedulers and tokenizers have no weights: nothing matches.

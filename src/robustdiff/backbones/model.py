@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from robustdiff.backbones.backbone import BACKBONES, Backbone
-from robustdiff.backbones.frozen import FrozenWeights, update_fingerprint
+from robustdiff.backbones.frozen import FrozenWeights
 from robustdiff.backbones.hub import download, is_hub_name
 from robustdiff.backbones.lora import (
     RECORD,
@@ -38,7 +38,7 @@ from robustdiff.backbones.scheduler import (
     process_of,
     sampling_of,
 )
-from robustdiff.codecs.codec import Codec, Shape
+from robustdiff.codecs.codec import Codec, Shape, load_codec, save_codec
 from robustdiff.codecs.pixels import Pixels
 from robustdiff.conditions.condition import Condition
 from robustdiff.data import ImageDataset
@@ -47,6 +47,7 @@ from robustdiff.loading import Components, load_scheduler, quietly, read_index
 from robustdiff.objectives.preconditioning import Denoise
 from robustdiff.process import DiffusionProcess, Prediction
 from robustdiff.samplers.sample import suited
+from robustdiff.weights import update_digest
 
 __all__ = ["PRETRAINED", "Model", "load_model"]
 
@@ -275,7 +276,7 @@ class Model:
         """Return the sha256 of the network's parameters; it depends neither on the device nor on the memory format."""
         digest = hashlib.sha256()
         for value in self.network.state_dict().values():
-            update_fingerprint(digest, value)
+            update_digest(digest, value)
         return digest.hexdigest()
 
     def save(self, folder: Path, state: Mapping[str, Tensor] | None = None) -> None:
@@ -283,7 +284,11 @@ class Model:
 
         Args:
             state: The parameters to save by name, in any memory format; by default the network's own.
+
+        Raises:
+            InputError: If the folder could not hold the codec.
         """
+        self.backbone.check_codec(self.codec, self.path)
         with quietly():
             self._save(folder, self.network.state_dict() if state is None else state)
 
@@ -297,8 +302,11 @@ class Model:
         with torch.device("meta"):
             network = type(self.network).from_config(self.network.config)
         network.load_state_dict({name: value.contiguous() for name, value in state.items()}, assign=True)
+        network = self.backbone.stored(network)
         pipeline = self.backbone.pipeline(network, self.scheduler, self.codec, self.condition)
         pipeline.save_pretrained(folder, safe_serialization=True)
+        if not (self.codec.identity or self.backbone.stores):
+            save_codec(self.codec, folder)
 
 
 def load_model(path: str | Path, size: int | None = None, frozen: FrozenWeights | None = None) -> Model:
@@ -322,10 +330,27 @@ def load_model(path: str | Path, size: int | None = None, frozen: FrozenWeights 
         return _adapted(folder, str(path), size)
     components = read_index(folder)
     family = _family(folder, components)
-    backbone, codec = family.load(folder, components, size, frozen)
+    saved = None if family.stores else load_codec(folder)
+    # With a codec beside the pipeline, the size of the network's input is not that of the images.
+    backbone, codec = family.load(folder, components, size if saved is None else None, frozen)
+    if saved is not None:
+        codec = saved
+        backbone.check_codec(codec, str(path))
+        if size is not None:
+            _take_size(backbone, codec, size)
     if frozen is not None:
         frozen.check(str(path))
     return Model(backbone, backbone.corrected(load_scheduler(folder, components)), codec, path=str(path))
+
+
+def _take_size(backbone: Backbone, codec: Codec, size: int) -> None:
+    """Set the size of a network's input to that of the latents of square images."""
+    channels = codec.decoded_shape((backbone.channels, backbone.multiple, backbone.multiple))[0]
+    _, height, width = codec.encoded_shape((channels, size, size))
+    if height % backbone.multiple or width % backbone.multiple:
+        multiple = backbone.multiple * size // height
+        raise InputError(f"size {size} is not for this model: give a multiple of {multiple} pixels")
+    backbone.take_size(height, width)
 
 
 def _adapted(folder: Path, path: str, size: int | None) -> Model:

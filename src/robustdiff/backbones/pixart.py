@@ -17,7 +17,7 @@ from diffusers.models.transformers.pixart_transformer_2d import PixArtTransforme
 from torch import Tensor, nn
 
 from robustdiff.backbones.backbone import BACKBONES, Backbone
-from robustdiff.backbones.dit import exported, load_transformer
+from robustdiff.backbones.dit import check_unshifted, exported, load_transformer
 from robustdiff.codecs.codec import Codec
 from robustdiff.conditions.condition import Condition
 from robustdiff.conditions.t5 import T5Text, load_t5
@@ -46,6 +46,7 @@ class PixArt(Backbone):
         ("diffusers", "PixArtTransformer2DModel"): PixArtTransformer2DModel,
         ("diffusers", "Transformer2DModel"): PixArtTransformer2DModel,  # before diffusers 0.29
     }
+    stores: ClassVar[frozenset[str]] = frozenset({"vae"})
     others: ClassVar[frozenset[str]] = frozenset({"vae", "text_encoder", "tokenizer"})
 
     def __init__(
@@ -87,6 +88,10 @@ class PixArt(Backbone):
             transformer=network,
             scheduler=exported(scheduler),
         )
+
+    def check_codec(self, codec: Codec, path: str) -> None:
+        super().check_codec(codec, path)
+        check_unshifted(codec, path)
 
     def condition(self) -> Condition:
         if self.text is None:

@@ -52,6 +52,7 @@ class MMDiT(Backbone):
     """
 
     part = "transformer"
+    stores: ClassVar[frozenset[str]] = frozenset({"vae"})
     kind: ClassVar[str]
 
     def __init__(self, network: Any, text: Condition | None = None, factor: int = 8) -> None:
@@ -99,6 +100,10 @@ class MMDiT(Backbone):
         kind = getattr(import_module("diffusers"), self.kind)
         parts = dict.fromkeys(self.others) | codec.components | condition.components
         return kind(transformer=network, scheduler=scheduler, **parts)
+
+    def check_codec(self, codec: Codec, path: str) -> None:
+        super().check_codec(codec, path)
+        _check_vae(codec, path)
 
     def check_scheduler(self, scheduler: Any, path: str) -> None:
         if kind_of(scheduler) != "flow":
@@ -252,16 +257,22 @@ def caption(config: Any) -> dict[str, Tensor]:
     }
 
 
+def _check_vae(codec: Any, path: str | Path) -> None:
+    """Check that a VAE shifts latents by ``shift_factor``, as the pipeline does."""
+    config = codec.network.config
+    if config.shift_factor is None or config.latents_mean is not None or config.latents_std is not None:
+        raise InputError(
+            f"{path}: the pipeline shifts latents by one shift_factor, and its VAE has none, or numbers per channel: "
+            "give another VAE"
+        )
+
+
 def _load_vae(folder: Path, components: Components, channels: int) -> VAE:
     """Load the VAE of a pipeline that shifts latents by ``shift_factor``."""
     index = folder / "model_index.json"
     codec = pipeline_vae(folder, components)
+    _check_vae(codec, index)
     config: Any = codec.network.config
-    if config.shift_factor is None or config.latents_mean is not None or config.latents_std is not None:
-        raise InputError(
-            f"{index}: the pipeline shifts latents by one shift_factor, and its VAE has none, or numbers per channel: "
-            "give another VAE"
-        )
     if config.latent_channels != channels:
         raise InputError(
             f"{index}: the transformer takes {channels} channels and the VAE encodes as {config.latent_channels}: give "

@@ -57,6 +57,7 @@ class StableDiffusion(Backbone):
     classes: ClassVar[dict[tuple[str, str], type[nn.Module]]] = {
         ("diffusers", "UNet2DConditionModel"): UNet2DConditionModel
     }
+    stores: ClassVar[frozenset[str]] = frozenset({"vae"})
     others: ClassVar[frozenset[str]] = frozenset(
         {"vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "force_zeros_for_empty_prompt"}
         | {"safety_checker", "feature_extractor", "requires_safety_checker"}
@@ -90,7 +91,7 @@ class StableDiffusion(Backbone):
         else:
             text = load_clip(folder)
         codec = pipeline_vae(folder, components)
-        _check_codec(codec, kind, index)
+        _check_vae(codec, kind, index)
 
         def prepare(config: dict[str, Any], tensors: int, path: Path) -> None:
             _check_depth(config, tensors, path)
@@ -116,12 +117,15 @@ class StableDiffusion(Backbone):
         parts = {**condition.components, "vae": codec.components["vae"], "unet": network}
         parts["scheduler"] = self.corrected(scheduler)
         if self.kind == _XL:
-            zeros = condition.zeros  # type: ignore[attr-defined]
-            parts |= {"force_zeros_for_empty_prompt": zeros, "add_watermarker": False}
+            parts |= {**condition.pipeline_settings, "add_watermarker": False}
         else:
             parts |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
         # Imported here, since it imports image processors of transformers, which warn of a missing torchvision.
         return getattr(import_module("diffusers"), self.kind)(**parts)
+
+    def check_codec(self, codec: Codec, path: str) -> None:
+        super().check_codec(codec, path)
+        _check_vae(codec, self.kind, path)
 
     def condition(self) -> Condition:
         if self.text is None:
@@ -185,11 +189,10 @@ class StableDiffusion(Backbone):
         return StableDiffusion(wider.train(network.training), self.text, self.factor, _XL if self.kind == _XL else _LCM)
 
 
-def _check_codec(codec: VAE, kind: str, index: Path) -> None:
-    """Check that a pipeline decodes latents as the codec does."""
-    config = codec.network.config
-    if config.shift_factor if kind == _XL else codec.shifted:
-        raise InputError(f"{index}: the pipeline does not shift latents, and its VAE has a shift: give another VAE")
+def _check_vae(codec: Any, kind: str, path: str | Path) -> None:
+    """Check that a pipeline decodes latents as the VAE does."""
+    if codec.network.config.shift_factor if kind == _XL else codec.shifted:
+        raise InputError(f"{path}: the pipeline does not shift latents, and its VAE has a shift: give another VAE")
 
 
 def _check_depth(config: dict[str, Any], tensors: int, path: Path) -> None:

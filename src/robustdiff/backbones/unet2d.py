@@ -1,4 +1,7 @@
-"""``UNet2DModel`` of diffusers on pixels, optionally class-conditional (DDPMPipeline, ConsistencyModelPipeline)."""
+"""``UNet2DModel`` of diffusers, optionally class-conditional (DDPMPipeline, ConsistencyModelPipeline).
+
+It works on pixels, or on the latents of a codec that is saved beside the pipeline.
+"""
 
 from __future__ import annotations
 

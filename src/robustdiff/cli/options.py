@@ -65,9 +65,11 @@ def parse_metrics(text: str | None) -> tuple[list[str], dict[str, str]]:
     Raises:
         InputError: If a name is given twice.
     """
-    parts = [part.partition("=") for part in ([] if text is None else text.split(","))]
-    names = distinct([name for name, _, _ in parts], "--metrics")
-    return names, {name: value for name, separator, value in parts if separator}
+    from robustdiff.metrics.metric import parse_metric
+
+    parts = [parse_metric(part) for part in ([] if text is None else text.split(","))]
+    names = distinct([name for name, _ in parts], "--metrics")
+    return names, {name: value for _, values in parts for name, value in values.items()}
 
 
 def parse_assignments(texts: list[str], taken: dict[str, Any]) -> dict[str, Any]:

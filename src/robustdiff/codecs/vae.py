@@ -30,6 +30,7 @@ from robustdiff.codecs.codec import CODECS, Codec, CodecSection, Shape
 from robustdiff.errors import InputError, first_line, printable
 from robustdiff.loading import Components, component, load_network, shown
 from robustdiff.section import Text
+from robustdiff.weights import update_digest
 
 __all__ = ["VAE", "Posterior", "VAESection", "load_vae", "pipeline_vae"]
 
@@ -57,6 +58,7 @@ class VAE(Codec):
         self.network = network.eval().float().requires_grad_(False)
         self.posterior: Posterior = posterior
         self.random = posterior == "sample"
+        self.section = VAESection(posterior=posterior)
         config = network.config
         channels = config.latent_channels
         std = _per_channel(config, "latents_std", [1.0] * channels, positive=True)
@@ -134,13 +136,16 @@ class VAE(Codec):
         self._mean, self._scale = self._mean.to(device), self._scale.to(device)
         return self
 
+    def save(self, folder: Path) -> None:
+        self.network.save_pretrained(folder)
+
     @cached_property
     def _digest(self) -> str:
         config = {name: value for name, value in self.network.config.items() if not name.startswith("_")}
         digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=list).encode())
         for name, value in sorted(self.network.state_dict().items()):
             digest.update(f"{name} {tuple(value.shape)}\n".encode())
-            digest.update(value.cpu().contiguous().numpy().tobytes())
+            update_digest(digest, value)
         return digest.hexdigest()
 
     def fingerprint(self) -> str:
@@ -193,8 +198,8 @@ def load_vae(path: str | Path) -> AutoencoderKL:
     """Load an ``AutoencoderKL`` in float32 on the CPU, without running code that the files name.
 
     Args:
-        path: A folder with ``config.json`` and weights, a pipeline folder with ``vae/``, a run, or the name of a
-            shipped VAE, such as "fashion-16-vae".
+        path: A folder with ``config.json`` and weights, a pipeline folder with ``vae/`` or ``codec/``, a run, or the
+            name of a shipped VAE, such as "fashion-16-vae".
 
     Raises:
         InputError: If the VAE is missing, is of another class, or its configuration and weights do not fit.
@@ -234,7 +239,8 @@ def _check(network: AutoencoderKL, path: Path) -> None:
 
 def _folder(path: str | Path) -> Path:
     given = Path(path)
-    for candidate in (given / "vae", given / "model" / "vae", given, Path(str(PRETRAINED / str(path)))):
+    within = [given / model / part for part in ("vae", "codec") for model in ("", "model")]
+    for candidate in (*within, given, Path(str(PRETRAINED / str(path)))):
         if (candidate / "config.json").is_file():
             return candidate
     raise InputError(
@@ -272,3 +278,6 @@ class VAESection(CodecSection):
                 f"codec=vae needs codec.path for a new network: a folder with a VAE, or a shipped one ({_shipped()})"
             )
         return VAE(own.components["vae"], self.posterior)
+
+    def load(self, folder: Path) -> VAE:
+        return VAE(load_network(folder, AutoencoderKL, prepare=_prepare, check=_check), self.posterior)

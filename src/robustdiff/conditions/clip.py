@@ -81,6 +81,10 @@ class TwoClipTexts(TextCondition):
         self.zeros = zeros
 
     @property
+    def pipeline_settings(self) -> dict[str, Any]:
+        return {"force_zeros_for_empty_prompt": self.zeros}
+
+    @property
     def width(self) -> int:
         """The number of channels of the embedding of a token, those of both encoders."""
         return sum(int(encoder.config.hidden_size) for encoder in self.encoders.values())

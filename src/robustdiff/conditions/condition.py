@@ -24,10 +24,15 @@ class Condition(ABC):
 
     Attributes:
         components: The components of the condition in a pipeline folder by name, such as a text encoder.
+        pipeline_settings: The settings of the condition in a pipeline folder by name, which are not components.
     """
 
     @property
     def components(self) -> dict[str, Any]:
+        return {}
+
+    @property
+    def pipeline_settings(self) -> dict[str, Any]:
         return {}
 
     def to(self, device: torch.device | str) -> Condition:
@@ -70,6 +75,14 @@ class Condition(ABC):
     @property
     def classes(self) -> int | None:
         """The number of classes, without the null class; None if the condition is not a class."""
+        return None
+
+    def classes_of(self, data_classes: int) -> int | None:
+        """Return the number of classes to sample for a network that was trained on data with a number of classes.
+
+        It is None for the condition's own number. Another one is known if the data leaves out a null class that the
+        network embeds.
+        """
         return None
 
     def with_classes(self, num_classes: int) -> Condition:

@@ -30,6 +30,9 @@ class Labels(Condition):
     def classes(self) -> int:
         return self.embedded - self.null
 
+    def classes_of(self, data_classes: int) -> int | None:
+        return data_classes if data_classes == self.embedded - 1 else None
+
     def with_classes(self, num_classes: int) -> Labels:
         if num_classes not in (self.embedded, self.embedded - 1):
             raise InputError(

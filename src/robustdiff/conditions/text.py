@@ -35,6 +35,7 @@ from robustdiff.errors import InputError, RunError, first_line, installing, prin
 from robustdiff.files import atomic_write, cache_folder, claim_folder, open_regular, remove_leftovers, user_key
 from robustdiff.loading import quietly, read_index
 from robustdiff.progress import SILENT, Progress
+from robustdiff.weights import digest_state
 
 __all__ = ["TextCondition", "load_encoder", "load_tokenizer"]
 
@@ -169,9 +170,7 @@ class TextCondition(Condition):
         for name, encoder in self.encoders.items():
             config = {k: v for k, v in encoder.config.to_dict().items() if k not in _NO_SETTINGS}
             digest.update(f"{name} {json.dumps(config, sort_keys=True, default=repr)}\n".encode())
-            for key, value in sorted(encoder.state_dict().items()):
-                digest.update(f"{key} {value.dtype} {tuple(value.shape)}\n".encode())
-                digest.update(value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            digest_state(digest, encoder.state_dict())
         return digest.hexdigest()
 
     # -- embeddings ------------------------------------------------------------------------------------------

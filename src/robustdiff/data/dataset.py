@@ -171,6 +171,13 @@ class ImageDataset(Dataset[tuple[Tensor, Any]]):
         """Return the geometry of a batch from :meth:`__getitems__`, int64 (B, 4), or None; see :class:`Batch`."""
         return None
 
+    def file_names(self) -> list[str] | None:
+        """Return the name of each image's file, with "/" between folders, or None if images have no names.
+
+        A name may occur more than once, as in several tar files.
+        """
+        return None
+
     def contents(self) -> bytes:
         """Return a hash of the images; it does not depend on the process or on the location of the data.
 

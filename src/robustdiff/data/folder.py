@@ -163,6 +163,7 @@ class FolderDataset(EncodedDataset):
             self._check_classes(folder)
         with allow_large(), ThreadPoolExecutor() as pool:
             headers = list(pool.map(_header, self.paths))
+        self._folder = folder
         rank = {name: k for k, name in enumerate(self.classes)}
         labels = torch.tensor([rank[p.relative_to(folder).parts[0]] for p in self.paths]) if rank else None
         labelled = len(rank) or None, labels, captions
@@ -193,6 +194,10 @@ class FolderDataset(EncodedDataset):
     def encoded(self, indices: Sequence[int]) -> list[tuple[Source, str]]:
         paths = [self.paths[int(index)] for index in indices]
         return [(file_source(path), printable(path)) for path in paths]
+
+    def file_names(self) -> list[str]:
+        """Return the path of each file in the folder, with "/" between folders."""
+        return [path.relative_to(self._folder).as_posix() for path in self.paths]
 
     def contents(self) -> bytes:
         """Return a hash of the background and of the names, lengths, first and last bytes of the files.

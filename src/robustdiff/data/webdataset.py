@@ -82,6 +82,7 @@ class Indexed:
     """
 
     keys: list[str] = field(default_factory=list)
+    extensions: list[str] = field(default_factory=list)
     images: list[Member] = field(default_factory=list)
     headers: list[Header] = field(default_factory=list)
     captions: list[tuple[str, ...] | None] = field(default_factory=list)
@@ -300,6 +301,7 @@ def _index(path: str, column: str | None) -> Indexed:
                     "leave it out"
                 )
             found.keys.append(sample.key)
+            found.extensions.append(images[0])
             found.images.append(image)
             found.headers.append(read_header(partial(_open_member, path, image), f"{name}.{images[0]}"))
             found.captions.append(_caption(file, sample, name, column))
@@ -377,6 +379,7 @@ class WebDataset(EncodedDataset):
         with allow_large(), ThreadPoolExecutor() as pool:
             found = list(pool.map(partial(_index, column=caption_column), self.paths))
         self._keys = [key for indexed in found for key in indexed.keys]
+        self._extensions = [extension for indexed in found for extension in indexed.extensions]
         if not self._keys:
             raise InputError(f"{name}: no images in it; write them as KEY.jpg, KEY.png or KEY.webp")
         self._tars = np.repeat(np.arange(len(found)), [len(indexed.keys) for indexed in found])
@@ -426,6 +429,12 @@ class WebDataset(EncodedDataset):
 
     def encoded(self, indices: Sequence[int]) -> list[tuple[Source, str]]:
         return [(partial(_open_member, *self._place(index)), self._word(index)) for index in map(int, indices)]
+
+    def file_names(self) -> list[str]:
+        """Return the name of each image in its tar, ``KEY.jpg``, with the extension in lower case."""
+        return [
+            f"{key.removeprefix('./')}.{extension}" for key, extension in zip(self._keys, self._extensions, strict=True)
+        ]
 
     def _place(self, index: int) -> tuple[str, Member]:
         return self.paths[self._tars[index]], Member(*self._places[index].tolist())

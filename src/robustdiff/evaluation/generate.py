@@ -115,8 +115,8 @@ class Generator:
         sampler = settings.pop("sampler", None) or model.samplers[0]
         if settings.get("steps") is None:
             settings["steps"] = SAMPLERS[sampler].default_steps
-        if data_classes is not None and getattr(model.condition, "embedded", None) == data_classes + 1:
-            settings = {"num_classes": data_classes, **settings}
+        if data_classes is not None and (classes := model.condition.classes_of(data_classes)) is not None:
+            settings = {"num_classes": classes, **settings}
         if model.condition.takes_captions and not settings.get("prompts"):
             settings["prompts"] = data_captions
         return cls(model, sampler, **settings)
@@ -453,7 +453,7 @@ def _settings(generator: Generator) -> dict[str, Any]:
         "classes": generator.classes,
         "guidance": generator.guidance,
         "options": generator.sampling,
-        **({"codec": model.codec.fingerprint()} if model.codec.components else {}),
+        **({} if model.codec.identity else {"codec": model.codec.fingerprint()}),
         **({"prompts": generator.prompts, "text": model.condition.fingerprint()} if generator.prompts else {}),
         **({"negative": generator.negative} if generator.negative is not None else {}),
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -121,7 +122,7 @@ class Target:
 
 
 class _Named(ImageDataset):
-    """The images of a folder whose files are named."""
+    """The images of a dataset with some names."""
 
     def __init__(self, dataset: ImageDataset, indices: list[int]) -> None:
         super().__init__(dataset.name, dataset.shape, dataset.num_classes, dataset.labels_of(indices))
@@ -136,19 +137,25 @@ class _Named(ImageDataset):
 
 def _select(dataset: ImageDataset, source: DataConfig, prompts: Prompts) -> ImageDataset:
     """Return the images that captions of COCO name."""
-    paths = getattr(dataset, "paths", None)
-    if paths is None or source.root is None:
+    names = dataset.file_names()
+    if names is None:
         raise InputError(
             f"{prompts.source} names the real images, which {source.name} has no names of: give their folder by --data "
             "imagefolder --root DIR, or the prompts as a .txt"
         )
-    names = [path.relative_to(source.root).as_posix() for path in paths]
     if missing := set(prompts.files) - set(names):
         raise InputError(
             f"{prompts.source} names {len(missing)} images that {dataset.name} does not have, such as "
             f"{printable(min(missing))}: give the folder of its images by --root"
         )
-    return _Named(dataset, [i for i, name in enumerate(names) if name in prompts.files])
+    indices = [i for i, name in enumerate(names) if name in prompts.files]
+    if len(indices) > len(prompts.files):
+        twice = next(name for name, count in Counter(names[i] for i in indices).items() if count > 1)
+        raise InputError(
+            f"{dataset.name} has {printable(twice)} more than once, which {prompts.source} names: give the files of "
+            "its images alone by --root"
+        )
+    return _Named(dataset, indices)
 
 
 def load_target(

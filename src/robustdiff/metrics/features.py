@@ -38,7 +38,7 @@ from torch import Tensor, nn
 from robustdiff.data.dataset import to_unit
 from robustdiff.errors import InputError, RunError, first_line, installing, printable
 from robustdiff.files import atomic_write
-from robustdiff.weights import FLOATS, read_file
+from robustdiff.weights import FLOATS, digest_state, read_file
 
 __all__ = [
     "EXTRACTORS",
@@ -104,10 +104,7 @@ class FeatureExtractor(nn.Module):
 def fingerprint_of(weights: Mapping[str, Tensor]) -> str:
     """Return the sha256 of weights by name."""
     digest = hashlib.sha256()
-    for key in sorted(weights):
-        value = weights[key].detach().cpu().contiguous()
-        digest.update(f"{key} {value.dtype} {tuple(value.shape)}\n".encode())
-        digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
+    digest_state(digest, weights)
     return digest.hexdigest()
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar, Literal, NamedTuple, cast
@@ -42,6 +42,8 @@ __all__ = [
     "check_finite",
     "compared",
     "number_named",
+    "parse_metric",
+    "ranked",
 ]
 
 DEFAULT = ("fid", "kid", "precision-recall", "brightness")
@@ -55,7 +57,7 @@ class Number:
     """A description of a number that a metric returns.
 
     Attributes:
-        name: The key in records; the key of a standard error is ``NAME_se``.
+        name: The key in records, which no other metric has; the key of a standard error is ``NAME_se``.
         title: The name in tables and figures.
         format: The format of the value, as :func:`format` takes it.
         better: The direction of better values, "lower" or "higher", or None if neither is better.
@@ -162,8 +164,65 @@ class Metric(ABC):
         return BLOCKS
 
 
-METRICS: Registry[type[Metric]] = Registry("metric", "metrics")
+_FIELDS = frozenset(
+    {"checkpoint", "sampler", "steps", "n", "guidance", "seconds", "blocks", "method", "seed", "measure", "numbers"}
+    | {"replicates", "other_replicates", "noise", "threads", "device", "torch", "weights", "training", "recipe"}
+    | {"reference", "extractor", "real_images", "robustdiff"}
+)
+"""The other fields of the records that hold numbers."""
+
+
+def _keys(kind: type[Metric]) -> list[str]:
+    """Return the keys of the numbers and standard errors of a metric."""
+    keys = ((one.name, f"{one.name}_se") if one.standard_error else (one.name,) for one in kind.numbers)
+    return [key for pair in keys for key in pair]
+
+
+class _Metrics(Registry[type[Metric]]):
+    """The metrics by name, no two of which return a number with the same key."""
+
+    def register(self, name: str) -> Callable[[type[Metric]], type[Metric]]:
+        add = super().register(name)
+
+        def fields(one: type[Metric]) -> list[str]:
+            return [f"{number.name}{end}" for number in one.numbers for end in ("", "_se", "_ci")]
+
+        def checked(kind: type[Metric]) -> type[Metric]:
+            taken = {field: other for other, one in self._entries.items() if one is not kind for field in fields(one)}
+            for field in fields(kind):
+                if field in _FIELDS:
+                    raise ValueError(f"the metric {name} has a number {field}, which is another field of records")
+                if field in taken:
+                    raise ValueError(f"the metrics {taken[field]} and {name} have the same number {field}: rename one")
+            return add(kind)
+
+        return checked
+
+
+METRICS: Registry[type[Metric]] = _Metrics("metric", "metrics")
 """The registry of metrics."""
+
+
+def parse_metric(text: str) -> tuple[str, dict[str, str]]:
+    """Return the name of a metric that is written as NAME or NAME=VALUE, and its value, if it has one, by the name."""
+    name, separator, value = text.partition("=")
+    return name, {name: value} if separator else {}
+
+
+def ranked(text: str) -> Number:
+    """Return the number by which images are ranked: the first number of a metric that has a better direction.
+
+    Args:
+        text: The metric, as NAME or NAME=VALUE.
+
+    Raises:
+        InputError: If the metric is unknown, or none of its numbers has a better direction.
+    """
+    name, _ = parse_metric(text)
+    for number in METRICS[name].numbers:
+        if number.better is not None:
+            return number
+    raise InputError(f"no number of the metric {name} has a better direction: choose another metric, such as fid")
 
 
 def number_named(name: str) -> Number:
@@ -231,8 +290,7 @@ class MetricCollection:
         self._keys: list[str] = []
         for name in DEFAULT if names is None else names:
             kind = METRICS[name]
-            for one in kind.numbers:
-                self._keys += [one.name, f"{one.name}_se"] if one.standard_error else [one.name]
+            self._keys += _keys(kind)
             lacks = ""
             if compared([name]) and (extractor is None or reference is None):
                 lacks = "features, and give their statistics"

@@ -224,7 +224,7 @@ class _Truth:
     def _images(self, indices: NDArray[np.int64]) -> Tensor:
         images = to_unit(self.dataset.__getitems__(indices.tolist())[0])
         with torch.inference_mode():
-            return self.codec.encode(images.to(self.device)).cpu() if self.codec.components else images
+            return images if self.codec.identity else self.codec.encode(images.to(self.device)).cpu()
 
     def batch(self, indices: range, second: bool = False) -> tuple[Tensor, Tensor]:
         """Return x_0 and ε of images of the first or second set, each with shape (B, C, H, W)."""
@@ -237,6 +237,11 @@ class _Truth:
         """Return the classes of images of the first set, with shape (B,), or None if there are none."""
         labels = self.dataset.labels_of(self._order[np.asarray(indices)].tolist())
         return None if labels is None else labels.to(self.device)
+
+    def captions(self, indices: range) -> list[str] | None:
+        """Return the first caption of each image of the first set, or None if there are none."""
+        captions = self.dataset.captions_of(self._order[np.asarray(indices)].tolist())
+        return None if captions is None else [first for first, *_ in captions]
 
 
 @dataclass
@@ -438,7 +443,7 @@ def measure_mismatch(
             *truth.batch(range(probes)),
             indices,
             radii,
-            condition=None if generator.classes is None else {"class_labels": truth.labels(range(probes))},
+            condition=generator.condition.batch(truth.labels(range(probes)), truth.captions(range(probes)), None),
             seed=seed,
             progress=progress,
         )

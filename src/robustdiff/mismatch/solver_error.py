@@ -17,7 +17,7 @@ that of one step, and is estimated, with rounding, by the distance from the resu
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -98,7 +98,7 @@ def measure_solver_error(
     scales: Sequence[int],
     solvers: Sequence[str],
     *,
-    labels: Tensor | None = None,
+    condition: Mapping[str, Tensor] | None = None,
     points: int = 8,
     substeps: int = 32,
     seed: int = 0,
@@ -115,7 +115,7 @@ def measure_solver_error(
         images: Real x_0 in [−1, 1], with shape (B, *).
         scales: The numbers N of levels.
         solvers: The names of the solvers, from :data:`robustdiff.objectives.consistency.SOLVERS`.
-        labels: The classes of the images for a class-conditional teacher, with shape (B,).
+        condition: Further arguments of the teacher, such as the classes of the images, with B rows each.
         points: The number of pairs of levels, evenly spaced from the smallest to the largest; at most N − 1 are used.
         substeps: The number M of steps of the reference.
         seed: The seed of the noise.
@@ -128,9 +128,8 @@ def measure_solver_error(
     noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(seed)).to(images)
 
     def conditioned(rows: slice) -> Denoise:
-        if labels is None:
-            return denoise
-        return lambda x, sigma: denoise(x, sigma, class_labels=labels[rows])
+        given = {name: value[rows] for name, value in (condition or {}).items()}
+        return lambda x, sigma: denoise(x, sigma, **given)
 
     pairs = sum(min(points, N - 1) for N in scales)
     progress.begin(f"{2 * (substeps + 1)} evaluations for each of the images", pairs * len(images))
@@ -244,8 +243,13 @@ def measure_teacher(
         raise InputError(f"--num {num}: {dataset.name} has {len(dataset)} images")
     batch, classes = dataset.__getitems__(list(range(num)))[:2]
     images = model.codec.encode(to_unit(batch).to(device))
-    labels = None if classes is None or model.condition.classes is None else classes.to(device)
-    settings |= {"labels": labels, "substeps": substeps, "seed": seed}
+    captions = dataset.captions_of(range(num))
+    condition = model.condition.batch(
+        None if classes is None else classes.to(device),
+        None if captions is None else [first for first, *_ in captions],
+        None,
+    )
+    settings |= {"condition": condition, "substeps": substeps, "seed": seed}
     errors = measure_solver_error(denoise, images, scales, solvers, **settings)
     orders = {name: fitted_order([e for e in errors if e.solver == name]) for name in solvers}
     return SolverError(teacher, dataset.name, num, images[0].numel(), substeps, seed, orders, errors)

@@ -310,11 +310,12 @@ def _spread(results: Results, steps: int) -> list[str]:
     ]
 
 
-def _mean(numbers: Sequence[float]) -> str:
+def _mean(numbers: Sequence[float], shown: str = ".2f") -> str:
     """Return the mean over seeds with the standard deviation."""
     if not numbers:
         return "–"
-    return f"{np.mean(numbers):.2f}" + (f" ± {np.std(numbers, ddof=1):.2f}" if len(numbers) > 1 else "")
+    deviation = f" ± {np.std(numbers, ddof=1):{shown}}" if len(numbers) > 1 else ""
+    return f"{np.mean(numbers):{shown}}{deviation}"
 
 
 def _levels(results: Results, folder: Path) -> list[str]:
@@ -509,20 +510,23 @@ def _kid_error(results: Results, method: str, sampler: str, steps: int) -> float
 
 def _further(results: Results) -> list[str]:
     """Return the tables of the numbers that the study measures besides those of every cell."""
-    first = next(iter(results.cells.values()))
     parts = []
-    for name in (name for name in first["numbers"] if name not in MEASURES):
+    for name in dict.fromkeys(name for record in results.cells.values() for name in record["numbers"]):
+        if name in MEASURES:
+            continue
+        shown = number_named(name).format
         parts.append(f"## {number_named(name).title}")
         parts.append("Mean over seeds ± their standard deviation where there are several.")
         for sampler in results.samplers:
             rows = [
-                [method, *(_mean(values(results, method, sampler, steps, name)) for steps in results.steps)]
+                [method, *(_mean(values(results, method, sampler, steps, name), shown) for steps in results.steps)]
                 for method in results.methods
             ]
             parts.append(_table([f"{sampler}, steps", *map(str, results.steps)], rows))
         rows = [
-            [f"{reference}, as it is", f"{sampler} {steps}", f"{record['numbers'][name]:.2f}"]
+            [f"{reference}, as it is", f"{sampler} {steps}", f"{record['numbers'][name]:{shown}}"]
             for (reference, sampler, steps), record in results.references.items()
+            if name in record["numbers"]
         ]
         parts += [_table(["", "sampler, steps", number_named(name).title], rows)] if rows else []
     return parts

@@ -216,9 +216,9 @@ def _unseen(results: Results, method: str, sampler: str, steps: int) -> list[int
 
 
 def values(results: Results, method: str, sampler: str, steps: int, measure: str = FID) -> list[float]:
-    """Return the values of a measure for each seed of a method that has a cell."""
-    seeds = _seeds(results, method, sampler, steps)
-    return [results.cells[method, seed, sampler, steps]["numbers"][measure] for seed in seeds]
+    """Return the values of a measure for each seed of a method that has a cell with the measure."""
+    cells = (results.cells[method, seed, sampler, steps] for seed in _seeds(results, method, sampler, steps))
+    return [cell["numbers"][measure] for cell in cells if measure in cell["numbers"]]
 
 
 def _differences(

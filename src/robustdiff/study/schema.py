@@ -16,6 +16,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, mo
 
 from robustdiff.data import DataConfig
 from robustdiff.errors import InputError, first_mistake, printable
+from robustdiff.metrics.metric import METRICS, parse_metric
 from robustdiff.recipe import load_recipe
 from robustdiff.samplers.sample import SAMPLERS
 from robustdiff.section import Precision, Section, Text
@@ -44,6 +45,12 @@ def _distinct(values: tuple[Any, ...]) -> tuple[Any, ...]:
     if len(set(values)) < len(values):
         raise ValueError("the same value is given twice")
     return values
+
+
+def _metrics(metrics: tuple[str, ...]) -> tuple[str, ...]:
+    for metric in metrics:
+        METRICS[parse_metric(metric)[0]]
+    return _distinct(metrics)
 
 
 def _known(name: str) -> str:
@@ -138,7 +145,7 @@ class Measurement(Section):
     mismatch_steps: Counts | None = Field(None, description="at which it is; those of the cells by default")
     mismatch_methods: tuple[Name, ...] | None = Field(None, description="of which it is; all by default")
     features: Text = "fashion-16"
-    metrics: Annotated[tuple[Text, ...], Field(max_length=100), AfterValidator(_distinct)] = Field(
+    metrics: Annotated[tuple[Text, ...], Field(max_length=100), AfterValidator(_metrics)] = Field(
         (), description="further metrics, such as clip-score=FOLDER"
     )
     guidance: Guidance | None = Field(None, description="scale of guidance")

@@ -25,6 +25,7 @@ from robustdiff.errors import InputError, first_mistake, printable
 from robustdiff.evaluation.noise import NOISE
 from robustdiff.files import make_folder, open_regular, read_record, write_json
 from robustdiff.metrics.bootstrap import REPLICATES
+from robustdiff.metrics.metric import METRICS, parse_metric
 from robustdiff.mismatch.measure import MEASURES as MISMATCHES
 from robustdiff.recipe import Recipe, load_recipe
 from robustdiff.section import Precision, Text
@@ -91,8 +92,8 @@ class _Network(_Record):
 class CellRecord(_Record):
     """The numbers and settings of a cell. Fields with a default are needed for the page or for reproduction alone.
 
-    In the file, each of ``numbers`` is a field of its own. ``noise`` is the name of the images' noise, None for that of
-    robustdiff 0.2.0 and before.
+    In the file, each of ``numbers`` is a field of its own, and one that is not defined is left out. ``noise`` is the
+    name of the images' noise, None for that of robustdiff 0.2.0 and before.
     """
 
     method: Name | None = None
@@ -126,8 +127,17 @@ class CellRecord(_Record):
         if missing := [name for name in MEASURES if name not in values]:
             raise ValueError(f"{missing[0]} is missing")
         others = values.get("other_replicates", {})
-        names = [*MEASURES, *(name for name in others if name in values)] if isinstance(others, dict) else MEASURES
+        names = [*MEASURES, *(name for name in others if name in values)] if isinstance(others, dict) else [*MEASURES]
+        names += (name for name in _named(values) if values.get(name) is not None)
         return {**values, "numbers": {name: values[name] for name in names}}
+
+
+def _named(values: dict[str, Any]) -> list[str]:
+    """Return the numbers of the metrics that a cell names as further ones."""
+    measure = values.get("measure")
+    metrics = measure.get("metrics", ()) if isinstance(measure, dict) else ()
+    names = [parse_metric(text)[0] for text in metrics if isinstance(text, str)] if isinstance(metrics, list) else []
+    return [number.name for name in names if name in METRICS for number in METRICS[name].numbers]
 
 
 class Loss(_Record):

@@ -49,7 +49,7 @@ from robustdiff.evaluation.noise import NOISE
 from robustdiff.evaluation.prompts import prompts_of
 from robustdiff.evaluation.real_images import load_target
 from robustdiff.files import atomic_write, claim_folder, write_json
-from robustdiff.metrics.metric import METRICS, Number
+from robustdiff.metrics.metric import Number, ranked
 from robustdiff.progress import SILENT, Progress
 from robustdiff.recipe import Recipe, load_recipe
 from robustdiff.section import MOST_UPDATES, Section, Text, refusal
@@ -112,8 +112,7 @@ class Tuning(Section):
     @field_validator("metric")
     @classmethod
     def _ranks(cls, metric: str) -> str:
-        if METRICS[metric.partition("=")[0]].numbers[0].better is None:
-            raise ValueError(f"{metric} has no better direction: rank by another metric, such as fid")
+        ranked(metric)
         return metric
 
     @model_validator(mode="after")
@@ -125,7 +124,7 @@ class Tuning(Section):
     @property
     def number(self) -> Number:
         """Return the number that contestants are ranked by."""
-        return METRICS[self.metric.partition("=")[0]].numbers[0]
+        return ranked(self.metric)
 
     @property
     def confirming(self) -> tuple[int, ...]:
@@ -295,7 +294,7 @@ def _study(
 
 def _value(tuning: Tuning, record: Mapping[str, Any], path: Path) -> float:
     if tuning.number.name not in record["numbers"]:
-        raise InputError(f"{printable(path)} has no {tuning.number.name} with replicates: rank by another --metric")
+        raise InputError(f"{printable(path)} has no {tuning.number.name}: rank by another --metric")
     return float(record["numbers"][tuning.number.name])
 
 

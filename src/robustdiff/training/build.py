@@ -11,6 +11,7 @@ from robustdiff.backbones.backbone import Backbone
 from robustdiff.backbones.frozen import FrozenWeights
 from robustdiff.backbones.model import Model, load_model
 from robustdiff.backbones.scheduler import kind_of, mark_as_own, objective_of, process_of
+from robustdiff.codecs.codec import Codec, build_codec
 from robustdiff.codecs.pixels import Pixels
 from robustdiff.data import ImageDataset
 from robustdiff.errors import InputError
@@ -60,11 +61,20 @@ def build_model(recipe: Recipe, dataset: ImageDataset) -> Built:
 def _new(recipe: Recipe, dataset: ImageDataset) -> Built:
     objective = recipe.objective or OBJECTIVES["denoising"].model_validate({})
     process, scheduler = objective.new_process(recipe.process, recipe.steps)
-    codec = Pixels() if recipe.codec is None else recipe.codec.build(None)
+    codec = Pixels() if recipe.codec is None else build_codec(recipe.codec, None)
     shape = codec.encoded_shape(dataset.shape)
     backbone = recipe.model.build(shape, dataset.num_classes, objective.learned_variance)
     backbone.note_classes(dataset.num_classes)
-    return Built(Model(backbone, mark_as_own(scheduler), codec), process, objective)
+    backbone.check_codec(codec, recipe.model.name)
+    return Built(Model(backbone, _own(scheduler, codec), codec), process, objective)
+
+
+def _own(scheduler: Any, codec: Codec) -> Any:
+    """Return a new scheduler, marked as written by this package, that clips x̂_0 as the codec says."""
+    if codec.clip != 1 and "clip_sample" in scheduler.config:  # the default is that of pixels
+        clip = {} if codec.clip is None else {"clip_sample_range": codec.clip}
+        scheduler.register_to_config(clip_sample=codec.clip is not None, **clip)
+    return mark_as_own(scheduler)
 
 
 def _pretrained(recipe: Recipe, path: str, dataset: ImageDataset) -> Built:
@@ -79,9 +89,11 @@ def _pretrained(recipe: Recipe, path: str, dataset: ImageDataset) -> Built:
             f"convert {path} FOLDER --to pipeline, and set model.path=FOLDER"
         )
     if recipe.codec is not None:
-        given_codec, model.codec = model.codec, recipe.codec.build(model.codec)
-        if lora is not None and model.codec.components.get("vae") is not given_codec.components.get("vae"):
+        given_codec, model.codec = model.codec, build_codec(recipe.codec, model.codec)
+        before, after = (codec.components or codec.fingerprint() for codec in (given_codec, model.codec))
+        if lora is not None and before != after:
             raise InputError("a LoRA is saved without a codec, and works on its base's: leave codec.path out")
+        model.backbone.check_codec(model.codec, path)
     backbone, given = model.backbone, recipe.process
     recipe.model.configure(backbone)
     if given is not None and given.name == "pretrained":
@@ -114,7 +126,7 @@ def _pretrained(recipe: Recipe, path: str, dataset: ImageDataset) -> Built:
         process = process_of(scheduler, backbone)
     else:
         process, scheduler = objective.new_process(given, recipe.steps)
-        mark_as_own(scheduler)
+        scheduler = _own(scheduler, model.codec)
     backbone.note_classes(dataset.num_classes)
     if recipe.model.condition_dropout and not model.condition.droppable:
         raise InputError(

@@ -48,7 +48,7 @@ from robustdiff.files import atomic_write, open_regular, read_record, write_json
 from robustdiff.interrupt import Interrupt
 from robustdiff.metrics.bootstrap import interval
 from robustdiff.metrics.features import SHIPPED, load_extractor
-from robustdiff.metrics.metric import METRICS, MetricCollection, Number, compared
+from robustdiff.metrics.metric import MetricCollection, Number, compared, parse_metric, ranked
 from robustdiff.progress import SILENT, Progress
 from robustdiff.recipe import WatchConfig
 from robustdiff.samplers.sample import SAMPLERS
@@ -139,13 +139,11 @@ class Watch:
     def _metrics(self, progress: Progress) -> tuple[Number, MetricCollection]:
         """Return the watched number, and its metric with the statistics of the real images."""
         config, dataset = self.config, self.dataset
-        name, _, value = config.metric.partition("=")
+        name, values = parse_metric(config.metric)
         try:
-            number = next((number for number in METRICS[name].numbers if number.better is not None), None)
+            number = ranked(config.metric)
         except InputError as error:
             raise InputError(f"watch.metric: {error}") from None
-        if number is None:
-            raise InputError(f"watch.metric={name}: no value of it is better than another, so that none is the best")
         target = Target()
         if compared([name]):
             features = config.features
@@ -165,7 +163,6 @@ class Watch:
         elif config.features is not None or config.weights is not None:
             raise InputError(f"watch.features is of no use to watch.metric={name}: leave it out")
         reference = target.statistics(self.accelerator, progress)
-        values = {name: value} if value else {}
         try:
             metrics = MetricCollection([name], target.extractor, reference, self.accelerator.device, values)
         except InputError as error:
