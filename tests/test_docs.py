@@ -238,7 +238,7 @@ def test_python_runs(path, workspace, monkeypatch):
     monkeypatch.setattr(adm, "PRESETS", dict.fromkeys(adm.PRESETS, TINY))
     variables: dict[str, Any] = {}
     for block in blocks(path, "python"):
-        exec(compile(block, path.name, "exec"), variables)
+        exec(compile(block, path.name, "exec", dont_inherit=True), variables)
 
 
 @pytest.mark.parametrize("path", documents(lambda path: blocks(path, "yaml")))

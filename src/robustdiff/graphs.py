@@ -85,7 +85,7 @@ class Recorder:
         return recording.result
 
     def release(self) -> None:
-        """Free the recordings and their memory, so that further calls are recorded anew."""
+        """Remove the recordings and their memory, so that further calls are recorded anew."""
         self._recordings.clear()
         self._pool, self._bytes = None, 0
         if self.device.type == "cuda":

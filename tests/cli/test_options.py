@@ -8,7 +8,7 @@ import pytest
 from diffusers.schedulers.scheduling_consistency_models import CMStochasticIterativeScheduler
 
 from robustdiff.backbones.model import Model, load_model
-from robustdiff.cli.options import shipped_extractors, shipped_samplers
+from robustdiff.cli.options import SHIPPED_EXTRACTORS, SHIPPED_SAMPLERS
 from robustdiff.metrics.features import SHIPPED
 from robustdiff.samplers.sampler import SAMPLERS
 
@@ -65,5 +65,5 @@ def test_bad_settings_of_real_images_are_one_line(
 
 def test_the_help_has_the_names_that_are_registered():
     ours = [name for name, sampler in SAMPLERS.items() if sampler.__module__.startswith("robustdiff.")]
-    assert shipped_samplers() == ours
-    assert shipped_extractors() == sorted(SHIPPED)
+    assert ours == SHIPPED_SAMPLERS
+    assert sorted(SHIPPED) == SHIPPED_EXTRACTORS

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate import Accelerator
 from safetensors.torch import load_file
 
+from robustdiff.distributed import make_accelerator
 from robustdiff.errors import InputError
 from robustdiff.evaluation.generate import Generator
 from robustdiff.training import run as module
@@ -153,12 +153,12 @@ def scaled(device, monkeypatch):
     """scaled(scale): trainings scale their losses, starting with this scale."""
 
     def start(scale):
-        def accelerator(**settings):
-            made = Accelerator(**settings)
+        def accelerator(cpu, **settings):
+            made = make_accelerator(cpu, **settings)
             made.scaler = torch.amp.GradScaler(device, init_scale=scale)
             return made
 
-        monkeypatch.setattr(module, "Accelerator", accelerator)
+        monkeypatch.setattr(module, "make_accelerator", accelerator)
 
     return start
 

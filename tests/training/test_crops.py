@@ -106,8 +106,9 @@ def test_a_network_of_square_images_is_refused(images: Path) -> None:
         (images / str(k % 2)).mkdir(exist_ok=True)
         (images / f"{k:02d}.png").rename(images / str(k % 2) / f"{k:02d}.png")
     model = {"name": "dit", "layers": 1, "heads": 1, "head_width": 16}
+    codec = {"name": "vae", "path": "fashion-16-vae"}
     with pytest.raises(InputError, match=r"takes square images alone: leave data.buckets out"):
-        drawn(recipe_of(images, BUCKETS, model=model), 1)
+        drawn(recipe_of(images, BUCKETS, model=model, codec=codec), 1)
 
 
 def test_only_training_crops(images: Path, tmp_path: Path) -> None:

@@ -21,15 +21,16 @@ _T = TypeVar("_T")
 _PACKAGE = Path(__file__).parents[1]
 
 
-def shipped_samplers() -> list[str]:
-    """Return the names of the samplers of this package, from their files: to import them would import torch."""
+def _shipped_samplers() -> list[str]:
     texts = (path.read_text(encoding="utf-8") for path in (_PACKAGE / "samplers").glob("*.py"))
     return sorted(name for text in texts for name in re.findall(r'^@SAMPLERS\.register\("(.+)"\)', text, re.MULTILINE))
 
 
-def shipped_extractors() -> list[str]:
-    """Return the names of the feature extractors whose weights are files of this package."""
-    return sorted(path.stem for path in (_PACKAGE / "metrics" / "weights").glob("*.safetensors"))
+SHIPPED_SAMPLERS = _shipped_samplers()
+"""The names of the samplers of this package, from their files: to import them would import torch."""
+
+SHIPPED_EXTRACTORS = sorted(path.stem for path in (_PACKAGE / "metrics" / "weights").glob("*.safetensors"))
+"""The names of the feature extractors whose weights are files of this package."""
 
 
 def given(**options: Any) -> dict[str, Any]:
@@ -159,7 +160,7 @@ SetData = Annotated[
     typer.Option("--set", metavar="data.FIELD=VALUE", help="Change how the real images are read: --set data.size=16"),
 ]
 Features = Annotated[
-    str | None, typer.Option(help=f"{', '.join(shipped_extractors())}, inception, or a .safetensors file.")
+    str | None, typer.Option(help=f"{', '.join(SHIPPED_EXTRACTORS)}, inception, or a .safetensors file.")
 ]
 Weights = Annotated[Path | None, typer.Option(help="The weights file of Inception.")]
 Spacing = Annotated[

@@ -70,12 +70,12 @@ def label(name: str) -> str:
     return (" " if shown.startswith("_") else "") + shown.replace("$", r"\$")
 
 
-@default_settings()
 def samples_name(sampler: str) -> str:
     """Return the name of the figure of a sampler's images, without an extension."""
     return f"samples-{sampler.replace('+', 'p')}"
 
 
+@default_settings()
 def save_figure(figure: Figure, path: Path) -> None:
     """Write a figure as a PNG file atomically. A character that matplotlib's font does not have is drawn as a box."""
     FigureCanvasAgg(figure)

@@ -208,7 +208,7 @@ def train(recipe: Recipe, *, resume: bool = False, cpu: bool = False, progress: 
 
 @contextmanager
 def own_state_of_accelerate() -> Iterator[None]:
-    """Let accelerators of the block be as they are asked for, and give the caller's state back after it.
+    """Give accelerators of the block a state of their own, and give the caller's back after it.
 
     Accelerate keeps the first precision that it was given for the whole process, and has no public way to change it.
     """

@@ -317,7 +317,7 @@ class Trainer:
                     return
 
     def release(self) -> None:
-        """Free the memory of recorded passes, for other work on the device; the next batch is recorded anew."""
+        """Remove recorded passes, whose memory is then free for other work; the next batch is recorded anew."""
         if self.recorder is not None:
             self.recorder.release()
 
