@@ -333,7 +333,7 @@ def _levels(results: Results, folder: Path) -> list[str]:
             rows.append([f"{name}, as it is", *cells])
         parts.append(_table([f"{sampler}, steps", *map(str, results.steps)], rows))
     terms = _terms(results, middle_steps(results))
-    if len(results.steps) == 1 and not results.references:  # columns of points, which are in the table
+    if len(results.steps) == 1 and not levels(results):  # columns of points, which are in the table
         return [*parts, *terms]
     return [*parts, *terms, _figure(folder, "fid", _fid_figure(results), "FID against steps")]
 
