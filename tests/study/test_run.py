@@ -443,7 +443,7 @@ def test_the_page_decides_by_trainings(tmp_path):
     methods["late-free"] = {**methods["free"], "baseline": "late"}
     methods["single"] = {"seeds": [0]}
     measure = {**TINY["measure"], "steps": [10], "mismatch": 0}
-    references = {"base": {"path": "fashion-16", "samplers": ["ddim", "iddpm"], "steps": [10]}}
+    references = {"base": {"path": "fashion-16", "samplers": ["ddim", "iddpm"], "steps": [10, 20]}}
     study = Study.model_validate(
         {**TINY, "methods": methods, "measure": measure, "references": references, "contrast": ["ddim", "iddpm"]}
     )
@@ -461,10 +461,11 @@ def test_the_page_decides_by_trainings(tmp_path):
             logs[run.method][run.seed, i] = np.log(fid)
             record = {**made_up_cell(run, fid, np.full(200, fid)), **more, "brightness": 10 * fid}
             cell.path.write_text(json.dumps({**record, "training": {**training, "data": "fashion-16"}}))
-    for sampler, fid in ("ddim", 4.0), ("iddpm", 16.0):
+    for sampler, steps, fid in ("ddim", 10, 4.0), ("iddpm", 10, 16.0), ("ddim", 20, 3.0):
         reference = {"reference": {"name": "base", "path": "fashion-16"}, **more}
         record = {**made_up_cell(plan(study, tmp_path)[0], fid, np.full(200, fid)), **reference, "sampler": sampler}
-        (tmp_path / "cells" / f"base-{sampler}-10.json").write_text(json.dumps(record))
+        record["steps"] = steps
+        (tmp_path / "cells" / f"base-{sampler}-{steps}.json").write_text(json.dumps(record))
     text = write_page(study, tmp_path, tmp_path / "page.md").replace("−", "-")
     tests, columns = {}, {}
     for method, baseline in ("free", "plain"), ("late", "plain"), ("late-free", "late"):
@@ -492,8 +493,11 @@ def test_the_page_decides_by_trainings(tmp_path):
     assert f"| free | {mean:+.1%} ({low:+.1%} … {high:+.1%}), n = 3 |" in text
     assert "ddim +1.00 (13 networks); iddpm +1.00 (13 networks)" in text
     assert (tmp_path / "page" / "brightness.png").is_file()
+    # Without a reference at other steps, FID against steps would be columns of points.
     charts = next(block.charts for block in study_section(study, tmp_path).blocks if block.charts)
     assert charts[0].columns[0].values[-1] == ("base, as it is", "4.00 (4.00 … 4.00)")
+    (tmp_path / "cells" / "base-ddim-20.json").unlink()
+    assert "fid.png" not in write_page(study, tmp_path, tmp_path / "page.md")
 
 
 def test_the_page_shows_the_terms_of_fid_and_fid_at_the_real_brightness_where_they_are(tmp_path):
