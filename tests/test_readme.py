@@ -106,7 +106,7 @@ SPREADS = ("results.md", "results-length.md", "results-constant-rate.md")
 
 
 def spreads(name: str, pattern: str = r"(\d+)%\)") -> list[list[str]]:
-    """How far apart trainings are, by sampler, for one pass over each batch and for three; or what else matches."""
+    """Return what matches in the rows on one pass over each batch and on three: by default the 95 % ranges."""
     lines = (ROOT / "docs" / name).read_text(encoding="utf-8").splitlines()
     return [re.findall(pattern, line) for line in lines if re.match(r"\| \d pass(es)? over each batch \| ", line)]
 

@@ -49,31 +49,35 @@ def close(first, second):
             assert torch.allclose(first[name], second[name], rtol=1e-3, atol=1e-5), name
 
 
+@pytest.fixture
+def eager_and_recorded(device, recipe, learned):
+    """Train a recipe without recording and with it, check that both learn the same, and return the two recipes."""
+
+    def trained(shipped, *settings):
+        runs = [
+            recipe(shipped, name, *settings, f"capture={capture}")
+            for name, capture in (("eager", "false"), ("recorded", "true"))
+        ]
+        for run in runs:
+            train(run, cpu=device == "cpu")
+        close(*map(learned, runs))
+        return runs
+
+    return trained
+
+
 @pytest.mark.parametrize("arm", ARMS)
-def test_recorded_passes_train_as_others(device, exact, recipe, learned, arm):
-    runs = [
-        recipe("digits", name, "steps=14", "log_every=3", "model.dropout=0", *ARMS[arm], f"capture={capture}")
-        for name, capture in (("eager", "false"), ("recorded", "true"))
-    ]
-    for run in runs:
-        train(run, cpu=device == "cpu")
-    close(*map(learned, runs))
+def test_recorded_passes_train_as_others(exact, eager_and_recorded, arm):
+    runs = eager_and_recorded("digits", "steps=14", "log_every=3", "model.dropout=0", *ARMS[arm])
     for eager, recorded in zip(*map(lines, runs), strict=True):
         assert recorded == pytest.approx(eager, rel=1e-4)
 
 
 @pytest.mark.parametrize("schedule", ["fixed", "growing"])
-def test_consistency_training_is_recorded_while_its_levels_stay(device, exact, recipe, learned, caplog, schedule):
+def test_consistency_training_is_recorded_while_its_levels_stay(exact, eager_and_recorded, caplog, schedule):
     growing = ["objective.start_scales=3", "objective.schedule=growing", "adversary.radius=1.0"]
-    settings = growing if schedule == "growing" else []
-    runs = [
-        recipe("fashion-16-consistency", name, "steps=9", *settings, f"capture={capture}")
-        for name, capture in (("eager", "false"), ("recorded", "true"))
-    ]
     with caplog.at_level(logging.WARNING):
-        for run in runs:
-            train(run, cpu=device == "cpu")
-    close(*map(learned, runs))
+        eager_and_recorded("fashion-16-consistency", "steps=9", *(growing if schedule == "growing" else []))
     said = [record.getMessage() for record in caplog.records if "not recorded" in record.getMessage()]
     assert said == (
         []
@@ -82,17 +86,11 @@ def test_consistency_training_is_recorded_while_its_levels_stay(device, exact, r
     )
 
 
-def test_consistency_training_with_dropout_falls_back(device, exact, recipe, learned, caplog):
+def test_consistency_training_with_dropout_falls_back(device, exact, eager_and_recorded, caplog):
     """The target drops out what the student does, which a replay cannot repeat."""
     settings = "process=null", "objective=consistency", "model.dropout=0.3", "adversary=free"
-    runs = [
-        recipe("digits", name, "steps=6", *settings, f"capture={capture}")
-        for name, capture in (("eager", "false"), ("recorded", "true"))
-    ]
     with caplog.at_level(logging.WARNING):
-        for run in runs:
-            train(run, cpu=device == "cpu")
-    close(*map(learned, runs))
+        eager_and_recorded("digits", "steps=6", *settings)
     said = [record.getMessage() for record in caplog.records if "cannot be recorded" in record.getMessage()]
     assert [line.rpartition(": ")[2] for line in said] == (
         [] if device == "cpu" else ["the target drops out what the student does"]

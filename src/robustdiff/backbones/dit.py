@@ -26,14 +26,14 @@ from torch import Tensor, nn
 
 from robustdiff.backbones.backbone import BACKBONES, Backbone, BackboneSection
 from robustdiff.codecs.codec import Codec, Shape
-from robustdiff.codecs.vae import VAE, pipeline_vae
+from robustdiff.codecs.vae import VAE, check_unshifted, pipeline_vae
 from robustdiff.conditions.condition import Condition
 from robustdiff.conditions.labels import Labels
 from robustdiff.errors import InputError
 from robustdiff.loading import Components, Place, check_forward, component, load_network, read_config, shown
 from robustdiff.section import MOST_PARAMETERS, Fraction, Width
 
-__all__ = ["DiT", "DiTSection", "check_unshifted", "exported", "load_transformer"]
+__all__ = ["DiT", "DiTSection", "exported", "load_transformer"]
 
 _Network = TypeVar("_Network", bound=nn.Module)
 
@@ -184,20 +184,6 @@ class DiT(Backbone):
     def multiple(self) -> int:
         """The side of the network's patches."""
         return int(self.network.config.patch_size)
-
-
-def check_unshifted(codec: Any, path: str | Path) -> None:
-    """Check that a VAE does not shift latents, for pipelines that do not.
-
-    Args:
-        codec: The VAE.
-        path: The name of the model in messages.
-
-    Raises:
-        InputError: If it does.
-    """
-    if codec.shifted:
-        raise InputError(f"{path}: the pipeline does not shift latents, and its VAE has a shift: give another VAE")
 
 
 def exported(scheduler: Any) -> Any:

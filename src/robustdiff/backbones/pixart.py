@@ -17,8 +17,9 @@ from diffusers.models.transformers.pixart_transformer_2d import PixArtTransforme
 from torch import Tensor, nn
 
 from robustdiff.backbones.backbone import BACKBONES, Backbone
-from robustdiff.backbones.dit import check_unshifted, exported, load_transformer
+from robustdiff.backbones.dit import exported, load_transformer
 from robustdiff.codecs.codec import Codec
+from robustdiff.codecs.vae import check_unshifted
 from robustdiff.conditions.condition import Condition
 from robustdiff.conditions.t5 import T5Text, load_t5
 from robustdiff.errors import InputError

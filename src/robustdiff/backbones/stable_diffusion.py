@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from robustdiff.backbones.backbone import BACKBONES, Backbone
 from robustdiff.codecs.codec import Codec
-from robustdiff.codecs.vae import VAE, pipeline_vae
+from robustdiff.codecs.vae import VAE, check_unshifted, pipeline_vae
 from robustdiff.conditions.clip import ClipText, TwoClipTexts, load_clip, load_two_clips
 from robustdiff.conditions.condition import Condition
 from robustdiff.errors import InputError, printable
@@ -91,7 +91,7 @@ class StableDiffusion(Backbone):
         else:
             text = load_clip(folder)
         codec = pipeline_vae(folder, components)
-        _check_vae(codec, kind, index)
+        check_unshifted(codec, index, per_channel=kind == _XL)
 
         def prepare(config: dict[str, Any], tensors: int, path: Path) -> None:
             _check_depth(config, tensors, path)
@@ -125,7 +125,7 @@ class StableDiffusion(Backbone):
 
     def check_codec(self, codec: Codec, path: str) -> None:
         super().check_codec(codec, path)
-        _check_vae(codec, self.kind, path)
+        check_unshifted(codec, path, per_channel=self.kind == _XL)
 
     def condition(self) -> Condition:
         if self.text is None:
@@ -187,12 +187,6 @@ class StableDiffusion(Backbone):
                 state[name] = torch.zeros(value.shape, device=network.device)
         wider.load_state_dict(state, assign=True)
         return StableDiffusion(wider.train(network.training), self.text, self.factor, _XL if self.kind == _XL else _LCM)
-
-
-def _check_vae(codec: Any, kind: str, path: str | Path) -> None:
-    """Check that a pipeline decodes latents as the VAE does."""
-    if codec.network.config.shift_factor if kind == _XL else codec.shifted:
-        raise InputError(f"{path}: the pipeline does not shift latents, and its VAE has a shift: give another VAE")
 
 
 def _check_depth(config: dict[str, Any], tensors: int, path: Path) -> None:

@@ -74,7 +74,6 @@ def evaluate(
     Images in a folder or an .npz file (arr_0: uint8 NHWC) are measured as they are. On several GPUs: accelerate launch
     -m robustdiff evaluate RUN.
     """
-
     from robustdiff.distributed import make_accelerator
     from robustdiff.evaluation.sources import evaluate_sources, load_sources
     from robustdiff.report.bar import Bar

@@ -45,7 +45,6 @@ def mismatch(
     with intervals and floors. Besides: robust loss and Lipschitz constant at true points, in fp32. All checkpoints are
     measured on common random numbers.
     """
-
     from robustdiff.distributed import make_accelerator
     from robustdiff.evaluation.sources import load_generators, name_sources
     from robustdiff.mismatch.measure import measure_mismatch

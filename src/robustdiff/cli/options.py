@@ -66,11 +66,11 @@ def parse_metrics(text: str | None) -> tuple[list[str], dict[str, str]]:
     Raises:
         InputError: If a name is given twice.
     """
-    from robustdiff.metrics.metric import parse_metric
+    # By another name, since this module's function of the same name is for the option.
+    from robustdiff.metrics import metric
 
-    parts = [parse_metric(part) for part in ([] if text is None else text.split(","))]
-    names = distinct([name for name, _ in parts], "--metrics")
-    return names, {name: value for _, values in parts for name, value in values.items()}
+    names, values = metric.parse_metrics([] if text is None else text.split(","))
+    return distinct(names, "--metrics"), values
 
 
 def parse_assignments(texts: list[str], taken: dict[str, Any]) -> dict[str, Any]:

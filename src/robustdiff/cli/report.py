@@ -41,7 +41,6 @@ def report(
     It has the outcome in words, the metrics against steps and over the training, samples of the start, the best and the
     last model from common noise, costs, settings, and the commands that reproduce them.
     """
-
     from robustdiff.distributed import make_accelerator
     from robustdiff.report.bar import Bar
     from robustdiff.report.html import write_report

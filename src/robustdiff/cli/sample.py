@@ -66,7 +66,6 @@ def sample(
     After an interruption the same command goes on; images of another run or other settings are not overwritten. On
     several GPUs: accelerate launch -m robustdiff sample RUN.
     """
-
     from robustdiff.distributed import make_accelerator
     from robustdiff.evaluation.generate import Generator, write_npz, write_pngs
     from robustdiff.report.bar import Bar

@@ -34,7 +34,6 @@ def search_times(
 
     The scales that are found are those that robustdiff sample RUN --steps takes. Choose another --seed to judge them.
     """
-
     from robustdiff.distributed import make_accelerator
     from robustdiff.evaluation.real_images import load_target
     from robustdiff.evaluation.sources import load_generators

@@ -29,7 +29,6 @@ def solver_error(
     cpu: options.Cpu = False,
 ) -> None:
     """Measure how far one solver step of distillation is from the teacher's trajectory, level by level."""
-
     from robustdiff.distributed import make_accelerator
     from robustdiff.mismatch.solver_error import measure_teacher
     from robustdiff.report.bar import Bar

@@ -32,7 +32,7 @@ from robustdiff.loading import Components, component, load_network, shown
 from robustdiff.section import Text
 from robustdiff.weights import update_digest
 
-__all__ = ["VAE", "Posterior", "VAESection", "load_vae", "pipeline_vae"]
+__all__ = ["VAE", "Posterior", "VAESection", "check_unshifted", "load_vae", "pipeline_vae"]
 
 PRETRAINED = files("robustdiff.codecs") / "pretrained"
 """The folder of the VAEs shipped with the package."""
@@ -192,6 +192,21 @@ def pipeline_vae(folder: Path, components: Components) -> VAE:
             f"{folder / 'model_index.json'}: vae is {kind}, and only AutoencoderKL of diffusers is supported"
         )
     return VAE(load_vae(component(folder, "vae")))
+
+
+def check_unshifted(codec: Any, path: str | Path, *, per_channel: bool = False) -> None:
+    """Check that a VAE does not shift latents, for pipelines that do not.
+
+    Args:
+        codec: The VAE.
+        path: The name of the model in messages.
+        per_channel: Whether the pipeline knows a mean and a scale of each channel, so that one shift alone is refused.
+
+    Raises:
+        InputError: If it does.
+    """
+    if codec.network.config.shift_factor if per_channel else codec.shifted:
+        raise InputError(f"{path}: the pipeline does not shift latents, and its VAE has a shift: give another VAE")
 
 
 def load_vae(path: str | Path) -> AutoencoderKL:

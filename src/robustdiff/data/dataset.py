@@ -163,6 +163,11 @@ class ImageDataset(Dataset[tuple[Tensor, Any]]):
         """Return the labels of a batch, int64 (B,), or None without labels."""
         return None if self.labels is None else self.labels[torch.as_tensor(indices, dtype=torch.int64)]
 
+    def first_captions(self, indices: Sequence[int]) -> list[str] | None:
+        """Return the first caption of each of some images, or None if there are none."""
+        captions = self.captions_of(indices)
+        return None if captions is None else [first for first, *_ in captions]
+
     def captions_of(self, indices: Sequence[int]) -> list[tuple[str, ...]] | None:
         """Return all captions of each image of a batch, or None without captions."""
         return None if self.captions is None else [self.captions[int(index)] for index in indices]

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar, Literal, NamedTuple, cast
@@ -43,6 +43,7 @@ __all__ = [
     "compared",
     "number_named",
     "parse_metric",
+    "parse_metrics",
     "ranked",
 ]
 
@@ -207,6 +208,12 @@ def parse_metric(text: str) -> tuple[str, dict[str, str]]:
     """Return the name of a metric that is written as NAME or NAME=VALUE, and its value, if it has one, by the name."""
     name, separator, value = text.partition("=")
     return name, {name: value} if separator else {}
+
+
+def parse_metrics(texts: Iterable[str]) -> tuple[list[str], dict[str, str]]:
+    """Return the names of metrics that are written as NAME or NAME=VALUE, and the values by name."""
+    pairs = [parse_metric(text) for text in texts]
+    return [name for name, _ in pairs], {name: value for _, values in pairs for name, value in values.items()}
 
 
 def ranked(text: str) -> Number:

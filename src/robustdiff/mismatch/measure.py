@@ -240,8 +240,7 @@ class _Truth:
 
     def captions(self, indices: range) -> list[str] | None:
         """Return the first caption of each image of the first set, or None if there are none."""
-        captions = self.dataset.captions_of(self._order[np.asarray(indices)].tolist())
-        return None if captions is None else [first for first, *_ in captions]
+        return self.dataset.first_captions(self._order[np.asarray(indices)].tolist())
 
 
 @dataclass

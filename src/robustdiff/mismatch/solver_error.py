@@ -243,12 +243,8 @@ def measure_teacher(
         raise InputError(f"--num {num}: {dataset.name} has {len(dataset)} images")
     batch, classes = dataset.__getitems__(list(range(num)))[:2]
     images = model.codec.encode(to_unit(batch).to(device))
-    captions = dataset.captions_of(range(num))
-    condition = model.condition.batch(
-        None if classes is None else classes.to(device),
-        None if captions is None else [first for first, *_ in captions],
-        None,
-    )
+    labels = None if classes is None else classes.to(device)
+    condition = model.condition.batch(labels, dataset.first_captions(range(num)), None)
     settings |= {"condition": condition, "substeps": substeps, "seed": seed}
     errors = measure_solver_error(denoise, images, scales, solvers, **settings)
     orders = {name: fitted_order([e for e in errors if e.solver == name]) for name in solvers}

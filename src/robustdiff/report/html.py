@@ -81,18 +81,16 @@ def write_report(
     if study_folder is not None and not files:
         raise InputError("the folder of a study is given, and no study file: name the file, or leave the folder out")
     runs = read_runs([source for source in sources if source not in files])
-    pictured = pictures is not None and pictures.num > 0 and bool(runs)
-    if pictures is not None and not pictured:
-        chosen = {"sampler": pictures.samplers, "steps": pictures.steps, "guidance": pictures.guidance is not None}
-        if unused := [name for name, value in {**chosen, "prompt": pictures.prompts}.items() if value]:
-            raise InputError(f"--{unused[0]} is for the pictures of runs, and the report has none: leave it out")
+    if pictures is not None and not (runs and pictures.num):
+        _check_unused(pictures)
+        pictures = None
     evaluated, mismatches = _read_results(results, runs)
     study: StudySection | None = None
     of_study = [files[0], str(study_folder or Path("studies") / Path(files[0]).stem)] if files else []
     if of_study:
         study = study_section(load_study(of_study[0]), Path(of_study[1]))
     shown, notes = None, list[str]()
-    if pictures is not None and pictured:
+    if pictures is not None:
         found = sample_checkpoints(runs, pictures, device=device, on_read=on_read, progress=progress)
         notes = found.notes
         if found.images:
@@ -114,6 +112,18 @@ def write_report(
     with atomic_write(output) as file:
         file.write(page)
     return len(page)
+
+
+def _check_unused(pictures: Pictures) -> None:
+    """Check that no settings are given for pictures that are not made."""
+    chosen = {
+        "sampler": pictures.samplers,
+        "steps": pictures.steps,
+        "guidance": pictures.guidance is not None,
+        "prompt": pictures.prompts,
+    }
+    if unused := [name for name, value in chosen.items() if value]:
+        raise InputError(f"--{unused[0]} is for the pictures of runs, and the report has none: leave it out")
 
 
 def _picture_options(pictures: Pictures) -> list[str]:

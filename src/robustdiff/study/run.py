@@ -29,7 +29,7 @@ from robustdiff.evaluation.noise import NOISE
 from robustdiff.evaluation.prompts import prompts_of
 from robustdiff.files import atomic_write, make_folder, read_json
 from robustdiff.metrics.features import load_extractor
-from robustdiff.metrics.metric import DEFAULT, MetricCollection, parse_metric
+from robustdiff.metrics.metric import DEFAULT, MetricCollection, parse_metrics
 from robustdiff.metrics.reference import reference_statistics
 from robustdiff.mismatch.measure import measure_mismatch
 from robustdiff.progress import SILENT, Progress
@@ -308,8 +308,7 @@ def _real_images(
     extractor = load_extractor(measure.features, weights=weights, device=device)
     dataset = (measure.data or data).load()
     reference = reference_statistics(dataset, extractor)
-    pairs = [parse_metric(metric) for metric in measure.metrics]
-    names, values = [name for name, _ in pairs], {name: value for _, pair in pairs for name, value in pair.items()}
+    names, values = parse_metrics(measure.metrics)
     return MetricCollection([*DEFAULT, *names], extractor, reference, device, values), _captions(dataset)
 
 
