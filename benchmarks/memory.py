@@ -29,7 +29,6 @@ from robustdiff.backbones.flux import Flux
 from robustdiff.backbones.frozen import FrozenWeights
 from robustdiff.backbones.lora import Adapter, LoraSection, inject
 from robustdiff.backbones.model import Model
-from robustdiff.backbones.scheduler import objective_of, process_of
 from robustdiff.backbones.stable_diffusion import StableDiffusion
 from robustdiff.conditions.condition import Condition
 from robustdiff.data.dataset import Batch, ImageDataset
@@ -299,7 +298,7 @@ def build(setting, accelerator, tiny):
         "ema": 0.999 if setting.ema else 0,
     }
     latents = (given.latents[0], 8, 8) if tiny else given.latents
-    built = Built(model, process_of(given.scheduler), objective_of(given.scheduler, model.backbone))
+    built = Built(model, model.process, model.kind.objective())
     return Trainer(Recipe.model_validate(values), accelerator, RandomLatents(latents, 2 * setting.batch_size), built)
 
 

@@ -10,8 +10,8 @@ import torch
 from diffusers import ConsistencyModelPipeline, EDMEulerScheduler
 
 from robustdiff.backbones.adm import AdmFlags, build_adm
+from robustdiff.backbones.kinds.kind import mark_as_own
 from robustdiff.backbones.model import Model, load_model
-from robustdiff.backbones.scheduler import mark_as_own
 
 QUICK = ["precision=fp32", "steps=3", "batch_size=8", "threads=1", "accumulate=1", "log_every=1", "watch=none"]
 

@@ -18,8 +18,7 @@ from diffusers import (
 )
 
 from robustdiff.backbones.model import PRETRAINED, Model, load_model
-from robustdiff.backbones.scheduler import denoiser_of, model_of, objective_of, process_of
-from robustdiff.backbones.unet2d import UNet2D, UNetSection
+from robustdiff.backbones.unet2d import UNetSection
 from robustdiff.data import ArrayDataset, load_dataset, to_unit
 from robustdiff.errors import InputError
 from robustdiff.objectives.preconditioning import DiffusionDenoiser, Preconditioned, karras_sigmas
@@ -76,11 +75,10 @@ def test_a_folder_remembers_process_and_objective(tmp_path, digits, process, obj
     built = build_model(recipe(process=process, objective=objective), digits)
     Model.of(built.model.network, built.model.scheduler).save(tmp_path)
     loaded = load_model(tmp_path)
-    unet, scheduler = loaded.network, loaded.scheduler
     for name, value in built.model.network.state_dict().items():
-        assert torch.equal(unet.state_dict()[name], value)
-    torch.testing.assert_close(process_of(scheduler).alphas, built.process.alphas, rtol=1e-3, atol=1e-6)
-    read = objective_of(scheduler, UNet2D(unet))
+        assert torch.equal(loaded.network.state_dict()[name], value)
+    torch.testing.assert_close(loaded.process.alphas, built.process.alphas, rtol=1e-3, atol=1e-6)
+    read = loaded.kind.objective()
     assert (read.prediction, read.variance) == (built.objective.prediction, built.objective.variance)
     assert DDPMPipeline.from_pretrained(tmp_path)(num_inference_steps=1, output_type="np").images.shape == (1, 8, 8, 1)
     fields = {"model": {"name": "pretrained", "path": str(tmp_path)}}
@@ -101,19 +99,18 @@ def test_a_folder_remembers_the_levels(tmp_path, digits, objective, pipeline):
     Model.of(built.model.network, built.model.scheduler).save(tmp_path)
     assert type(pipeline.from_pretrained(tmp_path).scheduler) is type(built.model.scheduler)
     loaded = load_model(tmp_path)
-    unet, scheduler = loaded.network, loaded.scheduler
-    read = objective_of(scheduler, UNet2D(unet))
+    read = loaded.kind.objective()
     assert {name: getattr(read, name) for name in objective} == objective
     levels = karras_sigmas(objective.get("levels") or objective["scales"], 0.002, objective.get("sigma_max", 80.0))
     torch.testing.assert_close(built.process.sigmas, levels)
-    process = process_of(scheduler)
+    process = loaded.process
     torch.testing.assert_close(process.sigmas / process.alphas, levels)
     x, index = torch.randn(3, 1, 8, 8), torch.tensor([2, 5, 11])
     sigma = levels[index].float()
     # As the sampler calls it: over the times of its process.
     x_t = x * process.alphas[index].float()[:, None, None, None]
     with torch.no_grad():
-        got = model_of(scheduler, unet)(x_t, process.times[index])
+        got = loaded(x_t, process.times[index])
         start = 0.0 if objective["name"] == "edm" else 0.002
         expected = Preconditioned(built.model.network, read.sigma_data, start)(x, sigma)
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
@@ -124,26 +121,25 @@ def test_every_kind_but_flows_and_consistency_models_is_a_denoiser(digits):
     x, sigma = torch.randn(2, 1, 8, 8), torch.tensor([0.5, 5.0])
     for prediction in ("epsilon", "v_prediction", "sample"):
         built = build_model(recipe(objective={"prediction": prediction}), digits)
-        denoise = denoiser_of(built.model.scheduler, UNet2D(built.model.network))
+        denoise = built.model.denoiser()
         assert isinstance(denoise, DiffusionDenoiser)
         assert denoise.prediction == prediction
         assert denoise(x, sigma).shape == x.shape
     built = build_model(recipe(objective="edm"), digits)
     with torch.no_grad():
         own = Preconditioned(built.model.network)(x, sigma)
-        assert torch.equal(denoiser_of(built.model.scheduler, UNet2D(built.model.network))(x, sigma), own)
+        assert torch.equal(built.model.denoiser()(x, sigma), own)
     for fields in ({"process": "flow", "objective": {"prediction": "flow"}}, {"objective": {"name": "consistency"}}):
         built = build_model(recipe(**fields), digits)
         with pytest.raises(InputError, match="cannot be a teacher"):
-            denoiser_of(built.model.scheduler, UNet2D(built.model.network))
+            built.model.denoiser()
 
 
 def test_the_shipped_checkpoint_is_small_and_loads():
     loaded = load_model("fashion-16")
-    unet, scheduler = loaded.network, loaded.scheduler
-    assert sum(p.numel() for p in unet.parameters()) <= 2_000_000
-    assert objective_of(scheduler, UNet2D(unet)).prediction == "epsilon"
-    assert len(process_of(scheduler)) == 1000
+    assert sum(p.numel() for p in loaded.network.parameters()) <= 2_000_000
+    assert loaded.prediction == "epsilon"
+    assert len(loaded.process) == 1000
 
 
 def test_the_shipped_denoiser_is_of_its_recipe():
@@ -161,9 +157,7 @@ def test_the_shipped_denoiser_denoises_as_the_checkpoint_that_it_came_from():
     noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(0))
     errors = {}
     for name in ("fashion-16", "fashion-16-edm"):
-        loaded = load_model(name)
-        unet, scheduler = loaded.network, loaded.scheduler
-        denoise = denoiser_of(scheduler, UNet2D(unet.eval()))
+        denoise = load_model(name).denoiser()
         with torch.no_grad():
             errors[name] = torch.stack(
                 [(denoise(x0 + s * noise, torch.full((64,), s)) - x0).square().mean() for s in (0.1, 0.5, 2.0, 10.0)]
@@ -273,11 +267,10 @@ def test_what_is_trained_is_what_is_saved(tmp_path, digits, kind):
     built = build_model(recipe(model=model, objective={"prediction": "v_prediction"}), digits)
     Model.of(built.model.network, built.model.scheduler).save(tmp_path / "saved")
     loaded = load_model(tmp_path / "saved")
-    unet, scheduler = loaded.network, loaded.scheduler
-    assert type(scheduler) is kind
-    assert objective_of(scheduler, UNet2D(unet)).prediction == built.objective.prediction == "v_prediction"
-    assert scheduler.config.timestep_spacing == "trailing"
-    torch.testing.assert_close(process_of(scheduler).alphas, process_of(kind(beta_end=0.015)).alphas)
+    assert type(loaded.scheduler) is kind
+    assert loaded.prediction == built.objective.prediction == "v_prediction"
+    assert loaded.scheduler.config.timestep_spacing == "trailing"
+    torch.testing.assert_close(loaded.process.alphas, Model.of(loaded.network, kind(beta_end=0.015)).process.alphas)
     assert DDPMPipeline.from_pretrained(tmp_path / "saved").scheduler.config.prediction_type == "v_prediction"
 
 
@@ -296,15 +289,14 @@ def test_the_trained_parameterisation_has_the_smaller_error(tmp_path, digits):
     )
     train(run, cpu=True)
     loaded = load_model(tmp_path / "run")
-    unet, scheduler = loaded.network, loaded.scheduler
-    process, x0 = process_of(scheduler), to_unit(digits.__getitems__(range(128))[0])
+    process, x0 = loaded.process, to_unit(digits.__getitems__(range(128))[0])
     generator = torch.Generator().manual_seed(0)
     t = torch.randint(1000, (128,), generator=generator)
     x_t = process.diffuse(x0, t, torch.randn(x0.shape, generator=generator))
     with torch.no_grad():
-        output = unet(x_t, t).sample
+        output = loaded.network(x_t, t).sample
     errors = {p: (process.split(p, x_t, t, output)[0].clamp(-1, 1) - x0).square().mean() for p in PREDICTIONS}
-    assert objective_of(scheduler, UNet2D(unet)).prediction == "v_prediction"
+    assert loaded.prediction == "v_prediction"
     assert errors["v_prediction"] < 0.8 * errors["epsilon"]
 
 
@@ -346,7 +338,7 @@ def test_a_flow_checkpoint_keeps_its_shift(tmp_path, digits):
     torch.testing.assert_close(built.process.sigmas, DiffusionProcess.flow(shift=3.0).sigmas)
     assert built.model.scheduler.config.shift == 3.0
     own = build_model(recipe(process={"name": "flow", "shift": 3.0}, objective={"prediction": "flow"}), digits)
-    torch.testing.assert_close(process_of(own.model.scheduler).sigmas, built.process.sigmas)
+    torch.testing.assert_close(own.model.process.sigmas, built.process.sigmas)
 
 
 def test_zero_terminal_snr_trains(tmp_path, digits):

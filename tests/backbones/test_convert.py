@@ -15,8 +15,6 @@ from safetensors.torch import save_file
 from robustdiff.backbones.adm import AdmFlags, build_adm, load_adm, save_adm
 from robustdiff.backbones.adm.convert import read_flags
 from robustdiff.backbones.model import load_model
-from robustdiff.backbones.scheduler import denoiser_of, objective_of, process_of
-from robustdiff.backbones.unet2d import UNet2D
 from robustdiff.errors import InputError
 from robustdiff.objectives.preconditioning import Preconditioned
 from robustdiff.process import DiffusionProcess
@@ -60,12 +58,11 @@ def test_there_and_back(robustdiff, checkpoint, tmp_path, given):
     assert outcome.code == 0, outcome.err
     assert DDPMPipeline.from_pretrained(tmp_path / "pipeline").unet.config.sample_size == 16
     loaded = load_model(tmp_path / "pipeline")
-    unet, scheduler = loaded.network, loaded.scheduler
-    assert objective_of(scheduler, UNet2D(unet)).variance == "learned_range"
-    torch.testing.assert_close(process_of(scheduler).alphas, DiffusionProcess.cosine().alphas, rtol=1e-3, atol=1e-6)
+    assert loaded.kind.objective().variance == "learned_range"
+    torch.testing.assert_close(loaded.process.alphas, DiffusionProcess.cosine().alphas, rtol=1e-3, atol=1e-6)
     x, t = torch.randn(2, 3, 16, 16), torch.tensor([3, 800])
     with torch.no_grad():
-        assert torch.equal(unet(x, t).sample, load_adm(checkpoint, **asdict(AdmFlags(**FLAGS)))(x, t).sample)
+        assert torch.equal(loaded.network(x, t).sample, load_adm(checkpoint, **asdict(AdmFlags(**FLAGS)))(x, t).sample)
     assert robustdiff("convert", tmp_path / "pipeline", tmp_path / "back.pt").code == 0
     assert_same_file(checkpoint, tmp_path / "back.pt")
 
@@ -98,9 +95,8 @@ def test_a_denoiser_over_levels_becomes_a_teacher(robustdiff, tmp_path):
     outcome = robustdiff("convert", tmp_path / "edm.pt", tmp_path / "edm", *words, "--training_mode", "edm")
     assert outcome.code == 0, outcome.err
     loaded = load_model(tmp_path / "edm")
-    unet, scheduler = loaded.network, loaded.scheduler
-    assert isinstance(denoiser_of(scheduler, UNet2D(unet)), Preconditioned)
-    assert objective_of(scheduler, UNet2D(unet)).name == "edm"
+    assert isinstance(loaded.denoiser(), Preconditioned)
+    assert loaded.kind.objective().name == "edm"
     outcome = robustdiff("convert", tmp_path / "edm", tmp_path / "back.pt")
     assert outcome.code == 0, outcome.err
     assert_same_file(tmp_path / "edm.pt", tmp_path / "back.pt")

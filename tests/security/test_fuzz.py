@@ -32,8 +32,6 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from robustdiff.backbones.model import Model, load_model
-from robustdiff.backbones.scheduler import objective_of, process_of, sampling_of
-from robustdiff.backbones.unet2d import UNet2D
 from robustdiff.data.archive import npz
 from robustdiff.data.decode import decode_image, read_header
 from robustdiff.data.idx import read_idx
@@ -364,10 +362,9 @@ def pipeline(make_unet, folder: Path) -> Path:
 
 def load_all(path: Path) -> None:
     loaded = load_model(path)
-    unet, scheduler = loaded.network, loaded.scheduler
-    process_of(scheduler)
-    objective_of(scheduler, UNet2D(unet))
-    sampling_of(scheduler)
+    loaded.kind.process()
+    loaded.kind.objective()
+    loaded.kind.sampling()
 
 
 @pytest.mark.parametrize("name", ["model_index.json", "unet/config.json", "scheduler/scheduler_config.json"])

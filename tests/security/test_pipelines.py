@@ -11,8 +11,6 @@ import pytest
 from diffusers import DDPMScheduler
 
 from robustdiff.backbones.model import Model, load_model
-from robustdiff.backbones.scheduler import objective_of, process_of
-from robustdiff.backbones.unet2d import UNet2D
 from robustdiff.errors import InputError
 
 FILES = {
@@ -44,9 +42,8 @@ def change(pipeline: Path, part: str, fields: dict[str, Any]) -> None:
 
 def load(pipeline: Path) -> None:
     loaded = load_model(pipeline)
-    unet, scheduler = loaded.network, loaded.scheduler
-    process_of(scheduler)
-    objective_of(scheduler, UNet2D(unet))
+    loaded.kind.process()
+    loaded.kind.objective()
 
 
 @pytest.mark.parametrize(

@@ -102,7 +102,7 @@ def test_a_run_of_all_weights(distilled, monkeypatch, saved):
     assert index["_class_name"] == "LatentConsistencyModelPipeline"
     assert index["scheduler"] == ["diffusers", "LCMScheduler"]
     model = load_model(folder)
-    assert (model.kind, model.samplers[0], model.backbone.guidance_embedding) == ("lcm", "lcm", 16)
+    assert (model.kind.name, model.samplers[0], model.backbone.guidance_embedding) == ("lcm", "lcm", 16)
     assert model.sampling["solver_steps"] == 20
     pipeline = pipeline_of(folder / "model")
     by_default = same_images(monkeypatch, model, pipeline)
@@ -178,7 +178,7 @@ def test_a_run_of_a_lora(distilled, monkeypatch, kind, saved):
     assert result["delta_norm"] > 0
     folder = Path(recipe.output)
     model = load_model(folder)
-    assert (model.kind, model.samplers[0], model.backbone.guidance_embedding) == ("lcm", "lcm", None)
+    assert (model.kind.name, model.samplers[0], model.backbone.guidance_embedding) == ("lcm", "lcm", None)
     pipeline = pipeline_of(saved[kind])
     pipeline.scheduler = diffusers.LCMScheduler.from_config(pipeline.scheduler.config)
     pipeline.load_lora_weights(folder / "model")

@@ -1,7 +1,7 @@
 """Families of networks (x, t, condition) ↦ prediction: their creation, loading, calling convention and saving.
 
 A network is stored in a diffusers pipeline folder. The folder's scheduler defines the process and the parameterisation
-of the output (:mod:`robustdiff.backbones.scheduler`).
+of the output (:mod:`robustdiff.backbones.kinds`).
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from robustdiff.backbones.backbone import BACKBONES, Backbone
 from robustdiff.backbones.frozen import FrozenWeights
 from robustdiff.backbones.hub import download, is_hub_name
+from robustdiff.backbones.kinds.kind import ModelKind, kind_of
 from robustdiff.backbones.lora import (
     RECORD,
     WEIGHTS,
@@ -28,15 +29,6 @@ from robustdiff.backbones.lora import (
     read_adapter,
     read_weights_into,
     save_adapter,
-)
-from robustdiff.backbones.scheduler import (
-    Kind,
-    denoiser_of,
-    kind_of,
-    model_of,
-    objective_of,
-    process_of,
-    sampling_of,
 )
 from robustdiff.codecs.codec import Codec, Shape, load_codec, save_codec
 from robustdiff.codecs.pixels import Pixels
@@ -123,38 +115,35 @@ class Model:
     @cached_property
     def process(self) -> DiffusionProcess:
         """The process that defines the model's times."""
-        return process_of(self.scheduler, self.backbone) if self._process is None else self._process
+        return self.kind.process() if self._process is None else self._process
 
     @cached_property
     def prediction(self) -> Prediction:
         """The parameterisation of the network's output."""
-        if self._prediction is not None:
-            return self._prediction
-        prediction: Prediction = objective_of(self.scheduler, self.backbone).prediction
-        return prediction
+        return self.kind.objective().prediction if self._prediction is None else self._prediction
 
     @property
     def condition(self) -> Condition:
         """The condition of the network."""
         return self.backbone.condition()
 
-    @property
-    def kind(self) -> Kind:
+    @cached_property
+    def kind(self) -> ModelKind:
         """The kind of the model, which its scheduler tells."""
-        return kind_of(self.scheduler)
+        return kind_of(self.scheduler)(self.scheduler, self.backbone)
 
     @property
     def samplers(self) -> tuple[str, ...]:
         """The names of the samplers that suit the model, the default first."""
         names = suited(self.process)
-        if self.scheduler is not None and self.kind == "lcm":
-            return tuple(sorted(names, key=lambda name: name != "lcm"))
-        return names
+        if self.scheduler is None:
+            return names
+        return tuple(sorted(names, key=lambda name: name != self.kind.sampler))
 
     @cached_property
     def sampling(self) -> Mapping[str, Any]:
         """The scheduler's settings of sampling, as arguments of :func:`robustdiff.sample`."""
-        return {} if self.scheduler is None else sampling_of(self.scheduler, self.backbone)
+        return {} if self.scheduler is None else self.kind.sampling()
 
     @property
     def shape(self) -> Shape:
@@ -198,7 +187,7 @@ class Model:
     @cached_property
     def _call(self) -> Callable[..., Any]:
         network = self.backbone.bind(self.network)
-        return network if self.scheduler is None else model_of(self.scheduler, network)
+        return network if self.scheduler is None else self.kind.model(network)
 
     def embed_guidance(self, scale: float, like: Tensor) -> dict[str, Tensor] | None:
         """Return the arguments by which the network takes a scale of guidance (:meth:`Backbone.embed_guidance`)."""
@@ -210,7 +199,7 @@ class Model:
         Raises:
             InputError: If the model is a consistency model or a flow-matching model.
         """
-        return denoiser_of(self.scheduler, self.backbone, network)
+        return self.kind.denoiser(self.backbone.bind(self.network if network is None else network))
 
     def check_shape(self, shape: Shape, path: str | None = None) -> None:
         """Check that the network takes images of a shape; a network without a size gets theirs.

@@ -23,7 +23,7 @@ from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
 from torch import Tensor, nn
 
 from robustdiff.backbones.backbone import BACKBONES, Backbone
-from robustdiff.backbones.scheduler import kind_of
+from robustdiff.backbones.kinds.kind import kind_of
 from robustdiff.codecs.codec import Codec, Shape
 from robustdiff.codecs.vae import VAE, pipeline_vae
 from robustdiff.conditions.clip_t5 import StableDiffusion3Text, load_sd3_text
@@ -106,7 +106,7 @@ class MMDiT(Backbone):
         _check_vae(codec, path)
 
     def check_scheduler(self, scheduler: Any, path: str) -> None:
-        if kind_of(scheduler) != "flow":
+        if kind_of(scheduler).name != "flow":
             raise InputError(
                 f"the model {path} is a flow-matching model, and {type(scheduler).__name__} is not a scheduler of flow "
                 "matching: save the pipeline with FlowMatchEulerDiscreteScheduler; in a recipe, leave process out"

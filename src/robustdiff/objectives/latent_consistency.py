@@ -513,7 +513,7 @@ class LatentConsistencyConfig(ObjectiveConfig):
         return not adapted
 
     def teacher_of(self, model: Any, network: Callable[..., Any], process: DiffusionProcess) -> Callable[..., Any]:
-        if model.kind != "diffusion" or model.prediction != self.prediction:
+        if model.kind.name != "diffusion" or model.prediction != self.prediction:
             raise InputError(
                 f"the teacher {model.path} must be a diffusion model with the student's parameterisation, "
                 f"{self.prediction}: set objective.teacher to one"

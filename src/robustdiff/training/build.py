@@ -9,8 +9,8 @@ import torch
 
 from robustdiff.backbones.backbone import Backbone
 from robustdiff.backbones.frozen import FrozenWeights
+from robustdiff.backbones.kinds.kind import kind_of, mark_as_own
 from robustdiff.backbones.model import Model, load_model
-from robustdiff.backbones.scheduler import kind_of, mark_as_own, objective_of, process_of
 from robustdiff.codecs.codec import Codec, build_codec
 from robustdiff.codecs.pixels import Pixels
 from robustdiff.data import ImageDataset
@@ -99,7 +99,7 @@ def _pretrained(recipe: Recipe, path: str, dataset: ImageDataset) -> Built:
     if given is not None and given.name == "pretrained":
         given = None
     try:
-        own = objective_of(model.scheduler, backbone)
+        own = model.kind.objective()
     except InputError as error:
         raise InputError(f"the model {path}: {error}") from None
     objective = recipe.objective or own
@@ -110,11 +110,7 @@ def _pretrained(recipe: Recipe, path: str, dataset: ImageDataset) -> Built:
             f"the model {path} is a latent consistency model, and objective={objective.name} would undo it: set "
             "objective.name=latent-consistency, or take its teacher"
         )
-    if kind_of(model.scheduler) == "edm" and model.scheduler.config.get("_time_scale") is None:
-        raise InputError(
-            f"the model {path} is called at ln σ/4, and training over noise levels calls networks at "
-            "250 ln σ: it can be sampled and be a teacher, but not be trained"
-        )
+    model.kind.check_trainable(path)
     objective = objective.adopt(own)
     over_levels = own.over_levels or objective.over_levels
     if not over_levels:
@@ -122,8 +118,9 @@ def _pretrained(recipe: Recipe, path: str, dataset: ImageDataset) -> Built:
     model.check_data(dataset)
     if given is None and not over_levels:
         scheduler = _retargeted(model.scheduler, own, objective, path)
-        objective_of(scheduler, backbone)  # raises where the process has no such parameterisation
-        process = process_of(scheduler, backbone)
+        kind = kind_of(scheduler)(scheduler, backbone)
+        kind.objective()  # raises where the process has no such parameterisation
+        process = kind.process()
     else:
         process, scheduler = objective.new_process(given, recipe.steps)
         scheduler = _own(scheduler, model.codec)

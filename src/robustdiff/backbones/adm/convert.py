@@ -14,8 +14,8 @@ from diffusers import CMStochasticIterativeScheduler, DDPMScheduler, EDMEulerSch
 
 from robustdiff.backbones.adm.checkpoint import load_adm, save_adm
 from robustdiff.backbones.adm.flags import PRESETS, AdmFlags, parse_flags, read_command
+from robustdiff.backbones.kinds.kind import mark_as_own
 from robustdiff.backbones.model import Model, load_model
-from robustdiff.backbones.scheduler import mark_as_own
 from robustdiff.errors import InputError
 from robustdiff.files import atomic_folder
 

@@ -8,9 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from robustdiff.backbones.kinds.kind import KINDS, ModelKind, kind_of, mark_as_own
 from robustdiff.backbones.model import Model
-from robustdiff.backbones.scheduler import kind_of, mark_as_own, model_of, objective_of, process_of, sampling_of
-from robustdiff.backbones.unet2d import UNet2D
 from robustdiff.errors import InputError
 from robustdiff.evaluation.generate import Generator
 from robustdiff.evaluation.noise import ImageNoise
@@ -36,6 +35,10 @@ def unet(channels: int = 1, out: int | None = None, classes: int | None = None) 
 
 
 NETWORK = unet()
+
+
+def described(scheduler) -> ModelKind:
+    return Model.of(NETWORK, scheduler).kind
 
 
 def ours(scheduler, sampler: str, steps: int, network=NETWORK, **options) -> tuple[Tensor, list[float]]:
@@ -183,8 +186,8 @@ def test_the_levels_of_a_second_order_solver_are_visited_once(steps):
 @pytest.mark.parametrize("kind", ["UniPCMultistepScheduler", "DPMSolverMultistepScheduler"])
 def test_a_multistep_scheduler_of_flow_sigmas_is_a_flow(kind):
     scheduler = getattr(diffusers, kind)(use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0)
-    assert kind_of(scheduler) == "flow"
-    assert objective_of(scheduler, UNet2D(NETWORK)).prediction == "flow"
+    assert kind_of(scheduler) is KINDS["flow"]
+    assert Model.of(NETWORK, scheduler).prediction == "flow"
     _, times = ours(scheduler, "euler", 6)
     scheduler.set_timesteps(6)
     assert times == pytest.approx((1000 * scheduler.sigmas[:6]).tolist(), rel=1e-5)
@@ -193,7 +196,7 @@ def test_a_multistep_scheduler_of_flow_sigmas_is_a_flow(kind):
 def test_an_edm_scheduler_is_euler_in_its_own_time():
     """With levels that are a table of 1000, four steps are at indices that are whole."""
     scheduler = diffusers.EDMEulerScheduler()
-    assert model_of(scheduler, NETWORK).denoise.time_scale == 0.25
+    assert described(scheduler).model(NETWORK).denoise.time_scale == 0.25
     mine, _ = ours(scheduler, "ddim", 4, clip=False)
     # x_T is of unit variance here, and of σ_max there: √(1 + σ_max²) and σ_max.
     expected = theirs(scheduler, 4, scale=(1 + 80.0**2) ** 0.5)
@@ -202,13 +205,14 @@ def test_an_edm_scheduler_is_euler_in_its_own_time():
 
 def test_what_this_package_trained_keeps_its_own_times():
     scheduler = mark_as_own(diffusers.EDMEulerScheduler())
-    assert model_of(scheduler, NETWORK).denoise.time_scale == 250
-    assert isinstance(model_of(scheduler, NETWORK).denoise, Preconditioned)
-    assert "spacing" not in sampling_of(scheduler)
+    denoise = described(scheduler).model(NETWORK).denoise
+    assert isinstance(denoise, Preconditioned)
+    assert denoise.time_scale == 250
+    assert "spacing" not in described(scheduler).sampling()
     ddpm = mark_as_own(diffusers.DDPMScheduler())
     again = diffusers.DDPMScheduler.from_config(ddpm.config, prediction_type="v_prediction")
-    assert "spacing" not in sampling_of(again)
-    assert "spacing" in sampling_of(diffusers.DDPMScheduler())
+    assert "spacing" not in described(again).sampling()
+    assert "spacing" in described(diffusers.DDPMScheduler()).sampling()
 
 
 def test_an_option_comes_before_the_checkpoint():
@@ -241,7 +245,7 @@ def test_zero_terminal_snr_with_v_is_right_at_the_last_time(monkeypatch):
     scheduler = diffusers.DDIMScheduler(
         rescale_betas_zero_snr=True, prediction_type="v_prediction", timestep_spacing="trailing"
     )
-    process = process_of(scheduler)
+    process = described(scheduler).process()
     assert process.alphas[-1] == 0
     image = torch.rand(1, 1, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
 
@@ -284,9 +288,32 @@ def test_what_cannot_be_honoured_is_refused_in_one_line(make, words):
 def test_two_c_output_channels_are_not_a_fixed_variance():
     with pytest.raises(InputError, match="variance_type=fixed_small"):
         Generator.of(Model.of(unet(1, 2), diffusers.DDPMScheduler()))
-    assert objective_of(diffusers.DDIMScheduler(), UNet2D(unet(1, 2))).variance == "learned_range"
+    assert Model.of(unet(1, 2), diffusers.DDIMScheduler()).kind.objective().variance == "learned_range"
 
 
 def test_an_euler_like_scheduler_is_variance_preserving_for_its_network():
-    process = process_of(diffusers.EulerDiscreteScheduler())
+    process = described(diffusers.EulerDiscreteScheduler()).process()
     torch.testing.assert_close(process.alphas, DiffusionProcess.from_scheduler(diffusers.DDPMScheduler()).alphas)
+
+
+class Brownian(diffusers.DDPMScheduler):
+    """A scheduler of another package."""
+
+
+def test_a_kind_of_another_package_is_found_by_its_scheduler(monkeypatch):
+    class Bridge(KINDS["diffusion"]):
+        name, general = "bridge", False
+
+        @classmethod
+        def reads(cls, scheduler) -> bool:
+            return isinstance(scheduler, Brownian)
+
+    assert described(Brownian()).name == "diffusion"
+    monkeypatch.setitem(KINDS._entries, "bridge", Bridge)
+    assert described(Brownian()).name == "bridge"
+    assert described(diffusers.DDPMScheduler()).name == "diffusion"
+
+
+def test_every_kind_is_registered_under_its_name():
+    assert {name: kind.name for name, kind in KINDS.items()} == {name: name for name in KINDS}
+    assert set(KINDS) == {"consistency", "diffusion", "edm", "flow", "lcm"}
