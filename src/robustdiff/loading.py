@@ -34,6 +34,7 @@ from robustdiff.weights import check_weights, read_state, strip_prefixes
 __all__ = [
     "Components",
     "Place",
+    "check_depth",
     "check_forward",
     "class_parameters",
     "component",
@@ -173,6 +174,24 @@ def _scheduler(path: Path, kind: type[SchedulerMixin]) -> Any:
     others = [kind, DDPMScheduler, *getattr(scheduler, "compatibles", []), *DDPMScheduler().compatibles]
     _check_names(config, {name for other in others for name in class_parameters(other)}, path, kind)
     return scheduler
+
+
+def check_depth(layers: int, tensors: int, what: str, path: Path) -> None:
+    """Check that a configuration has no more layers than its weights can be of, before the layers are created.
+
+    Args:
+        layers: The least number of tensors in the weights of that many layers.
+        tensors: The number of tensors in the weights.
+        what: The settings, for messages.
+        path: The file of the configuration, for messages.
+
+    Raises:
+        InputError: If there are more.
+    """
+    if layers > tensors:
+        raise InputError(
+            f"{path}: {what} do not fit the weights beside it, of {tensors} tensors: give the two that belong together"
+        )
 
 
 def check_forward(

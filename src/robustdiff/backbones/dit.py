@@ -30,7 +30,16 @@ from robustdiff.codecs.vae import VAE, check_unshifted, pipeline_vae
 from robustdiff.conditions.condition import Condition
 from robustdiff.conditions.labels import Labels
 from robustdiff.errors import InputError
-from robustdiff.loading import Components, Place, check_forward, component, load_network, read_config, shown
+from robustdiff.loading import (
+    Components,
+    Place,
+    check_depth,
+    check_forward,
+    component,
+    load_network,
+    read_config,
+    shown,
+)
 from robustdiff.section import MOST_PARAMETERS, Fraction, Width
 
 __all__ = ["DiT", "DiTSection", "exported", "load_transformer"]
@@ -201,11 +210,8 @@ def _prepare(config: dict[str, Any], tensors: int, path: Path) -> None:
             f"{path}: sample_size={shown(size)} with patch_size={shown(patch)} is no size of latents: it is a number "
             f"of whole patches, up to {_LARGEST_SIZE}"
         )
-    if isinstance(layers, int) and layers > tensors:
-        raise InputError(
-            f"{path}: num_layers={layers} does not fit the weights beside it, of {tensors} tensors: give the two that "
-            "belong together"
-        )
+    if isinstance(layers, int):
+        check_depth(layers, tensors, f"num_layers={layers}", path)
 
 
 def _cut_classes(config: dict[str, Any], path: Path) -> int | None:

@@ -25,7 +25,7 @@ from diffusers.models.transformers.transformer_flux import FluxTransformer2DMode
 from torch import Tensor, nn
 
 from robustdiff.backbones.backbone import BACKBONES
-from robustdiff.backbones.sd3 import LARGEST_SIZE, MMDiT, caption, check_config
+from robustdiff.backbones.mmdit import LARGEST_SIZE, MMDiT, caption, check_config
 from robustdiff.conditions.clip_t5 import FluxText, load_flux_text
 from robustdiff.conditions.condition import Condition
 from robustdiff.errors import InputError

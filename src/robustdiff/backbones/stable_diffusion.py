@@ -28,7 +28,16 @@ from robustdiff.codecs.vae import VAE, check_unshifted, pipeline_vae
 from robustdiff.conditions.clip import ClipText, TwoClipTexts, load_clip, load_two_clips
 from robustdiff.conditions.condition import Condition
 from robustdiff.errors import InputError, printable
-from robustdiff.loading import Components, Place, check_forward, component, load_network, read_config, shown
+from robustdiff.loading import (
+    Components,
+    Place,
+    check_depth,
+    check_forward,
+    component,
+    load_network,
+    read_config,
+    shown,
+)
 from robustdiff.objectives.latent_consistency import embed_guidance
 
 __all__ = ["StableDiffusion"]
@@ -195,11 +204,7 @@ def _check_depth(config: dict[str, Any], tensors: int, path: Path) -> None:
     total *= max(len(blocks), 1) if isinstance(blocks, list) else 1
     for name in ("layers_per_block", "transformer_layers_per_block", "reverse_transformer_layers_per_block"):
         total *= max([1, *_integers(config.get(name))])
-    if total > tensors:
-        raise InputError(
-            f"{path}: its numbers of layers do not fit the weights beside it, of {tensors} tensors: give the two that "
-            "belong together"
-        )
+    check_depth(total, tensors, "its numbers of layers", path)
 
 
 def _integers(value: Any) -> list[int]:

@@ -21,7 +21,16 @@ from robustdiff.conditions.condition import Condition
 from robustdiff.conditions.labels import Labels
 from robustdiff.conditions.none import Unconditional
 from robustdiff.errors import InputError
-from robustdiff.loading import Components, Place, check_forward, class_parameters, component, load_network, shown
+from robustdiff.loading import (
+    Components,
+    Place,
+    check_depth,
+    check_forward,
+    class_parameters,
+    component,
+    load_network,
+    shown,
+)
 from robustdiff.section import MOST_PARAMETERS, Fraction, Width
 
 __all__ = ["UNet2D", "UNetSection"]
@@ -119,11 +128,9 @@ class UNet2D(Backbone):
             config["sample_size"] = _checked_size(config.get("sample_size"), size, path)
             blocks = config.get("down_block_types")
             levels, layers = len(blocks) if isinstance(blocks, list) else 0, config.get("layers_per_block", 0)
-            if isinstance(layers, int) and max(levels, 1) * max(layers, 1) > tensors:  # before allocating layers
-                raise InputError(
-                    f"{path}: {levels} levels of layers_per_block={shown(layers)} do not fit the weights beside it, of "
-                    f"{tensors} tensors: give the two that belong together"
-                )
+            if isinstance(layers, int):
+                total = max(levels, 1) * max(layers, 1)
+                check_depth(total, tensors, f"{levels} levels of layers_per_block={shown(layers)}", path)
 
         network = load_network(
             component(folder, cls.part),

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from robustdiff.codecs.codec import CODECS, Codec, CodecSection, Shape
 from robustdiff.errors import InputError, first_line, printable
-from robustdiff.loading import Components, component, load_network, shown
+from robustdiff.loading import Components, check_depth, component, load_network, shown
 from robustdiff.section import Text
 from robustdiff.weights import update_digest
 
@@ -226,11 +226,9 @@ def _prepare(config: dict[str, Any], tensors: int, path: Path) -> None:
     """Check the size of a VAE before it is created."""
     blocks, layers = config.get("block_out_channels"), config.get("layers_per_block", 1)
     levels = len(blocks) if isinstance(blocks, list) else 1
-    if isinstance(layers, int) and levels * layers * _TENSORS_OF_A_BLOCK > tensors:
-        raise InputError(
-            f"{path}: {levels} levels of layers_per_block={layers} do not fit the weights beside it, of {tensors} "
-            "tensors: give the two that belong together"
-        )
+    if isinstance(layers, int):
+        total = levels * layers * _TENSORS_OF_A_BLOCK
+        check_depth(total, tensors, f"{levels} levels of layers_per_block={layers}", path)
     sides = config.get("sample_size", 32)
     sides = sides if isinstance(sides, list) else [sides]
     if not (sides and all(type(side) is int and side > 0 for side in sides)):
