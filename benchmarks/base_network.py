@@ -30,7 +30,7 @@ from robustdiff import DenoisingObjective, DiffusionProcess
 from robustdiff.backbones.unet2d import UNetSection
 from robustdiff.data import load_dataset, to_uint8, to_unit
 from robustdiff.evaluation.noise import ImageNoise
-from robustdiff.metrics.features import load_extractor
+from robustdiff.metrics.extractors.extractor import load_extractor
 from robustdiff.metrics.metric import MetricCollection
 from robustdiff.metrics.reference import reference_statistics
 from robustdiff.samplers import sample

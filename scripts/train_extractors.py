@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from robustdiff.data import load_dataset, to_unit
-from robustdiff.metrics.features import Classifier
+from robustdiff.metrics.extractors.classifier import Classifier
 
 OUTPUT = Path(__file__).parents[1] / "src/robustdiff/metrics/weights"
 SEED = 0

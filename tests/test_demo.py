@@ -18,7 +18,7 @@ from robustdiff.data import load_dataset
 from robustdiff.errors import InputError
 from robustdiff.evaluation.generate import Generator
 from robustdiff.evaluation.grid import evaluate_grid
-from robustdiff.metrics.features import load_extractor
+from robustdiff.metrics.extractors.extractor import load_extractor
 from robustdiff.metrics.metric import MetricCollection
 from robustdiff.metrics.reference import reference_statistics
 from robustdiff.recipe import load_recipe

@@ -21,7 +21,7 @@ import yaml
 from PIL import Image
 
 from robustdiff.backbones.adm.flags import PRESETS, AdmFlags
-from robustdiff.metrics.features import INCEPTION_URL
+from robustdiff.metrics.extractors.inception import INCEPTION_URL
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -147,7 +147,7 @@ def workspace(tmp_path_factory, make_unet, make_sd_pipeline) -> Path:
     from diffusers import DDPMPipeline, DDPMScheduler
 
     from robustdiff.backbones.adm import build_adm, save_adm
-    from robustdiff.metrics.features import Classifier
+    from robustdiff.metrics.extractors.classifier import Classifier
 
     folder = tmp_path_factory.mktemp("workspace")
     for name in ("64x64_diffusion.pt", "ADM-baseline.pt"):
@@ -199,7 +199,7 @@ def test_every_command_runs(path, robustdiff, workspace, monkeypatch):
 
 def test_every_command_of_text_to_image_runs(robustdiff, make_sd_pipeline, clip_folder, tmp_path, monkeypatch):
     """In a folder with a tiny model and a tiny CLIP for the downloads, images with captions, and prompts."""
-    from robustdiff.metrics.features import Classifier
+    from robustdiff.metrics.extractors.classifier import Classifier
 
     monkeypatch.chdir(tmp_path)
     make_sd_pipeline(tmp_path / "models" / "sd15")

@@ -23,7 +23,7 @@ ORDER = [
         "workers",
         "yaml_reader",
     },
-    {"graphs", "kernels", "loading", "weights"},
+    {"encoders", "graphs", "kernels", "loading", "weights"},
     {"process"},
     {"perturbation"},
     {"objectives"},

@@ -14,7 +14,8 @@ from diffusers.schedulers.scheduling_consistency_models import CMStochasticItera
 
 from robustdiff.backbones.model import Model, load_model
 from robustdiff.data import load_dataset
-from robustdiff.metrics.features import Classifier, load_extractor
+from robustdiff.metrics.extractors.classifier import Classifier
+from robustdiff.metrics.extractors.extractor import load_extractor
 from robustdiff.metrics.reference import reference_statistics
 
 

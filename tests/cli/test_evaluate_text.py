@@ -13,7 +13,8 @@ from PIL import Image
 
 from robustdiff.evaluation.generate import Generator
 from robustdiff.metrics.clip_score import ClipScore
-from robustdiff.metrics.features import Classifier, load_extractor
+from robustdiff.metrics.extractors.classifier import Classifier
+from robustdiff.metrics.extractors.extractor import load_extractor
 from robustdiff.metrics.fid import frechet_distance
 
 pytest.importorskip("transformers")

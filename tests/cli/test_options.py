@@ -9,7 +9,7 @@ from diffusers.schedulers.scheduling_consistency_models import CMStochasticItera
 
 from robustdiff.backbones.model import Model, load_model
 from robustdiff.cli.options import SHIPPED_EXTRACTORS, SHIPPED_SAMPLERS
-from robustdiff.metrics.features import SHIPPED
+from robustdiff.metrics.extractors.classifier import SHIPPED
 from robustdiff.samplers.sampler import SAMPLERS
 
 SMALL = {

@@ -22,7 +22,7 @@ from robustdiff.evaluation.generate import Generator
 from robustdiff.evaluation.grid import Grid, differences, evaluate_cell, evaluate_grid, evaluate_images
 from robustdiff.metrics import fid as fid_module
 from robustdiff.metrics.bootstrap import interval
-from robustdiff.metrics.features import load_extractor
+from robustdiff.metrics.extractors.extractor import load_extractor
 from robustdiff.metrics.metric import MetricCollection, check_finite
 from robustdiff.metrics.reference import reference_statistics
 

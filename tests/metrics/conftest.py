@@ -3,7 +3,7 @@
 import pytest
 
 from robustdiff.data import load_dataset
-from robustdiff.metrics.features import load_extractor
+from robustdiff.metrics.extractors.extractor import load_extractor
 from robustdiff.metrics.reference import reference_statistics
 
 

@@ -8,7 +8,7 @@ import torch
 
 from robustdiff.data import ArrayDataset
 from robustdiff.errors import InputError, RunError
-from robustdiff.metrics.features import Classifier, ClassifierExtractor
+from robustdiff.metrics.extractors.classifier import Classifier, ClassifierExtractor
 from robustdiff.metrics.moments import Moments
 from robustdiff.metrics.reference import load_reference, reference_statistics
 

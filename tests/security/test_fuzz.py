@@ -36,7 +36,7 @@ from robustdiff.data.archive import npz
 from robustdiff.data.decode import decode_image, read_header
 from robustdiff.data.idx import read_idx
 from robustdiff.errors import InputError
-from robustdiff.metrics.features import Classifier
+from robustdiff.metrics.extractors.classifier import Classifier
 from robustdiff.recipe import load_recipe, shipped_recipes
 from robustdiff.study import run
 from robustdiff.study.schema import load_study

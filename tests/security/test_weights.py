@@ -15,7 +15,8 @@ import pytest
 import torch
 
 from robustdiff.errors import InputError
-from robustdiff.metrics.features import Classifier, load_extractor
+from robustdiff.metrics.extractors.classifier import Classifier
+from robustdiff.metrics.extractors.extractor import load_extractor
 from robustdiff.weights import read_weights
 
 

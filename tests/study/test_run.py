@@ -17,7 +17,7 @@ import yaml
 
 from robustdiff.data import DataConfig, load_dataset
 from robustdiff.errors import InputError, RunError
-from robustdiff.metrics.features import load_extractor
+from robustdiff.metrics.extractors.extractor import load_extractor
 from robustdiff.metrics.metric import MetricCollection
 from robustdiff.metrics.reference import reference_statistics
 from robustdiff.mismatch.measure import MEASURES as MISMATCHES

@@ -15,7 +15,7 @@ from robustdiff.data import load_dataset
 from robustdiff.errors import InputError
 from robustdiff.evaluation.generate import Generator
 from robustdiff.metrics.clip_score import ClipScore
-from robustdiff.metrics.features import load_extractor
+from robustdiff.metrics.extractors.extractor import load_extractor
 from robustdiff.report.page import write_page
 from robustdiff.study.run import reproduce, run_study
 from robustdiff.study.schema import load_study

@@ -160,7 +160,10 @@ SetData = Annotated[
     typer.Option("--set", metavar="data.FIELD=VALUE", help="Change how the real images are read: --set data.size=16"),
 ]
 Features = Annotated[
-    str | None, typer.Option(help=f"{', '.join(SHIPPED_EXTRACTORS)}, inception, or a .safetensors file.")
+    str | None,
+    typer.Option(
+        help=f"{', '.join(SHIPPED_EXTRACTORS)}, inception, clip=FOLDER, dinov2=FOLDER, or a .safetensors file."
+    ),
 ]
 Weights = Annotated[Path | None, typer.Option(help="The weights file of Inception.")]
 Spacing = Annotated[

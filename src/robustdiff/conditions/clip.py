@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from robustdiff.conditions.text import TextCondition, load_encoder, load_tokenizer
+from robustdiff.conditions.text import TextCondition, load_text_encoder, load_tokenizer
 from robustdiff.errors import InputError
 
 __all__ = ["ClipText", "TwoClipTexts", "load_clip", "load_two_clips"]
@@ -124,7 +124,7 @@ def load_clip(folder: Path) -> ClipText:
         InputError: If transformers is not installed, or the tokenizer or the encoder cannot be read.
     """
     tokenizer = load_tokenizer(folder, "tokenizer", _TOKENIZERS)
-    return ClipText(tokenizer, load_encoder(folder, "text_encoder", ("CLIPTextModel",)))
+    return ClipText(tokenizer, load_text_encoder(folder, "text_encoder", ("CLIPTextModel",)))
 
 
 def load_two_clips(folder: Path, zeros: bool) -> TwoClipTexts:
@@ -138,6 +138,6 @@ def load_two_clips(folder: Path, zeros: bool) -> TwoClipTexts:
         InputError: If transformers is not installed, or a tokenizer or an encoder cannot be read.
     """
     first, second = (load_tokenizer(folder, name, _TOKENIZERS) for name in ("tokenizer", "tokenizer_2"))
-    encoder = load_encoder(folder, "text_encoder", ("CLIPTextModel",))
-    projecting = load_encoder(folder, "text_encoder_2", ("CLIPTextModelWithProjection",))
+    encoder = load_text_encoder(folder, "text_encoder", ("CLIPTextModel",))
+    projecting = load_text_encoder(folder, "text_encoder_2", ("CLIPTextModelWithProjection",))
     return TwoClipTexts((first, second), (encoder, projecting), zeros)

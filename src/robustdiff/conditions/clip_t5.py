@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from robustdiff.conditions.text import TextCondition, load_encoder, load_tokenizer
+from robustdiff.conditions.text import TextCondition, load_text_encoder, load_tokenizer
 from robustdiff.errors import InputError, printable
 from robustdiff.loading import Components
 
@@ -125,7 +125,7 @@ def load_sd3_text(folder: Path, components: Components, width: int, pooled: int)
     """
     tokenizers = {name: load_tokenizer(folder, name, _CLIP_TOKENIZERS) for name in ("tokenizer", "tokenizer_2")}
     kinds = ("CLIPTextModelWithProjection",)
-    encoders = {name: load_encoder(folder, name, kinds) for name in ("text_encoder", "text_encoder_2")}
+    encoders = {name: load_text_encoder(folder, name, kinds) for name in ("text_encoder", "text_encoder_2")}
     clips = list(encoders.values())
     _check_width(folder, "pooled embeddings", pooled, "the CLIPs make", sum(e.config.projection_dim for e in clips))
     hidden = sum(encoder.config.hidden_size for encoder in clips)
@@ -133,7 +133,7 @@ def load_sd3_text(folder: Path, components: Components, width: int, pooled: int)
         _check_width(folder, "embeddings", width, "the CLIPs make", hidden)
     if "tokenizer_3" in components or "text_encoder_3" in components:
         tokenizers["tokenizer_3"] = load_tokenizer(folder, "tokenizer_3", _T5_TOKENIZERS)
-        t5 = encoders["text_encoder_3"] = load_encoder(folder, "text_encoder_3", ("T5EncoderModel",))
+        t5 = encoders["text_encoder_3"] = load_text_encoder(folder, "text_encoder_3", ("T5EncoderModel",))
         _check_width(folder, "embeddings", width, "text_encoder_3 makes", t5.config.d_model)
     return StableDiffusion3Text(tokenizers, encoders, width)
 
@@ -154,8 +154,8 @@ def load_flux_text(folder: Path, width: int, pooled: int) -> FluxText:
         "tokenizer": load_tokenizer(folder, "tokenizer", _CLIP_TOKENIZERS),
         "tokenizer_2": load_tokenizer(folder, "tokenizer_2", _T5_TOKENIZERS),
     }
-    clip = load_encoder(folder, "text_encoder", ("CLIPTextModel",))
-    t5 = load_encoder(folder, "text_encoder_2", ("T5EncoderModel",))
+    clip = load_text_encoder(folder, "text_encoder", ("CLIPTextModel",))
+    t5 = load_text_encoder(folder, "text_encoder_2", ("T5EncoderModel",))
     _check_width(folder, "pooled embeddings", pooled, "text_encoder makes", clip.config.hidden_size)
     _check_width(folder, "embeddings", width, "text_encoder_2 makes", t5.config.d_model)
     return FluxText(tokenizers, {"text_encoder": clip, "text_encoder_2": t5})

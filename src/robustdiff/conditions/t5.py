@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from robustdiff.conditions.text import TextCondition, load_encoder, load_tokenizer
+from robustdiff.conditions.text import TextCondition, load_text_encoder, load_tokenizer
 
 __all__ = ["T5Text", "load_t5"]
 
@@ -51,4 +51,4 @@ def load_t5(folder: Path, length: int = 120) -> T5Text:
         InputError: If transformers is not installed, or the tokenizer or the encoder cannot be read.
     """
     tokenizer = load_tokenizer(folder, "tokenizer", ("T5Tokenizer", "T5TokenizerFast"))
-    return T5Text(tokenizer, load_encoder(folder, "text_encoder", ("T5EncoderModel",)), length)
+    return T5Text(tokenizer, load_text_encoder(folder, "text_encoder", ("T5EncoderModel",)), length)

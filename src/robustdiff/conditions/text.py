@@ -18,7 +18,6 @@ import hashlib
 import hmac
 import json
 import logging
-import re
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -31,13 +30,14 @@ import torch
 from torch import Tensor
 
 from robustdiff.conditions.condition import Condition
-from robustdiff.errors import InputError, RunError, first_line, installing, printable
+from robustdiff.encoders import load_encoder, load_part, transformers_class
+from robustdiff.errors import InputError, RunError, printable
 from robustdiff.files import atomic_write, cache_folder, claim_folder, open_regular, remove_leftovers, user_key
-from robustdiff.loading import quietly, read_index
+from robustdiff.loading import read_index
 from robustdiff.progress import SILENT, Progress
 from robustdiff.weights import digest_state
 
-__all__ = ["TextCondition", "load_encoder", "load_tokenizer"]
+__all__ = ["TextCondition", "load_text_encoder", "load_tokenizer"]
 
 logger = logging.getLogger(__name__)
 
@@ -49,8 +49,6 @@ _SIGNATURE = 32  # bytes
 _NO_SETTINGS = {"_name_or_path", "architectures", "transformers_version", "dtype", "torch_dtype"}
 # Entries of a tokenizer that its calls change.
 _OF_CALLS = {"truncation", "padding"}
-
-_WEIGHTS = re.compile(r"model(?:\.(\w+))?(?:-\d+-of-\d+)?\.safetensors")
 
 
 class TextCondition(Condition):
@@ -359,16 +357,11 @@ def load_tokenizer(folder: Path, part: str, kinds: Sequence[str]) -> Any:
         InputError: If transformers is not installed, the component is missing or of another class, or it cannot be
             read.
     """
-    path, kind = _class_of(folder, part, kinds)
-    with _reading(path):
-        tokenizer = kind.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
-    return tokenizer
+    return load_part(*_class_of(folder, part, kinds), "tokenizer")
 
 
-def load_encoder(folder: Path, part: str, kinds: Sequence[str]) -> Any:
-    """Load a text encoder of a pipeline folder, from safetensors, on the CPU, in the type of its weights.
-
-    A variant of the weights, such as ``fp16``, is read only if there are no others.
+def load_text_encoder(folder: Path, part: str, kinds: Sequence[str]) -> Any:
+    """Load a text encoder of a pipeline folder, in the type of its weights (:func:`robustdiff.encoders.load_encoder`).
 
     Args:
         folder: The pipeline folder.
@@ -379,32 +372,12 @@ def load_encoder(folder: Path, part: str, kinds: Sequence[str]) -> Any:
         InputError: If transformers is not installed, the component is missing or of another class, it cannot be read,
             or a weight is missing or not finite.
     """
-    path, kind = _class_of(folder, part, kinds)
-    variants = {match[1] for entry in path.iterdir() if (match := _WEIGHTS.fullmatch(entry.name))}
-    with _reading(path):
-        encoder, info = kind.from_pretrained(
-            str(path),
-            use_safetensors=True,
-            dtype="auto",
-            output_loading_info=True,
-            local_files_only=True,
-            trust_remote_code=False,
-            variant=None if None in variants or not variants else min(variants),
-        )
-    if info["missing_keys"]:
-        raise InputError(f"{printable(path)} lacks the weights of {min(info['missing_keys'])}: download it again")
-    for name, value in encoder.named_parameters():
-        if not value.isfinite().all():
-            raise InputError(f"{printable(path)}: {name} has values that are not finite: download it again")
-    return encoder
+    return load_encoder(*_class_of(folder, part, kinds), "text encoder")
 
 
 def _class_of(folder: Path, part: str, kinds: Sequence[str]) -> tuple[Path, Any]:
     """Return the folder of a component and its class, one of the given classes of transformers."""
-    try:
-        import transformers
-    except ImportError:
-        raise InputError(f"a model that is conditioned on text needs transformers: {installing('text')}") from None
+    transformers_class(kinds[0], "a model that is conditioned on text")  # without it nothing else matters
     components = read_index(folder)
     if part not in components or not (folder / part).is_dir():
         raise InputError(f"{printable(folder)} has no {part}: download the model again, with all of its folders")
@@ -412,17 +385,4 @@ def _class_of(folder: Path, part: str, kinds: Sequence[str]) -> tuple[Path, Any]
     if library != "transformers" or kind not in kinds:
         index = printable(folder / "model_index.json")
         raise InputError(f"{index}: {part} is {kind} of {library}, and only {kinds[0]} is supported")
-    return folder / part, getattr(transformers, kind)
-
-
-@contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    """Report any error of transformers in one line, without its progress bars and warnings."""
-    with quietly():
-        try:
-            yield
-        except Exception as error:  # for an untrusted file, transformers may raise any error
-            reason = printable(first_line(error)[:300])
-            raise InputError(
-                f"{printable(path)} cannot be read ({reason}): download it again; weights must be safetensors"
-            ) from None
+    return folder / part, transformers_class(kind, "a model that is conditioned on text")

@@ -17,7 +17,9 @@ from robustdiff.data.huggingface import is_remote
 from robustdiff.data.remote import is_url, shown
 from robustdiff.errors import InputError, printable
 from robustdiff.evaluation.prompts import Prompts
-from robustdiff.metrics.features import INCEPTION_URL, SHIPPED, FeatureExtractor, load_extractor
+from robustdiff.metrics.extractors.classifier import SHIPPED
+from robustdiff.metrics.extractors.extractor import FeatureExtractor, load_extractor
+from robustdiff.metrics.extractors.inception import INCEPTION_URL
 from robustdiff.metrics.reference import Reference, load_reference, reference_statistics
 from robustdiff.progress import SILENT, Progress
 from robustdiff.recipe import DataConfig, load_data_config

@@ -21,8 +21,9 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from robustdiff.errors import InputError, first_line, installing, printable
-from robustdiff.loading import quietly, read_config, shown
+from robustdiff.encoders import load_encoder, load_part, transformers_class
+from robustdiff.errors import InputError, first_line, printable
+from robustdiff.loading import read_config, shown
 from robustdiff.metrics.bootstrap import Array, block_of, block_weights
 from robustdiff.metrics.metric import METRICS, Batch, Metric, Need, Number
 from robustdiff.metrics.reference import Reference
@@ -177,35 +178,13 @@ def load_clip_pair(folder: str | Path) -> tuple[Any, Any, Any]:
     shipped = SHIPPED / folder
     is_shipped = "/" not in str(folder) and (shipped / "config.json").is_file()  # ./NAME names another folder
     folder = shipped if is_shipped else Path(folder)
-    try:
-        from transformers import CLIPModel, CLIPTokenizer
-    except ImportError:
-        raise InputError(f"CLIP needs transformers: {installing('text')}") from None
+    kind = transformers_class("CLIPModel", "CLIP")
     _check_files(folder)
-    options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
-    try:
-        with quietly():
-            what = "tokenizer"
-            tokenizer = CLIPTokenizer.from_pretrained(str(folder), **options)
-            what = "image processor"
-            processor = _processor_class().from_pretrained(str(folder), **options)
-            what = "model"
-            model, info = CLIPModel.from_pretrained(
-                str(folder), use_safetensors=True, dtype=torch.float32, output_loading_info=True, **options
-            )
-    except Exception as error:  # for an untrusted file, transformers may raise any error
-        reason = printable(first_line(error)[:300])
-        raise InputError(
-            f"{printable(folder)}: the {what} of CLIP cannot be read ({reason}): download it again; weights must be "
-            "safetensors"
-        ) from None
-    if info["missing_keys"]:
-        raise InputError(f"{printable(folder)} lacks the weights of {min(info['missing_keys'])}: download it again")
-    for name, value in model.named_parameters():
-        if not value.isfinite().all():
-            raise InputError(f"{printable(folder)}: {name} has values that are not finite: download it again")
+    tokenizer = load_part(folder, transformers_class("CLIPTokenizer", "CLIP"), "tokenizer of CLIP")
+    processor = load_part(folder, _processor_class(), "image processor of CLIP")
+    model = load_encoder(folder, kind, "model of CLIP", torch.float32)
     _check_parts(folder, model, tokenizer, processor)
-    return model.eval().requires_grad_(False), tokenizer, processor
+    return model, tokenizer, processor
 
 
 def _check_files(folder: Path) -> None:

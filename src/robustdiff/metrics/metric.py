@@ -26,7 +26,7 @@ from torch import Tensor
 
 from robustdiff.errors import InputError, RunError, printable
 from robustdiff.metrics.bootstrap import BLOCKS, Array, interval
-from robustdiff.metrics.features import FeatureExtractor
+from robustdiff.metrics.extractors.extractor import FeatureExtractor
 from robustdiff.metrics.reference import Reference
 from robustdiff.registry import Registry
 

@@ -18,7 +18,7 @@ from robustdiff.data.dataset import ImageDataset
 from robustdiff.errors import InputError
 from robustdiff.files import atomic_write, cache_folder
 from robustdiff.metrics.bootstrap import Array
-from robustdiff.metrics.features import FeatureExtractor
+from robustdiff.metrics.extractors.extractor import FeatureExtractor
 from robustdiff.metrics.moments import Moments
 from robustdiff.metrics.reservoir import LIMIT, Reservoir
 

@@ -28,7 +28,7 @@ from robustdiff.evaluation.grid import evaluate_cell, evaluate_images
 from robustdiff.evaluation.noise import NOISE
 from robustdiff.evaluation.prompts import prompts_of
 from robustdiff.files import atomic_write, make_folder, read_json
-from robustdiff.metrics.features import load_extractor
+from robustdiff.metrics.extractors.extractor import load_extractor
 from robustdiff.metrics.metric import DEFAULT, MetricCollection, parse_metrics
 from robustdiff.metrics.reference import reference_statistics
 from robustdiff.mismatch.measure import measure_mismatch

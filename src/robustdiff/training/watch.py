@@ -47,7 +47,8 @@ from robustdiff.evaluation.recorded import Recordings
 from robustdiff.files import atomic_write, open_regular, read_record, write_json
 from robustdiff.interrupt import Interrupt
 from robustdiff.metrics.bootstrap import interval
-from robustdiff.metrics.features import SHIPPED, load_extractor
+from robustdiff.metrics.extractors.classifier import SHIPPED
+from robustdiff.metrics.extractors.extractor import load_extractor
 from robustdiff.metrics.metric import MetricCollection, Number, compared, parse_metric, ranked
 from robustdiff.progress import SILENT, Progress
 from robustdiff.recipe import WatchConfig

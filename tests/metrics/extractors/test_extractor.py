@@ -14,8 +14,9 @@ from safetensors import safe_open
 
 from robustdiff.data import load_dataset, to_unit
 from robustdiff.errors import InputError
-from robustdiff.metrics import features
-from robustdiff.metrics.features import EXTRACTORS, Classifier, ClassifierExtractor, load_extractor
+from robustdiff.metrics.extractors import inception as features
+from robustdiff.metrics.extractors.classifier import Classifier, ClassifierExtractor
+from robustdiff.metrics.extractors.extractor import EXTRACTORS, load_extractor
 
 SHIPPED = ["digits", "fashion-16", "fashion-mnist"]
 WEIGHTS = files("robustdiff.metrics") / "weights"
@@ -219,7 +220,7 @@ def test_without_torchvision_torch_fidelity_is_left_as_it_was():
     code = """
 import sys
 sys.modules["torchvision"] = None  # an import of it fails, also where it is installed
-from robustdiff.metrics.features import _torch_fidelity_inception
+from robustdiff.metrics.extractors.inception import _torch_fidelity_inception
 assert _torch_fidelity_inception().INPUT_IMAGE_SIZE == 299
 assert "torch_fidelity" not in sys.modules
 try:

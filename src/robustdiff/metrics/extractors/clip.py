@@ -11,12 +11,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from robustdiff.errors import InputError
 from robustdiff.metrics.clip_score import load_clip_pair, prepare
-from robustdiff.metrics.features import FeatureExtractor, check_images, fingerprint_of
+from robustdiff.metrics.extractors.extractor import EXTRACTORS, FeatureExtractor, check_images, fingerprint_of
 
 __all__ = ["ClipExtractor"]
 
 
+@EXTRACTORS.register("clip")
 class ClipExtractor(FeatureExtractor):
     """An extractor of the image embeddings of a CLIP model.
 
@@ -24,11 +26,13 @@ class ClipExtractor(FeatureExtractor):
         folder: The folder of a ``CLIPModel`` of transformers, or the name of one that comes with this package.
 
     Raises:
-        InputError: If transformers is not installed, or the folder is not a CLIP or lacks a part.
+        InputError: If transformers is not installed, or the folder is not given, is not a CLIP or lacks a part.
     """
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path | None) -> None:
         super().__init__()
+        if folder is None:
+            raise InputError("extractor clip needs the folder of a CLIP model: give clip=FOLDER")
         self.name = f"clip={Path(folder).name}"
         self.network, _, self.processor = load_clip_pair(folder)
         self.dim = int(self.network.config.projection_dim)
