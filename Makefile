@@ -24,7 +24,7 @@ demo: setup
 WORKERS := -n 2 --dist worksteal
 
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(WORKERS) --cov --cov-report=term-missing:skip-covered --cov-fail-under=90
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(WORKERS) --durations 50 --cov --cov-report=term-missing:skip-covered --cov-fail-under=90
 
 # The lower bounds of pyproject.toml, together, but for torch: its oldest wheels are gigabytes, so that it is the main
 # environment's. The core of the suite, what reads files above all; torch-fidelity is not there.
@@ -39,7 +39,7 @@ CORE := tests/test_recipe.py tests/data tests/test_weights.py tests/backbones/te
 	touch $@
 
 oldest: .venv-oldest/ready
-	OMP_NUM_THREADS=1 $(OLDEST)/python -m pytest -q $(WORKERS) -p no:cacheprovider $(CORE) --ignore tests/metrics/test_features.py
+	OMP_NUM_THREADS=1 $(OLDEST)/python -m pytest -q $(WORKERS) -p no:cacheprovider $(CORE) --ignore tests/metrics/extractors/test_extractor.py
 
 lint: setup
 	$(BIN)/ruff check .
