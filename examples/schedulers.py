@@ -58,7 +58,7 @@ def euler(unet, optimizer, loader, scheduler):
 
 
 def flow_matching(unet, optimizer, loader, scheduler):
-    """x_t = (1 − σ) x_0 + σ ε with σ drawn from the scheduler's own, shifted ones: the loop of SD3 and Flux."""
+    """x_t = (1 − σ) x_0 + σ ε with σ drawn from the scheduler's own, shifted ones: the process of SD3 and Flux."""
     for x0 in loader:
         noise = torch.randn_like(x0)
         index = torch.randint(scheduler.config.num_train_timesteps, (len(x0),))
@@ -71,8 +71,7 @@ def flow_matching(unet, optimizer, loader, scheduler):
 
 
 def edm(unet, optimizer, loader, scheduler):
-    """x_t = x_0 + σ ε with ln σ ~ N(−1.2, 1.2²), and a preconditioned network that predicts ε of the point it is "
-    "given."""
+    """x_t = x_0 + σ ε with ln σ ~ N(−1.2, 1.2²), and a preconditioned network that predicts the noise of its point."""
     for x0 in loader:
         noise = torch.randn_like(x0)
         sigma = (1.2 * torch.randn(len(x0)) - 1.2).exp()

@@ -435,10 +435,48 @@ def test_a_process_of_preconditioned_networks_is_for_them(name):
     robustdiff.sample(lambda x, t: 0 * x, process, "multistep", 2, shape=(1, 1, 4, 4), prediction="sample")
 
 
-@pytest.mark.parametrize("name", ["DDPM", "DDIM", "PNDM", "LCM", "TCD", "UnCLIP", "SASolver", "FlowMatchEulerDiscrete"])
+@pytest.mark.parametrize("name", ["DDPM", "DDIM", "PNDM", "LCM", "TCD", "UnCLIP", "SASolver"])
 def test_a_process_whose_network_has_the_point_itself_is_for_all(name):
     process = DiffusionProcess.from_scheduler(SCHEDULERS[f"{name}Scheduler"])
     assert DenoisingObjective(process).process is process
+
+
+@pytest.mark.parametrize("scheduler", [DDIMScheduler(rescale_betas_zero_snr=True), FlowMatchEulerDiscreteScheduler()])
+def test_noise_is_not_predicted_where_there_is_no_signal(scheduler):
+    process = DiffusionProcess.from_scheduler(scheduler)
+    with pytest.raises(InputError, match=r"ends without any signal.*predicts v_prediction or sample"):
+        DenoisingObjective(process)
+    for prediction in ("v_prediction", "sample"):
+        DenoisingObjective(process, prediction)
+
+
+@pytest.mark.parametrize("T", [1, 2, 10, 19, 20])
+def test_the_linear_schedule_has_more_than_twenty_times(T, tmp_path, robustdiff):
+    with pytest.raises(InputError, match=f"more than 20 times.*T={T}"):
+        DiffusionProcess.linear(T)
+    assert DiffusionProcess.linear(21).alphas[-1] > 0
+    outcome = robustdiff(
+        "train",
+        "digits",
+        "--set",
+        "process.name=linear",
+        "--set",
+        f"process.T={T}",
+        "--set",
+        f"output={tmp_path / 'run'}",
+    )
+    assert (outcome.code, outcome.err.count("\n")) == (2, 1)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("t", [5, 500, 900])
+def test_the_target_is_as_precise_as_delta_is(t):
+    """A loop that keeps its noise in bfloat16 has the levels in the precision of δ."""
+    process = DiffusionProcess.cosine()
+    noise, delta = torch.zeros(1, 4, dtype=torch.bfloat16), torch.ones(1, 4)
+    expected = 1 / process.sigmas[t].float()
+    for found in (process.absorb(noise, torch.tensor([t]), delta), absorb(noise, delta, process.sigmas[t])):
+        torch.testing.assert_close(found, expected.expand(1, 4), rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("first", [0.0, 1e-9])

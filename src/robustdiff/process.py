@@ -112,7 +112,8 @@ def absorb(noise: Tensor, delta: Tensor, sigma: Tensor | float) -> Tensor:
         ValueError: If the shapes do not match, or σ is not positive. The second is checked on the CPU only.
     """
     _check_shapes(noise, delta)
-    sigma = _per_sample("sigma", torch.as_tensor(sigma, dtype=noise.dtype, device=noise.device), noise)
+    dtype = torch.promote_types(noise.dtype, delta.dtype)
+    sigma = _per_sample("sigma", torch.as_tensor(sigma, dtype=dtype, device=noise.device), noise)
     if sigma.device.type == "cpu" and not bool((sigma > 0).all()):
         raise ValueError("sigma must be positive: without noise there is none that could absorb a perturbation")
     return noise + delta.detach() / broadcast(sigma, noise)
@@ -178,7 +179,13 @@ class DiffusionProcess:
 
     @classmethod
     def linear(cls, T: int = 1000) -> DiffusionProcess:
-        """Return the linear schedule: β_t from 0.0001 to 0.02, scaled by 1000/T (Ho et al., 2020, as in ADM)."""
+        """Return the linear schedule: β_t from 0.0001 to 0.02, scaled by 1000/T (Ho et al., 2020, as in ADM).
+
+        Raises:
+            InputError: If T is 20 or less, where the last β_t would be 1 or more.
+        """
+        if T <= 20:
+            raise InputError(f"the linear schedule needs more than 20 times, of which the last β is 20/T; got T={T}")
         scale = 1000 / T
         return cls.from_betas(torch.linspace(scale * 0.0001, scale * 0.02, T, dtype=torch.float64))
 
@@ -379,6 +386,19 @@ class DiffusionProcess:
                 "the model of Model.of(network, scheduler), or a preconditioned network with prediction='sample'"
             )
 
+    def check_signal(self, prediction: Prediction) -> None:
+        """Check that x_0 follows from a prediction at all times; from the noise it does not where α_t = 0.
+
+        Raises:
+            InputError: If it does not.
+        """
+        if prediction == "epsilon" and not bool((self.alphas > 0).all()):
+            raise InputError(
+                "prediction=epsilon does not go with a process that ends without any signal (zero terminal SNR, as by "
+                "rescale_betas_zero_snr), where x_0 does not follow from the noise: such a network predicts "
+                "v_prediction or sample"
+            )
+
     def at(self, u: Tensor) -> Tensor:
         """Return the times (B,) at fractions u (B,) in (0, 1] of the process; for discrete time the ⌈uT⌉ − 1."""
         if self.time_at is not None:
@@ -509,7 +529,8 @@ class DiffusionProcess:
             ValueError: If the shapes do not match, or one of the times is not in the process.
         """
         _check_shapes(noise, delta)
-        return noise + delta.detach() / self._levels_of_batch(t, noise)[1]
+        wider = noise if torch.promote_types(noise.dtype, delta.dtype) == noise.dtype else delta
+        return noise + delta.detach() / self._levels_of_batch(t, wider)[1]
 
     def target(self, prediction: Prediction, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """Return the training target of a parameterisation at x_t = α_t x_0 + σ_t ε, with shape (B, *)."""

@@ -203,6 +203,11 @@ def test_an_edm_scheduler_is_euler_in_its_own_time():
     torch.testing.assert_close(mine, expected, rtol=1e-3, atol=1e-3)
 
 
+def test_a_consistency_model_is_clipped_as_its_scheduler_says():
+    assert "clip" not in described(diffusers.CMStochasticIterativeScheduler()).sampling()  # that of the codec
+    assert described(diffusers.CMStochasticIterativeScheduler(clip_denoised=False)).sampling()["clip"] is False
+
+
 def test_what_this_package_trained_keeps_its_own_times():
     scheduler = mark_as_own(diffusers.EDMEulerScheduler())
     denoise = described(scheduler).model(NETWORK).denoise
@@ -265,7 +270,7 @@ def test_zero_terminal_snr_with_v_is_right_at_the_last_time(monkeypatch):
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda: diffusers.DDIMScheduler(rescale_betas_zero_snr=True), "prediction_type=epsilon.*zero terminal SNR"),
+        (lambda: diffusers.DDIMScheduler(rescale_betas_zero_snr=True), "prediction=epsilon.*zero terminal SNR"),
         (lambda: diffusers.DDPMScheduler(prediction_type="trigflow"), "prediction_type=trigflow"),
         (lambda: diffusers.DDPMScheduler(prediction_type="flow_prediction"), "prediction_type=flow_prediction"),
         (lambda: diffusers.DDPMScheduler(variance_type="learned_range"), "variance_type=learned_range"),

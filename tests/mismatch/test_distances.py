@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import integrate, stats
+from scipy.spatial.distance import cdist, pdist
 from scipy.special import gammaln
 
 from robustdiff.errors import InputError
@@ -135,6 +136,18 @@ def test_the_energy_distance_is_the_mean_over_pairs():
     between = np.mean([norm(a - b) for a in x for b in y])
     within = [np.mean([norm(p[i] - p[j]) for i in range(9) for j in range(9) if i != j]) for p in (x, y)]
     assert energy_distance(x, y)[0] == pytest.approx(2 * between - sum(within), rel=1e-12)
+
+
+def test_the_energy_distance_is_scipys_far_from_the_origin():
+    generator = np.random.default_rng(6)
+    x, y = generator.standard_normal((2, 40, 500)) + 100
+    y[:5] = x[:5] + 1e-3  # nearby points are not lost in the products
+    subsets = generator.random((3, 40)) < 0.7
+    expected = []
+    for subset in subsets:
+        a, b = x[subset], y[subset]
+        expected.append(2 * cdist(a, b).mean() - pdist(a).mean() - pdist(b).mean())
+    assert energy_distance(x, y, subsets) == pytest.approx(expected, rel=1e-9)
 
 
 def test_the_energy_distance_of_one_law_is_zero_on_average():

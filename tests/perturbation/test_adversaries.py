@@ -408,6 +408,43 @@ def test_pgd_makes_no_gradient_of_a_parameter_and_one_update(steps):
     assert all(p.grad is not None for p in model.parameters())
 
 
+@pytest.mark.parametrize("reduced", [torch.mean, torch.sum, lambda losses: losses])
+@pytest.mark.parametrize("factor", [1e-6, 1.0, 1e4])
+def test_pgd_in_half_precision_is_that_of_float32(factor, reduced):
+    """Whatever the loss is a mean or a sum of: the gradient of a mean over an image underflows."""
+    x, weight = gaussian(5, 4, 3, 32, 32).float(), gaussian(6, 3, 32, 32).float()
+
+    def loss(dtype: torch.dtype, delta: torch.Tensor) -> torch.Tensor:
+        output = (weight.to(dtype) * (x + delta).to(dtype)).tanh()
+        return reduced(factor * (output.float() - 0.3).square().flatten(1).mean(1))
+
+    adversary = PGDAdversary(3, step_size=1.0)
+    (half,) = adversary(x, loss=lambda delta: loss(torch.float16, delta))
+    (full,) = adversary(x, loss=lambda delta: loss(torch.float32, delta))
+    assert adversary.skipped == 0
+    assert torch.cosine_similarity(half.flatten(1), full.flatten(1)).min() > 0.9999
+
+
+def test_the_scale_of_pgd_changes_no_digit():
+    model, x = Counting(), torch.randn(4, 6)
+    adversary, loss = PGDAdversary(3, step_size=0.1), lambda delta: model(x + delta).square().mean(1)
+    (found,) = adversary(x, loss=loss)
+    expected = torch.zeros_like(x)
+    for _ in range(3):
+        expected.requires_grad_()
+        (grad,) = torch.autograd.grad(loss(expected).sum(), expected)
+        expected = expected.detach() + 0.1 * adversary.norm.ascent(grad)
+    assert torch.equal(found, expected)
+
+
+def test_a_loss_of_zero_or_nan_leaves_delta_and_is_counted():
+    x = torch.randn(2, 3)
+    adversary = PGDAdversary(1)
+    (delta,) = adversary(x, loss=lambda delta: (delta * torch.tensor([[0.0], [math.nan]])).sum(1))
+    assert delta.tolist() == [[0.0] * 3] * 2
+    assert adversary.skipped == 2
+
+
 def test_pgd_keeps_the_gradients_that_were_there():
     """As between the microbatches of one update."""
     model, x = Counting(), torch.randn(4, 6)

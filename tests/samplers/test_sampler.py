@@ -101,12 +101,22 @@ def test_an_installed_package_brings_its_own(tmp_path, monkeypatch):
         ),
         ("dpm++", {"steps": "ddim5"}, "steps 'ddim5' are for ddim, es, iddpm, time-shift"),
         ("ddim", {"spacing": "even"}, "unknown spacing 'even'"),
+        ("dpm++", {"clip": True}, r"clip=True is not for dpm\+\+"),
+        ("dpm++", {"clip": 0.5}, r"clip=0.5 is not for dpm\+\+.*DynamicThreshold"),
+        ("ddim", {"steps_offset": 1}, "give spacing=leading too"),
+        ("ddim", {"steps_offset": 1, "spacing": "trailing"}, "give spacing=leading too"),
     ],
 )
 def test_what_a_sampler_does_not_take_is_said_in_one_line(sampler, options, words):
     with pytest.raises(InputError, match=words) as error:
         sample(model, COSINE, sampler, **{"steps": 5, "shape": (1, 1, 4, 4), **options})
     assert "\n" not in str(error.value)
+
+
+def test_what_a_sampler_does_anyway_may_be_said():
+    given = {"steps": 3, "latents": torch.zeros(1, 1, 4, 4)}
+    assert torch.equal(sample(model, COSINE, "dpm++", clip=False, **given), sample(model, COSINE, "dpm++", **given))
+    assert sample(model, COSINE, "ddim", spacing="leading", steps_offset=1, **given).isfinite().all()
 
 
 def test_an_option_that_is_none_is_the_default():

@@ -165,7 +165,7 @@ def test_spacings_are_guided_diffusions():
 @pytest.mark.parametrize("sampler", ["ddim", "iddpm", "dpm++", "es", "time-shift"])
 def test_common_random_numbers_give_the_same_images_and_a_batch_its_parts(sampler):
     latents, step_noise = noise_for(6, 7)
-    arguments = {"clip": True, "steps": 7}
+    arguments = {"clip": None if sampler == "dpm++" else True, "steps": 7}
     model = optimal(COSINE)
     x = sample(model, COSINE, sampler, latents=latents, step_noise=step_noise, **arguments)
     assert torch.equal(x, sample(model, COSINE, sampler, latents=latents, step_noise=iter(step_noise), **arguments))

@@ -19,6 +19,7 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import numpy as np
+import torch
 
 from robustdiff.errors import InputError
 from robustdiff.metrics.bootstrap import BLOCKS, REPLICATES, Array, block_weights, corrected
@@ -35,14 +36,6 @@ def _root(cov: Array) -> Array:
     return np.asarray((vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T)
 
 
-def _frechet(mean1: Array, cov1: Array, mean2: Array, cov2: Array, root2: Array) -> Array:
-    """Return the FID, (R,), between each of R Gaussians, (R, D) and (R, D, D), and a single one; ``root2`` is C₂^½."""
-    values = np.linalg.eigvalsh(root2 @ cov1 @ root2)
-    overlap = np.sqrt(np.maximum(values, 0)).sum(axis=-1)
-    traces = np.trace(cov1, axis1=-2, axis2=-1) + np.trace(cov2)
-    return np.asarray(((mean1 - mean2) ** 2).sum(axis=-1) + traces - 2 * overlap)
-
-
 def frechet_distance(mean1: Array, cov1: Array, mean2: Array, cov2: Array) -> float:
     """Return the squared Fréchet distance between two Gaussians with means (D,) and covariances (D, D).
 
@@ -54,12 +47,18 @@ def frechet_distance(mean1: Array, cov1: Array, mean2: Array, cov2: Array) -> fl
     mean1, cov1, mean2, cov2 = (np.asarray(a, np.float64) for a in (mean1, cov1, mean2, cov2))
     if not mean1.shape == mean2.shape or not cov1.shape == cov2.shape == (*mean1.shape, *mean1.shape):
         raise ValueError(f"means {mean1.shape}, {mean2.shape} and covariances {cov1.shape}, {cov2.shape}")
-    distance = _frechet(mean1[None], cov1[None], mean2, cov2, _root(cov2))
-    return max(float(distance[0]), 0.0)
+    root2 = _root(cov2)
+    overlap = np.sqrt(np.maximum(np.linalg.eigvalsh(root2 @ cov1 @ root2), 0)).sum()
+    distance = ((mean1 - mean2) ** 2).sum() + np.trace(cov1) + np.trace(cov2) - 2 * overlap
+    return max(float(distance), 0.0)
 
 
 def bootstrap_frechet(
-    moments: Moments, reference: Moments | Reference, replicates: int = REPLICATES, seed: int = 0
+    moments: Moments,
+    reference: Moments | Reference,
+    replicates: int = REPLICATES,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
 ) -> Array:
     """Return bootstrap replicates of the FID with a fixed reference, (R,), which are not recentred.
 
@@ -68,6 +67,7 @@ def bootstrap_frechet(
         reference: The moments or statistics of the real images.
         replicates: The number of replicates R. Each takes one eigendecomposition of a D × D matrix.
         seed: The seed of the block weights.
+        device: The device of the eigendecompositions, in float64.
 
     Raises:
         InputError: If fewer than two blocks hold images.
@@ -79,7 +79,7 @@ def bootstrap_frechet(
     count, total, outer = moments.count[filled], moments.total[filled], moments.outer[filled]
     weights = block_weights(blocks, replicates, seed)
     mean2, cov2 = reference.mean, reference.cov
-    root2 = _root(cov2)
+    root2 = torch.from_numpy(_root(cov2)).to(device)
     dim = total.shape[1]
     result = np.empty(replicates)
     chunk = max(1, 2**25 // dim**2)  # replicates at a time: a quarter of a gigabyte of covariances
@@ -90,7 +90,10 @@ def bootstrap_frechet(
         cov = (w @ outer.reshape(blocks, -1)).reshape(-1, dim, dim)
         cov -= n[..., None] * mean[:, :, None] * mean[:, None, :]
         cov /= n[..., None] - 1
-        result[start : start + chunk] = _frechet(mean, cov, mean2, cov2, root2)
+        values = torch.linalg.eigvalsh(root2 @ torch.from_numpy(cov).to(device) @ root2)
+        overlap = values.clamp_min(0).sqrt().sum(-1).cpu().numpy()
+        traces = np.trace(cov, axis1=-2, axis2=-1) + np.trace(cov2)
+        result[start : start + chunk] = ((mean - mean2) ** 2).sum(-1) + traces - 2 * overlap
     return result
 
 
@@ -135,7 +138,8 @@ class FID(Metric):
 
     def replicates(self) -> dict[str, Array]:
         if self._replicates is None:
-            self._replicates = bootstrap_frechet(self.moments, self.real)
+            on_gpu = torch.device(self.device).type == "cuda"  # other devices may not have float64
+            self._replicates = bootstrap_frechet(self.moments, self.real, device=self.device if on_gpu else "cpu")
         return {"fid": self._replicates}
 
     @property

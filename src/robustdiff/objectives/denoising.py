@@ -72,7 +72,8 @@ class DenoisingObjective(Objective):
     Raises:
         ValueError: If a name is unknown, γ < 0, a learned variance is combined with a process that does not preserve
             variance, ``vb_scale`` is given for a fixed variance, or the process is one of a scheduler that scales the
-            network's input (:meth:`DiffusionProcess.check_network`).
+            network's input (:meth:`DiffusionProcess.check_network`), or ends without signal and ``prediction`` is
+            "epsilon".
     """
 
     recordable = True
@@ -90,6 +91,7 @@ class DenoisingObjective(Objective):
         if prediction not in PREDICTIONS:
             raise ValueError(f"unknown prediction {prediction!r}: use one of {', '.join(PREDICTIONS)}")
         process.check_network(prediction)
+        process.check_signal(prediction)
         if variance not in get_args(Variance):
             raise ValueError(f"unknown variance {variance!r}: use one of {', '.join(get_args(Variance))}")
         if variance == "learned_range" and not process.variance_preserving:

@@ -9,7 +9,8 @@ losses at every t and mixed with the uniform distribution, so that every t is dr
 
     p_t = (1 − u) · √(mean of the last 10 L_t²) / Σ_s(same) + u/T,        u = 0.001.
 
-p is uniform until every t has ten losses. ADM's networks were trained with this distribution.
+p is uniform until every t has ten losses. Nichol & Dhariwal train networks of the bound alone with it, and Wang et al.
+(2025) fine-tune with it.
 
 The logit-normal distribution of flow matching (Esser et al., 2024, arXiv 2403.03206, equation 19, with m = 0 and s = 1)
 has more of the times in the middle: the fraction of the process is u = 1/(1 + e^{−z}) with z ~ N(0, 1). It replaces

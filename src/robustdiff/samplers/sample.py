@@ -79,13 +79,20 @@ def sampling_settings(model: Any, sampler: str, given: Mapping[str, Any]) -> dic
         model: The model. Its attribute ``sampling``, if it has one, holds settings by name.
         sampler: The name of the sampler.
         given: The settings given by the caller, by name; those that are None are left out.
+
+    Raises:
+        InputError: If a given setting would have no effect.
     """
     own: Mapping[str, Any] = getattr(model, "sampling", {})
     has = ("clip", "spacing", "steps_offset", *SAMPLERS[sampler].model_fields)
-    return {
-        **{name: value for name, value in own.items() if name in has},
-        **{name: value for name, value in given.items() if value is not None},
-    }
+    given = {name: value for name, value in given.items() if value is not None}
+    settings = {**{name: value for name, value in own.items() if name in has}, **given}
+    clip = given.get("clip", False)
+    if clip is not False and not (SAMPLERS[sampler].clips or isinstance(clip, DynamicThreshold)):
+        raise InputError(f"clip={clip} is not for {sampler}, which clips by a DynamicThreshold only: leave clip out")
+    if "steps_offset" in given and settings.get("spacing") != "leading":
+        raise InputError("steps_offset is the first time of the spacing leading: give spacing=leading too")
+    return settings
 
 
 def _bound(clip: Clip | None, model: Any, channels: int) -> float | DynamicThreshold | None:
@@ -184,7 +191,7 @@ def sample(
             "leading", "trailing" or "linspace" as in diffusers' schedulers; or a function of (S, T) that returns S
             ascending indices or, for euler, S descending levels σ. multistep supports "own" only. Default: the spacing
             of the model's scheduler, otherwise "own".
-        steps_offset: The first time of the spacing "leading".
+        steps_offset: The first time of the spacing "leading", which must be given too.
         options: The options of the sampler, which are the fields of its class, such as ``variance`` of iddpm. None
             selects the default.
 
@@ -194,8 +201,9 @@ def sample(
 
     Raises:
         InputError: If the sampler is unknown, does not suit the process or lacks an option, if an option or the steps
-            are out of range, if the model predicts noise and the process has times without signal, or if the process is
-            one of a scheduler that scales the network's input (:meth:`DiffusionProcess.check_network`).
+            are out of range or would have no effect, if the model predicts noise and the process has times without
+            signal, or if the process is one of a scheduler that scales the network's input
+            (:meth:`DiffusionProcess.check_network`).
         RunError: If an output of the network is not finite; the message names the first such step.
         ValueError: If ``shape`` and ``latents`` are both missing or disagree, or the step noise has another shape or
             ends early.
@@ -207,11 +215,7 @@ def sample(
     parameterisation = own if prediction is None else prediction
     process.check_network(parameterisation)
     chosen, path = check_sampler(sampler, steps, process, **settings)
-    if parameterisation == "epsilon" and not bool((process.alphas > 0).all()):
-        raise InputError(
-            "the process ends without any signal (zero terminal SNR), where x̂_0 does not follow from the noise: a "
-            "network for it predicts v or x_0"
-        )
+    process.check_signal(parameterisation)
     device, dtype = _weights_of(model)
     if latents is None:
         if shape is None:

@@ -71,6 +71,8 @@ def _new(recipe: Recipe, dataset: ImageDataset) -> Built:
 
 def _own(scheduler: Any, codec: Codec) -> Any:
     """Return a new scheduler, marked as written by this package, that clips x̂_0 as the codec says."""
+    if codec.clip is None and "clip_denoised" in scheduler.config:
+        scheduler.register_to_config(clip_denoised=False)
     if codec.clip != 1 and "clip_sample" in scheduler.config:  # the default is that of pixels
         clip = {} if codec.clip is None else {"clip_sample_range": codec.clip}
         scheduler.register_to_config(clip_sample=codec.clip is not None, **clip)

@@ -264,9 +264,7 @@ class Trainer:
         def losses(delta: Tensor) -> Tensor:
             # No gradients of parameters are made here, so there is none to wait for from other processes.
             with self.accelerator.no_sync(self.model):
-                loss = self.objective(self.call, draw, delta)["loss"]
-            scaler = self.accelerator.scaler
-            return loss if scaler is None else scaler.scale(loss)  # fp16 would underflow
+                return self.objective(self.call, draw, delta)["loss"]
 
         return losses
 

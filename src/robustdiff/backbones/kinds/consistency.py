@@ -36,3 +36,7 @@ class Consistency(ModelKind):
 
     def model(self, network: Callable[..., Any]) -> Callable[..., Any]:
         return Preconditioned(network, self.config.sigma_data, self.config.sigma_min)
+
+    def sampling(self) -> dict[str, Any]:
+        # With clip_denoised the bound is that of the codec: [−1, 1] in pixels, as in diffusers.
+        return super().sampling() | ({} if self.config.get("clip_denoised", True) else {"clip": False})

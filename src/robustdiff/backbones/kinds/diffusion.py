@@ -73,11 +73,7 @@ class Diffusion(ModelKind):
                 f"{(1 + learned) * channels} output channels: set {'learned_range' if learned else 'fixed_small'} in "
                 "scheduler_config.json"
             )
-        if given == "epsilon" and not bool((self.process().alphas > 0).all()):
-            raise InputError(
-                "prediction_type=epsilon does not go with zero terminal SNR (rescale_betas_zero_snr), where x_0 does "
-                "not follow from the noise: such a model predicts v_prediction; correct scheduler_config.json"
-            )
+        self.process().check_signal(given)
         return given
 
     def denoiser(self, network: Callable[..., Any]) -> Denoise:
