@@ -22,7 +22,9 @@ from robustdiff.metrics.metric import MetricCollection
 from robustdiff.metrics.reference import reference_statistics
 from robustdiff.mismatch.measure import MEASURES as MISMATCHES
 from robustdiff.progress import SILENT
-from robustdiff.report.page import _consequence, _fid_figure, write_page
+from robustdiff.report.comparisons import _consequence
+from robustdiff.report.levels import _fid_figure
+from robustdiff.report.page import write_page
 from robustdiff.report.study_section import study_section
 from robustdiff.study import run as module
 from robustdiff.study.analysis import Effect, contrast, effect, holm, mismatch_pairs, ratio_to, trend

@@ -19,7 +19,8 @@ from markupsafe import Markup, escape
 
 from robustdiff.report.charts import Chart, Point, Series, draw
 from robustdiff.report.figures import samples_name
-from robustdiff.report.page import fid_interval, middle_steps, page_parts, read_picture
+from robustdiff.report.levels import fid_interval
+from robustdiff.report.page import page_parts, read_picture
 from robustdiff.report.pictures import Gallery, encode, gallery_of_rows
 from robustdiff.report.run_sections import windows
 from robustdiff.study.analysis import levels, values
@@ -129,7 +130,7 @@ def _replacements(results: Results) -> dict[str, Block]:
         for (method, sampler, steps), path in results.pictures.items()
         if sampler in results.samplers
     }
-    middle = middle_steps(results)
+    middle = results.middle_steps
     shown = [s for s in results.samplers if any((s, middle, method) in rows for method in results.study.methods)]
     for sampler in shown:  # the page has a figure for each, and one gallery has all
         found[samples_name(sampler)] = Block()
@@ -163,7 +164,7 @@ def study_section(study: Study, folder: Path) -> StudySection:
                     heading = part.removeprefix("## ")
                     headings[f"study-{len(headings)}"] = heading
                 blocks.append(Block(_rendered(markdown, part, heading, f"study-{len(headings) - 1}")))
-    return StudySection(study.title, blocks, headings, middle_steps(results))
+    return StudySection(study.title, blocks, headings, results.middle_steps)
 
 
 def _embedded(path: Path, caption: str) -> Block:

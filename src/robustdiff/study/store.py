@@ -387,6 +387,15 @@ class Results:
         """Return the numbers of steps for which methods have cells, in ascending order."""
         return sorted({key[3] for key in self.cells})
 
+    @property
+    def middle_steps(self) -> int:
+        """Return the number of steps at which methods are compared: 10, or the middle one."""
+        return 10 if 10 in self.steps else self.steps[len(self.steps) // 2]
+
+    def record_of(self, method: str) -> dict[str, Any]:
+        """Return the record of a cell of a method. All of them hold the same recipe, except for the seed."""
+        return next(record for (name, *_), record in self.cells.items() if name == method)
+
 
 def read_results(study: Study, folder: Path) -> Results:
     """Read the existing results of a study.

@@ -1,0 +1,373 @@
+"""The parts of a study's page that compare methods: by sampler, steps, length of training, brightness and settings."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from operator import itemgetter
+from pathlib import Path
+
+import numpy as np
+from scipy.stats import t as student_t
+
+from robustdiff.metrics.metric import Number
+from robustdiff.report.figures import Figure, Line, default_settings, label, points, step_panels
+from robustdiff.report.words import (
+    SIGNIFICANT,
+    code_span,
+    percent,
+    saved_figure,
+    shown_correlation,
+    shown_effect,
+    shown_ends,
+    shown_interval,
+    table,
+    tested_effect,
+)
+from robustdiff.study.analysis import (
+    TRAININGS,
+    Effect,
+    Interval,
+    Pair,
+    at_equal_brightness,
+    brightness,
+    contrast,
+    effect,
+    holm,
+    levels,
+    pairs,
+    rank_correlation,
+    ratio_to,
+    sensitivity,
+    spread,
+    trend,
+)
+from robustdiff.study.store import Results
+
+__all__ = [
+    "against_references",
+    "at_real_brightness",
+    "brightness_section",
+    "by_steps",
+    "chosen_seeds",
+    "effects_section",
+    "few_trainings",
+    "sensitivity_section",
+    "spread_section",
+    "trend_section",
+]
+
+SHIFTED = "fid_shifted"
+
+
+def effects_section(results: Results, steps: int) -> list[str]:
+    """Return the effects with three trainings or more: by sampler, and the contrast of the study's two samplers."""
+    contrasted = results.study.contrast
+    found: dict[Pair, list[Effect | None]] = {}
+    for method, baseline in pairs(results):
+        row = [effect(results, method, sampler, steps, baseline) for sampler in results.samplers]
+        if contrasted is not None:
+            row.append(contrast(results, method, contrasted, steps, baseline))
+        if any(one is not None and one.interval is not None for one in row):
+            found[method, baseline] = row
+    if not found:
+        return [f"No comparison has the {TRAININGS} trainings that an interval needs."]
+    tests = [one for row in found.values() for one in row if one is not None and one.p is not None]
+    adjusted = iter(holm([one.p for one in tests if one.p is not None]))
+    rows, lines = [], []
+    columns = [*results.samplers, *([f"{contrasted[0]} against {contrasted[1]}"] if contrasted else [])]
+    for (method, baseline), row in found.items():
+        cells = []
+        for column, one in zip(columns, row, strict=True):
+            p = None if one is None or one.p is None else next(adjusted)
+            cells.append(tested_effect(one, p))
+            if one is not None and p is not None and p < SIGNIFICANT:
+                lines.append(f"- **{method}** to {baseline}, {column}: {cells[-1]}, {one.n} trainings.")
+        n = sorted({one.n for one in row if one is not None and one.interval is not None})
+        rows.append([f"{method} to {baseline}", " to ".join(map(str, dict.fromkeys((n[0], n[-1])))), *cells])
+    shared = results.study.measure.image_noise == "shared"
+    noise = " and over the noise of the images, which all trainings share," if shared else ","
+    degrees = (
+        "P-values have one degree of freedom less than there are trainings, so that they hold however much of the "
+        "variance is that of the images; intervals have Satterthwaite's. "
+    )
+    return [
+        f"The relative change of FID at {steps} steps, for each sampler by itself: the geometric mean over trainings, "
+        f"Student's 95 % interval over trainings{noise} and the p-value of no change, adjusted by Holm's method for "
+        f"the {len(tests)} tests of this table. {degrees if shared else ''}"
+        + (f"{columns[-1]}: the ratio of the two changes, less one. " if contrasted else "")
+        + ("Below 0.05:" if lines else "No p-value is below 0.05."),
+        *(["\n".join(lines)] if lines else []),
+        table([f"{steps} steps", "trainings", *columns], rows),
+    ]
+
+
+def few_trainings(results: Results, steps: int) -> list[str]:
+    """Return the changes of comparisons with too few trainings for an interval."""
+    rows = []
+    for method, baseline in pairs(results):
+        row = [effect(results, method, sampler, steps, baseline) for sampler in results.samplers]
+        if any(row) and all(one is None or one.interval is None for one in row):
+            rows.append([f"{method} to {baseline}", *map(shown_effect, row)])
+    if not rows:
+        return []
+    return [
+        f"Fewer than {TRAININGS} trainings, the change of each, about which nothing can be decided:",
+        table([f"{steps} steps", *results.samplers], rows),
+    ]
+
+
+def chosen_seeds(results: Results) -> list[str]:
+    """Return a sentence on the seeds that are left out."""
+    chosen = {name: method.chosen_on for name, method in results.study.methods.items() if method.chosen_on}
+    if not chosen:
+        return []
+    named = ", ".join(f"{name} (seed {', '.join(map(str, seeds))})" for name, seeds in chosen.items())
+    return [f"Seeds on which settings were chosen are in the tables of levels, and not in comparisons: {named}."]
+
+
+def trend_section(results: Results, steps: int, folder: Path) -> list[str]:
+    """Return the change of the effect with the length of training, and the effect at each length.
+
+    The slope with the first sampler is the primary hypothesis. The other slopes and the effects at the largest number
+    of updates come behind it, adjusted for their number.
+    """
+    heading = "## Does the effect grow with the length of training?"
+    compared = results.study.trend
+    if missing := [name for name in itertools.chain(*compared) if name not in results.methods]:
+        return [heading, f"Not known yet: {', '.join(map(code_span, missing))} has no cells."]
+    updates = [results.record_of(method)["training"]["steps"] for method, _ in compared]
+    longest = updates.index(max(updates))
+    found = {
+        sampler: [
+            trend(results, sampler, steps),
+            *(effect(results, method, sampler, steps, baseline) for method, baseline in compared),
+        ]
+        for sampler in results.samplers
+    }
+    primary = results.study.measure.samplers[0]
+    tested = [(sampler, 0) for sampler in found if sampler != primary] + [(sampler, 1 + longest) for sampler in found]
+    p = {key: one.p for key in tested if (one := found[key[0]][key[1]]) is not None and one.p is not None}
+    adjusted: dict[tuple[str, int], float | None] = dict(zip(p, holm(list(p.values())), strict=True))
+    slope = found[primary][0] if primary in found else None
+    adjusted[primary, 0] = None if slope is None else slope.p
+
+    def cell(sampler: str, i: int) -> str:
+        own = found[sampler][i]
+        return tested_effect(own, adjusted[sampler, i]) if (sampler, i) in adjusted else shown_effect(own)
+
+    rows = [[sampler, *(cell(sampler, i) for i in range(1 + len(compared)))] for sampler in found]
+    return [
+        heading,
+        f"The relative change of FID at {steps} steps with each doubling of the number of updates, by least squares "
+        f"over {', '.join(f'{count:,}' for count in updates)} updates in each of {0 if slope is None else slope.n} "
+        f"seeds, with Student's 95 % interval over seeds. The slope with {primary} is the primary hypothesis, and its "
+        "p-value is not adjusted. Those of the other slopes and of the effects at "
+        f"{max(updates):,} updates are adjusted by Holm's method for their {len(p)} tests.",
+        table([f"{steps} steps", "with each doubling", *(f"{one} to {other}" for one, other in compared)], rows),
+        *_consequence(slope, primary, updates),
+        saved_figure(
+            folder, "trend", _trend_figure({s: own[1:] for s, own in found.items()}, updates), "The effect by updates"
+        ),
+    ]
+
+
+def _trend_figure(effects: dict[str, list[Effect | None]], updates: Sequence[int]) -> Figure:
+    """Draw the effect at each number of updates, by sampler: each seed, and the mean with its interval."""
+    panels: dict[str, dict[str, list[Line]]] = {}
+    for sampler, found in effects.items():
+        at = [(n, one) for n, one in sorted(zip(updates, found, strict=True), key=itemgetter(0)) if one is not None]
+        seeds = {seed for _, one in at for seed in one.logs}
+        lines = []
+        for seed in sorted(seeds):
+            own = [(n, 100 * one.changes[seed]) for n, one in at if seed in one.logs]
+            x, y = [n for n, _ in own], [change for _, change in own]
+            lines.append(Line(x, y, y, y))
+        bands = [
+            (n, *(100 * end for end in (i.mean, i.low, i.high))) for n, one in at if (i := one.interval) is not None
+        ]
+        mean = Line(*np.reshape(bands, (-1, 4)).T.tolist())
+        panels[sampler] = {"one seed": lines, "mean, 95 % interval": [mean]}
+    number = Number("change", "change of FID to the baseline, %", ".1f", "lower")
+    title = "each method against its baseline"
+    return step_panels(panels, title, {"no change": 0.0}, number, "optimiser updates")
+
+
+def _consequence(slope: Effect | None, sampler: str, updates: Sequence[int]) -> list[str]:
+    """Return what the slope of the primary hypothesis means for someone who trains, if it has an interval."""
+    if slope is None or slope.interval is None:
+        return []
+    low, high = slope.interval.low, slope.interval.high
+    if high < 0 or low > 0:
+        worth = "more" if high < 0 else "less"
+        return [
+            f"What follows for a training: the longer it is, the {worth} the method is worth with {sampler} against "
+            "its baseline."
+        ]
+    doublings = math.log2(max(updates) / min(updates))
+    ends = Interval(*((1 + end) ** doublings - 1 for end in (slope.mean, low, high)))
+    return [
+        f"What follows for a training: with {sampler} no change of the effect with the length of training was found. "
+        f"From {min(updates):,} to {max(updates):,} updates, {doublings:.1f} doublings, the interval allows the ratio "
+        f"of the FIDs a change of {shown_ends(ends)}."
+    ]
+
+
+def spread_section(results: Results, steps: int) -> list[str]:
+    """Return the standard deviation of FID over trainings that differ in their seed alone."""
+    found = {sampler: spread(results, sampler, steps) for sampler in results.samplers}
+    counts = sorted({passes for own in found.values() for passes in own})
+    if not counts:
+        return []
+    rows = []
+    for passes in counts:
+        cells = []
+        for own in found.values():
+            deviation, freedom = own.get(passes, (None, 0))
+            if deviation is None:
+                cells.append("–")
+            else:
+                apart = np.expm1(student_t.ppf(0.975, freedom) * np.sqrt(2) * deviation)
+                cells.append(f"{np.expm1(deviation):.1%} ({apart:.0%})")
+        rows.append([f"{passes} pass{'es' * (passes > 1)} over each batch", *cells])
+    return [
+        "## Trainings that differ in their seed alone",
+        "The standard deviation of FID over seeds, pooled over the methods with as many passes over each batch, and in "
+        "brackets the 95 % range of the difference of two trainings, by Student's t, which is wide with few trainings.",
+        table([f"{steps} steps", *results.samplers], rows),
+    ]
+
+
+def against_references(results: Results) -> list[str]:
+    """Return the change of FID from each reference, at equal sampler and steps or from its largest number of steps."""
+    parts = []
+    for (name, sampler, steps), reference in levels(results, beside=True).items():
+        rows = [
+            [method, shown_effect(ratio_to(results, method, sampler, steps, reference))] for method in results.methods
+        ]
+        parts.append(table([f"{sampler}, {steps} steps", f"to {name}, {sampler} {steps}"], rows))
+    found = levels(results)
+    best = {(name, sampler): steps for name, sampler, steps in sorted(found)}  # keeps the largest number of steps
+    for ((name, sampler), count), own in itertools.product(best.items(), results.samplers):
+        reference = found[name, sampler, count]
+        rows = [
+            [method, *(shown_effect(ratio_to(results, method, own, steps, reference)) for steps in results.steps)]
+            for method in results.methods
+        ]
+        parts.append(table([f"{own} to {name}, {sampler} {count}; steps", *map(str, results.steps)], rows))
+    text = f"The relative change of FID, with the 95 % interval from {TRAININGS} trainings."
+    return ["## FID against the references", text, *parts] if parts else []
+
+
+def by_steps(results: Results) -> list[str]:
+    """Return the change of each pair by sampler and number of steps."""
+    if len(results.steps) == 1:
+        return []
+    parts = [
+        "## By sampler and steps",
+        f"The relative change of FID, with the 95 % interval from {TRAININGS} trainings, and without one that of each "
+        "training.",
+    ]
+    for sampler in results.samplers:
+        rows = []
+        for method, baseline in pairs(results):
+            found = [effect(results, method, sampler, steps, baseline) for steps in results.steps]
+            if sum(one is not None for one in found) > 1:
+                rows.append([f"{method} to {baseline}", *map(shown_effect, found)])
+        if rows:
+            parts.append(table([f"{sampler}, steps", *map(str, results.steps)], rows))
+    return parts
+
+
+@default_settings()
+def sensitivity_section(results: Results, steps: int, folder: Path) -> list[str]:
+    """Return the changes by α and K of free adversarial training, by sampler, as a table and a figure."""
+    baseline, _ = sensitivity(results, results.samplers[0], steps)
+    found = {sampler: sensitivity(results, sampler, steps)[1] for sampler in results.samplers}
+    keys = sorted({key for own in found.values() for key in own}, key=lambda key: (key[1], key[0]))
+    if len(keys) < 3:
+        return []
+    grid = np.array([[own.get(key, np.nan) for own in found.values()] for key in keys])
+    names = [f"α = {alpha:g}, K = {count}" for alpha, count in keys]
+    rows = [[name, *("–" if np.isnan(v) else percent(v) for v in row)] for name, row in zip(names, grid, strict=True)]
+    figure = Figure(figsize=(2.4 + 0.9 * len(found), 1.2 + 0.4 * len(keys)), layout="constrained")
+    panel = figure.subplots()
+    limit = max(0.05, float(np.nanmax(np.abs(grid))))
+    image = panel.imshow(100 * grid, cmap="RdBu_r", vmin=-100 * limit, vmax=100 * limit, aspect="auto")
+    for i, j in np.argwhere(~np.isnan(grid)):
+        dark = abs(grid[i, j]) > 0.6 * limit
+        panel.text(j, i, f"{grid[i, j]:+.0%}", ha="center", va="center", fontsize=9, color="w" if dark else "k")
+    panel.set_xticks(range(len(found)), list(found))
+    panel.set_yticks(range(len(keys)), names)
+    figure.colorbar(image, ax=panel, label=label(f"FID against {baseline}, %"))
+    figure.suptitle(f"{steps} steps, first seed", fontsize=10)
+    return [
+        "## Sensitivity to α and K",
+        f"The relative change of FID from {baseline} to free adversarial training, one training each. Trainings that "
+        "differ in their seed alone are apart, too, as above.",
+        table([f"{steps} steps", *found], rows),
+        saved_figure(folder, "sensitivity", figure, "α × K"),
+    ]
+
+
+def brightness_section(results: Results, steps: int, folder: Path) -> list[str]:
+    """Return FID against the mean grey value of the images, over all trainings."""
+    panels: dict[str, dict[str, list[tuple[float, float]]]] = {}
+    ranks = []
+    for sampler in results.samplers:
+        found = brightness(results, sampler, steps)
+        trainings = list(itertools.chain(*(own.values() for own in found.values())))
+        if len(trainings) >= 5:
+            panels[sampler] = {method: list(own.values()) for method, own in found.items()}
+            ranks.append(f"{sampler} {shown_correlation(rank_correlation(trainings))} ({len(trainings)} networks)")
+    if not panels:
+        return []
+    made = points(panels, "mean grey value of the images", "FID (lower is better)", f"{steps} steps")
+    return [
+        f"FID at {steps} steps against the mean grey value of the images that it is measured on (0 to 255), over all "
+        f"trainings. Spearman's rank correlation: {'; '.join(ranks)}. (Errors of the spatial mean are known as colour "
+        "shifts: Deck & Bischoff, 2023, arXiv 2306.15832.)",
+        saved_figure(folder, "brightness", made, "FID against brightness"),
+        *_at_equal_brightness(results, steps),
+    ]
+
+
+def _at_equal_brightness(results: Results, steps: int) -> list[str]:
+    """Return the difference of each pair at equal brightness."""
+    found = {sampler: at_equal_brightness(results, sampler, steps) for sampler in results.samplers}
+    found = {sampler: intervals for sampler, intervals in found.items() if intervals}
+    rows = [
+        [
+            f"{pair[0]} to {pair[1]}",
+            *(shown_interval(intervals[pair]) if pair in intervals else "–" for intervals in found.values()),
+        ]
+        for pair in pairs(results)
+        if any(pair in intervals for intervals in found.values())
+    ]
+    if not rows:
+        return []
+    return [
+        "The association at equal brightness, with 95 % intervals: an analysis of covariance of ln FID on the method, "
+        f"the seed and brightness, over the methods with {TRAININGS} trainings or more. Training changes brightness, "
+        "too, so that this is no estimate of a method's effect.",
+        table([f"{steps} steps", *found], rows),
+    ]
+
+
+def at_real_brightness(results: Results, steps: int) -> list[str]:
+    """Return the effects on FID of the images shifted to the real brightness, if every cell has it."""
+    if not all(SHIFTED in record["numbers"] for record in results.cells.values()):
+        return []
+    rows = [
+        [f"{method} to {baseline}"]
+        + [shown_effect(effect(results, method, own, steps, baseline, SHIFTED)) for own in results.samplers]
+        for method, baseline in pairs(results)
+    ]
+    if not rows:
+        return []
+    return [
+        "The relative change of FID after the images of each training are shifted to the mean grey value of the real "
+        f"ones, with the 95 % interval from {TRAININGS} trainings: the effect that is left without brightness.",
+        table([f"{steps} steps", *results.samplers], rows),
+    ]
