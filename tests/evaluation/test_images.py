@@ -31,7 +31,10 @@ def test_runs_and_names_of_models_are_no_images(digits_run, tmp_path, monkeypatc
     (tmp_path / "unfinished").mkdir()
     (tmp_path / "unfinished" / "recipe.yaml").write_text("{}")
     monkeypatch.chdir(tmp_path)
-    for source in (str(digits_run), str(digits_run / "model"), "fashion-16", "unfinished", "nothing"):
+    (tmp_path / "lora" / "model").mkdir(parents=True)
+    (tmp_path / "lora" / "model" / "adapter.json").write_text("{}")
+    pipelines = [str(digits_run), str(digits_run / "model"), "lora", "lora/model"]
+    for source in (*pipelines, "fashion-16", "unfinished", "nothing"):
         assert load_images(source) is None
     with pytest.raises(InputError, match="no images"):
         load_images("./fashion-16")

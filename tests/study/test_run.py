@@ -135,6 +135,40 @@ def test_only_what_is_missing_is_computed(finished):
     }
 
 
+def test_a_lora_is_trained_once_and_measured(tmp_path, monkeypatch):
+    pytest.importorskip("peft")
+    monkeypatch.setattr(module, "_train_run", once(module._train_run))
+    fields = {**TINY["set"], "steps": 1, "model.lora.rank": 2}
+    methods = {"plain": {"set": {"adversary": "none"}}}
+    measure = {"samplers": ["ddim"], "steps": [1], "num": 40}
+    study = Study.model_validate({**TINY, "set": fields, "methods": methods, "measure": measure, "references": {}})
+    assert run_study(study, tmp_path)
+    (run,) = plan(study, tmp_path)
+    assert run.done
+    assert [cell.done for cell in run.cells] == [True]
+
+
+def once(call):
+    """Return a function that may be called only once."""
+    calls = []
+
+    def limited(*arguments):
+        calls.append(arguments)
+        assert len(calls) == 1, "it is done already"
+        return call(*arguments)
+
+    return limited
+
+
+def test_work_that_leaves_no_file_is_not_repeated(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "_train_run", once(lambda run, progress: True))
+    study = Study.model_validate({**TINY, "references": {}})
+    for part in ("locks", "trainings"):
+        (tmp_path / part).mkdir()
+    with pytest.raises(RunError, match="training plain-s0 is finished"):
+        module._work(study, tmp_path, 0.0, SILENT)
+
+
 def test_what_another_process_holds_is_left_to_it(finished):
     study, folder = finished
     held, other = plan(study, folder)[0].cells[0], plan(study, folder)[0].cells[1]

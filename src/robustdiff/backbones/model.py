@@ -41,7 +41,7 @@ from robustdiff.process import DiffusionProcess, Prediction
 from robustdiff.samplers.sample import suited
 from robustdiff.weights import update_digest
 
-__all__ = ["PRETRAINED", "Model", "load_model"]
+__all__ = ["PRETRAINED", "Model", "is_model_folder", "load_model"]
 
 PRETRAINED = files("robustdiff.backbones") / "pretrained"
 """The folder of the models shipped with the package."""
@@ -398,15 +398,19 @@ def _family(folder: Path, components: Components) -> type[Backbone]:
     raise InputError(f"{path}: {name} is {kind} of {library}, which is not supported; {supported}")
 
 
+def is_model_folder(folder: Path) -> bool:
+    """Return whether a folder holds a pipeline, which has a ``model_index.json``, or a LoRA with its record."""
+    return any((folder / name).is_file() for name in ("model_index.json", RECORD))
+
+
 def _model_folder(path: str | Path, fetch: bool = True) -> Path:
     """Return the folder of a run's model, of a pipeline, or of a shipped or hub model by name.
 
-    Without ``fetch``, nothing is downloaded, and a hub model must be in the Hub's cache. The folder has a
-    ``model_index.json``, or the ``adapter.json`` of a LoRA.
+    Without ``fetch``, nothing is downloaded, and a hub model must be in the Hub's cache.
     """
     given = Path(path)
     for candidate in (given, given / "model", Path(str(PRETRAINED / str(path)))):
-        if any((candidate / name).is_file() for name in ("model_index.json", RECORD)):
+        if is_model_folder(candidate):
             return candidate
     shipped = ", ".join(sorted(p.name for p in PRETRAINED.iterdir() if p.is_dir())) if PRETRAINED.is_dir() else "none"
     if (given / "recipe.yaml").is_file():

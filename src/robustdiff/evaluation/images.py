@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from robustdiff.backbones.model import PRETRAINED
+from robustdiff.backbones.model import PRETRAINED, is_model_folder
 from robustdiff.data import ArrayDataset, ImageDataset, load_dataset
 from robustdiff.data.archive import read_npz
 from robustdiff.errors import InputError
@@ -16,8 +16,8 @@ from robustdiff.metrics.reference import FEWEST
 
 __all__ = ["check_size", "load_images", "number_of_images"]
 
-MODEL = ("model_index.json", "model/model_index.json", "recipe.yaml", "unet/config.json", "config.json")
-"""The files by which runs and pipeline folders are recognised."""
+PART = ("recipe.yaml", "unet/config.json", "config.json")
+"""The files by which unfinished runs and networks without a pipeline are recognised."""
 
 
 def load_images(source: str) -> ImageDataset | None:
@@ -29,7 +29,8 @@ def load_images(source: str) -> ImageDataset | None:
     path = Path(source)
     if path.is_dir():
         shipped = "/" not in source and (PRETRAINED / source).is_dir()  # ./NAME names a folder
-        if shipped or any((path / name).is_file() for name in MODEL):
+        model = is_model_folder(path) or is_model_folder(path / "model")
+        if shipped or model or any((path / name).is_file() for name in PART):
             return None
         return load_dataset("imagefolder", root=source)
     if path.suffix.lower() == ".npz":

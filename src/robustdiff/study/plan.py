@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from robustdiff.backbones.model import is_model_folder
 from robustdiff.recipe import Recipe, load_recipe
 from robustdiff.study.schema import Study
 
@@ -97,7 +98,7 @@ class Run:
     @property
     def done(self) -> bool:
         """Return whether the training is finished."""
-        return self.path.is_file() and (self.output / "model" / "model_index.json").is_file()
+        return self.path.is_file() and is_model_folder(self.output / "model")
 
     @property
     def failure(self) -> Path:

@@ -134,6 +134,8 @@ def _work(study: Study, folder: Path, wait: float, progress: Progress) -> bool:
                 if mine and not piece.done:
                     if not _do(study, piece, progress):
                         return False
+                    if not piece.done:  # it would be begun again for ever
+                        raise RunError(f"{piece.name} is finished, but its files are not in {folder}: is it changed?")
                     break  # pieces that have become ready may be larger than the next one
         else:
             time.sleep(wait)

@@ -25,7 +25,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import ProjectConfiguration, set_seed
 
-from robustdiff.backbones.lora import RECORD
+from robustdiff.backbones.model import is_model_folder
 from robustdiff.data import ImageDataset
 from robustdiff.data.latents import LatentDataset
 from robustdiff.data.loader import worker_failures
@@ -410,5 +410,5 @@ def _check_result(path: Path, result: Result, trainer: Trainer) -> None:
     for name, value in expected.items():
         if (found := getattr(result, name)) != value:
             raise InputError(f"{path} is of another run ({name} {found} → {value}): remove it, and resume")
-    if not any((path.parent / "model" / name).is_file() for name in ("model_index.json", RECORD)):
+    if not is_model_folder(path.parent / "model"):
         raise InputError(f"{path.parent} has a result and no model: remove {path}, and resume")
