@@ -8,7 +8,21 @@ import sys
 import torch
 import torch.distributed as dist
 
+from robustdiff import cli
 from robustdiff.distributed import PATIENCE, from_main, make_accelerator, of_others
+from robustdiff.training import run
+
+
+def join() -> None:
+    """Make the group of processes as the command `train` makes it."""
+    run.train = lambda *arguments, **settings: None
+    sys.argv = ["robustdiff", "train", "digits", "--cpu"]
+    try:
+        cli.main()
+    except SystemExit as stop:
+        assert stop.code == cli.INTERRUPTED
+    group = dist.distributed_c10d._get_default_group()
+    assert group._get_backend(torch.device("cpu")).options._timeout == PATIENCE
 
 
 def collect() -> None:
@@ -23,7 +37,7 @@ def collect() -> None:
     dist.destroy_process_group()
 
 
-def test_values_come_in_the_order_of_their_processes():
+def test_processes_wait_for_long_and_values_come_in_their_order():
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "3", __file__]
     done = subprocess.run(launch, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
@@ -37,4 +51,5 @@ def test_one_process_has_no_others():
 
 
 if __name__ == "__main__":
+    join()
     collect()

@@ -27,14 +27,14 @@ def train(
     With a section watch in the recipe, the model is measured while it trains, and the best is kept in best/. On several
     GPUs or machines: accelerate launch -m robustdiff train RECIPE. Ctrl-C saves first.
     """
-    from accelerate import PartialState
-
+    from robustdiff.distributed import make_accelerator
     from robustdiff.recipe import load_recipe
     from robustdiff.report.bar import Bar
     from robustdiff.training.run import train as run
 
     settings = load_recipe(recipe, overrides)
-    quiet = not PartialState(cpu=cpu).is_main_process
+    # Its precision counts for nothing, and one that accelerate's configuration names may not be for this device.
+    quiet = not make_accelerator(cpu, mixed_precision="no").is_main_process
     with Bar(err, quiet) as bar:
         result = run(settings, resume=resume, cpu=cpu, progress=bar)
     if not quiet:
