@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 from robustdiff import cli
 from robustdiff.distributed import PATIENCE, from_main, make_accelerator, of_others
+from robustdiff.recipe import Recipe
 from robustdiff.training import run
+
+TINY = {"data": "digits", "model": {"channels": [8], "groups": 4, "layers": 1}, "steps": 4, "batch_size": 6}
 
 
 def join() -> None:
     """Make the group of processes as the command `train` makes it."""
-    run.train = lambda *arguments, **settings: None
+    train, run.train = run.train, lambda *arguments, **settings: None
     sys.argv = ["robustdiff", "train", "digits", "--cpu"]
     try:
         cli.main()
     except SystemExit as stop:
         assert stop.code == cli.INTERRUPTED
+    run.train = train
     group = dist.distributed_c10d._get_default_group()
     assert group._get_backend(torch.device("cpu")).options._timeout == PATIENCE
 
@@ -37,8 +44,30 @@ def collect() -> None:
     dist.destroy_process_group()
 
 
-def test_processes_wait_for_long_and_values_come_in_their_order():
+class Signalled:
+    """The progress of a run, which a signal reaches before its first update."""
+
+    def begin(self, description: str, total: float) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    def advance(self, amount: float, note: str = "") -> None:
+        pass
+
+
+def stop(folder: Path) -> None:
+    """Stop a run, long before its next line of metrics, by a signal that one of its processes receives."""
+    recipe = Recipe.model_validate({**TINY, "adversary": "none", "log_every": 1000, "output": str(folder)})
+    one = make_accelerator(cpu=True).process_index == 1
+    assert run.train(recipe, cpu=True, **({"progress": Signalled()} if one else {})) is None
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-00000002"]
+    result = run.train(recipe, resume=True, cpu=True)
+    assert result is not None
+    assert result["steps"] == 4
+
+
+def test_processes_wait_for_long_stop_together_and_send_values_in_their_order(tmp_path):
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "3", __file__]
+    launch.append(str(tmp_path / "run"))
     done = subprocess.run(launch, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
 
@@ -51,5 +80,7 @@ def test_one_process_has_no_others():
 
 
 if __name__ == "__main__":
+    output = Path(sys.argv[1])
     join()
+    stop(output)
     collect()

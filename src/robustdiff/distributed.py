@@ -5,15 +5,17 @@ The main process has the rank 0. One process alone is the main process, and has 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
 
-__all__ = ["from_main", "make_accelerator", "of_others"]
+__all__ = ["agreement", "from_main", "make_accelerator", "of_others"]
 
 PATIENCE = timedelta(hours=12)
 """The longest wait of a process for another one. NCCL's own, 10 minutes, ends a run while the main process reads a
@@ -52,5 +54,35 @@ def of_others(value: Any, accelerator: Accelerator) -> Iterator[Any]:
                 yield received[0]
         else:
             dist.send_object_list([value], dst=0, group=group)
+    finally:
+        dist.destroy_process_group(group)
+
+
+@contextmanager
+def agreement(accelerator: Accelerator) -> Iterator[Callable[[bool], bool]]:
+    """Give a function by which the processes agree whether one of them has raised its flag, for use within the block.
+
+    Every process must call it equally often, with its flag. With several processes it returns what holds of the flags
+    of the call before, so that none waits: they go through the memory of the host (gloo) while a GPU computes.
+    """
+    if accelerator.num_processes == 1:
+        yield lambda flag: flag
+        return
+    group = dist.new_group(backend="gloo", timeout=PATIENCE)
+    before: tuple[torch.Tensor, Any] | None = None
+
+    def agree(flag: bool) -> bool:
+        nonlocal before
+        raised = False
+        if before is not None:
+            flags, work = before
+            work.wait()
+            raised = bool(flags)
+        flags = torch.tensor(float(flag))
+        before = flags, dist.all_reduce(flags, dist.ReduceOp.MAX, group, async_op=True)
+        return raised
+
+    try:
+        yield agree
     finally:
         dist.destroy_process_group(group)

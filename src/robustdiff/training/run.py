@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from robustdiff.backbones.model import is_model_folder
 from robustdiff.data import ImageDataset
 from robustdiff.data.latents import LatentDataset
 from robustdiff.data.loader import worker_failures
-from robustdiff.distributed import make_accelerator
+from robustdiff.distributed import agreement, make_accelerator
 from robustdiff.errors import InputError, RunError
 from robustdiff.files import (
     MARKER,
@@ -270,8 +270,9 @@ def _train(recipe: Recipe, resume: bool, cpu: bool, progress: Progress) -> RunRe
                 if accelerator.is_main_process:
                     remove_before(checkpoint, recipe.keep)
             metrics = MetricsLog(trainer, folder / "metrics.jsonl")
-            if not _run(trainer, metrics, folder, interrupt, progress, watch):
-                return None
+            with agreement(accelerator) as agree:
+                if not _run(trainer, metrics, folder, interrupt, agree, progress, watch):
+                    return None
             trainer.export(folder / "model")
             result = _result(trainer, metrics)
             if watch is not None:
@@ -321,10 +322,16 @@ def _accelerator(recipe: Recipe, cpu: bool) -> Accelerator:
 
 
 def _run(
-    trainer: Trainer, metrics: MetricsLog, folder: Path, interrupt: Interrupt, progress: Progress, watch: Watch | None
+    trainer: Trainer,
+    metrics: MetricsLog,
+    folder: Path,
+    interrupt: Interrupt,
+    agree: Callable[[bool], bool],
+    progress: Progress,
+    watch: Watch | None,
 ) -> bool:
     """Make all updates, with metrics, checkpoints and the watch; False if a signal stopped the run, which was saved."""
-    recipe, accelerator = trainer.recipe, trainer.accelerator
+    recipe = trainer.recipe
     saved = shown = trainer.step
     progress.begin(recipe.output, recipe.steps)
     progress.advance(trainer.step)
@@ -334,15 +341,12 @@ def _run(
         return True
     for losses, size, done in trainer.updates():
         metrics.add(losses, size, done)
-        stop = interrupt.received is not None and done
+        # A signal may reach one process before another, and its sender, such as torchrun, does not wait for long.
+        stop = done and agree(interrupt.received is not None)
         due = done and trainer.step - saved >= recipe.checkpoint_every
         last = trainer.step >= recipe.steps
         # Between batches, so that every line covers whole batches; before a checkpoint, so that none has a NaN.
         line = (done and metrics.updates >= recipe.log_every) or due or last
-        if accelerator.num_processes > 1:
-            # A signal may reach one process before another. They agree where the host waits for the GPU in any case.
-            received = float(stop)
-            stop = line and done and bool(accelerator.reduce(torch.tensor(received, device=accelerator.device)))
         if line or stop:
             note = metrics.flush() if watch is None else f"{metrics.flush()}  {watch.note}"
             progress.advance(trainer.step - shown, note)
