@@ -105,14 +105,27 @@ def test_resuming_is_bit_for_bit_the_run_in_one_go(tiny, outcome, fields, crash_
     assert learned(whole) == learned(cut)
 
 
-def test_more_steps_extend_a_finished_run(tiny, outcome):
-    short, whole = tiny("cut", steps=7, adversary="free", checkpoint_every=3), tiny("whole", steps=12, adversary="free")
+@pytest.mark.parametrize("every", [3, 1000])
+def test_more_steps_extend_a_finished_run(tiny, outcome, watch, every):
+    """The last batch of the shorter run ends after one of three passes, and is made again."""
+    short = tiny("cut", steps=7, adversary="free", checkpoint_every=every)
+    whole = tiny("whole", steps=12, adversary="free")
     train(short, cpu=True)
     longer = short.model_copy(update={"steps": 12})
-    assert train(longer, cpu=True, resume=True)["steps"] == 12
+    seen = []
+    progress = watch(lambda step: seen.append((step, (Path(short.output) / "result.json").exists())))
+    assert train(longer, cpu=True, resume=True, progress=progress)["steps"] == 12
+    assert seen == [(6, False), (9, False), (12, False)]
     train(whole, cpu=True)
     first, second = outcome(whole), outcome(longer)
     assert not [name for name in first if not torch.equal(first[name], second[name])]
+
+
+def test_a_finished_run_without_a_checkpoint_starts_again_and_says_so(tiny, caplog):
+    short = tiny(steps=2, adversary="free")
+    train(short, cpu=True)
+    assert train(short.model_copy(update={"steps": 3}), cpu=True, resume=True)["steps"] == 3
+    assert "no checkpoint: it starts again" in caplog.text
 
 
 def test_a_finished_run_is_left_as_it_is(tiny):

@@ -148,6 +148,33 @@ def test_a_signal_during_a_measurement_saves_and_resumes(tuned, whole, monkeypat
     assert_alike(whole, cut)
 
 
+def test_a_longer_run_is_not_measured_before_the_last_line(tuned):
+    """The run of 7 updates has its last checkpoint at 6, since its last batch ends after one of three passes."""
+    short = tuned(steps=7, checkpoint_every=1000, watch={"every": 100})
+    train(short)
+    longer = short.model_copy(update={"steps": 12, "watch": short.watch.model_copy(update={"every": 1})})
+    train(longer, resume=True)
+    assert [line["step"] for line in lines(longer)] == [0, 7, 9, 12]
+    assert train(longer, resume=True)["steps"] == 12
+
+
+def test_a_signal_after_the_last_whole_batch_says_what_is_saved(tuned, monkeypatch, caplog):
+    recipe, calls = tuned(steps=7, checkpoint_every=1000, watch={"every": 100}), []
+
+    def signalled(*arguments):
+        calls.append(1)
+        if len(calls) == 3:  # after two at the start
+            os.kill(os.getpid(), signal.SIGTERM)
+        return own(*arguments)
+
+    own = module.evaluate_cell
+    monkeypatch.setattr(module, "evaluate_cell", signalled)
+    assert train(recipe) is None
+    assert "is saved at update 6" in caplog.text
+    assert [path.name for path in (Path(recipe.output) / "checkpoints").iterdir()] == ["step-00000006"]
+    assert train(recipe, resume=True)["steps"] == 7
+
+
 def test_another_watch_is_refused_after_the_first_measurement(whole):
     longer = whole.model_copy(update={"steps": 12})
     other = longer.model_copy(update={"watch": whole.watch.model_copy(update={"seed": 5})})

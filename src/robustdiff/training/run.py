@@ -145,8 +145,9 @@ def _claim(recipe: Recipe, folder: Path, resume: bool, data: DataRecord) -> None
 
 
 def _prepare(recipe: Recipe, folder: Path, data: DataRecord) -> None:
-    """Write what the run is of into its folder."""
+    """Write what the run is of into its folder. A result, of fewer updates or another recipe, is removed."""
     checkpoints = folder / "checkpoints"
+    (folder / "result.json").unlink(missing_ok=True)
     with atomic_write(folder / "recipe.yaml") as file:  # first, since the other files belong to a run only with it
         file.write(recipe.to_yaml().encode())
     make_folder(checkpoints)
@@ -243,7 +244,11 @@ def _train(recipe: Recipe, resume: bool, cpu: bool, progress: Progress) -> RunRe
             _check_result(finished, before, trainer)
             logger.info("%s is finished", folder)
             return before.as_dict()
+    accelerator.wait_for_everyone()  # all have read the result, which is removed
+    checkpoint = newest_checkpoint(folder / "checkpoints") if resume else None
     if accelerator.is_main_process:
+        if finished.exists() and checkpoint is None:
+            logger.warning("%s is finished and has no checkpoint: it starts again from the beginning", folder)
         _prepare(recipe, folder, data)
     accelerator.wait_for_everyone()
     if latents is not None:
@@ -254,7 +259,6 @@ def _train(recipe: Recipe, resume: bool, cpu: bool, progress: Progress) -> RunRe
     if built.model.condition.takes_captions and dataset.captions is not None and accelerator.device.type != "cpu":
         _embed_captions(dataset.captions, built, accelerator, progress)
     set_seed(recipe.seed, device_specific=True)  # dropout and random directions differ between processes
-    checkpoint = newest_checkpoint(folder / "checkpoints") if resume else None
     if recipe.trackers:
         accelerator.init_trackers("robustdiff", config={"recipe": recipe.to_yaml()})
     if accelerator.is_main_process:
@@ -345,13 +349,15 @@ def _run(
         stop = done and agree(interrupt.received is not None)
         due = done and trainer.step - saved >= recipe.checkpoint_every
         last = trainer.step >= recipe.steps
+        # A last batch that is left before its last pass is in no checkpoint: the run goes on from the batch before.
+        final = done and trainer.step + trainer.adversary.passes > recipe.steps
         # Between batches, so that every line covers whole batches; before a checkpoint, so that none has a NaN.
-        line = (done and metrics.updates >= recipe.log_every) or due or last
+        line = (done and metrics.updates >= recipe.log_every) or due or final or last
         if line or stop:
             note = metrics.flush() if watch is None else f"{metrics.flush()}  {watch.note}"
             progress.advance(trainer.step - shown, note)
             shown = trainer.step
-        if due or ((stop or last) and done):
+        if due or final or stop:
             trainer.save(folder / "checkpoints")
             saved = trainer.step
         ends = False
@@ -364,7 +370,8 @@ def _run(
             if (stop or ends) and done and saved < trainer.step:
                 trainer.save(folder / "checkpoints")
         if stop and (watch is not None or not last):
-            logger.warning("%s: %s is saved at update %d", interrupt.received or "a signal", folder, trainer.step)
+            state = f"saved at update {saved}" if saved else "stopped before its first checkpoint"
+            logger.warning("%s: %s is %s", interrupt.received or "a signal", folder, state)
             return False
         if ends:
             return True

@@ -415,7 +415,8 @@ class Watch:
     def measure(self, step: int, interrupt: Interrupt, progress: Progress) -> bool:
         """Measure the model after an update, keep it if it is the best, and append a line.
 
-        An update that has a line, from before an interruption, is not measured again.
+        An update that has a line, from before an interruption, is not measured again, and neither is one before the
+        last line, in a run that goes on with another interval.
 
         Returns:
             True if a sign ends the run.
@@ -425,6 +426,8 @@ class Watch:
             RunError: If a number is not finite.
         """
         line = next((line for line in self.lines if line.step == step), None)
+        if line is None and self.lines and step < self.lines[-1].step:
+            return False
         if line is None:
             began = time.perf_counter()
             measured = self._measure(self.config.seed, self.config.average, interrupt, progress)
