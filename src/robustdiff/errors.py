@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from pydantic import ValidationError
 
-__all__ = ["InputError", "RunError", "first_line", "first_mistake", "installing", "printable"]
+__all__ = ["InputError", "NotFiniteError", "RunError", "first_line", "first_mistake", "installing", "printable"]
 
 
 class InputError(ValueError):
@@ -16,7 +16,11 @@ class InputError(ValueError):
 
 
 class RunError(RuntimeError):
-    """A failed run, for example a loss that is not finite; the message names the problem and its remedy in one line."""
+    """A failed run, for example a killed process; the message names the problem and its remedy in one line."""
+
+
+class NotFiniteError(RunError):
+    """A number that is not finite, such as a loss: the same run would fail again, where other failures may pass."""
 
 
 def printable(name: str | os.PathLike[str]) -> str:

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Literal, TypeVar
 
 from safetensors import SafetensorError
 
-from robustdiff.errors import InputError, RunError, first_line, first_mistake, printable
+from robustdiff.errors import InputError, NotFiniteError, RunError, first_line, first_mistake, printable
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -274,7 +274,7 @@ def write_json(path: Path, record: Any) -> None:
     """Write a result as JSON, and create the folder of the file if it is missing.
 
     Raises:
-        RunError: A number is not finite; nothing is written.
+        NotFiniteError: A number is not finite; nothing is written.
         OSError: The folder cannot be created or written.
     """
     with written_last(path, record):
@@ -289,13 +289,13 @@ def written_last(path: Path, record: Any) -> Iterator[None]:
     unless something failed, and a killed process leaves none.
 
     Raises:
-        RunError: A number is not finite; nothing is written, and the block is not entered.
+        NotFiniteError: A number is not finite; nothing is written, and the block is not entered.
         OSError: The folder cannot be created or written.
     """
     try:
         text = json.dumps(record, indent=1, allow_nan=False)
     except ValueError:
-        raise RunError(f"{printable(path)} is not written: a number in it is not finite") from None
+        raise NotFiniteError(f"{printable(path)} is not written: a number in it is not finite") from None
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         yield

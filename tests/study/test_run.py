@@ -16,7 +16,8 @@ import torch
 import yaml
 
 from robustdiff.data import DataConfig, load_dataset
-from robustdiff.errors import InputError, RunError
+from robustdiff.data.loader import worker_failures
+from robustdiff.errors import InputError, NotFiniteError, RunError
 from robustdiff.metrics.extractors.extractor import load_extractor
 from robustdiff.metrics.metric import MetricCollection
 from robustdiff.metrics.reference import reference_statistics
@@ -760,12 +761,30 @@ def test_a_training_that_fails_is_left_out_and_the_rest_is_done(tmp_path, robust
     assert "The training wild-s0 failed" in text
 
 
+def test_a_failure_that_may_pass_is_tried_again(tmp_path, monkeypatch):
+    def killed(*arguments, **settings):
+        with worker_failures():
+            raise RuntimeError("DataLoader worker (pid 123) is killed by signal: Killed. ")
+
+    small = {**TINY["measure"], "samplers": ["ddim"], "steps": [1], "mismatch": 0}
+    methods = {"plain": {"set": {"adversary": "none"}}}
+    study = Study.model_validate({**TINY, "methods": methods, "measure": small, "references": {}})
+    for name in ("train", "_measure"):
+        with monkeypatch.context() as patched:
+            patched.setattr(module, name, killed)
+            with pytest.raises(RunError, match="free memory"):
+                run_study(study, tmp_path)
+        assert not list((tmp_path / "trainings").glob("*.failed.json"))
+    assert run_study(study, tmp_path)
+    assert [path.stem for path in (tmp_path / "cells").glob("*.json")] == ["plain-s0-ddim-1"]
+
+
 def test_a_network_that_cannot_be_measured_has_failed(tmp_path, monkeypatch):
     measure = module._measure
 
     def measured(network, *arguments, **options):
         if network.endswith("free-s0"):
-            raise RunError("the network's output is not finite")
+            raise NotFiniteError("the network's output is not finite")
         return measure(network, *arguments, **options)
 
     monkeypatch.setattr(module, "_measure", measured)

@@ -24,7 +24,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from robustdiff.errors import InputError, RunError, printable
+from robustdiff.errors import InputError, NotFiniteError, printable
 from robustdiff.metrics.bootstrap import BLOCKS, Array, interval
 from robustdiff.metrics.extractors.extractor import FeatureExtractor
 from robustdiff.metrics.reference import Reference
@@ -344,7 +344,7 @@ class MetricCollection:
 
         Raises:
             InputError: If there are too few images.
-            RunError: If a number is not finite.
+            NotFiniteError: If a number is not finite.
         """
         found: dict[str, Any] = {}
         replicates: dict[str, Array] = {}
@@ -379,8 +379,8 @@ def check_finite(what: str, values: Mapping[str, float | None]) -> None:
     """Check that no number is infinite or NaN; None is allowed.
 
     Raises:
-        RunError: If a number is not finite.
+        NotFiniteError: If a number is not finite.
     """
     for name, value in values.items():
         if value is not None and not math.isfinite(value):
-            raise RunError(f"{what}: {name} is {value}; look at the images and at the weights of the features")
+            raise NotFiniteError(f"{what}: {name} is {value}; look at the images and at the weights of the features")

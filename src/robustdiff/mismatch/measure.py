@@ -46,7 +46,7 @@ from torch import Tensor
 
 from robustdiff.backbones.model import Model
 from robustdiff.data import ImageDataset, to_unit
-from robustdiff.errors import InputError, RunError
+from robustdiff.errors import InputError, NotFiniteError
 from robustdiff.evaluation.generate import Generator
 from robustdiff.evaluation.noise import NOISE, ImageNoise
 from robustdiff.metrics.bootstrap import Array
@@ -327,7 +327,7 @@ def _summarise(record: _Record, truth: _Truth, num: int, blocks: NDArray[np.bool
         **distances(sampled, subsets),
     }
     if undefined := [name for name, value in values.items() if np.isnan(value).any()]:
-        raise RunError(
+        raise NotFiniteError(
             f"{MEASURES[undefined[0]]}: not a number at time {record.time / num:g}: check the network's weights, or "
             "measure in fp32"
         )
@@ -407,7 +407,7 @@ def measure_mismatch(
     Raises:
         InputError: If a sampler, the steps or the images do not suit a checkpoint, classes are missing, or a number is
             out of range.
-        RunError: If a measure is not a number.
+        NotFiniteError: If a measure is not a number.
     """
     cells = list(itertools.product(samplers or [next(iter(generators.values())).sampler], steps))
     num = min(2000, len(dataset) // 2) if num is None else num

@@ -10,7 +10,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from robustdiff.errors import InputError, RunError
+from robustdiff.errors import InputError, NotFiniteError
 from robustdiff.objectives.objective import gaussian, precise
 from robustdiff.process import DiffusionProcess, Prediction
 from robustdiff.samplers.denoiser import Denoiser, DynamicThreshold, Evaluation
@@ -204,7 +204,7 @@ def sample(
             are out of range or would have no effect, if the model predicts noise and the process has times without
             signal, or if the process is one of a scheduler that scales the network's input
             (:meth:`DiffusionProcess.check_network`).
-        RunError: If an output of the network is not finite; the message names the first such step.
+        NotFiniteError: If an output of the network is not finite; the message names the first such step.
         ValueError: If ``shape`` and ``latents`` are both missing or disagree, or the step noise has another shape or
             ends early.
     """
@@ -263,7 +263,7 @@ def sample(
     x = sampled.to(given_type, copy=True)  # outside of inference mode, an ordinary tensor
     if not all(whole := torch.stack(finite).tolist()):  # read once, not in every step
         evaluations = len(path)
-        raise RunError(
+        raise NotFiniteError(
             f"{sampler}: the network's output is not finite in step {min(whole.index(False) + 1, evaluations)} of "
             f"{evaluations}: check its weights, or sample in fp32"
         )

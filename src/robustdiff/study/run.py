@@ -21,7 +21,7 @@ from PIL import Image
 from robustdiff import __version__
 from robustdiff.data import DataConfig, ImageDataset
 from robustdiff.data.pixels import tile
-from robustdiff.errors import InputError, RunError, printable
+from robustdiff.errors import InputError, NotFiniteError, RunError, printable
 from robustdiff.evaluation.generate import Generator
 from robustdiff.evaluation.grid import Cell as Measured
 from robustdiff.evaluation.grid import evaluate_cell, evaluate_images
@@ -150,16 +150,16 @@ def _do(study: Study, piece: Piece, progress: Progress) -> bool:
     recipe = (piece.run or plan(study, Path())[0]).recipe
     if recipe.threads is not None:  # as in training
         torch.set_num_threads(recipe.threads)
-    if piece.cell is not None:
-        try:
+    try:
+        if piece.cell is not None:
             _measure_cell(study, piece.run, piece.cell, recipe, progress)
-        except RunError as error:
-            if piece.run is None:
-                raise
-            _fail(piece.run, error)
-    else:
-        assert piece.run is not None
-        _measure_mismatch(piece.run, piece.name, progress)
+        else:
+            assert piece.run is not None
+            _measure_mismatch(piece.run, piece.name, progress)
+    except NotFiniteError as error:
+        if piece.run is None:
+            raise
+        _fail(piece.run, error)
     return True
 
 
@@ -168,7 +168,7 @@ def _train_run(run: Run, progress: Progress) -> bool:
     try:
         if not _train(run.recipe, progress):
             return False
-    except RunError as error:
+    except NotFiniteError as error:
         _fail(run, error)
         return True
     lines = read_metrics(run.output / "metrics.jsonl")
@@ -182,8 +182,8 @@ def _train_run(run: Run, progress: Progress) -> bool:
     return True
 
 
-def _fail(run: Run, error: RunError) -> None:
-    """Write why a run failed: its loss, or what the network makes of noise, is not finite."""
+def _fail(run: Run, error: NotFiniteError) -> None:
+    """Write why a run failed: its loss, or what the network makes of noise, is not finite. It is not tried again."""
     write(run.failure, {"method": run.method, "seed": run.seed, "error": str(error)})
 
 

@@ -198,7 +198,7 @@ def write(path: Path, record: Mapping[str, Any]) -> None:
     """Write a file of a study atomically.
 
     Raises:
-        RunError: If a number is not finite.
+        NotFiniteError: If a number is not finite.
     """
     make_folder(path.parent)  # raises if it is a link out of the study's folder
     write_json(path, record)

@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from robustdiff.errors import RunError
+from robustdiff.errors import NotFiniteError
 from robustdiff.files import atomic_write, open_regular
 from robustdiff.training.run_files import metrics_lines
 from robustdiff.training.trainer import Trainer
@@ -95,7 +95,7 @@ class MetricsLog:
         """Write a line of the metrics since the last, and return a summary of it.
 
         Raises:
-            RunError: If the loss is not finite.
+            NotFiniteError: If the loss is not finite.
         """
         trainer, recipe = self.trainer, self.trainer.recipe
         sums = {name: self.sums[name] / self.updates for name in sorted(self.sums)}
@@ -113,7 +113,7 @@ class MetricsLog:
         line["skipped_updates"] = int(trainer.skipped_updates)
         line["images_per_second"] = self.updates * recipe.batch_size / (time.perf_counter() - self.since)
         if not math.isfinite(line["loss"]):
-            raise RunError(
+            raise NotFiniteError(
                 f"the loss is {line['loss']} at update {trainer.step}: lower lr or adversary.step_size, or set clip=1; "
                 "checkpoints from before are kept"
             )

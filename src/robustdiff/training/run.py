@@ -200,7 +200,8 @@ def train(recipe: Recipe, *, resume: bool = False, cpu: bool = False, progress: 
 
     Raises:
         InputError: If the recipe, the data, the checkpoint and the folder do not fit together.
-        RunError: If the loss is not finite.
+        NotFiniteError: If the loss, or a parameter, is not finite.
+        RunError: If a process of the run was killed.
         OSError: If the disk is full.
     """
     with own_state_of_accelerate():
@@ -287,7 +288,7 @@ def _train(recipe: Recipe, resume: bool, cpu: bool, progress: Progress) -> RunRe
         except RunError as error:
             if watch is None or not watch.lines:
                 raise
-            raise RunError(f"{error}; best/ holds the best model that was measured before") from None
+            raise type(error)(f"{error}; best/ holds the best model that was measured before") from None
         if accelerator.is_main_process:
             write_json(finished, result)
         accelerator.wait_for_everyone()

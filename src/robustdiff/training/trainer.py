@@ -36,7 +36,7 @@ from robustdiff.backbones.fused_norm import fuse_norms
 from robustdiff.backbones.lora import adapter_of
 from robustdiff.data import ImageDataset
 from robustdiff.data.loader import to_device
-from robustdiff.errors import InputError, RunError
+from robustdiff.errors import InputError, NotFiniteError, RunError
 from robustdiff.files import atomic_folder
 from robustdiff.graphs import Recorder
 from robustdiff.objectives.objective import Draw
@@ -431,12 +431,12 @@ class Trainer:
         """Write a checkpoint into a folder. Every process must call it, between batches.
 
         Raises:
-            RunError: If a parameter or a moment of the optimiser is not finite.
+            NotFiniteError: If a parameter or a moment of the optimiser is not finite.
         """
         tensors = self.tensors()
         for part, what in (("model", "parameter"), ("optimizer", "moment of the optimiser")):
             if not torch.stack([value.isfinite().all() for value in tensors[part].values()]).all():
-                raise RunError(
+                raise NotFiniteError(
                     f"a {what} is not finite after update {self.step}: lower lr or adversary.step_size, or set clip=1; "
                     "checkpoints from before are kept"
                 )

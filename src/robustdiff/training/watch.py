@@ -204,7 +204,7 @@ class Watch:
 
         Raises:
             Interrupted: If a signal arrived.
-            RunError: If a number is not finite.
+            NotFiniteError: If a number is not finite.
         """
         began = time.perf_counter()
         self.trainer.release()
@@ -423,7 +423,7 @@ class Watch:
 
         Raises:
             Interrupted: If a signal arrived.
-            RunError: If a number is not finite.
+            NotFiniteError: If a number is not finite.
         """
         line = next((line for line in self.lines if line.step == step), None)
         if line is None and self.lines and step < self.lines[-1].step:

@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from robustdiff.errors import InputError, RunError, printable
+from robustdiff.errors import InputError, NotFiniteError, printable
 from robustdiff.registry import Registry
 from robustdiff.weights import digest_state
 
@@ -54,12 +54,12 @@ class FeatureExtractor(nn.Module):
         """Return the features as an array; arguments and errors are those of :meth:`forward`.
 
         Raises:
-            RunError: If a feature is not finite.
+            NotFiniteError: If a feature is not finite.
         """
         features: NDArray[np.float32] = self(images).cpu().numpy()
         # Precision and recall would be finite: a distance to NaN is not below any radius.
         if not np.isfinite(features).all():
-            raise RunError(f"extractor {self.name}: features that are not finite; check its weights")
+            raise NotFiniteError(f"extractor {self.name}: features that are not finite; check its weights")
         return features
 
     def __repr__(self) -> str:
