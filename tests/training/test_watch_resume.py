@@ -129,6 +129,23 @@ def test_a_torn_line_is_dropped(whole):
     assert [line["step"] for line in lines(longer)] == [0, 6, 9, 12]
 
 
+def test_a_torn_first_line_is_dropped(tiny, watch):
+    """A new network, whose first line was torn after its first checkpoint."""
+    recipe = tiny(steps=2, checkpoint_every=1, watch={"every": 2, "steps": [2], "num": 40})
+
+    def crash(done):
+        if done >= 2:
+            raise Crash
+
+    with pytest.raises(Crash):
+        train(recipe, progress=watch(crash))
+    path = Path(recipe.output) / "watch.jsonl"
+    assert not path.exists()
+    path.write_bytes(b'{"step": 2, "ce')
+    train(recipe, resume=True)
+    assert [line["step"] for line in lines(recipe)] == [2]
+
+
 @pytest.mark.parametrize("cell", [1, 3, 5], ids=["at the start", "in between", "at the end"])
 def test_a_signal_during_a_measurement_saves_and_resumes(tuned, whole, monkeypatch, cell):
     cut, calls = tuned("cut", lr=3e-3), []
@@ -186,6 +203,29 @@ def test_another_watch_is_refused_after_the_first_measurement(whole):
     assert found["steps"] == 12
 
 
+def test_another_sampler_is_refused_where_the_watch_takes_it_from_the_recipe(whole):
+    longer = whole.model_copy(update={"steps": 12})
+    other = longer.model_copy(update={"sampler": whole.sampler.model_copy(update={"name": "iddpm"})})
+    with pytest.raises(InputError, match="another sampler"):
+        train(other, resume=True)
+    assert (Path(whole.output) / "result.json").exists()
+
+
+def test_another_sampler_is_taken_where_the_watch_names_its_own(tuned):
+    recipe = tuned(watch={"samplers": ["ddim"]}, steps=3)
+    train(recipe)
+    train(
+        recipe.model_copy(update={"steps": 6, "sampler": recipe.sampler.model_copy(update={"steps": 7})}), resume=True
+    )
+    assert [cell["steps"] for line in lines(recipe) for cell in line["cells"]] == [2, 2, 2]
+
+
+def test_a_folder_is_refused_before_the_real_images_are_read(whole, monkeypatch):
+    monkeypatch.setattr(module.Watch, "read_real_images", None)
+    with pytest.raises(InputError, match="already holds a run"):
+        train(whole)
+
+
 def test_the_watch_may_begin_later(tuned):
     recipe = tuned(lr=3e-3)
     train(recipe.model_copy(update={"watch": None}))
@@ -198,6 +238,7 @@ def test_the_watch_may_begin_later(tuned):
     ("name", "old", "new"),
     [
         ("watch.jsonl", '"step": 6', '"step": 0'),
+        ("watch.jsonl", '"sampler": "', '"sampler": "x'),
         ("watch.jsonl", '"mean": ', '"mean": NaN, "x": '),
         ("start.json", '"metric": "fid"', '"metric": "kid"'),
         ("start.json", '"replicates": [', '"replicates": [1.0, '),
@@ -225,6 +266,7 @@ def test_measurements_of_other_noise_are_not_continued(whole, name):
     longer = whole.model_copy(update={"steps": 12})
     with pytest.raises(InputError, match=r"robustdiff 0\.2\.0.*remove watch\.jsonl and start\.json"):
         train(longer, resume=True)
+    assert (Path(whole.output) / "result.json").exists()
     for made in ("watch.jsonl", "start.json"):
         (Path(whole.output) / made).unlink()
     train(longer, resume=True)

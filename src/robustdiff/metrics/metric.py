@@ -45,6 +45,7 @@ __all__ = [
     "parse_metric",
     "parse_metrics",
     "ranked",
+    "value_of",
 ]
 
 DEFAULT = ("fid", "kid", "precision-recall", "brightness")
@@ -304,7 +305,7 @@ class MetricCollection:
             elif kind.needs == "reference features" and reference is not None and reference.features is None:
                 lacks = "more than the mean and covariance of their features: give the images themselves"
             if not lacks:
-                self.metrics[name] = kind(reference, device, *_value(name, kind, values))
+                self.metrics[name] = kind(reference, device, *value_of(name, values))
                 self.metrics[name].extractor = extractor
             elif names is not None:
                 raise InputError(f"the metric {name} needs of real images {lacks}, or leave it out")
@@ -364,8 +365,13 @@ class MetricCollection:
         return Measured(values, intervals, replicates, blocks)
 
 
-def _value(name: str, kind: type[Metric], values: Mapping[str, str]) -> list[str]:
-    """Return the value of a metric that takes one."""
+def value_of(name: str, values: Mapping[str, str]) -> list[str]:
+    """Return the value of a metric, as a list of one, or an empty list for a metric that takes none.
+
+    Raises:
+        InputError: If the metric lacks its value, or takes none and has one.
+    """
+    kind = METRICS[name]
     if kind.takes is None:
         if name in values:
             raise InputError(f"the metric {name} takes no value, and has {printable(values[name])}: write {name}")

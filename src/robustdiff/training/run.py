@@ -145,9 +145,8 @@ def _claim(recipe: Recipe, folder: Path, resume: bool, data: DataRecord) -> None
 
 
 def _prepare(recipe: Recipe, folder: Path, data: DataRecord) -> None:
-    """Write what the run is of into its folder. A result, of fewer updates or another recipe, is removed."""
+    """Write what the run is of into its folder."""
     checkpoints = folder / "checkpoints"
-    (folder / "result.json").unlink(missing_ok=True)
     with atomic_write(folder / "recipe.yaml") as file:  # first, since the other files belong to a run only with it
         file.write(recipe.to_yaml().encode())
     make_folder(checkpoints)
@@ -165,7 +164,8 @@ def _check_recipe(recipe: Recipe, folder: Path) -> None:
     fixed = recipe.lr_schedule == "constant" and (recipe.objective is None or recipe.objective.fixed_levels)
     free = FREE_TO_CHANGE | ({"steps"} if fixed else set())
     if (folder / "watch.jsonl").exists():  # lines of other measurements cannot be compared
-        free = free - {"watch"}
+        own = recipe.watch is not None and recipe.watch.samplers and recipe.watch.steps
+        free = free - ({"watch"} if own else {"watch", "sampler"})
     for name in Recipe.model_fields:
         if name not in free and _fixed(before, name) != _fixed(recipe, name):
             raise InputError(
@@ -233,7 +233,7 @@ def _train(recipe: Recipe, resume: bool, cpu: bool, progress: Progress) -> RunRe
     built = build_model(recipe, dataset)
     latents = LatentDataset(dataset, built.model.codec, recipe.data.flip) if recipe.caches_latents else None
     trainer = Trainer(recipe, accelerator, latents or dataset, built)
-    watch = None if recipe.watch is None else Watch(recipe.watch, trainer, dataset, folder, progress)
+    watch = None if recipe.watch is None else Watch(recipe.watch, trainer, dataset, folder)
     if accelerator.is_main_process:
         data = _describe(trainer.dataset)
         _claim(recipe, folder, resume, data)
@@ -245,11 +245,14 @@ def _train(recipe: Recipe, resume: bool, cpu: bool, progress: Progress) -> RunRe
             _check_result(finished, before, trainer)
             logger.info("%s is finished", folder)
             return before.as_dict()
+    if watch is not None:
+        watch.read_real_images(progress)
     accelerator.wait_for_everyone()  # all have read the result, which is removed
     checkpoint = newest_checkpoint(folder / "checkpoints") if resume else None
     if accelerator.is_main_process:
         if finished.exists() and checkpoint is None:
             logger.warning("%s is finished and has no checkpoint: it starts again from the beginning", folder)
+            finished.unlink()
         _prepare(recipe, folder, data)
     accelerator.wait_for_everyone()
     if latents is not None:
@@ -274,6 +277,7 @@ def _train(recipe: Recipe, resume: bool, cpu: bool, progress: Progress) -> RunRe
                 trainer.load(checkpoint)
                 if accelerator.is_main_process:
                     remove_before(checkpoint, recipe.keep)
+                    finished.unlink(missing_ok=True)  # of fewer updates, and only now that nothing refuses to go on
             metrics = MetricsLog(trainer, folder / "metrics.jsonl")
             with agreement(accelerator) as agree:
                 if not _run(trainer, metrics, folder, interrupt, agree, progress, watch):

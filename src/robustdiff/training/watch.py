@@ -24,7 +24,7 @@ import math
 import shutil
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -49,8 +49,9 @@ from robustdiff.interrupt import Interrupt
 from robustdiff.metrics.bootstrap import interval
 from robustdiff.metrics.extractors.classifier import SHIPPED
 from robustdiff.metrics.extractors.extractor import load_extractor
-from robustdiff.metrics.metric import MetricCollection, Number, compared, parse_metric, ranked
-from robustdiff.progress import SILENT, Progress
+from robustdiff.metrics.metric import MetricCollection, Number, compared, parse_metric, ranked, value_of
+from robustdiff.metrics.reference import Reference
+from robustdiff.progress import Progress
 from robustdiff.recipe import WatchConfig
 from robustdiff.samplers.sample import SAMPLERS
 from robustdiff.training.run_files import read_metrics
@@ -101,7 +102,6 @@ class Watch:
         trainer: The trainer, whose network has the starting weights.
         dataset: The real images, and the captions of the generated ones.
         folder: The folder of the run, to which the constructor writes nothing.
-        progress: The receiver of the progress of the statistics of the real images.
 
     Attributes:
         note: The last measurement in words, for the line of progress.
@@ -111,21 +111,17 @@ class Watch:
             is sharded by FSDP.
     """
 
-    def __init__(
-        self,
-        config: WatchConfig,
-        trainer: Trainer,
-        dataset: ImageDataset,
-        folder: Path,
-        progress: Progress = SILENT,
-    ) -> None:
+    def __init__(self, config: WatchConfig, trainer: Trainer, dataset: ImageDataset, folder: Path) -> None:
         self.config, self.trainer, self.dataset, self.folder = config, trainer, dataset, folder
         self.recipe, self.accelerator = trainer.recipe, trainer.accelerator
         self.note = ""
         if self.accelerator.distributed_type == DistributedType.FSDP:
             raise InputError("watch is not for FSDP, whose shards are not sampled from: set watch=none")
         self.generators = self._generators()
-        self.number, self.metrics = self._metrics(progress)
+        self.number, self.target = self._compared()
+        self.metrics: MetricCollection
+        if self.target.extractor is None:
+            self._collect(None)
         self.every = None if config.every == "auto" else config.every
         self.lines: list[Line] = []
         self.start: tuple[_Measured, _Measured] | None = None
@@ -137,12 +133,13 @@ class Watch:
         """The seed of the noise on which the chosen model is measured again."""
         return self.config.seed + 1
 
-    def _metrics(self, progress: Progress) -> tuple[Number, MetricCollection]:
-        """Return the watched number, and its metric with the statistics of the real images."""
+    def _compared(self) -> tuple[Number, Target]:
+        """Return the watched number, and the real images, if its metric compares with them."""
         config, dataset = self.config, self.dataset
         name, values = parse_metric(config.metric)
         try:
             number = ranked(config.metric)
+            value_of(name, values)
         except InputError as error:
             raise InputError(f"watch.metric: {error}") from None
         target = Target()
@@ -163,14 +160,26 @@ class Watch:
             target = Target(self.recipe.data, dataset, extractor)
         elif config.features is not None or config.weights is not None:
             raise InputError(f"watch.features is of no use to watch.metric={name}: leave it out")
-        reference = target.statistics(self.accelerator, progress)
+        return number, target
+
+    def _collect(self, reference: Reference | None) -> None:
+        """Make the metric, with the statistics of the real images if it compares with them."""
+        name, values = parse_metric(self.config.metric)
         try:
-            metrics = MetricCollection([name], target.extractor, reference, self.accelerator.device, values)
+            self.metrics = MetricCollection([name], self.target.extractor, reference, self.accelerator.device, values)
         except InputError as error:
             raise InputError(f"watch.metric: {error}") from None
-        if metrics.needs_captions and not self.trainer.built.model.condition.takes_captions:
+        if self.metrics.needs_captions and not self.trainer.built.model.condition.takes_captions:
             raise InputError(f"watch.metric={name} is for models of captions: leave it out")
-        return number, metrics
+
+    def read_real_images(self, progress: Progress) -> None:
+        """Compute the statistics of the real images, if the metric compares with them, which may take long.
+
+        Raises:
+            InputError: If an image cannot be read.
+        """
+        if self.target.extractor is not None:
+            self._collect(self.target.statistics(self.accelerator, progress))
 
     def _generators(self) -> list[Generator]:
         """Return the generator of each cell."""
@@ -284,7 +293,12 @@ class Watch:
         self.accelerator.wait_for_everyone()
         self.lines = from_main(read_lines(self.folder / "watch.jsonl") if main else None)
         self._check_noise(self.lines)
-        if main and self.lines:
+        if not all(self._has_own_cells(line.cells) for line in self.lines):
+            raise InputError(
+                f"{printable(self.folder)} was watched with other samplers or numbers of steps: restore those, or "
+                "remove watch.jsonl and start.json in it to resume without what they have"
+            )
+        if main:
             self._drop_torn_line()
         if self.every is None:
             self.every = next((line.every for line in self.lines if line.every is not None), None)
@@ -320,9 +334,14 @@ class Watch:
                 "the version that began it, or remove watch.jsonl and start.json in it to resume without what they have"
             )
 
+    def _has_own_cells(self, cells: Sequence[WatchedCell] | Sequence[StartCell]) -> bool:
+        """Return whether cells are those of this watch."""
+        own = [(generator.sampler, generator.steps, self.number.name) for generator in self.generators]
+        return [(cell.sampler, cell.steps, cell.metric) for cell in cells] == own
+
     def _drop_torn_line(self) -> None:
-        """Remove the part of a line that a kill left at the end of ``watch.jsonl``."""
-        with open_regular(self.folder / "watch.jsonl", "r+b") as file:
+        """Remove the part of a line that a kill left at the end of ``watch.jsonl``, if there is such a file."""
+        with suppress(FileNotFoundError), open_regular(self.folder / "watch.jsonl", "r+b") as file:
             whole = 0
             while (line := file.readline(LONGEST_LINE)).endswith(b"\n"):
                 whole += len(line)
@@ -366,11 +385,9 @@ class Watch:
         path = self.folder / "start.json"
         if not path.exists():
             return None
-        own = [(g.sampler, g.steps, self.number.name) for g in self.generators]
         record = read_record(path, Start, REMEDY)
-        for cells in (record.cells, record.fresh):
-            if [(cell.sampler, cell.steps, cell.metric) for cell in cells] != own:
-                raise InputError(f"{printable(path)} is damaged (its cells are not those of the recipe): {REMEDY}")
+        if not (self._has_own_cells(record.cells) and self._has_own_cells(record.fresh)):
+            raise InputError(f"{printable(path)} is damaged (its cells are not those of the recipe): {REMEDY}")
         return record
 
     def due(self, step: int, last: bool) -> bool:
