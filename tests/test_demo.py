@@ -22,7 +22,7 @@ from robustdiff.metrics.extractors.extractor import load_extractor
 from robustdiff.metrics.metric import MetricCollection
 from robustdiff.metrics.reference import reference_statistics
 from robustdiff.recipe import load_recipe
-from robustdiff.study.plan import plan
+from robustdiff.study.plan import plan, reference_cells
 from robustdiff.study.schema import Study
 from robustdiff.training.run import train
 
@@ -166,6 +166,18 @@ def test_a_larger_one_goes_on_from_a_smaller_one(finished, tmp_path):
     assert result is not None
     assert {t["steps"] for t in result[1]["training"].values()} == {9}
     assert {cell["n"] for cell in result[1]["cells"]} == {24}
+
+
+def test_a_larger_one_measures_its_references_again(tmp_path):
+    small = demo.demo_study("demo-text")
+    demo._claim(small, tmp_path)
+    cells = reference_cells(small, tmp_path)
+    assert cells
+    for cell in cells:
+        cell.path.parent.mkdir(exist_ok=True)
+        cell.path.write_text("{}")
+    demo._claim(demo.demo_study("demo-text", full=True), tmp_path)
+    assert not [cell for cell in cells if cell.done]
 
 
 def test_the_differences_are_those_of_the_grid(finished):

@@ -26,7 +26,7 @@ from robustdiff.metrics.metric import number_named
 from robustdiff.progress import SILENT, Progress
 from robustdiff.report.page import read_picture
 from robustdiff.report.results import write_results
-from robustdiff.study.plan import plan
+from robustdiff.study.plan import plan, reference_cells
 from robustdiff.study.run import run_study
 from robustdiff.study.schema import Study, load_study
 from robustdiff.study.store import Results, read_results
@@ -118,9 +118,8 @@ def _claim(study: Study, folder: Path) -> None:
         if grown != study or before.set["steps"] > study.set["steps"] or not constant:
             other = next((name for name in sizes[0] if sizes[0][name] != sizes[1][name]), "study")
             raise InputError(f"{printable(folder)} holds a demonstration with another {other}: choose another --output")
-        for run in runs:  # these results are of networks with fewer updates
-            for done in (run.path, *(cell.path for cell in run.cells)):
-                done.unlink(missing_ok=True)
+        for cell in itertools.chain(reference_cells(study, folder), *(run.cells for run in runs)):
+            cell.path.unlink(missing_ok=True)  # of networks with fewer updates, or of fewer images
     text = yaml.safe_dump(study.model_dump(mode="json", exclude_defaults=True), sort_keys=False, allow_unicode=True)
     with atomic_write(path) as file:
         file.write(text.encode())

@@ -33,7 +33,7 @@ from robustdiff.study.estimate import remaining
 from robustdiff.study.plan import pieces, plan
 from robustdiff.study.run import reproduce, run_study
 from robustdiff.study.schema import Study, load_study
-from robustdiff.study.store import MEASURES, Results, read_results
+from robustdiff.study.store import MEASURES, Results, read_cell, read_results
 
 TINY = {
     "title": "A tiny study",
@@ -159,6 +159,27 @@ def once(call):
         return call(*arguments)
 
     return limited
+
+
+def test_a_longer_study_trains_on_before_it_measures(tmp_path):
+    small = {**TINY["measure"], "samplers": ["ddim"], "steps": [1], "mismatch": 0}
+    methods = {"plain": {"set": {"adversary": "none"}}}
+    for updates in (1, 2):
+        fields = {**TINY, "set": {**TINY["set"], "steps": updates, "lr_schedule": "constant"}}
+        study = Study.model_validate({**fields, "methods": methods, "measure": small, "references": {}})
+        assert run_study(study, tmp_path)
+        (cell,) = plan(study, tmp_path)[0].cells
+        assert read_cell(cell, study, plan(study, tmp_path)[0])["training"]["steps"] == updates
+        cell.path.unlink()
+
+
+def test_a_mismatch_of_fewer_updates_is_refused(finished, tmp_path):
+    study, folder = finished
+    shutil.copytree(folder, tmp_path / "copy")
+    shutil.rmtree(tmp_path / "copy" / "cells")
+    longer = study.model_copy(update={"set": {**study.set, "steps": 6}})
+    with pytest.raises(InputError, match=r"mismatch/.*\.json is of a network with 3 updates"):
+        run_study(longer, tmp_path / "copy")
 
 
 def test_work_that_leaves_no_file_is_not_repeated(tmp_path, monkeypatch):

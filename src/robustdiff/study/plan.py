@@ -19,6 +19,7 @@ from pathlib import Path
 from robustdiff.backbones.model import is_model_folder
 from robustdiff.recipe import Recipe, load_recipe
 from robustdiff.study.schema import Study
+from robustdiff.training.run_files import read_result
 
 __all__ = ["CELL", "Cell", "Piece", "Run", "image_passes", "pieces", "plan", "reference_cells"]
 
@@ -97,8 +98,11 @@ class Run:
 
     @property
     def done(self) -> bool:
-        """Return whether the training is finished."""
-        return self.path.is_file() and is_model_folder(self.output / "model")
+        """Return whether the training is finished, with all the updates that the study has now."""
+        result = self.output / "result.json"
+        if not (self.path.is_file() and is_model_folder(self.output / "model") and result.is_file()):
+            return False
+        return read_result(result).steps >= self.recipe.steps
 
     @property
     def failure(self) -> Path:

@@ -283,6 +283,7 @@ def _measure_mismatch(run: Run, name: str, progress: Progress) -> None:
         "n": measure.mismatch,
         "images_seed": measure.noise_seed(run.seed),
         "noise": NOISE,
+        "updates": recipe.steps,
     }
     write(run.mismatch_path, {**record, "weights": generator.model.fingerprint(), "paths": paths})
 

@@ -180,6 +180,7 @@ class _Path(_Record):
 class _Mismatch(_Record):
     paths: tuple[_Path, ...]
     noise: Text | None = None
+    updates: Whole | None = None
 
 
 _Kind = TypeVar("_Kind", bound=_Record)
@@ -258,6 +259,14 @@ def read_cell(cell: Cell, study: Study, run: Run | None) -> dict[str, Any]:
     return record.model_dump(mode="json")
 
 
+def _read_mismatch(path: Path, run: Run) -> _Mismatch:
+    """Return the contents of a mismatch file, if it is of a network with the updates of its run."""
+    record = read(path, _Mismatch)
+    if record.updates not in (None, run.recipe.steps):
+        raise InputError(f"{printable(path)} is of a network with {record.updates} updates: delete the file")
+    return record
+
+
 def real_path(folder: Path) -> Path:
     """Return the path of the file with the numbers of real images."""
     return folder / "cells" / "real.json"
@@ -315,7 +324,7 @@ def check_results(study: Study, folder: Path) -> None:
             if cell.done:
                 noises[cell.path] = read_cell(cell, study, run)["noise"]
         if (mismatch := run.mismatch_path) is not None and mismatch.is_file():
-            noises[mismatch] = read(mismatch, _Mismatch).noise
+            noises[mismatch] = _read_mismatch(mismatch, run).noise
     for cell in reference_cells(study, folder):
         if cell.done:
             noises[cell.path] = read_cell(cell, study, None)["noise"]
@@ -420,7 +429,7 @@ def read_results(study: Study, folder: Path) -> Results:
         if run.first and run.path.is_file():
             results.losses[method] = read(run.path, Loss)
         if (path := run.mismatch_path) is not None and path.is_file():
-            for found in read(path, _Mismatch).paths:
+            for found in _read_mismatch(path, run).paths:
                 results.mismatch[method, run.seed, found.sampler, found.steps] = found.model_dump()
     for cell in reference_cells(study, folder):
         results.planned += 1
