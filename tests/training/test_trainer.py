@@ -121,6 +121,10 @@ def test_more_steps_extend_a_finished_run(tiny, outcome, watch, every):
     assert not [name for name in first if not torch.equal(first[name], second[name])]
 
 
+def test_the_largest_seed_trains(tiny):
+    assert train(tiny(steps=1, seed=2**63 - 1), cpu=True)["steps"] == 1
+
+
 def test_a_finished_run_without_a_checkpoint_starts_again_and_says_so(tiny, caplog):
     short = tiny(steps=2, adversary="free")
     train(short, cpu=True)

@@ -229,7 +229,8 @@ def _train(recipe: Recipe, resume: bool, cpu: bool, progress: Progress) -> RunRe
         torch.set_num_threads(recipe.threads)
     dataset = recipe.data.load()
     accelerator = _accelerator(recipe, cpu)
-    set_seed(recipe.seed)  # before the network is built, so that all processes start from the same weights
+    seed = recipe.seed % 2**31  # NumPy's global generator takes 32 bits, the number of the process included
+    set_seed(seed)  # before the network is built, so that all processes start from the same weights
     built = build_model(recipe, dataset)
     latents = LatentDataset(dataset, built.model.codec, recipe.data.flip) if recipe.caches_latents else None
     trainer = Trainer(recipe, accelerator, latents or dataset, built)
@@ -262,7 +263,7 @@ def _train(recipe: Recipe, resume: bool, cpu: bool, progress: Progress) -> RunRe
         built.model.codec.to("cpu")  # which nothing calls any more
     if built.model.condition.takes_captions and dataset.captions is not None and accelerator.device.type != "cpu":
         _embed_captions(dataset.captions, built, accelerator, progress)
-    set_seed(recipe.seed, device_specific=True)  # dropout and random directions differ between processes
+    set_seed(seed, device_specific=True)  # dropout and random directions differ between processes
     if recipe.trackers:
         accelerator.init_trackers("robustdiff", config={"recipe": recipe.to_yaml()})
     if accelerator.is_main_process:
