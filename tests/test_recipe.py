@@ -140,6 +140,14 @@ def test_keys_that_look_like_numbers_with_exponents_are_names():
         parse_yaml("1" * 100 + "e99", "a text")
 
 
+@pytest.mark.parametrize("text", ["010", "-007", "1:30", "1:30.5", "0_1"])
+def test_numbers_in_another_base_are_refused(text):
+    """YAML 1.1 takes 010 for 8 and 1:30 for 90."""
+    with pytest.raises(InputError, match=r"in base (8|60) .* without leading zeros, or text in quotes"):
+        load_recipe("digits", [f"seed={text}"])
+    assert parse_yaml(f"'{text}'", "a text") == text
+
+
 def test_the_shipped_recipes_are_there():
     assert {"fashion-16", "fashion-16-at", "digits", "fashion-mnist"} <= set(shipped_recipes())
 

@@ -6,6 +6,7 @@ keys, and values beyond bounds.
 
 1e-4 is a number, as in YAML 1.2. (YAML 1.1, as PyYAML reads it, has a point and a sign in numbers with exponents:
 1.0e-4.) A field that holds text still takes it as it is written (:func:`text_of`), since a name may look like it.
+Numbers that YAML 1.1 has in base 8 or 60, as 010 and 1:30, are refused.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ MOST_BYTES = 2**18
 MOST_VALUES = 20_000  # with all aliases expanded
 DEEPEST = 40
 _EXPONENTIAL = "exponential:float"  # the tag of numbers such as 1e-4
+_OTHER_BASE = re.compile(r"[-+]?0[0-9_]+|.*:.*")
 LONGEST_NUMBER = 100  # characters: parsing a Python integer takes quadratic time
 
 
@@ -98,10 +100,13 @@ class _Loader(yaml.SafeLoader):
             raise _Refused(f"nested more than {DEEPEST} deep", mark)
 
     def _check(self, node: yaml.Node | None) -> None:
-        """Refuse duplicate keys, keys that are not scalars, and numbers with too many digits."""
+        """Refuse duplicate keys, keys that are not scalars, and numbers with too many digits or in an old notation."""
         if isinstance(node, yaml.ScalarNode) and node.tag.endswith((":int", ":float")):
             if len(node.value) > LONGEST_NUMBER:
                 raise _Refused(f"a number of {len(node.value)} characters", node.start_mark)
+            if _OTHER_BASE.fullmatch(node.value):
+                message = f"{node.value} is in base {60 if ':' in node.value else 8} in YAML 1.1, and not in 1.2"
+                raise _Refused(f"{message}: write a number without leading zeros, or text in quotes", node.start_mark)
         elif isinstance(node, yaml.MappingNode):
             keys: set[Hashable] = set()
             for key, _ in node.value:
