@@ -24,11 +24,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-__all__ = ["NOISE", "ImageNoise", "philox"]
+from robustdiff.errors import InputError, printable
+
+__all__ = ["NOISE", "ImageNoise", "check_noise", "philox"]
 
 NOISE = "philox"
 """The name of this noise in files of images and numbers. That of robustdiff 0.2.0 and before was other, without a
@@ -128,3 +131,19 @@ class ImageNoise:
         torch.mul(radius, angle.cos(), out=cosines)
         torch.mul(radius, angle.sin_(), out=sines)
         return normal.view(len(draws), images, 4 * quads)[..., : self._size].reshape(len(draws), images, *self.shape)
+
+
+def check_noise(
+    path: Path, noise: str | None, remedy: str = "choose another --output, or go on with {version}"
+) -> None:
+    """Check that images, of which a file says the noise, can be compared with images that are sampled now.
+
+    Raises:
+        InputError: If they have another noise.
+    """
+    if noise != NOISE:
+        version = "robustdiff 0.2.0" if noise is None else f"the version that has the noise {printable(noise)}"
+        raise InputError(
+            f"{printable(path)} is of images with other noise than those that this version samples: "
+            f"{remedy.format(version=version)}"
+        )

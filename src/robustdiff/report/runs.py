@@ -18,7 +18,15 @@ from robustdiff.errors import InputError, printable
 from robustdiff.evaluation.sources import name_sources
 from robustdiff.files import read_record
 from robustdiff.recipe import Recipe, load_recipe
-from robustdiff.training.run_files import DataRecord, Metrics, Result, read_data, read_metrics, read_result
+from robustdiff.training.run_files import (
+    DataRecord,
+    Metrics,
+    Result,
+    read_data,
+    read_metrics,
+    read_result,
+    training_seconds,
+)
 from robustdiff.training.watch_files import FiredSign, Line, read_lines
 
 __all__ = [
@@ -169,12 +177,7 @@ class RunFiles:
     @property
     def training_seconds(self) -> float:
         """Return the time of the logged updates in seconds."""
-        steps = [0, *(line.step for line in self.metrics)]
-        size = self.recipe.batch_size
-        return sum(
-            (line.step - before) * size / line.images_per_second
-            for before, line in zip(steps, self.metrics, strict=False)
-        )
+        return training_seconds(self.metrics, self.recipe.batch_size)
 
 
 def _read_run(name: str, source: str) -> RunFiles:

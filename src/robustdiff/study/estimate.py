@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import tempfile
 import time
 from collections.abc import Sequence
@@ -19,6 +18,7 @@ from robustdiff.study.schema import Study
 from robustdiff.study.store import Loss, read, read_cell
 from robustdiff.training.build import build_model
 from robustdiff.training.run import train
+from robustdiff.training.run_files import read_metrics
 
 __all__ = ["Remaining", "remaining", "time_sampling", "time_training"]
 
@@ -78,8 +78,7 @@ def time_training(run: Run) -> float:
             update={"output": str(Path(scratch) / "run"), "steps": 4, "log_every": 1, "trackers": (), "ema": "auto"}
         )
         train(recipe)
-        lines = (Path(recipe.output) / "metrics.jsonl").read_text().splitlines()
-        speeds = [json.loads(line)["images_per_second"] for line in lines]
+        speeds = [line.images_per_second for line in read_metrics(Path(recipe.output) / "metrics.jsonl")]
     passes = image_passes(run.recipe) / (run.recipe.steps * run.recipe.batch_size)
     return 1 / (max(speeds) * passes)  # the first updates include initialisation
 

@@ -25,7 +25,7 @@ from robustdiff.errors import InputError, NotFiniteError, RunError, printable
 from robustdiff.evaluation.generate import Generator
 from robustdiff.evaluation.grid import Cell as Measured
 from robustdiff.evaluation.grid import evaluate_cell, evaluate_images
-from robustdiff.evaluation.noise import NOISE
+from robustdiff.evaluation.noise import NOISE, check_noise
 from robustdiff.evaluation.prompts import prompts_of
 from robustdiff.files import atomic_write, make_folder, read_json
 from robustdiff.metrics.extractors.extractor import load_extractor
@@ -41,7 +41,6 @@ from robustdiff.study.store import (
     Failure,
     Training,
     cell_settings,
-    check_noise,
     check_results,
     held,
     read,
@@ -52,7 +51,7 @@ from robustdiff.study.store import (
 )
 from robustdiff.training.build import build_model
 from robustdiff.training.run import train
-from robustdiff.training.run_files import read_metrics
+from robustdiff.training.run_files import read_metrics, training_seconds
 from robustdiff.workers import run_workers
 from robustdiff.yaml_reader import parse_yaml
 
@@ -172,10 +171,7 @@ def _train_run(run: Run, progress: Progress) -> bool:
         _fail(run, error)
         return True
     lines = read_metrics(run.output / "metrics.jsonl")
-    seconds, before = 0.0, 0
-    for line in lines:
-        seconds += (line.step - before) * run.recipe.batch_size / line.images_per_second
-        before = line.step
+    seconds = training_seconds(lines, run.recipe.batch_size)
     thinned = lines[:: -(-len(lines) // 100)]
     losses = {"step": [line.step for line in thinned], "loss": [round(line.loss, 5) for line in thinned]}
     write(run.path, {"method": run.method, "seed": run.seed, "seconds": round(seconds, 1), **losses})

@@ -22,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from robustdiff.data import DataConfig
 from robustdiff.errors import InputError, first_mistake, printable
-from robustdiff.evaluation.noise import NOISE
+from robustdiff.evaluation.noise import check_noise
 from robustdiff.files import make_folder, open_regular, read_record, write_json
 from robustdiff.metrics.bootstrap import REPLICATES
 from robustdiff.metrics.metric import METRICS, parse_metric
@@ -41,7 +41,6 @@ __all__ = [
     "Results",
     "Training",
     "cell_settings",
-    "check_noise",
     "check_results",
     "held",
     "read",
@@ -285,22 +284,6 @@ def read_real(study: Study, folder: Path) -> dict[str, Any] | None:
     if record.measure.real != study.measure.real or cell_settings(record.measure) != cell_settings(study.measure):
         raise InputError(f"{printable(path)} was made with other settings than the study's: delete the file")
     return record.model_dump(mode="json")
-
-
-def check_noise(
-    path: Path, noise: str | None, remedy: str = "choose another --output, or go on with {version}"
-) -> None:
-    """Check that images, of which a file says the noise, can be compared with images that are sampled now.
-
-    Raises:
-        InputError: If they have another noise.
-    """
-    if noise != NOISE:
-        version = "robustdiff 0.2.0" if noise is None else f"the version that has the noise {printable(noise)}"
-        raise InputError(
-            f"{printable(path)} is of images with other noise than those that this version samples: "
-            f"{remedy.format(version=version)}"
-        )
 
 
 def check_results(study: Study, folder: Path) -> None:

@@ -45,7 +45,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from robustdiff.errors import InputError, RunError, first_mistake, printable
 from robustdiff.evaluation.generate import Generator
-from robustdiff.evaluation.noise import NOISE
+from robustdiff.evaluation.noise import NOISE, check_noise
 from robustdiff.evaluation.prompts import prompts_of
 from robustdiff.evaluation.real_images import load_target
 from robustdiff.files import atomic_write, claim_folder, write_json
@@ -58,7 +58,7 @@ from robustdiff.study.estimate import time_sampling, time_training
 from robustdiff.study.plan import CELL, plan, reference_cells
 from robustdiff.study.run import run_study
 from robustdiff.study.schema import Changes, Count, Guidance, Sampler, Seed, Study
-from robustdiff.study.store import MEASURES, Failure, Loss, check_noise, held, read, read_cell
+from robustdiff.study.store import MEASURES, Failure, Loss, held, read, read_cell
 from robustdiff.training.ema import sufficient_decay
 from robustdiff.yaml_reader import read_yaml
 

@@ -9,7 +9,7 @@ A file may come from somebody else: everything in it is validated.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,7 +20,17 @@ from robustdiff.files import read_json_lines, read_record
 from robustdiff.notebook import html_table
 from robustdiff.training.watch_files import Best, FiredSign, Record
 
-__all__ = ["DataRecord", "Metrics", "Result", "RunResult", "metrics_lines", "read_data", "read_metrics", "read_result"]
+__all__ = [
+    "DataRecord",
+    "Metrics",
+    "Result",
+    "RunResult",
+    "metrics_lines",
+    "read_data",
+    "read_metrics",
+    "read_result",
+    "training_seconds",
+]
 
 _LONGEST_LINE = 2**16
 
@@ -154,6 +164,14 @@ def read_metrics(path: Path) -> list[Metrics]:
         OSError: If the file cannot be read.
     """
     return [values for _, values in metrics_lines(path)]
+
+
+def training_seconds(lines: Sequence[Metrics], batch_size: int) -> float:
+    """Return the time in seconds of the updates that the lines of ``metrics.jsonl`` are of."""
+    steps = [0, *(line.step for line in lines)]
+    return sum(
+        (line.step - before) * batch_size / line.images_per_second for before, line in zip(steps, lines, strict=False)
+    )
 
 
 def read_data(path: Path) -> DataRecord:

@@ -40,7 +40,7 @@ from robustdiff.distributed import from_main
 from robustdiff.errors import InputError, RunError, printable
 from robustdiff.evaluation.generate import Generator
 from robustdiff.evaluation.grid import Cell, differences, evaluate_cell
-from robustdiff.evaluation.noise import NOISE
+from robustdiff.evaluation.noise import NOISE, check_noise
 from robustdiff.evaluation.prompts import prompts_of
 from robustdiff.evaluation.real_images import Target
 from robustdiff.evaluation.recorded import Recordings
@@ -328,11 +328,9 @@ class Watch:
 
     def _check_noise(self, records: Sequence[Line | Start]) -> None:
         """Check that measurements so far are of the images that are sampled now."""
-        if any(record.noise != NOISE for record in records):
-            raise InputError(
-                f"{printable(self.folder)} was watched on images of other noise (of robustdiff 0.2.0): resume it with "
-                "the version that began it, or remove watch.jsonl and start.json in it to resume without what they have"
-            )
+        remedy = "resume it with {version}, or remove watch.jsonl and start.json in it to resume without what they have"
+        for record in records:
+            check_noise(self.folder, record.noise, remedy)
 
     def _has_own_cells(self, cells: Sequence[WatchedCell] | Sequence[StartCell]) -> bool:
         """Return whether cells are those of this watch."""
