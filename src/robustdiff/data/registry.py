@@ -122,11 +122,8 @@ class DataConfig(Named):
         shared = {field: v for field, v in value.items() if field in cls.model_fields or not isinstance(field, str)}
         own = {field: v for field, v in value.items() if field not in shared}
         for field in own.keys() - options.model_fields.keys():
-            # Recipes saved by earlier versions, with one section for all datasets, have defaults of other datasets.
-            others = [_options(function) for function in DATASETS.values()]
-            if own.pop(field) not in [other[field].default for other in others if field in other]:
-                message = f"{_refuse(name, field)}; known here: {', '.join([*cls.model_fields, *options.model_fields])}"
-                raise refusal(field, message)
+            message = f"{_refuse(name, field)}; known here: {', '.join([*cls.model_fields, *options.model_fields])}"
+            raise refusal(field, message)
         return {**shared, **dict(options.model_validate(own))}
 
     def load(self) -> ImageDataset:
