@@ -58,6 +58,8 @@ _Network = TypeVar("_Network", bound=nn.Module)
 # and the name of an array library in schedulers of the first releases.
 _OF_EMA = {"decay", "inv_gamma", "min_decay", "optimization_step", "power", "update_after_step", "use_ema_warmup"}
 _OF_OLD = {"tensor_format"}
+# The version that saved a network. By it diffusers' pipelines set the size of old Stable Diffusions to 512 pixels.
+_OF_SAVING = {"_diffusers_version"}
 
 _WEIGHTS = re.compile(
     r"diffusion_pytorch_model(?:\.(\w+))?\.(safetensors|bin)(\.index(?:\.(\w+))?\.json)?"  # variant, kind, index
@@ -260,7 +262,7 @@ def load_network(
         InputError: If a file is missing or malformed, the weights do not fit the network, or a weight is not finite.
     """
     path = folder / "config.json"
-    config = {name: value for name, value in read_config(path).items() if name not in _OF_EMA}
+    config = {name: value for name, value in read_config(path).items() if name not in _OF_EMA | _OF_SAVING}
     if config.get("_class_name", kind.__name__) not in (kind.__name__, *aliases):
         raise InputError(
             f"{path} describes a {shown(config['_class_name'])}, and model_index.json a {kind.__name__}: save the "

@@ -17,6 +17,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler
 
+from robustdiff.backbones.lora import LoraSection
 from robustdiff.backbones.model import Model, load_model
 from robustdiff.errors import InputError
 from robustdiff.samplers import sample
@@ -262,6 +263,21 @@ def test_other_sizes_are_sampled(saved: dict[str, Path]) -> None:
     )
     with pytest.raises(InputError, match="give a multiple of 2 pixels"):
         load_model(saved["xl"], size=11)
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_the_size_of_a_model_from_before_0_9_stays_when_it_is_saved(copied: Any, adapted: bool) -> None:
+    """StableDiffusionPipeline sets the size of a UNet that diffusers before 0.9 saved to 512 pixels, in place."""
+    folder = copied("sd")
+    edit(folder / "unet" / "config.json", _diffusers_version="0.6.0")
+    model = load_model(folder)
+    if adapted:
+        pytest.importorskip("peft")
+        model.add_lora(LoraSection(rank=2), 0)
+    (folder / "again").mkdir()
+    model.save(folder / "again")
+    assert model.image_shape == (3, 8, 8)
+    assert load_model(folder / "again").image_shape == (3, 8, 8)
 
 
 def test_the_safety_checker_is_said_to_be_dropped(copied: Any, caplog: pytest.LogCaptureFixture) -> None:
