@@ -196,6 +196,42 @@ def test_a_cache_that_cannot_be_written_is_said_and_left_out(
         make().prepare(CAPTIONS)
 
 
+def test_what_is_on_disk_is_read_after_a_write_has_failed(
+    make: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(path: Path) -> Any:
+        raise OSError(28, "No space left on device")
+
+    text = make()
+    text.prepare(CAPTIONS)
+    other = make()
+    monkeypatch.setattr("robustdiff.conditions.text._MOST_BYTES", 0)
+    monkeypatch.setattr("robustdiff.conditions.text.atomic_write", full)
+    other.batch(None, ["red"], None)
+    for _ in range(2):
+        other.batch(None, CAPTIONS, None)
+    assert other.encoded == 1
+    assert caplog.text.count("No space left on device") == 1
+
+
+def test_captions_that_fit_neither_in_memory_nor_on_disk_are_refused(
+    make: Any, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path) -> Any:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("robustdiff.conditions.text._BATCH", 1)
+    monkeypatch.setattr("robustdiff.conditions.text.atomic_write", full)
+    text = make()
+    text.prepare(CAPTIONS)  # in memory
+    size = sum(map(len, text._rows.values()))
+    monkeypatch.setattr("robustdiff.conditions.text._MOST_BYTES", size - 1)
+    other = make()
+    with pytest.raises(RunError, match=rf"MB more.*{cache}.*No space left on device.*set ROBUSTDIFF_CACHE"):
+        other.prepare(CAPTIONS)
+    assert other.encoded < 3
+
+
 def test_what_is_dropped_is_the_empty_caption(make: Any) -> None:
     text = make()
     given = text.batch(None, CAPTIONS[:2], torch.tensor([False, True]))

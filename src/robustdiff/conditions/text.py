@@ -77,6 +77,7 @@ class TextCondition(Condition):
         self.device = torch.device("cpu")
         self._rows: dict[str, bytes] = {}
         self._bytes = 0
+        self._unwritable: str | None = None  # why nothing more is kept on disk
         self._warned = False
 
     @abstractmethod
@@ -199,7 +200,7 @@ class TextCondition(Condition):
 
         Raises:
             InputError: If a text has characters that are no Unicode text.
-            RunError: If an embedding is not finite.
+            RunError: If an embedding is not finite, or the cache on disk cannot be written and memory has no room.
         """
         names = dict.fromkeys(self._normal(text) for text in texts)
         missing = [name for name in names if name not in self._rows and not self._is_kept(name)]
@@ -207,8 +208,15 @@ class TextCondition(Condition):
             return
         progress.begin("captions", len(missing))
         for start in range(0, len(missing), _BATCH):
-            batch = missing[start : start + _BATCH]
-            self._compute(batch)
+            batch, held = missing[start : start + _BATCH], self._bytes
+            size = sum(map(len, self._compute(batch).values())) / len(batch)
+            more = size * (len(missing) - start)
+            if self._unwritable is not None and held + more > _MOST_BYTES:
+                raise RunError(
+                    f"the embeddings of captions take {_shown(more)} more, memory has room for "
+                    f"{_shown(_MOST_BYTES - held)}, and they are not kept on disk ({self._unwritable}): free some "
+                    "space, or set ROBUSTDIFF_CACHE to a folder on another disk"
+                )
             progress.advance(len(batch))
 
     def tokens(self, tokenizer: Any, texts: list[str], length: int) -> Any:
@@ -259,7 +267,7 @@ class TextCondition(Condition):
 
     @cached_property
     def _folder(self) -> Path | None:
-        """The folder of these encoders in the cache, or None if the cache cannot be written."""
+        """The folder of these encoders in the cache, or None if there is none and it cannot be created."""
         name = hmac.new(self._key, f"1 {self.fingerprint()}".encode(), hashlib.sha256).hexdigest()
         folder = cache_folder() / "captions" / name
         try:
@@ -267,9 +275,14 @@ class TextCondition(Condition):
             with suppress(BlockingIOError), _locked(folder, fcntl.LOCK_EX | fcntl.LOCK_NB):
                 remove_leftovers(folder, "[0-9a-f]{64}")  # of killed processes, since no other process writes now
         except OSError as error:
-            _warn(folder, error)
+            self._stop_writing(folder, error)
             return None
         return folder
+
+    def _stop_writing(self, folder: Path, error: OSError) -> None:
+        """Keep embeddings in memory only from here on, while those on disk are still read."""
+        self._unwritable = f"{printable(folder)}: {error.strerror or error}"
+        logger.warning("embeddings of captions are not kept in %s", self._unwritable)
 
     def _path(self, folder: Path, text: str) -> Path:
         return folder / hmac.new(self._key, text.encode(), hashlib.sha256).hexdigest()
@@ -297,7 +310,7 @@ class TextCondition(Condition):
 
     def _write(self, rows: Mapping[str, bytes]) -> None:
         folder = self._folder
-        if folder is None:
+        if folder is None or self._unwritable is not None:
             return
         try:
             with _locked(folder, fcntl.LOCK_SH):
@@ -305,9 +318,8 @@ class TextCondition(Condition):
                     path = self._path(folder, text)
                     with atomic_write(path) as file:
                         file.write(self._sign(path, row) + row)
-        except OSError as error:  # such as a full disk: embeddings are then kept in memory only
-            _warn(folder, error)
-            self._folder = None
+        except OSError as error:  # such as a full disk
+            self._stop_writing(folder, error)
 
 
 @contextmanager
@@ -317,8 +329,8 @@ def _locked(folder: Path, kind: int) -> Iterator[None]:
         yield
 
 
-def _warn(folder: Path, error: OSError) -> None:
-    logger.warning("embeddings of captions are not kept in %s: %s", printable(folder), error.strerror or error)
+def _shown(size: float) -> str:
+    return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
 
 
 def _pack(row: Mapping[str, Tensor]) -> bytes:
