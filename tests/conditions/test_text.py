@@ -251,6 +251,16 @@ def test_parked_encoders_are_on_the_cpu_and_embeddings_are_on_the_device(make: A
     assert text.batch(None, CAPTIONS, None)["encoder_hidden_states"].device.type == "meta"
 
 
+def test_encoders_move_to_the_device_only_to_encode(make: Any) -> None:
+    make().prepare(CAPTIONS)
+    text = make().to("meta")
+    assert text.batch(None, CAPTIONS, None)["encoder_hidden_states"].device.type == "meta"
+    assert text.encoder.device.type == "cpu"
+    with pytest.raises((NotImplementedError, RuntimeError)):  # which computes shapes only
+        text.prepare(["red"])
+    assert text.encoder.device.type == "meta"
+
+
 def test_embeddings_that_are_not_finite_are_refused(make: Any) -> None:
     text = make()
     text.encoder.shared.weight.data[4] = torch.inf

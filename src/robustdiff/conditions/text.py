@@ -75,6 +75,7 @@ class TextCondition(Condition):
                 )
             encoder.eval().requires_grad_(False)
         self.device = torch.device("cpu")
+        self._encoding_device = self.device
         self._rows: dict[str, bytes] = {}
         self._bytes = 0
         self._unwritable: str | None = None  # why nothing more is kept on disk
@@ -115,10 +116,11 @@ class TextCondition(Condition):
         return True
 
     def to(self, device: torch.device | str) -> TextCondition:
-        """Move the encoders to a device, on which :meth:`batch` also returns its tensors, and return the condition."""
-        self.device = torch.device(device)
-        for encoder in self.encoders.values():
-            encoder.to(device)
+        """Return the condition, with :meth:`batch` returning its tensors on a device.
+
+        The encoders follow when they first encode there: captions that are cached take no memory for encoders.
+        """
+        self.device = self._encoding_device = torch.device(device)
         return self
 
     def park(self) -> None:
@@ -126,6 +128,7 @@ class TextCondition(Condition):
 
         Embeddings are still returned on the device of :meth:`to`.
         """
+        self._encoding_device = torch.device("cpu")
         for encoder in self.encoders.values():
             encoder.to("cpu")
 
@@ -239,8 +242,9 @@ class TextCondition(Condition):
     @torch.no_grad()
     def _compute(self, texts: list[str]) -> dict[str, bytes]:
         """Return the packed rows of texts, and keep them on disk and, up to the limit, in memory."""
-        encoder = next(iter(self.encoders.values()))
-        with torch.autocast(encoder.device.type, enabled=False):
+        for encoder in self.encoders.values():
+            encoder.to(self._encoding_device)
+        with torch.autocast(self._encoding_device.type, enabled=False):
             given = {name: value.cpu() for name, value in self.encode(texts).items()}
         for name, value in given.items():
             if not (finite := value.isfinite().flatten(1).all(1)).all():

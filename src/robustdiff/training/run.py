@@ -256,13 +256,14 @@ def _train(recipe: Recipe, resume: bool, cpu: bool, progress: Progress) -> RunRe
             finished.unlink()
         _prepare(recipe, folder, data)
     accelerator.wait_for_everyone()
-    if latents is not None:
-        rank, processes = accelerator.process_index, accelerator.num_processes
-        latents.fill(accelerator.device, recipe.data.workers, rank, processes, progress)
-        accelerator.wait_for_everyone()
-        built.model.codec.to("cpu")  # which nothing calls any more
-    if built.model.condition.takes_captions and dataset.captions is not None and accelerator.device.type != "cpu":
-        _embed_captions(dataset.captions, built, accelerator, progress)
+    with trainer.vacated():
+        if latents is not None:
+            rank, processes = accelerator.process_index, accelerator.num_processes
+            latents.fill(accelerator.device, recipe.data.workers, rank, processes, progress)
+            accelerator.wait_for_everyone()
+            built.model.codec.to("cpu")  # which nothing calls any more
+        if built.model.condition.takes_captions and dataset.captions is not None and accelerator.device.type != "cpu":
+            _embed_captions(dataset.captions, built, accelerator, progress)
     set_seed(seed, device_specific=True)  # dropout and random directions differ between processes
     if recipe.trackers:
         accelerator.init_trackers("robustdiff", config={"recipe": recipe.to_yaml()})

@@ -22,7 +22,7 @@ import logging
 import math
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -169,13 +169,29 @@ class Trainer:
             target = accelerator.prepare_model(target, evaluation_mode=not sharded)
         self.target = target
         self.call = built.model.backbone.bind(self.model)
-        built.model.codec.to(accelerator.device)
+        if not recipe.caches_latents:
+            built.model.codec.to(accelerator.device)
         built.model.condition.to(accelerator.device)
         teacher = build_teacher(built, dataset, accelerator) if config.needs_teacher else None
         self.objective = config.build(built.process, recipe.steps, self._target_of_objective(), teacher)
         self.ema = EMA(list(_trained(self.model).values()), recipe.ema) if recipe.ema else None
         self.rate = self.learning_rate()  # of the last update
         self.recorder = self._recorder()
+
+    @contextmanager
+    def vacated(self) -> Iterator[None]:
+        """Hold the frozen weights of the network on the CPU within the block, where others need the GPU's memory.
+
+        A network without frozen weights stays: its gradients, which are not there yet, take more than the others need.
+        """
+        device = self.accelerator.device
+        moves = device.type == "cuda" and self.built.model.adapter is not None
+        frozen = [one for one in self.built.model.network.parameters() if moves and not one.requires_grad]
+        for parameter in frozen:  # in place, since a target network has the same ones
+            parameter.data = parameter.data.to("cpu")
+        yield
+        for parameter in frozen:
+            parameter.data = parameter.data.to(device)
 
     def _recorder(self) -> Recorder | None:
         """Return the recorder of the passes over a batch, or None if they are not to be recorded."""
