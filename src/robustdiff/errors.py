@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import os
+import sys
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from pydantic import ValidationError
 
-__all__ = ["InputError", "NotFiniteError", "RunError", "first_line", "first_mistake", "installing", "printable"]
+__all__ = [
+    "InputError",
+    "NotFiniteError",
+    "RunError",
+    "first_line",
+    "first_mistake",
+    "installing",
+    "out_of_memory",
+    "printable",
+]
 
 
 class InputError(ValueError):
@@ -39,6 +49,18 @@ def installing(extra: str) -> str:
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's message, or the name of its class if it has none."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def out_of_memory(error: BaseException) -> str | None:
+    """Return the message, in one line, of an error of torch that a GPU's memory is full; None of other errors."""
+    torch = sys.modules.get("torch")  # without it, no error is torch's
+    if not isinstance(error, getattr(torch, "OutOfMemoryError", ())):
+        return None
+    tried = first_line(error).partition(". GPU ")[0].rstrip(".")
+    return (
+        f"{tried}: in training lower batch_size, raise accumulate, or set model.gradient_checkpointing=true; elsewhere "
+        "give a smaller --batch-size, or --precision bf16"
+    )
 
 
 def first_mistake(error: ValidationError) -> str:

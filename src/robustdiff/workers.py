@@ -24,7 +24,7 @@ from contextlib import suppress
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-from robustdiff.errors import InputError, RunError
+from robustdiff.errors import InputError, RunError, out_of_memory
 from robustdiff.interrupt import Interrupt
 from robustdiff.progress import Progress
 
@@ -90,8 +90,9 @@ def serve(handle: int) -> None:
         pass
     except (InputError, RunError, OSError) as error:
         end = False, error
-    except Exception:  # an unexpected error may not be picklable, and would lose its traceback
-        end = False, RuntimeError(traceback.format_exc())
+    except Exception as error:  # an unexpected one may not be picklable, and would lose its traceback
+        full = out_of_memory(error)
+        end = False, RuntimeError(traceback.format_exc()) if full is None else RunError(full)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a late one would interrupt the message, or the interpreter's exit
     remote.send("end", *end)
 

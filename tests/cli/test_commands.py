@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from robustdiff import cli
 
@@ -89,6 +90,23 @@ def test_a_full_disk_fails_with_1(robustdiff, digits_run, tmp_path, monkeypatch)
     assert outcome.code == 1
     assert "disk is full" in outcome.err
     assert not (tmp_path / "s.npz").exists()
+
+
+def test_a_full_gpu_is_one_line_that_names_what_takes_less_memory(robustdiff, digits_run, tmp_path, monkeypatch):
+    def full(*arguments: object, **settings: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of …")
+
+    for where in ("robustdiff.evaluation.generate.sample", "robustdiff.training.trainer.Trainer.updates"):
+        monkeypatch.setattr(where, full)
+    train = ("train", "digits", "--cpu", "--set", f"output={tmp_path / 'run'}")
+    for command in (("sample", digits_run, "--output", tmp_path / "s.npz", "--cpu"), train):
+        outcome = robustdiff(*command)
+        assert outcome.code == 1
+        line = outcome.err.splitlines()[-1]
+        assert "Traceback" not in outcome.err
+        assert "Tried to allocate 2.00 GiB" in line
+        for word in ("batch_size", "accumulate", "gradient_checkpointing", "--batch-size", "--precision"):
+            assert word in line
 
 
 def test_a_traceback_is_never_shown_for_bad_input(tmp_path):

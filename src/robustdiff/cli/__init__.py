@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from robustdiff.errors import InputError, RunError, printable
+from robustdiff.errors import InputError, RunError, out_of_memory, printable
 
 __all__ = ["INTERRUPTED", "app", "err", "main", "out", "say"]
 
@@ -71,6 +71,10 @@ def main() -> None:
         sys.exit(_fail("interrupted", INTERRUPTED))
     except RunError as error:
         sys.exit(_fail(str(error), 1))
+    except RuntimeError as error:
+        if (full := out_of_memory(error)) is None:
+            raise
+        sys.exit(_fail(full, 1))
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             where, remedy = error.filename or error, "free some space, and start again as after an interruption"
