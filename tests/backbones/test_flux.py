@@ -13,6 +13,7 @@ from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, FlowMatchH
 from torch import Tensor
 
 from robustdiff.backbones.flux import pack, unpack
+from robustdiff.backbones.lora import LoraSection
 from robustdiff.backbones.model import Model, load_model
 from robustdiff.errors import InputError
 from robustdiff.samplers import sample
@@ -121,6 +122,19 @@ def test_images_of_dev_are_those_of_diffusers_with_the_scale_as_an_argument(dev:
         images_of(model, latents, float("inf"))
 
 
+@pytest.mark.parametrize("adapted", [False, True])
+def test_the_scale_of_training_is_that_of_sampling(dev: Path, tmp_path: Path, adapted: bool) -> None:
+    model = load_model(dev, 16)
+    model.backbone.take_guidance(2.0)
+    if adapted:
+        pytest.importorskip("peft")
+        model.add_lora(LoraSection(rank=2), 0)
+    model.save(tmp_path)
+    again, latents = load_model(tmp_path), torch.randn(2, *model.shape)
+    torch.testing.assert_close(images_of(again, latents, None), images_of(model, latents, 2.0), rtol=0, atol=1e-6)
+    assert (images_of(again, latents, None) - images_of(again, latents, 3.5)).abs().max() > 1e-3
+
+
 def test_images_of_schnell_are_those_of_diffusers_and_guidance_is_classifier_free(
     tmp_path: Path, make_flux_pipeline: Any
 ) -> None:
@@ -190,6 +204,7 @@ def test_odd_sides_of_latents_are_refused(dev: Path) -> None:
         ("transformer/config.json", {"patch_size": 2}, "its output has the shape"),
         ("transformer/config.json", {"guidance_embeds": False}, "not of the network"),
         ("transformer/config.json", {"_sample_size": 10**7}, "_sample_size="),
+        ("transformer/config.json", {"_guidance": "high"}, "_guidance="),
         ("vae/config.json", {"shift_factor": None}, "shift_factor"),
         ("scheduler/scheduler_config.json", {"base_image_seq_len": 64}, "needs a line"),
         ("scheduler/scheduler_config.json", {"base_shift": 1e9}, "correct scheduler_config.json"),

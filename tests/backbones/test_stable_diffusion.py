@@ -309,6 +309,7 @@ def test_the_safety_checker_is_said_to_be_dropped(copied: Any, caplog: pytest.Lo
         ("sd", "unet/config.json", {"in_channels": 9}, "9 channels in and 4 out.*inpainting"),
         ("sd", "unet/config.json", {"class_embed_type": "timestep"}, "class_embed_type"),
         ("sd", "unet/config.json", {"sample_size": -1}, "sample_size=-1 is no size"),
+        ("lcm", "unet/config.json", {"_guidance_range": [4, 2]}, "_guidance_range="),
         ("sd", "unet/config.json", {"layers_per_block": 100000}, "numbers of layers do not fit"),
         ("sd", "unet/config.json", {"transformer_layers_per_block": [[9999]]}, "numbers of layers do not fit"),
         ("sd", "unet/config.json", {"addition_embed_type": "text"}, "one text encoder"),

@@ -144,6 +144,7 @@ def test_the_scale_of_guidance_is_a_setting_of_training(
         assert outcome.code == 0, outcome.err
         losses.append(json.loads((run / "metrics.jsonl").read_text().splitlines()[0])["loss"])
     assert losses[0] == losses[1] != losses[2]
+    assert [load_model(tmp_path / f"run-{scale}").backbone.guidance for scale in (None, 1.0)] == [3.5, 1.0]
     run = tmp_path / "sd3"
     outcome = robustdiff("train", "fashion-16-at", *settings(photos, pipelines["sd3"], run, **{"model.guidance": 3.5}))
     assert outcome.code == 2

@@ -86,15 +86,15 @@ def same_images(monkeypatch, model, pipeline, steps=3, **settings):
         latents=latents,
         step_noise=torch.stack(noise),
         condition=model.condition.batch(None, PROMPTS, None),
-        guidance=None if scale == 8.5 else scale,
+        guidance=scale,
     )
     ours = (model.codec.decode(ours) / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
     np.testing.assert_allclose(ours.numpy(), wanted, rtol=0, atol=1e-4)
     return ours
 
 
-def test_a_run_of_all_weights(distilled, monkeypatch, saved):
-    recipe = distilled(objective={"guidance_embedding": 16, "solver_steps": 20}, steps=3)
+def test_a_run_of_all_weights(distilled, monkeypatch, saved, caplog):
+    recipe = distilled(objective={"guidance_embedding": 16, "solver_steps": 20, "guidance": [1.0, 3.0]}, steps=3)
     result = train(recipe, cpu=True)
     assert result["delta_norm"] > 0
     folder = Path(recipe.output)
@@ -105,9 +105,17 @@ def test_a_run_of_all_weights(distilled, monkeypatch, saved):
     assert (model.kind.name, model.samplers[0], model.backbone.guidance_embedding) == ("lcm", "lcm", 16)
     assert model.sampling["solver_steps"] == 20
     pipeline = pipeline_of(folder / "model")
-    by_default = same_images(monkeypatch, model, pipeline)
     guided = same_images(monkeypatch, model, pipeline, guidance_scale=4.0)
-    assert not torch.equal(by_default, guided)
+    middle = same_images(monkeypatch, model, pipeline, guidance_scale=3.0)
+    assert not torch.equal(middle, guided)
+    assert "outside of the range" not in caplog.text
+    same_images(monkeypatch, model, pipeline)
+    same_images(monkeypatch, model, pipeline)
+    assert caplog.text.count("guidance 8.5 is outside of the range that the network was trained at, 2 to 4") == 1
+    x, t, condition = torch.randn(2, *model.shape), torch.tensor([3, 700]), model.condition.batch(None, PROMPTS, None)
+    with torch.no_grad():
+        by_default = model(x, t, **condition).sample
+        assert torch.equal(by_default, model(x, t, **condition, **model.embed_guidance(3.0, x)).sample)
 
 
 def test_a_run_continues_bit_for_bit(distilled, tmp_path):

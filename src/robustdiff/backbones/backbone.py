@@ -117,7 +117,7 @@ class PretrainedSection(BackboneSection):
         if self.guidance is not None:
             if backbone.guidance is None:
                 raise InputError(f"the model {self.path} takes no scale of guidance: leave model.guidance out")
-            backbone.guidance = self.guidance
+            backbone.take_guidance(self.guidance)
 
     @model_validator(mode="before")
     @classmethod
@@ -246,6 +246,14 @@ class Backbone(ABC):
         """
         return None
 
+    def take_guidance(self, scale: float) -> None:
+        """Set the scale of guidance that the network is called with where none is given; it is saved with the network.
+
+        Raises:
+            InputError: If the network takes none.
+        """
+        raise InputError(f"{type(self.network).__name__} takes no scale of guidance: leave model.guidance out")
+
     @property
     def tokens(self) -> int | None:
         """The number of tokens of an input, by which schedulers shift times dynamically; None if there are none."""
@@ -255,13 +263,14 @@ class Backbone(ABC):
         """Return a scheduler with the settings that the pipelines of the family use in place of its own."""
         return scheduler
 
-    def with_guidance_embedding(self, width: int) -> Backbone:
+    def with_guidance_embedding(self, width: int, scales: tuple[float, float] | None = None) -> Backbone:
         """Return the backbone of a network that also takes an embedding of the guidance scale, ``timestep_cond``.
 
         The other weights of the network are copies of this one's.
 
         Args:
             width: The number of channels of the embedding.
+            scales: The range of scales that the network will be trained at, which is saved with it.
 
         Raises:
             InputError: If the family has no such networks, or this network takes embeddings of another width.

@@ -9,8 +9,9 @@ The network is called with T5's embeddings of a caption (``encoder_hidden_states
 
 FLUX.1 dev is distilled from classifier-free guidance, and takes its scale as an argument (``guidance_embeds`` in the
 configuration). The scale is 3.5 by default, as in diffusers' pipeline and training scripts. It is a setting of training
-(``model.guidance``) and of sampling (``--guidance``), with one evaluation in each step. Networks without it are guided
-as other models are, with two evaluations.
+(``model.guidance``) and of sampling (``--guidance``), with one evaluation in each step. That of training is stored as
+``_guidance`` in the network's configuration, or with an adapter, and is then the default of sampling. Networks without
+it are guided as other models are, with two evaluations.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ from robustdiff.backbones.mmdit import LARGEST_SIZE, MMDiT, caption, check_confi
 from robustdiff.conditions.clip_t5 import FluxText, load_flux_text
 from robustdiff.conditions.condition import Condition
 from robustdiff.errors import InputError
-from robustdiff.loading import Components, check_forward
+from robustdiff.loading import Components, check_forward, shown
+from robustdiff.samplers.guidance import check_guidance
 
 __all__ = ["Flux", "pack", "unpack"]
 
@@ -47,11 +49,14 @@ class Flux(MMDiT):
 
     def __init__(self, network: Any, text: Condition | None = None, factor: int = 8) -> None:
         super().__init__(network, text, factor)
-        self.guidance = 3.5 if network.config.guidance_embeds else None
+        self.guidance = network.config.get("_guidance", 3.5) if network.config.guidance_embeds else None
 
     @staticmethod
     def _prepare(config: dict[str, Any], tensors: int, path: Path) -> None:
         check_config(config, path, tensors, ("num_layers", "num_single_layers"))
+        scale = config.get("_guidance", 3.5)
+        if not (type(scale) in (int, float) and scale >= 0 and math.isfinite(scale)):
+            raise InputError(f"{path}: _guidance={shown(scale)} is no scale of guidance: save the model again")
 
     @staticmethod
     def _check(network: Any, path: Path) -> None:
@@ -68,11 +73,16 @@ class Flux(MMDiT):
     def _load_text(folder: Path, components: Components, config: Any) -> FluxText:
         return load_flux_text(folder, config.joint_attention_dim, config.pooled_projection_dim)
 
+    def take_guidance(self, scale: float) -> None:
+        if self.guidance is None:
+            super().take_guidance(scale)
+        self.guidance = scale
+        self.network.register_to_config(_guidance=scale)
+
     def embed_guidance(self, scale: float, like: Tensor) -> dict[str, Tensor] | None:
         if self.guidance is None:
             return None
-        if not (scale >= 0 and math.isfinite(scale)):
-            raise InputError(f"guidance must be at least 0 and finite; got {scale}")
+        check_guidance(scale)
         return {"guidance": like.new_full((len(like),), scale, dtype=torch.float32)}
 
     def bind(self, network: Callable[..., Any]) -> Callable[..., Any]:

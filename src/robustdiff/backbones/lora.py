@@ -103,6 +103,7 @@ class Adapter(BaseModel):
         scheduler: The class of the scheduler.
         size: The (height, width) of the network's input; None if the network does not fix it.
         classes: The number of classes, without the null class; None if the condition is not a class.
+        guidance: The scale of guidance of the training; None if the network takes none.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -113,6 +114,7 @@ class Adapter(BaseModel):
     scheduler: Text
     size: tuple[int, int] | None = None
     classes: int | None = Field(None, ge=1, le=10**6)
+    guidance: float | None = Field(None, ge=0, allow_inf_nan=False)
 
 
 # -- networks with an adapter ---------------------------------------------------------------------------------

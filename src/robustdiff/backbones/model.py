@@ -247,6 +247,7 @@ class Model:
             scheduler=type(self.scheduler).__name__,
             size=self.backbone.size,
             classes=self.condition.classes,
+            guidance=self.backbone.guidance,
         )
 
     @contextmanager
@@ -359,6 +360,8 @@ def _adapted(folder: Path, path: str, size: int | None) -> Model:
     if size is None and adapter.size is not None and adapter.size != backbone.size:
         backbone.take_size(*adapter.size)
     backbone.note_classes(adapter.classes)
+    if adapter.guidance is not None:
+        backbone.take_guidance(adapter.guidance)
     inject(backbone.network, adapter.lora, path)
     read_weights_into(backbone.network, backbone.part, folder / WEIGHTS)
     backbone.network.eval()

@@ -4,7 +4,9 @@ Stable Diffusion is the UNet of Rombach et al., "High-Resolution Image Synthesis
 2022, arXiv 2112.10752. Stable Diffusion XL (Podell et al., 2023, arXiv 2307.01952) also takes the embedding of the
 whole caption and six numbers: the original height and width of the image, the top and left of the crop, and the height
 and width of the crop. Latent consistency models (Luo et al., 2023, arXiv 2310.04378) also take an embedding of the
-guidance scale, ``timestep_cond``.
+guidance scale, ``timestep_cond``. The range of scales that such a network was trained at is stored as
+``_guidance_range`` in its configuration, and it is called with the middle of it where no scale is given. (diffusers
+preserves fields that begin with an underscore, and ignores them.)
 
 The safety checker of a pipeline is neither applied nor saved again.
 """
@@ -39,6 +41,7 @@ from robustdiff.loading import (
     shown,
 )
 from robustdiff.objectives.latent_consistency import embed_guidance
+from robustdiff.samplers.guidance import check_guidance
 
 __all__ = ["StableDiffusion"]
 
@@ -46,7 +49,7 @@ logger = logging.getLogger(__name__)
 
 _SD, _XL, _LCM = "StableDiffusionPipeline", "StableDiffusionXLPipeline", "LatentConsistencyModelPipeline"
 
-_GUIDANCE = 8.5  # the default scale of LatentConsistencyModelPipeline
+_GUIDANCE = 8.5  # the default scale of LatentConsistencyModelPipeline, if the range of training is not known
 
 _LARGEST_SIZE = 2**11  # in latents: 16384 pixels with a VAE of factor 8
 
@@ -81,6 +84,7 @@ class StableDiffusion(Backbone):
     ) -> None:
         super().__init__(network)
         self.text, self.factor, self.kind = text, factor, pipeline
+        self._warned = False
 
     @classmethod
     def load(
@@ -150,7 +154,8 @@ class StableDiffusion(Backbone):
             if condition.get("timestep_cond") is not None and config.time_cond_proj_dim is None:
                 raise InputError("this network takes no embedding of the guidance scale (time_cond_proj_dim)")
             if "timestep_cond" not in condition:
-                condition |= self.embed_guidance(_GUIDANCE, x) or {}
+                scale = _GUIDANCE if self.guidance_range is None else sum(self.guidance_range) / 2
+                condition |= self.embed_guidance(scale, x) or {}
             if text_embeds is None:
                 return network(x, timestep=t, **condition)
             # Filled on the device: a copy from the host could not be recorded in a CUDA graph.
@@ -168,21 +173,34 @@ class StableDiffusion(Backbone):
         width: int | None = self.network.config.time_cond_proj_dim
         return width
 
+    @property
+    def guidance_range(self) -> tuple[float, float] | None:
+        """The range of guidance scales that the network was trained at; None if it is not known, or it takes none."""
+        given = self.network.config.get("_guidance_range")
+        return None if given is None or self.guidance_embedding is None else (given[0], given[1])
+
     def embed_guidance(self, scale: float, like: Tensor) -> dict[str, Tensor] | None:
         if self.guidance_embedding is None:
             return None
-        if not (scale >= 0 and math.isfinite(scale)):
-            raise InputError(f"guidance must be at least 0 and finite; got {scale}")
+        check_guidance(scale)
+        low, high = self.guidance_range or (0.0, math.inf)
+        if not low <= scale <= high and not self._warned:
+            self._warned = True
+            logger.warning(
+                "guidance %g is outside of the range that the network was trained at, %g to %g", scale, low, high
+            )
         w = torch.full((len(like),), scale - 1, dtype=torch.float32, device=like.device)
         return {"timestep_cond": embed_guidance(w, self.guidance_embedding).to(like.dtype)}
 
-    def with_guidance_embedding(self, width: int) -> StableDiffusion:
+    def with_guidance_embedding(self, width: int, scales: tuple[float, float] | None = None) -> StableDiffusion:
         """Return the backbone of a network that also takes an embedding of the guidance scale, ``timestep_cond``.
 
         The weights of the embedding are zero, so that the network at first computes what this one does.
         """
         network, own = self.network, self.network.config.time_cond_proj_dim
         if own == width:
+            if scales is not None:
+                network.register_to_config(_guidance_range=scales)
             return self
         if own is not None:
             raise InputError(
@@ -195,6 +213,8 @@ class StableDiffusion(Backbone):
             if name not in state:
                 state[name] = torch.zeros(value.shape, device=network.device)
         wider.load_state_dict(state, assign=True)
+        if scales is not None:
+            wider.register_to_config(_guidance_range=scales)
         return StableDiffusion(wider.train(network.training), self.text, self.factor, _XL if self.kind == _XL else _LCM)
 
 
@@ -245,6 +265,16 @@ def _check(network: UNet2DConditionModel, path: Path, codec: VAE, text: ClipText
             raise InputError(
                 f"{path}: {name}={shown(config[name])}: networks that take more than captions are not supported"
             )
+    scales = config.get("_guidance_range")
+    if scales is not None and not (
+        isinstance(scales, list)
+        and len(scales) == 2
+        and all(type(scale) in (int, float) and math.isfinite(scale) for scale in scales)
+        and 0 <= scales[0] <= scales[1]
+    ):
+        raise InputError(
+            f"{path}: _guidance_range={shown(scales)} is no range of scales of guidance: save the model again"
+        )
     width = config.cross_attention_dim
     if any(one != text.width for one in (width if isinstance(width, list | tuple) else [width])):
         raise InputError(

@@ -507,7 +507,8 @@ class LatentConsistencyConfig(ObjectiveConfig):
                     )
             return self.model_copy(update={"guidance_embedding": own}), backbone
         width = self.guidance_embedding or own or _WIDTH
-        return self.model_copy(update={"guidance_embedding": width}), backbone.with_guidance_embedding(width)
+        scales = self.guidance[0] + 1, self.guidance[1] + 1
+        return self.model_copy(update={"guidance_embedding": width}), backbone.with_guidance_embedding(width, scales)
 
     def copies_student(self, adapted: bool) -> bool:
         return not adapted

@@ -18,7 +18,17 @@ from torch import Tensor
 from robustdiff.errors import InputError
 from robustdiff.objectives.objective import predict
 
-__all__ = ["guided"]
+__all__ = ["check_guidance", "guided"]
+
+
+def check_guidance(scale: float) -> None:
+    """Check a scale of guidance.
+
+    Raises:
+        InputError: If it is not at least 0 and finite.
+    """
+    if not (scale >= 0 and math.isfinite(scale)):
+        raise InputError(f"guidance must be at least 0 and finite; got {scale}")
 
 
 def guided(
@@ -39,8 +49,7 @@ def guided(
         InputError: If the scale is out of range, the condition is empty, a name is missing from ``unconditional``, or a
             value of it does not go with that of the condition.
     """
-    if not (guidance >= 0 and math.isfinite(guidance)):
-        raise InputError(f"guidance must be at least 0 and finite; got {guidance}")
+    check_guidance(guidance)
     if not condition:
         raise InputError("guidance needs a model with a condition, such as classes: leave it out")
     if missing := [name for name in condition if name not in unconditional]:
