@@ -61,7 +61,7 @@ def load_encoder(path: Path, kind: Any, what: str, dtype: Any = "auto") -> Any:
         path: The folder.
         kind: The class of transformers.
         what: The word for it in messages, such as "text encoder".
-        dtype: The type of the weights; by default that of the file.
+        dtype: The type of the weights; by default that which the configuration names, or else that of the file.
 
     Raises:
         InputError: If it cannot be read, or a weight is missing or not finite.

@@ -54,11 +54,22 @@ def test_embeddings_of_flux_are_those_of_diffusers(make_clip, make_t5):
     assert torch.equal(given["pooled_projections"], pooled)
 
 
-def test_long_captions_are_cut_with_a_warning(make_clip, make_t5, caplog):
-    text = FluxText(*named([make_clip(10), make_t5(1, d_model=24)]))
+def test_captions_that_t5_cuts_are_warned_of_and_those_that_only_clip_cuts_are_not(make_clip, make_t5, caplog):
+    text = FluxText(*named([make_clip(10), make_t5(1, d_model=24)]), length=32)
     with caplog.at_level(logging.WARNING):
-        text.batch(None, ["red " * 15], None)
-    assert "cut after 16 tokens" in caplog.text
+        text.encode(["red " * 15])  # more than the 16 tokens of the CLIP
+        assert not caplog.text
+        text.encode(["red " * 40])
+    assert "cut after 32 tokens by text_encoder_2" in caplog.text
+
+
+def test_each_encoder_that_cuts_captions_is_warned_of_once(make_clip, caplog):
+    text = StableDiffusion3Text(*named([make_clip(8, 8), make_clip(8, 8)]), width=24)
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            text.encode(["red " * 15])
+    for name in ("text_encoder,", "text_encoder_2,"):
+        assert caplog.text.count(f"cut after 16 tokens by {name}") == 1
 
 
 def test_the_fingerprint_depends_on_every_encoder_and_the_length(make_clip, make_t5):

@@ -6,7 +6,8 @@ A and B have gradients as parameters; the gradient of δ, the perturbation of th
 
 A model with an adapter is saved without its base, as a folder with
 
-    pytorch_lora_weights.safetensors   A and B in float32, with α: the file that diffusers' load_lora_weights reads
+    pytorch_lora_weights.safetensors   A and B in float32, with α: the file that diffusers' load_lora_weights reads (of
+                                       Stable Diffusion, latent consistency models and Flux; other pipelines have none)
     adapter.json                       the base model, by path and fingerprint, and the settings of the adapter
     scheduler/                         the scheduler, which defines the process that the adapter was trained for
 

@@ -46,7 +46,7 @@ class ClipText(TextCondition):
         return int(self.encoder.config.hidden_size)
 
     def encode(self, texts: list[str]) -> dict[str, Tensor]:
-        given = self.tokens(self.tokenizer, texts, self.length).to(self.encoder.device)
+        given = self.tokens("tokenizer", texts, self.length).to(self.encoder.device)
         masked = getattr(self.encoder.config, "use_attention_mask", False)
         mask = given.attention_mask if masked else None
         return {"encoder_hidden_states": self.encoder(given.input_ids, attention_mask=mask)[0]}
@@ -110,15 +110,15 @@ class TwoClipTexts(TextCondition):
 
     def encode(self, texts: list[str]) -> dict[str, Tensor]:
         hidden: list[Tensor] = []
-        for tokenizer, encoder in zip(self.tokenizers.values(), self.encoders.values(), strict=True):
-            given = self.tokens(tokenizer, texts, self.length).to(encoder.device)
+        for name, encoder in zip(self.tokenizers, self.encoders.values(), strict=True):
+            given = self.tokens(name, texts, self.length).to(encoder.device)
             output = encoder(given.input_ids, output_hidden_states=True)
             hidden.append(output.hidden_states[-2])
         return {"encoder_hidden_states": torch.cat(hidden, dim=-1), "text_embeds": output.text_embeds}
 
 
 def load_clip(folder: Path) -> ClipText:
-    """Load the tokenizer and the text encoder of a pipeline folder, on the CPU, in the type of the weights.
+    """Load the tokenizer and the text encoder of a pipeline folder, on the CPU, in its own type.
 
     Raises:
         InputError: If transformers is not installed, or the tokenizer or the encoder cannot be read.
@@ -128,7 +128,7 @@ def load_clip(folder: Path) -> ClipText:
 
 
 def load_two_clips(folder: Path, zeros: bool) -> TwoClipTexts:
-    """Load the two tokenizers and text encoders of a pipeline folder, on the CPU, in the type of the weights.
+    """Load the two tokenizers and text encoders of a pipeline folder, on the CPU, in their own types.
 
     Args:
         folder: The pipeline folder.

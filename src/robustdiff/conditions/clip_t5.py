@@ -57,7 +57,9 @@ class StableDiffusion3Text(TextCondition):
         hidden, pooled = [], []
         for number in ("", "_2"):
             encoder = self.encoders[f"text_encoder{number}"]
-            given = self.tokens(self.tokenizers[f"tokenizer{number}"], texts, self.clip_length)
+            # What CLIP cuts, T5 reads.
+            warn = "text_encoder_3" not in self.encoders
+            given = self.tokens(f"tokenizer{number}", texts, self.clip_length, warn)
             out = encoder(given.input_ids.to(encoder.device), output_hidden_states=True)
             hidden.append(out.hidden_states[-2])
             pooled.append(out.text_embeds)
@@ -90,7 +92,7 @@ class FluxText(TextCondition):
 
     def encode(self, texts: list[str]) -> dict[str, Tensor]:
         encoder = self.encoders["text_encoder"]
-        given = self.tokens(self.tokenizers["tokenizer"], texts, self.clip_length)
+        given = self.tokens("tokenizer", texts, self.clip_length, warn=False)  # T5 reads on
         return {
             "encoder_hidden_states": _t5_tokens(self, "_2", texts),
             "pooled_projections": encoder(given.input_ids.to(encoder.device)).pooler_output,
@@ -105,7 +107,7 @@ def _length(tokenizer: Any, *encoders: Any) -> int:
 def _t5_tokens(text: Any, number: str, texts: list[str]) -> Tensor:
     """Return the embeddings (B, length, D) of a T5, of padding as well."""
     encoder = text.encoders[f"text_encoder{number}"]
-    given = text.tokens(text.tokenizers[f"tokenizer{number}"], texts, text.length)
+    given = text.tokens(f"tokenizer{number}", texts, text.length)
     hidden: Tensor = encoder(given.input_ids.to(encoder.device))[0]
     return hidden
 

@@ -34,14 +34,14 @@ class T5Text(TextCondition):
         return text.lower().strip()
 
     def encode(self, texts: list[str]) -> dict[str, Tensor]:
-        given = self.tokens(self.tokenizer, texts, self.length).to(self.encoder.device)
+        given = self.tokens("tokenizer", texts, self.length).to(self.encoder.device)
         hidden = self.encoder(given.input_ids, attention_mask=given.attention_mask)[0]
         hidden = hidden.masked_fill(given.attention_mask[..., None] == 0, 0)
         return {"encoder_hidden_states": hidden, "encoder_attention_mask": given.attention_mask}
 
 
 def load_t5(folder: Path, length: int = 120) -> T5Text:
-    """Load the tokenizer and the T5 encoder of a pipeline folder, on the CPU, in the type of the weights.
+    """Load the tokenizer and the T5 encoder of a pipeline folder, on the CPU, in its own type.
 
     Args:
         folder: The pipeline folder, with ``tokenizer`` and ``text_encoder``.

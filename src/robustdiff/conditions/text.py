@@ -79,7 +79,7 @@ class TextCondition(Condition):
         self._rows: dict[str, bytes] = {}
         self._bytes = 0
         self._unwritable: str | None = None  # why nothing more is kept on disk
-        self._warned = False
+        self._warned: set[str] = set()
 
     @abstractmethod
     def encode(self, texts: list[str]) -> dict[str, Tensor]:
@@ -222,14 +222,24 @@ class TextCondition(Condition):
                 )
             progress.advance(len(batch))
 
-    def tokens(self, tokenizer: Any, texts: list[str], length: int) -> Any:
-        """Return the tokens of texts, padded and cut to a length, with a warning at the first text that is cut."""
-        if not self._warned:
+    def tokens(self, name: str, texts: list[str], length: int, warn: bool = True) -> Any:
+        """Return the tokens of texts, padded and cut to a length.
+
+        Args:
+            name: The name of the tokenizer.
+            texts: The texts.
+            length: The length.
+            warn: Whether to warn of the first text that is cut.
+        """
+        tokenizer = self.tokenizers[name]
+        if warn and name not in self._warned:
             whole = tokenizer(texts, verbose=False).input_ids
             cut = next((text for text, ids in zip(texts, whole, strict=True) if len(ids) > length), None)
             if cut is not None:
-                self._warned = True
-                logger.warning("captions are cut after %d tokens, such as %r", length, printable(cut[:100]))
+                self._warned.add(name)
+                encoder = name.replace("tokenizer", "text_encoder")
+                shown = printable(cut[:100])
+                logger.warning("captions are cut after %d tokens by %s, such as %r", length, encoder, shown)
         return tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
 
     def _normal(self, text: str) -> str:
@@ -377,7 +387,7 @@ def load_tokenizer(folder: Path, part: str, kinds: Sequence[str]) -> Any:
 
 
 def load_text_encoder(folder: Path, part: str, kinds: Sequence[str]) -> Any:
-    """Load a text encoder of a pipeline folder, in the type of its weights (:func:`robustdiff.encoders.load_encoder`).
+    """Load a text encoder of a pipeline folder, in its own type (:func:`robustdiff.encoders.load_encoder`).
 
     Args:
         folder: The pipeline folder.
