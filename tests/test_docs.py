@@ -161,7 +161,7 @@ def workspace(tmp_path_factory, make_unet, make_sd_pipeline) -> Path:
     np.savez(folder / "cifar.npz", images=np.random.default_rng(0).integers(0, 256, (16, 8, 8, 3), dtype=np.uint8))
     for size in (8, 32):
         Classifier(3, size, [4], 3, 2).save(folder / f"features-{size}.safetensors")
-    make_sd_pipeline(folder / "models" / "sd15")
+    make_sd_pipeline(folder / "stable-diffusion-v1-5" / "stable-diffusion-v1-5")
     (folder / "data" / "captioned").mkdir(parents=True)
     for i in range(4):
         Image.fromarray(np.full((8, 9, 3), 40 * i, np.uint8)).save(folder / "data" / "captioned" / f"000{i}.jpg")
@@ -202,7 +202,7 @@ def test_every_command_of_text_to_image_runs(robustdiff, make_sd_pipeline, clip_
     from robustdiff.metrics.extractors.classifier import Classifier
 
     monkeypatch.chdir(tmp_path)
-    make_sd_pipeline(tmp_path / "models" / "sd15")
+    make_sd_pipeline(tmp_path / "stable-diffusion-v1-5" / "stable-diffusion-v1-5")
     shutil.copytree(clip_folder, tmp_path / "models" / "clip-vit-large-patch14")
     for folder in (tmp_path / "data" / "captioned", tmp_path / "data" / "real"):
         folder.mkdir(parents=True)
