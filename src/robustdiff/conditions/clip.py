@@ -17,14 +17,15 @@ from torch import Tensor
 from robustdiff.conditions.text import TextCondition, load_text_encoder, load_tokenizer
 from robustdiff.errors import InputError
 
-__all__ = ["ClipText", "TwoClipTexts", "load_clip", "load_two_clips"]
+__all__ = ["TOKENIZERS", "ClipText", "TwoClipTexts", "clip_length", "load_clip", "load_two_clips"]
 
-_TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast")
+TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast")
+"""The classes of CLIP's tokenizers."""
 
 
-def _length(tokenizer: Any, encoder: Any) -> int:
+def clip_length(tokenizer: Any, *encoders: Any) -> int:
     """Return the number of tokens of a caption with padding, 77 for the models of OpenAI and OpenCLIP."""
-    return min(int(tokenizer.model_max_length), int(encoder.config.max_position_embeddings))
+    return int(min(tokenizer.model_max_length, *(encoder.config.max_position_embeddings for encoder in encoders)))
 
 
 class ClipText(TextCondition):
@@ -36,7 +37,7 @@ class ClipText(TextCondition):
     """
 
     def __init__(self, tokenizer: Any, encoder: Any) -> None:
-        self.length = _length(tokenizer, encoder)
+        self.length = clip_length(tokenizer, encoder)
         super().__init__({"tokenizer": tokenizer}, {"text_encoder": encoder}, length=self.length)
         self.tokenizer, self.encoder = tokenizer, encoder
 
@@ -67,7 +68,7 @@ class TwoClipTexts(TextCondition):
     """
 
     def __init__(self, tokenizers: tuple[Any, Any], encoders: tuple[Any, Any], zeros: bool = True) -> None:
-        self.length, other = (_length(*pair) for pair in zip(tokenizers, encoders, strict=True))
+        self.length, other = (clip_length(*pair) for pair in zip(tokenizers, encoders, strict=True))
         if self.length != other:
             raise InputError(
                 f"the first text encoder takes {self.length} tokens and the second {other}: give two that take as many"
@@ -123,7 +124,7 @@ def load_clip(folder: Path) -> ClipText:
     Raises:
         InputError: If transformers is not installed, or the tokenizer or the encoder cannot be read.
     """
-    tokenizer = load_tokenizer(folder, "tokenizer", _TOKENIZERS)
+    tokenizer = load_tokenizer(folder, "tokenizer", TOKENIZERS)
     return ClipText(tokenizer, load_text_encoder(folder, "text_encoder", ("CLIPTextModel",)))
 
 
@@ -137,7 +138,7 @@ def load_two_clips(folder: Path, zeros: bool) -> TwoClipTexts:
     Raises:
         InputError: If transformers is not installed, or a tokenizer or an encoder cannot be read.
     """
-    first, second = (load_tokenizer(folder, name, _TOKENIZERS) for name in ("tokenizer", "tokenizer_2"))
+    first, second = (load_tokenizer(folder, name, TOKENIZERS) for name in ("tokenizer", "tokenizer_2"))
     encoder = load_text_encoder(folder, "text_encoder", ("CLIPTextModel",))
     projecting = load_text_encoder(folder, "text_encoder_2", ("CLIPTextModelWithProjection",))
     return TwoClipTexts((first, second), (encoder, projecting), zeros)

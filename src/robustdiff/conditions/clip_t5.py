@@ -24,13 +24,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from robustdiff.conditions.clip import TOKENIZERS, clip_length
 from robustdiff.conditions.text import TextCondition, load_text_encoder, load_tokenizer
 from robustdiff.errors import InputError, printable
 from robustdiff.loading import Components
 
 __all__ = ["FluxText", "StableDiffusion3Text", "load_flux_text", "load_sd3_text"]
 
-_CLIP_TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast")
 _T5_TOKENIZERS = ("T5TokenizerFast", "T5Tokenizer")
 
 
@@ -51,7 +51,7 @@ class StableDiffusion3Text(TextCondition):
     ) -> None:
         super().__init__(tokenizers, encoders, width=width, length=length)
         self.width, self.length = width, length
-        self.clip_length = _length(tokenizers["tokenizer"], encoders["text_encoder"], encoders["text_encoder_2"])
+        self.clip_length = clip_length(tokenizers["tokenizer"], encoders["text_encoder"], encoders["text_encoder_2"])
 
     def encode(self, texts: list[str]) -> dict[str, Tensor]:
         hidden, pooled = [], []
@@ -88,7 +88,7 @@ class FluxText(TextCondition):
     def __init__(self, tokenizers: Mapping[str, Any], encoders: Mapping[str, Any], length: int = 512) -> None:
         super().__init__(tokenizers, encoders, length=length)
         self.length = length
-        self.clip_length = _length(tokenizers["tokenizer"], encoders["text_encoder"])
+        self.clip_length = clip_length(tokenizers["tokenizer"], encoders["text_encoder"])
 
     def encode(self, texts: list[str]) -> dict[str, Tensor]:
         encoder = self.encoders["text_encoder"]
@@ -97,11 +97,6 @@ class FluxText(TextCondition):
             "encoder_hidden_states": _t5_tokens(self, "_2", texts),
             "pooled_projections": encoder(given.input_ids.to(encoder.device)).pooler_output,
         }
-
-
-def _length(tokenizer: Any, *encoders: Any) -> int:
-    """Return the number of tokens of CLIPs, with padding."""
-    return int(min(tokenizer.model_max_length, *(encoder.config.max_position_embeddings for encoder in encoders)))
 
 
 def _t5_tokens(text: Any, number: str, texts: list[str]) -> Tensor:
@@ -125,7 +120,7 @@ def load_sd3_text(folder: Path, components: Components, width: int, pooled: int)
         InputError: If transformers is not installed, a component is missing or cannot be read, or the network takes
             embeddings of other widths.
     """
-    tokenizers = {name: load_tokenizer(folder, name, _CLIP_TOKENIZERS) for name in ("tokenizer", "tokenizer_2")}
+    tokenizers = {name: load_tokenizer(folder, name, TOKENIZERS) for name in ("tokenizer", "tokenizer_2")}
     kinds = ("CLIPTextModelWithProjection",)
     encoders = {name: load_text_encoder(folder, name, kinds) for name in ("text_encoder", "text_encoder_2")}
     clips = list(encoders.values())
@@ -153,7 +148,7 @@ def load_flux_text(folder: Path, width: int, pooled: int) -> FluxText:
             embeddings of other widths.
     """
     tokenizers = {
-        "tokenizer": load_tokenizer(folder, "tokenizer", _CLIP_TOKENIZERS),
+        "tokenizer": load_tokenizer(folder, "tokenizer", TOKENIZERS),
         "tokenizer_2": load_tokenizer(folder, "tokenizer_2", _T5_TOKENIZERS),
     }
     clip = load_text_encoder(folder, "text_encoder", ("CLIPTextModel",))
