@@ -316,7 +316,7 @@ def test_the_safety_checker_is_said_to_be_dropped(copied: Any, caplog: pytest.Lo
         ("sd", "unet/config.json", {"time_cond_proj_dim": 8}, "lacks 1 of its"),
         ("xl", "unet/config.json", {"addition_embed_type": None}, "two text encoders"),
         ("xl", "unet/config.json", {"projection_class_embeddings_input_dim": 50}, "refiner"),
-        ("sd", "text_encoder/config.json", {"vocab_size": 10}, "text_encoder cannot be read"),
+        ("sd", "text_encoder/config.json", {"vocab_size": 10}, "text encoder cannot be read"),
         ("sd", "vae/config.json", {"shift_factor": 0.1}, "does not shift latents"),
         ("xl", "vae/config.json", {"shift_factor": 0.1}, "does not shift latents"),
     ],
