@@ -152,16 +152,17 @@ def test_it_keeps_the_first_images(grid, generators):
 
 
 def test_replicates_are_computed_once_for_the_interval_and_the_differences(generators, metrics, monkeypatch):
-    distances, frechet = [], fid_module._frechet
+    computed, bootstrap = [], fid_module.bootstrap_frechet
 
-    def counted(mean, *arguments):
-        distances.append(len(mean))
-        return frechet(mean, *arguments)
+    def counted(*arguments, **more):
+        computed.append(bootstrap(*arguments, **more))
+        return computed[-1]
 
-    monkeypatch.setattr(fid_module, "_frechet", counted)
+    monkeypatch.setattr(fid_module, "bootstrap_frechet", counted)
     generator = replace(generators["one"], steps=2)
     cell, images = evaluate_cell("one", generator, 20, metrics, Accelerator(cpu=True), keep=20)
-    assert sum(distances) == 1 + len(cell.replicates["fid"])
+    assert len(computed) == 1
+    assert np.array_equal(computed[0], cell.replicates["fid"])
     assert cell.intervals["fid"] == interval(cell.values["fid"], cell.replicates["fid"], cell.blocks["fid"], log=True)
     assert cell.values["brightness"] == pytest.approx(images.double().mean().item())
 

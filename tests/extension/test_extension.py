@@ -60,6 +60,7 @@ MISTAKES = {
     "data.background=black": ["stripes takes no background", "imagefolder", "workers, width, dark"],
     "data=digits": ["digits takes no width", "stripes"],
     "data.root=x": ["stripes takes no root"],
+    "data={name: digits, background: white}": ["digits takes no background", "imagefolder"],
 }
 SAMPLE = ["sample", "run", "--cpu", "--steps", "3", "--num", "4"]
 SAMPLE_CONV = ["sample", "conv", "--cpu", "--steps", "3", "--num", "4"]
@@ -140,7 +141,7 @@ def folder(tmp_path_factory):
     (folder / "r.yaml").write_text(yaml.safe_dump(TINY))
     (folder / "c.yaml").write_text(yaml.safe_dump(CONV))
     env = {**os.environ, "PYTHONPATH": f"{SRC}:{site}", "CUDA_VISIBLE_DEVICES": ""}
-    values = [*MISTAKES, "adversary=none", "data={name: digits, background: white}"]
+    values = [*MISTAKES, "adversary=none"]
     outcome = subprocess.run(
         [sys.executable, "-c", RUN, json.dumps(COMMANDS), *values], env=env, cwd=folder, capture_output=True, text=True
     )
@@ -184,7 +185,6 @@ def test_recipes_of_its_kinds(folder):
         for word in words:
             assert word in read[assignment]
     assert read["adversary=none"]["adversary"]["name"] == "none", "and its own fields go with it"
-    assert "background" not in read["data={name: digits, background: white}"]["data"], "as older recipes have it"
 
 
 def test_a_backbone_with_its_condition_and_a_codec_are_trained_saved_loaded_and_sampled(folder):
