@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from robustdiff.errors import InputError, first_line, installing, printable
-from robustdiff.loading import quietly
+from robustdiff.loading import quietly, read_config, shown
 
-__all__ = ["load_encoder", "load_part", "transformers_class"]
+__all__ = ["check_model_type", "load_encoder", "load_part", "transformers_class"]
 
 _WEIGHTS = re.compile(r"model(?:\.(\w+))?(?:-\d+-of-\d+)?\.safetensors")
 _LOCAL = {"local_files_only": True, "trust_remote_code": False}
@@ -35,6 +35,24 @@ def transformers_class(kind: str, user: str) -> Any:
     except ImportError:
         raise InputError(f"{user} needs transformers: {installing('text')}") from None
     return getattr(transformers, kind)
+
+
+def check_model_type(folder: Path, kind: str, title: str) -> None:
+    """Check that a folder is that of a model of transformers, by its ``config.json``.
+
+    Args:
+        folder: The folder.
+        kind: The ``model_type`` of such models.
+        title: Their name in messages.
+
+    Raises:
+        InputError: If it is not.
+    """
+    if not (folder / "config.json").is_file():
+        raise InputError(f"{printable(folder)} has no config.json: it is not the folder of a {title} model")
+    found = read_config(folder / "config.json").get("model_type")
+    if found != kind:
+        raise InputError(f"{printable(folder)}: config.json is of {shown(found)}, not of a {title} model ({kind})")
 
 
 def load_part(path: Path, kind: Any, what: str) -> Any:

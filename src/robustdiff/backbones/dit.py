@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from robustdiff.backbones.backbone import BACKBONES, Backbone, BackboneSection
 from robustdiff.codecs.codec import Codec, Shape
-from robustdiff.codecs.vae import VAE, check_unshifted, pipeline_vae
+from robustdiff.codecs.vae import VAE, check_latent_channels, check_unshifted, pipeline_vae
 from robustdiff.conditions.condition import Condition
 from robustdiff.conditions.labels import Labels
 from robustdiff.errors import InputError
@@ -301,12 +301,8 @@ def load_transformer(
     codec = pipeline_vae(folder, components)
     check_unshifted(codec, index)
     config: Any = network.config
-    channels, height, _ = codec.decoded_shape((config.in_channels, config.sample_size, config.sample_size))
-    if codec.encoded_shape((channels, height, height))[0] != config.in_channels:
-        raise InputError(
-            f"{index}: the transformer takes {config.in_channels} channels and the VAE encodes as "
-            f"{codec.network.config.latent_channels}: give the two that belong together"
-        )
+    check_latent_channels(codec, config.in_channels, index)
+    height = codec.decoded_shape((config.in_channels, config.sample_size, config.sample_size))[1]
     if size not in (None, height):
         raise InputError(f"size {size} is not for this model: its positions are those of {height}×{height} pixels")
     return network, codec

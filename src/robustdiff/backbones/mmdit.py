@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from robustdiff.backbones.backbone import Backbone
 from robustdiff.backbones.kinds.kind import kind_of
 from robustdiff.codecs.codec import Codec, Shape
-from robustdiff.codecs.vae import VAE, pipeline_vae
+from robustdiff.codecs.vae import VAE, check_latent_channels, pipeline_vae
 from robustdiff.conditions.condition import Condition
 from robustdiff.errors import InputError
 from robustdiff.loading import Components, Place, check_depth, component, load_network, read_config, shown
@@ -214,10 +214,5 @@ def _load_vae(folder: Path, components: Components, channels: int) -> VAE:
     index = folder / "model_index.json"
     codec = pipeline_vae(folder, components)
     _check_vae(codec, index)
-    config: Any = codec.network.config
-    if config.latent_channels != channels:
-        raise InputError(
-            f"{index}: the transformer takes {channels} channels and the VAE encodes as {config.latent_channels}: give "
-            "the two that belong together"
-        )
+    check_latent_channels(codec, channels, index)
     return codec

@@ -32,7 +32,15 @@ from robustdiff.loading import Components, check_depth, component, load_network,
 from robustdiff.section import Text
 from robustdiff.weights import update_digest
 
-__all__ = ["VAE", "Posterior", "VAESection", "check_unshifted", "load_vae", "pipeline_vae"]
+__all__ = [
+    "VAE",
+    "Posterior",
+    "VAESection",
+    "check_latent_channels",
+    "check_unshifted",
+    "load_vae",
+    "pipeline_vae",
+]
 
 PRETRAINED = files("robustdiff.codecs") / "pretrained"
 """The folder of the VAEs shipped with the package."""
@@ -207,6 +215,25 @@ def check_unshifted(codec: Any, path: str | Path, *, per_channel: bool = False) 
     """
     if codec.network.config.shift_factor if per_channel else codec.shifted:
         raise InputError(f"{path}: the pipeline does not shift latents, and its VAE has a shift: give another VAE")
+
+
+def check_latent_channels(codec: VAE, channels: int, index: Path) -> None:
+    """Check that a VAE encodes images as the number of channels that the transformer of a pipeline takes.
+
+    Args:
+        codec: The VAE.
+        channels: The number of channels of the transformer's input.
+        index: The ``model_index.json`` of the pipeline, for messages.
+
+    Raises:
+        InputError: If it does not.
+    """
+    own = codec.encoded_shape(codec.decoded_shape((channels, 1, 1)))[0]  # of images like those that it decodes
+    if own != channels:
+        raise InputError(
+            f"{index}: the transformer takes {channels} channels and the VAE encodes as {own}: give the two that "
+            "belong together"
+        )
 
 
 def load_vae(path: str | Path) -> AutoencoderKL:

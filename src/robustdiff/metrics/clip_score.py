@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from robustdiff.encoders import load_encoder, load_part, transformers_class
+from robustdiff.encoders import check_model_type, load_encoder, load_part, transformers_class
 from robustdiff.errors import InputError, first_line, printable
 from robustdiff.loading import read_config, shown
 from robustdiff.metrics.bootstrap import Array, block_of, block_weights
@@ -191,11 +191,7 @@ def _check_files(folder: Path) -> None:
     """Check that a folder is that of a CLIP model, and has a tokenizer and the configuration of an image processor."""
     if not folder.is_dir():
         raise InputError(f"{printable(folder)}: no such folder; give that of a CLIP model, as clip-score=FOLDER")
-    if not (folder / "config.json").is_file():
-        raise InputError(f"{printable(folder)} has no config.json: it is not the folder of a CLIP model")
-    kind = read_config(folder / "config.json").get("model_type")
-    if kind != "clip":
-        raise InputError(f"{printable(folder)}: config.json is of {shown(kind)}, not of a CLIP model (clip)")
+    check_model_type(folder, "clip", "CLIP")
     words = [{"tokenizer.json"}, {"vocab.json", "merges.txt"}]
     if not any(all((folder / name).is_file() for name in names) for names in words):
         raise InputError(

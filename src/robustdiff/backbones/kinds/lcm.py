@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
-
-from torch import Tensor
 
 from robustdiff.backbones.kinds.diffusion import Diffusion
 from robustdiff.backbones.kinds.kind import KINDS, ModelKind, validated
@@ -42,12 +39,10 @@ class LatentConsistency(Diffusion):
         )
 
     denoiser = ModelKind.denoiser
+    spacing = ModelKind.spacing
 
     def sampling(self) -> dict[str, Any]:
         return ModelKind.sampling(self) | {
             "solver_steps": self.config.original_inference_steps,
             "timestep_scaling": self.config.timestep_scaling,
         }
-
-    def spacing(self) -> Callable[[int, int], Tensor] | None:
-        return None

@@ -18,10 +18,9 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from robustdiff.encoders import load_encoder, transformers_class
+from robustdiff.encoders import check_model_type, load_encoder, transformers_class
 from robustdiff.errors import InputError, printable
-from robustdiff.loading import read_config, shown
-from robustdiff.metrics.extractors.extractor import EXTRACTORS, FeatureExtractor, check_images, fingerprint_of
+from robustdiff.metrics.extractors.extractor import EXTRACTORS, FeatureExtractor, fingerprint_of, in_colour
 
 __all__ = ["DinoExtractor", "interpolate_positions"]
 
@@ -46,11 +45,7 @@ class DinoExtractor(FeatureExtractor):
         if folder is None:
             raise InputError("extractor dinov2 needs the folder of a DINOv2 model: give dinov2=FOLDER")
         folder = Path(folder)
-        if not (folder / "config.json").is_file():
-            raise InputError(f"{printable(folder)} has no config.json: give the folder of a DINOv2 model")
-        kind = read_config(folder / "config.json").get("model_type")
-        if kind != "dinov2":
-            raise InputError(f"{printable(folder)}: config.json is of {shown(kind)}, not of a DINOv2 model (dinov2)")
+        check_model_type(folder, "dinov2", "DINOv2")
         self.name = f"dinov2={folder.name}"
         self.network = load_encoder(
             folder, transformers_class("Dinov2Model", "DINOv2"), "model of DINOv2", torch.float32
@@ -67,10 +62,7 @@ class DinoExtractor(FeatureExtractor):
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
-        check_images(self.name, images)
-        if images.shape[1] not in (1, 3):
-            raise InputError(f"extractor {self.name}: got {images.shape[1]} channels; give grey or RGB images")
-        pixels = _prepared(images).to(self.network.device)
+        pixels = _prepared(in_colour(self.name, images)).to(self.network.device)
         with torch.autocast(pixels.device.type, enabled=False):
             features: Tensor = self.network(pixel_values=pixels).pooler_output
         return features
@@ -92,8 +84,8 @@ def interpolate_positions(positions: Tensor, side: int) -> Tensor:
 
 
 def _prepared(images: Tensor) -> Tensor:
-    """Return the input of the network, float32 (B, 3, 224, 224), for images uint8 (B, C, H, W)."""
-    arrays = images.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).cpu().numpy()
+    """Return the input of the network, float32 (B, 3, 224, 224), for images uint8 (B, 3, H, W)."""
+    arrays = images.permute(0, 2, 3, 1).cpu().numpy()
     resized = [Image.fromarray(image).resize((_SIDE, _SIDE), Image.Resampling.BICUBIC) for image in arrays]
     pixels = torch.from_numpy(np.stack([np.asarray(image) for image in resized])).permute(0, 3, 1, 2)
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (_MEAN, _STD))

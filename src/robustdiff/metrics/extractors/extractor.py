@@ -22,7 +22,7 @@ from robustdiff.errors import InputError, NotFiniteError, printable
 from robustdiff.registry import Registry
 from robustdiff.weights import digest_state
 
-__all__ = ["EXTRACTORS", "FeatureExtractor", "check_images", "fingerprint_of", "load_extractor"]
+__all__ = ["EXTRACTORS", "FeatureExtractor", "check_images", "fingerprint_of", "in_colour", "load_extractor"]
 
 
 class FeatureExtractor(nn.Module):
@@ -83,6 +83,18 @@ def check_images(name: str, images: Tensor) -> None:
         raise InputError(
             f"extractor {name}: got {images.dtype} of shape {tuple(images.shape)}; give uint8 (B, C, H, W)"
         )
+
+
+def in_colour(name: str, images: Tensor) -> Tensor:
+    """Return grey or RGB images as RGB, uint8 (B, 3, H, W), for the extractor of a name.
+
+    Raises:
+        InputError: If they are not uint8 (B, C, H, W) with C = 1 or 3.
+    """
+    check_images(name, images)
+    if images.shape[1] not in (1, 3):
+        raise InputError(f"extractor {name}: got {images.shape[1]} channels; give grey or RGB images")
+    return images.expand(-1, 3, -1, -1)
 
 
 EXTRACTORS: Registry[Callable[[str | None], FeatureExtractor]] = Registry(

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from robustdiff.errors import InputError, first_line, installing
-from robustdiff.metrics.extractors.extractor import EXTRACTORS, FeatureExtractor, check_images, fingerprint_of
+from robustdiff.metrics.extractors.extractor import EXTRACTORS, FeatureExtractor, fingerprint_of, in_colour
 from robustdiff.weights import read_file
 
 __all__ = ["INCEPTION_URL", "InceptionExtractor"]
@@ -96,10 +96,7 @@ class InceptionExtractor(FeatureExtractor):
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
-        check_images(self.name, images)
-        if images.shape[1] not in (1, 3):
-            raise InputError(f"extractor inception: got {images.shape[1]} channels; give grey or RGB images")
-        images = images.to(self.network.fc.weight.device).expand(-1, 3, -1, -1)
+        images = in_colour(self.name, images.to(self.network.fc.weight.device))
         with torch.autocast(images.device.type, enabled=False):
             features: Tensor = self.network(images)[0]
         return features
