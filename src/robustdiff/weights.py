@@ -26,6 +26,7 @@ from torch import Tensor
 from robustdiff.errors import InputError
 
 __all__ = [
+    "DTYPES",
     "FLOATS",
     "check_weights",
     "digest_state",
@@ -40,6 +41,9 @@ _log = logging.getLogger(__name__)
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 """The allowed types of weights."""
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""The types of products by precision; those of two bytes are types of autocast."""
 
 _LONGEST_NAME = 100
 _DAMAGED = (

@@ -173,10 +173,17 @@ def test_a_network_and_the_gradient_of_its_input_are_those_of_the_dequantised_we
 def test_a_base_is_loaded_as_it_is_held_and_its_adapter_in_float32(bases: dict[str, Path], quantize: Any) -> None:
     frozen = FrozenWeights(torch.bfloat16, quantize)
     model = load_model(bases["flux"], frozen=frozen)
-    small = (
-        {torch.bfloat16} if quantize is None else {torch.bfloat16, {"int8": torch.int8, "nf4": torch.uint8}[quantize]}
-    )
-    assert {parameter.dtype for parameter in model.network.parameters()} == small
+    types = {"int8": torch.int8, "nf4": torch.uint8}
+    for i, (name, parameter) in enumerate(model.network.named_parameters()):
+        layer = model.network.get_submodule(name.rpartition(".")[0])
+        if not isinstance(layer, nn.Linear) or (i == 0 and quantize is None):
+            assert parameter.dtype == torch.float32, name
+        elif quantize is None or name.endswith(".bias"):
+            assert parameter.dtype == torch.bfloat16, name
+        else:
+            assert parameter.dtype in (types[quantize], torch.bfloat16), name  # widths that are no multiple of 64
+    held = {parameter.dtype for parameter in model.network.parameters()}
+    assert held == {torch.float32, torch.bfloat16} | ({types[quantize]} if quantize else set())
     model.add_lora(LoraSection(rank=2), 0, frozen.fingerprint)
     assert model.adapter is not None
     assert model.adapter.fingerprint == load_model(bases["flux"]).fingerprint()
@@ -206,9 +213,10 @@ def test_a_network_without_layers_to_quantise_is_refused() -> None:
 
 
 def test_numbers_beyond_float16_are_refused() -> None:
-    network = nn.Sequential(nn.Linear(2, 1, device="meta"))
-    with pytest.raises(InputError, match=r"0\.weight has numbers beyond float16: set precision=bf16"):
-        FrozenWeights(torch.float16)(network, "0.weight", torch.tensor([[1e5, 0]]))
+    network, frozen = nn.Sequential(*(nn.Linear(2, 1, device="meta") for _ in range(2))), FrozenWeights(torch.float16)
+    frozen(network, "0.weight", torch.tensor([[1e5, 0]]))  # the first, which is held in float32
+    with pytest.raises(InputError, match=r"1\.weight has numbers beyond float16: choose the precision bf16"):
+        frozen(network, "1.weight", torch.tensor([[1e5, 0]]))
 
 
 def test_without_bitsandbytes_the_remedy_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

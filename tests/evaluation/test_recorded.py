@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -14,8 +15,9 @@ from torch import nn
 
 from robustdiff.backbones.fused_norm import fuse_norms
 from robustdiff.backbones.lora import LoraSection
-from robustdiff.backbones.model import Model
+from robustdiff.backbones.model import Model, load_model
 from robustdiff.backbones.unet2d import UNet2D
+from robustdiff.data import load_dataset
 from robustdiff.errors import InputError
 from robustdiff.evaluation import recorded as module
 from robustdiff.evaluation.generate import Generator
@@ -71,31 +73,70 @@ FAMILIES = ["classes", "dit", "sd", "xl", "sd3", "flux", "lora"]
 
 
 @pytest.fixture(params=FAMILIES)
-def in_half(request, tmp_path, make_unet, make_sd_pipeline, make_sd3_pipeline, make_flux_pipeline) -> Generator:
-    """A recorded generator in bf16 of a small network of each family."""
-    family, settings = request.param, {"steps": 2, "batch_size": 4, "capture": True, "precision": "bf16"}
+def saved(request, tmp_path, make_unet, make_sd_pipeline, make_sd3_pipeline, make_flux_pipeline) -> dict[str, Any]:
+    """The arguments of Generator.load for a small network of each family, in bf16."""
+    family, folder = request.param, tmp_path / request.param
+    settings = {"path": folder, "steps": 2, "batch_size": 4, "capture": True, "precision": "bf16"}
     if family == "dit":
         torch.manual_seed(0)
         sizes = {"num_attention_heads": 2, "attention_head_dim": 8, "in_channels": 4, "out_channels": 8}
         network = DiTTransformer2DModel(**sizes, num_layers=2, sample_size=4, num_embeds_ada_norm=2)
         vae = AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, sample_size=4)
-        DiTPipeline(network, vae, DDIMScheduler(clip_sample=False)).save_pretrained(tmp_path / family)
-        return Generator.load(tmp_path / family, **settings)
+        DiTPipeline(network, vae, DDIMScheduler(clip_sample=False)).save_pretrained(folder)
+        return settings
     if family == "classes":
-        model = Model(UNet2D(make_unet(num_class_embeds=3)), DDPMScheduler(10))
-        return Generator.of(model, **settings)
+        Model(UNet2D(make_unet(num_class_embeds=3)), DDPMScheduler(10)).save(folder)
+        return settings
     make = {"sd3": make_sd3_pipeline, "flux": make_flux_pipeline}.get(family, make_sd_pipeline)
-    changes = {"kind": "xl"} if family == "xl" else {}
-    settings |= {"prompts": ("a red shoe", "blue"), "guidance": 3.0, "size": 8}
-    generator = Generator.load(make(tmp_path / family, **changes), **settings)
+    make(folder, **({"kind": "xl"} if family == "xl" else {}))
     if family == "lora":
         pytest.importorskip("peft")
-        generator.model.add_lora(LoraSection(rank=2), seed=0)
+        model = load_model(folder, 8)
+        model.add_lora(LoraSection(rank=2), seed=0)
         with torch.no_grad():
-            for parameter in generator.model.network.parameters():
+            for parameter in model.network.parameters():
                 if parameter.requires_grad:
                     parameter.normal_(std=0.1, generator=torch.Generator().manual_seed(0))
-    return generator
+        settings["path"] = tmp_path / "adapter"
+        settings["path"].mkdir()
+        model.save(settings["path"])
+    return settings | {"prompts": ("a red shoe", "blue"), "guidance": 3.0, "size": 8}
+
+
+@pytest.fixture
+def in_half(saved) -> Generator:
+    """A recorded generator in bf16, whose weights are in float32."""
+    return Generator.load(**saved, half=False)
+
+
+@pytest.mark.parametrize("capture", [True, False])
+def test_weights_in_half_precision_make_the_same_images(saved, capture):
+    """Bit for bit, since autocast makes the same weights of those in float32; and the fingerprint is that of those."""
+    held, whole = (Generator.load(**(saved | {"capture": capture}), half=half) for half in (True, False))
+    assert {parameter.dtype for parameter in whole.model.network.parameters()} == {torch.float32}
+    network = held.model.network
+    for i, (name, parameter) in enumerate(network.named_parameters()):
+        layer = network.get_submodule(name.rpartition(".")[0])
+        multiplied = isinstance(layer, nn.Linear | nn.Conv2d) and ".lora_" not in name and i > 0
+        assert parameter.dtype == (torch.bfloat16 if multiplied else torch.float32), name
+    for batch in (range(4), range(4, 6)):
+        images = held.sample(batch, held.labels(batch))
+        assert images.isfinite().all()
+        assert torch.equal(images, whole.sample(batch, whole.labels(batch)))
+    assert held.model.fingerprint() == whole.model.fingerprint()
+
+
+def test_weights_in_half_precision_have_one_precision():
+    generator = Generator.load("fashion-16", steps=2, precision="bf16")
+    with pytest.raises(
+        InputError, match="fashion-16 are held in bfloat16, which is not fp32: load the model with that"
+    ):
+        replace(generator, precision="fp32")
+    with pytest.raises(InputError, match="the precision is bf61: give fp32, bf16, fp16"):
+        replace(generator, precision="bf61")
+    dataset = load_dataset("fashion-16", split="test")
+    with pytest.raises(InputError, match="one has weights in bf16, and robustness is measured in fp32"):
+        measure_mismatch({"one": generator}, dataset, steps=[2])
 
 
 def test_weights_that_are_cast_once_make_the_same_images(in_half, monkeypatch):
@@ -197,7 +238,6 @@ def test_an_adapter_is_switched(generator, recorders):
 
 
 def test_the_mismatch_is_that_of_the_network_itself(generator):
-    from robustdiff.data import load_dataset
 
     dataset = load_dataset("fashion-16", split="test")
     settings = {"samplers": ["ddim"], "steps": [3], "num": 40, "probes": 2, "times": [0.5]}

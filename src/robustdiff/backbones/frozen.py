@@ -1,16 +1,17 @@
-r"""The frozen weights of a LoRA's base model, held in few bits from the moment they are read.
+r"""Weights that are not trained, those of a LoRA's base and all in sampling, held in few bits as soon as they are read.
 
-A frozen weight W is only ever multiplied by, so that its memory can be reduced to
+A weight W of a linear layer or a convolution is only ever multiplied by, so that its memory can be reduced to
 
-- the low precision of training, 2 bytes each in bfloat16 or float16, as autocast would convert it for each product;
+- 2 bytes each in bfloat16 or float16, to which autocast would convert it for each product: results are the same;
 - ``int8``, 1 byte each: W_ij ≈ s_i q_ij with integers |q_ij| ≤ 127 and one scale s_i = max_j |W_ij| / 127 for each row;
 - ``nf4``, about 4.13 bits each: the 4-bit NormalFloat of Dettmers et al., "QLoRA: Efficient Finetuning of Quantized
   LLMs", NeurIPS 2023, arXiv 2305.14314, with a scale for each block of 64, itself in 8 bits, by bitsandbytes.
 
-Both quantise linear layers, and leave convolutions, biases and normalisations in the low precision. Products are of the
-dequantised weight Ŵ, y = x Ŵᵀ + b, and the gradient of the input is exactly that of this function, ∂L/∂x = ∂L/∂y Ŵ, so
-that the ascent in δ is that of the network which is there. (LLM.int8(), bitsandbytes' layer of 8 bits, rounds x as well
-and keeps it outside of autograd, where gradient checkpointing does not free it.)
+int8 and nf4 are for linear layers alone; convolutions and biases then have 2 bytes. Normalisations and embeddings stay
+in float32. Products are of the dequantised weight Ŵ, y = x Ŵᵀ + b, and the gradient of the input is exactly that of
+this function, ∂L/∂x = ∂L/∂y Ŵ, so that the ascent in δ is that of the network which is there. (LLM.int8(),
+bitsandbytes' layer of 8 bits, rounds x as well and keeps it outside of autograd, where gradient checkpointing does not
+free it.)
 
 Weights are converted one tensor at a time. The fingerprint of the base is that of the weights in its files, in float32:
 it is the same however they are held.
@@ -29,21 +30,26 @@ from torch import Tensor, nn
 from robustdiff.errors import InputError, first_line, installing
 from robustdiff.weights import update_digest
 
-__all__ = ["FrozenWeights", "Int8Linear", "Quantization"]
+__all__ = ["AUTOCAST", "FrozenWeights", "Int8Linear", "Quantization"]
 
 Quantization = Literal["int8", "nf4"]
 """The types of ``model.quantize``."""
+
+AUTOCAST = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+"""The layers whose weights and biases autocast converts."""
 
 _BLOCK = 64  # weights with one scale in nf4; the CPU kernels of bitsandbytes take whole blocks in a row only
 
 
 class FrozenWeights:
-    """Place weights into a network on the meta device as they are to be held while an adapter is trained.
+    """Place weights into a network on the meta device as they are to be held.
 
-    An instance is the argument ``place`` of :func:`robustdiff.loading.load_network`, for one network.
+    An instance is the argument ``place`` of :func:`robustdiff.loading.load_network`, for one network. If ``dtype`` has
+    2 bytes, the network can be called under autocast in that type alone.
 
     Args:
-        dtype: The floating-point type of weights that are not quantised, and of products with those that are.
+        dtype: The floating-point type of the weights of linear layers and convolutions that are not quantised, and of
+            products with those that are.
         quantize: The type of the weights of linear layers; None leaves them in ``dtype``.
 
     Raises:
@@ -53,7 +59,7 @@ class FrozenWeights:
     def __init__(self, dtype: torch.dtype, quantize: Quantization | None = None) -> None:
         self.dtype, self.quantize = dtype, quantize
         self._bitsandbytes = _bitsandbytes() if quantize == "nf4" else None
-        self._digest, self._layers = hashlib.sha256(), 0
+        self._digest, self._layers, self._first = hashlib.sha256(), 0, True
 
     @property
     def fingerprint(self) -> str:
@@ -77,9 +83,11 @@ class FrozenWeights:
         if last in dict(owner.named_buffers(recurse=False, remove_duplicate=False)):
             setattr(owner, last, value)
             return
-        held = value.to(self.dtype)
+        # The first parameter stays, since diffusers takes the type of a network from it.
+        held = value.to(self.dtype) if isinstance(owner, AUTOCAST) and not self._first else value
+        self._first = False
         if not held.isfinite().all():
-            raise InputError(f"{name} has numbers beyond {str(self.dtype)[6:]}: set precision=bf16")
+            raise InputError(f"{name} has numbers beyond {str(self.dtype)[6:]}: choose the precision bf16")
         if self.quantize is None or last != "weight" or type(owner) is not nn.Linear:
             setattr(owner, last, nn.Parameter(held, requires_grad=False))
         elif self.quantize == "int8":

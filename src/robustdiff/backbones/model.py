@@ -73,9 +73,11 @@ class Model:
 
     Attributes:
         adapter: The description of the network's LoRA; None if it has none.
+        frozen: How the weights of the network are held, if not in float32.
     """
 
     adapter: Adapter | None = None
+    frozen: FrozenWeights | None = None
 
     def __init__(
         self,
@@ -263,9 +265,15 @@ class Model:
             self.adapter = None
 
     def fingerprint(self) -> str:
-        """Return the sha256 of the network's parameters; it depends neither on the device nor on the memory format."""
-        digest = hashlib.sha256()
-        for value in self.network.state_dict().values():
+        """Return the sha256 of the network's weights in float32, however they are held; of a LoRA, that of its base's
+        fingerprint and of the adapter's weights."""
+        if self.adapter is None and self.frozen is not None:
+            return self.frozen.fingerprint
+        state, digest = self.network.state_dict(), hashlib.sha256()
+        if self.adapter is not None:
+            digest.update(self.adapter.fingerprint.encode())
+            state = adapter_of(state)
+        for value in state.values():
             update_digest(digest, value)
         return digest.hexdigest()
 
@@ -303,13 +311,14 @@ def load_model(path: str | Path, size: int | None = None, frozen: FrozenWeights 
     """Load the model of a run, of a diffusers pipeline folder, shipped with the package, or of the Hugging Face Hub.
 
     The run of a LoRA gives its base model with the adapter. Weights of any type are loaded in float32, because training
-    needs it; the networks are in eval mode, on the CPU.
+    needs it, unless ``frozen`` is given; the networks are in eval mode, on the CPU.
 
     Args:
         path: The run, the folder, the name of the shipped model, or the name "owner/name" of a pipeline of the Hub,
             which is downloaded to its cache.
         size: The side of the images in pixels, if the network's configuration has none or another one is wanted.
-        frozen: The type in which the weights of the network are held, if they are not trained and it is no LoRA.
+        frozen: The types in which the weights of the network, or those of a LoRA's base, are held, if they are not
+            trained.
 
     Raises:
         InputError: If the model is missing, unreadable or not supported, or its weights do not fit the network or are
@@ -317,7 +326,7 @@ def load_model(path: str | Path, size: int | None = None, frozen: FrozenWeights 
     """
     folder = _model_folder(path)
     if not (folder / "model_index.json").is_file():
-        return _adapted(folder, str(path), size)
+        return _adapted(folder, str(path), size, frozen)
     components = read_index(folder)
     family = _family(folder, components)
     saved = None if family.stores else load_codec(folder)
@@ -330,7 +339,9 @@ def load_model(path: str | Path, size: int | None = None, frozen: FrozenWeights 
             _take_size(backbone, codec, size)
     if frozen is not None:
         frozen.check(str(path))
-    return Model(backbone, backbone.corrected(load_scheduler(folder, components)), codec, path=str(path))
+    model = Model(backbone, backbone.corrected(load_scheduler(folder, components)), codec, path=str(path))
+    model.frozen = frozen
+    return model
 
 
 def _take_size(backbone: Backbone, codec: Codec, size: int) -> None:
@@ -343,7 +354,7 @@ def _take_size(backbone: Backbone, codec: Codec, size: int) -> None:
     backbone.take_size(height, width)
 
 
-def _adapted(folder: Path, path: str, size: int | None) -> Model:
+def _adapted(folder: Path, path: str, size: int | None, frozen: FrozenWeights | None) -> Model:
     """Load a base model, and the adapter in a folder."""
     adapter = read_adapter(folder)
     where = f"correct base in {folder / RECORD} if it has moved"
@@ -353,7 +364,7 @@ def _adapted(folder: Path, path: str, size: int | None) -> Model:
         raise InputError(f"{path} is a LoRA of {adapter.base}, which is not there ({error}): {where}") from None
     if not (base / "model_index.json").is_file():
         raise InputError(f"{path} is a LoRA of {adapter.base}, which is a LoRA itself: {where}")
-    model = load_model(base, size)
+    model = load_model(base, size, frozen)
     if model.fingerprint() != adapter.fingerprint:
         raise InputError(f"{path} is a LoRA of other weights than {adapter.base} has now: restore them, or {where}")
     backbone = model.backbone
@@ -367,7 +378,7 @@ def _adapted(folder: Path, path: str, size: int | None) -> Model:
     backbone.network.eval()
     scheduler = backbone.corrected(load_scheduler(folder, {"scheduler": ("diffusers", adapter.scheduler)}))
     adapted = Model(backbone, scheduler, model.codec, path=path)
-    adapted.adapter = adapter
+    adapted.adapter, adapted.frozen = adapter, frozen
     return adapted
 
 

@@ -57,7 +57,7 @@ def mismatch(
     options.claim(output / "mismatch.json", real)
     settings = options.given(batch_size=batch_size, precision=precision, guidance=guidance)
     dataset, chosen = real.load(), options.given(spacing=spacing)
-    generators = load_generators(named, device, dataset, *cells, options=chosen, **settings)
+    generators = load_generators(named, device, dataset, *cells, options=chosen, half=False, **settings)
     with Bar(err) as bar:
         result = measure_mismatch(generators, dataset, *cells, **numbers, progress=bar)
     _show(result, output)

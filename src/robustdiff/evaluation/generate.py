@@ -29,18 +29,20 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
+from robustdiff.backbones.frozen import FrozenWeights
 from robustdiff.backbones.fused_norm import fuse_norms
 from robustdiff.backbones.model import Model, load_model
 from robustdiff.conditions.condition import Condition
 from robustdiff.data import to_uint8
 from robustdiff.errors import InputError, printable
 from robustdiff.evaluation.noise import NOISE, ImageNoise
-from robustdiff.evaluation.recorded import HALF, Recordings, unrecordable
+from robustdiff.evaluation.recorded import Recordings, unrecordable
 from robustdiff.files import atomic_write, make_folder, open_regular, remove_leftovers, user_key
 from robustdiff.progress import SILENT, Progress
 from robustdiff.recipe import load_recipe
 from robustdiff.samplers.sample import SAMPLERS, check_sampler, sample, sampling_settings
 from robustdiff.samplers.sampler import Path as SamplerPath
+from robustdiff.weights import DTYPES
 
 __all__ = ["Generator", "share_of", "write_npz", "write_pngs"]
 
@@ -76,8 +78,9 @@ class Generator:
         recordings: The recorded calls, which generators that are made of this one by ``dataclasses.replace`` share.
 
     Raises:
-        InputError: If the sampler is unknown or does not suit the model, the label does not exist, or the network's
-            calls cannot be recorded and shall be.
+        InputError: If the sampler is unknown or does not suit the model, the precision is unknown or is not the one in
+            which the weights are held, the label does not exist, or the network's calls cannot be recorded and shall
+            be.
     """
 
     model: Model
@@ -123,7 +126,13 @@ class Generator:
 
     @classmethod
     def load(
-        cls, path: str | Path, device: torch.device | str = "cpu", *, size: int | None = None, **settings: Any
+        cls,
+        path: str | Path,
+        device: torch.device | str = "cpu",
+        *,
+        size: int | None = None,
+        half: bool = True,
+        **settings: Any,
     ) -> Generator:
         """Load a generator from a run, a pipeline folder, or a model shipped with the package.
 
@@ -132,12 +141,16 @@ class Generator:
             device: The device of the model.
             size: The height and width of the images, if the network's configuration does not give them or others are
                 wanted.
+            half: Whether weights that autocast would convert are held in the type of ``precision``, for the same
+                images in half the memory. The network can then be called under this autocast alone.
             settings: The other fields. If neither sampler nor steps are given, both are those of the run's recipe.
 
         Raises:
             InputError: If the model is missing or cannot be read, or a setting does not suit it.
         """
-        model = load_model(path, size).to(device)
+        dtype = DTYPES.get(settings.get("precision", "fp32"), torch.float32)
+        frozen = FrozenWeights(dtype) if half and dtype != torch.float32 else None
+        model = load_model(path, size, frozen).to(device)
         if model.device.type == "cuda":
             fuse_norms(model.network.to(memory_format=torch.channels_last))
         recipe = Path(path) / "recipe.yaml"
@@ -152,6 +165,13 @@ class Generator:
     def __post_init__(self) -> None:
         if self.capture is True and (why := unrecordable(self.model)) is not None:
             raise InputError(f"capture: the calls of this network cannot be recorded, since {why}: leave it out")
+        if self.precision not in DTYPES:
+            raise InputError(f"the precision is {printable(self.precision)}: give {', '.join(DTYPES)}")
+        if (held := self.model.frozen) is not None and held.dtype != DTYPES[self.precision]:
+            raise InputError(
+                f"the weights of {self.model.path} are held in {str(held.dtype)[6:]}, which is not {self.precision}: "
+                "load the model with that precision, or with half=False"
+            )
         if not 0 <= self.seed < 2**63:
             raise InputError(f"the seed of images is {self.seed}: give one from 0 to 2**63 - 1")
         self.model.prediction  # noqa: B018  (raises where the checkpoint contradicts itself)
@@ -237,7 +257,7 @@ class Generator:
         model, device = self.model, self.model.device  # which diffusers looks up in all modules
         model.network.eval()
         captured = device.type == "cuda" if self.capture == "auto" else self.capture
-        dtype = HALF.get(self.precision)
+        dtype = DTYPES[self.precision]
         noise = ImageNoise(self.seed, batch, model.shape, device, ahead=len(self.path))
         unconditional = None
         if self.negative is not None:
@@ -245,7 +265,7 @@ class Generator:
         elif self.guidance is not None:
             unconditional = self.condition.empty()
         labels = None if labels is None else labels.to(device)
-        with torch.autocast(device.type, dtype, enabled=dtype is not None):
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             return sample(
                 self.recordings.model(model, self.precision) if captured else model,
                 model.process,

@@ -11,7 +11,7 @@ modules that were exchanged, hooks, and adapters that were turned on or off.
 
 Autocast casts the weights of linear layers and convolutions, and keeps the casts until its block ends: for all steps of
 a batch. A graph would make them anew in each step. It is therefore recorded with weights that are cast once for a
-batch, which leads to the same images.
+batch, which leads to the same images. Weights that are held in half precision need no cast.
 """
 
 from __future__ import annotations
@@ -24,22 +24,18 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from robustdiff.backbones.frozen import AUTOCAST
 from robustdiff.backbones.model import Model
 from robustdiff.errors import printable
 from robustdiff.graphs import Recorder
 from robustdiff.objectives.objective import predict
+from robustdiff.weights import DTYPES
 
-__all__ = ["HALF", "RecordedModel", "Recordings", "unrecordable"]
+__all__ = ["RecordedModel", "Recordings", "unrecordable"]
 
 # Attributes of modules, of peft and of diffusers, by which other operations are made with the same parameters.
 _SWITCHES = ("training", "processor", "disable_adapters", "active_adapter", "merged_adapters", "scaling")
 _OFFLOAD = ("_hf_hook", "_diffusers_hook")  # of accelerate and of diffusers
-
-
-HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
-"""The types of autocast by precision."""
-
-_CAST = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)  # layers that autocast computes in half precision
 
 
 def unrecordable(model: Model) -> str | None:
@@ -78,19 +74,19 @@ class _Calls(nn.Module):
 
     Args:
         model: The model.
-        dtype: The type of autocast, or None for the weights themselves.
+        dtype: The type of products; float32 for the weights themselves.
     """
 
-    def __init__(self, model: Model, dtype: torch.dtype | None) -> None:
+    def __init__(self, model: Model, dtype: torch.dtype) -> None:
         super().__init__()
         self.network = model.network
         self._predict = partial(predict, model)
         self._own: dict[str, Tensor] = {}
-        if dtype is not None:
+        if dtype != torch.float32:
             # The first one stays, since diffusers takes the type of a network from it.
             first = next((id(one) for one in self.network.parameters() if one.is_floating_point()), None)
             for name, module in self.named_modules():
-                if isinstance(module, _CAST):
+                if isinstance(module, AUTOCAST):
                     self._own |= {
                         f"{name}.{part}": parameter.detach()
                         for part, parameter in module.named_parameters(recurse=False)
@@ -152,7 +148,7 @@ class Recordings:
         if of != self._of:
             self._of, self._recorder, self._calls = of, None, None
             if unrecordable(model) is None:
-                self._calls = _Calls(model, HALF.get(precision))
+                self._calls = _Calls(model, DTYPES[precision])
                 what = f"sampling of {printable(model.path)}"
                 self._recorder = Recorder(self._calls.record, model.device, what, draws=False)
         elif self._calls is not None:

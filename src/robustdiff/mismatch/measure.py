@@ -412,7 +412,7 @@ def measure_mismatch(
     cells = list(itertools.product(samplers or [next(iter(generators.values())).sampler], steps))
     num = min(2000, len(dataset) // 2) if num is None else num
     probes = min(32, num) if probes is None else probes
-    _check_generators(generators, dataset, cells)
+    _check_generators(generators, dataset, cells, robust=probes > 0)
     _check_numbers(dataset, num, radii, probes, times, reservoir)
     kept, blocks = min(num, reservoir), half_samples(seed=seed)
     truth = _Truth(dataset, num, kept, seed, next(iter(generators.values())).model)
@@ -450,12 +450,17 @@ def measure_mismatch(
 
 
 def _check_generators(
-    generators: Mapping[str, Generator], dataset: ImageDataset, cells: Sequence[tuple[str, int]]
+    generators: Mapping[str, Generator], dataset: ImageDataset, cells: Sequence[tuple[str, int]], robust: bool
 ) -> None:
     if len({generator.model.codec.fingerprint() for generator in generators.values()}) > 1:
         raise InputError("the models have different codecs, whose latents cannot be compared: measure each alone")
     for name, generator in generators.items():
         generator.model.check_shape(dataset.shape, name)
+        if robust and generator.model.frozen is not None:
+            raise InputError(
+                f"{name} has weights in {generator.precision}, and robustness is measured in fp32: load it with "
+                "half=False"
+            )
         if generator.classes is not None and dataset.num_classes != generator.classes:
             raise InputError(
                 f"{name} has {generator.classes} classes and {dataset.name} has {dataset.num_classes or 'none'}: "

@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from robustdiff.backbones.backbone import Backbone
 from robustdiff.backbones.frozen import FrozenWeights
 from robustdiff.backbones.kinds.kind import kind_of, mark_as_own
@@ -18,11 +16,9 @@ from robustdiff.errors import InputError
 from robustdiff.objectives.objective import OBJECTIVES, ObjectiveConfig
 from robustdiff.process import DiffusionProcess
 from robustdiff.recipe import Recipe
+from robustdiff.weights import DTYPES
 
-__all__ = ["DTYPES", "Built", "build_model"]
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-"""The types of the values of ``precision``."""
+__all__ = ["Built", "build_model"]
 
 
 @dataclass
