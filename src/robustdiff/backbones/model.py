@@ -265,8 +265,10 @@ class Model:
             self.adapter = None
 
     def fingerprint(self) -> str:
-        """Return the sha256 of the network's weights in float32, however they are held; of a LoRA, that of its base's
-        fingerprint and of the adapter's weights."""
+        """Return the sha256 of the network's weights in float32, on any device, in any memory format and however held.
+
+        That of a LoRA is of its base's fingerprint and the adapter's weights.
+        """
         if self.adapter is None and self.frozen is not None:
             return self.frozen.fingerprint
         state, digest = self.network.state_dict(), hashlib.sha256()
