@@ -73,7 +73,7 @@ class Model:
 
     Attributes:
         adapter: The description of the network's LoRA; None if it has none.
-        frozen: How the weights of the network are held, if not in float32.
+        frozen: The types in which the weights of the network are held; None for float32.
     """
 
     adapter: Adapter | None = None
