@@ -153,7 +153,10 @@ def test_student_target_and_teacher_have_one_precision(tiny, teachers, precision
     assert types == [torch.bfloat16 if precision == "bf16" else torch.float32] * 2
     with torch.no_grad():
         denoised = trainer.objective.teacher(x + 1, sigma)
-        exact = load_model(teachers["edm"]).denoiser()(x + 1, sigma)
+        whole = load_model(teachers["edm"]).denoiser()
+        exact = whole(x + 1, sigma)
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            assert torch.equal(denoised, whole(x + 1, sigma)), "weights in bfloat16 are those that autocast makes"
     assert denoised.dtype == torch.float32
     assert torch.equal(denoised, exact) == (precision == "fp32")
     torch.testing.assert_close(denoised, exact, atol=0.05, rtol=0.05)

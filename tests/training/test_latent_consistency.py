@@ -219,6 +219,25 @@ def test_an_embedding_of_guidance_is_one_evaluation(saved):
         sample(model, model.process, guidance=-1.0, **{**arguments, "condition": {}})
 
 
+def test_a_lora_of_a_network_that_embeds_the_scale_has_the_scales_of_its_own_training(distilled, saved):
+    """Where no scale is given, it is sampled in the middle of them, and its base in the middle of the base's."""
+    recipe = distilled("lcm", lora=LORA, objective={"guidance": [1.0, 2.0], "teacher": str(saved["sd"])}, steps=2)
+    train(recipe, cpu=True)
+    model, base = load_model(recipe.output), load_model(saved["lcm"])
+    assert model.adapter is not None
+    assert model.backbone.guidance_range == (2.0, 3.0)
+    assert base.backbone.guidance_range is None
+    x, t = torch.randn(2, *model.shape), torch.tensor([3, 700])
+    condition = model.condition.batch(None, PROMPTS, None)
+    with torch.no_grad():
+        default, middle, other = (
+            model(x, t, **condition, **given).sample
+            for given in ({}, model.embed_guidance(2.5, x), model.embed_guidance(8.5, x))
+        )
+    assert torch.equal(default, middle)
+    assert not torch.equal(default, other)
+
+
 def test_the_command_samples_with_guidance(saved, robustdiff, tmp_path):
     pixels = []
     for scale in ("1", None):

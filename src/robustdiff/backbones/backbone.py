@@ -295,6 +295,11 @@ class Backbone(ABC):
         return None
 
     @property
+    def guidance_range(self) -> tuple[float, float] | None:
+        """The range of guidance scales that the network was trained at; None if it is not known, or it embeds none."""
+        return None
+
+    @property
     def size(self) -> tuple[int, int] | None:
         """The (height, width) of the network's input; None if its configuration has none."""
         size = self.network.config.sample_size

@@ -1,4 +1,4 @@
-r"""Weights that are not trained, those of a LoRA's base and all in sampling, held in few bits as soon as they are read.
+r"""Weights that are not trained, of a LoRA's base, of a teacher and in sampling, held in few bits.
 
 A weight W of a linear layer or a convolution is only ever multiplied by, so that its memory can be reduced to
 
@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from robustdiff.errors import InputError, first_line, installing
 from robustdiff.weights import update_digest
 
-__all__ = ["AUTOCAST", "FrozenWeights", "Int8Linear", "Quantization"]
+__all__ = ["AUTOCAST", "FrozenWeights", "Int8Linear", "Quantization", "hold"]
 
 Quantization = Literal["int8", "nf4"]
 """The types of ``model.quantize``."""
@@ -133,6 +133,17 @@ class FrozenWeights:
                 f"model.quantize: the model {path} has no linear layers{inputs}, and others are not quantised: leave "
                 "it out"
             )
+
+
+def hold(network: nn.Module, dtype: torch.dtype) -> None:
+    """Convert the weights of a network, in float32 on the CPU, to what :class:`FrozenWeights` makes of them.
+
+    Raises:
+        InputError: If a weight has numbers beyond the type.
+    """
+    place, state = FrozenWeights(dtype), network.state_dict()
+    for name in list(state):
+        place(network, name, state.pop(name))
 
 
 def _bitsandbytes() -> Any:

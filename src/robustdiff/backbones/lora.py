@@ -21,7 +21,7 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -56,6 +56,8 @@ WEIGHTS = "pytorch_lora_weights.safetensors"
 
 # The projections of attention in diffusers' networks, the last four for the tokens of the text in SD3 and Flux.
 _ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+
+_Scale = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 _NAME = "default"  # peft's name of the adapter within the network
 
@@ -105,6 +107,7 @@ class Adapter(BaseModel):
         size: The (height, width) of the network's input; None if the network does not fix it.
         classes: The number of classes, without the null class; None if the condition is not a class.
         guidance: The scale of guidance of the training; None if the network takes none.
+        guidance_range: The scales of guidance of the training, if the network embeds them; None if it does not.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -116,6 +119,7 @@ class Adapter(BaseModel):
     size: tuple[int, int] | None = None
     classes: int | None = Field(None, ge=1, le=10**6)
     guidance: float | None = Field(None, ge=0, allow_inf_nan=False)
+    guidance_range: tuple[_Scale, _Scale] | None = None
 
 
 # -- networks with an adapter ---------------------------------------------------------------------------------

@@ -250,6 +250,7 @@ class Model:
             size=self.backbone.size,
             classes=self.condition.classes,
             guidance=self.backbone.guidance,
+            guidance_range=self.backbone.guidance_range,
         )
 
     @contextmanager
@@ -375,6 +376,8 @@ def _adapted(folder: Path, path: str, size: int | None, frozen: FrozenWeights | 
     backbone.note_classes(adapter.classes)
     if adapter.guidance is not None:
         backbone.take_guidance(adapter.guidance)
+    if adapter.guidance_range is not None and (width := backbone.guidance_embedding) is not None:
+        backbone = backbone.with_guidance_embedding(width, adapter.guidance_range)
     inject(backbone.network, adapter.lora, path)
     read_weights_into(backbone.network, backbone.part, folder / WEIGHTS)
     backbone.network.eval()

@@ -175,7 +175,6 @@ class StableDiffusion(Backbone):
 
     @property
     def guidance_range(self) -> tuple[float, float] | None:
-        """The range of guidance scales that the network was trained at; None if it is not known, or it takes none."""
         given = self.network.config.get("_guidance_range")
         return None if given is None or self.guidance_embedding is None else (given[0], given[1])
 

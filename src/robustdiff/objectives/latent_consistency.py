@@ -498,6 +498,7 @@ class LatentConsistencyConfig(ObjectiveConfig):
 
     def student_of(self, backbone: Any, adapted: bool) -> tuple[ObjectiveConfig, Any]:
         own = backbone.guidance_embedding
+        scales = self.guidance[0] + 1, self.guidance[1] + 1
         if adapted:
             for name in ("guidance_embedding", "decay"):
                 if given(self, name):
@@ -505,9 +506,10 @@ class LatentConsistencyConfig(ObjectiveConfig):
                         f"objective.{name} is for the training of all weights, and model.lora trains an adapter, which "
                         "is its own target: leave one of the two out"
                     )
+            if own is not None:
+                backbone = backbone.with_guidance_embedding(own, scales)
             return self.model_copy(update={"guidance_embedding": own}), backbone
         width = self.guidance_embedding or own or _WIDTH
-        scales = self.guidance[0] + 1, self.guidance[1] + 1
         return self.model_copy(update={"guidance_embedding": width}), backbone.with_guidance_embedding(width, scales)
 
     def copies_student(self, adapted: bool) -> bool:

@@ -9,16 +9,18 @@ from typing import Any
 from accelerate import Accelerator
 from diffusers import EDMEulerScheduler
 
+from robustdiff.backbones.frozen import hold
 from robustdiff.backbones.model import Model, load_model
 from robustdiff.data import ImageDataset
 from robustdiff.errors import InputError
 from robustdiff.training.build import Built
+from robustdiff.weights import DTYPES
 
 __all__ = ["build_teacher"]
 
 
 def build_teacher(built: Built, dataset: ImageDataset, accelerator: Accelerator) -> Callable[..., Any]:
-    """Build the teacher of an objective that needs one, in the precision of the student.
+    """Build the teacher of an objective that needs one, in the precision of the student, in which it is held.
 
     Returns:
         What :meth:`ObjectiveConfig.teacher_of` makes of the network, which has no gradients.
@@ -48,6 +50,8 @@ def build_teacher(built: Built, dataset: ImageDataset, accelerator: Accelerator)
             f"the teacher {path} has levels up to {model.scheduler.config.sigma_max:g} and is asked up to "
             f"{highest:g}: lower objective.sigma_max, or take another teacher"
         )
+    if (half := DTYPES.get(accelerator.mixed_precision)) is not None:
+        hold(model.network, half)
     frozen = model.network.to(accelerator.device).eval().requires_grad_(False)
 
     def network(*arguments: Any, **condition: Any) -> Any:
