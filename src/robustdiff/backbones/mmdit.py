@@ -15,7 +15,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
-from robustdiff.backbones.backbone import Backbone
+from robustdiff.backbones.captioned import Captioned
 from robustdiff.backbones.kinds.kind import kind_of
 from robustdiff.codecs.codec import Codec, Shape
 from robustdiff.codecs.vae import VAE, check_latent_channels, pipeline_vae
@@ -31,25 +31,15 @@ LARGEST_SIZE = 2048
 """The largest side of latents: 16384 pixels with a VAE of factor 8."""
 
 
-class MMDiT(Backbone):
-    """The base class of pretrained flow-matching transformers on latents, with captions as the condition.
-
-    Args:
-        network: The network.
-        text: The condition, with the text encoders; None for a network alone, which is called with embeddings.
-        factor: The downsampling factor of the codec, in pixels per latent on a side.
+class MMDiT(Captioned):
+    """The base class of pretrained flow-matching transformers, with the arguments of :class:`Captioned`.
 
     Attributes:
         kind: The name of the class of the pipelines in diffusers.
     """
 
     part = "transformer"
-    stores: ClassVar[frozenset[str]] = frozenset({"vae"})
     kind: ClassVar[str]
-
-    def __init__(self, network: Any, text: Condition | None = None, factor: int = 8) -> None:
-        super().__init__(network)
-        self.text, self.factor = text, factor
 
     @classmethod
     def load(
@@ -103,11 +93,6 @@ class MMDiT(Backbone):
                 f"the model {path} is a flow-matching model, and {type(scheduler).__name__} is not a scheduler of flow "
                 "matching: save the pipeline with FlowMatchEulerDiscreteScheduler; in a recipe, leave process out"
             )
-
-    def condition(self) -> Condition:
-        if self.text is None:
-            raise InputError(f"{type(self.network).__name__} alone has no text encoder: load the whole pipeline folder")
-        return self.text
 
     @property
     @abstractmethod

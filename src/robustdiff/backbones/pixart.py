@@ -16,7 +16,8 @@ import torch
 from diffusers.models.transformers.pixart_transformer_2d import PixArtTransformer2DModel
 from torch import Tensor, nn
 
-from robustdiff.backbones.backbone import BACKBONES, Backbone
+from robustdiff.backbones.backbone import BACKBONES
+from robustdiff.backbones.captioned import Captioned
 from robustdiff.backbones.dit import exported, load_transformer
 from robustdiff.codecs.codec import Codec
 from robustdiff.codecs.vae import check_unshifted
@@ -32,13 +33,11 @@ _PIPELINES = {"PixArtAlphaPipeline": 120, "PixArtSigmaPipeline": 300}
 
 
 @BACKBONES.register("pixart")
-class PixArt(Backbone):
+class PixArt(Captioned):
     """A pretrained ``PixArtTransformer2DModel`` on latents.
 
     Args:
-        network: The network.
-        text: The condition, with the text encoder; None for a network alone, which is called with embeddings.
-        factor: The downsampling factor of the codec, in pixels per latent on a side.
+        network, text, factor: As of :class:`Captioned`.
         pipeline: The class name of the pipeline that the model is saved as.
     """
 
@@ -47,14 +46,13 @@ class PixArt(Backbone):
         ("diffusers", "PixArtTransformer2DModel"): PixArtTransformer2DModel,
         ("diffusers", "Transformer2DModel"): PixArtTransformer2DModel,  # before diffusers 0.29
     }
-    stores: ClassVar[frozenset[str]] = frozenset({"vae"})
     others: ClassVar[frozenset[str]] = frozenset({"vae", "text_encoder", "tokenizer"})
 
     def __init__(
         self, network: Any, text: T5Text | None = None, factor: int = 8, pipeline: str = "PixArtAlphaPipeline"
     ) -> None:
-        super().__init__(network)
-        self.text, self.factor, self.kind = text, factor, pipeline
+        super().__init__(network, text, factor)
+        self.kind = pipeline
 
     @classmethod
     def reads(cls, components: Components) -> bool:
@@ -93,11 +91,6 @@ class PixArt(Backbone):
     def check_codec(self, codec: Codec, path: str) -> None:
         super().check_codec(codec, path)
         check_unshifted(codec, path)
-
-    def condition(self) -> Condition:
-        if self.text is None:
-            raise InputError("a PixArt transformer alone has no text encoder: load the whole pipeline folder")
-        return self.text
 
     def bind(self, network: Callable[..., Any]) -> Callable[..., Any]:
         def call(x: Tensor, t: Tensor, **condition: Any) -> Any:

@@ -24,7 +24,8 @@ import torch
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import Tensor, nn
 
-from robustdiff.backbones.backbone import BACKBONES, Backbone
+from robustdiff.backbones.backbone import BACKBONES
+from robustdiff.backbones.captioned import Captioned
 from robustdiff.codecs.codec import Codec
 from robustdiff.codecs.vae import VAE, check_unshifted, pipeline_vae
 from robustdiff.conditions.clip import ClipText, TwoClipTexts, load_clip, load_two_clips
@@ -55,13 +56,11 @@ _LARGEST_SIZE = 2**11  # in latents: 16384 pixels with a VAE of factor 8
 
 
 @BACKBONES.register("stable_diffusion")
-class StableDiffusion(Backbone):
+class StableDiffusion(Captioned):
     """A pretrained ``UNet2DConditionModel`` on latents.
 
     Args:
-        network: The network.
-        text: The condition, with the text encoders; None for a network alone, which is called with embeddings.
-        factor: The downsampling factor of the codec, in pixels per latent on a side.
+        network, text, factor: As of :class:`Captioned`.
         pipeline: The class name of the pipeline that the model is saved as.
     """
 
@@ -69,7 +68,6 @@ class StableDiffusion(Backbone):
     classes: ClassVar[dict[tuple[str, str], type[nn.Module]]] = {
         ("diffusers", "UNet2DConditionModel"): UNet2DConditionModel
     }
-    stores: ClassVar[frozenset[str]] = frozenset({"vae"})
     others: ClassVar[frozenset[str]] = frozenset(
         {"vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "force_zeros_for_empty_prompt"}
         | {"safety_checker", "feature_extractor", "requires_safety_checker"}
@@ -78,13 +76,12 @@ class StableDiffusion(Backbone):
     def __init__(
         self,
         network: Any,
-        text: ClipText | TwoClipTexts | None = None,
+        text: Condition | None = None,
         factor: int = 8,
         pipeline: str = _SD,
     ) -> None:
-        super().__init__(network)
-        self.text, self.factor, self.kind = text, factor, pipeline
-        self._warned = False
+        super().__init__(network, text, factor)
+        self.kind, self._warned = pipeline, False
 
     @classmethod
     def load(
@@ -139,11 +136,6 @@ class StableDiffusion(Backbone):
     def check_codec(self, codec: Codec, path: str) -> None:
         super().check_codec(codec, path)
         check_unshifted(codec, path, per_channel=self.kind == _XL)
-
-    def condition(self) -> Condition:
-        if self.text is None:
-            raise InputError("a UNet alone has no text encoder: load the whole pipeline folder")
-        return self.text
 
     def bind(self, network: Callable[..., Any]) -> Callable[..., Any]:
         config = self.network.config
