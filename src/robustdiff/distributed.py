@@ -13,7 +13,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
+from accelerate.utils import (
+    GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
+    broadcast_object_list,
+    parse_flag_from_env,
+)
+
+from robustdiff.errors import InputError
 
 __all__ = ["agreement", "from_main", "make_accelerator", "of_others"]
 
@@ -25,11 +32,32 @@ large data set, or computes the features of its images."""
 def make_accelerator(cpu: bool = False, **settings: Any) -> Accelerator:
     """Return an accelerator, whose processes wait long enough for each other.
 
+    Compilation and accumulation are settings of a recipe. Those of ``accelerate config`` are not taken: the first would
+    rename the weights, and the second would divide the loss again.
+
     Args:
         cpu: Use the CPU even if there is a GPU.
         settings: Further arguments of ``Accelerator``.
+
+    Raises:
+        InputError: If the processes were launched with DeepSpeed or Megatron-LM, or ``cpu`` is given and the process
+            uses another device through accelerate already.
     """
-    return Accelerator(cpu=cpu, kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)], **settings)
+    for name, flag in (("DeepSpeed", "DEEPSPEED"), ("Megatron-LM", "MEGATRON_LM")):
+        if parse_flag_from_env(f"ACCELERATE_USE_{flag}"):
+            raise InputError(f"the processes were launched with {name}: launch them with --multi_gpu or --use_fsdp")
+    accelerator = Accelerator(
+        cpu=cpu,
+        dynamo_backend="no",
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
+        **settings,
+    )
+    if cpu and accelerator.device.type != "cpu":  # accelerate keeps the first device of a process
+        raise InputError(
+            f"this process uses {accelerator.device} through accelerate already: for the CPU, start another"
+        )
+    return accelerator
 
 
 def from_main(value: Any) -> Any:

@@ -58,8 +58,8 @@ def out_of_memory(error: BaseException) -> str | None:
         return None
     tried = first_line(error).partition(". GPU ")[0].rstrip(".")
     return (
-        f"{tried}: in training lower batch_size, raise accumulate, or set model.gradient_checkpointing=true; elsewhere "
-        "give a smaller --batch-size, or --precision bf16"
+        f"{tried}: in training raise accumulate, or set model.gradient_checkpointing=true or capture=false, with which "
+        "a run may be resumed; elsewhere give a smaller --batch-size, or --precision bf16"
     )
 
 

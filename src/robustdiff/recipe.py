@@ -264,13 +264,16 @@ def _assign(values: dict[str, Any], key: str, value: Any) -> None:
         values[last] = value
 
 
-def load_recipe(source: str, overrides: Sequence[str] = (), changes: Mapping[str, Any] | None = None) -> Recipe:
+def load_recipe(
+    source: str, overrides: Sequence[str] = (), changes: Mapping[str, Any] | None = None, *, cpu: bool = False
+) -> Recipe:
     """Read and validate a recipe.
 
     Args:
         source: A YAML file, or the name of a shipped recipe.
         overrides: Assignments ``key.key=value``, applied in order.
         changes: Further values by dotted key.
+        cpu: Whether it is for the CPU even if there is a GPU, which ``precision: auto`` depends on.
 
     Raises:
         InputError: If the recipe is missing or refused by :func:`robustdiff.yaml_reader.parse_yaml`, or a field is
@@ -298,7 +301,7 @@ def load_recipe(source: str, overrides: Sequence[str] = (), changes: Mapping[str
     for key, value in (changes or {}).items():
         _assign(values, key, value)
     try:
-        return Recipe.model_validate(values)
+        return Recipe.model_validate(values, context={"cpu": cpu})
     except ValidationError as error:
         raise _explain(error, source) from None
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal, get_args
 
 import torch
+from accelerate.utils import parse_flag_from_env
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -79,13 +80,16 @@ def _decay(value: Any, number_or_auto: Callable[[Any], float | str]) -> float | 
 Decay = Annotated[float | Literal["auto"], WrapValidator(_decay)]
 
 
-def native_precision() -> str:
+def native_precision(cpu: bool = False) -> str:
     """Return the precision for "auto": bf16 if the GPU, or without one the CPU, has instructions for it, else fp32.
+
+    Args:
+        cpu: Whether the CPU is used even if there is a GPU, as under ``accelerate launch --cpu``.
 
     A CPU without such instructions trains a UNet more than ten times slower in bf16 than in fp32. "auto" is replaced
     when the recipe is validated, so that the recipe in a run's folder has the precision of the training.
     """
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() and not (cpu or parse_flag_from_env("ACCELERATE_USE_CPU")):
         native = torch.cuda.get_device_capability() >= (8, 0)
     else:
         # Older versions of torch have no get_capabilities.
@@ -94,10 +98,12 @@ def native_precision() -> str:
     return "bf16" if native else "fp32"
 
 
-Precision = Annotated[
-    Literal["fp32", "bf16", "fp16"],
-    BeforeValidator(lambda precision: native_precision() if precision == "auto" else precision),
-]
+def _precision(value: Any, info: ValidationInfo) -> Any:
+    return native_precision(bool(info.context and info.context["cpu"])) if value == "auto" else value
+
+
+Precision = Annotated[Literal["fp32", "bf16", "fp16"], BeforeValidator(_precision)]
+"""A precision. "auto" is that of the device: of the CPU, if the context of the validation has ``"cpu": True``."""
 
 
 def refusal(field: Any, message: str, kind: str = "refused") -> ValidationError:

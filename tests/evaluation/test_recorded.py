@@ -126,7 +126,7 @@ def test_weights_in_half_precision_make_the_same_images(saved, capture):
     assert held.model.fingerprint() == whole.model.fingerprint()
 
 
-def test_weights_in_half_precision_have_one_precision():
+def test_weights_in_half_precision_have_one_precision_and_are_not_saved(tmp_path):
     generator = Generator.load("fashion-16", steps=2, precision="bf16")
     with pytest.raises(
         InputError, match="fashion-16 are held in bfloat16, which is not fp32: load the model with that"
@@ -134,6 +134,9 @@ def test_weights_in_half_precision_have_one_precision():
         replace(generator, precision="fp32")
     with pytest.raises(InputError, match="the precision is bf61: give fp32, bf16, fp16"):
         replace(generator, precision="bf61")
+    with pytest.raises(InputError, match="held in fewer bits than float32, and rounded ones are not saved"):
+        generator.model.save(tmp_path)
+    assert not list(tmp_path.iterdir())
     dataset = load_dataset("fashion-16", split="test")
     with pytest.raises(InputError, match="one has weights in bf16, and robustness is measured in fp32"):
         measure_mismatch({"one": generator}, dataset, steps=[2])

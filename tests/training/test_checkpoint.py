@@ -11,12 +11,14 @@ import shutil
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from robustdiff.errors import InputError
-from robustdiff.training.checkpoint import damage, newest_checkpoint
+from robustdiff.training.checkpoint import _random_states, _restore_random, damage, newest_checkpoint
 from robustdiff.training.run import train
 
 
@@ -267,3 +269,20 @@ def test_a_flush_that_fails_is_an_oserror_too(tiny, monkeypatch):
             train(recipe.model_copy(update={"steps": 4}), resume=True, cpu=True)
     assert state_of(Path(recipe.output) / "checkpoints") == before
     assert not list(Path(recipe.output).rglob(".*.tmp"))
+
+
+def test_the_generator_of_any_device_is_saved_and_restored(tmp_path, monkeypatch):
+    """Of a Mac's GPU as of CUDA; here a module stands for the device's."""
+    held = SimpleNamespace(state=torch.arange(4, dtype=torch.uint8))
+    device = SimpleNamespace(
+        get_rng_state=lambda: held.state, set_rng_state=lambda state: setattr(held, "state", state)
+    )
+    monkeypatch.setattr(torch, "get_device_module", lambda of: device if torch.device(of).type == "mps" else None)
+    mps = SimpleNamespace(device=torch.device("mps"), num_processes=1, process_index=0)
+    save_file(_random_states(mps.device), tmp_path / "random-000.safetensors")
+    held.state = torch.zeros(4, dtype=torch.uint8)
+    before = torch.get_rng_state()
+    torch.rand(1)
+    _restore_random(tmp_path, mps, 1)
+    assert held.state.tolist() == [0, 1, 2, 3]
+    assert torch.equal(torch.get_rng_state(), before)

@@ -285,6 +285,16 @@ def test_microbatches_train_to_the_same_parameters(tiny, outcome, adversary):
         assert first["delta_norm"] == pytest.approx(second["delta_norm"], rel=1e-4)
 
 
+def test_a_run_is_resumed_with_other_microbatches(tiny, outcome):
+    """Which is what a run that had too little memory needs."""
+    whole = tiny("whole")
+    train(whole, cpu=True)
+    part = tiny("part", steps=3)
+    train(part, cpu=True)
+    train(part.model_copy(update={"steps": 6, "accumulate": 2}), cpu=True, resume=True)
+    assert_close(outcome(whole), outcome(part))
+
+
 def test_a_batch_that_cannot_be_shared_out(tiny):
     class Three:
         num_processes = 3
@@ -425,6 +435,18 @@ def test_the_accelerator_of_the_caller_keeps_its_precision(tiny):
     train(tiny(steps=2), cpu=True)
     assert own.mixed_precision == "bf16"
     assert Accelerator(cpu=True).mixed_precision == "bf16"
+
+
+def test_a_run_trains_and_leaves_the_loop_of_the_caller_as_it_was_in_the_middle_of_an_accumulation(tiny, outcome):
+    alone, within = tiny("alone", steps=2), tiny("within", steps=2)
+    train(alone, cpu=True)
+    own, network = Accelerator(cpu=True, gradient_accumulation_steps=4), torch.nn.Linear(1, 1)
+    with own.accumulate(own.prepare(network)):
+        assert not own.sync_gradients
+        train(within, cpu=True)
+        assert not own.sync_gradients
+    assert own.gradient_accumulation_steps == 4
+    assert_close(outcome(alone), outcome(within))
 
 
 @pytest.mark.parametrize(

@@ -260,10 +260,22 @@ class Model:
             yield
 
     def merge(self) -> None:
-        """Add the adapter, if there is one, to the weights of the network, to train or save it whole."""
+        """Add the adapter, if there is one, to the weights of the network, to train or save it whole.
+
+        Raises:
+            InputError: If the weights are not in float32.
+        """
         if self.adapter is not None:
+            self._check_whole("merged")
             merge(self.network)
             self.adapter = None
+
+    def _check_whole(self, done: str) -> None:
+        if self.frozen is not None:
+            raise InputError(
+                f"the weights of {self.path} are held in fewer bits than float32, and rounded ones are not {done}: "
+                "load the model without frozen, or with half=False"
+            )
 
     def fingerprint(self) -> str:
         """Return the sha256 of the network's weights in float32, on any device, in any memory format and however held.
@@ -287,8 +299,10 @@ class Model:
             state: The parameters to save by name, in any memory format; by default the network's own.
 
         Raises:
-            InputError: If the folder could not hold the codec.
+            InputError: If the folder could not hold the codec, or the weights are not in float32.
         """
+        if self.adapter is None:
+            self._check_whole("saved")
         self.backbone.check_codec(self.codec, self.path)
         with quietly():
             self._save(folder, self.network.state_dict() if state is None else state)
@@ -302,7 +316,7 @@ class Model:
             return
         with torch.device("meta"):
             network = type(self.network).from_config(self.network.config)
-        network.load_state_dict({name: value.contiguous() for name, value in state.items()}, assign=True)
+        network.load_state_dict({name: value.cpu().contiguous() for name, value in state.items()}, assign=True)
         network = self.backbone.stored(network)
         pipeline = self.backbone.pipeline(network, self.scheduler, self.codec, self.condition)
         pipeline.save_pretrained(folder, safe_serialization=True)

@@ -139,15 +139,16 @@ def claim(file: Path | None, real: DataConfig | Path | None, sources: Iterable[s
         claim_results(file, map(Path, [*sources, *([] if root is None else [root])]))
 
 
-def _native(precision: str) -> str:
+def _native(context: typer.Context, precision: str) -> str:
     if precision != "auto":  # returns before torch is imported
         return precision
     from robustdiff.section import native_precision
 
-    return native_precision()
+    return native_precision(context.params["cpu"])
 
 
-Cpu = Annotated[bool, typer.Option("--cpu", help="Use the CPU even on a machine with a GPU.")]
+# Read first, since the precision depends on it.
+Cpu = Annotated[bool, typer.Option("--cpu", is_eager=True, help="Use the CPU even on a machine with a GPU.")]
 Seed = Annotated[int, typer.Option(min=0, help="Image i depends on the seed and i alone.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Images at a time.")]
 Samplers = Annotated[

@@ -32,7 +32,7 @@ def train(
     from robustdiff.report.bar import Bar
     from robustdiff.training.run import train as run
 
-    settings = load_recipe(recipe, overrides)
+    settings = load_recipe(recipe, overrides, cpu=cpu)
     # Its precision counts for nothing, and one that accelerate's configuration names may not be for this device.
     quiet = not make_accelerator(cpu, mixed_precision="no").is_main_process
     with Bar(err, quiet) as bar:

@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from PIL import Image
 
 from robustdiff import __version__
 from robustdiff.data import DataConfig, ImageDataset
 from robustdiff.data.pixels import tile
+from robustdiff.distributed import make_accelerator
 from robustdiff.errors import InputError, NotFiniteError, RunError, printable
 from robustdiff.evaluation.generate import Generator
 from robustdiff.evaluation.grid import Cell as Measured
@@ -228,7 +228,7 @@ def _measure_real(study: Study, folder: Path) -> None:
             raise InputError(
                 f"measure.real: {dataset.name} has {len(dataset)} images, fewer than measure.num={measure.num}"
             )
-        state = PartialState()
+        state = make_accelerator()
         metrics, _ = _real_images(measure, plan(study, folder)[0].recipe.data, state.device)
         prompts = prompts_of(dataset)
         captions = None if prompts is None else prompts.of(dataset)
@@ -333,7 +333,7 @@ def _measure(
 
     ``noise`` is the seed of the images' noise. The scale of guidance is by default that of the measurement.
     """
-    state = PartialState(cpu=cpu)  # used for the device alone, with one process
+    state = make_accelerator(cpu)  # used for the device alone, with one process
     metrics, captions = _real_images(measure, data, state.device)
     assert metrics.reference is not None
     generator = Generator.load(

@@ -114,9 +114,10 @@ def _local(tensor: Tensor) -> Tensor:
 
 
 def _random_states(device: torch.device) -> dict[str, Tensor]:
+    """Return the states of torch's generators, of the CPU and of the device that this process uses."""
     states = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        states["cuda"] = torch.cuda.get_rng_state(device)
+    if device.type != "cpu":
+        states[device.type] = torch.get_device_module(device).get_rng_state()
     return states
 
 
@@ -142,7 +143,8 @@ def save_checkpoint(
         temporary = folder / name
         for part, values in tensors.items():
             if main or accelerator.distributed_type == DistributedType.FSDP:
-                contiguous = {key: _local(value).contiguous() for key, value in values.items()}
+                # On the host first: copies on a GPU would need memory that the training may have filled.
+                contiguous = {key: _local(value).cpu().contiguous() for key, value in values.items()}
                 save_file(contiguous, temporary / _file(part, accelerator))
         save_file(_random_states(accelerator.device), temporary / _random_file(accelerator.process_index))
         accelerator.wait_for_everyone()
@@ -255,14 +257,14 @@ def _restore_random(path: Path, accelerator: Accelerator, processes: int) -> Non
     file = path / _random_file(accelerator.process_index)
     with _opened(file) as opened:
         saved = set(opened.keys())
-    if saved != now.keys() and saved in ({"cpu"}, {"cpu", "cuda"}):
+    if saved != now.keys() and "cpu" in saved and len(saved) <= 2:
         logger.warning("%s is of another device: random numbers such as dropout's begin anew", printable(path))
         return
     states = dict(_read(file, now))
     try:
         torch.set_rng_state(states["cpu"])
-        if "cuda" in states:
-            torch.cuda.set_rng_state(states["cuda"], accelerator.device)
+        if (kind := accelerator.device.type) != "cpu":
+            torch.get_device_module(kind).set_rng_state(states[kind])
     except RuntimeError as error:
         raise _refusal(file, first_line(error)) from None
 

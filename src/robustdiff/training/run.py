@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import ProjectConfiguration, set_seed
 
 from robustdiff.backbones.model import is_model_folder
@@ -162,7 +162,8 @@ def _check_recipe(recipe: Recipe, folder: Path) -> None:
     before = load_recipe(str(path))
     # The cosine schedule and growing numbers of levels depend on the number of steps.
     fixed = recipe.lr_schedule == "constant" and (recipe.objective is None or recipe.objective.fixed_levels)
-    free = FREE_TO_CHANGE | ({"steps"} if fixed else set())
+    # Records of trainings hold accumulate, which changes the rounding alone, too.
+    free = FREE_TO_CHANGE | {"accumulate"} | ({"steps"} if fixed else set())
     if (folder / "watch.jsonl").exists():  # lines of other measurements cannot be compared
         own = recipe.watch is not None and recipe.watch.samplers and recipe.watch.steps
         free = free - ({"watch"} if own else {"watch", "sampler"})
@@ -212,15 +213,19 @@ def train(recipe: Recipe, *, resume: bool = False, cpu: bool = False, progress: 
 def own_state_of_accelerate() -> Iterator[None]:
     """Give accelerators of the block a state of their own, and give the caller's back after it.
 
-    Accelerate keeps the first precision that it was given for the whole process, and has no public way to change it.
+    Accelerate keeps the first precision that it was given for the whole process, and the caller's accumulation of
+    gradients, within which optimisers make no step; it has no public way to change them.
     """
-    outer = dict(AcceleratorState._shared_state)
-    AcceleratorState._shared_state.clear()
+    states = [state._shared_state for state in (AcceleratorState, GradientState)]
+    outer = [dict(state) for state in states]
+    for state in states:
+        state.clear()
     try:
         yield
     finally:
-        AcceleratorState._shared_state.clear()
-        AcceleratorState._shared_state.update(outer)
+        for state, before in zip(states, outer, strict=True):
+            state.clear()
+            state.update(before)
 
 
 def _train(recipe: Recipe, resume: bool, cpu: bool, progress: Progress) -> RunResult | None:

@@ -222,9 +222,6 @@ class Trainer:
         def passes(draws: list[Draw], schedule: _Schedule) -> list[_Pass]:
             # A recording that was broken off leaves gradients that were not computed.
             trainer.optimizer.zero_grad(set_to_none=True)
-            # AdamW refuses to be recorded without it. Other steps do not need it, and would count on the device.
-            for group in trainer.optimizer.param_groups:
-                group["capturable"] = on_gpu and torch.cuda.is_current_stream_capturing()
             return list(trainer._passes(draws, schedule))
 
         return Recorder(passes, accelerator.device, "a training pass")
@@ -356,6 +353,7 @@ class Trainer:
     def _passes(self, draws: list[Draw], schedule: _Schedule) -> Iterator[_Pass]:
         """Make the passes over a batch, each with an update of the optimiser, the moving average and the objective."""
         accelerator, recipe = self.accelerator, self.recipe
+        on_gpu = accelerator.device.type == "cuda"
         for k, deltas in enumerate(self._perturbations(draws, schedule.step)):
             totals: dict[str, Tensor] = {}
             drawn: list[Tensor] = []
@@ -375,6 +373,9 @@ class Trainer:
                 accelerator.clip_grad_norm_(self.model.parameters(), recipe.clip)
             for group in self.optimizer.param_groups:
                 group["lr"] = schedule.rates[k]
+                if self.recorder is not None:
+                    # AdamW refuses to be recorded without it. Other steps would count on the device, and warn of it.
+                    group["capturable"] = on_gpu and torch.cuda.is_current_stream_capturing()
             stepped = self._optimizer_step()
             self.optimizer.zero_grad(set_to_none=True)
             self.objective.after_update(self.model, stepped)
