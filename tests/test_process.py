@@ -405,6 +405,30 @@ EULERS = ("EulerDiscrete", "EulerAncestralDiscrete", "HeunDiscrete", "LMSDiscret
 EULERS = (*EULERS, "KDPM2AncestralDiscrete")
 
 
+def test_a_scheduler_of_continuous_times_is_one_of_a_preconditioned_network():
+    settings = {"timestep_type": "continuous", "prediction_type": "v_prediction", "use_karras_sigmas": True}
+    scheduler = diffusers.EulerDiscreteScheduler(**settings, sigma_min=0.002, sigma_max=700.0)
+    with pytest.raises(InputError, match=r"or a preconditioned network with prediction='sample'"):
+        DenoisingObjective(DiffusionProcess.from_scheduler(scheduler), "v_prediction")
+
+
+@pytest.mark.parametrize("kind", ["UniPCMultistepScheduler", "DPMSolverMultistepScheduler"])
+def test_a_sampling_scheduler_of_flow_matching_names_that_of_its_training(kind):
+    scheduler = getattr(diffusers, kind)(**FLOW, flow_shift=3.0)
+    for steps in (None, 20):
+        if steps is not None:
+            scheduler.set_timesteps(steps)
+        with pytest.raises(ValueError, match=r"FlowMatchEulerDiscreteScheduler\(shift=3\).*flow\(T, 3\)") as error:
+            DiffusionProcess.from_scheduler(scheduler)
+        assert "\n" not in str(error.value)
+
+
+def test_one_time_may_be_a_number():
+    process, noise, delta = DiffusionProcess.linear(), gaussian(0, 3, 4), gaussian(1, 3, 4)
+    assert torch.equal(process.absorb(noise, 5, delta), process.absorb(noise, torch.tensor([5] * 3), delta))
+    assert process.index(5).tolist() == 5
+
+
 @pytest.mark.parametrize("steps", [None, 20])
 @pytest.mark.parametrize("name", EULERS)
 def test_a_process_whose_network_has_a_scaled_input_is_for_own_loops(name, steps):

@@ -18,6 +18,17 @@ from robustdiff.recipe import DataConfig, Recipe, load_data_config, load_recipe,
 from robustdiff.yaml_reader import parse_yaml
 
 
+def test_a_watch_is_switched_by_a_truth_value() -> None:
+    on, off = (Recipe.model_validate({"data": "digits", "watch": watch}).watch for watch in (True, False))
+    assert off is None
+    assert on == Recipe.model_validate({"data": "digits", "watch": {}}).watch is not None
+
+
+def test_without_an_adversary_its_settings_are_dropped() -> None:
+    recipe = Recipe.model_validate({"data": "digits", "adversary": {"name": "none", "step_size": 5.0, "ramp": 5}})
+    assert recipe.adversary.model_dump() == {"name": "none"}
+
+
 def mistake(tmp_path: Path, text: str, *overrides: str) -> str:
     """The message of a recipe that is wrong."""
     path = tmp_path / "r.yaml"
@@ -221,8 +232,13 @@ def test_the_forms_of_a_radius(radius, expected):
         ("objective: {name: edm, teacher_below: 2}\n", ["teacher_below", "objective.teacher"]),
         ("objective: {name: consistency, mean: 0}\n", ["mean", "objective.times=log-normal"]),
         ("objective: {name: consistency, std: 1}\n", ["std", "objective.times=log-normal"]),
-        ("adversary: {radius: {etta: 1}}\n", ["adversary.radius.etta", "eta"]),
+        ("adversary: {name: free, radius: {etta: 1}}\n", ["adversary.radius.etta", "eta"]),
         ("adversary: strong\n", ["adversary.name"]),
+        ("adversary: {step_size: 0.5}\n", ["adversary.step_size is set and adversary.name is not", "free"]),
+        ("adversary: {name: free, radius: {by_noise: true}}\n", ["radius.by_noise needs radius.eta"]),
+        ("sampler: nope\n", ["sampler.name", "nope", "ddim"]),
+        ("watch: {steps: 5}\n", ["watch.steps", "give a list", "'[5]'"]),
+        ("trackers: wandb\n", ["trackers", "give a list", "'[wandb]'"]),
         ("steps: 0\n", ["steps"]),
         ("lr: -1\n", ["lr"]),
         ("ema: 1.0\n", ["ema", "[0, 1)", "auto", "1.0"]),
@@ -249,8 +265,8 @@ def test_the_forms_of_a_radius(radius, expected):
         ("model: {channels: [-32]}\n", ["model.channels"]),
         ("lr: .inf\n", ["lr", "finite"]),
         ("lr: .nan\n", ["lr"]),
-        ("adversary: {step_size: .inf}\n", ["adversary.step_size", "finite"]),
-        ("adversary: {radius: .nan}\n", ["adversary.radius"]),
+        ("adversary: {name: free, step_size: .inf}\n", ["adversary.step_size", "finite"]),
+        ("adversary: {name: free, radius: .nan}\n", ["adversary.radius"]),
         ("adversary: 3\n", ["adversary"]),
         ("data: [digits]\n", ["data"]),
         ("data: {1: 2}\n", ["data.1"]),

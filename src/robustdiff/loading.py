@@ -74,8 +74,9 @@ _LARGEST_INTEGER = 10**6
 
 
 def component(folder: Path, name: str) -> Path:
-    """Return the folder of a component: the pipeline folder itself in the oldest pipelines."""
-    return folder / name if (folder / name).is_dir() else folder
+    """Return the folder of a component: the pipeline folder itself in the oldest pipelines, which hold its files."""
+    file = "scheduler_config.json" if name == "scheduler" else "config.json"
+    return folder if (folder / file).is_file() and not (folder / name).is_dir() else folder / name
 
 
 def read_index(folder: Path) -> dict[str, tuple[str, str]]:

@@ -90,8 +90,9 @@ def _check_shapes(noise: Tensor, delta: Tensor) -> None:
         raise ValueError(f"noise and delta must be of one shape; got {tuple(noise.shape)} and {tuple(delta.shape)}")
 
 
-def _per_sample(name: str, values: Tensor, like: Tensor) -> Tensor:
+def _per_sample(name: str, given: Tensor | float, like: Tensor) -> Tensor:
     """Return the values if there is one for each sample of ``like`` (B, *), or one for all; else raise."""
+    values = torch.as_tensor(given)
     if values.numel() not in (1, len(like)) or any(size != 1 for size in values.shape[1:]):
         raise ValueError(f"{name} must have shape (B,) with B = {len(like)}; got {tuple(values.shape)}")
     return values
@@ -259,8 +260,13 @@ class DiffusionProcess:
         """
         name = type(scheduler).__name__
         cumprod = getattr(scheduler, "alphas_cumprod", None)
-        if getattr(getattr(scheduler, "config", None), "use_flow_sigmas", False):
-            cumprod = None  # the levels of flow matching are not those of this table
+        config = getattr(scheduler, "config", None)
+        if getattr(config, "use_flow_sigmas", False):
+            shift = getattr(config, "flow_shift", 1.0)
+            raise ValueError(
+                f"{name} with use_flow_sigmas is for sampling alone: train with FlowMatchEulerDiscreteScheduler(shift="
+                f"{shift:g}), and take its process, or DiffusionProcess.flow(T, {shift:g})"
+            )
         for times in _timesteps_of(scheduler):
             levels = _levels_of(scheduler, times)
             if levels is None:
@@ -284,7 +290,9 @@ class DiffusionProcess:
                         "DDPMScheduler.from_config(scheduler.config), and take its process"
                     )
             if _scales_input(scheduler, times[sigmas.argmax()]):
-                process._scaled_by = name, cumprod is not None
+                # Continuous times, 0.25 ln σ, are those of a preconditioned network.
+                continuous = getattr(config, "timestep_type", None) == "continuous"
+                process._scaled_by = name, cumprod is not None and not continuous
             return process
         if cumprod is not None:
             remedy = "train with DDPMScheduler.from_config(scheduler.config), and take its process"
@@ -416,6 +424,7 @@ class DiffusionProcess:
         Raises:
             ValueError: If ``t`` is boolean or, on the CPU, an index is not in [0, T) or a time is not in ``times``.
         """
+        t = torch.as_tensor(t)
         if t.dtype == torch.bool:
             raise ValueError("t is boolean: give time indices as whole numbers, or times")
         readable = t.device.type == "cpu" and t.numel() > 0

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
-from pydantic import BeforeValidator, Field, ValidationError, model_validator
+from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from robustdiff.backbones.backbone import SECTIONS, BackboneSection
 from robustdiff.codecs.codec import CODECS, CodecSection
@@ -22,6 +22,7 @@ from robustdiff.errors import InputError, printable
 from robustdiff.objectives.objective import OBJECTIVES, ObjectiveConfig
 from robustdiff.perturbation import ADVERSARIES, AdversaryConfig
 from robustdiff.process import ProcessConfig
+from robustdiff.samplers.sample import SAMPLERS
 from robustdiff.section import MOST_UPDATES, Decay, Fraction, Named, Precision, Section, Text, Times, choice, refusal
 from robustdiff.yaml_reader import parse_yaml, read_yaml
 
@@ -48,10 +49,20 @@ _KINDS: dict[str, Mapping[str, type[Section]]] = {
 }
 
 
+def _known_sampler(name: str) -> str:
+    try:
+        SAMPLERS[name]
+    except InputError as error:
+        raise ValueError(str(error)) from None
+    return name
+
+
 class SamplerConfig(Named):
     """The section ``sampler`` of a recipe: the default sampler of ``robustdiff sample`` for the run."""
 
-    name: Text | None = Field(None, description="name of a sampler; by default one that suits the model")
+    name: Annotated[Text, AfterValidator(_known_sampler)] | None = Field(
+        None, description="name of a sampler; by default one that suits the model"
+    )
     steps: Times | Text | None = Field(
         None, description="number of network evaluations for one image, or a string that the sampler takes"
     )
@@ -160,9 +171,19 @@ class Recipe(Section):
     trackers: tuple[Literal["tensorboard", "wandb"], ...] = Field(
         (), max_length=2, description="trackers to log to, through accelerate"
     )
-    watch: Annotated[WatchConfig | None, BeforeValidator(lambda value: None if value == "none" else value)] = Field(
-        None, description="measurements while the model is trained, of which the best is kept; none: no measurement"
+    watch: WatchConfig | None = Field(
+        None,
+        description="measurements while the model is trained, of which the best is kept; true: with their defaults, "
+        "none: no measurement",
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _watch_is_switched(cls, value: Any) -> Any:
+        switches: dict[Any, Any] = {True: {}, False: None, "none": None}
+        if isinstance(value, dict) and isinstance(watch := value.get("watch"), bool | str) and watch in switches:
+            value = {**value, "watch": switches[watch]}
+        return value
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
@@ -223,6 +244,8 @@ def _explain(error: ValidationError, source: str) -> InputError:
     message = printable(first["msg"].removeprefix("Value error, ")[:1000])
     if first["type"] == "string_type" and isinstance(first["input"], int | float):
         message += f""": put quotes around it (on a command line --set "{where}='…'")"""
+    if first["type"] == "tuple_type":
+        message = f"give a list, as in --set {where}='[{first['input']}]'"
     message = message[:1].lower() + message[1:]
     return InputError(f"{source}: {where}: {message}" if where else f"{source}: {message}")
 
@@ -251,6 +274,8 @@ def _assign(values: dict[str, Any], key: str, value: Any) -> None:
         inner = values.get(section)
         # Expand a section that is given by its name alone; watch has none.
         by_name = isinstance(inner, str) and section != "watch"
+        if isinstance(inner, int | float) and not isinstance(inner, bool):
+            raise InputError(f"{key} and {section}={inner} exclude each other: give one of them, or fields alone")
         inner = {"name": inner} if by_name else dict(inner) if isinstance(inner, dict) else {}
         values[section] = inner
         values = inner

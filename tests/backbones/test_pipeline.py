@@ -380,6 +380,13 @@ def test_folders_without_a_scheduler_say_how_to_make_a_pipeline(unet, tmp_path):
     assert_refused(tmp_path / "checkpoint-5", "no model_index.json", "checkpoint-5/unet_ema'")
 
 
+@pytest.mark.parametrize("part", ["scheduler", "unet"])
+def test_a_folder_that_is_missing_is_named(pipeline, part):
+    shutil.rmtree(pipeline / part)
+    file = "scheduler_config.json" if part == "scheduler" else "config.json"
+    assert_refused(pipeline, f"{pipeline}/{part}/{file} is missing")
+
+
 def test_what_is_no_folder_is_named(tmp_path):
     assert_refused(tmp_path / "google" / "ddpm-cifar10-32", "no model at", "owner/name")
     (tmp_path / "model.pt").write_bytes(b"")

@@ -21,6 +21,7 @@ from robustdiff.backbones.unet2d import UNet2D
 from robustdiff.errors import InputError
 from robustdiff.evaluation.generate import RECORD, Generator, share_of, write_npz, write_pngs
 from robustdiff.process import DiffusionProcess
+from robustdiff.samplers.sample import SAMPLERS
 
 
 @pytest.fixture
@@ -237,10 +238,20 @@ def test_autocast_is_close_to_full_precision(generator):
     assert (full - half).abs().float().mean() < 10
 
 
-def test_a_run_is_sampled_as_its_recipe_says(digits_run):
-    """The recipe digits has ddim with 20 steps; either setting of one's own replaces both."""
-    found = [Generator.load(digits_run, **own) for own in ({}, {"steps": 7}, {"sampler": "dpm++"})]
-    assert [(g.sampler, g.steps) for g in found] == [("ddim", 20), ("ddim", 7), ("dpm++", 20)]
+def test_a_run_is_sampled_as_its_recipe_says(digits_run, tmp_path):
+    """A number of steps of one's own is of the recipe's sampler, and the recipe's number is not of another one."""
+    run = shutil.copytree(digits_run, tmp_path / "run")
+    recipe = yaml.safe_load((run / "recipe.yaml").read_text())
+    (run / "recipe.yaml").write_text(yaml.safe_dump({**recipe, "sampler": {"name": "iddpm", "steps": 11}}))
+    for own, wanted in (
+        ({}, ("iddpm", 11)),
+        ({"steps": 7}, ("iddpm", 7)),
+        ({"sampler": "iddpm"}, ("iddpm", 11)),
+        ({"sampler": "dpm++"}, ("dpm++", SAMPLERS["dpm++"].default_steps)),
+        ({"by_recipe": False, "steps": 7}, ("ddim", 7)),
+    ):
+        found = Generator.load(run, **own)
+        assert (found.sampler, found.steps) == wanted
 
 
 def test_a_recipe_can_name_another_sampler(digits_run, tmp_path):

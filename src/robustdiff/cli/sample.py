@@ -21,7 +21,7 @@ def sample(
     num: Annotated[int, typer.Option(min=1, help="The number of images.")] = 64,
     sampler: Annotated[
         str | None,
-        typer.Option(help=f"{', '.join(options.SHIPPED_SAMPLERS)}; by default one that suits the model."),
+        typer.Option(help=f"{', '.join(options.SHIPPED_SAMPLERS)}; by default that of the run's recipe."),
     ] = None,
     steps: Annotated[
         str | None,

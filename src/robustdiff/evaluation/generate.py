@@ -132,6 +132,7 @@ class Generator:
         *,
         size: int | None = None,
         half: bool = True,
+        by_recipe: bool = True,
         **settings: Any,
     ) -> Generator:
         """Load a generator from a run, a pipeline folder, or a model shipped with the package.
@@ -143,7 +144,9 @@ class Generator:
                 wanted.
             half: Whether weights that autocast would convert are held in the type of ``precision``, for the same
                 images in half the memory. The network can then be called under this autocast alone.
-            settings: The other fields. If neither sampler nor steps are given, both are those of the run's recipe.
+            by_recipe: Whether the recipe of a run gives the sampler, if none is given, and the number of steps of that
+                sampler.
+            settings: The other fields.
 
         Raises:
             InputError: If the model is missing or cannot be read, or a setting does not suit it.
@@ -154,9 +157,12 @@ class Generator:
         if model.device.type == "cuda":
             fuse_norms(model.network.to(memory_format=torch.channels_last))
         recipe = Path(path) / "recipe.yaml"
-        if settings.get("sampler") is None and settings.get("steps") is None and recipe.is_file():
-            sampler = load_recipe(str(recipe)).sampler
-            settings = {**settings, "sampler": sampler.name, "steps": sampler.steps}
+        if by_recipe and recipe.is_file():
+            own = load_recipe(str(recipe)).sampler
+            sampler = settings.get("sampler") or own.name
+            if settings.get("steps") is None and sampler == own.name:
+                settings["steps"] = own.steps
+            settings["sampler"] = sampler
         try:
             return cls.of(model, **settings)
         except InputError as error:

@@ -63,7 +63,8 @@ def load_generators(
         InputError: If a run cannot be loaded, a setting does not suit it, or its images have another shape than the
             dataset's.
     """
-    settings |= {"sampler": samplers[0] if samplers else None, "steps": steps[0]}
+    # One sampler for all runs, whatever the recipe of one says.
+    settings |= {"sampler": samplers[0] if samplers else None, "steps": steps[0], "by_recipe": False}
     classes = None if dataset is None else dataset.num_classes
     generators = {name: Generator.load(run, device, data_classes=classes, **settings) for name, run in runs.items()}
     if dataset is not None:
@@ -121,7 +122,6 @@ def evaluate_sources(
     for option, value in (("--sampler", samplers), ("--steps", steps)):
         if value and not runs:
             raise InputError(f"{option} is how runs are sampled, and only images are given: leave it out")
-    # Steps are always given, so that the recipe of a run does not choose the sampler.
     settings |= {"samplers": samplers, "steps": steps or [1], "batch_size": batch_size}
     if guidances:
         settings["guidance"] = guidances[0]

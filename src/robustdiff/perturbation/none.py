@@ -9,7 +9,7 @@ import torch
 from pydantic import model_validator
 from torch import Tensor
 
-from robustdiff.perturbation.adversary import ADVERSARIES, Adversary, AscentConfig, LossOfDelta
+from robustdiff.perturbation.adversary import ADVERSARIES, Adversary, AdversaryConfig, LossOfDelta
 from robustdiff.perturbation.radii import Points
 from robustdiff.process import DiffusionProcess
 
@@ -30,9 +30,9 @@ class NoAdversary(Adversary):
 
 
 @ADVERSARIES.register("none")
-class NoConfig(AscentConfig):
-    """Ordinary training. Settings of other adversaries are accepted without effect, so that a recipe can switch its
-    adversary off by the name alone."""
+class NoConfig(AdversaryConfig):
+    """Ordinary training. Settings of other adversaries are dropped, so that a recipe can switch its adversary off by
+    the name alone."""
 
     name: Literal["none"] = "none"
 
@@ -41,6 +41,8 @@ class NoConfig(AscentConfig):
     def _switched_off(cls, value: Any) -> Any:
         if not isinstance(value, dict):
             return value
+        if value and "name" not in value:
+            raise ValueError(f"adversary.{next(iter(value))} is set and adversary.name is not: give one, such as free")
         others = {name for kind in ADVERSARIES.values() for name in kind.model_fields} - cls.model_fields.keys()
         return {name: setting for name, setting in value.items() if name not in others}
 

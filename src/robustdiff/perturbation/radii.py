@@ -236,12 +236,12 @@ class RadiusConfig(Section):
 
     @model_validator(mode="after")
     def _one_way(self) -> RadiusConfig:
-        if (self.value is None) == (self.eta is None):
-            raise ValueError("a radius is given by a number or by eta")
         if self.sampler_steps is not None and self.eta is None:
             raise ValueError("radius.sampler_steps needs radius.eta, the most per dimension")
         if self.by_noise and (self.eta is None or self.sampler_steps is not None):
             raise ValueError("radius.by_noise needs radius.eta, and does not go with radius.sampler_steps")
+        if (self.value is None) == (self.eta is None):
+            raise ValueError("a radius is given by a number or by eta")
         if self.within is not None and not 0 <= self.within[0] <= self.within[1]:
             raise ValueError(f"radius.within must be two levels 0 ≤ low ≤ high; got {list(self.within)}")
         return self

@@ -220,8 +220,8 @@ def sample_checkpoints(
             settings["data_classes"] = run.data.classes
         if path == run.start and Path(path).is_dir():
             on_read(f"{printable(run.source)}/recipe.yaml names the starting checkpoint: reading {printable(path)}")
-        # Steps are given, so that the recipe beside a model does not choose the sampler.
-        generator = Generator.load(path, device, sampler=samplers[0] if samplers else None, steps=1, **settings)
+        sampler = samplers[0] if samplers else None
+        generator = Generator.load(path, device, by_recipe=False, sampler=sampler, steps=1, **settings)
         if not images:
             samplers = samplers or [_default_sampler(run, generator)]
             steps = steps or _default_steps(run, samplers[0])

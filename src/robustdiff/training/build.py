@@ -41,10 +41,15 @@ def build_model(recipe: Recipe, dataset: ImageDataset) -> Built:
     """Build the model of a recipe, with its process and objective.
 
     Raises:
-        InputError: If the checkpoint is missing or of another kind, or the data does not fit the network.
+        InputError: If the checkpoint is missing or of another kind, or the data or the sampler does not fit the
+            network.
     """
     source = recipe.model.source
     built = _new(recipe, dataset) if source is None else _pretrained(recipe, source, dataset)
+    if recipe.sampler.name not in (None, *built.model.samplers):
+        raise InputError(
+            f"sampler.name={recipe.sampler.name} does not suit the model: give {' or '.join(built.model.samplers)}"
+        )
     if recipe.model.gradient_checkpointing:
         try:
             built.model.network.enable_gradient_checkpointing()

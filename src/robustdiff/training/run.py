@@ -247,9 +247,14 @@ def _train(recipe: Recipe, resume: bool, cpu: bool, progress: Progress) -> RunRe
     finished = folder / "result.json"
     if resume and finished.exists():
         before = read_result(finished)
-        if before.steps >= recipe.steps or _stopped(before, recipe):
+        if before.steps > recipe.steps:
+            raise InputError(
+                f"{folder} has {before.steps} updates already, and steps={recipe.steps}: give as many or more to "
+                "resume it, or choose another --set output=…"
+            )
+        if before.steps == recipe.steps or _stopped(before, recipe):
             _check_result(finished, before, trainer)
-            logger.info("%s is finished", folder)
+            logger.warning("%s was finished already", folder)
             return before.as_dict()
     if watch is not None:
         watch.read_real_images(progress)

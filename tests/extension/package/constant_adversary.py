@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+import torch
 from pydantic import Field
 
 from robustdiff.perturbation import ADVERSARIES, Adversary, AdversaryConfig
@@ -14,8 +15,8 @@ class Constant(Adversary):
         super().__init__(steps=1)
         self.shift = shift
 
-    def __call__(self, x_t, t=None, *, loss=None, training_step=None):
-        yield x_t.new_full(x_t.shape, self.shift)
+    def perturb(self, points, loss):
+        yield torch.full_like(points.x_t, self.shift)
 
 
 @ADVERSARIES.register("constant")
