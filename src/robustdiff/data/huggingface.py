@@ -6,7 +6,6 @@ checked when the dataset is loaded, so that an invalid row raises an error at on
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 import pkgutil
@@ -104,10 +103,6 @@ class HuggingFaceDataset(EncodedDataset):
         mode = table.features[images].mode  # the mode to which `datasets` converts images
         if channels is None and mode is not None:
             channels = 1 if mode in ("1", "L") else 3
-        digest = hashlib.sha256(f"{colour}\n".encode())
-        for header in headers:
-            digest.update(header.sample)
-        self._contents = digest.digest()
         labelled = num_classes, checked, captions
         super().__init__(name, headers, size, channels, colour, lambda row: f"row {row}", *labelled)
 
@@ -151,10 +146,6 @@ class HuggingFaceDataset(EncodedDataset):
         rows = [int(index) for index in indices]
         values = self._table[rows].column(0)
         return [(self._source(row, value), self._row(row)) for row, value in zip(rows, values, strict=True)]
-
-    def contents(self) -> bytes:
-        """Return a hash of the background and of the lengths, first and last bytes of the encoded images, in order."""
-        return self._contents
 
 
 def _listed(names: Sequence[str]) -> str:
