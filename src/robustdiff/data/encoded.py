@@ -64,19 +64,19 @@ class EncodedDataset(ImageDataset):
         self.sizes = torch.tensor([(header.height, header.width) for header in headers], dtype=torch.int64)
         digest = hashlib.sha256(f"{background}\n".encode())
         for index, header in enumerate(headers):
-            digest.update(self.key(index) + header.sample)
+            digest.update(self.prefix(index) + header.sample)
         self._contents = digest.digest()
 
     @abstractmethod
     def encoded(self, indices: Sequence[int]) -> list[tuple[Source, str]]:
         """Return a function that opens the encoded image, and its name in messages, for each index."""
 
-    def key(self, index: int) -> bytes:
-        """Return what the hash of the contents includes of an image beside its encoded bytes. By default: nothing."""
+    def prefix(self, index: int) -> bytes:
+        """Return the bytes before an image in the hash of the contents, by default none."""
         return b""
 
     def contents(self) -> bytes:
-        """Return a hash of the background and of the images in order: of :meth:`key` and of the header's sample.
+        """Return a hash of the background and of the images in order: of :meth:`prefix` and of the header's sample.
 
         Whole files are not read if they are compressed, because that would take hours for a million files.
         """

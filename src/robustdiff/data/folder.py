@@ -194,7 +194,7 @@ class FolderDataset(EncodedDataset):
         """Return the path of each file in the folder, with "/" between folders."""
         return [path.relative_to(self._folder).as_posix() for path in self.paths]
 
-    def key(self, index: int) -> bytes:
+    def prefix(self, index: int) -> bytes:
         """Return the path of a file in the folder, as bytes that end in 0."""
         return os.fsencode(self.paths[index].relative_to(self._folder)) + b"\0"
 
