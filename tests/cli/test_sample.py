@@ -29,9 +29,9 @@ def test_sample_writes_what_the_adm_evaluator_reads(robustdiff, digits_run, tmp_
 @pytest.mark.parametrize(
     "options",
     [
-        ["--sampler", "es", "--eps-scale", "0.01,1.01"],
+        ["--sampler", "es", "--set", "eps_scale=[0.01, 1.01]"],
         ["--sampler", "es"],
-        ["--sampler", "time-shift", "--window", 20, "--cutoff", 100],
+        ["--sampler", "time-shift", "--set", "window=20", "--set", "cutoff=100"],
         ["--sampler", "iddpm", "--steps", "1,2,1"],
     ],
 )
@@ -41,8 +41,10 @@ def test_samplers_take_their_options(robustdiff, digits_run, tmp_path, options):
 
 
 def test_sample_writes_pngs(robustdiff, digits_run, tmp_path, assert_bad_input):
-    assert robustdiff("sample", digits_run, "--output", tmp_path / "png", "--num", 3, "--steps", 2).code == 0
-    record, *files = sorted((tmp_path / "png").iterdir())
+    for name in ("png", "lr-0.1"):
+        assert robustdiff("sample", digits_run, "--output", tmp_path / name, "--num", 3, "--steps", 2).code == 0
+        record, *files = sorted((tmp_path / name).iterdir())
+    assert_bad_input(robustdiff("sample", digits_run, "--output", files[0]), "000000.png", ".npz")
     assert [f.name for f in files] == ["000000.png", "000001.png", "000002.png"]
     assert Image.open(files[0]).size == (8, 8)
     assert json.loads(record.read_text())["steps"] == 2
@@ -91,9 +93,10 @@ def test_auto_samples_in_the_precision_of_the_device(
         (["--precision", "half"], ["--precision", "'half' is not one of", "auto"]),
         (["--class", "3"], ["class 3"]),
         (["--output", "x.jpg"], ["x.jpg", ".npz"]),
-        (["--eps-scale", "1,2,3"], ["--eps-scale", "k,b"]),
-        (["--eps-scale", "0"], ["eps_scale"]),
-        (["--window", "5"], ["window", "time-shift"]),
+        (["--output", "x.NPZ"], ["x.NPZ", ".npz"]),
+        (["--set", "eps_scale=[1,2,3]"], ["eps_scale"]),
+        (["--set", "eps_scale=0"], ["eps_scale"]),
+        (["--set", "window=5"], ["window", "time-shift"]),
     ],
 )
 def test_bad_sampling_is_one_line_and_leaves_nothing(

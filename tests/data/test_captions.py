@@ -65,11 +65,11 @@ def test_metadata_in_sub_folders_names_files_from_there(tmp_path: Path) -> None:
 
 
 def test_a_table_of_commas(tmp_path: Path) -> None:
-    images(tmp_path, "a.png", "b.png")
+    images(tmp_path, "a.png", "b.png", "c.png")
     (tmp_path / "metadata.csv").write_bytes(
-        '\ufefffile_name,text,size\r\na.png,"red, with\n a ""bow""",1\r\n\r\nb.png,bleu é,2\r\n'.encode()
+        '\ufefffile_name,text,size\r\na.png,"red, with\n a ""bow""",1\r\n\r\nb.png,bleu é,2\r\nc.png,,\r\n'.encode()
     )
-    assert captions(tmp_path) == [('red, with\n a "bow"',), ("bleu é",)]
+    assert captions(tmp_path) == [('red, with\n a "bow"',), ("bleu é",), ("",)]
 
 
 def test_the_column(tmp_path: Path) -> None:
@@ -141,7 +141,7 @@ def test_a_wrong_row_is_named(tmp_path: Path, rows: list[Any], message: str) -> 
         (b"file_name,text,text\na.png,x,y\n", "names a column twice"),
         (b'file_name,text\na.png,"x\n', "unexpected end"),
         (b"file_name,text\na.png,x\xff\n", r"line 2 is not UTF-8"),
-        (b"file_name,text\na.png,\n", "line 2: text is null"),
+        (b"file_name,text\n,x\n", "line 2 has no file_name"),
         (b"file_name,text\na.png," + b"x" * 200_000 + b"\n", "field larger than field limit"),
     ],
 )

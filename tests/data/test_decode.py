@@ -1,5 +1,6 @@
 """Encoded pictures: transparency, depth, Pillow's limit, damage."""
 
+import hashlib
 import io
 import struct
 import warnings
@@ -189,6 +190,46 @@ def test_damage_is_one_line(format):
             assert str(error).startswith("mine: ")
             assert str(error).isprintable()
     assert refused > 30
+
+
+def test_a_video_behind_a_photo_is_no_scan_of_it():
+    photo = encode(Image.new("RGB", (8, 8), (200, 100, 50)), "JPEG", progressive=True)
+    thumbnail = b"\xff\xe1" + struct.pack(">H", 602) + b"\xff\xda" * 300
+    with_video = photo[:2] + thumbnail + photo[2:] + b"ftypmp42" + b"\xff\xda" * 1000
+    assert np.array_equal(decode(with_video), decode(photo))
+
+
+@pytest.mark.parametrize(
+    "tag",
+    [
+        struct.pack("<HHI4s", 282, 2, 3, b"72"),  # the resolution as text
+        struct.pack("<HHII", 296, 5, 1, 38),  # its unit as a fraction
+        struct.pack("<HHII", 271, 5, 1, 38),  # the maker as a fraction
+    ],
+    ids=["resolution", "unit", "maker"],
+)
+def test_a_rotated_photo_with_an_unusual_tag(tag):
+    """Pillow reads such tags, and cannot write them."""
+    tags = [struct.pack("<HHII", 274, 3, 1, 6), tag]
+    exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + b"".join(sorted(tags)) + bytes(4) + struct.pack("<II", 1, 3)
+    photo = Image.fromarray(np.arange(0, 240, 20, dtype=np.uint8).reshape(3, 4))
+    data = encode(photo, "WEBP", lossless=True, exif=exif)
+    header = read_header(lambda: io.BytesIO(data), "mine")
+    assert (header.height, header.width) == (4, 3)
+    assert np.array_equal(decode(data, (4, 3), 1)[..., 0], np.rot90(np.asarray(photo), -1))
+
+
+@pytest.mark.parametrize(("format", "whole"), [("BMP", True), ("TIFF", True), ("JPEG", False), ("PNG", False)])
+def test_the_sample_of_an_uncompressed_file_is_of_all_its_pixels(format, whole):
+    def sample(data):
+        return read_header(lambda: io.BytesIO(data), "mine").sample
+
+    data = encode(Image.fromarray(np.random.default_rng(0).integers(0, 256, (128, 128, 3), dtype=np.uint8)), format)
+    middle = len(data) // 2
+    edited = data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :]
+    assert (sample(data) != sample(edited)) == whole
+    expected = data if whole else data[:4096] + data[-4096:]
+    assert sample(data) == hashlib.sha256(f"{len(data)}\n".encode() + expected).digest()
 
 
 @pytest.mark.parametrize(

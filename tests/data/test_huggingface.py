@@ -57,6 +57,26 @@ def test_a_folder_that_datasets_reads(tmp_path, monkeypatch):
     assert (len(dataset), dataset.num_classes) == (2, 2)
 
 
+def test_a_folder_of_several_configurations(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    for k, name in enumerate("ab"):
+        (tmp_path / "set" / name).mkdir(parents=True)
+        Image.fromarray(ARRAYS[k]).save(tmp_path / "set" / name / "a.png")
+    card = "".join(f"- {{config_name: {name}, data_dir: {name}}}\n" for name in "ab")
+    (tmp_path / "set/README.md").write_text(f"---\nconfigs:\n{card}---\n")
+    name = f"hf:{tmp_path / 'set'}"
+    assert load_dataset(name, config="b")[0][0].max() == 20
+    with pytest.raises(InputError, match=r"set has several configurations; choose one with data\.config: 'a', 'b'$"):
+        load_dataset(name)
+    with pytest.raises(InputError, match=r"set has no data\.config=c; choose one with data\.config: 'a', 'b'$"):
+        load_dataset(name, config="c")
+    with pytest.raises(InputError, match=r"has no data\.config=c; choose one with data\.config: 'default'$"):
+        load_dataset(f"{name}/a", config="c")
+    table({"picture": datasets.Image()}).save_to_disk(tmp_path / "saved")
+    with pytest.raises(InputError, match=r"save_to_disk has no configurations; leave data\.config out"):
+        load_dataset(f"hf:{tmp_path / 'saved'}", config="a")
+
+
 def test_without_labels(tmp_path):
     table({"picture": datasets.Image()}).save_to_disk(tmp_path / "set")
     dataset = load_dataset(f"hf:{tmp_path / 'set'}")
@@ -207,7 +227,6 @@ def test_the_label_column(features, values, label_column, expected, num_classes)
         ({"label": datasets.Value("string")}, {"label": ["a", None, "b"]}, {}, "row 1 has no label"),
         ({"kind": KINDS}, {"kind": [0, 1, -1]}, {}, "the label of row 2 is -1; labels are 0 to 2"),
         ({"kind": KINDS}, {"kind": [0, 1, None]}, {}, "row 2 has no kind"),
-        ({"label": datasets.Value("float32")}, {"label": [0, 1, 2]}, {}, "column label is not of class labels"),
         (
             {"label": datasets.Value("float32")},
             {"label": [0, 1, 2]},
@@ -222,6 +241,23 @@ def test_labels_that_are_none(features, values, options, message):
     with pytest.raises(InputError, match=message) as caught:
         HuggingFaceDataset("mine", table({"picture": datasets.Image(), **features}, **values), **options)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "feature", "values"),
+    [
+        ("label", datasets.Image(), [Image.fromarray(array) for array in ARRAYS]),  # a segmentation
+        ("labels", datasets.List(datasets.Value("int64")), [[1, 2], [0], []]),
+        ("label", datasets.Value("float32"), [0, 1, 2]),
+    ],
+)
+def test_a_column_of_another_kind_of_labels_is_passed_over(name, feature, values, caplog):
+    features, options = {"picture": datasets.Image(), name: feature}, {"image_column": "picture"}
+    assert HuggingFaceDataset("mine", table(features, **{name: values}), **options).num_classes is None
+    warned = f"mine: column {name} is not of class labels, integers or strings, so it is passed over"
+    assert [record.getMessage() for record in caplog.records] == [f"{warned}; data.label_column chooses another: none"]
+    classes = table({**features, "kind": KINDS}, kind=[2, 0, 0], **{name: values})
+    assert HuggingFaceDataset("mine", classes, **options).num_classes == 3
 
 
 def test_fingerprint(tmp_path):

@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
 
-from robustdiff.data.pixels import crop_box, fit_image, mirror_geometry, tile
+from robustdiff.data.pixels import crop_box, fit_array, mirror_geometry, tile
 
 
 def test_tiles_are_the_images_in_order():
@@ -39,8 +38,8 @@ def test_an_image_is_fitted_by_its_centred_square():
         pixels = torch.arange(width * height, dtype=torch.uint8).reshape(height, width)
         side = min(width, height)
         top, left = (height - side) // 2, (width - side) // 2
-        fitted = fit_image(Image.fromarray(pixels.numpy()), None, 1)
-        assert fitted[..., 0].tolist() == pixels[top : top + side, left : left + side].tolist()
+        fitted = fit_array(pixels.numpy()[None, ..., None], side, 1)
+        assert fitted[0, ..., 0].tolist() == pixels[top : top + side, left : left + side].tolist()
 
 
 def test_places_are_drawn_equally_often():

@@ -133,6 +133,14 @@ def test_patterns(tmp_path: Path) -> None:
     assert named("") == sorted(names)
 
 
+def test_braces_in_the_name_of_a_folder(tmp_path: Path) -> None:
+    folder = tmp_path / "shards{a,b}"
+    folder.mkdir()
+    paths = [str(tar(folder / name, *sample("0", 1))) for name in ("x.tar", "{1..2}.tar")]
+    assert expand(str(folder)) == paths
+    assert expand(paths[1]) == paths[1:]
+
+
 @pytest.mark.parametrize(
     ("root", "message"),
     [

@@ -268,6 +268,18 @@ def test_an_option_that_the_sampler_lacks_is_refused_before_any_work(generator):
         replace(generator, options={"window": 3})
 
 
+def test_many_prompts_fit_the_record(make_sd_pipeline, accelerator, tmp_path):
+    """The comment of an archive has at most 64 KiB, and 1 MiB of a folder's record is read."""
+    prompts = tuple(f"{i:>99}" for i in range(12_000))
+    model = make_sd_pipeline(tmp_path / "model")
+    generator = Generator.load(model, sampler="ddim", steps=1, batch_size=2, prompts=prompts)
+    for write, name in ((write_npz, "a.npz"), (write_pngs, "images")):
+        assert write(generator, 2, tmp_path / name, accelerator)
+        assert not write(generator, 2, tmp_path / name, accelerator)
+        with pytest.raises(InputError, match=r"other settings \(prompts .*'n': 12000.*, now .*'n': 11999"):
+            write(replace(generator, prompts=prompts[:-1]), 2, tmp_path / name, accelerator)
+
+
 @pytest.mark.parametrize("kind", ["npz", "png"])
 def test_a_setting_that_only_the_existing_images_have_is_a_difference(generator, accelerator, tmp_path, kind):
     """Such as a negative prompt, which is in the record of images that were made with one."""

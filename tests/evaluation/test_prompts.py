@@ -139,6 +139,13 @@ def test_existing_images_have_prompts_in_turn(folder):
     prompts = Prompts("p.txt", ("a", "b", "c", "d"))
     assert prompts.of(load_dataset("imagefolder", root=folder)) == ["a", "b", "c", "d", "a", "b"]
     assert prompts.of(ArrayDataset("x", np.zeros((5, 8, 8, 1), np.uint8))) == ["a", "b", "c", "d", "a"]
+    (folder / "5.png").rename(folder / "10.png")
+    (folder / "1.png").rename(folder / "999.png")
+    dataset = load_dataset("imagefolder", root=folder)
+    assert [path.name for path in dataset.paths] == ["0.png", "10.png", "2.png", "3.png", "4.png", "999.png"]
+    assert prompts.of(dataset) == ["a", "a", "b", "c", "d", "b"]  # by the numbers: 0, 2, 3, 4, 10, 999
+    (folder / "4.png").rename(folder / "b.png")
+    assert prompts.of(load_dataset("imagefolder", root=folder)) == ["a", "b", "c", "d", "a", "b"]
 
 
 def test_existing_images_that_coco_names_have_their_own_captions(folder, tmp_path):

@@ -142,8 +142,8 @@ def test_a_consistency_model_is_sampled_by_multistep_unless_told(folder):
         ),
         (None, ["--steps", "18"], ["between 1 and 17", "18"]),
         (None, ["--steps", "3,2"], ["3,2", "ascending"]),
-        (None, ["--eps-scale", "1.01"], ["eps_scale", "multistep"]),
-        (None, ["--window", "3"], ["time-shift", "multistep"]),
+        (None, ["--set", "eps_scale=1.01"], ["eps_scale", "multistep"]),
+        (None, ["--set", "window=3"], ["time-shift", "multistep"]),
     ],
 )
 def test_what_does_not_suit_is_said_in_one_line(robustdiff, folder, tmp_path, model, arguments, words):

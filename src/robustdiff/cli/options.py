@@ -103,19 +103,16 @@ def distinct(values: list[_T], option: str) -> list[_T]:
     return values
 
 
-def parse_numbers(text: str, option: str, remedy: str, most: int | None = None) -> list[float]:
+def parse_numbers(text: str, option: str, remedy: str) -> list[float]:
     """Return the numbers of a comma-separated text.
 
     Raises:
-        InputError: If a part is not a number, or there are more than ``most`` parts. The message ends with ``remedy``.
+        InputError: If a part is not a number. The message ends with ``remedy``.
     """
     try:
-        numbers = [float(part) for part in text.split(",")]
+        return [float(part) for part in text.split(",")]
     except ValueError:
-        numbers = []
-    if not numbers or (most is not None and len(numbers) > most):
-        raise InputError(f"{option} {text}: {remedy}")
-    return numbers
+        raise InputError(f"{option} {text}: {remedy}") from None
 
 
 def real_images(run: str | None, data: str | None, root: str | None, overrides: list[str]) -> DataConfig:

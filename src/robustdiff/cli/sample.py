@@ -13,6 +13,9 @@ from robustdiff.errors import InputError
 if TYPE_CHECKING:
     from robustdiff.evaluation.generate import Generator
 
+IMAGES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+ARCHIVES = (".gz", ".npy", ".npz", ".pt", ".safetensors", ".tar", ".tgz", ".zip")
+
 
 @app.command()
 def sample(
@@ -32,16 +35,6 @@ def sample(
     precision: options.Precision = "fp32",
     label: Annotated[
         int | None, typer.Option("--class", help="The class of all images; all in turn by default.")
-    ] = None,
-    eps_scale: Annotated[
-        str | None,
-        typer.Option(help="As --set eps_scale=…: the divisor of the predicted noise; for es also k,b, as [k, b]."),
-    ] = None,
-    window: Annotated[
-        int | None, typer.Option(help="As --set window=…: for time-shift, the window's width in training times.")
-    ] = None,
-    cutoff: Annotated[
-        int | None, typer.Option(help="As --set cutoff=…: for time-shift, the time from which down nothing is shifted.")
     ] = None,
     overrides: Annotated[
         list[str], typer.Option("--set", metavar="OPTION=VALUE", help="An option of the sampler: --set window=20")
@@ -71,7 +64,7 @@ def sample(
     from robustdiff.report.bar import Bar
 
     accelerator = make_accelerator(cpu)
-    chosen = options.given(eps_scale=_scale(eps_scale), window=window, cutoff=cutoff, spacing=spacing)
+    chosen = options.given(spacing=spacing)
     chosen |= options.parse_assignments(overrides, chosen)
     settings = options.given(sampler=sampler, steps=_steps(steps), label=label, num_classes=classes, guidance=guidance)
     settings |= {"size": size, "seed": seed, "batch_size": batch_size, "precision": precision, "options": chosen}
@@ -86,18 +79,12 @@ def sample(
 
 def _prepare(output: Path, generator: Generator) -> None:
     """Create the folder of the images, once nothing else stands against them."""
-    if output.suffix and output.suffix != ".npz":
+    # Any other suffix may be the end of a folder's name, such as lr-0.1.
+    other = output.suffix.lower() in (*IMAGES, *ARCHIVES) and not output.is_dir()
+    if output.suffix != ".npz" and (other or output.is_file()):
         raise InputError(f"{output}: give a file that ends in .npz, or a folder")
     generator.model.image_shape  # noqa: B018  (raises where the model does not say it)
     output.parent.mkdir(parents=True, exist_ok=True)
-
-
-def _scale(text: str | None) -> float | tuple[float, float] | None:
-    """Return a constant epsilon scale, or the (k, b) of a linear one."""
-    if text is None:
-        return None
-    numbers = options.parse_numbers(text, "--eps-scale", "give a number, or k,b for k·i + b", most=2)
-    return numbers[0] if len(numbers) == 1 else (numbers[0], numbers[1])
 
 
 def _steps(text: str | None) -> int | str | None:

@@ -301,7 +301,7 @@ def _rows_of_csv(path: Path) -> Iterator[tuple[int, Row]]:
         for fields in reader:
             if len(fields) not in (0, len(names)):
                 raise csv.Error(f"{len(fields)} fields under a header of {len(names)}")
-            if fields:  # an empty field is missing, as it is for Hugging Face's imagefolder
-                yield reader.line_num, {n: field or None for n, field in zip(names, fields, strict=True)}
+            if fields:
+                yield reader.line_num, dict(zip(names, fields, strict=True))
     except csv.Error as error:
         raise InputError(f"{printable(path)}: line {reader.line_num}: {error}; correct it") from None

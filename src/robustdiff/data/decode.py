@@ -13,6 +13,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import re
 import stat
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -23,7 +24,7 @@ from typing import IO, Annotated, Any, BinaryIO, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageColor, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageColor, UnidentifiedImageError
 from pydantic import BeforeValidator
 from torch import Tensor
 
@@ -70,8 +71,21 @@ TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 TIFF_BYTES = (1, 2, 6, 7)  # types of tags that may have many values: profiles, thumbnails, text
 # Pillow scales grey values of fewer than 8 bits, but not the transparent value among them.
 PNG_SCALE = {"L;2": 85, "L;4": 17}
+# In a JPEG file, FF and 0 are pixels, and 1 and D0 to D7 have no segment.
+JPEG_SEGMENT = re.compile(rb"\xff[^\x00\x01\xd0-\xd7\xff]")
 SAMPLE = 4096
-ORIENTATION, SIDEWAYS = 0x0112, (5, 6, 7, 8)  # the EXIF tag, and its values that exchange the height and the width
+UNCOMPRESSED = ("BMP", "TIFF")  # files whose length does not change with their pixels
+ORIENTATION = 0x0112  # the EXIF tag
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+SIDEWAYS = (5, 6, 7, 8)  # the orientations that exchange the height and the width
 STRIP = 256
 
 # Limits above which a file is refused, because decoding it may take excessive time or memory.
@@ -90,7 +104,8 @@ class Header:
         width: The width in pixels.
         grey: Whether the image has one channel.
         transparent: Whether some pixels may be transparent.
-        sample: The sha256 of the length of the file in bytes, its first 4 KiB and its last 4 KiB.
+        sample: The sha256 of the length of the file in bytes, its first 4 KiB and its last 4 KiB; for BMP and TIFF, of
+            its length and the whole file.
     """
 
     height: int
@@ -264,22 +279,23 @@ def read_header(source: Source, name: str) -> Header:
         file.seek(0)
         digest.update(file.read(SAMPLE))
         if length > SAMPLE:
-            file.seek(max(SAMPLE, length - SAMPLE))
-            digest.update(file.read(SAMPLE))
+            file.seek(SAMPLE if image.format in UNCOMPRESSED else max(SAMPLE, length - SAMPLE))
+            while block := file.read(2**20):
+                digest.update(block)
         transparent = _transparent(image)
-        width, height = _upright(image, file)
+        width, height = image.size
+        if _orientation(image, file) in SIDEWAYS:
+            width, height = height, width
         return Header(height, width, grey, transparent, digest.digest())
 
 
-def _upright(image: Image.Image, file: BinaryIO) -> tuple[int, int]:
-    """Return the width and height of an image after its EXIF orientation is applied."""
-    if image.format == "TIFF":  # Pillow has exchanged them already
-        return image.size
+def _orientation(image: Image.Image, file: BinaryIO) -> Any:
+    """Return the EXIF orientation of an image as it is stored, of any type; None for none."""
+    if image.format == "TIFF":  # Pillow applies it
+        return None
     # For a PNG without EXIF data before its pixels, Pillow's own method decodes the pixels to look behind them.
     late = image.format == "PNG" and _has_late_metadata(file)
-    exif = image.getexif() if late else Image.Image.getexif(image)
-    width, height = image.size
-    return (height, width) if exif.get(ORIENTATION) in SIDEWAYS else (width, height)
+    return (image.getexif() if late else Image.Image.getexif(image)).get(ORIENTATION)
 
 
 def _has_late_metadata(file: BinaryIO) -> bool:
@@ -348,7 +364,7 @@ def decode_image(
         _check(image, name)
         if image.format == "JPEG":
             _check_scans(file)
-        return resize_image(_flatten(image, background, (height, width), position), height, width, channels)
+        return resize_image(_flatten(image, file, background, (height, width), position), height, width, channels)
 
 
 def decode_batch(
@@ -368,15 +384,21 @@ def decode_batch(
 
 
 def _check_scans(file: BinaryIO) -> None:
-    """Refuse a JPEG file with many scans, because each scan covers all pixels."""
-    position = file.tell()
+    """Refuse a JPEG file with many scans, because each scan covers all pixels. Data after the image do not count."""
+    start = file.tell()
     file.seek(0)
-    if file.read().count(b"\xff\xda") > MOST_JPEG_SCANS:
-        raise ValueError(f"more than {MOST_JPEG_SCANS} scans")
-    file.seek(position)
+    data, place, scans = file.read(), 2, 0
+    while (segment := JPEG_SEGMENT.search(data, place)) and segment[0] != b"\xff\xd9":
+        scans += segment[0] == b"\xff\xda"
+        if scans > MOST_JPEG_SCANS:
+            raise ValueError(f"more than {MOST_JPEG_SCANS} scans")
+        place = segment.end() + max(2, int.from_bytes(data[segment.end() : segment.end() + 2], "big"))
+    file.seek(start)
 
 
-def _flatten(image: Image.Image, background: Colour, size: tuple[int, int], position: Position | None) -> Image.Image:
+def _flatten(
+    image: Image.Image, file: BinaryIO, background: Colour, size: tuple[int, int], position: Position | None
+) -> Image.Image:
     """Return the crop of an aspect ratio in 8 bits, without transparency: mode L or RGB."""
     key = image.info.get("transparency") if image.mode not in ("P", "PA") else None
     if isinstance(key, int):
@@ -385,7 +407,9 @@ def _flatten(image: Image.Image, background: Colour, size: tuple[int, int], posi
     transparent = _transparent(image)
     tags = getattr(image, "tag_v2", {})  # TIFF only
     bits, inverted = tags.get(258, (16,))[0], tags.get(262) == 0
-    ImageOps.exif_transpose(image, in_place=True)
+    # ImageOps.exif_transpose writes the EXIF data again as well, and fails if a tag in it is of an unusual type.
+    if (method := UPRIGHT.get(_orientation(image, file))) is not None:
+        image = image.transpose(method)
     top, left, height, width = crop_box((image.height, image.width), size, position)
     if (width, height) != image.size:
         image = image.crop((left, top, left + width, top + height))

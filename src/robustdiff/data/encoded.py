@@ -7,6 +7,7 @@ Diffusion XL is conditioned on (Podell et al., 2023, arXiv 2307.01952, sections 
 
 from __future__ import annotations
 
+import hashlib
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 
@@ -61,10 +62,25 @@ class EncodedDataset(ImageDataset):
         super().__init__(name, (channels, size, size), num_classes, labels, captions)
         self._background = background
         self.sizes = torch.tensor([(header.height, header.width) for header in headers], dtype=torch.int64)
+        digest = hashlib.sha256(f"{background}\n".encode())
+        for index, header in enumerate(headers):
+            digest.update(self.prefix(index) + header.sample)
+        self._contents = digest.digest()
 
     @abstractmethod
     def encoded(self, indices: Sequence[int]) -> list[tuple[Source, str]]:
         """Return a function that opens the encoded image, and its name in messages, for each index."""
+
+    def prefix(self, index: int) -> bytes:
+        """Return the bytes before an image in the hash of the contents, by default none."""
+        return b""
+
+    def contents(self) -> bytes:
+        """Return a hash of the background and of the images in order: of :meth:`prefix` and of the header's sample.
+
+        Whole files are not read if they are compressed, because that would take hours for a million files.
+        """
+        return self._contents
 
     def __len__(self) -> int:
         return len(self.sizes)

@@ -10,7 +10,6 @@ name.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 import stat
@@ -168,10 +167,6 @@ class FolderDataset(EncodedDataset):
         labels = torch.tensor([rank[p.relative_to(folder).parts[0]] for p in self.paths]) if rank else None
         labelled = len(rank) or None, labels, captions
         super().__init__(name, headers, size, channels, colour, lambda k: printable(self.paths[k].name), *labelled)
-        digest = hashlib.sha256(f"{colour}\n".encode())
-        for path, header in zip(self.paths, headers, strict=True):
-            digest.update(os.fsencode(path.relative_to(folder)) + b"\0" + header.sample)
-        self._contents = digest.digest()
 
     def _check_classes(self, folder: Path) -> None:
         """Check that all images are in class folders or none is, and that every class folder has images."""
@@ -199,12 +194,9 @@ class FolderDataset(EncodedDataset):
         """Return the path of each file in the folder, with "/" between folders."""
         return [path.relative_to(self._folder).as_posix() for path in self.paths]
 
-    def contents(self) -> bytes:
-        """Return a hash of the background and of the names, lengths, first and last bytes of the files.
-
-        Whole files are not read, because that would take hours for a million files.
-        """
-        return self._contents
+    def prefix(self, index: int) -> bytes:
+        """Return the path of a file in the folder, as bytes that end in 0."""
+        return os.fsencode(self.paths[index].relative_to(self._folder)) + b"\0"
 
 
 @DATASETS.register("imagefolder")

@@ -6,7 +6,6 @@ checked when the dataset is loaded, so that an invalid row raises an error at on
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 import pkgutil
@@ -104,10 +103,6 @@ class HuggingFaceDataset(EncodedDataset):
         mode = table.features[images].mode  # the mode to which `datasets` converts images
         if channels is None and mode is not None:
             channels = 1 if mode in ("1", "L") else 3
-        digest = hashlib.sha256(f"{colour}\n".encode())
-        for header in headers:
-            digest.update(header.sample)
-        self._contents = digest.digest()
         labelled = num_classes, checked, captions
         super().__init__(name, headers, size, channels, colour, lambda row: f"row {row}", *labelled)
 
@@ -151,10 +146,6 @@ class HuggingFaceDataset(EncodedDataset):
         rows = [int(index) for index in indices]
         values = self._table[rows].column(0)
         return [(self._source(row, value), self._row(row)) for row, value in zip(rows, values, strict=True)]
-
-    def contents(self) -> bytes:
-        """Return a hash of the background and of the lengths, first and last bytes of the encoded images, in order."""
-        return self._contents
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -204,9 +195,12 @@ def _label_column(name: str, features: Any, asked: str | None) -> str | None:
         if usual in columns:
             return usual
         if usual in features:
-            raise InputError(
-                f"{name}: column {usual} is not of class labels, integers or strings; "
-                f"choose another with data.label_column ({_listed(columns)}), or rename it if it is no label"
+            logger.warning(
+                "%s: column %s is not of class labels, integers or strings, so it is passed over; data.label_column "
+                "chooses another: %s",
+                name,
+                usual,
+                _listed(columns),
             )
     classes = [column for column in columns if isinstance(features[column], datasets.ClassLabel)]
     if len(classes) > 1:
@@ -292,6 +286,7 @@ def hf(
     size: int | None,
     channels: int | None,
     split: str,
+    config: Text | None = None,
     background: Background = "white",
     image_column: Text | None = None,
     label_column: Text | None = None,
@@ -305,9 +300,11 @@ def hf(
         root: A name on the hub (`ylecun/mnist`), a folder written by `Dataset.save_to_disk`, or any other folder that
             `datasets.load_dataset` reads. Scripts of datasets are not run.
         split: The name of the split in the dataset.
+        config: The name of the configuration (subset), if the dataset has several.
 
     Raises:
-        InputError: `datasets` is not installed, or the dataset, the split or the image column is missing.
+        InputError: `datasets` is not installed, or the dataset, the configuration, the split or the image column is
+            missing.
     """
     root = str(root)
     name = f"hf:{printable(root)}"
@@ -322,10 +319,13 @@ def hf(
         )
     _check_name(root)
     try:
-        table = _load_table(datasets, name, root, split)
+        table = _load_table(datasets, name, root, config, split)
     except InputError:
         raise
     except Exception as error:  # the readers of `datasets` may raise any error
+        if configs := re.search(r"(?:available configs|not found\. Available): \[(.*)\]", str(error)):
+            fault = "has several configurations" if config is None else f"has no data.config={printable(config)}"
+            raise InputError(f"{name} {fault}; choose one with data.config: {printable(configs[1][:500])}") from error
         message = printable(first_line(error))
         raise InputError(f"{name}: cannot be loaded ({message}); check the name, the split and the network") from error
     # `datasets` downloads and unpacks files into its cache.
@@ -363,13 +363,15 @@ def _check_card(name: str, folder: Path) -> None:
                 )
 
 
-def _load_table(datasets: Any, name: str, root: str, split: str) -> Any:
+def _load_table(datasets: Any, name: str, root: str, config: str | None, split: str) -> Any:
     """Return the table of one split."""
     folder = Path(root)
     if not ((folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()):
         if folder.is_dir():
             _check_card(name, folder)
-        return datasets.load_dataset(root, split=split)
+        return datasets.load_dataset(root, config, split=split)
+    if config is not None:
+        raise InputError(f"{name}: a folder of save_to_disk has no configurations; leave data.config out")
     table = datasets.load_from_disk(root)
     if isinstance(table, datasets.DatasetDict):
         if split not in table:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-__all__ = ["Position", "crop_box", "fit_array", "fit_image", "mirror_geometry", "resize_image", "tile"]
+__all__ = ["Position", "crop_box", "fit_array", "mirror_geometry", "resize_image", "tile"]
 
 Position = tuple[float, float]
 """The place of a crop, from the top and from the left, each in [0, 1) of the room that there is."""
@@ -59,24 +59,6 @@ def mirror_geometry(geometry: Tensor, target: tuple[int, int], flipped: Tensor) 
     return torch.stack([height, width, top, torch.where(flipped, (resized - w - left).clamp(min=0), left)], dim=1)
 
 
-def fit_image(image: Image.Image, size: int | None, channels: int) -> NDArray[np.uint8]:
-    """Crop one image to the centred square, resize it and convert its channels.
-
-    Args:
-        image: An image of mode L or RGB.
-        size: The side of the result in pixels; None keeps the side of the centred square.
-        channels: The number of channels: 1 (luma) or 3 (RGB).
-
-    Returns:
-        uint8 (size, size, channels).
-    """
-    top, left, side, _ = crop_box((image.height, image.width), (1, 1))
-    if image.size != (side, side):
-        image = image.crop((left, top, left + side, top + side))
-    size = side if size is None else size
-    return resize_image(image, size, size, channels)
-
-
 def resize_image(image: Image.Image, height: int, width: int, channels: int) -> NDArray[np.uint8]:
     """Resize one image, of mode L or RGB, and convert its channels, to uint8 (height, width, channels)."""
     mode = "L" if channels == 1 else "RGB"
@@ -88,7 +70,7 @@ def resize_image(image: Image.Image, height: int, width: int, channels: int) -> 
 
 
 def fit_array(images: NDArray[np.uint8], size: int | None, channels: int | None) -> NDArray[np.uint8]:
-    """Apply `fit_image` to all images of an array; returns the array itself if it fits already.
+    """Crop all images of an array to centred squares, resize and convert them; returns the array if it fits already.
 
     Args:
         images: The images, uint8 (N, H, W, C), with C = 1 or 3.
@@ -106,7 +88,10 @@ def fit_array(images: NDArray[np.uint8], size: int | None, channels: int | None)
         return np.repeat(images, 3, axis=3)
     if size is None:
         return np.stack([np.asarray(Image.fromarray(image).convert("L"))[..., None] for image in images])
-    return np.stack([fit_image(Image.fromarray(i[..., 0] if depth == 1 else i), size, channels) for i in images])
+    top, left, side, _ = crop_box((height, width), (1, 1))
+    images = images[:, top : top + side, left : left + side]
+    images = images[..., 0] if depth == 1 else images
+    return np.stack([resize_image(Image.fromarray(image), size, size, channels) for image in images])
 
 
 def tile(images: Tensor, columns: int, scale: int = 1) -> NDArray[np.uint8]:

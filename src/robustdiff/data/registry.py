@@ -68,8 +68,8 @@ def load_dataset(
         channels: The number of channels: 1 (grey) or 3 (RGB); None keeps that of the images.
         split: The split, such as "train" or "test".
         options: The options of the dataset; None is the default. `background` (`imagefolder`, `hf:`) is the colour
-            behind transparent pixels, by default white; `image_column` and `label_column` (`hf:`) and `caption_column`
-            (`imagefolder`, `hf:`) name columns.
+            behind transparent pixels, by default white; `config` (`hf:`) names a configuration, and `image_column` and
+            `label_column` (`hf:`) and `caption_column` (`imagefolder`, `hf:`) name columns.
 
     Raises:
         InputError: An unknown name, an option that the dataset does not take, or missing or malformed data.

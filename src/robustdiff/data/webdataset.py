@@ -15,7 +15,6 @@ Tars are not extracted, and no member is opened by its name. Those of a URL are 
 from __future__ import annotations
 
 import glob
-import hashlib
 import io
 import json
 import logging
@@ -144,9 +143,11 @@ def expand(root: str) -> list[str]:
     if "::" in root:
         raise InputError(f"{short} is no path and no URL; download the tar files and give their path as root")
     if os.path.isdir(root):
-        root = os.path.join(glob.escape(root), "*.tar")
+        patterns = [os.path.join(glob.escape(root), "*.tar")]
+    else:  # braces in the path of what is there are those of a name
+        patterns = [root] if os.path.exists(root) else _braces(root)
     found: list[str] = []
-    for pattern in _braces(root):
+    for pattern in patterns:
         matching = [pattern] if os.path.isfile(pattern) else sorted(filter(os.path.isfile, glob.glob(pattern)))
         if not matching:
             raise InputError(f"{printable(pattern)}: no such file; give the path of tar files, such as train-*.tar")
@@ -395,10 +396,6 @@ class WebDataset(EncodedDataset):
         captions = self._captions(name, [texts for indexed in found for texts in indexed.captions], caption_column)
         labels, num_classes = self._labels(name, [label for indexed in found for label in indexed.classes])
         super().__init__(name, headers, size, channels, colour, self._word, num_classes, labels, captions)
-        digest = hashlib.sha256(f"{colour}\n".encode())
-        for header in headers:
-            digest.update(header.sample)
-        self._contents = digest.digest()
 
     def _word(self, index: int) -> str:
         return f"{printable(self.paths[self._tars[index]])}: {printable(self._keys[index])}"
@@ -438,10 +435,6 @@ class WebDataset(EncodedDataset):
 
     def _place(self, index: int) -> tuple[str, Member]:
         return self.paths[self._tars[index]], Member(*self._places[index].tolist())
-
-    def contents(self) -> bytes:
-        """Return a hash of the background and of the lengths, first and last bytes of the encoded images, in order."""
-        return self._contents
 
 
 @DATASETS.register("webdataset")

@@ -464,6 +464,9 @@ def _settings(generator: Generator) -> dict[str, Any]:
     """Return everything that an image depends on besides its number, as JSON values."""
     model, process = generator.model, generator.model.process
     levels = np.stack([process.alphas.numpy(), process.sigmas.numpy()])
+    # Not the texts: the comment of an archive, which holds the settings, has at most 64 KiB.
+    digest = hashlib.sha256(json.dumps(generator.prompts).encode()).hexdigest()
+    prompts = {"n": len(generator.prompts), "sha256": digest}
     settings = {
         "network": model.fingerprint(),
         "process": hashlib.sha256(levels.tobytes()).hexdigest(),
@@ -480,7 +483,7 @@ def _settings(generator: Generator) -> dict[str, Any]:
         "guidance": generator.guidance,
         "options": generator.sampling,
         **({} if model.codec.identity else {"codec": model.codec.fingerprint()}),
-        **({"prompts": generator.prompts, "text": model.condition.fingerprint()} if generator.prompts else {}),
+        **({"prompts": prompts, "text": model.condition.fingerprint()} if generator.prompts else {}),
         **({"negative": generator.negative} if generator.negative is not None else {}),
     }
     loaded: dict[str, Any] = json.loads(json.dumps(settings, default=repr))

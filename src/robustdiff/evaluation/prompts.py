@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -53,13 +53,21 @@ class Prompts:
     def of(self, dataset: ImageDataset) -> list[str]:
         """Return the caption of each image of a dataset: by the name of its file where files are named, else in turn.
 
+        Images of a folder take turns in the order of their numbers if all their names are numbers, such as 2.png before
+        10.png, folder by folder, and otherwise in that of their names.
+
         Raises:
             InputError: If files are named, and this folder has some of them and others.
         """
         paths = getattr(dataset, "paths", [])
         found = {path: self._caption_of(path) for path in paths if self.files}
         if not any(found.values()):
-            return [self.texts[i % len(self.texts)] for i in range(len(dataset))]
+            turns: Sequence[int] = range(len(dataset))
+            if paths and all(path.stem.isascii() and path.stem.isdigit() for path in paths):
+                ordered = sorted(paths, key=lambda path: (path.parent, int(path.stem)))
+                turn = {path: i for i, path in enumerate(ordered)}
+                turns = [turn[path] for path in paths]
+            return [self.texts[i % len(self.texts)] for i in turns]
         if without := [path for path, caption in found.items() if caption is None]:
             raise InputError(
                 f"{printable(without[0])}: {self.source} has no caption of it, and has captions of others in its "
