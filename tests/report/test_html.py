@@ -20,6 +20,7 @@ from PIL import Image
 
 from robustdiff.errors import InputError
 from robustdiff.evaluation.generate import Generator
+from robustdiff.metrics.reservoir import fixed_order
 from robustdiff.report import html as html_module
 from robustdiff.report.html import write_report
 from robustdiff.report.pictures import Pictures, gallery
@@ -251,7 +252,7 @@ def test_a_model_of_text_is_sampled_for_its_prompts_or_the_captions_of_its_data(
         f"{run}/recipe.yaml names the starting checkpoint: reading {tmp_path / 'base'}",
     ]
     page = read(tmp_path / "r.html")
-    assert "a red shoe 0" in page.text
+    assert f"a red shoe {0 if 0 in fixed_order(4)[:2] else 2}" in page.text
     assert "a red shoe </script>" in page.text
     assert len(page.all("script")) == 1
     structure(page)

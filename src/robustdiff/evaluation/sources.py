@@ -149,8 +149,7 @@ def evaluate_sources(
     collection = MetricCollection(metrics or None, target.extractor, statistics, accelerator.device, values)
     captions: dict[str, Sequence[str] | None] = {}
     for name, dataset in images.items():
-        own = prompts_of(dataset) if prompts is None else prompts
-        captions[name] = None if own is None else own.of(dataset)
+        captions[name] = dataset.first_captions(range(len(dataset))) if prompts is None else prompts.of(dataset)
     _check_captions(collection, generators, captions, prompts)
     cells = [  # before the runs, which take longer
         evaluate_images(name, dataset, numbers[name], collection, accelerator, batch_size, progress, captions[name])

@@ -230,8 +230,7 @@ def _measure_real(study: Study, folder: Path) -> None:
             )
         state = PartialState()
         metrics, _ = _real_images(measure, plan(study, folder)[0].recipe.data, state.device)
-        prompts = prompts_of(dataset)
-        captions = None if prompts is None else prompts.of(dataset)
+        captions = dataset.first_captions(range(len(dataset)))
         cell = evaluate_images("real", dataset, measure.num, metrics, state, measure.batch_size, captions=captions)
         numbers = _numbers(cell)
         del numbers["sampler"], numbers["steps"]
