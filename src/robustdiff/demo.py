@@ -149,8 +149,12 @@ def _grid(results: Results) -> Grid:
     """Return the grid of the methods, with the differences of all pairs and the pictures."""
     (seed,) = {seed for _, seed, *_ in results.cells}
     measure = results.study.measure
-    prompts = prompts_of((measure.data or plan(results.study, Path())[0].recipe.data).load())
-    grid = Grid([], [], {}, [] if prompts is None else list(prompts.texts[: measure.pictured]))
+    dataset = (measure.data or plan(results.study, Path())[0].recipe.data).load()
+    prompts, pictured = prompts_of(dataset), min(measure.pictured, len(dataset))
+    captions = [] if prompts is None else list(prompts.texts[:pictured])
+    if next(iter(results.cells.values()))["noise"] is None:  # of robustdiff 0.2.0, in the order of the data
+        captions = dataset.first_captions(range(pictured)) or []
+    grid = Grid([], [], {}, captions)
     for sampler, steps in itertools.product(results.samplers, results.steps):
         row = [_cell(method, results.cells[method, seed, sampler, steps]) for method in results.methods]
         for i, cell in enumerate(row):

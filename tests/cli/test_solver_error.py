@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 from diffusers import CMStochasticIterativeScheduler, DDPMScheduler
 from diffusers.models.unets.unet_2d import UNet2DModel
 
 from robustdiff.backbones.model import Model
+from robustdiff.data import load_dataset, to_unit
+from robustdiff.metrics.reservoir import fixed_order
 from robustdiff.mismatch import solver_error as measured
+from robustdiff.recipe import load_data_config
 
 
 def test_the_command(robustdiff, digits_run, tmp_path):
@@ -23,6 +27,17 @@ def test_the_command(robustdiff, digits_run, tmp_path):
     assert len(record["errors"]) == 2 * 2 * 3
     assert all(e["rms"] > 0 for e in record["errors"])
     assert (tmp_path / "out" / "solver-error.png").stat().st_size > 1000
+
+
+def test_the_images_are_a_sample_of_the_data(digits_run, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        measured, "measure_solver_error", lambda denoise, images, *_, **settings: seen.append(images) or []
+    )
+    measured.measure_teacher(str(digits_run), load_data_config("digits"), torch.device("cpu"), [2], ["euler"], 5)
+    dataset = load_dataset("digits")
+    chosen = fixed_order(len(dataset))[:5].tolist()
+    assert torch.equal(seen[0], to_unit(dataset.__getitems__(chosen).images))
 
 
 @pytest.mark.parametrize(

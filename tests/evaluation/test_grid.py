@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,8 +24,9 @@ from robustdiff.evaluation.grid import Grid, differences, evaluate_cell, evaluat
 from robustdiff.metrics import fid as fid_module
 from robustdiff.metrics.bootstrap import interval
 from robustdiff.metrics.extractors.extractor import load_extractor
-from robustdiff.metrics.metric import MetricCollection, check_finite
+from robustdiff.metrics.metric import Measured, MetricCollection, check_finite
 from robustdiff.metrics.reference import reference_statistics
+from robustdiff.metrics.reservoir import fixed_order
 
 NUM = 60
 
@@ -135,7 +137,8 @@ def test_the_record_of_a_cell(grid):
 
 def test_images_that_are_there_are_measured_as_those_of_a_generator(grid, generators, metrics):
     images = torch.cat([i for _, i in replace(generators["one"], sampler="ddim", steps=2).images(range(NUM))])
-    dataset = ArrayDataset("images", images.permute(0, 2, 3, 1).numpy())
+    order = np.argsort(fixed_order(NUM))  # so that they are measured in the order of the generator
+    dataset = ArrayDataset("images", images[order].permute(0, 2, 3, 1).numpy())
     told = Told()
     cell = evaluate_images("images", dataset, NUM, metrics, Accelerator(cpu=True), batch_size=25, progress=told)
     assert told.parts == [("images", NUM)]
@@ -144,6 +147,27 @@ def test_images_that_are_there_are_measured_as_those_of_a_generator(grid, genera
     assert (cell.checkpoint, cell.sampler, cell.steps, cell.n) == ("images", "file", None, NUM)
     assert dict(cell.values) == pytest.approx(dict(same.values), rel=1e-4)
     assert cell.intervals["fid"] == pytest.approx(same.intervals["fid"], rel=1e-4)
+
+
+def test_fewer_images_than_there_are_are_a_sample_of_all_with_their_own_labels_and_captions():
+    labels = np.repeat(np.arange(4), 50)  # as the subfolders of a folder
+    pixels = np.broadcast_to(labels[:, None, None, None].astype(np.uint8), (200, 2, 2, 1))
+    dataset = ArrayDataset("images", pixels, labels)
+    batches: list[Any] = []
+    recorded = SimpleNamespace(
+        reset=lambda: None,
+        update=lambda *batch: batches.append(batch),
+        result=lambda what: Measured({}, {}, {}, {}),
+    )
+    texts = [f"caption of {label}" for label in labels]
+    evaluate_images("images", dataset, 60, recorded, Accelerator(cpu=True), batch_size=25, captions=texts)
+    assert [start for _, start, *_ in batches] == [0, 25, 50]
+    classes = torch.cat([classes for *_, classes, _ in batches])
+    assert len(classes) == 60
+    assert min(torch.bincount(classes, minlength=4)) > 5
+    for images, _, own, captions in batches:
+        assert images[:, 0, 0, 0].tolist() == own.tolist()
+        assert captions == [f"caption of {label}" for label in own.tolist()]
 
 
 def test_it_keeps_the_first_images(grid, generators):

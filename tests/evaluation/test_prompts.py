@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import tarfile
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from robustdiff.data import ArrayDataset, load_dataset
 from robustdiff.errors import InputError
 from robustdiff.evaluation.prompts import Prompts, load_prompts, prompts_of
 from robustdiff.evaluation.real_images import load_target
+from robustdiff.metrics.reservoir import fixed_order
 from robustdiff.recipe import load_data_config
 
 
@@ -174,7 +176,17 @@ def test_captions_of_a_dataset_are_prompts(folder):
         (folder / f"{i}.txt").write_text(f"the {i}")
     found = prompts_of(load_dataset("imagefolder", root=folder))
     assert found is not None
-    assert (found.texts, found.files) == (tuple(f"the {i}" for i in range(6)), {})
+    assert (found.texts, found.files) == (tuple(f"the {i}" for i in fixed_order(6)), {})
+
+
+def test_the_first_captions_of_a_dataset_are_of_all_of_it(folder):
+    """A folder is in the order of its files, so that its first captions are those of the first subfolders."""
+    subfolder = [f"{name}" for name in "abcd" for _ in range(100)]
+    prompts = prompts_of(ArrayDataset("x", np.zeros((400, 2, 2, 1), np.uint8), captions=[[name] for name in subfolder]))
+    assert prompts is not None
+    assert sorted(prompts.texts) == subfolder
+    counts = Counter(prompts.texts[:100])
+    assert all(10 < counts[name] < 40 for name in "abcd"), counts
 
 
 def test_the_real_images_are_those_that_coco_names(folder, tmp_path):
@@ -188,6 +200,8 @@ def test_the_real_images_are_those_that_coco_names(folder, tmp_path):
     assert (len(target.dataset), target.extractor) == (4, None)
     batch = target.dataset.__getitems__([0, 3, 1])
     assert batch.images[:, 0, 0, 0].tolist() == [1, 5, 3]
+    whole, chosen = config.load().contents(), target.dataset.contents()
+    assert chosen != whole
     # The same images as a tar, whose names are its members'.
     with tarfile.open(tmp_path / "a.tar", "w") as archive:
         archive.add(folder, ".")

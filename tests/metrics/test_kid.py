@@ -2,10 +2,16 @@
 
 import numpy as np
 import pytest
+import torch
 from sklearn.metrics.pairwise import polynomial_kernel
 
+from robustdiff.data import ArrayDataset
 from robustdiff.errors import InputError
+from robustdiff.evaluation.prompts import prompts_of
+from robustdiff.metrics.extractors.extractor import FeatureExtractor
 from robustdiff.metrics.kid import kernel_distance
+from robustdiff.metrics.metric import MetricCollection
+from robustdiff.metrics.reference import reference_statistics
 
 
 def gaussian(seed, n, dim):
@@ -51,6 +57,33 @@ def test_kid_is_unbiased_and_its_error_is_honest():
     )
     assert abs(np.mean(estimates)) < 4 * np.std(estimates) / 200**0.5
     assert np.mean(np.square(errors)) == pytest.approx(np.var(estimates), rel=0.35)
+
+
+class Pixels(FeatureExtractor):
+    name, dim, fingerprint = "pixels", 16, "0" * 64
+
+    def forward(self, images):
+        return images.flatten(1) / 64.0 - 2
+
+
+def test_kid_is_unbiased_where_images_are_made_for_the_captions_of_the_real_ones(tmp_path):
+    """Each image is nearly the real one whose caption it has, and so both sets have nearly the same distribution."""
+    random, estimates, paired = np.random.default_rng(0), [], []
+    for _ in range(40):
+        images = random.integers(2, 254, (60, 4, 4, 1), np.uint8)
+        real = ArrayDataset("real", images, captions=[[f"the {i}"] for i in range(60)])
+        near = torch.from_numpy(images + random.integers(-2, 3, images.shape).astype(np.uint8)).permute(0, 3, 1, 2)
+        prompts = prompts_of(real)
+        made = torch.stack([near[int(text.removeprefix("the "))] for text in prompts.texts])
+        reference = reference_statistics(real, Pixels(), tmp_path)
+        metrics = MetricCollection(["kid"], Pixels(), reference)
+        metrics.update(made, 0)
+        estimates.append(metrics.result("made").values["kid"])
+        features = (Pixels().extract(near), Pixels().extract(real.__getitems__(range(60)).images))
+        paired.append(kernel_distance(*features)[0])
+    error = np.std(estimates) / 40**0.5
+    assert abs(np.mean(estimates)) < 3 * error
+    assert np.mean(paired) < -20 * error, "groups of the same images would not do"
 
 
 def test_kid_of_too_few():

@@ -42,6 +42,16 @@ def test_moments_of_any_division_are_those_of_one_pass(n, blocks, cuts, processe
     assert np.allclose(merged.cov, np.cov(features, rowvar=False), atol=1e-10)
 
 
+def test_features_of_a_block_are_added_many_at_a_time():
+    features = np.random.default_rng(0).normal(size=(3000, 2))
+    moments = Moments(2, 10)
+    for start in range(0, 3000, 60):
+        moments.update(features[start : start + 60], start)
+        assert (moments._outer[:, 0, 0] != 0).any() == (start + 60 >= 2560), "each block has 6 of 60"
+    assert np.allclose(moments.outer.sum(axis=0), features.T @ features)
+    assert moments.count.tolist() == [300] * 10
+
+
 @pytest.mark.parametrize("blocks", [1, 7, 50])
 def test_blocks_are_balanced(blocks):
     moments = moments_of(np.zeros((blocks * 6, 1)), blocks)

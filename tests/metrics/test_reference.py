@@ -58,6 +58,40 @@ def test_reference_is_cached_by_content(small, tmp_path):
     assert len(list(tmp_path.iterdir())) == 3
 
 
+class Photos(ArrayDataset):
+    """Images that are slow to decode, and have a fingerprint all the same."""
+
+    decoded = 0
+
+    def __getitems__(self, indices):
+        self.decoded += len(indices)
+        return super().__getitems__(indices)
+
+
+class Told:
+    def __init__(self):
+        self.parts, self.done = [], 0
+
+    def begin(self, description, total):
+        self.parts.append((description, total))
+
+    def advance(self, amount, note=""):
+        self.done += amount
+
+
+def test_images_are_decoded_once_and_not_at_all_from_the_cache(small, tmp_path):
+    images, extractor = small
+    dataset, told = Photos("a", images), Told()
+    first = reference_statistics(dataset, extractor, tmp_path, progress=told)
+    assert dataset.decoded == 30
+    assert (told.parts, told.done) == ([("statistics of a", 30)], 30)
+    again = reference_statistics(dataset, extractor, tmp_path, progress=told)
+    assert (dataset.decoded, len(told.parts)) == (30, 1)
+    assert again.brightness == first.brightness == pytest.approx(images.mean())
+    workers = reference_statistics(dataset, extractor, tmp_path / "workers", workers=1)
+    assert np.array_equal(workers.features, first.features)
+
+
 def test_default_cache_folder(small, tmp_path, monkeypatch):
     images, extractor = small
     monkeypatch.setenv("ROBUSTDIFF_CACHE", str(tmp_path / "x/y"))

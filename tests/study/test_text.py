@@ -16,6 +16,7 @@ from robustdiff.errors import InputError
 from robustdiff.evaluation.generate import Generator
 from robustdiff.metrics.clip_score import ClipScore
 from robustdiff.metrics.extractors.extractor import load_extractor
+from robustdiff.metrics.reservoir import fixed_order
 from robustdiff.report.page import write_page
 from robustdiff.study.run import reproduce, run_study
 from robustdiff.study.schema import load_study
@@ -75,11 +76,12 @@ def finished(tmp_path_factory, make_sd_pipeline, clip_folder):
 def test_images_are_of_the_captions_of_the_data(finished, clip_folder):
     _, folder = finished
     record = json.loads((folder / "cells" / "plain-s0-lcm-2.json").read_text())
+    prompts = [PROMPTS[i] for i in fixed_order(12)]
     generator = Generator.load(
-        folder / "runs" / "plain-s0", sampler="lcm", steps=2, guidance=4.0, prompts=tuple(PROMPTS), batch_size=64
+        folder / "runs" / "plain-s0", sampler="lcm", steps=2, guidance=4.0, prompts=tuple(prompts), batch_size=64
     )
     ((_, images),) = generator.images(range(12))
-    scores = ClipScore(folder=clip_folder).scores(images, PROMPTS)
+    scores = ClipScore(folder=clip_folder).scores(images, prompts)
     assert record["clip_score"] == pytest.approx(scores.mean(), abs=1e-3)
     assert len(record["other_replicates"]["clip_score"]) == 200
     assert record["measure"]["guidance"] == 4.0

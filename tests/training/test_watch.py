@@ -17,6 +17,7 @@ from robustdiff.backbones.model import load_model
 from robustdiff.errors import InputError, RunError
 from robustdiff.evaluation.real_images import load_target
 from robustdiff.evaluation.sources import evaluate_sources
+from robustdiff.metrics.reservoir import fixed_order
 from robustdiff.recipe import Recipe, SignsConfig
 from robustdiff.training import watch as module
 from robustdiff.training.run import train
@@ -133,7 +134,7 @@ def test_a_lora_is_kept_as_one(tuned, digits_run, monkeypatch):
     assert found["best"]["difference"] != 0
 
 
-def test_captions_and_the_clip_score(tiny, make_sd_pipeline, clip_folder, tmp_path):
+def test_captions_and_the_clip_score(tiny, make_sd_pipeline, clip_folder, tmp_path, monkeypatch):
     photos = tmp_path / "photos"
     photos.mkdir()
     for i in range(8):
@@ -147,7 +148,15 @@ def test_captions_and_the_clip_score(tiny, make_sd_pipeline, clip_folder, tmp_pa
         batch_size=4,
         watch={"every": 4, "num": 6, "steps": [2], "metric": f"clip-score={clip_folder}", "guidance": 2.0},
     )
+    prompts, evaluate_cell = [], module.evaluate_cell
+
+    def seen(name, generator, *others):
+        prompts.append(generator.prompts)
+        return evaluate_cell(name, generator, *others)
+
+    monkeypatch.setattr(module, "evaluate_cell", seen)
     train(recipe)
+    assert prompts[0] == tuple(("a red shoe", "blue")[i % 2] for i in fixed_order(8)[:6])
     assert [line["step"] for line in lines(recipe)] == [0, 6]
     cell = lines(recipe)[-1]["cells"][0]
     assert (cell["metric"], cell["guidance"]) == ("clip_score", 2.0)

@@ -107,8 +107,8 @@ class Generator:
         Args:
             model: The model.
             data_classes: The number of classes of the data. If the network embeds one more, the last is a null class.
-            data_captions: The captions of the data, which are the prompts of a network that takes captions if no others
-                are given.
+            data_captions: The captions of the data in the order of :func:`~robustdiff.evaluation.prompts.prompts_of`,
+                which are the prompts of a network that takes captions if no others are given.
             settings: The other fields. By default, or if they are None, the sampler is the first that suits the model,
                 and the number of steps is the sampler's default.
 

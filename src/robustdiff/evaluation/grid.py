@@ -32,6 +32,7 @@ from robustdiff.errors import InputError, RunError
 from robustdiff.evaluation.generate import Generator, share_of
 from robustdiff.metrics.bootstrap import interval
 from robustdiff.metrics.metric import Measured, MetricCollection, Number, number_named
+from robustdiff.metrics.reservoir import fixed_order
 from robustdiff.notebook import html_image, html_table
 from robustdiff.progress import SILENT, Progress
 
@@ -217,19 +218,22 @@ def evaluate_images(
 ) -> Cell:
     """Measure existing images. Other arguments and errors are those of :func:`evaluate_cell`.
 
-    The first ``num`` images of the dataset are measured, and their labels are the condition for metrics. ``captions``
-    has one of each image of the dataset, or is None.
+    The first ``num`` images of the dataset in a fixed pseudo-random order are measured, and their labels are the
+    condition for metrics. ``captions`` has one of each image, in the order of the dataset, or is None.
 
     Raises:
         InputError: If an image cannot be read.
     """
 
+    order = fixed_order(len(dataset)).tolist()
+
     def batches() -> Iterator[_Measured]:
         share = share_of(num, accelerator)
         for start in range(share.start, share.stop, batch_size):
             batch = range(start, min(start + batch_size, share.stop))
-            images, labels = dataset.__getitems__(batch)[:2]
-            yield batch, images, labels, None if captions is None else captions[batch.start : batch.stop]
+            chosen = order[batch.start : batch.stop]
+            images, labels = dataset.__getitems__(chosen)[:2]
+            yield batch, images, labels, None if captions is None else [captions[i] for i in chosen]
 
     progress.begin(name, num)
     return _measure(batches(), name, FILE, None, num, metrics, accelerator, 0, progress)[0]

@@ -35,7 +35,7 @@ __all__ = ["NOISE", "ImageNoise", "check_noise", "philox"]
 
 NOISE = "philox"
 """The name of this noise in files of images and numbers. That of robustdiff 0.2.0 and before was other, without a
-name."""
+name, and so was the order of prompts that are captions of a dataset."""
 
 _STREAM = 2  # that of images: other uses of the same seed would have others
 _MULTIPLIERS = 0xD2511F53, 0xCD9E8D57

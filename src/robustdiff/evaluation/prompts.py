@@ -1,5 +1,8 @@
 """Prompts: the captions for which images are made, and with which they are compared.
 
+They are the first captions of a dataset, which take turns in a fixed pseudo-random order, so that the first of them are
+captions of all kinds of its images; or those of a file, which take turns in its order.
+
 A file of prompts has one of two formats:
 
     NAME.txt     UTF-8, one prompt in each line
@@ -24,6 +27,7 @@ from robustdiff.data import ImageDataset
 from robustdiff.errors import InputError, printable
 from robustdiff.files import open_regular, read_json
 from robustdiff.loading import shown
+from robustdiff.metrics.reservoir import fixed_order
 
 __all__ = ["Prompts", "load_prompts", "prompts_of"]
 
@@ -82,10 +86,11 @@ class Prompts:
 
 
 def prompts_of(dataset: ImageDataset | None) -> Prompts | None:
-    """Return the first caption of each image of a dataset as prompts, or None without captions."""
-    if dataset is None or dataset.captions is None:
+    """Return the first caption of each image of a dataset as prompts, in a fixed order, or None without captions."""
+    if dataset is None:
         return None
-    return Prompts(dataset.name, tuple(first for first, *_ in dataset.captions))
+    captions = dataset.first_captions(fixed_order(len(dataset)).tolist())
+    return None if captions is None else Prompts(dataset.name, tuple(captions))
 
 
 def load_prompts(path: Path) -> Prompts:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator, PartialState
 
@@ -116,11 +118,11 @@ class Target:
         """
         if self.extractor is None:
             return None
-        progress.begin("statistics of the real images", 1)
         if self.dataset is None:
             return load_reference(str(self.source), self.extractor)
+        workers = self.source.workers if isinstance(self.source, DataConfig) else 0
         with accelerator.main_process_first():  # the other processes read the cache
-            return reference_statistics(self.dataset, self.extractor)
+            return reference_statistics(self.dataset, self.extractor, workers=workers, progress=progress)
 
 
 class _Named(ImageDataset):
@@ -135,6 +137,11 @@ class _Named(ImageDataset):
 
     def __getitems__(self, indices: Sequence[int]) -> Any:
         return self._dataset.__getitems__([self._indices[i] for i in indices])
+
+    def contents(self) -> bytes:
+        digest = hashlib.sha256(self._dataset.contents())
+        digest.update(np.array(self._indices, np.int64).tobytes())
+        return digest.digest()
 
 
 def _select(dataset: ImageDataset, source: DataConfig, prompts: Prompts) -> ImageDataset:

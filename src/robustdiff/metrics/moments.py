@@ -13,24 +13,27 @@ from robustdiff.metrics.bootstrap import Array, block_of
 
 __all__ = ["Moments"]
 
+_ROWS = 256
+"""The number of features of a block whose outer products are summed at once, since a sum has D² temporary numbers."""
+
 
 class Moments:
     """The first and second moments of a stream of features, by blocks.
 
     Args:
         dim: D, the number of features.
-        blocks: K, the number of blocks. The memory is 8·K·D² bytes.
+        blocks: K, the number of blocks. The memory is 8·K·D (D + 256) bytes.
 
     Attributes:
         count: The number n_k of images of each block, int64 (K,).
         total: The sum s_k = Σf of the features of each block, float64 (K, D).
-        outer: The sum S_k = Σff^⊤ of each block, float64 (K, D, D).
     """
 
     def __init__(self, dim: int, blocks: int = 50) -> None:
         self.count = np.zeros(blocks, np.int64)
         self.total = np.zeros((blocks, dim))
-        self.outer = np.zeros((blocks, dim, dim))
+        self._outer = np.zeros((blocks, dim, dim))
+        self._rows: list[list[Array]] = [[] for _ in range(blocks)]  # features that are not in the sum yet
 
     @property
     def n(self) -> int:
@@ -45,7 +48,22 @@ class Moments:
             rows = features[block == k]
             self.count[k] += len(rows)
             self.total[k] += rows.sum(axis=0)
-            self.outer[k] += rows.T @ rows
+            self._rows[k].append(rows)
+            if sum(map(len, self._rows[k])) >= _ROWS:
+                self._add_rows(k)
+
+    def _add_rows(self, k: int) -> None:
+        rows = np.concatenate(self._rows[k])
+        self._outer[k] += rows.T @ rows
+        self._rows[k] = []
+
+    @property
+    def outer(self) -> Array:
+        """Return the sum S_k = Σff^⊤ of each block, float64 (K, D, D)."""
+        for k, rows in enumerate(self._rows):
+            if rows:
+                self._add_rows(k)
+        return self._outer
 
     @property
     def mean(self) -> Array:

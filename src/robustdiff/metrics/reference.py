@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import warnings
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,17 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from robustdiff import __version__
 from robustdiff.data.archive import list_npz, read_npz
 from robustdiff.data.dataset import ImageDataset
+from robustdiff.data.loader import load_batches, worker_failures
 from robustdiff.errors import InputError
 from robustdiff.files import atomic_write, cache_folder
 from robustdiff.metrics.bootstrap import Array
 from robustdiff.metrics.extractors.extractor import FeatureExtractor
 from robustdiff.metrics.moments import Moments
-from robustdiff.metrics.reservoir import LIMIT, Reservoir
+from robustdiff.metrics.reservoir import LIMIT, Reservoir, fixed_order
+from robustdiff.progress import SILENT, Progress
 
 __all__ = ["FEWEST", "Reference", "load_reference", "reference_statistics"]
 
@@ -85,63 +89,86 @@ def load_reference(path: str | os.PathLike[str], extractor: FeatureExtractor) ->
     return Reference(mean, (cov + cov.T) / 2, extractor.fingerprint)
 
 
-def _read_pixels(dataset: ImageDataset) -> tuple[str, float]:
-    """Return the sha256 of the number of images, their shape and all their pixels in order, and the pixels' mean."""
-    digest = hashlib.sha256(f"{len(dataset)} {tuple(dataset.shape)}\n".encode())
-    total = count = 0
-    for start in range(0, len(dataset), _BATCH):
-        images = dataset.__getitems__(range(start, min(start + _BATCH, len(dataset))))[0]
-        digest.update(images.contiguous().numpy().tobytes())
-        total += int(images.sum(dtype=torch.int64))
-        count += images.numel()
-    return digest.hexdigest(), total / count
-
-
 def reference_statistics(
     dataset: ImageDataset,
     extractor: FeatureExtractor,
     cache_dir: str | os.PathLike[str] | None = None,
+    workers: int = 0,
+    progress: Progress = SILENT,
 ) -> Reference:
     """Return the statistics of a dataset under an extractor, and cache them on disk.
 
-    The key of an entry is a hash of the pixels and of the extractor's weights, so a copied or renamed dataset has the
-    same entry. An entry that cannot be read is computed again, and statistics that cannot be written are not cached,
-    each with a warning. The folder of the cache is by default :func:`robustdiff.files.cache_folder`.
+    The name of an entry has the fingerprints of the dataset and of the extractor's weights, so that a renamed dataset
+    has the same entry, and no image is decoded if there is one. An entry that cannot be read is computed again, and
+    statistics that cannot be written are not cached, each with a warning.
+
+    Args:
+        dataset: The real images.
+        extractor: The feature extractor.
+        cache_dir: The folder of the cache, by default :func:`robustdiff.files.cache_folder`.
+        workers: The number of processes that load images.
+        progress: The receiver of the progress, in images, if there is no entry.
 
     Raises:
         InputError: If there are fewer than 4 images, or the extractor does not take their size.
-        RunError: If a feature is not finite.
+        RunError: If a feature is not finite, or a process that loads images is killed.
     """
     if len(dataset) < FEWEST:
         raise InputError(f"{dataset.name}: {len(dataset)} real images; give {FEWEST} or more, better thousands")
-    content, brightness = _read_pixels(dataset)
-    key = hashlib.sha256(f"{content} {extractor.fingerprint}".encode()).hexdigest()
+    # Of this version, since another may decode images differently.
+    content = f"{__version__} {dataset.fingerprint(captions=False)} {dataset.captioned} {extractor.fingerprint}"
+    key = hashlib.sha256(content.encode()).hexdigest()
     path = Path(cache_folder() if cache_dir is None else cache_dir) / f"reference-{key}.npz"
     if path.exists():
         try:
-            return replace(_read_reference(path, dataset, extractor), brightness=brightness)
+            return _read_reference(path, dataset, extractor)
         except (KeyError, TypeError, ValueError) as error:
             warnings.warn(f"unusable cache entry, computed again: {error}", stacklevel=2)
-    moments, reservoir = Moments(extractor.dim, blocks=1), Reservoir(extractor.dim)
-    for start in range(0, len(dataset), _BATCH):
-        images = dataset.__getitems__(range(start, min(start + _BATCH, len(dataset))))[0]
-        features = extractor.extract(images)
-        moments.update(features, start)
-        reservoir.update(features, start)
-    arrays: dict[str, Any] = {**moments.state(), "features": reservoir.features}
+    found, arrays = _compute(dataset, extractor, workers, progress)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(path) as file:
             np.savez(file, **arrays)
     except OSError as error:
         warnings.warn(f"statistics not cached: {error}", stacklevel=2)
-    return Reference(moments.mean, moments.cov, extractor.fingerprint, reservoir.features, moments.n, brightness)
+    return found
+
+
+def _compute(
+    dataset: ImageDataset, extractor: FeatureExtractor, workers: int, progress: Progress
+) -> tuple[Reference, dict[str, Any]]:
+    """Return the statistics of a dataset, and the arrays of their entry in the cache."""
+    n = len(dataset)
+    # Generated image i may have the caption of image order[i], which then has the number i here as well.
+    position = np.argsort(fixed_order(n)) if dataset.captioned else np.arange(n)
+    moments, reservoir = Moments(extractor.dim, blocks=1), Reservoir(extractor.dim)
+    total = start = 0
+    progress.begin(f"statistics of {dataset.name}", n)
+    with worker_failures():
+        batches = [list(range(start, min(start + _BATCH, n))) for start in range(0, n, _BATCH)]
+        for images, *_ in load_batches(dataset, batches, workers):
+            features = extractor.extract(images)
+            moments.update(features, start)
+            reservoir.merge_state({"index": position[start : start + len(images)], "features": features})
+            total += int(images.sum(dtype=torch.int64))
+            start += len(images)
+            progress.advance(len(images))
+    sample = reservoir.features
+    if (
+        dataset.captioned
+    ):  # as far as possible from the sample of images of the same captions, which KID takes by groups
+        sample = np.roll(sample, len(sample) // 2, axis=0)
+    brightness = total / (n * math.prod(dataset.shape))
+    found = Reference(moments.mean, moments.cov, extractor.fingerprint, sample, n, brightness)
+    return found, {**moments.state(), "features": sample, "brightness": np.float64(brightness)}
 
 
 def _read_reference(path: Path, dataset: ImageDataset, extractor: FeatureExtractor) -> Reference:
-    arrays = read_npz(path, ("count", "total", "outer", "features"))
-    moments, features = Moments(extractor.dim, blocks=1), arrays["features"]
+    arrays = read_npz(path, ("count", "total", "outer", "features", "brightness"))
+    moments, features, brightness = Moments(extractor.dim, blocks=1), arrays["features"], float(arrays["brightness"])
     moments.merge_state(arrays)
     if moments.n != len(dataset) or features.shape != (min(len(dataset), LIMIT), extractor.dim):
         raise ValueError(f"{moments.n} images, sample of shape {features.shape}")
-    return Reference(moments.mean, moments.cov, extractor.fingerprint, features.astype(np.float32), moments.n)
+    return Reference(
+        moments.mean, moments.cov, extractor.fingerprint, features.astype(np.float32), moments.n, brightness
+    )

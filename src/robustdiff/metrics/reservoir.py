@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["LIMIT", "Reservoir"]
+__all__ = ["LIMIT", "Reservoir", "fixed_order"]
 
 LIMIT = 10_000
 """The number of features kept for metrics whose cost grows with its square."""
@@ -20,6 +20,15 @@ def _priority(index: NDArray[np.int64]) -> NDArray[np.uint64]:
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return z ^ (z >> np.uint64(31))
+
+
+def fixed_order(count: int, seed: int = 0) -> NDArray[np.int64]:
+    """Return the numbers 0 … count − 1 in a pseudo-random order, which is always the same.
+
+    The first images or captions of a dataset in this order are a sample of all of it; those of a folder in the order of
+    its files would be of the first subfolders alone.
+    """
+    return np.random.default_rng(seed).permutation(count)
 
 
 class Reservoir:

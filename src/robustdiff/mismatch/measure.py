@@ -50,6 +50,7 @@ from robustdiff.errors import InputError, NotFiniteError
 from robustdiff.evaluation.generate import Generator
 from robustdiff.evaluation.noise import NOISE, ImageNoise
 from robustdiff.metrics.bootstrap import Array
+from robustdiff.metrics.reservoir import fixed_order
 from robustdiff.mismatch.distances import (
     IMAGE_BLOCKS,
     Estimate,
@@ -213,7 +214,7 @@ class _Truth:
     def __init__(self, dataset: ImageDataset, num: int, kept: int, seed: int, model: Model) -> None:
         self.dataset, self.num, self.seed, self.codec, self.device = dataset, num, seed, model.codec, model.device
         self.shape = model.codec.encoded_shape(dataset.shape)
-        self._order = np.random.default_rng(seed).permutation(len(dataset))
+        self._order = fixed_order(len(dataset), seed)
         images = self._images(self._order[-_PCA_IMAGES:])
         dimensions = min(_FRECHET_DIMENSIONS, images[0].numel(), len(images))
         self.pca = PCA(dimensions, random_state=seed).fit(images.flatten(1).numpy())

@@ -29,6 +29,7 @@ from torch import Tensor
 from robustdiff.backbones.model import load_model
 from robustdiff.data import to_unit
 from robustdiff.errors import InputError
+from robustdiff.metrics.reservoir import fixed_order
 from robustdiff.objectives.consistency import SOLVERS, heun_step
 from robustdiff.objectives.preconditioning import Denoise, karras_sigmas
 from robustdiff.progress import SILENT, Progress
@@ -223,7 +224,7 @@ def measure_teacher(
         teacher: The path of a run or a pipeline folder, or the name of a shipped model.
         source: The section ``data`` of a recipe, which describes the images.
         device: The device on which the teacher is evaluated.
-        num: The number of images, which are the first of the dataset.
+        num: The number of images, which are the first of the dataset in a fixed pseudo-random order.
         scales, solvers, substeps, seed, settings: The arguments of :func:`measure_solver_error`.
 
     Raises:
@@ -241,10 +242,11 @@ def measure_teacher(
     model.check_data(dataset)
     if num > len(dataset):
         raise InputError(f"--num {num}: {dataset.name} has {len(dataset)} images")
-    batch, classes = dataset.__getitems__(list(range(num)))[:2]
+    chosen = fixed_order(len(dataset))[:num].tolist()
+    batch, classes = dataset.__getitems__(chosen)[:2]
     images = model.codec.encode(to_unit(batch).to(device))
     labels = None if classes is None else classes.to(device)
-    condition = model.condition.batch(labels, dataset.first_captions(range(num)), None)
+    condition = model.condition.batch(labels, dataset.first_captions(chosen), None)
     settings |= {"condition": condition, "substeps": substeps, "seed": seed}
     errors = measure_solver_error(denoise, images, scales, solvers, **settings)
     orders = {name: fitted_order([e for e in errors if e.solver == name]) for name in solvers}
