@@ -154,9 +154,7 @@ def _compute(
             start += len(images)
             progress.advance(len(images))
     sample = reservoir.features
-    if (
-        dataset.captioned
-    ):  # as far as possible from the sample of images of the same captions, which KID takes by groups
+    if dataset.captioned:  # KID compares groups of the two samples: no image with the one of its own caption
         sample = np.roll(sample, len(sample) // 2, axis=0)
     brightness = total / (n * math.prod(dataset.shape))
     found = Reference(moments.mean, moments.cov, extractor.fingerprint, sample, n, brightness)
