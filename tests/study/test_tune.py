@@ -258,6 +258,7 @@ def test_what_is_recommended(measured, tmp_path, fids, answer, words):
     page = tune_markdown(record)
     assert words in page
     assert "| seed 5 |" in page
+    assert "`robustdiff tune fashion-16-at --set batch_size=4 --set threads=1 --try 'adversary.step_size=" in page
     assert "nan" not in page
 
 
@@ -364,6 +365,15 @@ def test_a_search_from_nothing_has_no_untouched_checkpoint(tmp_path):
 
 
 # -- with real trainings -------------------------------------------------------------------------------------
+
+
+def test_why_a_checkpoint_is_no_contestant_is_said(tmp_path, caplog):
+    tuning, recipe = small(sampler="multistep"), load_recipe("fashion-16-at")
+    assert not module._samples(recipe, tuning, ())
+    assert "fashion-16 is no contestant: the sampler multistep does not suit it" in caplog.text
+    model = {"name": "pretrained", "path": str(tmp_path)}
+    with pytest.raises(InputError):
+        module._samples(load_recipe("fashion-16-at", {"model": model}), tuning, ())
 
 
 def test_a_search_of_other_noise_is_not_continued(measured, tmp_path):
