@@ -241,7 +241,8 @@ def read_cell(cell: Cell, study: Study, run: Run | None) -> dict[str, Any]:
         if record.reference is None:
             raise InputError(f"{printable(cell.path)} is not a cell of this study: {remedy}")
         reference = study.references[cell.network]
-        names = ("path", "precision", "guidance", "seed")
+        names = ["path", "guidance", "seed"]
+        names += ["precision"] * ("precision" in record.reference.model_fields_set)  # which some old cells do not have
         same = same and all(getattr(record.reference, name) == getattr(reference, name) for name in names)
         same = same and record.reference.data in (None, plan(study, cell.folder)[0].recipe.data)
     if not same:
