@@ -258,8 +258,9 @@ def test_what_is_recommended(measured, tmp_path, fids, answer, words):
     page = tune_markdown(record)
     assert words in page
     assert "| seed 5 |" in page
-    assert "`robustdiff tune fashion-16-at --set batch_size=4 --set threads=1 --try 'adversary.step_size=" in page
-    assert "nan" not in page
+    command = page.partition("`")[2].partition("`")[0]
+    assert "--set threads=1 --try adversary.step_size=0.3,0.1 --try adversary.steps=3,2 --try lr=" in command
+    assert command.endswith("--num 40 --batch-size 40")
 
 
 def comparison(of, to, **changes):
