@@ -12,6 +12,8 @@ from diffusers import ConsistencyModelPipeline, EDMEulerScheduler
 from robustdiff.backbones.adm import AdmFlags, build_adm
 from robustdiff.backbones.kinds.kind import mark_as_own
 from robustdiff.backbones.model import Model, load_model
+from robustdiff.errors import InputError
+from robustdiff.recipe import load_recipe
 
 QUICK = ["precision=fp32", "steps=3", "batch_size=8", "threads=1", "accumulate=1", "log_every=1", "watch=none"]
 
@@ -36,6 +38,20 @@ def test_fashion_16(robustdiff, tmp_path, adversary):
     assert outcome.code == 0, outcome.err
     with np.load(tmp_path / "images.npz") as file:
         assert file["arr_0"].shape == (4, 16, 16, 1)
+
+
+def test_levels_of_a_recipe_are_taken_back():
+    """As docs/consistency.md has it."""
+    uniform = ["objective.times=uniform", "objective.weighting=uniform"]
+    recipe = load_recipe("fashion-16-consistency", [*uniform, "objective.mean=null", "objective.std=null"])
+    assert (
+        recipe.objective
+        == load_recipe("fashion-16-consistency", ["objective={name: consistency, teacher: fashion-16}"]).objective
+    )
+    with pytest.raises(InputError, match="leave them out"):
+        load_recipe("fashion-16-consistency", uniform)
+    changed = load_recipe("fashion-16-consistency", ["objective.mean=null", "objective.std=null"]).objective
+    assert (changed.mean, changed.std) == (-1.1, 2.0)
 
 
 def test_fashion_mnist(robustdiff, tmp_path):

@@ -9,7 +9,16 @@ import numpy as np
 import pytest
 import torch
 
-from robustdiff.mismatch.solver_error import LocalError, fitted_order, integrate, measure_solver_error
+from robustdiff.backbones.model import load_model
+from robustdiff.data import DataConfig
+from robustdiff.errors import InputError
+from robustdiff.mismatch.solver_error import (
+    LocalError,
+    fitted_order,
+    integrate,
+    measure_solver_error,
+    measure_teacher,
+)
 from robustdiff.objectives.preconditioning import karras_sigmas
 from robustdiff.report.solver_error import solver_error_figure, solver_error_table
 
@@ -128,6 +137,17 @@ def test_the_order_is_fitted_to_what_is_above_the_reference():
     assert fitted_order([*falling, *(replace(e, reference=0.0) for e in floor)]) < 2.9
     assert fitted_order(floor) is None
     assert fitted_order(falling[:2]) is None, "one N has no order"
+
+
+def test_the_levels_are_those_of_the_teacher(tmp_path):
+    model = load_model("fashion-16-edm")
+    model.scheduler.register_to_config(sigma_max=20.0)
+    model.save(tmp_path / "edm")
+    source, cpu = DataConfig(name="fashion-16"), torch.device("cpu")
+    result = measure_teacher(str(tmp_path / "edm"), source, cpu, [3], ["heun"], 2, substeps=2)
+    assert max(e.upper for e in result.errors) == 20
+    with pytest.raises(InputError, match=r"has levels up to 20 and is asked up to 80: lower sigma_max"):
+        measure_teacher(str(tmp_path / "edm"), source, cpu, [3], ["heun"], 2, substeps=2, sigma_max=80.0)
 
 
 def test_table_and_figure():

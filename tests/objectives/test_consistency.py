@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import sys
-from itertools import pairwise
+from itertools import pairwise, product
 from types import ModuleType
 from urllib.error import URLError
 
@@ -21,6 +21,7 @@ from robustdiff.errors import InputError
 from robustdiff.objectives.consistency import (
     DISTANCES,
     SOLVERS,
+    ConsistencyConfig,
     DoublingScales,
     FixedScales,
     GrowingScales,
@@ -455,7 +456,7 @@ def test_the_growing_schedule_is_the_printed_one():
     s0, s1, total = 2, 150, 1000
     schedule = GrowingScales(s0, s1, 0.9, total)
     for k in (0, 1, 17, 500, 999, 1000, 2000):
-        progress = min(k / total, 1)
+        progress = min(k, total - 1) / total
         N = math.ceil(math.sqrt(progress * ((s1 + 1) ** 2 - s0**2) + s0**2) - 1) + 1
         assert schedule(k) == (N, pytest.approx(math.exp(s0 * math.log(0.9) / N)))
     assert schedule(0) == (2, pytest.approx(0.9))
@@ -470,6 +471,17 @@ def test_the_doubling_schedule_is_the_printed_one():
     assert changes == [50_000 * i for i in range(1, 8)]
     assert [schedule(k)[0] for k in (0, *changes, 400_000)] == [11, 21, 41, 81, 161, 321, 641, 1281, 1281]
     assert schedule(10**9) == (1281, 0.0)
+
+
+@pytest.mark.parametrize("kind", ["growing", "doubling"])
+def test_a_saved_model_has_the_levels_of_the_last_update(kind):
+    for end, steps in product((10, 19, 25, 40, 150), (1, 7, 1000)):
+        config = ConsistencyConfig(schedule=kind, start_scales=10, scales=end)
+        objective = ConsistencyObjective(Network(1), scales=config.scale_schedule(steps))
+        objective.load_state({"updates": steps - 1})
+        trained = len(objective.process)
+        objective.after_update(Network(0))
+        assert len(objective.process) == trained == config.last_levels(steps)
 
 
 def test_the_target_follows_the_student_by_the_decay():

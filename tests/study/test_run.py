@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import itertools
 import json
 import shutil
 import threading
@@ -18,6 +19,7 @@ import yaml
 from robustdiff.data import DataConfig, load_dataset
 from robustdiff.data.loader import worker_failures
 from robustdiff.errors import InputError, NotFiniteError, RunError
+from robustdiff.evaluation.noise import NOISE
 from robustdiff.metrics.extractors.extractor import load_extractor
 from robustdiff.metrics.metric import MetricCollection
 from robustdiff.metrics.reference import reference_statistics
@@ -27,14 +29,16 @@ from robustdiff.report.comparisons import _consequence
 from robustdiff.report.levels import _fid_figure
 from robustdiff.report.page import write_page
 from robustdiff.report.study_section import study_section
+from robustdiff.report.words import tested_effect
 from robustdiff.study import run as module
 from robustdiff.study.analysis import Effect, contrast, effect, holm, mismatch_pairs, ratio_to, trend
 from robustdiff.study.estimate import remaining
-from robustdiff.study.plan import pieces, plan
+from robustdiff.study.plan import pieces, plan, reference_cells
 from robustdiff.study.run import reproduce, run_study
 from robustdiff.study.schema import Study, load_study
-from robustdiff.study.store import MEASURES, Results, read_cell, read_results
+from robustdiff.study.store import MEASURES, Results, check_results, read_cell, read_results, write
 
+ROOT = Path(__file__).resolve().parents[2]
 TINY = {
     "title": "A tiny study",
     "recipe": "fashion-16-at",
@@ -182,6 +186,41 @@ def test_a_mismatch_of_fewer_updates_is_refused(finished, tmp_path):
         run_study(longer, tmp_path / "copy")
 
 
+def mismatch_file(run, steps, **fields):
+    """Write a mismatch file with made-up numbers."""
+    mean = {name: {"value": 1.0, "floor": 1.0} for name in MISMATCHES}
+    points = itertools.product(run.study.measure.samplers, steps)
+    paths = [{"sampler": sampler, "steps": count, "mean": mean} for sampler, count in points]
+    write(run.mismatch_path, {"n": 40, "images_seed": 0, "updates": 3, "paths": paths, **fields})
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [({"n": 50}, "of 50 images, and the study's is 40"), ({"images_seed": 1}, "of images of the seed 1")],
+)
+def test_a_mismatch_of_other_images_is_refused(tmp_path, fields, message):
+    study = Study.model_validate(TINY)
+    mismatch_file(plan(study, tmp_path)[0], (1, 2), **fields)
+    with pytest.raises(InputError, match=message):
+        check_results(study, tmp_path)
+
+
+def test_a_number_of_steps_is_added_to_a_mismatch(tmp_path):
+    done = Study.model_validate(TINY)
+    more = Study.model_validate({**TINY, "measure": {**TINY["measure"], "mismatch_steps": [1, 2, 4]}})
+    run = plan(done, tmp_path)[0]
+    mismatch_file(run, (1, 2), noise=NOISE)
+    check_results(more, tmp_path)
+    assert run.mismatch_path not in run.missing
+    assert run.mismatch_path in plan(more, tmp_path)[0].missing
+    assert [
+        piece.done for study in (done, more) for piece in pieces(study, tmp_path) if "mismatch p" in piece.name
+    ] == [
+        True,
+        False,
+    ]
+
+
 def test_work_that_leaves_no_file_is_not_repeated(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "_train_run", once(lambda run, progress: True))
     study = Study.model_validate({**TINY, "references": {}})
@@ -220,6 +259,19 @@ def test_a_reference_is_measured_as_it_is(finished, tmp_path):
     assert (before["reference"]["path"], before["steps"]) == ("fashion-16", 3)
     assert {**before, "seconds": 0} == {**after, "seconds": 0}
     assert not (tmp_path / "again").exists()
+
+
+@pytest.mark.parametrize("change", [{"references": {"precision": "fp32"}}, {"data": {"split": "test"}}])
+def test_a_reference_in_another_precision_or_on_other_images_is_refused(change):
+    study = load_study(ROOT / "benchmarks" / "studies" / "fashion-16-consistency.yaml")
+    folder = ROOT / "benchmarks" / "results" / "fashion-16-consistency"
+    cell = reference_cells(study, folder)[0]
+    assert read_cell(cell, study, None)["reference"]["precision"] == "bf16"
+    teacher = study.references["teacher"].model_copy(update=change.get("references", {}))
+    settings = {**study.set, **({"data": {"name": "fashion-16", **change["data"]}} if "data" in change else {})}
+    other = study.model_copy(update={"references": {"teacher": teacher}, "set": settings})
+    with pytest.raises(InputError, match="other settings"):
+        read_cell(cell, other, None)
 
 
 def test_other_real_images_are_measured_as_generated_ones(finished, tmp_path, robustdiff):
@@ -494,6 +546,11 @@ def test_the_mismatch_is_compared_between_all_methods_that_the_study_compares(tm
     assert mismatch_pairs(results) == (keys, [(keys[1], keys[0])])
 
 
+def test_an_effect_of_too_few_trainings_is_shown_beside_tested_ones():
+    few = Effect({0: np.log(1.1), 1: np.log(0.9)}, 0.0)
+    assert tested_effect(few, None) == "+10.0%, −10.0%"
+
+
 def test_the_page_decides_by_trainings(tmp_path):
     """Against scipy's paired t-test of ln FID, and pooled deviations by hand, on made-up cells of three seeds."""
     methods = {n: {**m, "seeds": [0, 1, 2]} for n, m in TINY["methods"].items()}
@@ -721,7 +778,7 @@ def test_unreadable_yaml_is_named(tmp_path):
         load_study(tmp_path / "bad.yaml")
 
 
-STUDIES = sorted((Path(__file__).resolve().parents[2] / "benchmarks" / "studies").glob("*.yaml"))
+STUDIES = sorted((ROOT / "benchmarks" / "studies").glob("*.yaml"))
 
 
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
@@ -777,9 +834,22 @@ def test_a_training_that_fails_is_left_out_and_the_rest_is_done(tmp_path, robust
     outcome = robustdiff("study", str(path), "--output", str(tmp_path / "out"))
     assert outcome.code == 1
     assert "wild-s0" in outcome.err
+    assert "to try again, change its settings and delete" in outcome.err
     assert sorted(p.stem for p in (tmp_path / "out" / "cells").glob("*.json")) == ["plain-s0-ddim-1"]
     text = write_page(load_study(path), tmp_path / "out", tmp_path / "page.md")
     assert "The training wild-s0 failed" in text
+
+
+def test_a_training_that_failed_is_tried_again_with_other_settings(tmp_path):
+    wild, tame = (Study.model_validate({**TINY, "set": {**TINY["set"], "lr": lr}}) for lr in (1.0, 1e-5))
+    run = plan(wild, tmp_path)[0]
+    module._fail(run, NotFiniteError("the loss is nan"))
+    assert run.error == "the loss is nan"
+    assert [piece.name for piece in pieces(wild, tmp_path) if piece.done and piece.training] == ["training plain-s0"]
+    assert plan(tame, tmp_path)[0].error is None
+    assert not any(piece.done for piece in pieces(tame, tmp_path))
+    write(run.failure, {"error": "the loss is nan"})
+    assert plan(tame, tmp_path)[0].error is not None, "the settings are not known"
 
 
 def test_a_failure_that_may_pass_is_tried_again(tmp_path, monkeypatch):

@@ -258,7 +258,9 @@ def test_what_is_recommended(measured, tmp_path, fids, answer, words):
     page = tune_markdown(record)
     assert words in page
     assert "| seed 5 |" in page
-    assert "nan" not in page
+    command = page.partition("`")[2].partition("`")[0]
+    assert "--set threads=1 --try adversary.step_size=0.3,0.1 --try adversary.steps=3,2 --try lr=" in command
+    assert command.endswith("--num 40 --batch-size 40")
 
 
 def comparison(of, to, **changes):
@@ -364,6 +366,15 @@ def test_a_search_from_nothing_has_no_untouched_checkpoint(tmp_path):
 
 
 # -- with real trainings -------------------------------------------------------------------------------------
+
+
+def test_why_a_checkpoint_is_no_contestant_is_said(tmp_path, caplog):
+    tuning, recipe = small(sampler="multistep"), load_recipe("fashion-16-at")
+    assert not module._samples(recipe, tuning, ())
+    assert "fashion-16 is no contestant: the sampler multistep does not suit it" in caplog.text
+    model = {"name": "pretrained", "path": str(tmp_path)}
+    with pytest.raises(InputError):
+        module._samples(load_recipe("fashion-16-at", {"model": model}), tuning, ())
 
 
 def test_a_search_of_other_noise_is_not_continued(measured, tmp_path):

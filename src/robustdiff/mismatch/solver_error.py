@@ -225,11 +225,12 @@ def measure_teacher(
         source: The section ``data`` of a recipe, which describes the images.
         device: The device on which the teacher is evaluated.
         num: The number of images, which are the first of the dataset in a fixed pseudo-random order.
-        scales, solvers, substeps, seed, settings: The arguments of :func:`measure_solver_error`.
+        scales, solvers, substeps, seed, settings: The arguments of :func:`measure_solver_error`. ``sigma_min``,
+            ``sigma_max`` and ``rho`` are by default those of the teacher, if it is a denoiser over noise levels.
 
     Raises:
         InputError: If the teacher or the images cannot be loaded or do not match, there are fewer than ``num`` images,
-            a solver is unknown, or a number of levels is below 2.
+            a solver is unknown, a number of levels is below 2, or ``sigma_max`` is above the teacher's levels.
     """
     if unknown := [name for name in solvers if name not in SOLVERS]:
         raise InputError(f"unknown solver {unknown[0]!r}: use {' or '.join(SOLVERS)}")
@@ -238,6 +239,9 @@ def measure_teacher(
         raise InputError(f"--scales {text}: two levels are the fewest that have a step between them")
     model = load_model(teacher).to(device)
     denoise = model.denoiser()
+    own = {name: value for name, value in model.kind.levels().items() if name != "sigma_data"}
+    settings = {**own, **settings}
+    model.kind.check_reaches(settings.get("sigma_max", 0.0), teacher)
     dataset = source.load()
     model.check_data(dataset)
     if num > len(dataset):

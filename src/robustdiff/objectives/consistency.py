@@ -25,6 +25,8 @@ After every optimiser update θ⁻ ← μ θ⁻ + (1 − μ) θ. N and μ may de
     growing      N(k) = ⌈√(k/K ((s_1 + 1)² − s_0²) + s_0²) − 1⌉ + 1,   μ(k) = exp(s_0 ln μ_0 / N(k))      (appendix C)
     doubling     N(k) = min(s_0 2^⌊k/K'⌋, s_1) + 1,   K' = ⌊K/(log_2⌊s_1/s_0⌋ + 1)⌋,   μ as given
 
+From k = K on, after the last update, N is that of k = K − 1: a saved model has the levels that it was trained at.
+
 "doubling" is due to Song & Dhariwal (2024, arXiv 2310.14189), as are μ = 0 (θ⁻ = θ, no gradient), the pseudo-Huber
 distance √(‖a − b‖² + c²) − c with c = 0.00054 √d, the weights w_n = 1/(σ_{n+1} − σ_n), and the log-normal instead of
 the uniform distribution of n (:class:`~robustdiff.objectives.timesteps.LogNormal`).
@@ -38,10 +40,10 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Any, ClassVar, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
@@ -202,7 +204,8 @@ class FixedScales(ScaleSchedule):
 class _MoreScales(ScaleSchedule):
     """A number of levels N that grows from s_0 = ``start`` to s_1 + 1, s_1 = ``end``, in K = ``total`` updates.
 
-    ``decay`` is μ in [0, 1); for ``GrowingScales`` μ_0, where 0 means μ = 0 throughout.
+    From K updates on it is that of the last, k = K − 1. ``decay`` is μ in [0, 1); for ``GrowingScales`` μ_0, where 0
+    means μ = 0 throughout.
     """
 
     start: int
@@ -219,6 +222,9 @@ class _MoreScales(ScaleSchedule):
                 f"{self.total}"
             )
 
+    def _update(self, updates: int) -> int:
+        return min(updates, self.total - 1)
+
 
 class GrowingScales(_MoreScales):
     """The schedule of Song et al. (2023), appendix C, as printed; their code has N(k) − 1 instead of N(k) in μ(k)."""
@@ -226,20 +232,23 @@ class GrowingScales(_MoreScales):
     least = 2
 
     def __call__(self, updates: int) -> tuple[int, float]:
-        progress = min(updates, self.total) / self.total
+        progress = self._update(updates) / self.total
         square = progress * ((self.end + 1) ** 2 - self.start**2) + self.start**2
         scales = math.ceil(math.sqrt(square) - 1) + 1
         return scales, math.exp(self.start * math.log(self.decay) / scales) if self.decay else 0.0
 
 
 class DoublingScales(_MoreScales):
-    """The schedule of Song & Dhariwal (2024), section 3.4. The initial N is s_0 + 1."""
+    """The schedule of Song & Dhariwal (2024), section 3.4. The initial N is s_0 + 1.
+
+    Its formula stops at s_0 2^m + 1 levels where ⌊s_1/s_0⌋ = 2^m, which is s_1 + 1 only if s_1 = s_0 2^m.
+    """
 
     least = 1
 
     def __call__(self, updates: int) -> tuple[int, float]:
         length = max(int(self.total / (math.log2(self.end // self.start) + 1)), 1)
-        return min(self.start * 2 ** (min(updates, self.total) // length), self.end) + 1, self.decay
+        return min(self.start * 2 ** (self._update(updates) // length), self.end) + 1, self.decay
 
 
 @dataclass(kw_only=True)
@@ -473,6 +482,11 @@ class ConsistencyObjective(Objective):
         self._set_scales()
 
 
+def _null_is(default: float) -> BeforeValidator:
+    """Return the validator of a field in which null, which takes a recipe's value back, is its default."""
+    return BeforeValidator(lambda value: default if value is None else value)
+
+
 @OBJECTIVES.register("consistency")
 class ConsistencyConfig(LevelsConfig):
     """Consistency distillation, or training without a teacher."""
@@ -486,13 +500,17 @@ class ConsistencyConfig(LevelsConfig):
     metric: Metric = Field("pseudo-huber", description="the distance d")
     weighting: Weighting = Field("uniform", description="the weights w_n; inverse-gap: 1/(σ_{n+1} − σ_n)")
     times: Literal["uniform", "log-normal"] = Field("uniform", description="the distribution of pairs of levels")
-    mean: float = Field(-1.1, description="log-normal: the mean P_mean of ln σ")
-    std: float = Field(2.0, gt=0, description="log-normal: the standard deviation P_std of ln σ")
+    mean: Annotated[float, _null_is(-1.1)] = Field(
+        -1.1, description="log-normal: the mean P_mean of ln σ; null: the default"
+    )
+    std: Annotated[float, _null_is(2.0)] = Field(
+        2.0, gt=0, description="log-normal: the standard deviation P_std of ln σ; null: the default"
+    )
     schedule: Literal["fixed", "growing", "doubling"] = Field(
         "fixed", description="the schedule of the number of levels"
     )
     scales: int = Field(
-        18, ge=2, le=100_000, description="fixed: the number N of levels; otherwise s_1 = N − 1 at the end"
+        18, ge=2, le=100_000, description="fixed: the number N of levels; otherwise s_1, at most N − 1 at the end"
     )
     start_scales: int | None = Field(None, ge=2, description="growing, doubling: the initial s_0")
     decay: Fraction = Field(0.95, description="the decay μ of the target network (growing: μ_0); 0: the student itself")
@@ -510,7 +528,8 @@ class ConsistencyConfig(LevelsConfig):
         self._needs_teacher("solver")
         if self.times == "uniform" and (given(self, "mean") or given(self, "std")):
             raise ValueError(
-                "mean and std have a meaning only with objective.times=log-normal: set it, or leave them out"
+                "mean and std have a meaning only with objective.times=log-normal: set it, or leave them out (or null, "
+                "where a recipe has them)"
             )
         return self
 

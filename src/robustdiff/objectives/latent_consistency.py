@@ -50,7 +50,7 @@ from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 
 from robustdiff.errors import InputError
-from robustdiff.objectives.consistency import Perturbed, move
+from robustdiff.objectives.consistency import DISTANCES, Perturbed, move
 from robustdiff.objectives.objective import (
     OBJECTIVES,
     Draw,
@@ -115,10 +115,6 @@ def embed_guidance(w: Tensor, width: int) -> Tensor:
     angles = 1000 * w.to(exact)[:, None] * frequencies
     embedding = torch.cat([angles.sin(), angles.cos()], dim=1).to(precise(w.dtype))
     return nn.functional.pad(embedding, (0, width % 2))
-
-
-def _l2(a: Tensor, b: Tensor) -> Tensor:
-    return (a - b).square().flatten(1).mean(1)
 
 
 def _huber(a: Tensor, b: Tensor, c: float) -> Tensor:
@@ -406,7 +402,7 @@ class LatentConsistencyObjective(Objective):
         end = self._function(model, x_next, draw.upper, draw)
         with _constant(self.target) if through_target else torch.no_grad():
             goal = self._function(self.target, solved, draw.lower, draw)
-        distance = _l2(end, goal) if self.metric == "l2" else _huber(end, goal, self.huber_c)
+        distance = DISTANCES["l2"]()(end, goal) if self.metric == "l2" else _huber(end, goal, self.huber_c)
         return {"loss": distance if draw.weight is None else draw.weight * distance, "distance": distance}
 
     @torch.no_grad()

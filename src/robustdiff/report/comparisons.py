@@ -76,6 +76,7 @@ def effects_section(results: Results, steps: int) -> list[str]:
     tests = [one for row in found.values() for one in row if one is not None and one.p is not None]
     adjusted = iter(holm([one.p for one in tests if one.p is not None]))
     rows, lines = [], []
+    few = any(one is not None and one.interval is None for row in found.values() for one in row)
     columns = [*results.samplers, *([f"{contrasted[0]} against {contrasted[1]}"] if contrasted else [])]
     for (method, baseline), row in found.items():
         cells = []
@@ -97,6 +98,7 @@ def effects_section(results: Results, steps: int) -> list[str]:
         f"Student's 95 % interval over trainings{noise} and the p-value of no change, adjusted by Holm's method for "
         f"the {len(tests)} tests of this table. {degrees if shared else ''}"
         + (f"{columns[-1]}: the ratio of the two changes, less one. " if contrasted else "")
+        + (f"With fewer than {TRAININGS} trainings, the change of each. " if few else "")
         + ("Below 0.05:" if lines else "No p-value is below 0.05."),
         *(["\n".join(lines)] if lines else []),
         table([f"{steps} steps", "trainings", *columns], rows),

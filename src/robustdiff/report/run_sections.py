@@ -20,6 +20,7 @@ __all__ = [
     "Summary",
     "Table",
     "Watched",
+    "command",
     "cost_table",
     "curves",
     "evaluation_parts",
@@ -468,7 +469,8 @@ def settings_tables(runs: Sequence[RunFiles]) -> list[Table]:
     return [table for table in tables if table.rows]
 
 
-def _command(*words: str) -> str:
+def command(*words: str) -> str:
+    """Return a command of the command line, quoted for a shell."""
     return shlex.join(["robustdiff", *(printable(word) for word in words)])
 
 
@@ -480,12 +482,12 @@ def reproduction(runs: Sequence[RunFiles], study: Sequence[str], own: Sequence[s
         study: The study's file and folder, or nothing.
         own: The arguments of the report.
     """
-    commands = [_command("study", study[0], "--output", study[1])] if study else []
+    commands = [command("study", study[0], "--output", study[1])] if study else []
     for run in runs:
         again = run.source.rstrip("/") + "-again"
-        commands.append(_command("train", f"{run.source.rstrip('/')}/recipe.yaml", "--set", f"output={again}"))
+        commands.append(command("train", f"{run.source.rstrip('/')}/recipe.yaml", "--set", f"output={again}"))
     for run in runs:
         if run.start is not None and (run.folder / "model").is_dir():
             best = "best" if (run.folder / "best").is_dir() else "model"
-            commands.append(_command("evaluate", run.start, f"{run.source.rstrip('/')}/{best}"))
-    return [*commands, _command("report", *own)]
+            commands.append(command("evaluate", run.start, f"{run.source.rstrip('/')}/{best}"))
+    return [*commands, command("report", *own)]

@@ -8,14 +8,18 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import yaml
 from rich import box
 from rich.table import Table
 
 from robustdiff.errors import printable
 from robustdiff.metrics.metric import number_named
+from robustdiff.recipe import load_recipe
+from robustdiff.report.run_sections import command
 from robustdiff.report.tables import shown
+from robustdiff.report.words import code_span
 from robustdiff.study.analysis import log
-from robustdiff.study.tune import RULE, Speed, Stage, Tuning
+from robustdiff.study.tune import RULE, Speed, Stage, Tuning, default_space
 
 __all__ = ["advice", "comparison_table", "confirmation_table", "failures", "plan_table", "rung_table", "tune_markdown"]
 
@@ -194,21 +198,38 @@ def advice(record: Record, folder: Path | None = None) -> str:
     return printable(f"Train {what}: {settings}. {where}: {', '.join(shares)}.{command}")
 
 
+def _yaml(values: Sequence[Any]) -> str:
+    """Return values as YAML in one line, with commas."""
+    made = (yaml.safe_dump([value], default_flow_style=True, width=math.inf, allow_unicode=True) for value in values)
+    return ",".join(text.strip()[1:-1] for text in made)
+
+
+def _repeated(tuning: Record) -> str:
+    """Return the command that repeats a search."""
+    recipe = load_recipe(tuning["recipe"], changes=tuning["set"])
+    usual, given = default_space(recipe), ["tune", tuning["recipe"]]
+    for key, value in tuning["set"].items():
+        given += ["--set", f"{key}={_yaml([value])}"]
+    for key, values in tuning["space"].items():
+        if list(values) != list(usual.get(key, ())):
+            given += ["--try", f"{key}={_yaml(values)}"]
+    defaults = {name: field.default for name, field in Tuning.model_fields.items()} | {"seed": recipe.seed}
+    for name in ("sampler", "steps", "updates", "features"):  # which have no default, or another one for each dataset
+        given += [f"--{name}", str(tuning[name])]
+    for name in ("metric", "candidates", "rungs", "seeds", "seed", "num", "batch_size", "weights", "guidance"):
+        if tuning[name] != defaults[name]:
+            given += [f"--{name.replace('_', '-')}", str(tuning[name])]
+    return command(*given)
+
+
 def tune_markdown(record: Record) -> str:
     """Return the whole result as Markdown, without a heading."""
     tuning, own, on = record["tuning"], record["confirmation"], record["obtained_on"]
     minutes = record["process_seconds"] / 60
     number = number_named(record["number"])
-    given = [f"--set {key}={value}" for key, value in tuning["set"].items()]
-    given += [f"--{name} {tuning[name]}" for name in ("sampler", "steps", "updates")]
-    given += [
-        f"--{name} {tuning[name]}"
-        for name in ("metric", "candidates", "rungs", "seeds", "seed", "num")
-        if tuning[name] != Tuning.model_fields[name].default
-    ]
     parts = [
         f"**{advice(record)}**",
-        f"`robustdiff tune {tuning['recipe']} {' '.join(given)}` on "
+        f"{code_span(_repeated(tuning))} on "
         f"{on['data']}, {on['threads']} thread(s) a process of a {on['device'].upper()}, torch {on['torch']}: "
         f"{record['trainings']} trainings in {minutes:.0f} minutes of one process. {number.title} of {tuning['num']:,} "
         f"images on the features `{tuning['features']}`. Every contestant of a table makes the same number of backward "

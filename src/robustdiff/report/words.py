@@ -75,9 +75,9 @@ def _probability(p: float) -> str:
 
 
 def tested_effect(effect: Effect | None, adjusted: float | None) -> str:
-    """Return an effect with its interval and adjusted p-value, in bold below 0.05."""
+    """Return an effect with its interval and adjusted p-value, in bold below 0.05; without them as ``shown_effect``."""
     if effect is None or effect.interval is None or adjusted is None:
-        return "–"
+        return shown_effect(effect)
     mark = "**" if adjusted < SIGNIFICANT else ""
     return f"{mark}{percent(effect.mean)}{mark} ({shown_ends(effect.interval)}), {_probability(adjusted)}"
 

@@ -6,25 +6,66 @@
     cells/R-SAMPLER-N.json        the numbers of a reference R, a network that the study does not train
     mismatch/M-sS.json            if requested, the distance of the samplers' states from q(x_t)
 
-A piece of work is done when its file exists.
+A piece of work is done when its file exists; that of the mismatch, when it has every sampler and number of steps.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
 
 from robustdiff.backbones.model import is_model_folder
+from robustdiff.files import read_record
 from robustdiff.recipe import Recipe, load_recipe
 from robustdiff.study.schema import Study
+from robustdiff.training.run import FREE_TO_CHANGE
 from robustdiff.training.run_files import read_result
 
-__all__ = ["CELL", "Cell", "Piece", "Run", "image_passes", "pieces", "plan", "reference_cells"]
+__all__ = [
+    "CELL",
+    "REMEDY",
+    "Cell",
+    "Piece",
+    "Run",
+    "image_passes",
+    "network_settings",
+    "pieces",
+    "plan",
+    "reference_cells",
+]
 
 UPDATE = 4  # the time of an update for one image, in network evaluations
 CELL = 1000  # the time of features and bootstrap of a cell, in network evaluations
+REMEDY = "delete it, and run the study again"
+
+
+class _Failure(BaseModel):
+    """The file of a training that failed; without settings, of robustdiff 0.2.0."""
+
+    error: str
+    settings: dict[str, Any] | None = None
+
+
+class _Point(BaseModel):
+    sampler: str
+    steps: int
+
+
+class _Measured(BaseModel):
+    """What a mismatch file holds measurements of."""
+
+    paths: tuple[_Point, ...]
+
+
+def network_settings(recipe: Recipe) -> dict[str, Any]:
+    """Return the settings of a recipe that affect the trained network."""
+    return recipe.model_dump(mode="json", exclude=FREE_TO_CHANGE)
 
 
 @dataclass(frozen=True)
@@ -106,8 +147,20 @@ class Run:
 
     @property
     def failure(self) -> Path:
-        """Return the path of the file with the reason of a failure. A training with such a file is not tried again."""
+        """Return the path of the file with the reason of a failure."""
         return self.path.with_suffix(".failed.json")
+
+    @property
+    def error(self) -> str | None:
+        """Return why the training failed with the settings that it has now, with which it is not tried again.
+
+        Raises:
+            InputError: If the file with the reason is damaged.
+        """
+        if not self.failure.is_file():
+            return None
+        record = read_record(self.failure, _Failure, REMEDY)
+        return record.error if record.settings in (None, network_settings(self.recipe)) else None
 
     @property
     def mismatch_path(self) -> Path | None:
@@ -118,12 +171,25 @@ class Run:
         return self.folder / "mismatch" / f"{self.name}.json" if wanted else None
 
     @property
+    def mismatch_done(self) -> bool:
+        """Return whether the mismatch has every sampler and number of steps, or is not measured for this run.
+
+        Raises:
+            InputError: If its file is damaged.
+        """
+        path = self.mismatch_path
+        if path is None:
+            return True
+        if not path.is_file():
+            return False
+        found = {(own.sampler, own.steps) for own in read_record(path, _Measured, REMEDY).paths}
+        return found.issuperset(itertools.product(self.study.measure.samplers, self.mismatch_steps))
+
+    @property
     def missing(self) -> list[Path]:
-        """Return the paths of missing files, except for those of the training."""
-        paths = [cell.path for cell in self.cells]
-        if self.mismatch_path is not None:
-            paths.append(self.mismatch_path)
-        return [path for path in paths if not path.is_file()]
+        """Return the paths of missing or incomplete files, except for those of the training."""
+        paths = [cell.path for cell in self.cells if not cell.done]
+        return paths if self.mismatch_done or self.mismatch_path is None else [*paths, self.mismatch_path]
 
     @property
     def steps(self) -> tuple[int, ...]:
@@ -194,14 +260,14 @@ class Piece:
     @property
     def done(self) -> bool:
         """Return whether the piece is finished, impossible since the training failed, or no longer needed."""
-        if self.run is not None and self.run.failure.is_file():
+        if self.run is not None and self.run.error is not None:
             return True
         if self.cell is not None:
             return self.cell.done
         assert self.run is not None
         if self.training:
             return not self.run.missing or self.run.done
-        return self.run.mismatch_path is None or self.run.mismatch_path.is_file()
+        return self.run.mismatch_done
 
     @property
     def ready(self) -> bool:

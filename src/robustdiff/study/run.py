@@ -34,11 +34,10 @@ from robustdiff.metrics.reference import reference_statistics
 from robustdiff.mismatch.measure import measure_mismatch
 from robustdiff.progress import SILENT, Progress
 from robustdiff.recipe import Recipe
-from robustdiff.study.plan import Cell, Piece, Run, pieces, plan
+from robustdiff.study.plan import Cell, Piece, Run, network_settings, pieces, plan
 from robustdiff.study.schema import Measurement, Study
 from robustdiff.study.store import (
     MEASURES,
-    Failure,
     Training,
     cell_settings,
     check_results,
@@ -102,11 +101,12 @@ def run_study(
         whole = _Whole(f"{study.title} (%)", missing, progress)
         parts = [_Share(whole) for _ in range(min(processes, len(missing)))]
         finished = run_workers(partial(_work, study, folder, wait), parts)
-    failed = [run for run in plan(study, folder) if run.failure.is_file()]
+    failed = [run for run in plan(study, folder) if run.error is not None]
     if finished and failed and not tolerant:
+        first = failed[0]
         raise RunError(
-            f"the rest is done, but {len(failed)} trainings failed; {printable(failed[0].failure)}: "
-            f"{read(failed[0].failure, Failure).error}"
+            f"the rest is done, but {len(failed)} trainings failed; {printable(first.failure)}: {first.error}; to try "
+            f"again, change its settings and delete {printable(first.output)}, or delete both as it is"
         )
     return finished
 
@@ -175,12 +175,15 @@ def _train_run(run: Run, progress: Progress) -> bool:
     thinned = lines[:: -(-len(lines) // 100)]
     losses = {"step": [line.step for line in thinned], "loss": [round(line.loss, 5) for line in thinned]}
     write(run.path, {"method": run.method, "seed": run.seed, "seconds": round(seconds, 1), **losses})
+    run.failure.unlink(missing_ok=True)  # of other settings
     return True
 
 
 def _fail(run: Run, error: NotFiniteError) -> None:
-    """Write why a run failed: its loss, or what the network makes of noise, is not finite. It is not tried again."""
-    write(run.failure, {"method": run.method, "seed": run.seed, "error": str(error)})
+    """Write why a run failed: its loss, or what the network makes of noise, is not finite. It is not tried again with
+    the same settings."""
+    settings = network_settings(run.recipe)
+    write(run.failure, {"method": run.method, "seed": run.seed, "error": str(error), "settings": settings})
 
 
 def _measure_cell(study: Study, run: Run | None, cell: Cell, recipe: Recipe, progress: Progress) -> None:

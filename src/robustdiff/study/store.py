@@ -11,6 +11,7 @@ else, everything is written inside the study's folder, and not through symbolic 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -29,14 +30,12 @@ from robustdiff.metrics.metric import METRICS, parse_metric
 from robustdiff.mismatch.measure import MEASURES as MISMATCHES
 from robustdiff.recipe import Recipe, load_recipe
 from robustdiff.section import Precision, Text
-from robustdiff.study.plan import Cell, Run, pieces, plan, reference_cells
+from robustdiff.study.plan import REMEDY, Cell, Run, network_settings, pieces, plan, reference_cells
 from robustdiff.study.schema import Count, Guidance, Measurement, Name, Sampler, Seed, Study
-from robustdiff.training.run import FREE_TO_CHANGE
 
 __all__ = [
     "MEASURES",
     "CellRecord",
-    "Failure",
     "Loss",
     "Results",
     "Training",
@@ -153,12 +152,6 @@ class Loss(_Record):
         return self
 
 
-class Failure(_Record):
-    """The file of a training that failed."""
-
-    error: str
-
-
 class _Estimate(_Record):
     value: Number
     floor: Number | None
@@ -180,12 +173,14 @@ class _Mismatch(_Record):
     paths: tuple[_Path, ...]
     noise: Text | None = None
     updates: Whole | None = None
+    n: Whole | None = None
+    images_seed: Seed | None = None
 
 
 _Kind = TypeVar("_Kind", bound=_Record)
 
 
-def read(path: Path, kind: type[_Kind], remedy: str = "delete it, and run the study again") -> _Kind:
+def read(path: Path, kind: type[_Kind], remedy: str = REMEDY) -> _Kind:
     """Read and validate a file of a study.
 
     Raises:
@@ -225,11 +220,6 @@ def cell_settings(measure: Measurement) -> dict[str, Any]:
     return measure.model_dump(mode="json", exclude=others)
 
 
-def _network_settings(recipe: Recipe) -> dict[str, Any]:
-    """Return the settings of a recipe that affect the trained network."""
-    return recipe.model_dump(mode="json", exclude=FREE_TO_CHANGE)
-
-
 def read_cell(cell: Cell, study: Study, run: Run | None) -> dict[str, Any]:
     """Return the numbers and settings of a cell's file; the run is None for the cell of a reference.
 
@@ -245,24 +235,31 @@ def read_cell(cell: Cell, study: Study, run: Run | None) -> dict[str, Any]:
         own = (run.method, run.seed, cell.sampler, cell.steps)
         said = (record.method, record.seed, record.sampler, record.steps)
         same = same and all(value in (None, mine) for value, mine in zip(said, own, strict=True))
-        same = same and _network_settings(record.recipe) == _network_settings(run.recipe)
+        same = same and network_settings(record.recipe) == network_settings(run.recipe)
         same = same and record.training.steps == record.recipe.steps
     else:
         if record.reference is None:
             raise InputError(f"{printable(cell.path)} is not a cell of this study: {remedy}")
         reference = study.references[cell.network]
-        names = ("path", "guidance", "seed")
+        names = ["path", "guidance", "seed"]
+        names += ["precision"] * ("precision" in record.reference.model_fields_set)  # which some old cells do not have
         same = same and all(getattr(record.reference, name) == getattr(reference, name) for name in names)
+        same = same and record.reference.data in (None, plan(study, cell.folder)[0].recipe.data)
     if not same:
         raise InputError(f"{printable(cell.path)} was made with other settings than the study's: {remedy}")
     return record.model_dump(mode="json")
 
 
 def _read_mismatch(path: Path, run: Run) -> _Mismatch:
-    """Return the contents of a mismatch file, if it is of a network with the updates of its run."""
-    record = read(path, _Mismatch)
-    if record.updates not in (None, run.recipe.steps):
-        raise InputError(f"{printable(path)} is of a network with {record.updates} updates: delete the file")
+    """Return the contents of a mismatch file, if its network and images are those of the study."""
+    record, measure = read(path, _Mismatch), run.study.measure
+    for found, wanted, what in (
+        (record.updates, run.recipe.steps, f"a network with {record.updates} updates"),
+        (record.n, measure.mismatch, f"{record.n} images"),
+        (record.images_seed, measure.noise_seed(run.seed), f"images of the seed {record.images_seed}"),
+    ):
+        if found not in (None, wanted):
+            raise InputError(f"{printable(path)} is of {what}, and the study's is {wanted}: delete the file")
     return record
 
 
@@ -298,7 +295,7 @@ def check_results(study: Study, folder: Path) -> None:
         if path.is_file():
             before = load_recipe(str(path))
             shorter = {"steps": run.recipe.steps} if before.steps < run.recipe.steps else {}
-            if _network_settings(before.model_copy(update=shorter)) != _network_settings(run.recipe):
+            if network_settings(before.model_copy(update=shorter)) != network_settings(run.recipe):
                 raise InputError(
                     f"{run.output} was trained with other settings than the study's: restore them, delete the folder, "
                     "or choose another --output"
@@ -407,13 +404,15 @@ def read_results(study: Study, folder: Path) -> Results:
                 results.pictures[method, cell.sampler, cell.steps] = cell.path.with_suffix(".png")
         if run.missing:
             results.missing[run.name] = len(run.missing)
-        if run.failure.is_file():
-            results.failed[run.name] = read(run.failure, Failure).error
+        if run.error is not None:
+            results.failed[run.name] = run.error
         if run.first and run.path.is_file():
             results.losses[method] = read(run.path, Loss)
         if (path := run.mismatch_path) is not None and path.is_file():
+            wanted = list(itertools.product(study.measure.samplers, run.mismatch_steps))
             for found in _read_mismatch(path, run).paths:
-                results.mismatch[method, run.seed, found.sampler, found.steps] = found.model_dump()
+                if (found.sampler, found.steps) in wanted:
+                    results.mismatch[method, run.seed, found.sampler, found.steps] = found.model_dump()
     for cell in reference_cells(study, folder):
         results.planned += 1
         if cell.done:

@@ -31,6 +31,7 @@ before, so that processes share the search, and an interrupted one goes on:
 from __future__ import annotations
 
 import itertools
+import logging
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -43,6 +44,7 @@ import torch
 import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
+from robustdiff.backbones.model import load_model
 from robustdiff.errors import InputError, RunError, first_mistake, printable
 from robustdiff.evaluation.generate import Generator
 from robustdiff.evaluation.noise import NOISE, check_noise
@@ -58,11 +60,13 @@ from robustdiff.study.estimate import time_sampling, time_training
 from robustdiff.study.plan import CELL, plan, reference_cells
 from robustdiff.study.run import run_study
 from robustdiff.study.schema import Changes, Count, Guidance, Sampler, Seed, Study
-from robustdiff.study.store import MEASURES, Failure, Loss, held, read, read_cell
+from robustdiff.study.store import MEASURES, Loss, held, read, read_cell
 from robustdiff.training.ema import sufficient_decay
 from robustdiff.yaml_reader import read_yaml
 
 __all__ = ["RULE", "Speed", "Stage", "Tuning", "candidates", "default_space", "new_tuning", "stages", "tune"]
+
+logger = logging.getLogger(__name__)
 
 Record = dict[str, Any]
 
@@ -314,8 +318,8 @@ def _outcome(tuning: Tuning, study: Study, folder: Path) -> _Outcome:
     failed: dict[str, dict[int, str]] = {}
     seconds, made_on = 0.0, Record()
     for run in plan(study, folder):
-        if run.failure.is_file():
-            failed.setdefault(run.method, {})[run.seed] = read(run.failure, Failure).error
+        if run.error is not None:
+            failed.setdefault(run.method, {})[run.seed] = run.error
             continue
         (cell,) = run.cells
         record = read_cell(cell, study, run)
@@ -590,12 +594,22 @@ def new_tuning(
 
 def _samples(recipe: Recipe, tuning: Tuning, captions: tuple[str, ...]) -> bool:
     """Return whether the recipe fine-tunes a checkpoint that the sampler suits."""
-    if recipe.model.source is None:
+    source = recipe.model.source
+    if source is None:
+        return False
+    model = load_model(source)
+    if tuning.sampler not in model.samplers:  # such as a diffusion model that is distilled into a consistency model
+        logger.warning(
+            "%s is no contestant: the sampler %s does not suit it, but %s",
+            printable(source),
+            tuning.sampler,
+            " or ".join(model.samplers),
+        )
         return False
     try:
-        Generator.load(recipe.model.source, sampler=tuning.sampler, steps=tuning.steps, data_captions=captions)
-    except InputError:
-        return False  # such as a diffusion model that is distilled into a consistency model
+        Generator.of(model, sampler=tuning.sampler, steps=tuning.steps, data_captions=captions)
+    except InputError as error:
+        raise InputError(f"{printable(source)}: {error}") from None
     return True
 
 

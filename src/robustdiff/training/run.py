@@ -68,14 +68,20 @@ def _warn_of_rounding(trainer: Trainer) -> None:
     gradient = torch.randn((1, *trainer.built.model.shape), generator=torch.Generator().manual_seed(0))
     step = adversary.step_size * adversary.norm.ascent(gradient)
     size, rounding = step[step != 0].square().mean().sqrt().item(), torch.finfo(torch.bfloat16).eps / 2
-    if size < rounding:
+    where, lost, remedy = "", size < rounding, "fp16 or fp32"
+    if levels := trainer.built.model.kind.levels():  # the network sees δ/√(σ² + σ_d²), with numbers near 1 at every σ
+        above = max((size / rounding) ** 2 - levels["sigma_data"] ** 2, 0) ** 0.5
+        where, lost, remedy = f" at noise levels above {above:.2g}", above < levels["sigma_max"], "fp32"
+    if lost:
         logger.warning(
-            "precision=bf16 rounds the network's input by about as much as δ moves it: adversary.step_size=%g is %.2g "
-            "for each number, and numbers near 1 are rounded by up to %.2g: set precision=fp16 or fp32, or a larger "
+            "precision=bf16 rounds the network's input by about as much as δ moves it%s: adversary.step_size=%g is "
+            "%.2g for each number, and numbers near 1 are rounded by up to %.2g: set precision=%s, or a larger "
             "step_size",
+            where,
             adversary.step_size,
             size,
             rounding,
+            remedy,
         )
 
 

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any
 
 from accelerate import Accelerator
-from diffusers import EDMEulerScheduler
 
 from robustdiff.backbones.frozen import hold
 from robustdiff.backbones.model import Model, load_model
@@ -43,13 +42,7 @@ def build_teacher(built: Built, dataset: ImageDataset, accelerator: Accelerator)
         if model.condition != built.model.condition:
             same = "text encoders" if model.condition.takes_captions else "classes, or both none"
             raise InputError(f"the teacher {path} and the student must have the same {same}")
-    # A diffusion model's table has an end as well, which DiffusionDenoiser says how it goes beyond.
-    highest = config.teacher_sigma_max
-    if isinstance(model.scheduler, EDMEulerScheduler) and model.scheduler.config.sigma_max < highest:
-        raise InputError(
-            f"the teacher {path} has levels up to {model.scheduler.config.sigma_max:g} and is asked up to "
-            f"{highest:g}: lower objective.sigma_max, or take another teacher"
-        )
+    model.kind.check_reaches(config.teacher_sigma_max, str(path))
     if (half := DTYPES.get(accelerator.mixed_precision)) is not None:
         hold(model.network, half)
     frozen = model.network.to(accelerator.device).eval().requires_grad_(False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from robustdiff.backbones.kinds.edm import LEVELS, sigmas_of
+from robustdiff.backbones.kinds.edm import LEVELS, levels_of, sigmas_of
 from robustdiff.backbones.kinds.kind import KINDS, ModelKind, validated
 from robustdiff.objectives.consistency import ConsistencyConfig
 from robustdiff.objectives.objective import ObjectiveConfig
@@ -28,6 +28,9 @@ class Consistency(ModelKind):
 
     def process(self) -> DiffusionProcess:
         return karras_process(sigmas_of(self.scheduler))
+
+    def levels(self) -> dict[str, float]:
+        return levels_of(self.scheduler)
 
     def objective(self) -> ObjectiveConfig:
         levels = {name: self.config[name] for name in LEVELS}

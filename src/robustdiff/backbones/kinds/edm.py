@@ -19,7 +19,7 @@ from robustdiff.objectives.objective import ObjectiveConfig
 from robustdiff.objectives.preconditioning import Denoise, OverTimes, Preconditioned, karras_sigmas
 from robustdiff.process import DiffusionProcess
 
-__all__ = ["LEVELS", "Edm", "sigmas_of"]
+__all__ = ["LEVELS", "Edm", "levels_of", "sigmas_of"]
 
 LEVELS = ("sigma_min", "sigma_max", "rho", "sigma_data")
 """The fields of a scheduler and of an objective that define its levels and preconditioning."""
@@ -42,6 +42,16 @@ def sigmas_of(scheduler: Any) -> Tensor:
         raise incorrect(scheduler, error) from None
 
 
+def levels_of(scheduler: Any) -> dict[str, float]:
+    """Return the fields :data:`LEVELS` of a scheduler.
+
+    Raises:
+        InputError: As of :func:`sigmas_of`.
+    """
+    sigmas_of(scheduler)
+    return {name: scheduler.config[name] for name in LEVELS}
+
+
 @KINDS.register("edm")
 class Edm(ModelKind):
     """A denoiser D(x, σ), by ``EDMEulerScheduler`` or ``EDMDPMSolverMultistepScheduler``."""
@@ -56,6 +66,9 @@ class Edm(ModelKind):
 
     def process(self) -> DiffusionProcess:
         return OverTimes.process(sigmas_of(self.scheduler))
+
+    def levels(self) -> dict[str, float]:
+        return levels_of(self.scheduler)
 
     def objective(self) -> ObjectiveConfig:
         config, given = self.config, self.config.get("prediction_type", "epsilon")

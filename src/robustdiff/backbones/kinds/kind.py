@@ -89,6 +89,34 @@ class ModelKind(ABC):
         """
         raise InputError(f"{self.title} cannot be a teacher: give a diffusion model, or one trained with objective=edm")
 
+    def levels(self) -> dict[str, float]:
+        """Return sigma_min, sigma_max, rho and sigma_data of a network over noise levels σ; {} for other networks.
+
+        Raises:
+            InputError: If the scheduler defines no levels.
+        """
+        return {}
+
+    def check_reaches(self, sigma: float, path: str) -> None:
+        """Check that a denoiser has levels up to a given one.
+
+        Diffusion models pass: :class:`~robustdiff.objectives.preconditioning.DiffusionDenoiser` evaluates them beyond
+        their table.
+
+        Args:
+            sigma: The largest level that it is evaluated at.
+            path: The name of the model in messages.
+
+        Raises:
+            InputError: If it has not.
+        """
+        highest = self.levels().get("sigma_max", sigma)
+        if highest < sigma:
+            raise InputError(
+                f"the teacher {path} has levels up to {highest:g} and is asked up to {sigma:g}: lower sigma_max, or "
+                "take another teacher"
+            )
+
     def check_trainable(self, path: str) -> None:  # noqa: B027  (most models are)
         """Check that the model can be trained on.
 
