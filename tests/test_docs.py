@@ -221,11 +221,13 @@ def test_every_command_of_text_to_image_runs(robustdiff, make_sd_pipeline, clip_
 @pytest.fixture
 def registries(monkeypatch):
     """Restore the registries after a test, whose document may register kinds of its own."""
+    from robustdiff.codecs.codec import CODECS
     from robustdiff.data.registry import DATASETS
     from robustdiff.metrics.metric import METRICS
+    from robustdiff.perturbation import ADVERSARIES
     from robustdiff.samplers.sampler import SAMPLERS
 
-    for registry in (DATASETS, METRICS, SAMPLERS):
+    for registry in (ADVERSARIES, CODECS, DATASETS, METRICS, SAMPLERS):
         monkeypatch.setattr(registry, "_entries", dict(registry._load()))
 
 

@@ -50,7 +50,7 @@ def test_a_recipe_trains_and_resumes_bit_for_bit(device, exact, recipe, train_cu
         ["channels_last=true"],
         ["channels_last=true", "objective.variance=learned_range", *SECOND_MOMENT],
         ["channels_last=false", "model.dropout=0.3", "accumulate=2", "adversary=pgd"],
-        ["channels_last=true", "objective.name=consistency", "model.dropout=0.3", "clip=1.0"],
+        ["channels_last=true", "objective.name=consistency", "sampler=multistep", "model.dropout=0.3", "clip=1.0"],
     ],
     ids=["channels last", "second moment", "pgd", "consistency"],
 )
@@ -136,6 +136,7 @@ def test_mixed_precision_trains_close_to_float32(device, eager, recipe, train_cu
 
 def test_a_compiled_consistency_model_trains_in_mixed_precision(device, eager, recipe):
     settings = ["process=null", "objective.name=consistency", "model.channels=[8]", "steps=2", "adversary.steps=2"]
+    settings += ["sampler=multistep"]
     full, run = (recipe("digits", output, *settings) for output in ("full", "compiled"))
     train(full, cpu=device == "cpu")
     run = run.model_copy(update={"precision": "bf16", "compile": True, "channels_last": True})

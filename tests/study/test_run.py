@@ -23,13 +23,13 @@ from robustdiff.evaluation.noise import NOISE
 from robustdiff.metrics.extractors.extractor import load_extractor
 from robustdiff.metrics.metric import MetricCollection
 from robustdiff.metrics.reference import reference_statistics
+from robustdiff.metrics.reservoir import fixed_order
 from robustdiff.mismatch.measure import MEASURES as MISMATCHES
 from robustdiff.progress import SILENT
 from robustdiff.report.comparisons import _consequence
 from robustdiff.report.levels import _fid_figure
 from robustdiff.report.page import write_page
 from robustdiff.report.study_section import study_section
-from robustdiff.report.words import tested_effect
 from robustdiff.study import run as module
 from robustdiff.study.analysis import Effect, contrast, effect, holm, mismatch_pairs, ratio_to, trend
 from robustdiff.study.estimate import remaining
@@ -282,7 +282,8 @@ def test_other_real_images_are_measured_as_generated_ones(finished, tmp_path, ro
     shutil.copytree(folder, tmp_path / "study")
     assert run_study(wanted, tmp_path / "study")
     record = json.loads((tmp_path / "study" / "cells" / "real.json").read_text())
-    images = load_dataset("fashion-16", split="test").__getitems__(range(40))[0]
+    test = load_dataset("fashion-16", split="test")
+    images = test.__getitems__(fixed_order(len(test))[:40].tolist())[0]
     extractor = load_extractor("fashion-16")
     reference = reference_statistics(load_dataset("fashion-16"), extractor)
     metrics = MetricCollection(None, extractor, reference)
@@ -547,8 +548,10 @@ def test_the_mismatch_is_compared_between_all_methods_that_the_study_compares(tm
 
 
 def test_an_effect_of_too_few_trainings_is_shown_beside_tested_ones():
+    from robustdiff.report import words as report_words  # its functions begin with "test"
+
     few = Effect({0: np.log(1.1), 1: np.log(0.9)}, 0.0)
-    assert tested_effect(few, None) == "+10.0%, −10.0%"
+    assert report_words.tested_effect(few, None) == "+10.0%, −10.0%"
 
 
 def test_the_page_decides_by_trainings(tmp_path):

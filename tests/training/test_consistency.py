@@ -336,7 +336,7 @@ def test_a_teacher_is_asked_at_its_own_levels_only(tiny, teachers):
     ):
         with pytest.raises(InputError) as error:
             trainer_of(tiny(objective=objective))
-        for word in (teacher, "up to 80", "up to 100", "objective.sigma_max"):
+        for word in (teacher, "up to 80", "up to 100", "lower sigma_max"):
             assert word in str(error.value)
     trainer_of(tiny(objective={"name": "edm", "teacher": teacher, "sigma_max": 120.0}))
 
