@@ -18,6 +18,7 @@ PAGES = {
     "fashion-16": "results.md",
     "fashion-16-constant-rate": "results-constant-rate.md",
     "length": "results-length.md",
+    "one-sampler": "results-one-sampler.md",
     "fashion-16-scratch": "results-scratch.md",
     "fashion-28": "results-28.md",
     "fashion-16-consistency": "results-consistency.md",
