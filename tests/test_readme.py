@@ -15,8 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 SUMMARY = (ROOT / "docs" / "results-summary.md").read_text(encoding="utf-8")
 PAGES = [
-    ROOT / "docs" / name
-    for name in ("results.md", "results-constant-rate.md", "results-consistency.md", "results-length.md")
+    ROOT / "docs" / f"results{name}.md" for name in ("", "-constant-rate", "-consistency", "-length", "-one-sampler")
 ]
 CHANGE = r"[+−]\d+\.\d% \([+−]\d+\.\d% … [+−]\d+\.\d%\)(?:, p = [\d.]*\d)?"
 
