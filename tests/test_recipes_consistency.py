@@ -41,7 +41,7 @@ def test_fashion_16(robustdiff, tmp_path, adversary):
 
 
 def test_levels_of_a_recipe_are_taken_back():
-    """As docs/consistency.md has it."""
+    """Set what docs/consistency.md sets."""
     uniform = ["objective.times=uniform", "objective.weighting=uniform"]
     recipe = load_recipe("fashion-16-consistency", [*uniform, "objective.mean=null", "objective.std=null"])
     assert (

@@ -413,8 +413,8 @@ class DiffusionProcess:
             return self.time_at(u)
         return (u * len(self) * (1 - 1e-7)).ceil().long() - 1  # u·T may be rounded to just above a whole number
 
-    def index(self, t: Tensor) -> Tensor:
-        """Return the table indices of times (B,), with shape (B,), int64.
+    def index(self, t: Tensor | float) -> Tensor:
+        """Return the table indices of times (B,), with shape (B,), int64; or of one number, with shape ().
 
         Integer tensors are indices already; the values of floating-point tensors are looked up in ``times``.
 
@@ -519,7 +519,7 @@ class DiffusionProcess:
         of_x0 = before.sqrt() * self.betas / (1 - a)
         return Table(of_x0), Table((1 - self.betas).sqrt() * (1 - before) / (1 - a))
 
-    def _levels_of_batch(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+    def _levels_of_batch(self, t: Tensor | float, like: Tensor) -> tuple[Tensor, Tensor]:
         """Return :meth:`levels` at one time for each sample of ``like`` (B, *), or one time for all."""
         return self.levels(_per_sample("t", t, like), like)
 
@@ -528,7 +528,7 @@ class DiffusionProcess:
         alpha, sigma = self._levels_of_batch(t, x0)
         return alpha * x0 + sigma * noise
 
-    def absorb(self, noise: Tensor, t: Tensor, delta: Tensor) -> Tensor:
+    def absorb(self, noise: Tensor, t: Tensor | float, delta: Tensor) -> Tensor:
         """Return the noise ε' = ε + δ/σ_t for which x_t + δ = α_t x_0 + σ_t ε'.
 
         ε and δ have shape (B, *); ``t`` (B,) holds time indices in [0, T), or times, or one for all samples. δ is

@@ -83,11 +83,11 @@ Decay = Annotated[float | Literal["auto"], WrapValidator(_decay)]
 def native_precision(cpu: bool = False) -> str:
     """Return the precision for "auto": bf16 if the GPU, or without one the CPU, has instructions for it, else fp32.
 
-    Args:
-        cpu: Whether the CPU is used even if there is a GPU, as under ``accelerate launch --cpu``.
-
     A CPU without such instructions trains a UNet more than ten times slower in bf16 than in fp32. "auto" is replaced
     when the recipe is validated, so that the recipe in a run's folder has the precision of the training.
+
+    Args:
+        cpu: Whether the CPU is used even if there is a GPU, as under ``accelerate launch --cpu``.
     """
     if torch.cuda.is_available() and not (cpu or parse_flag_from_env("ACCELERATE_USE_CPU")):
         native = torch.cuda.get_device_capability() >= (8, 0)

@@ -209,7 +209,7 @@ def test_a_video_behind_a_photo_is_no_scan_of_it():
     ids=["resolution", "unit", "maker"],
 )
 def test_a_rotated_photo_with_an_unusual_tag(tag):
-    """Pillow reads such tags, and cannot write them."""
+    """Decode images with tags that Pillow reads and cannot write."""
     tags = [struct.pack("<HHII", 274, 3, 1, 6), tag]
     exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + b"".join(sorted(tags)) + bytes(4) + struct.pack("<II", 1, 3)
     photo = Image.fromarray(np.arange(0, 240, 20, dtype=np.uint8).reshape(3, 4))

@@ -239,7 +239,7 @@ def test_autocast_is_close_to_full_precision(generator):
 
 
 def test_a_run_is_sampled_as_its_recipe_says(digits_run, tmp_path):
-    """A number of steps of one's own is of the recipe's sampler, and the recipe's number is not of another one."""
+    """Take the recipe's sampler for a given number of steps, and its number of steps for its own sampler alone."""
     run = shutil.copytree(digits_run, tmp_path / "run")
     recipe = yaml.safe_load((run / "recipe.yaml").read_text())
     (run / "recipe.yaml").write_text(yaml.safe_dump({**recipe, "sampler": {"name": "iddpm", "steps": 11}}))
@@ -269,7 +269,7 @@ def test_an_option_that_the_sampler_lacks_is_refused_before_any_work(generator):
 
 
 def test_many_prompts_fit_the_record(make_sd_pipeline, accelerator, tmp_path):
-    """The comment of an archive has at most 64 KiB, and 1 MiB of a folder's record is read."""
+    """Write prompts that neither the comment of an archive (64 KiB) nor a folder's record (1 MiB) would hold."""
     prompts = tuple(f"{i:>99}" for i in range(12_000))
     model = make_sd_pipeline(tmp_path / "model")
     generator = Generator.load(model, sampler="ddim", steps=1, batch_size=2, prompts=prompts)

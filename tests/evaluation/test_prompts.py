@@ -180,7 +180,7 @@ def test_captions_of_a_dataset_are_prompts(folder):
 
 
 def test_the_first_captions_of_a_dataset_are_of_all_of_it(folder):
-    """A folder is in the order of its files, so that its first captions are those of the first subfolders."""
+    """Take captions of all subfolders first, whose files are in order one after the other."""
     subfolder = [f"{name}" for name in "abcd" for _ in range(100)]
     prompts = prompts_of(ArrayDataset("x", np.zeros((400, 2, 2, 1), np.uint8), captions=[[name] for name in subfolder]))
     assert prompts is not None

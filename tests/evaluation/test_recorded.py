@@ -74,7 +74,7 @@ FAMILIES = ["classes", "dit", "sd", "xl", "sd3", "flux", "lora"]
 
 @pytest.fixture(params=FAMILIES)
 def saved(request, tmp_path, make_unet, make_sd_pipeline, make_sd3_pipeline, make_flux_pipeline) -> dict[str, Any]:
-    """The arguments of Generator.load for a small network of each family, in bf16."""
+    """Return the arguments of Generator.load for a small network of each family, in bf16."""
     family, folder = request.param, tmp_path / request.param
     settings = {"path": folder, "steps": 2, "batch_size": 4, "capture": True, "precision": "bf16"}
     if family == "dit":
@@ -105,13 +105,13 @@ def saved(request, tmp_path, make_unet, make_sd_pipeline, make_sd3_pipeline, mak
 
 @pytest.fixture
 def in_half(saved) -> Generator:
-    """A recorded generator in bf16, whose weights are in float32."""
+    """Return a recorded generator in bf16, whose weights are in float32."""
     return Generator.load(**saved, half=False)
 
 
 @pytest.mark.parametrize("capture", [True, False])
 def test_weights_in_half_precision_make_the_same_images(saved, capture):
-    """Bit for bit, since autocast makes the same weights of those in float32; and the fingerprint is that of those."""
+    """Compare bit for bit: autocast makes the same weights of those in float32, whose fingerprint the model keeps."""
     held, whole = (Generator.load(**(saved | {"capture": capture}), half=half) for half in (True, False))
     assert {parameter.dtype for parameter in whole.model.network.parameters()} == {torch.float32}
     network = held.model.network

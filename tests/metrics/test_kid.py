@@ -67,7 +67,7 @@ class Pixels(FeatureExtractor):
 
 
 def test_kid_is_unbiased_where_images_are_made_for_the_captions_of_the_real_ones(tmp_path):
-    """Each image is nearly the real one whose caption it has, and so both sets have nearly the same distribution."""
+    """Measure images that are nearly the real ones whose captions they have: both sets have one distribution."""
     random, estimates, paired = np.random.default_rng(0), [], []
     for _ in range(40):
         images = random.integers(2, 254, (60, 4, 4, 1), np.uint8)

@@ -59,7 +59,7 @@ def test_reference_is_cached_by_content(small, tmp_path):
 
 
 class Photos(ArrayDataset):
-    """Images that are slow to decode, and have a fingerprint all the same."""
+    """Count how often images are decoded, which have a fingerprint all the same."""
 
     decoded = 0
 

@@ -34,7 +34,7 @@ def points(n=5, dtype=torch.float64):
 
 
 def test_bfloat16_rounds_a_small_perturbation_away_at_high_levels():
-    """The numbers of docs/consistency.md and of the study fashion-16-consistency: 16×16 pixels, ‖δ‖ = 0.15."""
+    """Compute the numbers of docs/consistency.md and of the study fashion-16-consistency: 16×16, ‖δ‖ = 0.15."""
     generator = torch.Generator().manual_seed(0)
     x0, noise, delta = (torch.randn(128, 1, 16, 16, generator=generator) for _ in range(3))
     x0 = torch.rand(x0.shape, generator=generator) * 2 - 1

@@ -272,7 +272,7 @@ def test_a_flush_that_fails_is_an_oserror_too(tiny, monkeypatch):
 
 
 def test_the_generator_of_any_device_is_saved_and_restored(tmp_path, monkeypatch):
-    """Of a Mac's GPU as of CUDA; here a module stands for the device's."""
+    """Restore the state of a Mac's GPU as of CUDA; a module stands for that of the device."""
     held = SimpleNamespace(state=torch.arange(4, dtype=torch.uint8))
     device = SimpleNamespace(
         get_rng_state=lambda: held.state, set_rng_state=lambda state: setattr(held, "state", state)

@@ -220,7 +220,7 @@ def test_an_embedding_of_guidance_is_one_evaluation(saved):
 
 
 def test_a_lora_of_a_network_that_embeds_the_scale_has_the_scales_of_its_own_training(distilled, saved):
-    """Where no scale is given, it is sampled in the middle of them, and its base in the middle of the base's."""
+    """Compare the output without a scale to that in the middle of the range."""
     recipe = distilled("lcm", lora=LORA, objective={"guidance": [1.0, 2.0], "teacher": str(saved["sd"])}, steps=2)
     train(recipe, cpu=True)
     model, base = load_model(recipe.output), load_model(saved["lcm"])

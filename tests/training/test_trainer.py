@@ -300,7 +300,7 @@ def test_the_sampler_of_a_recipe_suits_its_model(tiny):
 
 
 def test_a_run_is_resumed_with_other_microbatches(tiny, outcome):
-    """Which is what a run that had too little memory needs."""
+    """Resume a run that had too little memory with more and smaller microbatches."""
     whole = tiny("whole")
     train(whole, cpu=True)
     part = tiny("part", steps=3)

@@ -78,6 +78,9 @@ class FrozenWeights:
             InputError: If the value has numbers beyond the type in which it is held.
         """
         update_digest(self._digest, value)
+        self._place(network, name, value)
+
+    def _place(self, network: nn.Module, name: str, value: Tensor) -> None:
         path, _, last = name.rpartition(".")
         owner = network.get_submodule(path)
         if last in dict(owner.named_buffers(recurse=False, remove_duplicate=False)):
@@ -141,9 +144,9 @@ def hold(network: nn.Module, dtype: torch.dtype) -> None:
     Raises:
         InputError: If a weight has numbers beyond the type.
     """
-    place, state = FrozenWeights(dtype), network.state_dict()
+    frozen, state = FrozenWeights(dtype), network.state_dict()
     for name in list(state):
-        place(network, name, state.pop(name))
+        frozen._place(network, name, state.pop(name))
 
 
 def _bitsandbytes() -> Any:

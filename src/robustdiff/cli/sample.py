@@ -13,8 +13,11 @@ from robustdiff.errors import InputError
 if TYPE_CHECKING:
     from robustdiff.evaluation.generate import Generator
 
-IMAGES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
-ARCHIVES = (".gz", ".npy", ".npz", ".pt", ".safetensors", ".tar", ".tgz", ".zip")
+# Suffixes of images and of archives, which no folder of images has.
+_FILES = (
+    *(".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"),
+    *(".gz", ".npy", ".npz", ".pt", ".safetensors", ".tar", ".tgz", ".zip"),
+)
 
 
 @app.command()
@@ -80,7 +83,7 @@ def sample(
 def _prepare(output: Path, generator: Generator) -> None:
     """Create the folder of the images, once nothing else stands against them."""
     # Any other suffix may be the end of a folder's name, such as lr-0.1.
-    other = output.suffix.lower() in (*IMAGES, *ARCHIVES) and not output.is_dir()
+    other = output.suffix.lower() in _FILES and not output.is_dir()
     if output.suffix != ".npz" and (other or output.is_file()):
         raise InputError(f"{output}: give a file that ends in .npz, or a folder")
     generator.model.image_shape  # noqa: B018  (raises where the model does not say it)

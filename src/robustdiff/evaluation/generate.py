@@ -36,6 +36,7 @@ from robustdiff.conditions.condition import Condition
 from robustdiff.data import to_uint8
 from robustdiff.errors import InputError, printable
 from robustdiff.evaluation.noise import NOISE, ImageNoise
+from robustdiff.evaluation.prompts import record_of
 from robustdiff.evaluation.recorded import Recordings, unrecordable
 from robustdiff.files import atomic_write, make_folder, open_regular, remove_leftovers, user_key
 from robustdiff.progress import SILENT, Progress
@@ -464,9 +465,6 @@ def _settings(generator: Generator) -> dict[str, Any]:
     """Return everything that an image depends on besides its number, as JSON values."""
     model, process = generator.model, generator.model.process
     levels = np.stack([process.alphas.numpy(), process.sigmas.numpy()])
-    # Not the texts: the comment of an archive, which holds the settings, has at most 64 KiB.
-    digest = hashlib.sha256(json.dumps(generator.prompts).encode()).hexdigest()
-    prompts = {"n": len(generator.prompts), "sha256": digest}
     settings = {
         "network": model.fingerprint(),
         "process": hashlib.sha256(levels.tobytes()).hexdigest(),
@@ -483,7 +481,12 @@ def _settings(generator: Generator) -> dict[str, Any]:
         "guidance": generator.guidance,
         "options": generator.sampling,
         **({} if model.codec.identity else {"codec": model.codec.fingerprint()}),
-        **({"prompts": prompts, "text": model.condition.fingerprint()} if generator.prompts else {}),
+        # Not the texts: the comment of an archive, which holds the settings, has at most 64 KiB.
+        **(
+            {"prompts": record_of(generator.prompts), "text": model.condition.fingerprint()}
+            if generator.prompts
+            else {}
+        ),
         **({"negative": generator.negative} if generator.negative is not None else {}),
     }
     loaded: dict[str, Any] = json.loads(json.dumps(settings, default=repr))

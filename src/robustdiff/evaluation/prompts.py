@@ -29,7 +29,7 @@ from robustdiff.files import open_regular, read_json
 from robustdiff.loading import shown
 from robustdiff.metrics.reservoir import fixed_order
 
-__all__ = ["Prompts", "load_prompts", "prompts_of"]
+__all__ = ["Prompts", "load_prompts", "prompts_of", "record_of"]
 
 _BYTES = 2**28  # COCO's captions of 118,000 images have 92 MB
 
@@ -51,8 +51,7 @@ class Prompts:
     @property
     def record(self) -> dict[str, Any]:
         """The source, the number and the sha256 of the prompts, as JSON values."""
-        digest = hashlib.sha256(json.dumps(self.texts).encode()).hexdigest()
-        return {"source": self.source, "n": len(self.texts), "sha256": digest}
+        return {"source": self.source, **record_of(self.texts)}
 
     def of(self, dataset: ImageDataset) -> list[str]:
         """Return the caption of each image of a dataset: by the name of its file where files are named, else in turn.
@@ -83,6 +82,11 @@ class Prompts:
         """Return the caption of a file by its name, or by the end of its path where files have paths."""
         ends = ("/".join(path.parts[-k:]) for k in range(1, len(path.parts) + 1))
         return next((self.files[end] for end in ends if end in self.files), None)
+
+
+def record_of(texts: Sequence[str]) -> dict[str, Any]:
+    """Return the number and the sha256 of texts, as JSON values."""
+    return {"n": len(texts), "sha256": hashlib.sha256(json.dumps(texts).encode()).hexdigest()}
 
 
 def prompts_of(dataset: ImageDataset | None) -> Prompts | None:

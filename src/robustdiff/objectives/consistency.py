@@ -40,10 +40,10 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Annotated, Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
@@ -482,11 +482,6 @@ class ConsistencyObjective(Objective):
         self._set_scales()
 
 
-def _null_is(default: float) -> BeforeValidator:
-    """Return the validator of a field in which null, which takes a recipe's value back, is its default."""
-    return BeforeValidator(lambda value: default if value is None else value)
-
-
 @OBJECTIVES.register("consistency")
 class ConsistencyConfig(LevelsConfig):
     """Consistency distillation, or training without a teacher."""
@@ -500,12 +495,8 @@ class ConsistencyConfig(LevelsConfig):
     metric: Metric = Field("pseudo-huber", description="the distance d")
     weighting: Weighting = Field("uniform", description="the weights w_n; inverse-gap: 1/(σ_{n+1} − σ_n)")
     times: Literal["uniform", "log-normal"] = Field("uniform", description="the distribution of pairs of levels")
-    mean: Annotated[float, _null_is(-1.1)] = Field(
-        -1.1, description="log-normal: the mean P_mean of ln σ; null: the default"
-    )
-    std: Annotated[float, _null_is(2.0)] = Field(
-        2.0, gt=0, description="log-normal: the standard deviation P_std of ln σ; null: the default"
-    )
+    mean: float = Field(-1.1, description="log-normal: the mean P_mean of ln σ; null: the default")
+    std: float = Field(2.0, gt=0, description="log-normal: the standard deviation P_std of ln σ; null: the default")
     schedule: Literal["fixed", "growing", "doubling"] = Field(
         "fixed", description="the schedule of the number of levels"
     )
@@ -514,6 +505,12 @@ class ConsistencyConfig(LevelsConfig):
     )
     start_scales: int | None = Field(None, ge=2, description="growing, doubling: the initial s_0")
     decay: Fraction = Field(0.95, description="the decay μ of the target network (growing: μ_0); 0: the student itself")
+
+    @field_validator("mean", "std", mode="before")
+    @classmethod
+    def _null_is_the_default(cls, value: Any, info: ValidationInfo) -> Any:
+        """Return the default for null, which takes back what a recipe says."""
+        return cls.model_fields[info.field_name or ""].default if value is None else value
 
     @model_validator(mode="after")
     def _scheduled(self) -> ConsistencyConfig:

@@ -46,7 +46,7 @@ REMEDY = "delete it, and run the study again"
 
 
 class _Failure(BaseModel):
-    """The file of a training that failed; without settings, of robustdiff 0.2.0."""
+    """Hold the file of a training that failed; without settings, of robustdiff 0.2.0."""
 
     error: str
     settings: dict[str, Any] | None = None
@@ -58,7 +58,7 @@ class _Point(BaseModel):
 
 
 class _Measured(BaseModel):
-    """What a mismatch file holds measurements of."""
+    """Hold the samplers and numbers of steps of a mismatch file."""
 
     paths: tuple[_Point, ...]
 
@@ -171,6 +171,11 @@ class Run:
         return self.folder / "mismatch" / f"{self.name}.json" if wanted else None
 
     @property
+    def mismatch_points(self) -> set[tuple[str, int]]:
+        """Return the samplers and numbers of steps at which the mismatch is measured."""
+        return set(itertools.product(self.study.measure.samplers, self.mismatch_steps))
+
+    @property
     def mismatch_done(self) -> bool:
         """Return whether the mismatch has every sampler and number of steps, or is not measured for this run.
 
@@ -182,8 +187,7 @@ class Run:
             return True
         if not path.is_file():
             return False
-        found = {(own.sampler, own.steps) for own in read_record(path, _Measured, REMEDY).paths}
-        return found.issuperset(itertools.product(self.study.measure.samplers, self.mismatch_steps))
+        return self.mismatch_points <= {(own.sampler, own.steps) for own in read_record(path, _Measured, REMEDY).paths}
 
     @property
     def missing(self) -> list[Path]:

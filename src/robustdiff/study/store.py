@@ -11,7 +11,6 @@ else, everything is written inside the study's folder, and not through symbolic 
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -244,7 +243,8 @@ def read_cell(cell: Cell, study: Study, run: Run | None) -> dict[str, Any]:
         names = ["path", "guidance", "seed"]
         names += ["precision"] * ("precision" in record.reference.model_fields_set)  # which some old cells do not have
         same = same and all(getattr(record.reference, name) == getattr(reference, name) for name in names)
-        same = same and record.reference.data in (None, plan(study, cell.folder)[0].recipe.data)
+        if record.reference.data is not None:
+            same = same and record.reference.data == plan(study, cell.folder)[0].recipe.data
     if not same:
         raise InputError(f"{printable(cell.path)} was made with other settings than the study's: {remedy}")
     return record.model_dump(mode="json")
@@ -409,9 +409,8 @@ def read_results(study: Study, folder: Path) -> Results:
         if run.first and run.path.is_file():
             results.losses[method] = read(run.path, Loss)
         if (path := run.mismatch_path) is not None and path.is_file():
-            wanted = list(itertools.product(study.measure.samplers, run.mismatch_steps))
             for found in _read_mismatch(path, run).paths:
-                if (found.sampler, found.steps) in wanted:
+                if (found.sampler, found.steps) in run.mismatch_points:
                     results.mismatch[method, run.seed, found.sampler, found.steps] = found.model_dump()
     for cell in reference_cells(study, folder):
         results.planned += 1

@@ -50,6 +50,7 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 _NAME = re.compile(r"step-(\d{8})")
+_DEVICES = ("cuda", "mps", "xpu", "npu", "hpu", "mlu", "musa", "sdaa")  # of accelerate, with generators of their own
 _FILE = re.compile(r"state\.json|(?:model|target|optimizer|ema|random)(?:-\d+)?\.safetensors")
 
 
@@ -257,7 +258,7 @@ def _restore_random(path: Path, accelerator: Accelerator, processes: int) -> Non
     file = path / _random_file(accelerator.process_index)
     with _opened(file) as opened:
         saved = set(opened.keys())
-    if saved != now.keys() and "cpu" in saved and len(saved) <= 2:
+    if saved != now.keys() and saved in ({"cpu"}, *({"cpu", kind} for kind in _DEVICES)):
         logger.warning("%s is of another device: random numbers such as dropout's begin anew", printable(path))
         return
     states = dict(_read(file, now))
