@@ -15,6 +15,7 @@ from robustdiff.metrics.fid import FID
 from robustdiff.metrics.metric import Number
 from robustdiff.report.figures import (
     Line,
+    _logarithmic_ticks,
     caption_grid,
     numbers_against_steps,
     points,
@@ -50,6 +51,22 @@ def test_levels_are_dashed_lines_with_their_names():
     assert set(level.get_ydata()) == {2.5}
     assert (line.get_linestyle(), level.get_linestyle()) == ("-", "--")
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["plain", "teacher"]
+
+
+def test_thin_lines_are_named_where_there_is_no_other():
+    thin = Line([1, 2], [4, 3], [4, 3], [4, 3], thin=True)
+    figure = step_panels({"a": {"seeds": [thin, thin], "mean": [replace(thin, thin=False), thin]}}, "title")
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["seeds", "mean"]
+    assert [line.get_marker() for line in figure.axes[0].get_lines()] == ["None", "None", "None", "s"]
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "expected"),
+    [(0.9, 60, [1, 2, 5, 10, 20, 50]), (14, 31, [15, 20, 30]), (9.2, 10.6, [9.2, 9.3])],
+)
+def test_a_logarithmic_axis_has_three_round_numbers_or_more(low, high, expected):
+    assert _logarithmic_ticks(low, high)[: len(expected)] == pytest.approx(expected)
+    assert len(_logarithmic_ticks(low, high)) >= 3
 
 
 def test_points_keep_their_colour_in_every_panel():

@@ -31,7 +31,7 @@ from robustdiff.report.levels import _fid_figure
 from robustdiff.report.page import write_page
 from robustdiff.report.study_section import study_section
 from robustdiff.study import run as module
-from robustdiff.study.analysis import Effect, contrast, effect, holm, mismatch_pairs, ratio_to, trend
+from robustdiff.study.analysis import Effect, contrast, effect, holm, mismatch_pairs, ratio_to, sensitivity, trend
 from robustdiff.study.estimate import remaining
 from robustdiff.study.plan import pieces, plan, reference_cells
 from robustdiff.study.run import reproduce, run_study
@@ -750,10 +750,12 @@ def test_the_lines_are_those_of_methods_with_several_numbers_of_steps(finished, 
     del results.cells["plain", 1, "ddim", 2]
     panel = _fid_figure(results).axes[0]
     colour = next(line.get_color() for line in panel.get_lines() if line.get_label() == "plain")
-    lines = [line for line in panel.get_lines() if line.get_color() == colour]
-    assert [list(line.get_xdata()) for line in lines] == [[1, 2], [1]], "a line for each seed, with what it has"
+    *each, mean = [line for line in panel.get_lines() if line.get_color() == colour]
+    assert [list(line.get_xdata()) for line in each] == [[1, 2], [1]], "a line for each seed, with what it has"
     fids = [results.cells["plain", 0, "ddim", steps]["numbers"]["fid"] for steps in (1, 2)]
-    assert list(lines[0].get_ydata()) == fids
+    assert list(each[0].get_ydata()) == fids
+    assert list(mean.get_ydata()) == pytest.approx([(fids[0] + each[1].get_ydata()[0]) / 2, fids[1]])
+    assert mean.get_linewidth() > each[0].get_linewidth()
 
 
 def test_a_missing_cell_leaves_no_number(finished):
@@ -924,6 +926,38 @@ def test_the_page_says_what_the_cells_say(tmp_path):
     assert ranks.count("+1.00") == len(MISMATCHES), "the mismatch moves as FID does"
     agreeing = next(line for line in text.splitlines() if line.startswith("| pairs in which both move"))
     assert agreeing.count("6 of 6") == len(MISMATCHES)
+
+
+def test_settings_are_compared_on_the_seeds_that_all_of_them_have(tmp_path):
+    """The geometric mean over these; one sampler needs no map of colours, and a method without cells no row."""
+    methods = {
+        "plain": {"set": {"adversary": "none"}, "seeds": [0, 1, 2, 3]},
+        "a": {"set": {"adversary.step_size": 0.1}, "seeds": [0, 1, 2, 3], "chosen_on": [0, 1]},
+        "b": {"set": {"adversary.step_size": 0.5}, "seeds": [0, 1], "chosen_on": [0, 1]},
+        "c": {"set": {"adversary.step_size": 0.7}, "seeds": [1, 0, 2], "chosen_on": [0, 1]},
+    }
+    measure = {**TINY["measure"], "samplers": ["ddim"], "steps": [10], "mismatch": 0}
+    study = Study.model_validate({**TINY, "methods": methods, "measure": measure, "references": {}})
+    rng = np.random.default_rng(0)
+    (tmp_path / "cells").mkdir()
+    training = {"steps": 3, "batches": 3, "backward_passes": 3, "delta_norm": 0.1, "data": "fashion-16", "images": 7}
+    more = {"threads": 1, "device": "cpu", "torch": "2", "training": training, "kid_se": 0.1}
+    fids = {}
+    for run in plan(study, tmp_path):
+        for cell in run.cells:
+            fid = fids[run.method, run.seed] = float(np.exp(rng.normal(2, 0.3)))
+            cell.path.write_text(json.dumps({**made_up_cell(run, fid, np.full(200, fid)), **more}))
+    found = sensitivity(read_results(study, tmp_path), "ddim", 10)
+    assert (found.baseline, found.seeds) == ("plain", [0, 1])
+    assert list(found.changes) == [(0.1, 3), (0.5, 3), (0.7, 3)]
+    for method, change in zip("abc", found.changes.values(), strict=True):
+        ratios = [fids[method, seed] / fids["plain", seed] for seed in (0, 1)]
+        assert change == pytest.approx(np.sqrt(np.prod(ratios)) - 1)
+    text = write_page(study, tmp_path, tmp_path / "page.md")
+    assert "the geometric mean over trainings (seed 0, 1)" in text
+    assert not (tmp_path / "page" / "sensitivity.png").exists()
+    assert "| c to plain |" in text
+    assert "b to plain" not in text, "it was chosen on all of its seeds"
 
 
 def test_processes_share_a_study_and_say_how_much_of_it_is_done(finished, tmp_path):

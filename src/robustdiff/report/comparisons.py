@@ -7,8 +7,10 @@ import math
 from collections.abc import Sequence
 from operator import itemgetter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy.stats import t as student_t
 
 from robustdiff.metrics.metric import Number
@@ -185,7 +187,7 @@ def _trend_figure(effects: dict[str, list[Effect | None]], updates: Sequence[int
         for seed in sorted(seeds):
             own = [(n, 100 * one.changes[seed]) for n, one in at if seed in one.logs]
             x, y = [n for n, _ in own], [change for _, change in own]
-            lines.append(Line(x, y, y, y))
+            lines.append(Line(x, y, y, y, thin=True))
         bands = [
             (n, *(100 * end for end in (i.mean, i.low, i.high))) for n, one in at if (i := one.interval) is not None
         ]
@@ -245,21 +247,27 @@ def against_references(results: Results) -> list[str]:
     """Return the change of FID from each reference, at equal sampler and steps or from its largest number of steps."""
     parts = []
     for (name, sampler, steps), reference in levels(results, beside=True).items():
-        rows = [
-            [method, shown_effect(ratio_to(results, method, sampler, steps, reference))] for method in results.methods
-        ]
-        parts.append(table([f"{sampler}, {steps} steps", f"to {name}, {sampler} {steps}"], rows))
+        heading = [f"{sampler}, {steps} steps", f"to {name}, {sampler} {steps}"]
+        parts += _to_reference(results, sampler, [steps], reference, heading)
     found = levels(results)
     best = {(name, sampler): steps for name, sampler, steps in sorted(found)}  # keeps the largest number of steps
     for ((name, sampler), count), own in itertools.product(best.items(), results.samplers):
-        reference = found[name, sampler, count]
-        rows = [
-            [method, *(shown_effect(ratio_to(results, method, own, steps, reference)) for steps in results.steps)]
-            for method in results.methods
-        ]
-        parts.append(table([f"{own} to {name}, {sampler} {count}; steps", *map(str, results.steps)], rows))
+        heading = [f"{own} to {name}, {sampler} {count}; steps", *map(str, results.steps)]
+        parts += _to_reference(results, own, results.steps, found[name, sampler, count], heading)
     text = f"The relative change of FID, with the 95 % interval from {TRAININGS} trainings."
     return ["## FID against the references", text, *parts] if parts else []
+
+
+def _to_reference(
+    results: Results, sampler: str, counts: Sequence[int], reference: dict[str, Any], heading: Sequence[str]
+) -> list[str]:
+    """Return a table of the change of FID from a reference by numbers of steps, of the methods that have one."""
+    rows = []
+    for method in results.methods:
+        row = [ratio_to(results, method, sampler, steps, reference) for steps in counts]
+        if any(row):
+            rows.append([method, *map(shown_effect, row)])
+    return [table(heading, rows)] if rows else []
 
 
 def by_steps(results: Results) -> list[str]:
@@ -282,35 +290,44 @@ def by_steps(results: Results) -> list[str]:
     return parts
 
 
-@default_settings()
 def sensitivity_section(results: Results, steps: int, folder: Path) -> list[str]:
-    """Return the changes by α and K of free adversarial training, by sampler, as a table and a figure."""
-    baseline, _ = sensitivity(results, results.samplers[0], steps)
-    found = {sampler: sensitivity(results, sampler, steps)[1] for sampler in results.samplers}
-    keys = sorted({key for own in found.values() for key in own}, key=lambda key: (key[1], key[0]))
+    """Return the changes by α and K of free adversarial training, by sampler: a table, and a figure of several."""
+    found = {sampler: sensitivity(results, sampler, steps) for sampler in results.samplers}
+    keys = sorted({key for own in found.values() for key in own.changes}, key=lambda key: (key[1], key[0]))
     if len(keys) < 3:
         return []
-    grid = np.array([[own.get(key, np.nan) for own in found.values()] for key in keys])
+    baseline = found[results.samplers[0]].baseline
+    seeds = sorted({seed for own in found.values() for seed in own.seeds})
+    grid = np.array([[own.changes.get(key, np.nan) for own in found.values()] for key in keys])
     names = [f"α = {alpha:g}, K = {count}" for alpha, count in keys]
     rows = [[name, *("–" if np.isnan(v) else percent(v) for v in row)] for name, row in zip(names, grid, strict=True)]
-    figure = Figure(figsize=(2.4 + 0.9 * len(found), 1.2 + 0.4 * len(keys)), layout="constrained")
+    trainings = "one training each" if len(seeds) == 1 else "the geometric mean over trainings"
+    figure = _heat_map(grid, list(found), names, f"FID against {baseline}, %", f"{steps} steps")
+    return [
+        "## Sensitivity to α and K",
+        f"The relative change of FID from {baseline} to free adversarial training, {trainings} (seed "
+        f"{', '.join(map(str, seeds))}). Trainings that differ in their seed alone are apart, too, as above.",
+        table([f"{steps} steps", *found], rows),
+        *([saved_figure(folder, "sensitivity", figure, "α × K")] if len(found) > 1 else []),
+    ]
+
+
+@default_settings()
+def _heat_map(grid: NDArray[np.float64], columns: Sequence[str], rows: Sequence[str], unit: str, title: str) -> Figure:
+    """Draw relative changes as colours and in percent."""
+    figure = Figure(figsize=(2.4 + 0.9 * len(columns), 1.2 + 0.4 * len(rows)), layout="constrained")
     panel = figure.subplots()
     limit = max(0.05, float(np.nanmax(np.abs(grid))))
     image = panel.imshow(100 * grid, cmap="RdBu_r", vmin=-100 * limit, vmax=100 * limit, aspect="auto")
     for i, j in np.argwhere(~np.isnan(grid)):
         dark = abs(grid[i, j]) > 0.6 * limit
-        panel.text(j, i, f"{grid[i, j]:+.0%}", ha="center", va="center", fontsize=9, color="w" if dark else "k")
-    panel.set_xticks(range(len(found)), list(found))
-    panel.set_yticks(range(len(keys)), names)
-    figure.colorbar(image, ax=panel, label=label(f"FID against {baseline}, %"))
-    figure.suptitle(f"{steps} steps, first seed", fontsize=10)
-    return [
-        "## Sensitivity to α and K",
-        f"The relative change of FID from {baseline} to free adversarial training, one training each. Trainings that "
-        "differ in their seed alone are apart, too, as above.",
-        table([f"{steps} steps", *found], rows),
-        saved_figure(folder, "sensitivity", figure, "α × K"),
-    ]
+        text = f"{grid[i, j]:+.0%}".replace("-", "−")
+        panel.text(j, i, text, ha="center", va="center", fontsize=9, color="w" if dark else "k")
+    panel.set_xticks(range(len(columns)), columns)
+    panel.set_yticks(range(len(rows)), rows)
+    figure.colorbar(image, ax=panel, label=label(unit))
+    figure.suptitle(label(title), fontsize=10)
+    return figure
 
 
 def brightness_section(results: Results, steps: int, folder: Path) -> list[str]:
@@ -361,11 +378,11 @@ def at_real_brightness(results: Results, steps: int) -> list[str]:
     """Return the effects on FID of the images shifted to the real brightness, if every cell has it."""
     if not all(SHIFTED in record["numbers"] for record in results.cells.values()):
         return []
-    rows = [
-        [f"{method} to {baseline}"]
-        + [shown_effect(effect(results, method, own, steps, baseline, SHIFTED)) for own in results.samplers]
-        for method, baseline in pairs(results)
-    ]
+    rows = []
+    for method, baseline in pairs(results):
+        row = [effect(results, method, own, steps, baseline, SHIFTED) for own in results.samplers]
+        if any(row):
+            rows.append([f"{method} to {baseline}", *map(shown_effect, row)])
     if not rows:
         return []
     return [

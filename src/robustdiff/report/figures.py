@@ -11,7 +11,7 @@ import contextlib
 import textwrap
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -86,12 +86,13 @@ def save_figure(figure: Figure, path: Path) -> None:
 
 @dataclass(frozen=True)
 class Line:
-    """A line of points (x, y) with a band from ``low`` to ``high``."""
+    """A line of points (x, y) with a band from ``low`` to ``high``; thin, if it is one of those of a mean."""
 
     x: Sequence[float]
     y: Sequence[float]
     low: Sequence[float]
     high: Sequence[float]
+    thin: bool = field(default=False, kw_only=True)
 
 
 @default_settings()
@@ -115,9 +116,12 @@ def step_panels(
             i = labels.index(name)
             colour = COLOURS[i % len(COLOURS)]
             marker = MARKERS[i % len(MARKERS)]
-            for j, line in enumerate(lines):
-                once = label(name) if j == 0 else None
-                panel.plot(line.x, line.y, marker=marker, color=colour, label=once, markersize=5, linewidth=1.5)
+            # Thin lines are drawn first, and named in the legend only if there is nothing else.
+            ordered = sorted(lines, key=lambda line: not line.thin)
+            named = next((j for j, line in enumerate(ordered) if not line.thin), 0)
+            for j, line in enumerate(ordered):
+                style = {"linewidth": 0.8, "alpha": 0.35} if line.thin else {"marker": marker, "markersize": 5}
+                panel.plot(line.x, line.y, color=colour, label=label(name) if j == named else None, **style)
                 edges = np.array([line.low, line.high])
                 edges = np.maximum(edges, 1e-3) if number.log else edges
                 panel.fill_between(line.x, *edges, color=colour, alpha=0.15, linewidth=0)
@@ -133,12 +137,20 @@ def step_panels(
         panel.grid(alpha=0.3)
     axes[0].set_ylabel(number.title + (f" ({number.better} is better)" if number.better else ""))
     if number.log:
-        low, high = axes[0].get_ylim()
-        ticks = [m * 10.0**e for e in range(-3, 5) for m in (1, 2, 5) if low <= m * 10.0**e <= high]
+        ticks = _logarithmic_ticks(*axes[0].get_ylim())
         axes[0].set_yticks(ticks, [f"{tick:g}" for tick in ticks])
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", frameon=False)
     figure.suptitle(label(title), fontsize=10)
     return figure
+
+
+def _logarithmic_ticks(low: float, high: float) -> list[float]:
+    """Return round numbers between two ends, of the coarsest spacing that has three of them."""
+    for multiples in ((1, 2, 5), (1, 1.5, 2, 3, 4, 5, 6, 8), np.arange(10, 100) / 10):
+        ticks = [float(m * 10.0**e) for e in range(-3, 5) for m in multiples if low <= m * 10.0**e <= high]
+        if len(ticks) >= 3:
+            break
+    return ticks
 
 
 @default_settings()

@@ -88,7 +88,10 @@ def _terms(results: Results, steps: int) -> list[str]:
 
 
 def _fid_figure(results: Results) -> Figure:
-    """Draw FID against steps, a line for each training. Methods with one point are left out, unless all have one."""
+    """Draw FID against steps: its mean over trainings, and a thin line for each training if there are several.
+
+    Methods with one point are left out, unless all have one.
+    """
     counts = {m: len({steps for method, _, _, steps in results.cells if method == m}) for m in results.methods}
     methods = [m for m in results.methods if counts[m] > 1 or max(counts.values()) == 1]
     beside = levels(results, beside=True)
@@ -99,18 +102,23 @@ def _fid_figure(results: Results) -> Figure:
             for (name, seed, own, steps), record in sorted(results.cells.items(), key=itemgetter(0)):
                 if (name, own) == (method, sampler):
                     fids.setdefault(seed, {})[steps] = record["numbers"][FID]
-            groups[method] = [_without_band(of_seed) for of_seed in fids.values()]
+            means = {n: float(np.mean(of)) for n in results.steps if (of := values(results, method, sampler, n))}
+            groups[method] = [_without_band(means)]
+            if len(fids) > 1:
+                groups[method] += [_without_band(of_seed, thin=True) for of_seed in fids.values()]
         as_they_are: dict[str, dict[int, float]] = {}
         for (name, own, steps), record in sorted(beside.items(), key=lambda item: item[0][2]):
             if own == sampler:
                 as_they_are.setdefault(name, {})[steps] = record["numbers"][FID]
         groups |= {f"{name}, as it is": [_without_band(of_name)] for name, of_name in as_they_are.items()}
     dashed = {f"{name}, {sampler} {n}": r["numbers"][FID] for (name, sampler, n), r in levels(results).items()}
-    return step_panels(panels, "one line for each training", dashed)
+    several = any(line.thin for groups in panels.values() for lines in groups.values() for line in lines)
+    title = "mean over trainings, and each of them as a thin line" if several else "one training each"
+    return step_panels(panels, title, dashed)
 
 
-def _without_band(fids: dict[int, float]) -> Line:
-    return Line(list(fids), *[list(fids.values())] * 3)
+def _without_band(fids: dict[int, float], *, thin: bool = False) -> Line:
+    return Line(list(fids), *[list(fids.values())] * 3, thin=thin)
 
 
 def other_measures(results: Results, steps: int) -> list[str]:

@@ -46,6 +46,7 @@ __all__ = [
     "Effect",
     "Interval",
     "Pair",
+    "Sensitivity",
     "adjusted_effects",
     "agreeing_digits",
     "at_equal_brightness",
@@ -88,6 +89,21 @@ class Interval:
     mean: float
     low: float
     high: float
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """Changes of FID by setting.
+
+    Attributes:
+        baseline: The method from which the changes are.
+        seeds: The seeds that all settings have, over which a change is the geometric mean.
+        changes: The relative change of each (α, K).
+    """
+
+    baseline: str
+    seeds: list[int]
+    changes: dict[tuple[float, int], float]
 
 
 @dataclass(frozen=True)
@@ -314,31 +330,34 @@ def spread(results: Results, sampler: str, steps: int) -> dict[int, tuple[float,
     }
 
 
-def sensitivity(results: Results, sampler: str, steps: int) -> tuple[str, dict[tuple[float, int], float]]:
-    """Return the relative changes by (α, K) of free adversarial training in ℓ2 without a radius, and their baseline.
+def sensitivity(results: Results, sampler: str, steps: int) -> Sensitivity:
+    """Return the changes by (α, K) of free adversarial training in ℓ2 without a radius.
 
-    Only the first seed of each method is used, so that all changes are of the same seed, and only methods that differ
-    from the first of them in α and K alone and have the same baseline.
+    Only methods that differ from the first of them in α and K alone and have the same baseline are compared, and on the
+    seeds that all of them have: those on which one was chosen, too, since these compare the candidates.
     """
-    found: dict[tuple[float, int], float] = {}
+    found: dict[tuple[float, int], dict[int, float]] = {}
     settings: set[str] = set()
     common = results.study.baseline
     for method in results.methods:
         recipe = next(record["recipe"] for (name, *_), record in results.cells.items() if name == method)
         adversary, baseline = recipe["adversary"], baseline_of(results, method)
         free = adversary["name"] == "free" and adversary["norm"] == "l2" and adversary["radius"] is None
-        seed = results.study.methods[method].seeds[0]
-        cells = [results.cells.get((name, seed, sampler, steps)) for name in (method, baseline)]
-        if not free or None in cells:
+        seeds = set(_seeds(results, method, sampler, steps)) & set(_seeds(results, baseline, sampler, steps))
+        if not free or not seeds:
             continue
         rest = {k: v for k, v in recipe.items() if k not in ("adversary", "seed", "output", "sampler")}
         text = json.dumps([baseline, rest], sort_keys=True)
         if not settings:
             settings, common = {text}, baseline
         if text in settings:
-            one, base = (log(record["numbers"][FID]) for record in cells if record is not None)
-            found[adversary["step_size"], adversary["steps"]] = float(np.expm1(one - base))
-    return common, found
+            own, base = (
+                {s: log(results.cells[m, s, sampler, steps]["numbers"][FID]) for s in seeds} for m in (method, baseline)
+            )
+            found[adversary["step_size"], adversary["steps"]] = {seed: own[seed] - base[seed] for seed in seeds}
+    shared = sorted(set.intersection(*map(set, found.values()))) if found else []
+    changes = {key: float(np.expm1(np.mean([logs[s] for s in shared]))) for key, logs in found.items() if shared}
+    return Sensitivity(common, shared, changes)
 
 
 def brightness(results: Results, sampler: str, steps: int) -> dict[str, dict[int, tuple[float, float]]]:
