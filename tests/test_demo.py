@@ -112,7 +112,7 @@ def test_its_study_is_one_for_the_study_command(robustdiff, finished, tmp_path):
     folder = finished[0]
     outcome = robustdiff("study", folder / "study.yaml", "--output", folder, "--report", tmp_path / "page.md")
     assert outcome.code == 0, outcome.err
-    assert "| free AT to plain |" in (tmp_path / "page.md").read_text()
+    assert "| free AT vs plain |" in (tmp_path / "page.md").read_text()
 
 
 def test_the_sizes_of_the_command():
