@@ -216,7 +216,7 @@ def test_words_of_files_are_words_on_the_page(study, tmp_path):
     assert not re.search(r"(?<!\\)<(?!/?(details|summary))", text)
     assert not re.search(r"(?<!\\)\]\(http", text)
     assert "\x1b" not in text
-    assert text.splitlines()[0].startswith("# \\<script\\>")
+    assert text.splitlines()[0].startswith("# &#60;script\\>")
     headings = [line for line in text.splitlines() if line.startswith("#")]
     assert len(headings) == len(set(headings))
     assert "# heading" not in headings

@@ -48,7 +48,9 @@ EFFECT_COLUMNS = ("comparison", "sampler", "trainings", "change", "95 % interval
 
 def escaped(words: str) -> str:
     """Return text from a file in one line, with Markdown, HTML and separators of table cells escaped."""
-    return re.sub(r"([\\`*_{}\[\]<>#|~$&])", r"\\\1", printable(" ".join(words.split())))
+    # Some renderers, among them that of the documentation, show a backslash before these as it is.
+    text = re.sub(r"[<&~$]", lambda found: f"&#{ord(found[0])};", printable(" ".join(words.split())))
+    return re.sub(r"([\\`*_{}\[\]>|]|(?<!&)#)", r"\\\1", text)
 
 
 def code_span(word: str) -> str:
