@@ -1,7 +1,7 @@
 """Make the pages of the documentation that nobody writes: a hook of mkdocs, and python scripts/site_pages.py
 
-The command writes docs/reference/recipe.md, whose fields come from their pydantic descriptions, and command-line.md, from
-typer; a test checks that they are up to date. The hook, named in mkdocs.yml, adds to the site the notebook, from its
+The command writes two files in docs/reference, which a test compares: recipe.md, whose fields come from their pydantic
+descriptions, and command-line.md, from typer. The hook, named in mkdocs.yml, adds the notebook to the site, from its
 cells, and CONTRIBUTING.md, SECURITY.md and CHANGELOG.md of the root. Links of a page to files outside docs are adapted.
 """
 

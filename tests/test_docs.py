@@ -406,6 +406,12 @@ def site(tmp_path_factory) -> Path:
     return folder
 
 
+def test_warnings_are_errors_for_make_as_well():
+    """With --quiet mkdocs does not count them."""
+    (line,) = re.findall(r"mkdocs build.*", (ROOT / "Makefile").read_text(encoding="utf-8"))
+    assert line == "mkdocs build"
+
+
 def test_the_site_loads_nothing_from_elsewhere(site):
     pages = list(site.rglob("*.html"))
     assert len(pages) > 30
