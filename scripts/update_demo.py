@@ -7,7 +7,6 @@ docs/emoji.md. A test checks that the two documents hold what the two result.jso
 from __future__ import annotations
 
 import json
-import re
 import shutil
 import sys
 from pathlib import Path
@@ -43,8 +42,8 @@ def demo_section(record: dict[str, Any]) -> str:
     on = record["obtained_on"]
     return "\n".join(
         [
-            f"Measured by `make demo` on {on['data']}, {_processes(on)}, "
-            f"torch {on['torch']}, seed {record['seed']}: the shipped checkpoint is fine-tuned "
+            f"Measured by `make demo` on {on['data']}, {_processes(on)} on a "
+            f"{on['device'].upper()}, torch {on['torch']}, seed {record['seed']}: the shipped checkpoint is fine-tuned "
             f"plainly, with a random perturbation, and with free AT (K = {adversary['steps']}, "
             f"α = {adversary['step_size']:g}, ℓ2), each for {training['steps']} optimiser updates of batch "
             f"{training['batch_size']} "
@@ -61,7 +60,7 @@ def demo_section(record: dict[str, Any]) -> str:
             "",
             "![FID against steps](demo/fid.png)",
             "",
-            "![Samples from the same noise](demo/samples-iddpm.png)",
+            "![Samples from the same noise](demo/samples-ddim.png)",
         ]
     )
 
@@ -76,7 +75,7 @@ def text_section(record: dict[str, Any]) -> str:
     low, high = objective["guidance"]
     shown = {"fid": "FID", "clip_score": "CLIP score"}
     parts = [
-        f"Measured on {on['data']}, {_processes(on)}, torch "
+        f"Measured on {on['data']}, {_processes(on)} on a {on['device'].upper()}, torch "
         f"{on['torch']}, seed {record['seed']}. Each student makes {first['steps']} updates of batch "
         f"{first['batch_size']} from the same first network, with N = {objective['solver_steps']} and w from {low:g} "
         f"to {high:g}. AT has K = {adversary['steps']} passes over each batch, so that it sees a K-th of the batches, "
@@ -112,8 +111,7 @@ def text_section(record: dict[str, Any]) -> str:
 
 
 def _processes(on: dict[str, Any]) -> str:
-    number = f"{on['threads']} processes" if on["threads"] > 1 else "one process"
-    return f"{number} of one thread on a {on['device'].upper()}"
+    return "one process of one thread" if on["threads"] == 1 else f"{on['threads']} processes of one thread"
 
 
 def _with_interval(cell: dict[str, Any], number: str) -> str:
@@ -129,13 +127,12 @@ def main(folder: Path) -> None:
     document = ROOT / "docs" / name
     target = ROOT / "docs" / ("demo-text" if text else "demo")
     target.mkdir(parents=True, exist_ok=True)
-    made = section(record)
-    for name in ("result.json", *re.findall(rf"\({target.name}/([^)]+)\)", made)):
+    for path in (folder / "result.json", *sorted(folder.glob("*.png"))):
         if folder.resolve() != target:
-            shutil.copy(folder / name, target / name)
+            shutil.copy(path, target / path.name)
     before, _, rest = document.read_text(encoding="utf-8").partition(START)
     after = rest.partition(END)[2]
-    document.write_text(f"{before}{START}\n{made}\n{END}{after}", encoding="utf-8")
+    document.write_text(f"{before}{START}\n{section(record)}\n{END}{after}", encoding="utf-8")
 
 
 if __name__ == "__main__":
