@@ -16,6 +16,10 @@ ROOT = Path(__file__).resolve().parent.parent
 START, END = "<!-- demo -->", "<!-- /demo -->"
 
 
+def _processes(on: dict[str, Any]) -> str:
+    return "one process of one thread" if on["threads"] == 1 else f"{on['threads']} processes of one thread"
+
+
 def demo_section(record: dict[str, Any]) -> str:
     """The section of docs/demo.md, from what a demo's result.json holds."""
     methods = list(record["training"])
@@ -108,10 +112,6 @@ def text_section(record: dict[str, Any]) -> str:
             "![The same captions and noise in each row](demo-text/samples-lcm.png)",
         ]
     )
-
-
-def _processes(on: dict[str, Any]) -> str:
-    return "one process of one thread" if on["threads"] == 1 else f"{on['threads']} processes of one thread"
 
 
 def _with_interval(cell: dict[str, Any], number: str) -> str:
