@@ -64,7 +64,7 @@ def demo_section(record: dict[str, Any]) -> str:
             "",
             "![FID against steps](demo/fid.png)",
             "",
-            "![Samples from the same noise](demo/samples-ddim.png)",
+            "![Samples of iddpm, where image i of each network starts from the same noise](demo/samples-iddpm.png)",
         ]
     )
 
