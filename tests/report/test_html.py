@@ -367,7 +367,7 @@ def test_results_of_evaluate_and_mismatch_are_on_the_page(tmp_path):
     write_report([], tmp_path / "r.html", results=[tmp_path / "e"])
     page = read(tmp_path / "r.html")
     assert "free ddim 5 400 8.00 (7.50 … 8.50)" in page.text
-    assert "± 0.01" in page.text
+    assert "± 0.010" in page.text
     assert "0.5 −1.25 (−1.5 … −1)" in page.text
     structure(page)
 

@@ -80,7 +80,8 @@ def _long_sampling(history: History, threshold: float) -> str | None:
         if number.better != "lower" or cell["steps"] != most or cell["difference_ci"] is None:
             continue
         start = cell["value"] - cell["difference"]
-        if start > 0 and cell["difference_ci"][0] > 0 and cell["difference"] > threshold * start:
+        low, _ = cell.get("relative_ci") or cell["difference_ci"]
+        if start > 0 and low > 0 and cell["difference"] > threshold * start:
             return (
                 f"{number.title} of {cell['sampler']} at {most} steps is {cell['value']:.4g}, "
                 f"{cell['difference'] / start:.0%} above the start's {start:.4g}"
