@@ -88,7 +88,7 @@ class Bar:
                 self._notebook.update(self)
         elif not self.quiet and not self.console.is_terminal and now - self._shown > _LINE_EVERY:
             self._shown = now
-            self.console.print(repr(self), highlight=False, markup=False, emoji=False)
+            self.console.print(repr(self), highlight=False, markup=False, emoji=False, soft_wrap=True)
 
     def __repr__(self) -> str:
         task = self._progress.tasks[0]

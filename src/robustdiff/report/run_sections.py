@@ -292,8 +292,8 @@ def _percent(value: float) -> str:
     return shown_number(value, "+.1f")
 
 
-def _y_title(number: Number) -> str:
-    return number.title + (f" ({number.better} is better)" if number.better else "")
+def _y_title(number: Number, unit: str = "") -> str:
+    return number.title + unit + (f" ({number.better} is better)" if number.better else "")
 
 
 def watched(run: RunFiles, among: int = 1) -> Watched | None:
@@ -335,7 +335,7 @@ def watched(run: RunFiles, among: int = 1) -> Watched | None:
             continue
         show = _show(number, against_start)
         if by_ratio:
-            title, y_title = f"{number.title} vs the start, {place}", f"change of {_y_title(number)}, %"
+            title, y_title = f"{number.title} vs the start, {place}", f"change of {_y_title(number, ', %')}"
             show = _percent
         elif against_start:
             title, y_title = f"{number.title} minus that of the start, {place}", f"difference in {_y_title(number)}"
