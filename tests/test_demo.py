@@ -103,10 +103,11 @@ def test_the_command_prints_the_table_and_does_not_train_again(robustdiff, finis
     outcome = robustdiff("demo", "--output", folder)
     assert outcome.code == 0, outcome.err
     assert written(folder) == before
-    for word in ("plain", "random", "free AT", "ddim", "iddpm", "dpm++"):
+    for word in ("plain", "random", "vs plain", "free AT", "ddim", "iddpm", "dpm++"):
         assert word in outcome.out
     for cell in record["cells"]:
-        assert f"{cell['fid']:.2f} ±" in outcome.out
+        assert f" {cell['fid']:.2f} " in outcome.out
+    assert max(map(len, outcome.out.splitlines())) <= 80
 
 
 def test_its_study_is_one_for_the_study_command(robustdiff, finished, tmp_path):
@@ -206,6 +207,7 @@ def test_the_differences_are_those_of_the_grid(finished):
     ]
     assert got["fid"] == pytest.approx(expected["fid"])
     assert got["fid_ci"] == pytest.approx(expected["fid_ci"])
+    assert got["relative_ci"] == pytest.approx(expected["relative_ci"])
     own, _ = demo.run_demo(SMALL, folder)
     for key, images in grid.samples.items():
         assert own.samples[key].equal(images), "the pictures hold the images"
@@ -255,8 +257,10 @@ def test_it_distils_three_ways_and_compares_with_the_teacher(robustdiff, monkeyp
     assert training["plain"]["delta_norm"] == 0 < training["AT (solver)"]["delta_norm"]
     assert [(c["checkpoint"], c["sampler"], c["steps"]) for c in record["teacher"]] == [("teacher", "ddim", 2)]
     assert len(record["cells"]) == 3 * 2
-    for cell in [*record["cells"], *record["teacher"]]:
-        assert f"{cell['fid']:.2f} ±" in outcome.out
+    for cell in record["cells"]:
+        assert f" {cell['fid']:.2f} " in outcome.out
+    for cell in record["teacher"]:
+        assert f"ddim 2: {cell['fid']:.2f} (" in outcome.out
     before = written(folder)
     assert robustdiff("demo", "--consistency", "--output", folder).code == 0
     assert written(folder) == before

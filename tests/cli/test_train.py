@@ -88,10 +88,15 @@ def test_a_run_that_improves_hands_over_what_improved(fine_tune, robustdiff):
     assert not result["best"]["start"]
     assert result["best"]["difference_ci"][1] < 0
     step = result["best"]["step"]
-    assert f"best/ holds the model of update {step}; on fresh noise fid of ddim at 10 steps" in outcome.out
+    assert (
+        f"best/ holds the model of update {step}; FID and its change vs the start, on fresh noise: ddim at 10 steps"
+        in outcome.out
+    )
+    (cell,) = result["best"]["cells"]
+    assert f"{cell['value']:.2f}, −{-100 * cell['relative']:.1f} % (−" in outcome.out
     assert "better" not in outcome.out
     outcome = robustdiff("evaluate", folder / "best", "--num", 20, "--steps", 10)
-    assert "to digits on the features digits" in outcome.out, outcome.err
+    assert "20 images a cell, against digits on the features digits.\n" in outcome.out, outcome.err
     outcome = robustdiff("sample", folder / "best", "--num", 4, "--steps", 2, "--output", folder / "images.npz")
     assert outcome.code == 0, outcome.err
 

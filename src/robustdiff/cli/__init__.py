@@ -10,8 +10,9 @@ import errno
 import os
 import sys
 from importlib import import_module
+from pathlib import Path
 from pkgutil import iter_modules
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args, get_type_hints
 
 import typer
 from rich.console import Console
@@ -22,7 +23,7 @@ __all__ = ["INTERRUPTED", "app", "err", "main", "out", "say"]
 
 app = typer.Typer(
     name="robustdiff",
-    help="Adversarial training of diffusion models, so that they stay good at 5 to 20 sampling steps.",
+    help="Adversarial training of diffusion and consistency models, and measurements of whether it helped.",
     epilog="Start with: robustdiff demo",
     no_args_is_help=True,
     add_completion=False,
@@ -55,6 +56,25 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
 
 for _module in iter_modules(__path__):  # the commands import the names above
     import_module(f"{__name__}.{_module.name}")
+
+
+def _name_values(function: Any) -> None:
+    """Name the values of a command's options "N" or "TEXT" in its help, in place of the names of Python's types."""
+    names = {int: "N", float: "X", str: "TEXT", Path: "PATH"}
+    # Evaluated once, so that typer reads the objects that are changed here.
+    function.__annotations__ = get_type_hints(function, include_extras=True)
+    for name, hint in function.__annotations__.items():
+        for info in getattr(hint, "__metadata__", ()):
+            kind = get_args(hint)[0]  # a type, list[str], or a union with None
+            types = [kind, *get_args(kind)]
+            if isinstance(info, typer.models.ArgumentInfo):
+                info.metavar = name.upper()
+            elif info.metavar is None:
+                info.metavar = next((text for one, text in names.items() if one in types), None)
+
+
+for _command in app.registered_commands:
+    _name_values(_command.callback)
 
 
 def main() -> None:

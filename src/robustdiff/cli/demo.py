@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from robustdiff.evaluation.grid import Grid
 
 
-@app.command()
+@app.command(short_help="Fine-tune a small checkpoint three ways and compare")
 def demo(
     output: Annotated[
         Path | None, typer.Option(help="A folder for runs, figures and result.json; robustdiff-demo by default.")
@@ -52,13 +52,14 @@ def demo(
 
 def _show(grid: Grid, record: dict[str, Any], folder: Path) -> None:
     from robustdiff.metrics.metric import number_named
+    from robustdiff.notation import interval
     from robustdiff.report.tables import grid_table, print_whole
 
     for number in map(number_named, grid.cells[0].intervals):
-        say(f"{number.title} of {grid.cells[0].n} images a cell, with 95 % bootstrap intervals:")
+        images = f"{grid.cells[0].n:,} images a cell"
+        say(f"{number.title} of {images}, and its change vs plain. In brackets: 95 % bootstrap intervals.")
         print_whole(out, grid_table(grid, "plain", number))
         for cell in record.get("teacher", []):
-            low, high = cell[f"{number.name}_ci"]
-            value = f"{cell[number.name]:.2f} ±{(high - low) / 2:.2g}"
+            value = interval(cell[number.name], cell[f"{number.name}_ci"], number.format)
             say(f"the teacher, {cell['sampler']} {cell['steps']}: {value}")
     say(f"figures and result.json are in {folder}")

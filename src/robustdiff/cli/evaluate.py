@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from robustdiff.recipe import DataConfig
 
 
-@app.command()
+@app.command(short_help="Measure FID and other metrics of models and images")
 def evaluate(
     sources: Annotated[
         list[str], typer.Argument(help="Runs, pipeline folders or shipped models; folders of images or .npz files.")
@@ -163,12 +163,14 @@ def _show(
 
     sampled = replace(grid, cells=[cell for cell in grid.cells if cell.sampler != FILE])
     runs = list(dict.fromkeys(cell.checkpoint for cell in sampled.cells))
-    if target.extractor is not None:
-        of = target.extractor.name
-        say(f"to {target.name} on the features {of}, with 95 % bootstrap intervals and standard errors:")
+    counts = sorted({cell.n for cell in grid.cells})
+    images = f"{counts[0]:,} to {counts[-1]:,} images" if len(counts) > 1 else f"{counts[0]:,} images a cell"
+    of = "" if target.extractor is None else f", against {target.name} on the features {target.extractor.name}"
+    say(f"{images}{of}.")
+    say("In brackets: 95 % bootstrap intervals; after ±: standard errors.")
     print_whole(out, cell_table(grid.cells))
     for number in map(number_named, dict.fromkeys(difference.number for difference in grid.differences)):
-        say(f"{number.title}, and its difference to {runs[0]} on common random numbers:")
+        say(f'{number.title}, and its change vs "{runs[0]}" on common random numbers:')
         print_whole(out, grid_table(sampled, runs[0], number))
     if output is not None:
         title = f"{grid.cells[0].n} images a cell, seed {settings['seed']}"

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 _RADII = "give numbers with commas, such as 0.1,0.3,1.0"
 
 
-@app.command()
+@app.command(short_help="Measure how far sampling is from training, step by step")
 def mismatch(
     runs: Annotated[list[str], typer.Argument(help="Runs, pipeline folders or shipped models.")],
     sampler: options.Samplers = None,

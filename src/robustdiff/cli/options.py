@@ -29,6 +29,9 @@ def _shipped_samplers() -> list[str]:
 SHIPPED_SAMPLERS = _shipped_samplers()
 """The names of the samplers of this package, from their files: to import them would import torch."""
 
+SHIPPED_RECIPES = sorted(path.stem for path in (_PACKAGE / "recipes").glob("*.yaml"))
+"""The names of the recipes of this package, from their files: to import what reads them would import pydantic."""
+
 SHIPPED_EXTRACTORS = sorted(path.stem for path in (_PACKAGE / "metrics" / "weights").glob("*.safetensors"))
 """The names of the feature extractors whose weights are files of this package."""
 

@@ -20,7 +20,7 @@ _FILES = (
 )
 
 
-@app.command()
+@app.command(short_help="Sample images into an .npz file or PNGs")
 def sample(
     run: Annotated[str, typer.Argument(help="A run, a diffusers pipeline folder, a shipped model, or one of the Hub.")],
     output: Annotated[Path, typer.Option(help="A file.npz, or a folder for PNGs.")] = Path("samples.npz"),

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from robustdiff.samplers.time_search import TimeSearch
 
 
-@app.command()
+@app.command(short_help="Find the best scales to sample a consistency model at")
 def search_times(
     run: Annotated[str, typer.Argument(help="A consistency model: a run or a pipeline folder.")],
     steps: Annotated[int, typer.Option(min=2, help="Network evaluations for one image.")] = 4,

@@ -10,7 +10,7 @@ import typer
 from robustdiff.cli import app, err, options, out, say
 
 
-@app.command()
+@app.command(short_help="Measure the error of one solver step of a distillation")
 def solver_error(
     teacher: Annotated[
         str, typer.Argument(help="A diffusion model or a denoiser: a run, a folder or a shipped model.")

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from robustdiff.study.schema import Study
 
 
-@app.command()
+@app.command(short_help="Train and measure methods, seeds, samplers and steps")
 def study(
     file: Annotated[Path, typer.Argument(help="A study file: methods, seeds, samplers and steps.")],
     output: Annotated[Path | None, typer.Option(help="A folder for runs and cells; studies/NAME by default.")] = None,

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from robustdiff.study.tune import Speed, Tuning
 
 
-@app.command()
+@app.command(short_help="Find the best settings for your sampler, or none")
 def tune(
     recipe: Annotated[str, typer.Argument(help="A recipe that fine-tunes a checkpoint: a file, or a shipped one.")],
     sampler: Annotated[str, typer.Option(help="The sampler that you use.")],
@@ -29,7 +29,8 @@ def tune(
     output: Annotated[Path | None, typer.Option(help="A folder; tuning/RECIPE-SAMPLER-STEPS by default.")] = None,
     minutes: Annotated[float, typer.Option(min=0.1, help="The time to spend, by which the updates are chosen.")] = 30,
     updates: Annotated[
-        int | None, typer.Option(min=1, help="Backward passes of the confirmation, in place of --minutes.")
+        int | None,
+        typer.Option(min=1, help="Backward passes of each confirming training, which --minutes would choose."),
     ] = None,
     candidates: Annotated[int, typer.Option(min=1, help="Settings in the first rung.")] = 12,
     rungs: Annotated[int, typer.Option(min=1, help="Halvings; each trains twice as long as the one before.")] = 3,
