@@ -7,13 +7,21 @@ docs/emoji.md. A test checks that the two documents hold what the two result.jso
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
+from robustdiff.metrics.metric import number_named
+from robustdiff.notation import difference, interval, number
+
 ROOT = Path(__file__).resolve().parent.parent
 START, END = "<!-- demo -->", "<!-- /demo -->"
+
+
+def _processes(on: dict[str, Any]) -> str:
+    return "one process of one thread" if on["threads"] == 1 else f"{on['threads']} processes of one thread"
 
 
 def demo_section(record: dict[str, Any]) -> str:
@@ -23,35 +31,30 @@ def demo_section(record: dict[str, Any]) -> str:
     differences = {(d["checkpoint"], d["baseline"], d["sampler"], d["steps"]): d for d in record["differences"]}
     columns = ["sampler", "steps"]
     for method in methods:
-        columns += [method] if method == "plain" else [method, "difference to plain"]
+        columns += [method] if method == "plain" else [method, f"{method} vs plain"]
     lines = ["| " + " | ".join(columns) + " |", "|---|" + "---:|" * (len(columns) - 1)]
     for sampler, steps in dict.fromkeys((s, k) for _, s, k in cells):
         row = [sampler, str(steps)]
         for method in methods:
             cell = cells[method, sampler, steps]
-            ends = " … ".join(f"{end:.2f}" for end in cell["fid_ci"])
-            row.append(f"{cell['fid']:.2f} ({ends}) → {cell['fid_corrected']:.2f}")
+            row.append(number(cell["fid"], ".2f"))
             if method != "plain":
-                difference = differences[method, "plain", sampler, steps]
-                base = cells["plain", sampler, steps]["fid"]
-                change, low, high = (f"{x / base:+.1%}" for x in (difference["fid"], *difference["fid_ci"]))
-                row.append(f"{change} ({low} … {high})".replace("-", "−"))
+                row.append(_change(differences[method, "plain", sampler, steps], "fid"))
         lines.append("| " + " | ".join(row) + " |")
     training = record["training"]["free AT"]
     adversary = training["recipe"]["adversary"]
     on = record["obtained_on"]
     return "\n".join(
         [
-            f"Measured by `make demo` on {on['data']}, {on['threads']} processes of one thread on a "
+            f"Measured by `make demo` on {on['data']}, {_processes(on)} on a "
             f"{on['device'].upper()}, torch {on['torch']}, seed {record['seed']}: the shipped checkpoint is fine-tuned "
             f"plainly, with a random perturbation, and with free AT (K = {adversary['steps']}, "
             f"α = {adversary['step_size']:g}, ℓ2), each for {training['steps']} optimiser updates of batch "
             f"{training['batch_size']} "
             f"(moving average {training['recipe']['ema']}) with one backward pass each, on "
             f"the same sequence of batches. FID of {record['cells'][0]['n']} images a cell on the features "
-            f"`{on['features']}`, from common noise, with 95 % bootstrap intervals (of the images: "
-            "one training seed), and after → without the bias that FID has at so few images. Differences and their "
-            "intervals are in per cent of the FID of plain fine-tuning:",
+            f"`{on['features']}`, from common noise, and its change against plain fine-tuning with the 95 % bootstrap "
+            "interval (of the images: one training seed):",
             "",
             *lines,
             "",
@@ -60,7 +63,7 @@ def demo_section(record: dict[str, Any]) -> str:
             "",
             "![FID against steps](demo/fid.png)",
             "",
-            "![Samples from the same noise](demo/samples-ddim.png)",
+            "![Samples of iddpm, where image i of each network starts from the same noise](demo/samples-iddpm.png)",
         ]
     )
 
@@ -75,28 +78,26 @@ def text_section(record: dict[str, Any]) -> str:
     low, high = objective["guidance"]
     shown = {"fid": "FID", "clip_score": "CLIP score"}
     parts = [
-        f"Measured on {on['data']}, {on['threads']} processes of one thread on a {on['device'].upper()}, torch "
+        f"Measured on {on['data']}, {_processes(on)} on a {on['device'].upper()}, torch "
         f"{on['torch']}, seed {record['seed']}. Each student makes {first['steps']} updates of batch "
         f"{first['batch_size']} from the same first network, with N = {objective['solver_steps']} and w from {low:g} "
         f"to {high:g}. AT has K = {adversary['steps']} passes over each batch, so that it sees a K-th of the batches, "
         f"α = {adversary['step_size']:g}, and a radius of {adversary['radius']['eta']:g}·√d for the noise "
         f"(`by_noise`). FID and CLIP score of {record['cells'][0]['n']} images of held-out captions on the embeddings "
-        "of the shipped CLIP, with 95 % bootstrap intervals over images:"
+        "of the shipped CLIP, and their change against plain distillation, with 95 % bootstrap intervals over images:"
     ]
-    for number, title in shown.items():
-        rows = [["network", "steps", title, "difference to plain"]]
+    for name, title in shown.items():
+        rows = [["network", "steps", title, "change vs plain"]]
         for cell in record["cells"]:
             own = (cell["checkpoint"], cell["steps"])
             found = [
                 d
                 for d in record["differences"]
-                if number in d and (d["checkpoint"], d["baseline"], d["steps"]) == (own[0], "plain", own[1])
+                if name in d and (d["checkpoint"], d["baseline"], d["steps"]) == (own[0], "plain", own[1])
             ]
-            difference = "".join(
-                f"{d[number]:+.2f} ({d[f'{number}_ci'][0]:+.2f} … {d[f'{number}_ci'][1]:+.2f})" for d in found
-            )
-            rows.append([own[0], str(own[1]), _with_interval(cell, number), difference])
-        rows += [["teacher", str(cell["steps"]), _with_interval(cell, number), ""] for cell in record["teacher"]]
+            changes = "".join(_change(d, name) for d in found)
+            rows.append([own[0], str(own[1]), _with_interval(cell, name), changes])
+        rows += [["teacher", str(cell["steps"]), _with_interval(cell, name), ""] for cell in record["teacher"]]
         lines = ["| " + " | ".join(row) + " |" for row in rows]
         parts.append("\n".join([lines[0], "|---|---:|---:|---:|", *lines[1:]]))
     return "\n\n".join(
@@ -105,30 +106,36 @@ def text_section(record: dict[str, Any]) -> str:
             "The intervals are of one training each, and so these tables compare "
             f"{len(methods)} networks and not the methods.",
             "![FID against steps](demo-text/fid.png)",
-            "![The same captions and noise in each row](demo-text/samples-lcm.png)",
+            "![Samples of each caption in a row, from the same noise](demo-text/samples-lcm.png)",
         ]
     )
 
 
-def _with_interval(cell: dict[str, Any], number: str) -> str:
-    low, high = cell[f"{number}_ci"]
-    return f"{cell[number]:.2f} ± {(high - low) / 2:.2f}"
+def _with_interval(cell: dict[str, Any], name: str) -> str:
+    return interval(cell[name], cell[f"{name}_ci"], number_named(name).format)
+
+
+def _change(record: dict[str, Any], name: str) -> str:
+    """The relative change with its interval, or the difference where that has none."""
+    spec = number_named(name).format
+    return difference(record[name], record[f"{name}_ci"], spec, record["relative"], record.get("relative_ci"))
 
 
 def main(folder: Path) -> None:
     """Copy the results and rewrite the section of the document."""
     record = json.loads((folder / "result.json").read_text())
-    text = "clip_score" in record["cells"][0]
-    name, section = ("emoji.md", text_section) if text else ("demo.md", demo_section)
+    with_text = "clip_score" in record["cells"][0]
+    name, section = ("emoji.md", text_section) if with_text else ("demo.md", demo_section)
     document = ROOT / "docs" / name
-    target = ROOT / "docs" / ("demo-text" if text else "demo")
+    target = ROOT / "docs" / ("demo-text" if with_text else "demo")
     target.mkdir(parents=True, exist_ok=True)
-    for path in (folder / "result.json", *sorted(folder.glob("*.png"))):
+    text = section(record)
+    for file in ("result.json", *re.findall(r"\(\S+/(\S+\.png)\)", text)):
         if folder.resolve() != target:
-            shutil.copy(path, target / path.name)
+            shutil.copy(folder / file, target / file)
     before, _, rest = document.read_text(encoding="utf-8").partition(START)
     after = rest.partition(END)[2]
-    document.write_text(f"{before}{START}\n{section(record)}\n{END}{after}", encoding="utf-8")
+    document.write_text(f"{before}{START}\n{text}\n{END}{after}", encoding="utf-8")
 
 
 if __name__ == "__main__":

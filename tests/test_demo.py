@@ -33,7 +33,8 @@ def shrunk(study: Study, updates: int, images: int, steps: tuple[int, ...], **ch
     return study.model_copy(update={"set": {**study.set, "steps": updates, **changes}, "measure": measure})
 
 
-SMALL = shrunk(demo.demo_study("demo"), 6, 20, (1, 2))
+SMALL = shrunk(demo.demo_study("demo"), 6, 20, (1, 2), lr_schedule="constant")
+"""At a constant rate, so that a larger one can go on from it."""
 
 
 class Percentages(list):
@@ -102,10 +103,11 @@ def test_the_command_prints_the_table_and_does_not_train_again(robustdiff, finis
     outcome = robustdiff("demo", "--output", folder)
     assert outcome.code == 0, outcome.err
     assert written(folder) == before
-    for word in ("plain", "random", "free AT", "ddim", "iddpm", "dpm++"):
+    for word in ("plain", "random", "vs plain", "free AT", "ddim", "iddpm", "dpm++"):
         assert word in outcome.out
     for cell in record["cells"]:
-        assert f"{cell['fid']:.2f} ±" in outcome.out
+        assert f" {cell['fid']:.2f} " in outcome.out
+    assert max(map(len, outcome.out.splitlines())) <= 80
 
 
 def test_its_study_is_one_for_the_study_command(robustdiff, finished, tmp_path):
@@ -129,6 +131,12 @@ def test_another_size_in_the_same_folder_is_an_error(finished):
         demo.run_demo(SMALL.model_copy(update={"measure": other}), folder)
     with pytest.raises(InputError, match="another steps"):
         demo.run_demo(shrunk(SMALL, 3, 20, (1, 2)), folder)
+
+
+def test_a_larger_one_does_not_go_on_where_the_rate_falls_to_0(tmp_path):
+    demo._claim(demo.demo_study("demo"), tmp_path)
+    with pytest.raises(InputError, match="another steps: choose another --output"):
+        demo._claim(demo.demo_study("demo", full=True), tmp_path)
 
 
 def test_interrupted_it_goes_on_with_what_is_missing_in_any_number_of_processes(finished, tmp_path, request):
@@ -199,6 +207,7 @@ def test_the_differences_are_those_of_the_grid(finished):
     ]
     assert got["fid"] == pytest.approx(expected["fid"])
     assert got["fid_ci"] == pytest.approx(expected["fid_ci"])
+    assert got["relative_ci"] == pytest.approx(expected["relative_ci"])
     own, _ = demo.run_demo(SMALL, folder)
     for key, images in grid.samples.items():
         assert own.samples[key].equal(images), "the pictures hold the images"
@@ -248,8 +257,10 @@ def test_it_distils_three_ways_and_compares_with_the_teacher(robustdiff, monkeyp
     assert training["plain"]["delta_norm"] == 0 < training["AT (solver)"]["delta_norm"]
     assert [(c["checkpoint"], c["sampler"], c["steps"]) for c in record["teacher"]] == [("teacher", "ddim", 2)]
     assert len(record["cells"]) == 3 * 2
-    for cell in [*record["cells"], *record["teacher"]]:
-        assert f"{cell['fid']:.2f} ±" in outcome.out
+    for cell in record["cells"]:
+        assert f" {cell['fid']:.2f} " in outcome.out
+    for cell in record["teacher"]:
+        assert f"ddim 2: {cell['fid']:.2f} (" in outcome.out
     before = written(folder)
     assert robustdiff("demo", "--consistency", "--output", folder).code == 0
     assert written(folder) == before

@@ -16,6 +16,7 @@ ORDER = [
         "errors",
         "files",
         "interrupt",
+        "notation",
         "notebook",
         "progress",
         "registry",

@@ -25,14 +25,14 @@ def test_text_is_escaped():
 def test_a_grid_shows_its_cells_its_differences_and_its_samples():
     numbers = {"fid": 2.0, "kid": 0.1, "kid_se": 0.01, "recall": None}
     cells = [Cell(name, "ddim", 5, 40, numbers, {"fid": (1.0, 3.0)}, {}, 1.0) for name in ("a", HOSTILE)]
-    difference = Difference(HOSTILE, "a", "ddim", 5, "fid", 0.5, (0.125, 0.875), 0.25)
+    difference = Difference(HOSTILE, "a", "ddim", 5, "fid", 0.5, (0.125, 0.875), 0.25, (0.0625, 0.4375))
     images = torch.zeros(3, 1, 8, 8, dtype=torch.uint8)
     text = Grid(cells, [difference], {(HOSTILE, "ddim", 5): images})._repr_html_()
     row = '<th scope="row">a</th><td>ddim</td><td>5</td><td>40</td><td>2.00 (1.00 … 3.00)</td>'
     assert row in text
     assert row in cells[0]._repr_html_()
-    assert "± 0.01" in text
-    assert "<td>FID</td><td>+0.50</td><td>+0.12 … +0.88</td>" in text
+    assert "0.100 ± 0.010" in text
+    assert "<td>FID</td><td>+25.0 % (+6.2 … +43.8)</td>" in text
     assert text.count("data:image/png;base64,") == 1
     assert "<script" not in text
 

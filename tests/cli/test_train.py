@@ -46,6 +46,7 @@ def test_fine_tuning_from_a_run(robustdiff, tiny, digits_run, tmp_path):
 
 
 TUNED = ["model.name=pretrained", "steps=9", "batch_size=8", "checkpoint_every=3", "ema=0.5", "threads=1"]
+TUNED += ["lr_schedule=constant", "watch.samplers=[ddim]"]
 TUNED += ["watch.every=3", "watch.steps=[2]", "watch.num=40", "data=digits", "adversary.norm=l2", "log_every=3"]
 
 
@@ -87,10 +88,15 @@ def test_a_run_that_improves_hands_over_what_improved(fine_tune, robustdiff):
     assert not result["best"]["start"]
     assert result["best"]["difference_ci"][1] < 0
     step = result["best"]["step"]
-    assert f"best/ holds the model of update {step}; on fresh noise fid of ddim at 10 steps" in outcome.out
+    assert (
+        f"best/ holds the model of update {step}; FID and its change vs the start, on fresh noise: ddim at 10 steps"
+        in outcome.out
+    )
+    (cell,) = result["best"]["cells"]
+    assert f"{cell['value']:.2f}, −{-100 * cell['relative']:.1f} % (−" in outcome.out
     assert "better" not in outcome.out
     outcome = robustdiff("evaluate", folder / "best", "--num", 20, "--steps", 10)
-    assert "to digits on the features digits" in outcome.out, outcome.err
+    assert "20 images a cell, against digits on the features digits.\n" in outcome.out, outcome.err
     outcome = robustdiff("sample", folder / "best", "--num", 4, "--steps", 2, "--output", folder / "images.npz")
     assert outcome.code == 0, outcome.err
 

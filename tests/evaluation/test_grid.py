@@ -103,6 +103,9 @@ def test_differences_are_of_the_cells_and_narrower_than_independent_ones(grid):
         assert d.value == pytest.approx(other.values["fid"] - one.values["fid"])
         assert d.relative == pytest.approx(other.values["fid"] / one.values["fid"] - 1)
         assert d.interval[0] < d.value < d.interval[1]
+        assert d.relative_interval is not None
+        assert -1 < d.relative_interval[0] < d.relative < d.relative_interval[1]
+        assert d.record()["relative_ci"] == list(d.relative_interval)
 
 
 def test_a_checkpoint_does_not_differ_from_itself(generators, metrics):
@@ -110,12 +113,14 @@ def test_a_checkpoint_does_not_differ_from_itself(generators, metrics):
     (found,) = evaluate_grid(twice, ["iddpm"], [2], 20, metrics, Accelerator(cpu=True)).differences
     assert found.value == 0
     assert found.interval == (0, 0)
+    assert found.relative_interval == (0, 0)
 
 
 def test_a_difference_to_a_fid_of_0_has_no_ratio(grid):
     cell = grid.cells[0]
     (found,) = differences(cell, replace(cell, values={"fid": 0.0}))
-    assert (found.value, found.relative) == (cell.values["fid"], None)
+    assert (found.value, found.relative, found.relative_interval) == (cell.values["fid"], None, None)
+    assert found.text() == f"+{found.value:.2f} (" + found.text().split("(")[1], "the difference in place of the ratio"
 
 
 def test_a_number_of_one_of_two_cells_has_no_difference(grid):

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from robustdiff.metrics.bootstrap import block_of, block_weights, interval
+from robustdiff.metrics.bootstrap import block_of, block_weights, interval, relative_interval
 
 
 def test_interval_is_centred_at_the_estimate():
@@ -29,6 +29,29 @@ def test_intervals_of_blocks_cover_as_often_as_they_say():
         low, high = interval(float(blocks.mean()), block_weights(20) @ blocks / 20, 20, log=True)
         covered += low <= 1 <= high
     assert covered == pytest.approx(950, abs=20)
+
+
+def test_intervals_of_ratios_cover_as_often_as_they_say_and_lie_above_minus_1():
+    """The ratio of two skewed estimates with common blocks, whose own parts are skewed as well."""
+    generator, covered, weights = np.random.default_rng(0), 0, block_weights(20)
+    for _ in range(1000):
+        common, one, other = generator.gamma(2, 0.5, (3, 20))
+        a, b = 0.7 * common * one, common * other
+        ends = relative_interval(float(a.mean()), weights @ a / 20, float(b.mean()), weights @ b / 20, 20)
+        assert ends is None or ends[0] > -1
+        covered += ends is not None and ends[0] <= -0.3 <= ends[1]
+    assert covered == pytest.approx(950, abs=20)
+
+
+def test_the_interval_of_a_ratio_is_that_of_the_paired_logarithms():
+    generator = np.random.default_rng(0)
+    common, own = np.exp(generator.normal(0, 0.3, 20_000)), np.exp(generator.normal(0, 0.1, 20_000))
+    one, other = 2 * common * own, 4 * common
+    low, high = relative_interval(one.mean(), one, other.mean(), other, 50)
+    assert (1 + low) * (1 + high) == pytest.approx((one.mean() / other.mean()) ** 2)
+    assert np.log((1 + high) / (1 + low)) == pytest.approx(2 * 2.01 * 0.1, rel=0.02), "what both share cancels"
+    assert relative_interval(2.0, 2 * common, 0.0, common, 50) is None
+    assert relative_interval(0.1, 2 * common, 4.0, 4 * common, 50) is None, "a recentred replicate is negative"
 
 
 @pytest.mark.parametrize("blocks", [1, 7, 50])

@@ -252,7 +252,10 @@ def test_a_metric_of_an_installed_package_is_measured_compared_and_drawn(robustd
         assert cell["contrast_ci"][0] < cell["contrast"] < cell["contrast_ci"][1]
     changes = [{k: d[k] for k in d if k not in ("steps", "sampler")} for d in record["differences"]]
     pair = {"checkpoint": "other", "baseline": "digits", "relative": 0.0}
-    assert changes == [{**pair, name: 0.0, f"{name}_ci": [0.0, 0.0]} for name in ("contrast", "fid")] * 2
+    ratios = {"contrast": None, "fid": [0.0, 0.0]}
+    assert (
+        changes == [{**pair, name: 0.0, f"{name}_ci": [0.0, 0.0], "relative_ci": ratios[name]} for name in ratios] * 2
+    )
     assert {p.name for p in (tmp_path / "e").iterdir()} == {
         "contrast.png", "fid.png", "result.json", "samples-ddim.png",
     }  # fmt: skip

@@ -35,6 +35,8 @@ def watch_line(step: int, gain: float, start: bool, best: bool, signs: list[dict
                 "ci": [fid + gain - 1, fid + gain + 1],
                 "difference": gain if after else None,
                 "difference_ci": [gain - 0.5, gain + 0.5] if after else None,
+                "relative": gain / fid if after else None,
+                "relative_ci": [(gain - 0.5) / fid, (gain + 0.5) / fid] if after else None,
             }
         )
     mean = sum(CELLS.values()) / len(CELLS) + gain
@@ -83,7 +85,8 @@ def make_run(digits_run: Path) -> Callable[..., Path]:
         result = json.loads((digits_run / "result.json").read_text()) | {"steps": steps}
         if kept is not None:
             own = {"step": kept["step"], "start": kept["step"] == 0, "seed": 7, "images": 600}
-            of_mean = {key: kept["cells"][0][key] for key in ("difference", "difference_ci")}
+            compared = ("difference", "difference_ci", "relative", "relative_ci")
+            of_mean = {key: kept["cells"][0][key] for key in compared}
             result["best"] = {**own, "mean": kept["mean"], "cells": kept["cells"], **of_mean}
             result["signs"] = [{"step": line["step"], **sign} for line in lines for sign in line["signs"]]
         (folder / "result.json").write_text(json.dumps(result))

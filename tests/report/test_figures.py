@@ -126,20 +126,23 @@ def test_a_saved_figure_is_a_picture(tmp_path):
 
 @pytest.mark.parametrize(("low", "high", "style"), [(-8, -2, "32"), (2, 8, "31"), (-8, 2, "2")])
 def test_the_table_shows_the_difference_and_whether_it_is_sure(low, high, style):
-    difference = Difference("AT", "plain", "ddim", 5, "fid", (low + high) / 2, (low, high), (low + high) / 50)
+    # The interval of the ratio decides, and not that of the difference.
+    ends = low * 0.04, high * 0.04
+    difference = Difference("AT", "plain", "ddim", 5, "fid", (low + high) / 2, (-9, 9), (low + high) / 50, ends)
     grid = Grid([CELLS[0], CELLS[4]], [difference], {})
     console = Console(width=120, force_terminal=True, color_system="standard", record=True)
     with console.capture() as capture:
         console.print(grid_table(grid, "plain", FID.numbers[0]))
     text = capture.get()
-    assert "25.00 ±1" in text
-    assert "15.00 ±1" in text
-    assert f"\x1b[{style}m{(low + high) / 50:+.0%} ({low * 4:+.0f}…{high * 4:+.0f})" in text
+    assert "25.00" in text
+    assert "15.00" in text
+    change = f"{(low + high) * 2:+.0f} % ({low * 4:+.0f} … {high * 4:+.0f})".replace("-", "−")
+    assert f"\x1b[{style}m{change}" in text
 
 
 @pytest.mark.parametrize(("better", "code"), [("lower", "31"), ("higher", "32"), (None, "")])
 def test_the_table_knows_which_values_are_better(better, code):
-    """A rise, of a number that its metric describes."""
+    """A rise, of a number that its metric describes and that is not compared by ratios."""
     cells = [
         Cell(c, "ddim", 5, 9, {"x": v}, {"x": (v - 1, v + 1)}, {}, 1.0) for c, v in (("plain", 20.0), ("AT", 25.0))
     ]
@@ -148,9 +151,9 @@ def test_the_table_knows_which_values_are_better(better, code):
     with console.capture() as capture:
         console.print(grid_table(grid, "plain", Number("x", "X", ".3f", better)))
     text = capture.get()
-    assert "25.000 ±1" in text
-    assert (f"\x1b[{code}m+25% (+20…+30)" if code else "+25% (+20…+30)") in text
-    assert ("green and red" in text) == bool(code)
+    assert "25.000" in text
+    assert (f"\x1b[{code}m+5 (+4.00 … +6.00)" if code else "+5 (+4.00 … +6.00)") in text
+    assert ("green: better, red: worse" in text) == bool(code)
 
 
 def test_a_number_that_is_not_positive_has_a_linear_axis():
@@ -164,12 +167,28 @@ def test_a_number_that_is_not_positive_has_a_linear_axis():
 def test_the_table_of_cells_has_a_dash_for_what_is_not_known():
     values = {**CELLS[0].values, "kid": None, "kid_se": None, "recall": None}
     file = replace(CELLS[0], checkpoint="[a].npz", sampler="file", steps=None, values=values)
+    file = replace(file, n=1234)
     console = Console(width=120)
     with console.capture() as capture:
         console.print(cell_table([CELLS[0], file]))
-    rows = [line.split() for line in capture.get().splitlines() if "±" in line]
-    first = ["plain", "ddim", "5", "100", "25.00", "±1", "0.1", "±0.01", "0.500", "0.400", "73.0"]
-    assert rows == [first, ["[a].npz", "—", "—", "100", "25.00", "±1", "—", "0.500", "—", "73.0"]]
+    rows = [line.split() for line in capture.get().splitlines() if "…" in line]
+    fid = ["25.00", "(24.0", "…", "26.0)"]
+    first = ["plain", "ddim", "5", "100", *fid, "0.100", "±", "0.010", "0.500", "0.400", "73.0"]
+    assert rows == [first, ["[a].npz", "—", "1,234", *fid, "—", "0.500", "—", "73.0"]]
+
+
+def test_the_table_of_the_default_metrics_fits_into_a_terminal():
+    """Without the images of equal cells and without details, such as FID without its bias."""
+    values = {"fid": 131.25, "fid_corrected": 1.0, "fid_mean_term": 1.0, "kid": -2.6, "kid_se": 2.5}
+    values |= {"precision": 0.5, "recall": 0.4, "brightness": 173.0}
+    cells = [Cell(name, "iddpm", 50, 64, values, {"fid": (99.9, 150.1)}, {}, 1.0) for name in ("plain", "at")]
+    console = Console(width=200)
+    with console.capture() as capture:
+        console.print(cell_table(cells))
+    lines = capture.get().splitlines()
+    assert max(len(line.rstrip()) for line in lines) <= 79
+    assert lines[0].split() == ["sampler", "FID", "KID", "precision", "recall", "brightness"]
+    assert "131.25 (100 … 150)  −2.6 ± 2.5" in lines[2]
 
 
 def test_images_without_steps_are_levels_of_the_figure():

@@ -92,10 +92,10 @@ def test_the_page_says_whether_the_training_helped(report):
     text = read(report).text
     assert (
         "The training helped. The best checkpoint, of update 40, has a mean FID of 6.67 on fresh noise (600 images in "
-        "all), −2.00 (−2.50 … −1.50) to that of the start." in text
+        "all), −16.7 % (−20.8 … −12.5) vs the start." in text
     )
     assert "Compared with the start at 3 pairs of sampler and steps: better: 3, worse: 0." in text
-    assert "FID, ddim, 5 steps 8.00 6.00 (5.00 … 7.00) −2.00 (−2.50 … −1.50) (−25.0%) better" in text
+    assert "FID, ddim, 5 steps 8.00 6.00 (5.00 … 7.00) −25.0 % (−31.2 … −18.8) better" in text
     assert "long-sampling , update 60 (warn): FID at 5 steps is above that of the start" in text
     assert "Fine-tuning of fashion-16 on fashion-16 (60,000 images), with the adversary free" in text
     assert "radius eta 0.1)" in text
@@ -114,8 +114,9 @@ def test_the_page_names_the_commands(report):
 def test_charts_have_their_numbers_as_text(report):
     page = read(report)
     assert "FID against steps, ddim" in page.text
-    assert "FID minus that of the start, dpm++" in page.text
-    assert "60 updates; 5 steps: +1.00 (+0.50 … +1.50)" in page.text, "as the title of a column"
+    assert "FID vs the start, dpm++ change of FID, % (lower is better)" in page.text
+    assert "60 updates; 5 steps: +16.7 (+8.3 … +25.0)" in page.text, "as the title of a column"
+    assert " −30 −20 −10 start 10 " in page.text, "the start is a tick, where no marker is drawn over it"
     assert "best" in page.words
     assert "⚑1" in page.words
 
@@ -294,9 +295,28 @@ def test_the_verdict_is_what_the_interval_of_the_difference_says(make_run, tmp_p
     run = make_run(tmp_path / "run")
     result = json.loads((run / "result.json").read_text())
     result["best"]["difference_ci"] = ends
+    result["best"]["relative_ci"] = ends and [end / 12 for end in ends]
     (run / "result.json").write_text(json.dumps(result))
     write_report([str(run)], tmp_path / "r.html")
     assert words in read(tmp_path / "r.html").text
+
+
+def test_runs_of_earlier_versions_have_differences(make_run, tmp_path):
+    """Their files have no relative changes."""
+    run = make_run(tmp_path / "old")
+    result = json.loads((run / "result.json").read_text())
+    lines = [json.loads(line) for line in (run / "watch.jsonl").read_text().splitlines()]
+    for record in (result["best"], *result["best"]["cells"], *(cell for line in lines for cell in line["cells"])):
+        record.pop("relative", None)
+        record.pop("relative_ci", None)
+    (run / "result.json").write_text(json.dumps(result))
+    (run / "watch.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    write_report([str(run)], tmp_path / "r.html")
+    text = read(tmp_path / "r.html").text
+    assert "in all), −2.00 (−2.50 … −1.50) vs the start." in text
+    assert "FID, ddim, 5 steps 8.00 6.00 (5.00 … 7.00) −2.00 (−2.50 … −1.50) better" in text
+    assert "FID minus that of the start, dpm++" in text
+    assert "60 updates; 5 steps: +1.00 (+0.50 … +1.50)" in text
 
 
 def test_a_training_from_nothing_has_values_in_place_of_differences(make_run, tmp_path):
@@ -316,7 +336,9 @@ def test_several_runs_stand_side_by_side(make_run, tmp_path):
     page = read(tmp_path / "r.html")
     assert "lr 0.0001 0.02" in page.text
     assert "a, best, update 40" in page.text
-    assert "b: FID minus that of the start, ddim" in page.text
+    assert "b: FID vs the start, ddim" in page.text
+    assert "start, fashion-16" in page.text
+    assert "a, start" not in page.text, "both runs started from the same checkpoint, measured on the same noise"
     names = [re.match(r"1 samples of (.*) by", image["alt"])[1] for image in page.all("img")]
     assert names == ["start, fashion-16", "a, best (update 40)", "a, last model", "b, last model"]
     structure(page)
@@ -367,7 +389,7 @@ def test_results_of_evaluate_and_mismatch_are_on_the_page(tmp_path):
     write_report([], tmp_path / "r.html", results=[tmp_path / "e"])
     page = read(tmp_path / "r.html")
     assert "free ddim 5 400 8.00 (7.50 … 8.50)" in page.text
-    assert "± 0.01" in page.text
+    assert "± 0.010" in page.text
     assert "0.5 −1.25 (−1.5 … −1)" in page.text
     structure(page)
 

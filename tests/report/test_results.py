@@ -21,7 +21,7 @@ def cell(name, sampler, steps):
 def test_a_grid_becomes_figures_and_a_record(tmp_path):
     cells = [cell(name, sampler, n) for sampler in ("ddim", "dpm++") for n in (5, 10) for name in ("a", "b")]
     samples = {(c.checkpoint, c.sampler, c.steps): torch.zeros(8, 1, 4, 4, dtype=torch.uint8) for c in cells}
-    difference = Difference("b", "a", "ddim", 5, "fid", 0.5, (0.1, 0.9), 0.25)
+    difference = Difference("b", "a", "ddim", 5, "fid", 0.5, (0.1, 0.9), 0.25, (0.0, 0.5))
     beside = [cell("teacher", "multistep", 2)]
     folder = tmp_path / "new"
     record = write_results(folder, Grid(cells, [difference], samples), "title", {"seed": 3}, beside)
@@ -37,7 +37,7 @@ def test_a_grid_becomes_figures_and_a_record(tmp_path):
     assert written["differences"] == [
         {
             **{"checkpoint": "b", "baseline": "a", "sampler": "ddim", "steps": 5},
-            **{"fid": 0.5, "fid_ci": [0.1, 0.9], "relative": 0.25},
+            **{"fid": 0.5, "fid_ci": [0.1, 0.9], "relative": 0.25, "relative_ci": [0.0, 0.5]},
         }
     ]
 

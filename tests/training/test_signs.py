@@ -34,6 +34,8 @@ def test_every_threshold_has_its_rule():
         ([cell(value=100.0)], False),  # 2 % above the start
         ([cell(ends=(-0.1, 4.0))], False),
         ([cell(ends=None)], False),
+        ([{**cell(), "relative_ci": [-0.02, 0.5]}], False),  # the interval of the ratio decides
+        ([{**cell(ends=(-0.1, 4.0)), "relative_ci": [0.02, 0.5]}], True),
         ([cell(difference=-2.0, ends=(-3.0, -1.0))], False),
         ([cell(steps=5), cell(difference=0.0, ends=(-1.0, 1.0))], False),  # at few steps alone
         ([cell(difference=0.0, ends=(-1.0, 1.0)), cell(sampler="es")], True),
@@ -45,7 +47,7 @@ def test_long_sampling(cells, fires):
     message = SIGNS["long-sampling"](history(*cells), 0.05)
     assert (message is not None) == fires
     if fires:
-        assert "50 steps is 12, 20% above the start's 10" in message
+        assert "50 steps is 12, 20 % above the start's 10" in message
 
 
 @pytest.mark.parametrize(
@@ -65,7 +67,7 @@ def test_the_clip_score(found, fires):
 def test_at_radius_is_a_mean_since_the_last_measurement():
     metrics = [{"step": 10, "at_radius": 0.0}, {"step": 15, "at_radius": 0.9}, {"step": 20, "at_radius": 1.0}]
     found = history(cell(), metrics=metrics, before=[{"step": 10, "cells": []}])
-    assert "95%" in SIGNS["at-radius"](found, 0.95)
+    assert "95 %" in SIGNS["at-radius"](found, 0.95)
     assert SIGNS["at-radius"](found, 0.96) is None
     assert SIGNS["at-radius"](history(cell(), metrics=metrics), 0.95) is None
     assert SIGNS["at-radius"](history(cell(), metrics=[{"step": 20}]), 0.0) is None
@@ -78,7 +80,7 @@ def test_counters_are_those_since_the_last_measurement(name, counter, each):
     metrics = [{"step": 10, counter: 100}, {"step": 20, counter: 100 + 4 * each}]
     before = [{"step": 10, "cells": []}]
     found = history(cell(), metrics=metrics, ascents=8.0, before=before)
-    assert "40%" in SIGNS[name](found, 0.3)
+    assert "40 %" in SIGNS[name](found, 0.3)
     assert SIGNS[name](found, 0.4) is None
     assert SIGNS[name](history(cell(), metrics=metrics[:1], ascents=8.0, before=before), 0.0) is None
 

@@ -78,6 +78,8 @@ def test_the_lines_and_the_best_are_those_of_evaluate(tuned, digits_run):
             assert (cell["sampler"], cell["steps"], cell["metric"]) == (base["sampler"], base["steps"], "fid")
             assert cell["difference"] == pytest.approx(cell["value"] - base["value"])
             assert cell["difference_ci"][0] <= cell["difference"] <= cell["difference_ci"][1]
+            assert cell["relative"] == pytest.approx(cell["value"] / base["value"] - 1)
+            assert -1 < cell["relative_ci"][0] <= cell["relative"] <= cell["relative_ci"][1]
     assert [line["best"] for line in lines(recipe)] == [
         all(line["mean"] < before["mean"] for before in lines(recipe)[:i]) for i, line in enumerate(lines(recipe))
     ]
@@ -96,6 +98,8 @@ def test_the_lines_and_the_best_are_those_of_evaluate(tuned, digits_run):
             assert cell["difference"] == pytest.approx(value["best"] - value["start"], abs=1e-2)
     assert best["difference"] == pytest.approx(np.mean([cell["difference"] for cell in best["cells"]]))
     assert best["difference_ci"][0] < best["difference"] < best["difference_ci"][1]
+    assert best["relative"] == pytest.approx(best["difference"] / (best["mean"] - best["difference"]))
+    assert best["relative_ci"][0] < best["relative"] < best["relative_ci"][1]
 
 
 def test_without_average_the_weights_themselves_are_measured_and_kept(tuned):

@@ -11,7 +11,10 @@ from robustdiff.cli import app, say
 from robustdiff.errors import InputError
 
 
-@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+@app.command(
+    short_help="Convert a guided-diffusion checkpoint, or export a LoRA",
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+)
 def convert(
     context: typer.Context,
     source: Annotated[

@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from robustdiff.cli import INTERRUPTED, app, err, out, say
+from robustdiff.cli import INTERRUPTED, app, err, options, out, say
 from robustdiff.errors import InputError
 
 if TYPE_CHECKING:
     from robustdiff.evaluation.grid import Grid
 
 
-@app.command()
+@app.command(short_help="Fine-tune a small checkpoint three ways and compare")
 def demo(
     output: Annotated[
         Path | None, typer.Option(help="A folder for runs, figures and result.json; robustdiff-demo by default.")
@@ -26,7 +26,10 @@ def demo(
     text: Annotated[
         bool, typer.Option("--text", help="Distil a text-to-image model of emoji into latent consistency models.")
     ] = False,
-    seed: Annotated[int, typer.Option(min=0, help="The seed of the batches, the noise and the samples.")] = 0,
+    seed: Annotated[
+        int,
+        typer.Option(min=0, max=options.LARGEST_SEED, help="The seed of the batches, the noise and the samples."),
+    ] = 0,
 ) -> None:
     """Fine-tune a checkpoint plainly, randomly perturbed, and adversarially; then compare them.
 
@@ -44,21 +47,22 @@ def demo(
     with Bar(err) as bar:
         result = demos.run_demo(demos.demo_study(name, full, seed), folder, progress=bar)
     if result is None:
-        options = f" --{kind}" * bool(kind) + " --full" * full + f" --seed {seed}" * bool(seed)
-        say(f"stopped; robustdiff demo{options} --output {folder} goes on from here", err)
+        given = f" --{kind}" * bool(kind) + " --full" * full + f" --seed {seed}" * bool(seed)
+        say(f"stopped; robustdiff demo{given} --output {folder} goes on from here", err)
         raise typer.Exit(INTERRUPTED)
     _show(*result, folder)
 
 
 def _show(grid: Grid, record: dict[str, Any], folder: Path) -> None:
     from robustdiff.metrics.metric import number_named
+    from robustdiff.notation import interval
     from robustdiff.report.tables import grid_table, print_whole
 
     for number in map(number_named, grid.cells[0].intervals):
-        say(f"{number.title} of {grid.cells[0].n} images a cell, with 95 % bootstrap intervals:")
+        images = f"{grid.cells[0].n:,} images a cell"
+        say(f"{number.title} of {images}, and its change vs plain. In brackets: 95 % bootstrap intervals.")
         print_whole(out, grid_table(grid, "plain", number))
         for cell in record.get("teacher", []):
-            low, high = cell[f"{number.name}_ci"]
-            value = f"{cell[number.name]:.2f} ±{(high - low) / 2:.2g}"
+            value = interval(cell[number.name], cell[f"{number.name}_ci"], number.format)
             say(f"the teacher, {cell['sampler']} {cell['steps']}: {value}")
     say(f"figures and result.json are in {folder}")

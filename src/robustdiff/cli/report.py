@@ -10,7 +10,7 @@ import typer
 from robustdiff.cli import app, err, options, say
 
 
-@app.command()
+@app.command(short_help="Report on runs and a study in one HTML file")
 def report(
     sources: Annotated[list[str], typer.Argument(help="Folders of runs, finished or not, and a study file (.yaml).")],
     output: Annotated[Path, typer.Option(help="The HTML file.")] = Path("report.html"),

@@ -10,7 +10,7 @@ import typer
 from robustdiff.cli import INTERRUPTED, app, err, out, say
 
 
-@app.command()
+@app.command(short_help="Make one result of a study again, and compare")
 def reproduce(
     cell: Annotated[Path, typer.Argument(help="The file of a cell.")],
     output: Annotated[Path, typer.Option(help="A folder for the run.")] = Path("reproduced"),

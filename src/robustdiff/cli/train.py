@@ -13,9 +13,9 @@ if TYPE_CHECKING:
     from robustdiff.training.run_files import RunResult
 
 
-@app.command()
+@app.command(short_help="Train or fine-tune by a recipe")
 def train(
-    recipe: Annotated[str, typer.Argument(help="A YAML file, or the name of a recipe that comes with the package.")],
+    recipe: Annotated[str, typer.Argument(help=f"A YAML file, or one of {', '.join(options.SHIPPED_RECIPES)}.")],
     overrides: Annotated[
         list[str], typer.Option("--set", metavar="KEY=VALUE", help="Override a field: --set adversary.step_size=0.5")
     ] = [],  # noqa: B006  (typer reads it and does not change it)

@@ -30,9 +30,11 @@ from robustdiff.data.pixels import tile
 from robustdiff.distributed import from_main, of_others
 from robustdiff.errors import InputError, RunError
 from robustdiff.evaluation.generate import Generator, share_of
-from robustdiff.metrics.bootstrap import interval
+from robustdiff.metrics.bootstrap import interval, relative_interval
 from robustdiff.metrics.metric import Measured, MetricCollection, Number, number_named
 from robustdiff.metrics.reservoir import fixed_order
+from robustdiff.notation import difference as shown_difference
+from robustdiff.notation import interval as shown_interval
 from robustdiff.notebook import html_image, html_table
 from robustdiff.progress import SILENT, Progress
 
@@ -104,6 +106,8 @@ class Difference:
     Attributes:
         value: The difference, whose 95 % interval is ``interval``.
         relative: The difference divided by the baseline's number, or None if that is not positive.
+        relative_interval: The 95 % interval of ``relative``, for a positive number that is compared by ratios
+            (:attr:`robustdiff.metrics.metric.Number.log`), or None.
     """
 
     checkpoint: str
@@ -114,11 +118,28 @@ class Difference:
     value: float
     interval: tuple[float, float]
     relative: float | None
+    relative_interval: tuple[float, float] | None = None
+
+    @property
+    def sign(self) -> int:
+        """Return −1 or 1 if the interval, that of the relative change if there is one, is below or above 0, else 0."""
+        low, high = self.relative_interval or self.interval
+        return -1 if high < 0 else 1 if low > 0 else 0
+
+    def text(self, decimals: int = 1) -> str:
+        """Return the relative change with its interval in words, or the difference if that has none."""
+        spec = number_named(self.number).format
+        return shown_difference(self.value, self.interval, spec, self.relative, self.relative_interval, decimals)
 
     def record(self) -> dict[str, Any]:
-        """Return the record of the difference in ``result.json``, with the keys of a cell's record and ``relative``."""
+        """Return the record of the difference in ``result.json``, with the keys of a cell's record and ``relative``.
+
+        The interval of the relative change is ``relative_ci``, or null.
+        """
         pair = {"checkpoint": self.checkpoint, "baseline": self.baseline, "sampler": self.sampler, "steps": self.steps}
-        return {**pair, self.number: self.value, f"{self.number}_ci": list(self.interval), "relative": self.relative}
+        ends = self.relative_interval and list(self.relative_interval)
+        own = {self.number: self.value, f"{self.number}_ci": list(self.interval)}
+        return {**pair, **own, "relative": self.relative, "relative_ci": ends}
 
 
 @dataclass(frozen=True)
@@ -137,13 +158,11 @@ class Grid:
     def _repr_html_(self) -> str:
         text = _table(self.cells)
         if self.differences:
-            heading = ["", "to", "sampler", "steps", "number", "difference", "95 % interval"]
-            rows = []
-            for one in self.differences:
-                number = number_named(one.number)
-                value, low, high = (f"{end:+{number.format}}" for end in (one.value, *one.interval))
-                pair = one.checkpoint, one.baseline, one.sampler, one.steps
-                rows.append([*pair, number.title, value, f"{low} … {high}"])
+            heading = ["", "vs", "sampler", "steps", "number", "change, with its 95 % interval"]
+            rows = [
+                [one.checkpoint, one.baseline, one.sampler, one.steps, number_named(one.number).title, one.text()]
+                for one in self.differences
+            ]
             text += html_table("on common random numbers", heading, rows)
         for (checkpoint, sampler, steps), images in self.samples.items():
             if len(images):
@@ -165,10 +184,8 @@ def _table(cells: Sequence[Cell]) -> str:
         row: list[object] = [cell.checkpoint, cell.sampler, "–" if cell.steps is None else cell.steps, cell.n]
         for number in numbers:
             value, error = cell.values.get(number.name), cell.values.get(f"{number.name}_se")
-            text = "–" if value is None else f"{value:{number.format}}"
-            if number.name in cell.intervals:
-                text += " ({} … {})".format(*(f"{end:{number.format}}" for end in cell.intervals[number.name]))
-            row.append(text if error is None else f"{text} ± {error:.2g}")
+            ends = cell.intervals.get(number.name)
+            row.append("–" if value is None else shown_interval(value, ends, number.format, error))
         rows.append(row)
     heading = ["", "sampler", "steps", "images", *(number.title for number in numbers)]
     return html_table("95 % intervals in brackets, standard errors after ±", heading, rows)
@@ -344,8 +361,11 @@ def differences(cell: Cell, other: Cell) -> list[Difference]:
         if value is not None and base is not None and name in other.replicates:
             ends = interval(value - base, replicates - other.replicates[name], cell.blocks[name])
             relative = (value - base) / base if base > 0 else None
+            of_ratio = None
+            if number_named(name).log:
+                of_ratio = relative_interval(value, replicates, base, other.replicates[name], cell.blocks[name])
             pair = cell.checkpoint, other.checkpoint, cell.sampler, cell.steps
-            found.append(Difference(*pair, name, value - base, ends, relative))
+            found.append(Difference(*pair, name, value - base, ends, relative, of_ratio))
     return found
 
 

@@ -11,6 +11,9 @@ The interval of an estimate F with replicates F* is F ± t_{K−1}·SD(F*), with
 replicates of so few blocks would be too narrow. An estimate that is positive and skewed, such as FID, has the interval
 F·exp(± t_{K−1}·SD(ln F*)). Replicates are biased as much again as the estimate itself, so that they are recentred at F,
 and 2F − mean F* is the estimate without that bias.
+
+The relative change of such an estimate, F/F' − 1, has the interval (F/F')·exp(± t_{K−1}·SD(ln F* − ln F'*)) − 1, which
+cannot fall below −1. Both are recentred.
 """
 
 from __future__ import annotations
@@ -21,7 +24,17 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import t as student_t
 
-__all__ = ["BLOCKS", "GOLDEN", "REPLICATES", "Array", "block_of", "block_weights", "corrected", "interval"]
+__all__ = [
+    "BLOCKS",
+    "GOLDEN",
+    "REPLICATES",
+    "Array",
+    "block_of",
+    "block_weights",
+    "corrected",
+    "interval",
+    "relative_interval",
+]
 
 Array = NDArray[np.float64]
 
@@ -70,3 +83,35 @@ def interval(
         return estimate / factor, estimate * factor
     half = float(t * np.std(centred, ddof=1))
     return estimate - half, estimate + half
+
+
+def relative_interval(
+    estimate: float,
+    replicates: NDArray[Any],
+    base: float,
+    base_replicates: NDArray[Any],
+    blocks: int,
+    level: float = 0.95,
+) -> tuple[float, float] | None:
+    """Return the ends of Student's interval of F/F' − 1, from that of ln F − ln F', for positive and skewed estimates.
+
+    Args:
+        estimate: The estimate F, computed from all blocks.
+        replicates: Its replicates, with shape (R,).
+        base: The estimate F' that it is compared with.
+        base_replicates: Its replicates, with shape (R,), which resample the same blocks.
+        blocks: The number K ≥ 2 of blocks that the replicates resample.
+        level: The probability with which the interval covers.
+
+    Returns:
+        The ends, or None if an estimate or a recentred replicate is not positive.
+    """
+    logs = []
+    for value, drawn in ((estimate, replicates), (base, base_replicates)):
+        centred = drawn - np.mean(drawn) + value
+        if min(value, centred.min()) <= 0:
+            return None
+        logs.append(np.log(centred))
+    half = student_t.ppf((1 + level) / 2, blocks - 1) * np.std(logs[0] - logs[1], ddof=1)
+    middle = np.log(estimate / base)
+    return float(np.expm1(middle - half)), float(np.expm1(middle + half))

@@ -103,8 +103,8 @@ class FID(Metric):
 
     numbers = (
         Number("fid", "FID", ".2f", "lower", log=True),
-        Number("fid_corrected", "FID corrected", ".2f", "lower"),
-        Number("fid_mean_term", "mean term", ".2f", "lower"),
+        Number("fid_corrected", "FID corrected", ".2f", "lower", detail=True),
+        Number("fid_mean_term", "mean term", ".2f", "lower", detail=True),
     )
     needs: ClassVar[Need] = "features"
 

@@ -64,7 +64,8 @@ class Number:
         format: The format of the value, as :func:`format` takes it.
         better: The direction of better values, "lower" or "higher", or None if neither is better.
         standard_error: True if the metric also returns a standard error.
-        log: True for a logarithmic axis in figures.
+        log: True for a positive number that is compared by ratios: on a logarithmic axis, with intervals of ln.
+        detail: True for a number that explains another one. It is in records, and not in the tables of the terminal.
     """
 
     name: str
@@ -73,6 +74,7 @@ class Number:
     better: Literal["lower", "higher"] | None = None
     standard_error: bool = False
     log: bool = False
+    detail: bool = False
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,9 @@ from types import TracebackType
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, Task, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Column
+from rich.text import Text
 
 from robustdiff.errors import printable
 
@@ -16,6 +18,18 @@ __all__ = ["Bar"]
 
 _LINE_EVERY = 30.0  # seconds, where there is no terminal
 _DRAW_EVERY = 0.3  # seconds, in a notebook
+
+
+class _Shortened(TextColumn):
+    """A column that is shortened where the line is longer than the terminal is wide."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text, markup=False, table_column=Column())
+
+    def render(self, task: Task) -> Text:
+        text = super().render(task)
+        text.no_wrap, text.overflow = True, "ellipsis"
+        return text
 
 
 class Bar:
@@ -31,13 +45,13 @@ class Bar:
     def __init__(self, console: Console | None = None, quiet: bool = False) -> None:
         self.console, self.quiet = Console(stderr=True) if console is None else console, quiet
         self._progress = Progress(
-            TextColumn("{task.description}", markup=False),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[note]}", markup=False),
-            TimeElapsedColumn(),
+            _Shortened("{task.description}"),
+            BarColumn(bar_width=12, table_column=Column(no_wrap=True)),
+            TextColumn("{task.completed:,.0f}/{task.total:,.0f}"),
+            _Shortened("{task.fields[note]}"),
+            TimeElapsedColumn(table_column=Column(no_wrap=True)),
             TextColumn("eta"),
-            TimeRemainingColumn(),
+            TimeRemainingColumn(table_column=Column(no_wrap=True)),
             console=self.console,
             disable=quiet or self.console.is_jupyter or not self.console.is_terminal,
         )
@@ -74,12 +88,13 @@ class Bar:
                 self._notebook.update(self)
         elif not self.quiet and not self.console.is_terminal and now - self._shown > _LINE_EVERY:
             self._shown = now
-            self.console.print(repr(self), highlight=False, markup=False, emoji=False)
+            self.console.print(repr(self), highlight=False, markup=False, emoji=False, soft_wrap=True)
 
     def __repr__(self) -> str:
         task = self._progress.tasks[0]
         passed = time.monotonic() - self._started
-        return f"{task.description}: {task.completed:g} of {task.total:g} in {passed:.0f} s  {task.fields['note']}"
+        done = f"{task.description}: {task.completed:,.0f} of {task.total:,.0f} in {passed:.0f} s"
+        return f"{done}  {task.fields['note']}".rstrip()
 
     def _repr_html_(self) -> str:
         task, text = self._progress.tasks[0], html.escape(repr(self))

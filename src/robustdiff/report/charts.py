@@ -93,7 +93,6 @@ class Chart:
     columns: list[Column]
     marks: list[tuple[float, str, str]]
     zero: float | None
-    zero_label: str
     width: int = WIDTH
     height: int = HEIGHT
     left: int = _LEFT
@@ -187,7 +186,7 @@ def draw(
         show: The function that writes a value.
         log_x: Whether the horizontal axis is logarithmic, if all x are positive.
         log_y: The same for the vertical axis.
-        zero_label: The label of a line at y = 0; None for no line.
+        zero_label: The label of the tick at y = 0, which has a line; None for no line.
         marks: Vertical lines.
         only_steps: Whether ticks are at the x of points alone.
     """
@@ -239,10 +238,9 @@ def draw(
         x_title,
         y_title,
         x_ticks,
-        [(y(value), _short(value)) for value in y.ticks()],
+        [(y(value), zero_label if zero_label and not value else _short(value)) for value in y.ticks()],
         drawn,
         columns,
         [(x(mark.x), mark.label, mark.kind) for mark in marks],
         y(0.0) if zero_label is not None else None,
-        zero_label or "",
     )

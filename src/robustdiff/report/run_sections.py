@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,9 +13,12 @@ import numpy as np
 from robustdiff.errors import printable
 from robustdiff.metrics.metric import Number, number_named
 from robustdiff.mismatch.measure import MEASURES
+from robustdiff.notation import difference as shown_difference
+from robustdiff.notation import interval
+from robustdiff.notation import number as shown_number
 from robustdiff.report.charts import Chart, Mark, Point, Series, draw, interval_text
 from robustdiff.report.runs import Evaluated, Mismatches, RunFiles
-from robustdiff.training.watch_files import FiredSign, Line, WatchedCell
+from robustdiff.training.watch_files import Best, FiredSign, Line, WatchedCell
 
 __all__ = [
     "Summary",
@@ -72,7 +76,7 @@ class Watched:
 def _show(number: Number, difference: bool = False) -> Callable[[float], str]:
     """Return the function that writes a number, or a difference with its sign."""
     sign = "+" if difference else ""
-    return lambda value: f"{value:{sign}{number.format}}".replace("-", "−")
+    return lambda value: shown_number(value, f"{sign}{number.format}")
 
 
 def _setting(value: Any) -> str:
@@ -158,20 +162,25 @@ def _outcome(run: RunFiles) -> list[str]:
         ]
     sentence = f"The best checkpoint, of update {best.step:,}, has a {mean}"
     if best.difference is not None:
-        difference = interval_text(best.difference, best.difference_ci, _show(number, difference=True))
-        sentence = f"{_VERDICTS[_reading(number, best.difference_ci)]}{sentence}, {difference} to that of the start"
+        sentence = f"{_VERDICTS[_reading(number, _ends(best))]}{sentence}, {_difference(best, number)} vs the start"
     found.insert(0, f"{sentence}.")
-    compared = [_reading(number, cell.difference_ci) for cell in best.cells if cell.difference is not None]
+    compared = [_reading(number, _ends(cell)) for cell in best.cells if cell.difference is not None]
     if len(compared) > 1:
         counts = (f"{word}: {compared.count(word)}" for word in dict.fromkeys(["better", "worse", *compared]))
         found.append(f"Compared with the start at {len(compared)} pairs of sampler and steps: {', '.join(counts)}.")
     return found
 
 
-def _difference(cell: WatchedCell) -> str:
-    number = number_named(cell.metric)
-    assert cell.difference is not None
-    return interval_text(cell.difference, cell.difference_ci, _show(number, difference=True))
+def _ends(compared: WatchedCell | Best) -> tuple[float, float] | None:
+    """Return the interval by which a difference is judged, that of the relative change if there is one."""
+    return compared.relative_ci or compared.difference_ci
+
+
+def _difference(compared: WatchedCell | Best, number: Number) -> str:
+    assert compared.difference is not None
+    return shown_difference(
+        compared.difference, compared.difference_ci, number.format, compared.relative, compared.relative_ci
+    )
 
 
 def _differences(run: RunFiles) -> Table | None:
@@ -182,19 +191,17 @@ def _differences(run: RunFiles) -> Table | None:
     rows = []
     for cell in best.cells:
         number = number_named(cell.metric)
-        show = _show(number)
         row = [f"{number.title}, {_place(cell)}"]
         if cell.difference is None:
-            rows.append([*row, "–", interval_text(cell.value, cell.ci, show), "–", "no start to compare with"])
+            rows.append([*row, "–", interval(cell.value, cell.ci, number.format), "–", "no start to compare with"])
         else:
-            start = cell.value - cell.difference
-            relative = f" ({cell.difference / start:+.1%})".replace("-", "−") if start > 0 else ""
-            row += [show(start), interval_text(cell.value, cell.ci, show), _difference(cell) + relative]
-            rows.append([*row, _reading(number, cell.difference_ci)])
-    heading = ["", "start", f"update {best.step:,}", "difference", "reading"]
+            start = _show(number)(cell.value - cell.difference)
+            row += [start, interval(cell.value, cell.ci, number.format), _difference(cell, number)]
+            rows.append([*row, _reading(number, _ends(cell))])
+    heading = ["", "start", f"update {best.step:,}", "change", "reading"]
     caption = (
         f"The best checkpoint of {run.name} against the start, on fresh noise, with 95 % intervals. Undecided: that of "
-        "the difference contains 0"
+        "the change contains 0"
     )
     return Table(caption, heading, rows)
 
@@ -230,17 +237,38 @@ def _levels_of(run: RunFiles) -> list[tuple[str, Sequence[WatchedCell], bool]]:
     return [(name, line.cells, False) for _, (name, line) in sorted(lines.items())]
 
 
+def _named_levels(runs: Sequence[RunFiles]) -> list[tuple[str, Sequence[WatchedCell], bool]]:
+    """Return the cells of :func:`_levels_of` of all runs, with a start that several of them share once."""
+    if len(runs) == 1:
+        return _levels_of(runs[0])
+    found: dict[str, tuple[Sequence[WatchedCell], bool]] = {}
+    for run in runs:
+        for name, cells, fresh in _levels_of(run):
+            label, shared = f"{run.name}, {name}", f"start, {run.start}"
+            if name == "start" and (shared not in found or _are_equal(found[shared][0], cells)):
+                label = shared
+                if label in found and any(cell.ci is None for cell in cells):
+                    continue
+            found[label] = cells, fresh
+    return [(label, *level) for label, level in found.items()]
+
+
+def _are_equal(cells: Sequence[WatchedCell], others: Sequence[WatchedCell]) -> bool:
+    """Return whether cells have the same places and, up to rounding, the same values."""
+    places = [[(cell.metric, cell.place, cell.steps) for cell in own] for own in (cells, others)]
+    pairs = zip(cells, others, strict=False)
+    return places[0] == places[1] and all(math.isclose(a.value, b.value, rel_tol=1e-6) for a, b in pairs)
+
+
 def steps_charts(runs: Sequence[RunFiles]) -> tuple[list[Chart], str]:
     """Return the charts of watched metrics against steps, one for each sampler, and a sentence on their noise."""
     charts: dict[tuple[str, str], dict[str, list[Point]]] = {}
     fresh: set[bool] = set()
-    for run in runs:
-        for name, cells, of_fresh in _levels_of(run):
-            fresh.add(of_fresh)
-            for cell in cells:
-                line = charts.setdefault((cell.metric, cell.place), {})
-                own = line.setdefault(f"{run.name}, {name}" if len(runs) > 1 else name, [])
-                own.append(Point(cell.steps, cell.value, cell.ci))
+    for name, cells, of_fresh in _named_levels(runs):
+        fresh.add(of_fresh)
+        for cell in cells:
+            line = charts.setdefault((cell.metric, cell.place), {})
+            line.setdefault(name, []).append(Point(cell.steps, cell.value, cell.ci))
     drawn = []
     for (metric, place), lines in charts.items():
         number = number_named(metric)
@@ -260,8 +288,12 @@ def steps_charts(runs: Sequence[RunFiles]) -> tuple[list[Chart], str]:
     return drawn, " ".join(note for note in notes if note)
 
 
-def _y_title(number: Number) -> str:
-    return number.title + (f" ({number.better} is better)" if number.better else "")
+def _percent(value: float) -> str:
+    return shown_number(value, "+.1f")
+
+
+def _y_title(number: Number, unit: str = "") -> str:
+    return number.title + unit + (f" ({number.better} is better)" if number.better else "")
 
 
 def watched(run: RunFiles, among: int = 1) -> Watched | None:
@@ -269,7 +301,9 @@ def watched(run: RunFiles, among: int = 1) -> Watched | None:
     if not run.watch:
         return None
     cells = [cell for line in run.watch for cell in line.cells]
-    against_start = any(cell.difference is not None for cell in cells)
+    differing = [cell for cell in cells if cell.difference is not None]
+    against_start = bool(differing)
+    by_ratio = against_start and all(cell.relative_ci is not None for cell in differing)
     signs = sorted(run.signs, key=lambda sign: (sign.step or 0, sign.name))
     labels: dict[int, str] = {}
     for i, sign in enumerate(signs, 1):
@@ -289,6 +323,9 @@ def watched(run: RunFiles, among: int = 1) -> Watched | None:
                 points = lines.setdefault(cell.steps, [])
                 if not against_start:
                     points.append(Point(line.step, cell.value, cell.ci))
+                elif by_ratio and cell.relative is not None and cell.relative_ci is not None:
+                    low, high = cell.relative_ci
+                    points.append(Point(line.step, 100 * cell.relative, (100 * low, 100 * high)))
                 elif cell.difference is not None:
                     points.append(Point(line.step, cell.difference, cell.difference_ci))
                 elif line.step == 0:
@@ -296,7 +333,11 @@ def watched(run: RunFiles, among: int = 1) -> Watched | None:
         series = [Series(f"{steps} steps", points) for steps, points in sorted(lines.items())]
         if not any(one.points for one in series):
             continue
-        if against_start:
+        show = _show(number, against_start)
+        if by_ratio:
+            title, y_title = f"{number.title} vs the start, {place}", f"change of {_y_title(number, ', %')}"
+            show = _percent
+        elif against_start:
             title, y_title = f"{number.title} minus that of the start, {place}", f"difference in {_y_title(number)}"
         else:
             title, y_title = f"{number.title}, {place}", _y_title(number)
@@ -306,7 +347,7 @@ def watched(run: RunFiles, among: int = 1) -> Watched | None:
                 _UPDATES,
                 y_title,
                 series,
-                show=_show(number, against_start),
+                show=show,
                 log_y=number.log and not against_start,
                 zero_label="start" if against_start else None,
                 marks=marks,
@@ -403,8 +444,8 @@ def evaluation_parts(name: str, evaluated: Evaluated) -> tuple[list[Chart], Tabl
         texts = []
         for number in numbers:
             value, error = cell.numbers.get(number.name), cell.numbers.get(f"{number.name}_se")
-            text = "–" if value is None else interval_text(value, cell.intervals.get(number.name), _show(number))
-            texts.append(text if error is None else f"{text} ± {error:.2g}")
+            ends = cell.intervals.get(number.name)
+            texts.append("–" if value is None else interval(value, ends, number.format, error))
         place = "as they are" if cell.steps is None else f"{cell.sampler} {cell.steps}"
         rows.append([cell.checkpoint, place, f"{cell.n:,}", *texts])
     features = "" if evaluated.features is None else f" on the features {evaluated.features}"

@@ -13,6 +13,8 @@ from rich.text import Text
 from robustdiff.errors import printable
 from robustdiff.evaluation.grid import FILE, Cell, Grid, numbers_of
 from robustdiff.metrics.metric import Number
+from robustdiff.notation import interval
+from robustdiff.notation import number as shown_number
 from robustdiff.study.analysis import agreeing_digits
 from robustdiff.study.estimate import Remaining
 from robustdiff.study.store import MEASURES
@@ -34,70 +36,64 @@ def print_whole(console: Console, table: Table) -> None:
 
 
 def cell_table(cells: Sequence[Cell]) -> Table:
-    """Return a table with a row for each cell and all of its numbers. "—" means not applicable or unknown."""
-    numbers = numbers_of(cells)
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), collapse_padding=True)
+    """Return a table with a row for each cell and its numbers, without details, and the images where they differ.
+
+    "—" means not applicable or unknown.
+    """
+    numbers = [number for number in numbers_of(cells) if not number.detail]
+    counts = len({cell.n for cell in cells}) > 1
+    # Without edges the default metrics fit into a terminal of 80 columns.
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), collapse_padding=True, show_edge=False)
     table.add_column("", no_wrap=True)
     table.add_column("sampler", no_wrap=True)
-    for heading in ("steps", "images", *(number.title for number in numbers)):
+    for heading in [*(["images"] if counts else []), *(number.title for number in numbers)]:
         table.add_column(heading, justify="right", no_wrap=True)
     for cell in cells:
         table.add_row(
             shown(cell.checkpoint),
-            "—" if cell.sampler == FILE else cell.sampler,
-            "—" if cell.steps is None else str(cell.steps),
-            str(cell.n),
+            "—" if cell.sampler == FILE else f"{cell.sampler} {cell.steps}",
+            *([f"{cell.n:,}"] if counts else []),
             *(_value(cell, number) for number in numbers),
         )
     return table
 
 
 def _value(cell: Cell, number: Number) -> str:
-    """Return a number with half of its 95 % interval, or with its standard error."""
+    """Return a number with its 95 % interval, or with its standard error."""
     value = cell.values.get(number.name)
     if value is None:
         return "—"
-    if number.name in cell.intervals:
-        low, high = cell.intervals[number.name]
-        return f"{value:{number.format}} ±{(high - low) / 2:.2g}"
-    error = cell.values.get(f"{number.name}_se")
-    return f"{value:{number.format}}" + ("" if error is None else f" ±{error:.2g}")
+    return interval(value, cell.intervals.get(number.name), number.format, cell.values.get(f"{number.name}_se"))
 
 
 def grid_table(grid: Grid, baseline: str, number: Number) -> Table:
-    """Return a table of a number ± half of its interval, with the differences from a baseline, of sampled cells."""
+    """Return a table of a number, and of its change against a baseline with the 95 % interval, of sampled cells."""
     checkpoints = list(dict.fromkeys(cell.checkpoint for cell in grid.cells))
     cells = {(c.checkpoint, c.sampler, c.steps): c for c in grid.cells}
     differences = {
         (d.checkpoint, d.baseline, d.sampler, d.steps): d for d in grid.differences if d.number == number.name
     }
     lower, higher = {"lower": ("green", "red"), "higher": ("red", "green"), None: ("", "")}[number.better]
+    styles = {-1: lower, 0: "dim", 1: higher}
     # Three checkpoints fit into a terminal of 80 columns.
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), collapse_padding=True, caption_justify="left")
     table.add_column("", no_wrap=True)
     for checkpoint in checkpoints:
         table.add_column(shown(checkpoint), justify="right", no_wrap=True)
         if checkpoint != baseline:
-            table.add_column(shown(f"to {baseline}"), justify="right", no_wrap=True)
+            table.add_column(shown(f"vs {baseline}"), justify="right", no_wrap=True)
     rows = list(dict.fromkeys((c.sampler, c.steps) for c in grid.cells))
     for i, (sampler, steps) in enumerate(rows):
         row: list[str | Text] = [f"{sampler} {steps}"]
         for checkpoint in checkpoints:
             cell = cells[checkpoint, sampler, steps]
-            row.append(_value(cell, number))
+            row.append(shown_number(cell.values[number.name] or 0.0, number.format))
             if checkpoint != baseline:
                 difference = differences[checkpoint, baseline, sampler, steps]
-                low, high = difference.interval
-                style = lower if high < 0 else higher if low > 0 else "dim"
-                if difference.relative is None:  # the baseline's value is 0
-                    text = f"{difference.value:+{number.format}} ({low:+{number.format}}…{high:+{number.format}})"
-                else:
-                    base = cells[baseline, sampler, steps].values[number.name] or 1.0
-                    text = f"{difference.relative:+.0%} ({100 * low / base:+.0f}…{100 * high / base:+.0f})"
-                row.append(Text(text, style=style))
+                row.append(Text(difference.text(decimals=0), style=styles[difference.sign]))
         table.add_row(*row, end_section=i + 1 < len(rows) and rows[i + 1][0] != sampler)
     if len(checkpoints) > 1 and number.better is not None:
-        table.caption = "green and red: the interval of the difference excludes 0"
+        table.caption = "green: better, red: worse, by an interval that excludes 0"
     return table
 
 

@@ -14,6 +14,7 @@ from rich.table import Table
 
 from robustdiff.errors import printable
 from robustdiff.metrics.metric import number_named
+from robustdiff.notation import change, interval
 from robustdiff.recipe import load_recipe
 from robustdiff.report.run_sections import command
 from robustdiff.report.tables import shown
@@ -137,28 +138,23 @@ def _comparisons(record: Record) -> Rows:
         adjusted = own.get("p_adjusted")
         lines.append(
             [
-                f"{ROLES[own['of']]} to {ROLES[own['to']]}",
+                f"{ROLES[own['of']]} vs {ROLES[own['to']]}",
                 "decides" if own["decides"] else "explains",
                 _difference(own, record["number"]),
                 "–" if own["p"] is None else f"{own['p']:.2g}",
                 "–" if adjusted is None else f"{adjusted:.2g}",
             ]
         )
-    return ["", "", "difference (95 %)", "p", "p, Holm"], lines
+    return ["", "", "change (95 % interval)", "p", "p, Holm"], lines
 
 
 def _difference(own: Record, number: str) -> str:
-    """Return a difference with its interval."""
+    """Return a change with its interval."""
     if own["mean"] is None:
         return "no common seed"
-
-    def text(value: float) -> str:
-        made = f"{value:+.1%}" if own["relative"] else f"{value:+{number_named(number).format}}"
-        return made.replace("-", "−")
-
-    interval = own["interval"]
-    ends = "no interval" if interval is None else f"{text(interval[0])} … {text(interval[1])}"
-    return f"{text(own['mean'])} ({ends})"
+    ends, spec = own["interval"], f"+{number_named(number).format}"
+    text = change(own["mean"], ends) if own["relative"] else interval(own["mean"], ends, spec)
+    return text if ends is not None else f"{text} (no interval)"
 
 
 def confirmation_table(record: Record) -> Table:
@@ -179,7 +175,7 @@ def advice(record: Record, folder: Path | None = None) -> str:
     answer, contestants = record["answer"], record["confirmation"]["contestants"]
     tuning, title = record["tuning"], number_named(record["number"]).title
     found = {
-        (own["of"], own["to"]): f"{_difference(own, record['number'])} to {ROLES[own['to']]}"
+        (own["of"], own["to"]): f"{_difference(own, record['number'])} vs {ROLES[own['to']]}"
         for own in record["comparisons"]
     }
     where = f"{title} with {tuning['sampler']} at {tuning['steps']} steps"
@@ -227,10 +223,11 @@ def tune_markdown(record: Record) -> str:
     tuning, own, on = record["tuning"], record["confirmation"], record["obtained_on"]
     minutes = record["process_seconds"] / 60
     number = number_named(record["number"])
+    threads = "1 thread" if on["threads"] == 1 else f"{on['threads']} threads"
     parts = [
         f"**{advice(record)}**",
         f"{code_span(_repeated(tuning))} on "
-        f"{on['data']}, {on['threads']} thread(s) a process of a {on['device'].upper()}, torch {on['torch']}: "
+        f"{on['data']}, {threads} a process of a {on['device'].upper()}, torch {on['torch']}: "
         f"{record['trainings']} trainings in {minutes:.0f} minutes of one process. {number.title} of {tuning['num']:,} "
         f"images on the features `{tuning['features']}`. Every contestant of a table makes the same number of backward "
         f"passes and sees as many images in them.",

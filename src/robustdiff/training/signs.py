@@ -4,7 +4,7 @@ A sign is a function of what was measured so far that returns a message, or None
 registered under a name, and its threshold is the field of ``watch.signs`` with that name (with _ for -); a sign whose
 threshold is None is not judged.
 
-    long-sampling      the metric at the most steps d above the start's s: d/s > threshold, and d's interval above 0
+    long-sampling      the metric at the most steps d above the start's s: d/s > threshold, and the interval above 0
     clip-score         the CLIP score below the start's by more than the threshold, and its interval below 0
     at-radius          the share of samples with ‖δ‖ at its radius
     skipped-ascents    the share of ascents that were skipped since their gradient was zero or not finite
@@ -80,10 +80,11 @@ def _long_sampling(history: History, threshold: float) -> str | None:
         if number.better != "lower" or cell["steps"] != most or cell["difference_ci"] is None:
             continue
         start = cell["value"] - cell["difference"]
-        if start > 0 and cell["difference_ci"][0] > 0 and cell["difference"] > threshold * start:
+        low, _ = cell.get("relative_ci") or cell["difference_ci"]
+        if start > 0 and low > 0 and cell["difference"] > threshold * start:
             return (
                 f"{number.title} of {cell['sampler']} at {most} steps is {cell['value']:.4g}, "
-                f"{cell['difference'] / start:.0%} above the start's {start:.4g}"
+                f"{100 * cell['difference'] / start:.0f} % above the start's {start:.4g}"
             )
     return None
 
@@ -105,7 +106,8 @@ def _at_radius(history: History, threshold: float) -> str | None:
     share = history.mean("at_radius", history.recent)
     if share is None or share < threshold:
         return None
-    return f"δ is as long as its radius in {share:.0%} of the samples: the radius decides, and not adversary.step_size"
+    found = f"δ is as long as its radius in {100 * share:.0f} % of the samples"
+    return f"{found}: the radius decides, and not adversary.step_size"
 
 
 @_sign("skipped-ascents")
@@ -113,7 +115,9 @@ def _skipped_ascents(history: History, threshold: float) -> str | None:
     rate = history.rate("skipped")
     if rate is None or not history.ascents or rate / history.ascents <= threshold:
         return None
-    return f"{rate / history.ascents:.0%} of the ascents were skipped, since their gradient was zero or not finite"
+    return (
+        f"{100 * rate / history.ascents:.0f} % of the ascents were skipped, since their gradient was zero or not finite"
+    )
 
 
 @_sign("skipped-updates")
@@ -121,7 +125,8 @@ def _skipped_updates(history: History, threshold: float) -> str | None:
     rate = history.rate("skipped_updates")
     if rate is None or rate <= threshold:
         return None
-    return f"{rate:.0%} of the updates overflowed in fp16, so that the scale of the loss shrinks: lower lr, or set bf16"
+    found = f"{100 * rate:.0f} % of the updates overflowed in fp16"
+    return f"{found}, so that the scale of the loss shrinks: lower lr, or set bf16"
 
 
 @_sign("pass-ratio")

@@ -17,7 +17,6 @@ is in ``start.json``.
 
 from __future__ import annotations
 
-import itertools
 import json
 import logging
 import math
@@ -46,7 +45,7 @@ from robustdiff.evaluation.real_images import Target
 from robustdiff.evaluation.recorded import Recordings
 from robustdiff.files import atomic_write, open_regular, read_record, write_json
 from robustdiff.interrupt import Interrupt
-from robustdiff.metrics.bootstrap import interval
+from robustdiff.metrics.bootstrap import interval, relative_interval
 from robustdiff.metrics.extractors.classifier import SHIPPED
 from robustdiff.metrics.extractors.extractor import load_extractor
 from robustdiff.metrics.metric import MetricCollection, Number, compared, parse_metric, ranked, value_of
@@ -259,7 +258,9 @@ class Watch:
                 base = start.cells[i]
                 record.difference = record.value - _value(base, key)
                 pairs = [pair for pair in differences(cell, base) if pair.number == key]
-                record.difference_ci = pairs[0].interval if pairs else None
+                for pair in pairs:
+                    record.difference_ci, record.relative_ci = pair.interval, pair.relative_interval
+                    record.relative = None if pair.relative_interval is None else pair.relative
             found.append(record)
         return found
 
@@ -543,12 +544,15 @@ class Watch:
             noise=NOISE,
         )
         if fresh is not None:
-            best.difference = best.mean - self._mean(self._cells(fresh, None))
-            key = self.number.name
-            pairs = list(zip(chosen.cells, fresh.cells, strict=True))
-            if all(key in cell.replicates for cell in itertools.chain(*pairs)):
-                drawn = np.mean([a.replicates[key] - b.replicates[key] for a, b in pairs], axis=0)
-                best.difference_ci = interval(best.difference, drawn, chosen.cells[0].blocks[key])
+            key, start = self.number.name, self._mean(self._cells(fresh, None))
+            best.difference = best.mean - start
+            if all(key in cell.replicates for cell in (*chosen.cells, *fresh.cells)):
+                drawn, base = (np.mean([c.replicates[key] for c in own.cells], axis=0) for own in (chosen, fresh))
+                blocks = chosen.cells[0].blocks[key]
+                best.difference_ci = interval(best.difference, drawn - base, blocks)
+                if self.number.log:
+                    best.relative_ci = relative_interval(best.mean, drawn, start, base, blocks)
+                    best.relative = None if best.relative_ci is None else best.difference / start
         signs = [FiredSign(step=one.step, **sign.model_dump()) for one in self.lines for sign in one.signs]
         return {"best": dump(best), "signs": [sign.model_dump() for sign in signs]}
 

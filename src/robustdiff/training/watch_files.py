@@ -20,6 +20,8 @@ from robustdiff.errors import InputError, printable
 from robustdiff.files import read_json_lines
 from robustdiff.metrics.bootstrap import REPLICATES
 from robustdiff.metrics.metric import number_named
+from robustdiff.notation import difference as shown_difference
+from robustdiff.notation import number as shown_number
 from robustdiff.recipe import Recipe
 
 __all__ = [
@@ -60,6 +62,8 @@ class WatchedCell(Record):
         metric: The key of the number, as in :class:`robustdiff.metrics.metric.Number`.
         ci, difference_ci: The 95 % intervals, or None without bootstrap replicates.
         difference: None without a starting checkpoint, and for itself.
+        relative, relative_ci: The difference divided by the starting checkpoint's number, with its interval, or None
+            for a number that is not compared by ratios, and in files of robustdiff 0.2.0 and before.
         guidance: The scale of classifier-free guidance; left out of files if it is None.
     """
 
@@ -70,6 +74,8 @@ class WatchedCell(Record):
     ci: Ends | None = None
     difference: float | None = None
     difference_ci: Ends | None = None
+    relative: float | None = None
+    relative_ci: Ends | None = None
     guidance: float | None = None
 
     @property
@@ -120,7 +126,7 @@ class Best(Record):
         seed: The seed of the noise.
         noise: The name of the noise, as in a line.
         images: The number of images of all cells.
-        difference, difference_ci: Those of the mean to the starting checkpoint's, or None as in the cells.
+        difference, difference_ci, relative, relative_ci: Those of the mean, as in the cells.
     """
 
     step: NonNegativeInt
@@ -131,6 +137,8 @@ class Best(Record):
     cells: Annotated[list[WatchedCell], Field(min_length=1, max_length=10_000)]
     difference: float | None = None
     difference_ci: Ends | None = None
+    relative: float | None = None
+    relative_ci: Ends | None = None
     noise: str | None = None
 
 
@@ -189,11 +197,14 @@ def read_lines(path: Path) -> list[Line]:
 
 def _said(cell: Mapping[str, Any]) -> str:
     """Return a cell of ``result.json`` in words."""
-    words = f"{cell['metric']} of {cell['sampler']} at {cell['steps']} steps {cell['value']:.4g}"
+    spec = number_named(cell["metric"]).format
+    words = f"{cell['sampler']} at {cell['steps']} steps {shown_number(cell['value'], spec)}"
     if cell["difference"] is None:
         return words
-    ends = "" if cell["difference_ci"] is None else " [{:+.3g}, {:+.3g}]".format(*cell["difference_ci"])
-    return f"{words} ({cell['difference']:+.3g}{ends} to the start)"
+    changed = shown_difference(
+        cell["difference"], cell["difference_ci"], spec, cell.get("relative"), cell.get("relative_ci")
+    )
+    return f"{words}, {changed}"
 
 
 def summary(recipe: Recipe, result: Mapping[str, Any]) -> list[str]:
@@ -215,12 +226,15 @@ def summary(recipe: Recipe, result: Mapping[str, Any]) -> list[str]:
     if best["start"]:
         lines.append("no checkpoint of this run was better than the one it started from: best/ holds that one")
         return lines
+    number = number_named(best["cells"][0]["metric"])
+    title = number.title if best["difference"] is None else f"{number.title} and its change vs the start"
     lines.append(
-        f"best/ holds the model of update {best['step']}; on fresh noise {', '.join(map(_said, best['cells']))}"
+        f"best/ holds the model of update {best['step']}; {title}, on fresh noise: "
+        f"{'; '.join(map(_said, best['cells']))}"
     )
-    ends = best["difference_ci"]
+    ends = best.get("relative_ci") or best["difference_ci"]
     if ends is not None and ends[0] <= 0 <= ends[1]:
         lines.append("on fresh noise it does not differ significantly from the one it started from")
-    elif ends is not None and (ends[0] > 0) == (number_named(best["cells"][0]["metric"]).better == "lower"):
+    elif ends is not None and (ends[0] > 0) == (number.better == "lower"):
         lines.append("on fresh noise it is worse than the one it started from: use that one")
     return lines
