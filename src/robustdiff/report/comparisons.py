@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from scipy.stats import t as student_t
 
 from robustdiff.metrics.metric import Number
+from robustdiff.notation import number
 from robustdiff.report.figures import ROLES, Figure, Line, default_settings, label, points, step_panels
 from robustdiff.report.levels import method_styles
 from robustdiff.report.words import (
@@ -23,7 +24,6 @@ from robustdiff.report.words import (
     count,
     effect_row,
     filled,
-    number,
     percent,
     saved_figure,
     shown_correlation,

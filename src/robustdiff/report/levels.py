@@ -12,6 +12,7 @@ import numpy as np
 from robustdiff.metrics.bootstrap import BLOCKS, interval
 from robustdiff.metrics.metric import number_named
 from robustdiff.mismatch.measure import MEASURES as MISMATCHES
+from robustdiff.notation import number
 from robustdiff.report.figures import MARKERS, REFERENCE, ROLES, Figure, Line, step_panels
 from robustdiff.report.words import (
     NOTHING,
@@ -19,7 +20,6 @@ from robustdiff.report.words import (
     columns,
     filled,
     mean_over_seeds,
-    number,
     saved_figure,
     shown_correlation,
     table,

@@ -10,6 +10,7 @@ from urllib.parse import quote
 import numpy as np
 
 from robustdiff.errors import printable
+from robustdiff.notation import number
 from robustdiff.report.figures import Figure, save_figure
 from robustdiff.study.analysis import Effect, Interval
 from robustdiff.study.store import Results
@@ -25,7 +26,6 @@ __all__ = [
     "escaped",
     "filled",
     "mean_over_seeds",
-    "number",
     "percent",
     "saved_figure",
     "shown_correlation",
@@ -58,11 +58,6 @@ def code_span(word: str) -> str:
     fence = "`" * (1 + max(map(len, re.findall("`+", word)), default=0))
     space = " " if len(fence) > 1 else ""
     return f"{fence}{space}{printable(word)}{space}{fence}"
-
-
-def number(value: float, form: str) -> str:
-    """Return a number with a minus sign in place of a hyphen."""
-    return f"{value:{form}}".replace("-", "−")
 
 
 def versus(pair: Sequence[str]) -> str:
