@@ -18,6 +18,7 @@ from robustdiff.data import load_dataset
 from robustdiff.errors import InputError
 from robustdiff.evaluation.generate import Generator
 from robustdiff.evaluation.grid import evaluate_grid
+from robustdiff.files import claim_folder
 from robustdiff.metrics.extractors.extractor import load_extractor
 from robustdiff.metrics.metric import MetricCollection
 from robustdiff.metrics.reference import reference_statistics
@@ -217,6 +218,18 @@ def test_it_is_started_once(tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(InputError, match="start robustdiff once"):
         demo.run_demo(SMALL, tmp_path)
+
+
+def test_a_run_is_not_its_folder(tmp_path):
+    claim_folder(tmp_path, "a run")
+    for name in ("recipe.yaml", "result.json"):
+        (tmp_path / name).write_text("{}")
+    with pytest.raises(InputError, match="holds a run, and not a study: choose another --output"):
+        demo.run_demo(SMALL, tmp_path)
+    (tmp_path / "recipe.yaml").unlink()  # killed, or a search
+    with pytest.raises(InputError, match="holds a run, and not a study"):
+        demo.run_demo(SMALL, tmp_path)
+    assert {path.name: path.read_text() for path in tmp_path.glob("*")}.keys() == {".robustdiff", "result.json"}
 
 
 # -- consistency ----------------------------------------------------------------------------------------------

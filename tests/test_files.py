@@ -1,6 +1,7 @@
 """Files that are either whole or absent."""
 
 import errno
+import fcntl
 import multiprocessing
 import os
 from pathlib import Path
@@ -15,6 +16,7 @@ from robustdiff.files import (
     atomic_folder,
     atomic_write,
     claim_folder,
+    held,
     open_regular,
     read_json,
     user_key,
@@ -147,6 +149,8 @@ def test_an_empty_folder_is_claimed_once(tmp_path):
     assert claim_folder(path, "a run") is False
     (path / "a").touch()
     assert claim_folder(path, "a run") is True
+    with pytest.raises(InputError, match="holds a run, and not a study: give another folder"):
+        claim_folder(path, "a study")
     (path / MARKER).unlink()
     with pytest.raises(InputError, match="is not empty, and nothing in it says that it is a run of robustdiff"):
         claim_folder(path, "a run")
@@ -203,3 +207,44 @@ def test_the_users_key_is_made_once_and_is_theirs(tmp_path, monkeypatch):
     assert user_key() != key
     monkeypatch.setenv("ROBUSTDIFF_CACHE", "/dev/null/cache")
     assert user_key() != user_key()
+
+
+def _wait(began: Any, end: Any) -> None:
+    began.set()
+    end.wait(60)
+
+
+def test_a_lock_is_held_once_and_is_not_left_to_a_forked_process(tmp_path):
+    context = multiprocessing.get_context("fork")
+    began, end = context.Event(), context.Event()
+    child = context.Process(target=_wait, args=(began, end), daemon=True)
+    with held(tmp_path / "lock") as mine:
+        assert mine
+        with held(tmp_path / "lock") as second:
+            assert not second
+        child.start()
+        assert began.wait(60)
+    assert child.is_alive()
+    with held(tmp_path / "lock") as after:
+        assert after
+    end.set()
+    child.join(60)
+
+
+def test_a_lock_on_a_file_that_was_removed_meanwhile_is_not_held(tmp_path, monkeypatch):
+    path = tmp_path / "lock"
+    monkeypatch.setattr(fcntl, "flock", lambda file, kind: path.unlink())
+    with held(path) as mine:
+        assert not mine
+
+
+def test_without_locks_one_line_says_so(tmp_path, monkeypatch, caplog):
+    def fail(file: Any, kind: int) -> None:
+        raise OSError(errno.ENOTSUP, "Operation not supported")
+
+    monkeypatch.setattr(fcntl, "flock", fail)
+    for _ in range(2):
+        with held(tmp_path / "lock") as mine:
+            assert mine
+    assert len(caplog.messages) == 1
+    assert "has no locks" in caplog.text

@@ -20,7 +20,7 @@ from torch import Tensor
 from robustdiff.errors import InputError, printable
 from robustdiff.evaluation.grid import Cell, Grid, differences
 from robustdiff.evaluation.prompts import prompts_of
-from robustdiff.files import atomic_write, make_folder
+from robustdiff.files import atomic_write
 from robustdiff.metrics.bootstrap import BLOCKS, corrected, interval
 from robustdiff.metrics.metric import number_named
 from robustdiff.progress import SILENT, Progress
@@ -29,7 +29,7 @@ from robustdiff.report.results import write_results
 from robustdiff.study.plan import plan, reference_cells
 from robustdiff.study.run import run_study
 from robustdiff.study.schema import Study, load_study
-from robustdiff.study.store import Results, read_results
+from robustdiff.study.store import Results, claim_study, read_results
 from robustdiff.training.run_files import read_result
 from robustdiff.workers import available_cores
 
@@ -69,7 +69,7 @@ def run_demo(
         None if a signal stopped the work.
 
     Raises:
-        InputError: If the folder holds a demonstration of another size or seed.
+        InputError: If the folder holds a demonstration of another size or seed, or something else.
         RunError: If a training fails, or a process is killed.
     """
     _claim(study, folder)
@@ -103,7 +103,7 @@ def run_demo(
 
 def _claim(study: Study, folder: Path) -> None:
     """Write the study file, or check that an existing one is of the same study, or of a smaller one to continue."""
-    make_folder(folder)
+    claim_study(folder)
     path = folder / "study.yaml"
     if path.is_file() and (before := load_study(path)) != study:
         sizes = [{"seed": s.measure.seed, "steps": s.set.get("steps"), "num": s.measure.num} for s in (before, study)]

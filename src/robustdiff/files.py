@@ -7,12 +7,16 @@ rename(2), which is atomic within a file system.
 A downloaded folder can hold symbolic links, hard links and pipes in place of this package's files. Files are opened
 only if they are regular, without following links; folders are written to only if they belong to this package, and only
 files that it created are removed.
+
+A process that writes where another one must not write meanwhile holds a lock of the operating system (flock), which is
+released when the process ends, however it ends.
 """
 
 from __future__ import annotations
 
 import errno
 import json
+import logging
 import math
 import os
 import re
@@ -21,6 +25,7 @@ import shutil
 import stat
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal, TypeVar
 
@@ -38,6 +43,7 @@ __all__ = [
     "cache_folder",
     "check_outside",
     "claim_folder",
+    "held",
     "make_folder",
     "open_regular",
     "read_json",
@@ -49,12 +55,28 @@ __all__ = [
     "written_last",
 ]
 
+logger = logging.getLogger(__name__)
+
 MARKER = ".robustdiff"
 """The name of the file that marks a folder whose contents this package may replace and remove."""
 
 _JSON_BYTES = 2**26
 _KEY_BYTES = 32
 _NOFOLLOW = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)  # opening a pipe would block
+_OWNER = " of robustdiff:"  # in a marker, after the purpose of the folder
+_UNLOCKABLE = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
+
+_locks: set[BinaryIO] = set()
+
+
+def _close_locks() -> None:
+    for file in _locks:
+        file.close()
+
+
+if hasattr(os, "register_at_fork"):
+    # A forked process, such as one that loads images, may outlive this one, and would keep its locks.
+    os.register_at_fork(after_in_child=_close_locks)
 
 
 @contextmanager
@@ -346,7 +368,7 @@ def make_folder(path: Path) -> None:
 def claim_folder(path: Path, what: str) -> bool:
     """Create a folder for this package to write to, marked by the file :data:`MARKER`, or check that it is marked.
 
-    An empty folder is marked. The contents of a marked folder belong to this package.
+    An empty folder is marked, for its purpose. The contents of a marked folder belong to this package.
 
     Args:
         path: The folder.
@@ -356,7 +378,8 @@ def claim_folder(path: Path, what: str) -> bool:
         True if the folder already had contents besides the marker.
 
     Raises:
-        InputError: The folder is neither empty nor marked, it contains a symbolic link, or the path is not a folder.
+        InputError: The folder is neither empty nor marked, it is marked for another purpose, it contains a symbolic
+            link, or the path is not a folder.
         OSError: The folder cannot be created or written.
     """
     make_folder(path)
@@ -372,13 +395,62 @@ def claim_folder(path: Path, what: str) -> bool:
             raise InputError(
                 f"{printable(entry)} is a symbolic link, which {what} of robustdiff has none of: remove it"
             )
-    if not names:
+    if names:
+        _check_marker(path, what)
+    else:
         # Not by a temporary file, which another process that claims the folder at once would remove.
         with suppress(FileExistsError), open(path / MARKER, "xb") as file:
-            file.write(f"{what} of robustdiff: it replaces and removes what is in this folder\n".encode())
+            file.write(f"{what}{_OWNER} it replaces and removes what is in this folder\n".encode())
             file.flush()
             os.fsync(file.fileno())
     return bool(names - {MARKER})
+
+
+def _check_marker(path: Path, what: str) -> None:
+    with open_regular(path / MARKER) as file:
+        purpose, separator, _ = file.read(1000).decode(errors="replace").partition(_OWNER)
+    if separator and purpose != what:  # empty, if another process has just made it
+        raise InputError(f"{printable(path)} holds {printable(purpose)}, and not {what}: give another folder")
+
+
+@contextmanager
+def held(path: Path) -> Iterator[bool]:
+    """Hold a lock on a file within the block, if no other process holds it. Yields True if the lock is held.
+
+    The file is created if it is missing, and nothing is written into it. Where the file system has no locks, which one
+    line says, the lock counts as held.
+
+    Args:
+        path: The file. The process that holds it may remove it within the block.
+
+    Raises:
+        InputError: If the file, or its folder, is a link or of another kind.
+        OSError: If the file cannot be created or opened for writing.
+    """
+    make_folder(path.parent)
+    with open_regular(path, "ab") as file:
+        try:
+            import fcntl  # not every system has it
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        except (ImportError, OSError) as error:
+            if isinstance(error, OSError) and error.errno not in _UNLOCKABLE:
+                raise
+            _warn_of_no_locks(path.parent)
+        _locks.add(file)
+        try:
+            # The process that held the lock before may have removed the file, and a third created another one.
+            yield path.exists() and os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+        finally:
+            _locks.discard(file)
+
+
+@cache
+def _warn_of_no_locks(folder: Path) -> None:
+    logger.warning("%s: this file system has no locks: start no second process that writes here", printable(folder))
 
 
 def cache_folder() -> Path:

@@ -23,7 +23,18 @@ from robustdiff.objectives.objective import OBJECTIVES, ObjectiveConfig
 from robustdiff.perturbation import ADVERSARIES, AdversaryConfig
 from robustdiff.process import ProcessConfig
 from robustdiff.samplers.sample import SAMPLERS
-from robustdiff.section import MOST_UPDATES, Decay, Fraction, Named, Precision, Section, Text, Times, choice, refusal
+from robustdiff.section import (
+    MOST_UPDATES,
+    Decay,
+    Fraction,
+    Named,
+    Precision,
+    Section,
+    Text,
+    Times,
+    choice,
+    refusal,
+)
 from robustdiff.yaml_reader import parse_yaml, read_yaml
 
 __all__ = ["DataConfig", "Recipe", "SignsConfig", "WatchConfig", "load_data_config", "load_recipe", "shipped_recipes"]
@@ -245,7 +256,8 @@ def _explain(error: ValidationError, source: str) -> InputError:
     if first["type"] == "string_type" and isinstance(first["input"], int | float):
         message += f""": put quotes around it (on a command line --set "{where}='…'")"""
     if first["type"] == "tuple_type":
-        message = f"give a list, as in --set {where}='[{first['input']}]'"
+        shown = printable(str(first["input"])[:100])
+        message = f"give a list, as in --set {where}='[{shown}]'"
     message = message[:1].lower() + message[1:]
     return InputError(f"{source}: {where}: {message}" if where else f"{source}: {message}")
 

@@ -31,10 +31,12 @@ from robustdiff.errors import printable
 from robustdiff.yaml_reader import text_of
 
 __all__ = [
+    "MOST_LENGTH",
     "MOST_PARAMETERS",
     "MOST_UPDATES",
     "Decay",
     "Fraction",
+    "Location",
     "Named",
     "Precision",
     "Section",
@@ -48,6 +50,7 @@ __all__ = [
 ]
 
 MOST_UPDATES = 10**9
+MOST_LENGTH = 1e30  # of δ, within float32
 MOST_PARAMETERS = 20_000_000_000  # in a new network
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
@@ -63,6 +66,17 @@ def _one_line(text: str) -> str:
 
 
 Text = Annotated[str, Field(max_length=8192), BeforeValidator(text_of), AfterValidator(_one_line)]
+
+
+def _not_empty(path: str) -> str:
+    if not path:
+        raise ValueError("an empty path is the working folder: write . if that is meant")
+    return path
+
+
+Location = Annotated[Text, AfterValidator(_not_empty)]
+"""The path of a file or folder, or a URL."""
+
 Width = Annotated[int, Field(ge=1, le=65_536)]
 Times = Annotated[int, Field(ge=1, le=100_000)]
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import numpy as np
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from robustdiff.data.pixels import crop_box, fit_array, mirror_geometry, tile
+from robustdiff.errors import InputError
 
 
 def test_tiles_are_the_images_in_order():
@@ -40,6 +43,12 @@ def test_an_image_is_fitted_by_its_centred_square():
         top, left = (height - side) // 2, (width - side) // 2
         fitted = fit_array(pixels.numpy()[None, ..., None], side, 1)
         assert fitted[0, ..., 0].tolist() == pixels[top : top + side, left : left + side].tolist()
+
+
+def test_a_size_that_memory_has_no_room_for_is_refused():
+    images = np.zeros((2000, 8, 8, 1), np.uint8)
+    with pytest.raises(InputError, match=r"size=16384: 2000 images of 8×8 pixels would take 500 GiB"):
+        fit_array(images, 16_384, None)
 
 
 def test_places_are_drawn_equally_often():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import shutil
 import zipfile
 from dataclasses import replace
@@ -18,8 +19,9 @@ from PIL import Image
 
 from robustdiff.backbones.model import Model
 from robustdiff.backbones.unet2d import UNet2D
-from robustdiff.errors import InputError
+from robustdiff.errors import InputError, RunError
 from robustdiff.evaluation.generate import RECORD, Generator, share_of, write_npz, write_pngs
+from robustdiff.files import held
 from robustdiff.process import DiffusionProcess
 from robustdiff.samplers.sample import SAMPLERS
 
@@ -294,3 +296,30 @@ def test_a_setting_that_only_the_existing_images_have_is_a_difference(generator,
         (path / RECORD).write_text(json.dumps({**record, "negative": "blurry"}))
     with pytest.raises(InputError, match=r"other settings \(negative blurry, now None\)"):
         write(generator, 2, path, accelerator)
+
+
+@pytest.mark.parametrize("name", ["images.npz", "images"])
+def test_an_output_that_another_process_writes_is_refused_and_left_alone(generator, accelerator, tmp_path, name):
+    write = write_npz if name.endswith(".npz") else write_pngs
+    lock = tmp_path / f".{name}.lock" if write is write_npz else tmp_path / name / ".robustdiff-samples.lock"
+    unfinished = lock.with_name((f".{name}" if write is write_npz else ".000000.png") + f".{'0' * 12}.tmp")
+    with held(lock):
+        unfinished.touch()
+        with pytest.raises(InputError, match=r"another process writes .*images"):
+            write(generator, 2, tmp_path / name, accelerator)
+        assert unfinished.exists()
+    assert write(generator, 2, tmp_path / name, accelerator)
+    assert not lock.exists()
+
+
+def test_a_part_that_is_cut_short_meanwhile_is_not_filled_with_zeros(generator, accelerator, tmp_path, monkeypatch):
+    flush = os.fsync
+
+    def cut(descriptor):
+        flush(descriptor)
+        os.ftruncate(descriptor, 100)
+
+    monkeypatch.setattr(os, "fsync", cut)
+    with pytest.raises(RunError, match=r"0\.uint8 was cut short meanwhile"):
+        write_npz(generator, 2, tmp_path / "images.npz", accelerator)
+    assert not (tmp_path / "images.npz").exists()

@@ -294,6 +294,7 @@ def test_a_consistency_model_is_measured_on_its_own_scales(gaussian_data):
         ({"probes": 61}, "probes"),
         ({"radii": [0.1, -1.0]}, "radii"),
         ({"radii": [float("nan")]}, "radii"),
+        ({"radii": [1e300]}, r"radii are 1e\+300; each must be positive, and at most 1e\+30"),
         ({"times": [1.0]}, "times"),
         ({"samplers": ["plms"]}, "plms"),
         ({"samplers": ["euler"]}, "euler"),

@@ -572,6 +572,8 @@ def test_none_is_one_pass_at_zero():
     ("arguments", "word"),
     [
         ({"steps": 0}, "steps"),
+        ({"steps": 1.5}, "steps must be a whole number"),
+        ({"steps": True}, "steps must be a whole number"),
         ({"step_size": 0.0}, "step_size"),
         ({"step_size": math.inf}, "step_size"),
         ({"norm": "l3"}, "l3"),

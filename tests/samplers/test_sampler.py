@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from importlib.metadata import EntryPoint
 from types import SimpleNamespace
 from typing import ClassVar
@@ -17,7 +18,7 @@ from robustdiff.evaluation.generate import Generator
 from robustdiff.objectives.preconditioning import karras_process, karras_sigmas
 from robustdiff.samplers import SAMPLERS
 from robustdiff.samplers.denoiser import DynamicThreshold
-from robustdiff.samplers.sample import check_sampler, suited
+from robustdiff.samplers.sample import check_sampler, sampling_settings, suited
 from robustdiff.samplers.sampler import Sampler, Step
 
 COSINE, FLOW = DiffusionProcess.cosine(1000), DiffusionProcess.flow(30)
@@ -101,6 +102,10 @@ def test_an_installed_package_brings_its_own(tmp_path, monkeypatch):
         ),
         ("dpm++", {"steps": "ddim5"}, "steps 'ddim5' are for ddim, es, iddpm, time-shift"),
         ("ddim", {"spacing": "even"}, "unknown spacing 'even'"),
+        ("ddim", {"spacing": 3}, "unknown spacing 3"),
+        ("ddim", {"spacing": []}, r"unknown spacing \[\]"),
+        ("ddim", {"steps_offset": "1", "spacing": "leading"}, "steps_offset must be a whole number; got '1'"),
+        *(("ddim", {"clip": clip}, "clip must be a positive number, True") for clip in (math.nan, 0, -1, "x", [])),
         ("dpm++", {"clip": True}, r"clip=True is not for dpm\+\+"),
         ("dpm++", {"clip": 0.5}, r"clip=0.5 is not for dpm\+\+.*DynamicThreshold"),
         ("ddim", {"steps_offset": 1}, "give spacing=leading too"),
@@ -111,6 +116,12 @@ def test_what_a_sampler_does_not_take_is_said_in_one_line(sampler, options, word
     with pytest.raises(InputError, match=words) as error:
         sample(model, COSINE, sampler, **{"steps": 5, "shape": (1, 1, 4, 4), **options})
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["sampler", "steps", "process"])
+def test_an_argument_is_no_option(name):
+    with pytest.raises(InputError, match=f"{name} is an argument of its own, and no option of ddim"):
+        sampling_settings(None, "ddim", {name: 3})
 
 
 def test_what_a_sampler_does_anyway_may_be_said():

@@ -68,11 +68,11 @@ def test_no_tar_is_fetched_because_a_recipe_says_so(robustdiff, run, offline, co
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-@pytest.mark.parametrize("root", ["/", "above"])
+@pytest.mark.parametrize("root", ["/", "above", "here"])
 def test_no_disk_is_searched_because_a_recipe_says_so(robustdiff, run, monkeypatch, command, root):
     (run.parent / "deep").mkdir()
     monkeypatch.chdir(run.parent / "deep")
-    root = str(run.parent) if root == "above" else root
+    root = {"above": str(run.parent), "here": str(run.parent / "deep")}.get(root, root)
     set_data(run, f"{{name: imagefolder, root: '{root}'}}")
     monkeypatch.setattr(os, "scandir", lambda *_: pytest.fail("a folder was listed"))
     outcome = robustdiff(command, run, *COMMANDS[command], "--cpu")

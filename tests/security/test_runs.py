@@ -5,11 +5,16 @@ import json
 import os
 import pickle
 import shutil
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+
+from robustdiff.errors import InputError
+from robustdiff.recipe import Recipe
+from robustdiff.training.run import _claim
 
 PARAMETER = "conv_in.weight"
 SMALL = ["model.channels=[8,16]", "model.groups=4", "batch_size=8", "checkpoint_every=2", "log_every=2", "threads=1"]
@@ -263,6 +268,13 @@ def test_a_run_is_not_begun_within_what_it_reads(robustdiff, finished, tmp_path)
     outcome = robustdiff("train", "digits", "--cpu", *more, *(x for a in fields for x in ("--set", a)))
     assert_refused(outcome, "which is read")
     assert contents(tmp_path / "pipeline") == before
+
+
+def test_a_run_is_not_begun_within_its_data(tmp_path):
+    recipe = Recipe.model_validate({"data": f"hf:{tmp_path}", "output": str(tmp_path / "run")})
+    with pytest.raises(InputError, match="which is read"), ExitStack() as lock:
+        _claim(recipe, tmp_path / "run", False, None, lock)
+    assert contents(tmp_path) == {}
 
 
 # -- row 9 and links within a run ------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from robustdiff.errors import InputError
+from robustdiff.files import MARKER
 from robustdiff.study.plan import plan
 from robustdiff.study.run import run_study
 from robustdiff.study.schema import Measurement, load_study
@@ -207,6 +208,7 @@ def study(tmp_path):
 def test_a_folder_of_a_study_that_is_a_link_is_not_followed(home, study, part):
     folder = home / "study"
     (folder / part).parent.mkdir(parents=True, exist_ok=True)
+    (folder / MARKER).touch()
     (folder / part).symlink_to(home / "precious")
     before = listing(home / "precious")
     with pytest.raises(InputError, match="symbolic link"):
@@ -217,6 +219,7 @@ def test_a_folder_of_a_study_that_is_a_link_is_not_followed(home, study, part):
 def test_a_lock_that_is_a_link_is_neither_truncated_nor_followed(home, study):
     folder = home / "study"
     (folder / "locks").mkdir(parents=True)
+    (folder / MARKER).touch()
     (home / "diary").write_text("mine")
     lock = folder / "locks" / f"training {plan(study, folder)[0].name}"
     lock.symlink_to(home / "diary")

@@ -20,6 +20,7 @@ from robustdiff.data import DataConfig, load_dataset
 from robustdiff.data.loader import worker_failures
 from robustdiff.errors import InputError, NotFiniteError, RunError
 from robustdiff.evaluation.noise import NOISE
+from robustdiff.files import MARKER
 from robustdiff.metrics.extractors.extractor import load_extractor
 from robustdiff.metrics.metric import MetricCollection
 from robustdiff.metrics.reference import reference_statistics
@@ -36,7 +37,7 @@ from robustdiff.study.estimate import remaining
 from robustdiff.study.plan import pieces, plan, reference_cells
 from robustdiff.study.run import reproduce, run_study
 from robustdiff.study.schema import Study, load_study
-from robustdiff.study.store import MEASURES, Results, check_results, read_cell, read_results, write
+from robustdiff.study.store import MEASURES, Results, check_results, claim_study, read_cell, read_results, write
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = {
@@ -219,6 +220,26 @@ def test_a_number_of_steps_is_added_to_a_mismatch(tmp_path):
         True,
         False,
     ]
+
+
+def test_a_study_is_not_put_into_a_folder_of_something_else(tmp_path):
+    folder = tmp_path / "study"
+    for _ in range(2):
+        claim_study(folder)
+    assert (folder / MARKER).read_text().startswith("a study of robustdiff")
+    for name in ("cells/plain-s0-ddim-1.json", "mine.yaml"):  # of a repository, and of robustdiff 0.2.0
+        old = tmp_path / name[:4] / name
+        old.parent.mkdir(parents=True)
+        old.touch()
+        claim_study(tmp_path / name[:4])
+        assert not (tmp_path / name[:4] / MARKER).exists()
+    for name in ("recipe.yaml", "notes.txt"):
+        other = tmp_path / name[:4] / name
+        other.parent.mkdir()
+        other.touch()
+        with pytest.raises(InputError, match=r"holds a run, and not a study|is not empty, and nothing in it says"):
+            claim_study(other.parent)
+        assert [*other.parent.iterdir()] == [other]
 
 
 def test_work_that_leaves_no_file_is_not_repeated(tmp_path, monkeypatch):

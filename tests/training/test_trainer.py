@@ -18,7 +18,9 @@ from safetensors.torch import load_file
 from robustdiff.backbones.model import load_model
 from robustdiff.data import load_dataset
 from robustdiff.errors import InputError, RunError
+from robustdiff.files import MARKER, held
 from robustdiff.perturbation import ADVERSARIES, Adversary, AdversaryConfig
+from robustdiff.training import run
 from robustdiff.training.build import build_model
 from robustdiff.training.run import own_state_of_accelerate, train
 from robustdiff.training.trainer import Trainer
@@ -299,6 +301,12 @@ def test_the_sampler_of_a_recipe_suits_its_model(tiny):
         train(tiny(process="flow", sampler="ddim", objective={"prediction": "flow"}), cpu=True)
 
 
+@pytest.mark.parametrize("steps", ["abc", "", 5000])
+def test_the_steps_of_a_recipe_suit_its_sampler(tiny, steps):
+    with pytest.raises(InputError, match=r"sampler\.steps: steps "):
+        train(tiny(sampler={"steps": steps}), cpu=True)
+
+
 def test_a_run_is_resumed_with_other_microbatches(tiny, outcome):
     """Resume a run that had too little memory with more and smaller microbatches."""
     whole = tiny("whole")
@@ -547,6 +555,15 @@ def test_an_adversary_that_contradicts_itself_fails_the_run(tiny, passes, yields
     assert not (Path(recipe.output) / "result.json").exists()
 
 
+@pytest.mark.parametrize("tracker", ["tensorboard", "wandb"])
+def test_a_tracker_that_is_not_installed_is_refused(tiny, monkeypatch, tracker):
+    monkeypatch.setattr(run, f"is_{tracker}_available", lambda: False)
+    recipe = tiny(trackers=[tracker])
+    with pytest.raises(InputError, match=f"trackers: {tracker} is not installed: pip install {tracker}"):
+        train(recipe, cpu=True)
+    assert not Path(recipe.output).exists()
+
+
 def test_tensorboard_gets_the_metrics(tiny):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -671,3 +688,16 @@ def test_the_learning_rate_falls_along_half_a_cosine_to_zero(tiny):
     expected = [1e-3 * min(1, (k + 1) / 2) * (1 + math.cos(math.pi * k / 8)) / 2 for k in range(8)]
     assert [line["lr"] for line in lines(recipe)] == pytest.approx(expected)
     assert expected[-1] < 0.04e-3
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_run_of_another_process_is_left_alone(tiny, resume):
+    recipe = tiny(steps=1)
+    folder = Path(recipe.output)
+    unfinished = [folder / f".model.{'0' * 12}.tmp", folder / "checkpoints" / f".step-00000001.{'0' * 12}.tmp"]
+    with held(folder / MARKER):
+        for part in unfinished:
+            part.mkdir(parents=True)
+        with pytest.raises(InputError, match=r"another process trains in .*run: wait until it ends"):
+            train(recipe, resume=resume, cpu=True)
+        assert all(part.exists() for part in unfinished)

@@ -14,7 +14,12 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from robustdiff.errors import InputError
+
 __all__ = ["Position", "crop_box", "fit_array", "mirror_geometry", "resize_image", "tile"]
+
+# Images that are held in memory may be resized to so many bytes, or to so many times those that they have.
+_MOST_BYTES, _MOST_GROWTH = 2**31, 200
 
 Position = tuple[float, float]
 """The place of a crop, from the top and from the left, each in [0, 1) of the room that there is."""
@@ -79,11 +84,20 @@ def fit_array(images: NDArray[np.uint8], size: int | None, channels: int | None)
 
     Returns:
         uint8 (N, size, size, channels).
+
+    Raises:
+        InputError: If the result is far larger than the array, as a size in somebody else's recipe may ask for.
     """
     height, width, depth = images.shape[1:]
     channels = depth if channels is None else channels
     if channels == depth and (size is None or size == height == width):
         return images
+    needed = 0 if size is None else len(images) * size**2 * channels
+    if needed > max(_MOST_BYTES, _MOST_GROWTH * images.nbytes):
+        raise InputError(
+            f"size={size}: {len(images)} images of {height}×{width} pixels would take {needed / 2**30:.0f} GiB of "
+            "memory; give a smaller size"
+        )
     if size is None and channels == 3:  # from grey to colour; without a size, images are not cropped
         return np.repeat(images, 3, axis=3)
     if size is None:

@@ -16,6 +16,7 @@ import inspect
 import os
 from collections.abc import Callable, Mapping
 from functools import cache
+from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
 from pydantic import ConfigDict, Field, create_model, model_validator
@@ -23,7 +24,7 @@ from pydantic import ConfigDict, Field, create_model, model_validator
 from robustdiff.data.dataset import ImageDataset
 from robustdiff.errors import InputError, first_line, printable
 from robustdiff.registry import Registry
-from robustdiff.section import Named, Section, Text, refusal
+from robustdiff.section import Location, Named, Section, Text, refusal
 
 __all__ = ["DATASETS", "DataConfig", "load_dataset"]
 
@@ -99,7 +100,7 @@ class DataConfig(Named):
     model_config = ConfigDict(extra="allow")
 
     name: Text = Field("fashion-16", description="name of a dataset, or hf:NAME")
-    root: Text | None = Field(None, description="folder or file of the data, if the dataset needs one")
+    root: Location | None = Field(None, description="folder or file of the data, if the dataset needs one")
     size: int | None = Field(None, ge=1, le=16_384, description="resize to this many pixels a side")
     channels: Literal[1, 3] | None = Field(None, description="convert to grey (1) or colour (3)")
     split: Text = Field("train", description="split of the dataset")
@@ -125,6 +126,12 @@ class DataConfig(Named):
             message = f"{_refuse(name, field)}; known here: {', '.join([*cls.model_fields, *options.model_fields])}"
             raise refusal(field, message)
         return {**shared, **dict(options.model_validate(own))}
+
+    @property
+    def folder(self) -> Path | None:
+        """The folder or file of the data, by ``root`` or as in ``hf:FOLDER``, or None if it is not on this machine."""
+        root = _find(self.name)[1] if self.root is None else self.root
+        return Path(root) if root and os.path.exists(root) else None
 
     def load(self) -> ImageDataset:
         """Load the dataset.

@@ -15,7 +15,7 @@ import os
 import re
 import zipfile
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -34,11 +34,11 @@ from robustdiff.backbones.fused_norm import fuse_norms
 from robustdiff.backbones.model import Model, load_model
 from robustdiff.conditions.condition import Condition
 from robustdiff.data import to_uint8
-from robustdiff.errors import InputError, printable
+from robustdiff.errors import InputError, RunError, printable
 from robustdiff.evaluation.noise import NOISE, ImageNoise
 from robustdiff.evaluation.prompts import record_of
 from robustdiff.evaluation.recorded import Recordings, unrecordable
-from robustdiff.files import atomic_write, make_folder, open_regular, remove_leftovers, user_key
+from robustdiff.files import atomic_write, held, make_folder, open_regular, remove_leftovers, user_key
 from robustdiff.progress import SILENT, Progress
 from robustdiff.recipe import load_recipe
 from robustdiff.samplers.sample import SAMPLERS, check_sampler, sample, sampling_settings
@@ -50,6 +50,7 @@ __all__ = ["Generator", "share_of", "write_npz", "write_pngs"]
 RECORD = ".robustdiff-samples.json"
 """The file in a folder of PNGs that holds their settings."""
 
+_LOCK = ".robustdiff-samples.lock"
 _SIGNATURE = 32  # bytes
 
 
@@ -297,6 +298,13 @@ def _share(num: int, rank: int, processes: int) -> range:
     return range(num * rank // processes, num * (rank + 1) // processes)
 
 
+def _lock(path: Path, output: Path, stack: ExitStack) -> None:
+    """Hold the lock of an output, in a file that is there meanwhile, until the stack is closed."""
+    if not stack.enter_context(held(path)):
+        raise InputError(f"another process writes {output}: wait until it ends, or give another --output")
+    stack.callback(path.unlink, missing_ok=True)
+
+
 def _signature(batch: range, pixels: bytes, key: str, secret: bytes) -> bytes:
     """Return the signature after a batch in a temporary file, which only a call of the same user can have written."""
     return hmac.digest(secret, f"{key} {batch.start} {batch.stop} ".encode() + pixels, "sha256")
@@ -331,22 +339,40 @@ def write_npz(
         True if the file was written, False if the same call had written it before.
 
     Raises:
-        InputError: If the file exists and was written with another network or other settings.
+        InputError: If the file exists and was written with another network or other settings, or another process writes
+            it.
+        RunError: If a temporary file was changed meanwhile.
     """
     progress.begin(f"{generator.sampler}, {generator.steps} steps", num)
-    channels, height, width = generator.model.image_shape
     settings = {**_settings(generator), "num": num}
     # Temporary files of another network or other settings have another name and are not used.
     key = hashlib.sha256(json.dumps([settings, accelerator.num_processes]).encode()).hexdigest()[:12]
     parts = path.with_name(f".{path.name}.{key}.parts")
-    if accelerator.is_main_process:
-        remove_leftovers(path.parent, re.escape(path.name))
-    if path.exists():
-        _check_record(path, _comment(path), settings)
-        if accelerator.is_main_process and parts.is_dir():  # a call was killed after the file appeared
+    with ExitStack() as stack:
+        if accelerator.is_main_process and not path.exists():
+            _lock(path.with_name(f".{path.name}.lock"), path, stack)
+            remove_leftovers(path.parent, re.escape(path.name))
+        accelerator.wait_for_everyone()
+        if path.exists():
+            _check_record(path, _comment(path), settings)
+            if accelerator.is_main_process and parts.is_dir():  # a call was killed after the file appeared
+                _remove_parts(parts, accelerator.num_processes)
+            progress.advance(num)
+            return False
+        _generate(generator, num, parts, key, accelerator, progress)
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            _join(generator, num, path, parts, settings, accelerator.num_processes)
             _remove_parts(parts, accelerator.num_processes)
-        progress.advance(num)
-        return False
+        accelerator.wait_for_everyone()
+    return True
+
+
+def _generate(
+    generator: Generator, num: int, parts: Path, key: str, accelerator: Accelerator, progress: Progress
+) -> None:
+    """Write the images of this process to its temporary file, from where an earlier call ended."""
+    channels, height, width = generator.model.image_shape
     make_folder(parts)
     part = parts / f"{accelerator.process_index}.uint8"
     size = channels * height * width
@@ -364,25 +390,28 @@ def write_npz(
                 progress.advance(len(batch) * accelerator.num_processes)
         file.flush()
         os.fsync(file.fileno())
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        labels = generator.labels(range(num))
-        with atomic_write(path) as target, zipfile.ZipFile(target, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
-            archive.comment = json.dumps(settings).encode()  # not an array: readers expect arr_0 and arr_1 alone
-            with archive.open("arr_0.npy", "w", force_zip64=True) as member:
-                header = {"descr": "|u1", "fortran_order": False, "shape": (num, height, width, channels)}
-                np.lib.format.write_array_header_1_0(member, header)
-                for rank in range(accelerator.num_processes):
-                    with open_regular(parts / f"{rank}.uint8") as source:
-                        for batch in generator.batches(_share(num, rank, accelerator.num_processes)):
-                            member.write(source.read(len(batch) * size))
-                            source.seek(_SIGNATURE, os.SEEK_CUR)
-            if labels is not None:
-                with archive.open("arr_1.npy", "w") as member:
-                    np.lib.format.write_array(member, labels.numpy(), allow_pickle=False)
-        _remove_parts(parts, accelerator.num_processes)
-    accelerator.wait_for_everyone()
-    return True
+
+
+def _join(generator: Generator, num: int, path: Path, parts: Path, settings: dict[str, Any], processes: int) -> None:
+    """Write the archive, from the temporary files of all processes."""
+    channels, height, width = generator.model.image_shape
+    size, labels = channels * height * width, generator.labels(range(num))
+    with atomic_write(path) as target, zipfile.ZipFile(target, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+        archive.comment = json.dumps(settings).encode()  # not an array: readers expect arr_0 and arr_1 alone
+        with archive.open("arr_0.npy", "w", force_zip64=True) as member:
+            header = {"descr": "|u1", "fortran_order": False, "shape": (num, height, width, channels)}
+            np.lib.format.write_array_header_1_0(member, header)
+            for rank in range(processes):
+                with open_regular(parts / f"{rank}.uint8") as source:
+                    for batch in generator.batches(_share(num, rank, processes)):
+                        pixels = source.read(len(batch) * size)
+                        if len(pixels) < len(batch) * size:
+                            raise RunError(f"{printable(source.name)} was cut short meanwhile: start again")
+                        member.write(pixels)
+                        source.seek(_SIGNATURE, os.SEEK_CUR)
+        if labels is not None:
+            with archive.open("arr_1.npy", "w") as member:
+                np.lib.format.write_array(member, labels.numpy(), allow_pickle=False)
 
 
 def _remove_parts(folder: Path, processes: int) -> None:
@@ -410,33 +439,36 @@ def write_pngs(
         True if images were written, False if none was missing.
 
     Raises:
-        InputError: If the folder holds anything that was not made with the same network and settings.
+        InputError: If the folder holds anything that was not made with the same network and settings, or another
+            process writes to it.
     """
     progress.begin(f"{generator.sampler}, {generator.steps} steps", num)
     settings = _settings(generator)
     record = folder / RECORD
-    if folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir()):
-        _check_record(folder, _contents(record), settings)
+    with ExitStack() as stack:
         if accelerator.is_main_process:
-            remove_leftovers(folder, r"\d{6,}\.png")
-    elif accelerator.is_main_process:
-        folder.mkdir(parents=True, exist_ok=True)
-        with atomic_write(record) as file:
-            file.write(json.dumps(settings, indent=1).encode())
-    accelerator.wait_for_everyone()
-    made = False
-    for numbers in generator.batches(share_of(num, accelerator)):
-        missing = {i: path for i in numbers if not _is_there(path := folder / f"{i:06d}.png")}
-        if missing:
-            made = True
-            for batch, images in generator.images(numbers):
-                for i, image in zip(batch, images.permute(0, 2, 3, 1).numpy(), strict=True):
-                    if i in missing:
-                        with atomic_write(missing[i]) as file:
-                            picture = Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image)
-                            picture.save(file, "png", pnginfo=_texts(generator, settings["network"], i))
-        progress.advance(len(numbers) * accelerator.num_processes)
-    return any(gather_object([made]))
+            folder.mkdir(parents=True, exist_ok=True)
+            _lock(folder / _LOCK, folder, stack)
+            if any(not path.name.startswith(".") for path in folder.iterdir()):
+                _check_record(folder, _contents(record), settings)
+                remove_leftovers(folder, r"\d{6,}\.png")
+            else:
+                with atomic_write(record) as file:
+                    file.write(json.dumps(settings, indent=1).encode())
+        accelerator.wait_for_everyone()
+        made = False
+        for numbers in generator.batches(share_of(num, accelerator)):
+            missing = {i: path for i in numbers if not _is_there(path := folder / f"{i:06d}.png")}
+            if missing:
+                made = True
+                for batch, images in generator.images(numbers):
+                    for i, image in zip(batch, images.permute(0, 2, 3, 1).numpy(), strict=True):
+                        if i in missing:
+                            with atomic_write(missing[i]) as file:
+                                picture = Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image)
+                                picture.save(file, "png", pnginfo=_texts(generator, settings["network"], i))
+            progress.advance(len(numbers) * accelerator.num_processes)
+        return any(gather_object([made]))
 
 
 def _texts(generator: Generator, network: str, index: int) -> PngInfo | None:

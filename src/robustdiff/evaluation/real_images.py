@@ -38,8 +38,8 @@ def choose_real_images(
 ) -> DataConfig:
     """Return the data section of a run's recipe, or that of fashion-16 if there is no recipe, with overrides.
 
-    A run may come from somebody else. A recipe alone never causes a download, nor the reading of a folder that contains
-    the working folder.
+    A run may come from somebody else. A recipe alone never causes a download, nor the reading of the working folder or
+    of one that contains it.
 
     Args:
         run: A run, a model without a recipe, or None.
@@ -71,13 +71,13 @@ def choose_real_images(
             f"{recipe} names the data {config.name}, which is fetched from the network: add --data {config.name} if "
             "that is wanted, or name other images by --data"
         )
-    folder = Path(config.name.removeprefix("hf:") if remote else str(config.root)).resolve()
+    folder = (config.folder or Path(str(config.root))).resolve()
     while any(character in str(folder) for character in "*?[{") and not os.path.exists(folder):
         folder = folder.parent  # the root is a pattern of files
-    if folder in Path.cwd().parents:
+    if folder in (Path.cwd(), *Path.cwd().parents):
         raise InputError(
-            f"{recipe} names the data {folder}, which this folder lies in: add --root {folder} if all of it is meant, "
-            "or name other images by --data and --root"
+            f"{recipe} names the data {folder}, which this folder is or lies in: add --root {folder} if all of it is "
+            "meant, or name other images by --data and --root"
         )
     if os.path.exists(folder) and PartialState().is_main_process:
         on_read(f"{recipe} names the data: reading {folder}")

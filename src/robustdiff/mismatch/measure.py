@@ -68,6 +68,7 @@ from robustdiff.mismatch.robustness import Robustness, measure_robustness
 from robustdiff.notebook import html_table
 from robustdiff.progress import SILENT, Progress
 from robustdiff.samplers.denoiser import Evaluation
+from robustdiff.section import MOST_LENGTH
 
 __all__ = ["MEASURES", "Difference", "Mismatch", "Path", "Step", "measure_mismatch"]
 
@@ -217,7 +218,7 @@ class _Truth:
         self._order = fixed_order(len(dataset), seed)
         images = self._images(self._order[-_PCA_IMAGES:])
         dimensions = min(_FRECHET_DIMENSIONS, images[0].numel(), len(images))
-        self.pca = PCA(dimensions, random_state=seed).fit(images.flatten(1).numpy())
+        self.pca = PCA(dimensions, random_state=seed % 2**32).fit(images.flatten(1).numpy())
         self.directions = random_directions(images[0].numel(), seed=seed)
         halves = (self.batch(range(kept), second) for second in (False, True))
         self.kept = [(x0.flatten(1).cpu().numpy(), noise.flatten(1).cpu().numpy()) for x0, noise in halves]
@@ -488,7 +489,7 @@ def _check_numbers(
         raise InputError(f"reservoir is {reservoir}; give {2 * IMAGE_BLOCKS} or more")
     if probes != 0 and not 2 <= probes <= num:
         raise InputError(f"probes is {probes}; give 0, or a number from 2 to num = {num}")
-    if not all(0 < r < np.inf for r in radii):
-        raise InputError(f"radii are {', '.join(map(str, radii))}; each must be positive and finite")
+    if not all(0 < r <= MOST_LENGTH for r in radii):
+        raise InputError(f"radii are {', '.join(map(str, radii))}; each must be positive, and at most {MOST_LENGTH:g}")
     if not all(0 <= f < 1 for f in times):
         raise InputError(f"times are {', '.join(map(str, times))}; each must be in [0, 1)")

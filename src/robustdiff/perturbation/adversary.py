@@ -15,7 +15,7 @@ from robustdiff.perturbation.norms import NORMS
 from robustdiff.perturbation.radii import Constant, Points, RadiusConfig, RadiusSchedule, Ramp
 from robustdiff.process import DiffusionProcess, broadcast
 from robustdiff.registry import Registry
-from robustdiff.section import MOST_UPDATES, Named
+from robustdiff.section import MOST_LENGTH, MOST_UPDATES, Named
 
 __all__ = ["ADVERSARIES", "Adversary", "AdversaryConfig", "AscentConfig", "LossOfDelta"]
 
@@ -77,8 +77,8 @@ class Adversary:
         norm: str = "l2",
         grad_floor: float = 0.0,
     ) -> None:
-        if steps < 1:
-            raise ValueError(f"steps must be at least 1; got {steps}")
+        if isinstance(steps, bool) or not hasattr(steps, "__index__") or steps < 1:
+            raise ValueError(f"steps must be a whole number, at least 1; got {steps}")
         if not (step_size > 0 and math.isfinite(step_size)):
             raise ValueError(f"step_size must be positive and finite; got {step_size}")
         if norm not in NORMS:
@@ -222,7 +222,7 @@ class AscentConfig(AdversaryConfig):
 
     adversary: ClassVar[type[Adversary]]
     steps: int = Field(3, ge=1, le=1000, description="the number K of steps")
-    step_size: float = Field(0.1, gt=0, description="the length α of a step, in units of the norm")
+    step_size: float = Field(0.1, gt=0, le=MOST_LENGTH, description="the length α of a step, in units of the norm")
     norm: Literal["l2", "linf", "l1"] = "l2"
     radius: RadiusConfig | None = Field(None, description="the radius of the ball; none: no projection")
     ramp: int = Field(0, ge=0, le=MOST_UPDATES, description="the number of updates over which the radius grows from 0")

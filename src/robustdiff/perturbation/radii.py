@@ -15,7 +15,7 @@ from torch import Tensor
 from robustdiff.errors import InputError
 from robustdiff.perturbation.norms import Norm
 from robustdiff.process import DiffusionProcess, Table
-from robustdiff.section import Section, Times
+from robustdiff.section import MOST_LENGTH, Section, Times
 
 __all__ = [
     "Constant",
@@ -222,8 +222,10 @@ class Ramp(RadiusSchedule):
 class RadiusConfig(Section):
     """The radius of the ball, given by exactly one of ``value`` and ``eta``."""
 
-    value: float | None = Field(None, ge=0, description="the radius, in units of the norm")
-    eta: float | None = Field(None, ge=0, description="the radius per dimension, η·‖(1, …, 1)‖; in ℓ2 η√d")
+    value: float | None = Field(None, ge=0, le=MOST_LENGTH, description="the radius, in units of the norm")
+    eta: float | None = Field(
+        None, ge=0, le=MOST_LENGTH, description="the radius per dimension, η·‖(1, …, 1)‖; in ℓ2 η√d"
+    )
     sampler_steps: Times | None = Field(
         None, description="with eta: at most the distance that a sampler with this number of steps covers in one"
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from numbers import Integral, Real
 from operator import index
 from typing import Any
 
@@ -81,18 +82,31 @@ def sampling_settings(model: Any, sampler: str, given: Mapping[str, Any]) -> dic
         given: The settings given by the caller, by name; those that are None are left out.
 
     Raises:
-        InputError: If a given setting would have no effect.
+        InputError: If a given setting would have no effect, or is not of its kind.
     """
     own: Mapping[str, Any] = getattr(model, "sampling", {})
     has = ("clip", "spacing", "steps_offset", *SAMPLERS[sampler].model_fields)
     given = {name: value for name, value in given.items() if value is not None}
     settings = {**{name: value for name, value in own.items() if name in has}, **given}
+    for name in ("sampler", "steps", "process"):
+        if name in given:
+            raise InputError(f"{name} is an argument of its own, and no option of {sampler}: give it as that")
+    _check(settings)
     clip = given.get("clip", False)
     if clip is not False and not (SAMPLERS[sampler].clips or isinstance(clip, DynamicThreshold)):
         raise InputError(f"clip={clip} is not for {sampler}, which clips by a DynamicThreshold only: leave clip out")
     if "steps_offset" in given and settings.get("spacing") != "leading":
         raise InputError("steps_offset is the first time of the spacing leading: give spacing=leading too")
     return settings
+
+
+def _check(settings: Mapping[str, Any]) -> None:
+    """Check the kinds of the settings that every sampler has, but for the spacing, which its path checks."""
+    clip, offset = settings.get("clip"), settings.get("steps_offset")
+    if not (clip is None or isinstance(clip, bool | DynamicThreshold) or (isinstance(clip, Real) and clip > 0)):
+        raise InputError(f"clip must be a positive number, True for 1, or False for none; got {clip!r}")
+    if not (offset is None or isinstance(offset, Integral)):
+        raise InputError(f"steps_offset must be a whole number; got {offset!r}")
 
 
 def _bound(clip: Clip | None, model: Any, channels: int) -> float | DynamicThreshold | None:
@@ -103,8 +117,6 @@ def _bound(clip: Clip | None, model: Any, channels: int) -> float | DynamicThres
         return bound
     if isinstance(clip, bool):
         return 1.0 if clip else None
-    if not isinstance(clip, DynamicThreshold) and not clip > 0:
-        raise InputError(f"clip must be positive, or False for none; got {clip}")
     return clip
 
 

@@ -150,7 +150,7 @@ class Sampler(Section):
             InputError: If the sampler does not support these steps or this spacing.
         """
         T = len(process)
-        if isinstance(spacing, str) and spacing not in SPACINGS:
+        if not (spacing is None or callable(spacing) or (isinstance(spacing, str) and spacing in SPACINGS)):
             raise InputError(f"unknown spacing {spacing!r}: use one of {', '.join(SPACINGS)}")
         if isinstance(steps, str):
             if not self.strings:

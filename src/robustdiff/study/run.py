@@ -27,7 +27,7 @@ from robustdiff.evaluation.grid import Cell as Measured
 from robustdiff.evaluation.grid import evaluate_cell, evaluate_images
 from robustdiff.evaluation.noise import NOISE, check_noise
 from robustdiff.evaluation.prompts import prompts_of
-from robustdiff.files import atomic_write, make_folder, read_json
+from robustdiff.files import atomic_write, held, make_folder, read_json
 from robustdiff.metrics.extractors.extractor import load_extractor
 from robustdiff.metrics.metric import DEFAULT, MetricCollection, parse_metrics
 from robustdiff.metrics.reference import reference_statistics
@@ -41,7 +41,7 @@ from robustdiff.study.store import (
     Training,
     cell_settings,
     check_results,
-    held,
+    claim_study,
     read,
     read_real,
     real_path,
@@ -81,8 +81,8 @@ def run_study(
         False when a signal stopped it.
 
     Raises:
-        InputError: If a run cannot be built from its recipe, a sampler does not suit the networks, or existing results
-            were made with other settings.
+        InputError: If a run cannot be built from its recipe, a sampler does not suit the networks, existing results
+            were made with other settings, or the folder holds something else.
         RunError: If a training failed, or its network cannot be measured, or if a process is killed.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -91,6 +91,7 @@ def run_study(
     first = plan(study, folder)[0]
     if first.missing:
         _check_samplers(study, first)
+    claim_study(folder)
     for part in ("cells", "locks", "mismatch", "runs", "trainings"):  # raises if one is a link out of the folder
         make_folder(folder / part)
     _measure_real(study, folder)

@@ -1,8 +1,7 @@
-"""The files of a study: atomic writes, validated reads, and locks.
+"""The files of a study: atomic writes and validated reads.
 
-A file that was made with other settings than the study's is an error. A piece of work in progress is held by a lock of
-the operating system (flock), which is released when its process ends, so that any number of processes can share a
-study.
+A file that was made with other settings than the study's is an error. A piece of work in progress is held by a lock
+(:func:`robustdiff.files.held`), so that any number of processes can share a study.
 
 A cell keeps its bootstrap replicates of FID, so that the interval of any difference can be computed later from two
 files, and the whole recipe, so that the cell can be reproduced from its file alone. Since files may come from somebody
@@ -11,8 +10,7 @@ else, everything is written inside the study's folder, and not through symbolic 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -23,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from robustdiff.data import DataConfig
 from robustdiff.errors import InputError, first_mistake, printable
 from robustdiff.evaluation.noise import check_noise
-from robustdiff.files import make_folder, open_regular, read_record, write_json
+from robustdiff.files import MARKER, claim_folder, make_folder, read_record, write_json
 from robustdiff.metrics.bootstrap import REPLICATES
 from robustdiff.metrics.metric import METRICS, parse_metric
 from robustdiff.mismatch.measure import MEASURES as MISMATCHES
@@ -40,7 +38,7 @@ __all__ = [
     "Training",
     "cell_settings",
     "check_results",
-    "held",
+    "claim_study",
     "read",
     "read_cell",
     "read_real",
@@ -198,19 +196,23 @@ def write(path: Path, record: Mapping[str, Any]) -> None:
     write_json(path, record)
 
 
-@contextmanager
-def held(path: Path) -> Iterator[bool]:
-    """Hold a lock within the block, if no other process holds it. Yields True if the lock is held."""
-    import fcntl  # imported here, since not every system has it
+def claim_study(folder: Path) -> None:
+    """Create the folder of a study, or check that a folder is of a study.
 
-    make_folder(path.parent)
-    with open_regular(path, "ab") as file:  # nothing is written into it
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-            return
-        yield True
+    Studies of robustdiff 0.2.0 and before have no marker, and neither have results without trainings, such as those of
+    a repository. They are known by their cells or a study file, and stay without it.
+
+    Raises:
+        InputError: If the folder holds a run or something else, or is a link.
+        OSError: If the folder cannot be created or written.
+    """
+    files = {path.name for path in folder.glob("*.yaml")}
+    if "recipe.yaml" in files:
+        raise InputError(f"{printable(folder)} holds a run, and not a study: choose another --output")
+    if not (folder / MARKER).exists() and (files or (folder / "cells").exists()):
+        make_folder(folder)
+    else:
+        claim_folder(folder, "a study")
 
 
 def cell_settings(measure: Measurement) -> dict[str, Any]:

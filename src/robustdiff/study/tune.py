@@ -50,7 +50,7 @@ from robustdiff.evaluation.generate import Generator
 from robustdiff.evaluation.noise import NOISE, check_noise
 from robustdiff.evaluation.prompts import prompts_of
 from robustdiff.evaluation.real_images import load_target
-from robustdiff.files import atomic_write, claim_folder, write_json
+from robustdiff.files import atomic_write, claim_folder, held, write_json
 from robustdiff.metrics.metric import Number, ranked
 from robustdiff.progress import SILENT, Progress
 from robustdiff.recipe import Recipe, load_recipe
@@ -60,7 +60,7 @@ from robustdiff.study.estimate import time_sampling, time_training
 from robustdiff.study.plan import CELL, plan, reference_cells
 from robustdiff.study.run import run_study
 from robustdiff.study.schema import Changes, Count, Guidance, Sampler, Seed, Study
-from robustdiff.study.store import MEASURES, Loss, held, read, read_cell
+from robustdiff.study.store import MEASURES, Loss, read, read_cell
 from robustdiff.training.ema import sufficient_decay
 from robustdiff.yaml_reader import read_yaml
 

@@ -16,6 +16,7 @@ from robustdiff.errors import InputError
 from robustdiff.objectives.objective import OBJECTIVES, ObjectiveConfig
 from robustdiff.process import DiffusionProcess
 from robustdiff.recipe import Recipe
+from robustdiff.samplers.sample import check_sampler, sampling_settings
 from robustdiff.weights import DTYPES
 
 __all__ = ["Built", "build_model"]
@@ -50,6 +51,14 @@ def build_model(recipe: Recipe, dataset: ImageDataset) -> Built:
         raise InputError(
             f"sampler.name={recipe.sampler.name} does not suit the model: give {' or '.join(built.model.samplers)}"
         )
+    if recipe.sampler.steps is not None:
+        sampler = recipe.sampler.name or built.model.samplers[0]
+        settings = sampling_settings(built.model, sampler, {})
+        settings.pop("clip", None)
+        try:
+            check_sampler(sampler, recipe.sampler.steps, built.model.process, **settings)
+        except InputError as error:
+            raise InputError(f"sampler.steps: {error}") from None
     if recipe.model.gradient_checkpointing:
         try:
             built.model.network.enable_gradient_checkpointing()

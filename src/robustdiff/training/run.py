@@ -8,7 +8,8 @@ r"""A training run: a recipe, trained in a folder of its own until it is finishe
     model/           the trained model, a diffusers pipeline or an adapter
     result.json      written last: the run is finished
 
-A folder belongs to a run if it has this package's marker, and a run is resumed only with the same recipe and data.
+A folder belongs to a run if it has this package's marker, on which the run holds a lock, so that no second process
+trains in it. A run is resumed only with the same recipe and data.
 """
 
 from __future__ import annotations
@@ -16,14 +17,14 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
-from accelerate.utils import ProjectConfiguration, set_seed
+from accelerate.utils import ProjectConfiguration, is_tensorboard_available, is_wandb_available, set_seed
 
 from robustdiff.backbones.model import is_model_folder
 from robustdiff.data import ImageDataset
@@ -36,6 +37,7 @@ from robustdiff.files import (
     atomic_write,
     check_outside,
     claim_folder,
+    held,
     make_folder,
     remove_leftovers,
     write_json,
@@ -135,12 +137,17 @@ def _check_data(path: Path, data: DataRecord) -> None:
     )
 
 
-def _claim(recipe: Recipe, folder: Path, resume: bool, data: DataRecord) -> None:
-    """Make the run's folder, or with ``resume`` check that a folder holds a run of the recipe and the data."""
+def _claim(recipe: Recipe, folder: Path, resume: bool, data: DataRecord, lock: ExitStack) -> None:
+    """Make the run's folder, or with ``resume`` check that a folder holds a run of the recipe and the data.
+
+    No other process can claim it until ``lock`` is closed.
+    """
     teacher = None if recipe.objective is None else recipe.objective.teacher_path
-    read = [Path(source) for source in (recipe.model.source, teacher, recipe.data.root) if source]
+    read = [Path(source) for source in (recipe.model.source, teacher, recipe.data.folder) if source]
     check_outside(folder, read, "--set output=…")
     claim_folder(folder, "a run")
+    if not lock.enter_context(held(folder / MARKER)):
+        raise InputError(f"another process trains in {folder}: wait until it ends, or choose another --set output=…")
     remove_leftovers(folder, r"(?:recipe\.yaml|(?:data|start|result)\.json|metrics\.jsonl|model|best)")
     if any(path.name != MARKER for path in folder.iterdir()):
         if not resume:
@@ -206,13 +213,14 @@ def train(recipe: Recipe, *, resume: bool = False, cpu: bool = False, progress: 
         The contents of ``result.json``, or None if a signal stopped the run; it was then saved and can be resumed.
 
     Raises:
-        InputError: If the recipe, the data, the checkpoint and the folder do not fit together.
+        InputError: If the recipe, the data, the checkpoint and the folder do not fit together, or another process
+            trains in the folder.
         NotFiniteError: If the loss, or a parameter, is not finite.
         RunError: If a process of the run was killed.
         OSError: If the disk is full.
     """
-    with own_state_of_accelerate():
-        return _train(recipe, resume, cpu, progress)
+    with own_state_of_accelerate(), ExitStack() as lock:
+        return _train(recipe, resume, cpu, progress, lock)
 
 
 @contextmanager
@@ -234,7 +242,9 @@ def own_state_of_accelerate() -> Iterator[None]:
             state.update(before)
 
 
-def _train(recipe: Recipe, resume: bool, cpu: bool, progress: Progress) -> RunResult | None:
+def _train(recipe: Recipe, resume: bool, cpu: bool, progress: Progress, lock: ExitStack) -> RunResult | None:
+    if not recipe.output:  # as in the record of a cell
+        raise InputError("output is empty, which is the working folder: set output=. if that is meant")
     folder = Path(recipe.output)
     if recipe.threads is not None:
         torch.set_num_threads(recipe.threads)
@@ -248,7 +258,7 @@ def _train(recipe: Recipe, resume: bool, cpu: bool, progress: Progress) -> RunRe
     watch = None if recipe.watch is None else Watch(recipe.watch, trainer, dataset, folder)
     if accelerator.is_main_process:
         data = _describe(trainer.dataset)
-        _claim(recipe, folder, resume, data)
+        _claim(recipe, folder, resume, data, lock)
     accelerator.wait_for_everyone()
     finished = folder / "result.json"
     if resume and finished.exists():
@@ -332,7 +342,10 @@ def _embed_captions(
 
 
 def _accelerator(recipe: Recipe, cpu: bool) -> Accelerator:
-    """Return the accelerator of a run, if the device supports its precision."""
+    """Return the accelerator of a run, if the device supports its precision and its trackers are installed."""
+    for tracker in recipe.trackers:  # accelerate would leave one out that is not
+        if not (is_wandb_available if tracker == "wandb" else is_tensorboard_available)():
+            raise InputError(f"trackers: {tracker} is not installed: pip install {tracker}, or leave it out")
     try:
         accelerator = make_accelerator(
             cpu,
