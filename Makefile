@@ -46,9 +46,10 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# The site, in site/: warnings are errors, and nothing is fetched. (Material's note on its successor is no warning.)
+# The site, in site/: warnings are errors, but not with --quiet, and nothing is fetched. (Material's note on its successor
+# is no warning.)
 docs: setup
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 clean:
 	rm -rf site $(VENV) .venv-oldest runs robustdiff-demo

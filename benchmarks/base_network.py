@@ -135,7 +135,7 @@ def document(record):
     settings, networks = record["settings"], record["networks"]
     rows = [
         f"| {name} | {row['fid']:.2f} ({row['fid_ci'][0]:.2f} … {row['fid_ci'][1]:.2f}) | {row['updates']:,} "
-        f"| {row['images_per_second']:.0f} | {row['evaluations_per_second']:.0f} | {row['parameters']:,} |"
+        f"| {row['images_per_second']:,.0f} | {row['evaluations_per_second']:,.0f} | {row['parameters']:,} |"
         for name, row in networks.items()
     ]
     best = min(networks, key=lambda name: networks[name]["fid"])

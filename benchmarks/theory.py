@@ -15,6 +15,7 @@ between its markers. `--only NAME` runs one; `--reuse` writes the document again
 import argparse
 import json
 import math
+import re
 import textwrap
 import time
 from dataclasses import asdict, dataclass, replace
@@ -171,6 +172,16 @@ def _table(head, rows):
     return "\n".join(f"|{line}" if line.startswith("---") else f"| {line} |" for line in lines)
 
 
+def _digits(value):
+    """A number in three digits, without an exponent if it is large."""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+
+
+def _difference(value):
+    """A difference in three decimals, or in the first digit that is not 0."""
+    return f"{value:+.3f}" if abs(value) >= 5e-4 else f"{value:+.1g}"
+
+
 def _verdict(judgement, text):
     return "\n\n" + textwrap.fill(f"**Verdict: {judgement}.** {' '.join(text.split())}", 120, break_on_hyphens=False)
 
@@ -251,22 +262,24 @@ def _bounds(times, kl, divergences):
 
 def accumulation_figure(result):
     cases = result["cases"]
-    figure = Figure(figsize=(11, 5.6), layout="constrained")
-    panels = figure.subplots(2, 3, sharex=True)
+    figure = Figure(figsize=(7.2, 7.4), layout="constrained")
+    panels = figure.subplots(3, 2, sharex=True)
     for panel, (name, case) in zip(panels.flat, cases.items(), strict=True):
-        times = case["times"][1:]
-        panel.plot(times, case["uniform_bound"][1:-1], color="0.6", linestyle=":", label="γ₀ + (T − t)γ/T, one γ")
-        panel.plot(times, case["sum_bound"][1:-1], color=COLOURS[1], linestyle="--", label="γ₀ + sum of the steps'")
-        panel.plot(times, case["kl"][1:-1], color=COLOURS[0], label="$D_{KL}(q(x_t)\\,\\|\\,p_θ(x_t))$")
+        times = [*case["times"][1:], 0]  # where the last step with noise arrives
+        panel.plot(times, case["uniform_bound"][1:], color="0.6", linestyle=":", label="γ₀ + (T − t)γ/T, one γ")
+        panel.plot(times, case["sum_bound"][1:], color=COLOURS[1], linestyle="--", label="γ₀ + sum of the steps'")
+        panel.plot(times, case["kl"][1:], color=COLOURS[0], label="$D_{KL}(q(x_t)\\,\\|\\,p_θ(x_t))$")
         panel.set_yscale("log")
         panel.set_title(name, fontsize=10)
         panel.grid(alpha=0.3)
     panels[0, 0].invert_xaxis()
-    for panel in panels[1]:
+    for panel in panels[-1]:
         panel.set_xlabel("t")
     for panel in panels[:, 0]:
         panel.set_ylabel("nats")
-    panels[0, 0].legend(frameon=False, fontsize=8)
+    figure.legend(
+        *panels[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False, fontsize="small"
+    )
     return figure
 
 
@@ -283,8 +296,8 @@ def accumulation_text(result):
     rows = [
         [
             name,
-            *(f"{case[key][-1]:.3g}" for key in ("kl", "sum_bound", "uniform_bound")),
-            *(f"{case[key]:.3g}" for key in ("sum_over_kl", "uniform_over_kl")),
+            *(_digits(case[key][-1]) for key in ("kl", "sum_bound", "uniform_bound")),
+            *(_digits(case[key]) for key in ("sum_over_kl", "uniform_over_kl")),
             f"{case['shrinking_steps']} of {len(case['kl']) - 1}",
             "yes" if case["holds"] else "**no**",
         ]
@@ -1040,7 +1053,8 @@ def norms_text(result):
                     entry = case["differences"][name][metric]
                     better, worse = entry["high"] < 0, entry["low"] > 0
                     mark = " **better**" if better else " *worse*" if worse else ""
-                    cells.append(f"{entry['mean']:+.3f} ({entry['low']:+.3f} … {entry['high']:+.3f}){mark}")
+                    mean, low, high = (_difference(entry[key]) for key in ("mean", "low", "high"))
+                    cells.append(f"{mean} ({low} … {high}){mark}")
                     if metric in distances:
                         count = counts.setdefault(name.split(",")[0], {}).setdefault(d, [0, 0, 0])
                         for i, one in enumerate((better, worse, True)):
@@ -1059,20 +1073,18 @@ def norms_text(result):
         {result["updates"]} updates), with 95 % intervals of Student's t. Where determinants change sign the map
         from x_T is not one to one, and D_KL is a lower bound only: columns of which many samples have det ≤ 0 are
         no ground for a comparison, and the verdict is on sliced W₂."""
-    said = "; ".join(
-        f"{_method(kind)} "
-        + " and ".join(f"better in {b} and worse in {w} of {n} at d = {d}" for d, (b, w, n) in by_dim.items())
+    head = ["training", *(f"{words}, d = {d}" for d in result["dims"] for words in ("better / worse", "change"))]
+    summary = [
+        [_method(kind), *(cell for d in by_dim for cell in (f"{by_dim[d][0]} / {by_dim[d][1]}", mean_of_eta[d, kind]))]
         for kind, by_dim in counts.items()
-    )
-    largest = {
-        d: ", ".join(f"{change} {_method(kind)}" for (at, kind), change in mean_of_eta.items() if at == d)
-        for d in result["dims"]
-    }
-    return "\n\n".join([*parts, textwrap.fill(" ".join(notes.split()), 120, break_on_hyphens=False)]) + _verdict(
+    ]
+    compared = {n for by_dim in counts.values() for _, _, n in by_dim.values()}
+    said = f"""In sliced W₂: of the {compared.pop()} differences to plain training at each d (three samplers, each η),
+        those whose interval excludes 0, and the mean change over the samplers at the largest η:"""
+    wrapped = [textwrap.fill(" ".join(text.split()), 120, break_on_hyphens=False) for text in (notes, said)]
+    return "\n\n".join([*parts, *wrapped, _table(head, summary)]) + _verdict(
         "in training ℓ2 and ℓ∞ are near each other, and ℓ1 is the weakest where the norm matters",
-        f"""
-            In sliced W₂, beyond the interval of the difference to plain training: {said}. Over the three samplers the
-            distance changes, at the largest η, by {"; ".join(f"{text} at d = {d}" for d, text in largest.items())}.
+        """
             In two dimensions the three norms are the same thing within the intervals: there adversarial training
             helps at five steps of DDIM and costs at ten, where plain training is already near what ε* itself reaches.
             In more dimensions steepest ascent in ℓ1 moves one coordinate a step, which explains why it does least. A
@@ -1106,8 +1118,8 @@ def sizes(name, size):
 
 
 def section(name, record):
-    """What stands between the document's markers of an experiment, from its part of the JSON."""
-    return EXPERIMENTS[name][2](record["result"])
+    """What stands between the document's markers of an experiment, from its part of the JSON, with minus signs."""
+    return re.sub(r"(?<![\w-])-(?=\d)|(?<=\de)-(?=\d)", "−", EXPERIMENTS[name][2](record["result"]))
 
 
 def rewritten(document, name, text):

@@ -88,7 +88,7 @@ def adversarial_accelerate(unet, optimizer, loader, microbatches=2):
 
 
 def make(batch_size=64):
-    """A small network, its optimiser, and the 1,797 digits of scikit-learn as 8×8 images in [-1, 1]."""
+    """Return a small network, its optimiser, and the 1,797 digits of scikit-learn as 8×8 images in [-1, 1]."""
     torch.manual_seed(0)
     unet = UNet2DModel(
         sample_size=8,

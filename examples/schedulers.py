@@ -3,22 +3,16 @@
 DPM-Solver, DEIS and UniPC are for sampling alone: train with `DDPMScheduler.from_config(scheduler.config)`.
 
 What differs is how x_t is made of x_0 and noise, and so what the moved noise is: noise + delta / sigma_t. A process
-takes sigma_t from the scheduler; `absorb` takes it from the loop. Run it: some seconds on a CPU.
+takes sigma_t from the scheduler; `absorb` takes it from the loop. EDM compares with x_0, in which there is no noise.
+Run it: some seconds on a CPU.
 
     python examples/schedulers.py
 """
 
 import torch
 import torch.nn.functional as F
-from diffusers import (
-    DDPMScheduler,
-    EDMEulerScheduler,
-    EulerDiscreteScheduler,
-    FlowMatchEulerDiscreteScheduler,
-    UNet2DModel,
-)
-from sklearn.datasets import load_digits
-from torch.utils.data import DataLoader
+from diffusers import DDPMScheduler, EDMEulerScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
+from plug_in import make
 
 from robustdiff import DiffusionProcess, FreeAdversary, absorb
 
@@ -71,20 +65,20 @@ def flow_matching(unet, optimizer, loader, scheduler):
 
 
 def edm(unet, optimizer, loader, scheduler):
-    """x_t = x_0 + σ ε with ln σ ~ N(−1.2, 1.2²), and a preconditioned network that predicts the noise of its point."""
+    """x_t = x_0 + σ ε with ln σ ~ N(−1.2, 1.2²), and a preconditioned network whose x̂_0 is compared with x_0."""
+    data = scheduler.config.sigma_data
     for x0 in loader:
         noise = torch.randn_like(x0)
         sigma = (1.2 * torch.randn(len(x0)) - 1.2).exp()
         sigmas = sigma.reshape(-1, 1, 1, 1)
         noisy = x0 + sigmas * noise
+        weight = (sigmas**2 + data**2) / (sigmas * data) ** 2
         for delta in adversary(noisy):
-            point = noisy + delta
-            output = unet(scheduler.precondition_inputs(point, sigmas), scheduler.precondition_noise(sigma)).sample
-            denoised = scheduler.precondition_outputs(point, output, sigmas)
-            # In ε the weight λ(σ) = (σ² + σ_d²)/(σ σ_d)² of the loss in x_0 becomes (σ² + σ_d²)/σ_d².
-            error = (point - denoised) / sigmas - absorb(noise, delta, sigma)
-            data = scheduler.config.sigma_data
-            yield update(((sigmas**2 + data**2) / data**2 * error**2).mean(), optimizer)
+            inputs = scheduler.precondition_inputs(noisy + delta, sigmas)
+            output = unet(inputs, scheduler.precondition_noise(sigma)).sample
+            # Outside of the network δ is a constant, so that the ascent is through the network alone.
+            denoised = scheduler.precondition_outputs(noisy + delta.detach(), output, sigmas)
+            yield update((weight * (denoised - x0) ** 2).mean(), optimizer)
 
 
 LOOPS = {
@@ -93,24 +87,6 @@ LOOPS = {
     flow_matching: FlowMatchEulerDiscreteScheduler(1000, shift=3.0),
     edm: EDMEulerScheduler(),
 }
-
-
-def make(batch_size=64):
-    """Return a small network, its optimiser, and the 1,797 digits of scikit-learn as 8×8 images in [-1, 1]."""
-    torch.manual_seed(0)
-    unet = UNet2DModel(
-        sample_size=8,
-        in_channels=1,
-        out_channels=1,
-        layers_per_block=1,
-        block_out_channels=(16, 32),
-        down_block_types=("DownBlock2D",) * 2,
-        up_block_types=("UpBlock2D",) * 2,
-        norm_num_groups=8,
-    )
-    images = torch.tensor(load_digits().images, dtype=torch.float32)[:, None] / 8 - 1
-    optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-3)
-    return unet, optimizer, DataLoader(images, batch_size, shuffle=True, drop_last=True)
 
 
 if __name__ == "__main__":

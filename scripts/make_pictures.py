@@ -1,95 +1,114 @@
 """Draw the picture of the README and of the documentation from the committed results: python scripts/make_pictures.py
 
-FID against steps of plain and adversarial fine-tuning, with a dot for each training and a line through the means (at 8
-steps there is one training, which is left out), and samples of both at 5 steps from
-the same noise, as docs/images/fid-light.png and fid-dark.png, on no background. All numbers and images are those of the
-cells in benchmarks/results/fashion-16.
+The change of FID by free adversarial training, compared with three clean passes over the same batches, by the length of
+the fine-tuning: a thin line for each seed, and the mean with its interval. Below, samples of the checkpoint and of
+adversarial training from the same noise, and real images. The numbers and the samples of training are those of the
+cells in benchmarks/results/length; the checkpoint is sampled here. docs/images/fid-light.png and fid-dark.png have no
+background.
 """
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
-import matplotlib
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from PIL import Image
+from numpy.typing import NDArray
+
+from robustdiff.data import load_dataset
+from robustdiff.data.pixels import tile
+from robustdiff.evaluation.generate import Generator
+from robustdiff.report.figures import ROLES, Axes, Figure, bare, default_settings, matplotlib, save_figure
+from robustdiff.report.page import read_picture
+from robustdiff.study.analysis import effect
+from robustdiff.study.schema import load_study
+from robustdiff.study.store import Results, read_results
 
 ROOT = Path(__file__).resolve().parent.parent
-CELLS = ROOT / "benchmarks" / "results" / "fashion-16" / "cells"
-METHODS = {"plain": "plain fine-tuning", "free-k3-a0.3": "free adversarial training"}
-SAMPLERS = {"iddpm": "ancestral sampling, iddpm", "dpm++": "DPM-Solver++, dpm++"}
-COLOURS = {
-    "light": {"plain": "#5f6b7a", "free-k3-a0.3": "#c2571a", "text": "#1f2933", "base": "#1f5f9e"},
-    "dark": {"plain": "#aab4c2", "free-k3-a0.3": "#f0a060", "text": "#e4e9f0", "base": "#8ab8ea"},
-}
-SEED = 1  # the training whose images are pictured
+SAMPLERS = {"iddpm": "ancestral sampling (iddpm)", "dpm++": "DPM-Solver++ (dpm++)"}
+COLOURS = {"light": ("#1f2933", ROLES["adversarial"][0]), "dark": ("#e4e9f0", ROLES["adversarial"][1])}
+LONGEST, SEED, STEPS, IMAGES = "free-4800", 10, 10, 8
 
 
-def fid_of(method: str, sampler: str) -> dict[int, list[float]]:
-    """Return FID by the number of steps, a value for each training."""
-    found: dict[int, list[float]] = {}
-    for path in sorted(CELLS.glob(f"{method}-*.json")):
-        cell: dict[str, Any] = json.loads(path.read_text())
-        if cell["sampler"] == sampler:
-            found.setdefault(cell["steps"], []).append(cell["fid"])
-    found.pop(8, None)
-    return dict(sorted(found.items()))
+def draw_change(panel: Axes, results: Results, sampler: str, colour: str) -> None:
+    """Draw the change of FID by the number of updates."""
+    found = {}
+    for method, baseline in results.study.trend:
+        one = effect(results, method, sampler, STEPS, baseline)
+        assert one is not None
+        found[results.record_of(method)["training"]["steps"]] = one
+    updates = sorted(found)
+    for seed in found[updates[0]].logs:
+        panel.plot(updates, [100 * found[n].changes[seed] for n in updates], color=colour, linewidth=0.8, alpha=0.45)
+    intervals = [found[n].interval for n in updates]
+    ends = 100 * np.array([[one.mean, one.low, one.high] for one in intervals if one is not None]).T
+    panel.plot(updates, ends[0], "o-", color=colour, linewidth=2.2, markersize=5)
+    panel.fill_between(updates, ends[1], ends[2], color=colour, alpha=0.2, linewidth=0)
+    panel.set_xscale("log")
+    panel.set_xticks(updates, [f"{n:,}" for n in updates])
+    panel.minorticks_off()
 
 
-def draw(theme: str) -> Figure:
+def strips(results: Results) -> dict[str, NDArray[np.uint8]]:
+    """Return rows of images: of the checkpoint and of adversarial training from the same noise, and real ones."""
+    noise = results.study.measure.noise_seed(SEED)
+    generator = Generator.load("fashion-16", sampler="iddpm", steps=STEPS, seed=noise, batch_size=IMAGES)
+    ((_, sampled),) = generator.images(range(IMAGES))
+    real = load_dataset("fashion-16", split="test").__getitems__(range(IMAGES)).images
+    return {
+        "the checkpoint": tile(sampled, columns=IMAGES).squeeze(-1),
+        "after AT": read_picture(results.pictures[LONGEST, "iddpm", STEPS]),
+        "real images": tile(real, columns=IMAGES).squeeze(-1),
+    }
+
+
+def without_gaps(pixels: NDArray[np.uint8]) -> NDArray[np.float64]:
+    """Return a row of images whose gaps are transparent in a figure."""
+    gap = np.ones((len(pixels), len(pixels)), bool)
+    gap[1:-1, 1:-1] = False
+    return np.where(np.tile(gap, IMAGES), np.nan, pixels)
+
+
+@default_settings()
+def draw(theme: str, results: Results, images: dict[str, NDArray[np.uint8]]) -> Figure:
     """Return the figure in one theme."""
-    colours = COLOURS[theme]
-    figure = Figure(figsize=(10, 4.3), layout="constrained")
-    grid = figure.add_gridspec(2, 2, width_ratios=[1, 1], height_ratios=[3.2, 0.75])
-    for column, (sampler, title) in enumerate(SAMPLERS.items()):
-        axes = figure.add_subplot(grid[0, column])
-        for method, label in METHODS.items():
-            found = fid_of(method, sampler)
-            shift = 0.985 if method == "plain" else 1.015
-            means = [np.exp(np.mean(np.log(values))) for values in found.values()]
-            axes.plot(np.array([*found]) * shift, means, "-", color=colours[method], linewidth=2, label=label)
-            for steps, values in found.items():
-                axes.plot([steps * shift] * len(values), values, "o", color=colours[method], markersize=5, alpha=0.75)
-        base = {steps: values[0] for steps, values in fid_of("base", sampler).items()}
-        axes.plot([*base], [*base.values()], "D", color=colours["base"], markersize=6, label="the checkpoint itself")
-        axes.set(xscale="log", yscale="log", xticks=[5, 10, 20, 50], xticklabels=["5", "10", "20", "50"])
-        ticks = [1, 2, 5, 10, 20] if sampler == "iddpm" else [2, 3, 5, 10]
-        axes.set_yticks(ticks, [str(tick) for tick in ticks])
-        axes.minorticks_off()
-        axes.set_title(title, fontsize=11, loc="left", color=colours["text"])
-        axes.set_xlabel("sampling steps")
-        if column == 0:
-            axes.set_ylabel("FID (lower is better)")
-            axes.legend(frameon=False, labelcolor=colours["text"], fontsize=9.5)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(color=colours["text"], alpha=0.15)
-        axes.tick_params(colors=colours["text"])
-        axes.xaxis.label.set_color(colours["text"])
-        axes.yaxis.label.set_color(colours["text"])
-        for spine in axes.spines.values():
-            spine.set_color(colours["text"])
-    for column, (method, label) in enumerate(METHODS.items()):
-        axes = figure.add_subplot(grid[1, column])
-        with Image.open(CELLS / f"{method}-s{SEED}-iddpm-5.png") as image:
-            axes.imshow(np.asarray(image), cmap="gray", interpolation="nearest")
-        axes.set_title(f"{label}, 5 steps of iddpm", fontsize=9.5, loc="left", color=colours[method])
-        axes.axis("off")
+    text, colour = COLOURS[theme]
+    with matplotlib.rc_context(
+        {f"{part}.color": text for part in ("text", "xtick", "ytick")} | {"axes.labelcolor": text}
+    ):
+        figure = Figure(figsize=(7.2, 4.9), layout="constrained")
+        figure.patch.set_alpha(0)
+        grid = figure.add_gridspec(1 + len(images), 2, height_ratios=[3.1, *[0.55] * len(images)])
+        left = None
+        for column, (sampler, title) in enumerate(SAMPLERS.items()):
+            panel = figure.add_subplot(grid[0, column], sharey=left)
+            left = left or panel
+            panel.patch.set_alpha(0)
+            panel.axhline(0, color=text, linewidth=1)
+            draw_change(panel, results, sampler, colour)
+            panel.set_title(title, fontsize="medium")
+            panel.set_xlabel("updates of the fine-tuning")
+            panel.spines[["top", "right"]].set_visible(False)
+            panel.spines[:].set_color(text)
+            panel.tick_params(colors=text)
+            panel.grid(color=text, alpha=0.15)
+        assert left is not None
+        left.set_ylabel("change of FID, %")
+        for row, (name, pixels) in enumerate(images.items(), 1):
+            panel = figure.add_subplot(grid[row, :])
+            panel.patch.set_alpha(0)
+            panel.imshow(without_gaps(pixels), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+            bare(panel)
+            panel.set_ylabel(name, rotation=0, ha="right", va="center")
     return figure
 
 
-@matplotlib.rc_context({"font.size": 10})
 def main() -> None:
     """Write the picture in both themes."""
+    study = ROOT / "benchmarks" / "studies" / "length.yaml"
+    results = read_results(load_study(study), ROOT / "benchmarks" / "results" / "length")
+    images = strips(results)
     for theme in COLOURS:
-        figure = draw(theme)
-        FigureCanvasAgg(figure)
-        path = ROOT / "docs" / "images" / f"fid-{theme}.png"
-        path.parent.mkdir(exist_ok=True)
-        figure.savefig(path, dpi=150, transparent=True)
+        save_figure(draw(theme, results, images), ROOT / "docs" / "images" / f"fid-{theme}.png")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""Make the pages of the documentation that are not files in docs: a hook of mkdocs, named in mkdocs.yml.
+"""Make the pages of the documentation that nobody writes: a hook of mkdocs, and python scripts/site_pages.py
 
-The fields of a recipe come from their pydantic descriptions, the command line from typer, the notebook from its cells,
-and CONTRIBUTING.md, SECURITY.md and CHANGELOG.md from the root. Links of a page to files outside docs are adapted.
+The command writes two files in docs/reference, which a test compares: recipe.md, whose fields come from their pydantic
+descriptions, and command-line.md, from typer. The hook, named in mkdocs.yml, adds the notebook to the site, from its
+cells, and CONTRIBUTING.md, SECURITY.md and CHANGELOG.md of the root. Links of a page to files outside docs are adapted.
 """
 
 from __future__ import annotations
@@ -44,11 +45,7 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the pages, and the pictures of the notebook."""
-    made: dict[str, str | bytes] = {
-        "reference/recipe.md": recipe_page(),
-        "reference/command-line.md": command_line_page(),
-        **notebook_page(NOTEBOOK),
-    }
+    made = notebook_page(NOTEBOOK)
     made |= {page: (ROOT / name).read_text(encoding="utf-8") for name, page in OF_ROOT.items()}
     for path, content in made.items():
         files.append(File.generated(config, path, content=content))
@@ -80,7 +77,12 @@ def on_page_content(content: str, page: Page, config: MkDocsConfig, files: Files
     return re.sub(r":(?:attr|class|data|func|meth|mod):<code>~?([^<]+)</code>", r"<code>\1</code>", content)
 
 
-# ---------------------------------------------------------------------------------------------------------- the recipe
+# ------------------------------------------------------------------------------------------------------- the reference
+
+
+def reference_pages() -> dict[str, str]:
+    """Return the pages that are files in docs/reference, by their names."""
+    return {"recipe.md": recipe_page(), "command-line.md": command_line_page()}
 
 
 def recipe_page() -> str:
@@ -122,7 +124,7 @@ def recipe_page() -> str:
             assert section is not None
             lines += [_first_line(section), "", *_table(section), *_nested(section, field)]
             if section is DataConfig:
-                lines += ["", f"The datasets are {_code(DATASETS)}, and `hf:NAME` for one of the Hugging Face Hub."]
+                lines += ["", f"The datasets are {_code(DATASETS)}; `hf:NAME` is one of the Hugging Face Hub."]
                 lines += ["A dataset adds options of its own: see [the how-to](../own-data.md)."]
             continue
         shown: set[type[BaseModel]] = set()
@@ -276,3 +278,8 @@ def notebook_page(path: str) -> dict[str, str | bytes]:
                 parts.append(f"```text\n{text.rstrip()}\n```")
     parts.insert(1, f"[The notebook]({name}){{ download }} as a file.")
     return {path.replace(".ipynb", ".md"): "\n\n".join(parts) + "\n", **pictures}
+
+
+if __name__ == "__main__":
+    for name, text in reference_pages().items():
+        (ROOT / "docs" / "reference" / name).write_text(text, encoding="utf-8")

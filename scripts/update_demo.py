@@ -20,6 +20,10 @@ ROOT = Path(__file__).resolve().parent.parent
 START, END = "<!-- demo -->", "<!-- /demo -->"
 
 
+def _processes(on: dict[str, Any]) -> str:
+    return "one process of one thread" if on["threads"] == 1 else f"{on['threads']} processes of one thread"
+
+
 def demo_section(record: dict[str, Any]) -> str:
     """The section of docs/demo.md, from what a demo's result.json holds."""
     methods = list(record["training"])
@@ -42,7 +46,7 @@ def demo_section(record: dict[str, Any]) -> str:
     on = record["obtained_on"]
     return "\n".join(
         [
-            f"Measured by `make demo` on {on['data']}, {on['threads']} processes of one thread on a "
+            f"Measured by `make demo` on {on['data']}, {_processes(on)} on a "
             f"{on['device'].upper()}, torch {on['torch']}, seed {record['seed']}: the shipped checkpoint is fine-tuned "
             f"plainly, with a random perturbation, and with free AT (K = {adversary['steps']}, "
             f"α = {adversary['step_size']:g}, ℓ2), each for {training['steps']} optimiser updates of batch "
@@ -74,7 +78,7 @@ def text_section(record: dict[str, Any]) -> str:
     low, high = objective["guidance"]
     shown = {"fid": "FID", "clip_score": "CLIP score"}
     parts = [
-        f"Measured on {on['data']}, {on['threads']} processes of one thread on a {on['device'].upper()}, torch "
+        f"Measured on {on['data']}, {_processes(on)} on a {on['device'].upper()}, torch "
         f"{on['torch']}, seed {record['seed']}. Each student makes {first['steps']} updates of batch "
         f"{first['batch_size']} from the same first network, with N = {objective['solver_steps']} and w from {low:g} "
         f"to {high:g}. AT has K = {adversary['steps']} passes over each batch, so that it sees a K-th of the batches, "

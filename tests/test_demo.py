@@ -33,7 +33,8 @@ def shrunk(study: Study, updates: int, images: int, steps: tuple[int, ...], **ch
     return study.model_copy(update={"set": {**study.set, "steps": updates, **changes}, "measure": measure})
 
 
-SMALL = shrunk(demo.demo_study("demo"), 6, 20, (1, 2))
+SMALL = shrunk(demo.demo_study("demo"), 6, 20, (1, 2), lr_schedule="constant")
+"""At a constant rate, so that a larger one can go on from it."""
 
 
 class Percentages(list):
@@ -112,7 +113,7 @@ def test_its_study_is_one_for_the_study_command(robustdiff, finished, tmp_path):
     folder = finished[0]
     outcome = robustdiff("study", folder / "study.yaml", "--output", folder, "--report", tmp_path / "page.md")
     assert outcome.code == 0, outcome.err
-    assert "| free AT to plain |" in (tmp_path / "page.md").read_text()
+    assert "| free AT vs plain |" in (tmp_path / "page.md").read_text()
 
 
 def test_the_sizes_of_the_command():
@@ -129,6 +130,12 @@ def test_another_size_in_the_same_folder_is_an_error(finished):
         demo.run_demo(SMALL.model_copy(update={"measure": other}), folder)
     with pytest.raises(InputError, match="another steps"):
         demo.run_demo(shrunk(SMALL, 3, 20, (1, 2)), folder)
+
+
+def test_a_larger_one_does_not_go_on_where_the_rate_falls_to_0(tmp_path):
+    demo._claim(demo.demo_study("demo"), tmp_path)
+    with pytest.raises(InputError, match="another steps: choose another --output"):
+        demo._claim(demo.demo_study("demo", full=True), tmp_path)
 
 
 def test_interrupted_it_goes_on_with_what_is_missing_in_any_number_of_processes(finished, tmp_path, request):

@@ -20,12 +20,24 @@ PAGES = [
 CHANGE = r"[+−]\d+\.\d% \([+−]\d+\.\d% … [+−]\d+\.\d%\)(?:, p = [\d.]*\d)?"
 
 
-def effect(pair: str, column: str) -> tuple[str, str]:
-    """The cell of a comparison in the first table of docs/results.md, without emphasis, and its number of trainings."""
-    rows = [row.strip("| ").split(" | ") for row in PAGES[0].read_text(encoding="utf-8").splitlines()]
-    header = next(row for row in rows if row[:2] == ["10 steps", "trainings"])
-    (row,) = [row for row in rows if row[0] == pair and len(row) == len(header)]
-    return row[header.index(column)].replace("*", ""), row[1]
+EFFECT = re.compile(r"^\| (.+?) \| (.+?) \| (\d+) \| (\S+) \| (\S+ … \S+) \| (\S.*?) \|$", re.MULTILINE)
+"""A row of a table of effects: comparison, sampler, trainings, change, interval and p-value."""
+
+
+def text_of(page: Path) -> str:
+    """The text of a page without emphasis, in which the row of an effect is also as it is quoted."""
+    text = page.read_text(encoding="utf-8").replace("**", "")
+    quoted = "".join(
+        f"{change} ({interval}), p {p if p.startswith('<') else f'= {p}'}\n"
+        for *_, change, interval, p in EFFECT.findall(text)
+    )
+    return f"{text}\n{quoted}"
+
+
+def effects(page: Path) -> dict[tuple[str, str], tuple[str, ...]]:
+    """The trainings, change, interval and p-value of a page's effects, by comparison and sampler, without emphasis."""
+    found = EFFECT.findall(page.read_text(encoding="utf-8").replace("**", ""))
+    return {(comparison, sampler): tuple(rest) for comparison, sampler, *rest in found}
 
 
 def test_it_has_at_most_120_lines():
@@ -34,15 +46,12 @@ def test_it_has_at_most_120_lines():
 
 @pytest.mark.parametrize("text", [README, SUMMARY], ids=["README.md", "results-summary.md"])
 def test_the_table_by_length_is_that_of_the_page(text):
-    page = (ROOT / "docs" / "results-length.md").read_text(encoding="utf-8").replace("**", "")
-    found = {}
-    for sampler in ("iddpm", "dpm++"):
-        row = next(line for line in page.splitlines() if line.startswith(f"| {sampler} | "))
-        found[sampler] = re.findall(CHANGE.removesuffix("(?:, p = [\\d.]*\\d)?"), row)[1:]
-    (slopes,) = re.findall(r"updates in each of (\d) seeds", page)
-    trainings = [*re.findall(r", n = (\d)", page)[:2], slopes]
-    rows = zip(("600", "1,700", "4,800"), trainings, found["iddpm"], found["dpm++"], strict=True)
-    assert all("| " + " | ".join(row) + " |" in text.splitlines() for row in rows)
+    found = effects(ROOT / "docs" / "results-length.md")
+    for updates in ("600", "1,700", "4,800"):
+        plain = updates.replace(",", "")
+        own = [found[f"free-{plain} vs repeat-{plain}", sampler] for sampler in ("iddpm", "dpm++")]
+        changes = [f"{change} ({interval})" for _, change, interval, _ in own]
+        assert f"| {' | '.join([updates, own[0][0], *changes])} |" in text.splitlines()
 
 
 def summary_rows() -> list[list[str]]:
@@ -57,13 +66,13 @@ def test_a_row_of_the_summary_is_that_of_the_page(row):
         "random perturbations of the same size": "random-k3-a0.3",
         "three clean passes over the same batches": "repeat-k3",
     }[against]
-    expected = effect(f"free-k3-a0.3 to {method}", sampler.replace("`", ""))
-    assert (f"{change} ({interval}), p = {p}", trainings) == expected
+    expected = effects(PAGES[0])[f"free-k3-a0.3 vs {method}", sampler.replace("`", "")]
+    assert (trainings, change, interval, p) == expected
 
 
 @pytest.mark.parametrize("text", [README, SUMMARY], ids=["README.md", "results-summary.md"])
 def test_quoted_results_are_those_of_the_pages(text):
-    pages = "\n".join(page.read_text(encoding="utf-8").replace("**", "") for page in PAGES)
+    pages = "\n".join(map(text_of, PAGES))
     quoted = [line.removeprefix("> ").replace("**", "") for line in text.splitlines() if line.startswith("> ")]
     changes = re.findall(CHANGE, text.replace("\n", " "))
     assert changes
@@ -76,11 +85,13 @@ def test_quoted_results_are_those_of_the_pages(text):
 def test_the_levels_in_the_summary_are_those_of_the_page():
     """FID at 10 steps: of the checkpoint, plainly fine-tuned, and adversarially."""
     page = PAGES[0].read_text(encoding="utf-8")
-    for sampler in ("iddpm", "dpm++"):
-        table = page.partition(f"| {sampler}, steps | 5 | 8 | 10 | 20 | 50 |\n")[2].partition("\n\n")[0]
-        for method in ("plain", "free-k3-a0.3", "base, as it is"):
-            (cells,) = [line.split(" | ") for line in table.splitlines() if line.startswith(f"| {method} |")]
-            assert cells[3].split(" ±")[0] in SUMMARY
+    table = (
+        page.partition("\n## FID\n")[2].partition("| 10 steps | iddpm | ddim | es | dpm++ |\n")[2].partition("\n\n")[0]
+    )
+    for method in ("plain", "free-k3-a0.3", "base, as it is"):
+        (cells,) = [line.strip("| ").split(" | ") for line in table.splitlines() if line.startswith(f"| {method} |")]
+        for level in (cells[1], cells[4]):
+            assert level.split(" ±")[0] in SUMMARY
     length = (ROOT / "docs" / "results-length.md").read_text(encoding="utf-8")
     (real,) = re.findall(r"^\| real images \| (\S+) ", length, re.MULTILINE)
     assert f"10,000 other real images have an FID of {real}." in SUMMARY.replace("\n", " ")
@@ -100,7 +111,7 @@ def test_the_correlations_with_the_mismatch_are_those_of_the_pages():
     assert f"between {min(others):.2f} and {max(others):+.2f} in both".replace("-", "−") in text
 
 
-SPREADS = ("results.md", "results-length.md", "results-constant-rate.md")
+SPREADS = ("results.md", "results-length.md", "results-one-sampler.md", "results-constant-rate.md")
 """The pages whose spread over seeds docs/intervals.md and docs/moving-average.md quote, in the order of the former."""
 
 
@@ -150,7 +161,7 @@ def test_tables_that_are_quoted_are_those_of_the_page(name):
             ]
             assert f"| K = {k} | {' | '.join(f'{ratio - 1:+.1%}' for ratio in of_seed)} |".replace("-", "−") in rows
     else:
-        own = [re.findall(r"(\d+) %", line) for line in rows if re.search(r"\| [13] \|", line)]
+        own = [re.findall(r"(\d+) %", line) for line in rows if re.search(r"\| [135] \|", line)]
         assert own == [spread for passes in map(spreads, SPREADS) for spread in passes]
         (ranks,) = re.findall(r"Spearman's rank correlation: (.*?)\. \(", page)
         ends = sorted(re.findall(r"\+(0\.\d\d)", ranks))
@@ -165,7 +176,8 @@ def test_the_citation_has_the_version():
 
 def test_make_targets_exist():
     makefile = (ROOT / "Makefile").read_text()
-    targets = re.findall(r"^make (\w+)", README, re.MULTILINE)
-    assert {"demo", "test", "docs"} <= set(targets)
+    contributing = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    targets = re.findall(r"^make (\w+)", README + contributing, re.MULTILINE)
+    assert {"test", "docs"} <= set(targets)
     for target in targets:
         assert re.search(rf"^{target}:", makefile, re.MULTILINE)

@@ -163,6 +163,22 @@ def test_the_shipped_recipes_are_there():
     assert {"fashion-16", "fashion-16-at", "digits", "fashion-mnist"} <= set(shipped_recipes())
 
 
+def test_fine_tunings_have_a_falling_rate_but_for_those_with_the_settings_of_others():
+    constant = set()
+    for name in shipped_recipes():
+        recipe = load_recipe(name)
+        distils = recipe.objective is not None and "consistency" in recipe.objective.name
+        if recipe.model.name == "pretrained" and not distils and recipe.lr_schedule == "constant":
+            constant.add(name)
+    assert constant == {"cifar10-adm", "imagenet64-adm", "sd15-at-lora", "flux-at-lora"}
+
+
+def test_the_recipe_of_the_results_is_measured_with_the_sampler_for_which_it_lowers_fid():
+    recipe = load_recipe("fashion-16-at")
+    assert (recipe.sampler.name, recipe.sampler.steps) == ("iddpm", 10)
+    assert (recipe.watch.samplers, recipe.watch.steps) == ((), (10, 50))  # that of the recipe
+
+
 def test_a_section_may_be_a_name(tmp_path):
     (tmp_path / "r.yaml").write_text("data: digits\nadversary: free\n")
     recipe = load_recipe(str(tmp_path / "r.yaml"))

@@ -50,7 +50,7 @@ def test_latent_consistency(robustdiff, make_sd_pipeline, images, tmp_path, reci
         assert file["arr_0"].shape == (1, 8, 8, 3)
 
 
-@pytest.mark.parametrize(("recipe", "sampler"), [("sd15-at-lora", "dpm++"), ("flux-at-lora", "euler")])
+@pytest.mark.parametrize(("recipe", "sampler"), [("sd15-at-lora", "iddpm"), ("flux-at-lora", "euler")])
 def test_adversarial_loras(robustdiff, make_sd_pipeline, make_flux_pipeline, images, tmp_path, recipe, sampler):
     pytest.importorskip("peft")
     make, run = make_sd_pipeline if recipe.startswith("sd") else make_flux_pipeline, tmp_path / "run"

@@ -46,6 +46,16 @@ def test_a_page_is_made_of_the_committed_cells(study, tmp_path):
         assert (page.parent / figure).is_file()
 
 
+@pytest.mark.parametrize("study", THERE)
+def test_the_answer_has_the_numbers_of_its_page(study):
+    head, _, rest = (ROOT / "docs" / PAGES[study]).read_text(encoding="utf-8").partition("\n## ")
+    _, question, answer, *_ = head.split("\n\n")
+    assert (question.split()[0], answer.split()[0]) == ("**Question.**", "**Answer.**")
+    numbers = re.findall(r"[+−]?\d+\.\d+%|\d\.\d{2,}", answer)
+    assert numbers
+    assert [number for number in numbers if number not in rest] == []
+
+
 def test_the_page_of_the_search_holds_the_committed_result():
     path = ROOT / "benchmarks" / "results" / TUNED / "result.json"
     section = (ROOT / "docs" / "tune.md").read_text(encoding="utf-8").partition("<!-- tune -->\n")[2]

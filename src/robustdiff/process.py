@@ -299,7 +299,8 @@ class DiffusionProcess:
         else:
             remedy = (
                 "take the scheduler of training, such as DDPMScheduler or FlowMatchEulerDiscreteScheduler, or a "
-                "process by name (DiffusionProcess.linear, cosine, flow)"
+                "process by name (DiffusionProcess.linear, cosine, flow); or, where the loop has σ, the factor of the "
+                "noise in x_t, absorb(noise, delta, sigma)"
             )
         raise ValueError(
             f"{name} does not add Gaussian noise to a batch at timesteps of its own, so it describes no process: "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import runpy
 from pathlib import Path
 
@@ -187,3 +188,17 @@ def test_training_lowers_the_loss():
         )
     ]
     assert losses[0] > losses[1] > losses[2]
+
+
+def test_the_figure_of_accumulation_reaches_the_end_that_the_table_is_about():
+    record = json.loads((ROOT / "benchmarks" / "results" / "theory.json").read_text(encoding="utf-8"))
+    result = record["accumulation"]["result"]
+    for panel, case in zip(THEORY["accumulation_figure"](result).axes, result["cases"].values(), strict=True):
+        for line, key in zip(panel.get_lines(), ("uniform_bound", "sum_bound", "kl"), strict=True):
+            assert (line.get_xdata()[-1], line.get_ydata()[-1]) == (0, case[key][-1])
+
+
+def test_numbers_have_minus_signs_and_no_exponents_where_they_are_large():
+    page = (ROOT / "docs" / "theory.md").read_text(encoding="utf-8")
+    tables = [line for line in page.splitlines() if line.startswith("| ")]
+    assert not [line for line in tables if re.search(r"(?<!\w)-\d|e[-+]\d|[−+]0\.000\b", line)]

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ast
 import errno
+import io
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -75,6 +77,14 @@ def test_version(robustdiff):
         (["train", "fashion-16-at", "--set", "data.channels=3"], ["channels", "data.channels=1"]),
         (["sample", "no-such-run"], ["no-such-run", "fashion-16"]),
         (["evaluate", "no-such-run"], ["no-such-run"]),
+        (["sample", ""], ["an argument is empty"]),
+        (["sample", "fashion-16", "--sampler", ""], ["--sampler is empty"]),
+        (["evaluate", "fashion-16", "--output="], ["--output is empty"]),
+        (["evaluate", "fashion-16", "--root", ""], ["--root is empty"]),
+        (["demo", "--seed", str(2**63)], ["--seed", str(2**63 - 1)]),
+        (["tune", "fashion-16-at", "--sampler", "ddim", "--steps", "2", "--seed", str(2**64)], ["--seed"]),
+        (["tune", "fashion-16-at", "--sampler", "ddim", "--steps", "2", "--processes", "1000000"], ["--processes"]),
+        (["study", "x.yaml", "--dry-run", "--report", "x.md"], ["--dry-run", "--report"]),
         (["sample"], ["argument"]),  # typers before 0.20 write the name in capitals
         (["nonsense"], ["nonsense"]),
     ],
@@ -85,14 +95,17 @@ def test_bad_arguments_are_one_line(robustdiff, tmp_path, monkeypatch, arguments
     assert not list(tmp_path.rglob("*.safetensors"))
 
 
-def test_a_full_disk_fails_with_1(robustdiff, digits_run, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("number", "words"), [(errno.ENOSPC, "disk is full"), (errno.EFBIG, "limit of the size of a file")]
+)
+def test_a_full_disk_fails_with_1(robustdiff, digits_run, tmp_path, monkeypatch, number, words):
     def full(descriptor: int) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device", "x")
+        raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(os, "fsync", full)
     outcome = robustdiff("sample", digits_run, "--output", tmp_path / "s.npz", "--num", 4, "--steps", 2)
     assert outcome.code == 1
-    assert "disk is full" in outcome.err
+    assert words in outcome.err
     assert not (tmp_path / "s.npz").exists()
 
 
@@ -119,6 +132,33 @@ def test_a_traceback_is_never_shown_for_bad_input(tmp_path):
     )
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_before_the_work_is_one_line(robustdiff, monkeypatch, number):
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr("robustdiff.recipe.load_recipe", lambda *given, **settings: signal.raise_signal(number))
+    outcome = robustdiff("train", "digits")
+    assert (outcome.code, outcome.err) == (130, "robustdiff: interrupted\n")
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_reader_that_has_ended_gets_no_message():
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(
+        [sys.executable, "-m", "robustdiff", "--help"], stdout=write, stderr=subprocess.PIPE, check=False
+    )
+    os.close(write)
+    assert (done.returncode, done.stderr) == (1, b"")
+
+
+def test_an_encoding_without_a_character_is_no_error(robustdiff, monkeypatch):
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
+    monkeypatch.setattr("robustdiff.backbones.adm.convert.convert", lambda source, output: None)
+    assert robustdiff("convert", "a", "b").code == 0
+    assert written.getvalue() == rb"a \u2192 b" + b"\n"
 
 
 @pytest.mark.parametrize(

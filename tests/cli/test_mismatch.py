@@ -92,6 +92,7 @@ def test_help_says_what_the_precision_is_of(robustdiff):
         (["--num", 5000], ["5000", "digits", "898"]),
         (["--radii", "a"], ["--radii", "0.1"]),
         (["--radii", "0"], ["radii"]),
+        (["--radii", "0.1,0.10"], ["--radii", "0.1 twice"]),
         (["--steps", "x"], ["--steps"]),
         (["--steps", "2,3,2"], ["--steps", "2 twice"]),
         (["--sampler", "ddim,ddim"], ["--sampler", "ddim twice"]),

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 
 import pytest
 from diffusers.schedulers.scheduling_consistency_models import CMStochasticIterativeScheduler
 
 from robustdiff.backbones.model import Model, load_model
+from robustdiff.cli import out
 from robustdiff.cli.options import SHIPPED_EXTRACTORS, SHIPPED_RECIPES, SHIPPED_SAMPLERS
 from robustdiff.metrics.extractors.classifier import SHIPPED
 from robustdiff.recipe import shipped_recipes
@@ -62,6 +64,19 @@ def test_bad_settings_of_real_images_are_one_line(
     monkeypatch.chdir(tmp_path)
     options = [part for assignment in assignments for part in ("--set", assignment)]
     assert_bad_input(robustdiff(command, models[command], *SMALL[command], *options), *words)
+
+
+@pytest.mark.parametrize("command", SMALL)
+def test_results_are_written_before_they_are_printed(robustdiff, models, tmp_path, monkeypatch, command):
+    def full(*arguments, **settings):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(out, "print", full)
+    data = ["--data", "digits", *(["--features", "digits"] if command == "search-times" else [])]
+    output = tmp_path / ("result.json" if command == "search-times" else "results")
+    outcome = robustdiff(command, models[command], *SMALL[command], *data, "--output", output)
+    assert (outcome.code, "disk is full" in outcome.err) == (1, True), outcome.err
+    assert len(list(tmp_path.rglob("*.json"))) == 1
 
 
 def test_the_help_has_the_names_that_are_registered():

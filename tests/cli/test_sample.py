@@ -89,7 +89,11 @@ def test_auto_samples_in_the_precision_of_the_device(
         (["--sampler", "euler"], ["euler", "ddim"]),
         (["--steps", "0"], ["steps"]),
         (["--steps", "2000"], ["2000", "1000"]),
+        (["--steps=²"], ["²"]),
+        (["--steps=--5"], ["--5"]),
+        (["--steps", "5" * 5000], ["steps"]),
         (["--num", "0"], ["--num"]),
+        (["--num", str(10**30)], ["--num"]),
         (["--precision", "half"], ["--precision", "'half' is not one of", "auto"]),
         (["--class", "3"], ["class 3"]),
         (["--output", "x.jpg"], ["x.jpg", ".npz"]),
@@ -97,6 +101,9 @@ def test_auto_samples_in_the_precision_of_the_device(
         (["--set", "eps_scale=[1,2,3]"], ["eps_scale"]),
         (["--set", "eps_scale=0"], ["eps_scale"]),
         (["--set", "window=5"], ["window", "time-shift"]),
+        (["--set", "steps=3"], ["--set steps", "give --steps"]),
+        (["--set", "sampler=ddim"], ["--set sampler", "give --sampler"]),
+        (["--set", "process=cosine"], ["--set process", "checkpoint"]),
     ],
 )
 def test_bad_sampling_is_one_line_and_leaves_nothing(

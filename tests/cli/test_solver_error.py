@@ -44,6 +44,9 @@ def test_the_images_are_a_sample_of_the_data(digits_run, monkeypatch):
     ("arguments", "words"),
     [
         (["--solver", "rk4"], ["rk4", "heun"]),
+        (["--solver", "heun,heun"], ["--solver", "heun twice"]),
+        (["--seed", str(2**64)], ["--seed"]),
+        (["--substeps", str(10**9)], ["--substeps"]),
         (["--scales", "18,x"], ["--scales", "18,x"]),
         (["--scales", "1"], ["two levels"]),
         (["--num", "2000"], ["--num 2000", "1797"]),

@@ -46,6 +46,7 @@ def test_fine_tuning_from_a_run(robustdiff, tiny, digits_run, tmp_path):
 
 
 TUNED = ["model.name=pretrained", "steps=9", "batch_size=8", "checkpoint_every=3", "ema=0.5", "threads=1"]
+TUNED += ["lr_schedule=constant", "watch.samplers=[ddim]"]
 TUNED += ["watch.every=3", "watch.steps=[2]", "watch.num=40", "data=digits", "adversary.norm=l2", "log_every=3"]
 
 

@@ -6,8 +6,10 @@ import pytest
 import torch
 from scipy.stats import kstest, norm
 
+from robustdiff.objectives.denoising import DenoisingObjective
 from robustdiff.objectives.edm import EDMObjective
 from robustdiff.perturbation import FreeAdversary
+from robustdiff.process import DiffusionProcess
 
 
 def network(x, t):
@@ -70,17 +72,26 @@ def test_a_perturbation_is_a_change_of_the_noise():
     assert not torch.allclose(perturbed, objective(network, objective.draw(x0, t=T, noise=noise))["loss"])
 
 
-def test_adversaries_ascend_on_it():
-    objective = EDMObjective()
+def test_with_unit_data_it_is_v_prediction_in_its_ascent_too():
+    """F = −v at x/√(1 + σ²): δ, the losses and the gradients of the weights are those of v-prediction."""
+    weights = torch.linspace(-1, 1, 50, dtype=torch.float64).reshape(2, 5, 5).requires_grad_()
     x0, noise, _ = tensors()
-    draw = objective.draw(x0, t=torch.tensor([600, 700, 800, 900]), noise=noise)
-    losses = []
-    for delta in FreeAdversary(steps=3, step_size=0.5)(draw.x_t, draw.t):
-        loss = objective(network, draw, delta)["loss"]
-        loss.mean().backward()
-        losses.append(loss.detach())
-    assert (losses[1] > losses[0]).all()
-    assert (losses[2] > losses[1]).all()
+    vp, index = DiffusionProcess.cosine(1000), torch.full((4,), 500)
+    alpha, sigma = float(vp.alphas[500]), float(vp.sigmas[500])
+    edm, v = EDMObjective(sigma_data=1.0), DenoisingObjective(vp, prediction="v_prediction")
+    draws = edm.draw(x0, t=torch.full((4,), sigma / alpha, dtype=torch.float64), noise=noise), v.draw(x0, index, noise)
+    models = (lambda x, t: torch.tanh(weights * x)), (lambda x, t: -torch.tanh(weights * x))
+    found = []
+    for objective, draw, model, unit in zip((edm, v), draws, models, (1 / alpha, 1.0), strict=True):
+        for delta in FreeAdversary(steps=3, step_size=0.3 * unit)(draw.x_t, draw.t):
+            losses = objective(model, draw, delta)["loss"]
+            losses.mean().backward()
+            found.append((delta.detach() / unit, losses.detach(), weights.grad))
+            weights.grad = None
+    assert found[2][0].abs().sum() > 0
+    for ours, theirs in zip(found[:3], found[3:], strict=True):
+        for a, b in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(a, b)
 
 
 def test_levels_are_drawn_from_the_log_normal_distribution_itself():

@@ -305,6 +305,19 @@ def test_a_radius_within_levels_is_zero_outside():
     assert 0 < sum(r > 0 for r in expected) < 1000
 
 
+@pytest.mark.parametrize("norm", ALL_NORMS)
+@pytest.mark.parametrize("kind", [NoiseLevel, lambda process, eta: Within(PerDimension(eta), process, 0.0, 0.5)])
+def test_a_radius_that_is_not_known_is_not_without_effect(norm, kind, monkeypatch):
+    """A time that a GPU does not find has the index behind the table, where levels are NaN: so is δ."""
+    process = DiffusionProcess.linear(1000)
+    monkeypatch.setattr(process, "index", lambda t: t.long())
+    radius = kind(process, 0.1)(Points(torch.zeros(2, 4), torch.tensor([1000, 100])), NORMS[norm])
+    assert radius.isnan().tolist() == [True, False]
+    delta = NORMS[norm].project(gaussian(0, 2, 4).float(), radius)
+    assert delta[0].isnan().all()
+    assert delta[1].isfinite().all()
+
+
 def test_radii_by_noise_take_times_between_those_of_a_table():
     process, t = DiffusionProcess.flow(4), torch.tensor([100.0, 333.3, 999.9])
     x = torch.zeros(3, 2)

@@ -46,7 +46,7 @@ def test_lines_have_the_fids_and_the_panels_the_samplers():
 
 
 def test_levels_are_dashed_lines_with_their_names():
-    figure = step_panels({"a": {"plain": [Line([1, 2], [4, 3], [4, 3], [4, 3])]}}, "title", {"teacher": 2.5})
+    figure = step_panels({"a": {"plain": [Line([1, 2], [4, 3], [4, 3], [4, 3])]}}, {"teacher": 2.5})
     line, level = figure.axes[0].get_lines()
     assert set(level.get_ydata()) == {2.5}
     assert (line.get_linestyle(), level.get_linestyle()) == ("-", "--")
@@ -55,14 +55,20 @@ def test_levels_are_dashed_lines_with_their_names():
 
 def test_thin_lines_are_named_where_there_is_no_other():
     thin = Line([1, 2], [4, 3], [4, 3], [4, 3], thin=True)
-    figure = step_panels({"a": {"seeds": [thin, thin], "mean": [replace(thin, thin=False), thin]}}, "title")
+    figure = step_panels({"a": {"seeds": [thin, thin], "mean": [replace(thin, thin=False), thin]}})
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["seeds", "mean"]
     assert [line.get_marker() for line in figure.axes[0].get_lines()] == ["None", "None", "None", "s"]
 
 
 @pytest.mark.parametrize(
     ("low", "high", "expected"),
-    [(0.9, 60, [1, 2, 5, 10, 20, 50]), (14, 31, [15, 20, 30]), (9.2, 10.6, [9.2, 9.3])],
+    [
+        (0.9, 60, [1, 2, 5, 10, 20, 50]),
+        (14, 31, [15, 20, 30]),
+        (6.7, 10.7, [7, 8, 9, 10]),
+        (12.7, 22.5, [14, 16, 18, 20, 22]),
+        (9.2, 10.6, [9.2, 9.4]),
+    ],
 )
 def test_a_logarithmic_axis_has_three_round_numbers_or_more(low, high, expected):
     assert _logarithmic_ticks(low, high)[: len(expected)] == pytest.approx(expected)
@@ -70,12 +76,43 @@ def test_a_logarithmic_axis_has_three_round_numbers_or_more(low, high, expected)
 
 
 def test_points_keep_their_colour_in_every_panel():
-    figure = points({"a": {"plain": [(1, 2)], "AT": [(3, 4), (5, 6)]}, "b": {"AT": [(7, 8)]}}, "x", "y", "title")
-    (plain, at), (nothing, alone) = (axes.collections for axes in figure.axes)
+    figure = points({"a": {"plain": [(1, 2)], "AT": [(3, 4), (5, 6)]}, "b": {"AT": [(7, 8)]}}, "x", "y")
+    (plain, at), (alone,) = (axes.collections for axes in figure.axes)
     assert (plain.get_offsets().tolist(), at.get_offsets().tolist()) == ([[1, 2]], [[3, 4], [5, 6]])
-    assert (nothing.get_offsets().tolist(), alone.get_offsets().tolist()) == ([], [[7, 8]])
+    assert alone.get_offsets().tolist() == [[7, 8]]
+    assert {axes.get_yscale() for axes in figure.axes} == {"log"}
     assert at.get_facecolor().tolist() == alone.get_facecolor().tolist() != plain.get_facecolor().tolist()
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["plain", "AT"]
+
+
+def test_labels_without_a_style_are_grey():
+    figure = points({"a": {"AT": [(1, 2)], "others": [(3, 4)]}}, "x", "y", {"AT": ("#c2571a", "o")})
+    at, others = (found.get_facecolor()[0] for found in figure.axes[0].collections)
+    assert len({*others[:3]}) == 1
+    assert len({*at[:3]}) == 3
+
+
+def test_a_row_has_two_panels_so_that_its_text_can_be_read_on_a_page():
+    line = {"plain": [Line([1, 2], [4, 3], [4, 3], [4, 3])]}
+    for count, rows in (1, 1), (2, 1), (3, 2), (4, 2):
+        figure = step_panels({str(i): line for i in range(count)})
+        assert len(figure.axes) == count
+        assert figure.axes[0].get_subplotspec().get_gridspec().get_geometry() == (rows, min(count, 2))
+        assert figure.get_figwidth() == 7.2
+
+
+def test_a_network_that_is_alone_with_its_sampler_is_a_level():
+    teacher = [replace(cell("teacher", "euler", n, 3.0), steps=n) for n in (20, 50)]
+    figure = numbers_against_steps([*CELLS, *teacher], FID.numbers[0], "title")
+    assert [axes.get_title() for axes in figure.axes] == ["ddim", "iddpm"]
+    assert [text.get_text() for text in figure.legends[0].get_texts()][2:] == ["teacher, euler 20", "teacher, euler 50"]
+    assert [axes.get_title() for axes in numbers_against_steps(teacher, FID.numbers[0], "title").axes] == ["euler"]
+
+
+def test_a_panel_has_the_steps_of_its_own_lines():
+    cells = [cell(c, s, n, 9.0) for c in "ab" for s, counts in {"ddim": (5, 10), "lcm": (1, 4)}.items() for n in counts]
+    axes = numbers_against_steps(cells, FID.numbers[0], "title").axes
+    assert [[text.get_text() for text in panel.get_xticklabels()] for panel in axes] == [["5", "10"], ["1", "4"]]
 
 
 def test_a_saved_figure_is_a_picture(tmp_path):

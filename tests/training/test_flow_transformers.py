@@ -52,6 +52,7 @@ def settings(photos: Path, model: Path, output: Path, **fields: Any) -> list[str
         "ema": 0,
         "threads": 1,
         "precision": "fp32",
+        "sampler": {},
         "watch": "none",
         **fields,
     }

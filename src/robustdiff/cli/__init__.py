@@ -7,7 +7,9 @@ cause and the remedy.
 from __future__ import annotations
 
 import errno
+import io
 import os
+import signal
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -80,14 +82,23 @@ for _command in app.registered_commands:
 def main() -> None:
     """Run the command line and exit."""
     # logging is not configured: its last resort writes warnings to the current sys.stderr, so above a progress bar.
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr's, for encodings that lack "±"
+    # SIGTERM is as Ctrl-C from the start: what comes before the first update to be saved can take hours.
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        code = app(prog_name="robustdiff", standalone_mode=False)
+        _check_values(sys.argv[1:])
+        # Not by calling app, which makes an exit of each KeyboardInterrupt and of each closed pipe.
+        with typer.main.get_command(app).make_context("robustdiff", sys.argv[1:]) as context:
+            context.command.invoke(context)
+    except typer.Exit as stop:
+        sys.exit(stop.exit_code)
     except InputError as error:
         sys.exit(_fail(str(error), 2))
     except _UsageError as error:
         message = error.format_message().replace("Value error, ", "")  # pydantic's prefix, in newer typers
         sys.exit(_fail(f"{message} (robustdiff --help)", 2))
-    except (typer.Abort, KeyboardInterrupt):
+    except KeyboardInterrupt:
         sys.exit(_fail("interrupted", INTERRUPTED))
     except RunError as error:
         sys.exit(_fail(str(error), 1))
@@ -95,10 +106,16 @@ def main() -> None:
         if (full := out_of_memory(error)) is None:
             raise
         sys.exit(_fail(full, 1))
+    except BrokenPipeError:  # whoever reads stdout, such as head, has ended and needs no message
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for Python, which flushes it on exit
+        sys.exit(1)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            where, remedy = error.filename or error, "free some space, and start again as after an interruption"
-            sys.exit(_fail(f"the disk is full ({where}): {remedy}", 1))
+        full, free = "the disk is full", "free some space"
+        if error.errno == errno.EFBIG:
+            full, free = "the limit of the size of a file is reached", "raise it (ulimit -f)"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            where = error.filename or error
+            sys.exit(_fail(f"{full} ({where}): {free}, and start again as after an interruption", 1))
         if error.filename is None or error.errno == errno.EIO:
             raise
         sys.exit(_fail(f"{os.fsdecode(error.filename)}: {error.strerror}: give another path", 2))
@@ -108,7 +125,19 @@ def main() -> None:
         if "embedded null" not in str(error):
             raise
         sys.exit(_fail("a path holds a null byte: correct it", 2))
-    sys.exit(code if isinstance(code, int) else 0)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    sys.exit(0)
+
+
+def _check_values(arguments: list[str]) -> None:
+    """Refuse an empty value, as of a variable of the shell that is not set; an empty path would be this folder."""
+    for option, value in zip(["", *arguments], arguments, strict=False):
+        if value.startswith("--") and value.endswith("=") and value.count("=") == 1:
+            option, value = value[:-1], ""
+        if not value and option not in ("--prompt", "--negative"):  # the empty caption
+            name = option if option.startswith("--") and "=" not in option else "an argument"
+            raise InputError(f"{name} is empty: give a value, or leave it out")
 
 
 def _fail(message: str, code: int) -> int:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from robustdiff.cli import INTERRUPTED, app, err, out, say
+from robustdiff.cli import INTERRUPTED, app, err, options, out, say
 from robustdiff.errors import InputError
 
 if TYPE_CHECKING:
@@ -26,7 +26,10 @@ def demo(
     text: Annotated[
         bool, typer.Option("--text", help="Distil a text-to-image model of emoji into latent consistency models.")
     ] = False,
-    seed: Annotated[int, typer.Option(min=0, help="The seed of the batches, the noise and the samples.")] = 0,
+    seed: Annotated[
+        int,
+        typer.Option(min=0, max=options.LARGEST_SEED, help="The seed of the batches, the noise and the samples."),
+    ] = 0,
 ) -> None:
     """Fine-tune a checkpoint plainly, randomly perturbed, and adversarially; then compare them.
 
@@ -44,8 +47,8 @@ def demo(
     with Bar(err) as bar:
         result = demos.run_demo(demos.demo_study(name, full, seed), folder, progress=bar)
     if result is None:
-        options = f" --{kind}" * bool(kind) + " --full" * full + f" --seed {seed}" * bool(seed)
-        say(f"stopped; robustdiff demo{options} --output {folder} goes on from here", err)
+        given = f" --{kind}" * bool(kind) + " --full" * full + f" --seed {seed}" * bool(seed)
+        say(f"stopped; robustdiff demo{given} --output {folder} goes on from here", err)
         raise typer.Exit(INTERRUPTED)
     _show(*result, folder)
 

@@ -35,7 +35,11 @@ def evaluate(
     ] = None,
     num: Annotated[
         int | None,
-        typer.Option(min=4, help="Images of each cell; by default one a prompt, or 5000, and all of a folder or file."),
+        typer.Option(
+            min=4,
+            max=options.MOST_IMAGES,
+            help="Images of each cell; by default one a prompt, or 5000, and all of a folder or file.",
+        ),
     ] = None,
     data: options.Data = None,
     root: options.Root = None,
@@ -142,7 +146,7 @@ def _scales(text: str | None) -> list[float]:
     scales = [] if text is None else options.parse_numbers(text, "--guidance", remedy)
     if not all(0 <= scale < math.inf for scale in scales):
         raise InputError(f"--guidance {text}: {remedy}")
-    return options.distinct(scales, "--guidance")
+    return scales
 
 
 def _show(
@@ -153,14 +157,13 @@ def _show(
     settings: dict[str, Any],
     output: Path | None,
 ) -> None:
-    """Print the tables, and write the results into a folder."""
+    """Write the results into a folder, and print the tables."""
     from robustdiff.evaluation.grid import FILE
-    from robustdiff.evaluation.noise import NOISE
-    from robustdiff.evaluation.prompts import prompts_of
     from robustdiff.metrics.metric import number_named
-    from robustdiff.report.results import write_results
     from robustdiff.report.tables import cell_table, grid_table, print_whole
 
+    if output is not None:  # first, since nothing may read what is printed
+        _write(grid, target, texts, metrics, settings, output)
     sampled = replace(grid, cells=[cell for cell in grid.cells if cell.sampler != FILE])
     runs = list(dict.fromkeys(cell.checkpoint for cell in sampled.cells))
     counts = sorted({cell.n for cell in grid.cells})
@@ -173,11 +176,21 @@ def _show(
         say(f'{number.title}, and its change vs "{runs[0]}" on common random numbers:')
         print_whole(out, grid_table(sampled, runs[0], number))
     if output is not None:
-        title = f"{grid.cells[0].n} images a cell, seed {settings['seed']}"
-        title = title if target.name is None else f"{target.name}, {title}"
-        used = prompts_of(target.dataset) if texts is None and grid.captions else texts
-        noise = NOISE if runs else None
-        prompts = None if used is None else used.record
-        record = options.given(**settings, noise=noise, metrics=metrics or None, prompts=prompts)
-        write_results(output, grid, title, {**target.record, **record})
         say(f"figures and result.json are in {output}" if runs else f"result.json is in {output}")
+
+
+def _write(
+    grid: Grid, target: Target, texts: Prompts | None, metrics: dict[str, str], settings: dict[str, Any], output: Path
+) -> None:
+    from robustdiff.evaluation.grid import FILE
+    from robustdiff.evaluation.noise import NOISE
+    from robustdiff.evaluation.prompts import prompts_of
+    from robustdiff.report.results import write_results
+
+    title = f"{grid.cells[0].n} images a cell, seed {settings['seed']}"
+    title = title if target.name is None else f"{target.name}, {title}"
+    used = prompts_of(target.dataset) if texts is None and grid.captions else texts
+    noise = NOISE if any(cell.sampler != FILE for cell in grid.cells) else None
+    prompts = None if used is None else used.record
+    record = options.given(**settings, noise=noise, metrics=metrics or None, prompts=prompts)
+    write_results(output, grid, title, {**target.record, **record})

@@ -22,7 +22,10 @@ def mismatch(
     sampler: options.Samplers = None,
     steps: Annotated[str, typer.Option(help="Numbers of network evaluations, with commas.")] = "10",
     num: Annotated[
-        int | None, typer.Option(min=1, help="Images; by default 2000, or half of the real ones if they are fewer.")
+        int | None,
+        typer.Option(
+            min=1, max=options.MOST_IMAGES, help="Images; by default 2000, or half of the real ones if they are fewer."
+        ),
     ] = None,
     radii: Annotated[str, typer.Option(help="ℓ2 radii of the robust loss, with commas.")] = "0.1,0.3,1.0",
     probes: Annotated[
@@ -64,15 +67,15 @@ def mismatch(
 
 
 def _show(result: Mismatch, output: Path) -> None:
-    """Print the tables, and write the results into a folder."""
+    """Write the results into a folder, and print the tables."""
     from robustdiff.report.mismatch import mismatch_table, robustness_table, write_mismatch
     from robustdiff.report.tables import print_whole
 
+    write_mismatch(output, result)  # first, since nothing may read what is printed
     say(f"p(x_t) of {result.paths[0].n} images against q(x_t) of {result.data}, with 95 % intervals:")
     print_whole(out, mismatch_table(result))
     if result.robustness:
         n = result.robustness[0].n
         say(f"robust loss and Lipschitz constant of the predicted noise at {n} true points:")
         print_whole(out, robustness_table(result))
-    write_mismatch(output, result)
     say(f"figures and mismatch.json are in {output}")

@@ -35,6 +35,12 @@ SHIPPED_RECIPES = sorted(path.stem for path in (_PACKAGE / "recipes").glob("*.ya
 SHIPPED_EXTRACTORS = sorted(path.stem for path in (_PACKAGE / "metrics" / "weights").glob("*.safetensors"))
 """The names of the feature extractors whose weights are files of this package."""
 
+LARGEST_SEED = 2**63 - 1
+"""The largest seed of the generators of torch."""
+
+MOST_IMAGES = 10_000_000
+"""The largest --num: 200 times the 50,000 images that FID is commonly measured with."""
+
 
 def given(**options: Any) -> dict[str, Any]:
     """Return the options that are not None."""
@@ -110,12 +116,13 @@ def parse_numbers(text: str, option: str, remedy: str) -> list[float]:
     """Return the numbers of a comma-separated text.
 
     Raises:
-        InputError: If a part is not a number. The message ends with ``remedy``.
+        InputError: If a part is not a number, for which the message ends with ``remedy``, or a number is given twice.
     """
     try:
-        return [float(part) for part in text.split(",")]
+        numbers = [float(part) for part in text.split(",")]
     except ValueError:
         raise InputError(f"{option} {text}: {remedy}") from None
+    return distinct(numbers, option)
 
 
 def real_images(run: str | None, data: str | None, root: str | None, overrides: list[str]) -> DataConfig:
@@ -149,7 +156,7 @@ def _native(context: typer.Context, precision: str) -> str:
 
 # Read first, since the precision depends on it.
 Cpu = Annotated[bool, typer.Option("--cpu", is_eager=True, help="Use the CPU even on a machine with a GPU.")]
-Seed = Annotated[int, typer.Option(min=0, help="Image i depends on the seed and i alone.")]
+Seed = Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Image i depends on the seed and i alone.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Images at a time.")]
 Samplers = Annotated[
     str | None, typer.Option(help="Samplers, with commas; by default ddim, multistep for consistency models.")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -24,7 +24,7 @@ _FILES = (
 def sample(
     run: Annotated[str, typer.Argument(help="A run, a diffusers pipeline folder, a shipped model, or one of the Hub.")],
     output: Annotated[Path, typer.Option(help="A file.npz, or a folder for PNGs.")] = Path("samples.npz"),
-    num: Annotated[int, typer.Option(min=1, help="The number of images.")] = 64,
+    num: Annotated[int, typer.Option(min=1, max=options.MOST_IMAGES, help="The number of images.")] = 64,
     sampler: Annotated[
         str | None,
         typer.Option(help=f"{', '.join(options.SHIPPED_SAMPLERS)}; by default that of the run's recipe."),
@@ -67,8 +67,7 @@ def sample(
     from robustdiff.report.bar import Bar
 
     accelerator = make_accelerator(cpu)
-    chosen = options.given(spacing=spacing)
-    chosen |= options.parse_assignments(overrides, chosen)
+    chosen = _options(overrides, options.given(spacing=spacing))
     settings = options.given(sampler=sampler, steps=_steps(steps), label=label, num_classes=classes, guidance=guidance)
     settings |= {"size": size, "seed": seed, "batch_size": batch_size, "precision": precision, "options": chosen}
     settings |= {"prompts": tuple(prompts), "negative": negative}
@@ -90,5 +89,18 @@ def _prepare(output: Path, generator: Generator) -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
 
 
+def _options(overrides: list[str], given: dict[str, Any]) -> dict[str, Any]:
+    """Return the options of the sampler, with those of --set."""
+    values = options.parse_assignments(overrides, given)
+    remedies = {"sampler": "give --sampler", "steps": "give --steps", "process": "it is that of the checkpoint"}
+    for name in remedies.keys() & values:
+        raise InputError(f"--set {name}: this is not an option of a sampler: {remedies[name]}")
+    return given | values
+
+
 def _steps(text: str | None) -> int | str | None:
-    return int(text) if text is not None and text.lstrip("-").isdigit() else text
+    """Return a number of steps, or the text, such as "ddim25"."""
+    try:
+        return None if text is None else int(text)
+    except ValueError:
+        return text

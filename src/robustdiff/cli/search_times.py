@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 def search_times(
     run: Annotated[str, typer.Argument(help="A consistency model: a run or a pipeline folder.")],
     steps: Annotated[int, typer.Option(min=2, help="Network evaluations for one image.")] = 4,
-    num: Annotated[int, typer.Option(min=4, help="Images for each candidate.")] = 2000,
+    num: Annotated[int, typer.Option(min=4, max=options.MOST_IMAGES, help="Images for each candidate.")] = 2000,
     data: options.Data = None,
     root: options.Root = None,
     overrides: options.SetData = [],  # noqa: B006
@@ -47,9 +47,9 @@ def search_times(
     (generator,) = load_generators(*sampling, seed=seed, batch_size=batch_size, precision=precision).values()
     with Bar(err) as bar:
         best = search_times_by_fid(generator, steps, num, target, accelerator, bar)
-    say(f"--steps {_text(best.numbers)}  FID {best.value:.2f} of {num} images, {len(best.evaluated)} candidates tried")
-    if output is not None:
+    if output is not None:  # first, since nothing may read what is printed
         write_json(output, _record(best, num, seed))
+    say(f"--steps {_text(best.numbers)}  FID {best.value:.2f} of {num} images, {len(best.evaluated)} candidates tried")
 
 
 def _text(numbers: tuple[int, ...]) -> str:

@@ -17,14 +17,16 @@ def solver_error(
     ],
     scales: Annotated[str, typer.Option(help="Numbers N of levels, with commas.")] = "18,40,80,160",
     solver: Annotated[str, typer.Option(help="heun, euler, or both with a comma.")] = "heun,euler",
-    num: Annotated[int, typer.Option(min=2, help="The number of images.")] = 256,
+    num: Annotated[int, typer.Option(min=2, max=options.MOST_IMAGES, help="The number of images.")] = 256,
     points: Annotated[int, typer.Option(min=2, help="Pairs of levels of each N, evenly spaced.")] = 8,
-    substeps: Annotated[int, typer.Option(min=2, help="Heun steps of the reference between two levels.")] = 32,
+    substeps: Annotated[
+        int, typer.Option(min=2, max=100_000, help="Heun steps of the reference between two levels.")
+    ] = 32,
     data: options.Data = None,
     root: options.Root = None,
     overrides: options.SetData = [],  # noqa: B006
     output: Annotated[Path, typer.Option(help="A folder for result.json and the figure.")] = Path("solver-error"),
-    seed: Annotated[int, typer.Option(min=0, help="The seed of the noise.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=options.LARGEST_SEED, help="The seed of the noise.")] = 0,
     batch_size: options.BatchSize = 128,
     cpu: options.Cpu = False,
 ) -> None:
@@ -40,8 +42,8 @@ def solver_error(
     options.claim(output / "result.json", real)
     settings = options.given(points=points, substeps=substeps, seed=seed, batch_size=batch_size)
     with Bar(err) as bar:
-        method = make_accelerator(cpu).device, levels, solver.split(","), num
+        method = make_accelerator(cpu).device, levels, options.parse_names(solver, "--solver"), num
         result = measure_teacher(teacher, real, *method, progress=bar, **settings)
+    write_solver_error(output, result)  # first, since nothing may read what is printed
     print_whole(out, solver_error_table(result.errors))
-    write_solver_error(output, result)
     say(f"the figure and result.json are in {output}")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from robustdiff.cli import INTERRUPTED, app, err, out, say
+from robustdiff.errors import InputError
 
 if TYPE_CHECKING:
     from robustdiff.study.schema import Study
@@ -34,6 +35,8 @@ def study(
     from robustdiff.study.estimate import remaining
     from robustdiff.study.schema import load_study
 
+    if dry_run and report is not None:
+        raise InputError("--dry-run and --report are two commands: give one of them")
     settings, folder = load_study(file), output or Path("studies") / file.stem
     if dry_run:
         print_whole(out, remaining_table(remaining(settings, folder)))

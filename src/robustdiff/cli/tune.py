@@ -35,14 +35,17 @@ def tune(
     candidates: Annotated[int, typer.Option(min=1, help="Settings in the first rung.")] = 12,
     rungs: Annotated[int, typer.Option(min=1, help="Halvings; each trains twice as long as the one before.")] = 3,
     seeds: Annotated[int, typer.Option(min=3, help="Confirming trainings of each contestant.")] = 5,
-    seed: Annotated[int | None, typer.Option(min=0, help="Seed of the search; that of the recipe by default.")] = None,
-    num: Annotated[int, typer.Option(min=4, help="Images of each measurement.")] = 2000,
+    seed: Annotated[
+        int | None,
+        typer.Option(min=0, max=options.LARGEST_SEED, help="Seed of the search; that of the recipe by default."),
+    ] = None,
+    num: Annotated[int, typer.Option(min=4, max=options.MOST_IMAGES, help="Images of each measurement.")] = 2000,
     metric: Annotated[str, typer.Option(help="What to rank by: fid, kid, clip-score=FOLDER, …")] = "fid",
     features: options.Features = None,
     weights: options.Weights = None,
     guidance: options.Guidance = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images that are sampled at a time.")] = 64,
-    processes: Annotated[int, typer.Option(min=1, help="Single-threaded processes that share the work.")] = 1,
+    processes: Annotated[int, typer.Option(min=1, max=1024, help="Single-threaded processes that share the work.")] = 1,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and its time, and do nothing.")] = False,
 ) -> None:
     """Find out whether, and how, to fine-tune a checkpoint for one sampler at one number of steps.

@@ -14,7 +14,8 @@ Every pass over the batch evaluates the loss at another δ, with θ⁻ the param
 The error of the solver is the mismatch between training and sampling of a consistency model (Wang et al., 2025,
 arXiv 2502.17099): "solver" trains on the worst point near Φ̂. One backward pass computes the gradient of δ, through the
 target network with frozen parameters, and that of θ, through the student. "student" needs no backward pass through the
-target network. Φ̂ depends neither on δ nor on θ.
+target network. Φ̂ depends neither on δ nor on θ. Both ascents are of the whole loss:
+δ moves all of f, c_skip x included.
 
 Distillation (Song et al., algorithm 2) integrates dx/dσ = (x − D(x, σ))/σ with a teacher D, by Euler's or Heun's step.
 Training without a teacher (algorithm 3) takes Euler's step with D = x_0, so that Φ̂ = x_0 + σ_n ε with the same ε.

@@ -20,7 +20,7 @@ raise the loss: with the residual r and J = ∂ε̂/∂x it moves δ along −J�
 −2 rᵀ(I/σ_t − J)Jᵀr. This is negative if the model is near a denoiser and 0 ≺ J ≺ I/σ_t. ``through_target`` takes both
 terms, which gives the steepest ascent of the loss. That direction is the same for every parameterisation, since their
 losses differ by a factor for each sample. For x_0-prediction, whose target does not depend on δ, it is also the
-default direction.
+default direction. The directions through the model alone differ from parameterisation to parameterisation.
 
 If times are not drawn uniformly, each loss is multiplied by a weight (:mod:`robustdiff.objectives.timesteps`).
 

@@ -6,6 +6,10 @@ with ln σ ~ N(P_mean, P_std²). D is a network F in their preconditioning (:mod
 With the weight λ the loss is mean (F − target)², with a target of unit variance. δ changes the noise,
 σ ε' = σ ε + δ, but not the target x_0 (Wang et al., 2025, equation 16, with α = 1).
 
+The gradient with respect to δ is that through F alone: in F's own target, (x_0 − c_skip (x_0 + σ ε + δ))/c_out, δ is a
+constant, as it is in the targets of :mod:`robustdiff.objectives.denoising`. With σ_d = 1 F is −v of v-prediction, and
+the ascent is the same.
+
 With a teacher, a pretrained diffusion model with denoiser D̂, the target at levels below a bound is
 D̂(x_0 + σ ε, σ) ≈ E[x_0 | x_0 + σ ε] instead of x_0. At δ = 0 the minimiser is the same, and the gradient is free of
 the variance of x_0 given x_t. (With an adversary the minimisers may differ, since δ depends on the target.) Above the
@@ -91,7 +95,7 @@ class EDMObjective(DenoisingObjective):
 
     def __call__(self, model: Callable[..., Any], draw: Draw, delta: Tensor | None = None) -> dict[str, Tensor]:
         """Return the losses at x_t + δ, each with shape (B,): "mse", and "loss" = λ(σ) · "mse" times given weights."""
-        losses = super().__call__(Preconditioned(model, self.sigma_data), draw, delta)
+        losses = super().__call__(Preconditioned(model, self.sigma_data, through_skip=False), draw, delta)
         sigma = self.process.sigmas_at(draw.t, losses["loss"])
         weight = (sigma**2 + self.sigma_data**2) / (sigma * self.sigma_data) ** 2
         return {**losses, "loss": weight * losses["loss"]}

@@ -30,7 +30,8 @@ Every pass over the batch evaluates the loss at another δ, with θ⁻ the param
 where d is the mean over elements of (a − b)² or of √((a − b)² + c²) − c. The error of the solver is the mismatch
 between training and sampling (Wang et al., 2025, arXiv 2502.17099): "solver" trains on the worst point near Φ̂. One
 backward pass computes the gradient of δ, through the target network as a constant function, and that of θ, through the
-student. Φ̂ depends neither on δ nor on θ, so that the teacher is evaluated once for all passes.
+student. Both ascents are of the whole loss: δ moves all of f, c_skip x included. Φ̂ depends neither on δ nor on θ, so
+that the teacher is evaluated once for all passes.
 
 After every optimiser update θ⁻ ← μ θ⁻ + (1 − μ) θ. The target may also be the student itself, θ⁻ = θ, whose parameters
 receive no gradient through the target.

@@ -65,15 +65,22 @@ class Preconditioned:
         sigma_data: The standard deviation σ_d > 0 of the data.
         sigma_min: The level σ_0 ≥ 0 at which the result is x itself.
         time_scale: The factor k of the network's time k ln σ.
+        through_skip: If False, the gradient with respect to x is that through F alone: in c_skip x, x is a constant.
     """
 
     def __init__(
-        self, network: Callable[..., Any], sigma_data: float = 0.5, sigma_min: float = 0.0, time_scale: float = 250.0
+        self,
+        network: Callable[..., Any],
+        sigma_data: float = 0.5,
+        sigma_min: float = 0.0,
+        time_scale: float = 250.0,
+        through_skip: bool = True,
     ) -> None:
         self.network = network
         self.time_scale = time_scale
         self.sigma_data = sigma_data
         self.sigma_min = sigma_min
+        self.through_skip = through_skip
 
     def __call__(self, x: Tensor, sigma: Tensor, **condition: Any) -> Tensor:
         """Return f(x, σ), with shape (B, *).
@@ -92,7 +99,7 @@ class Preconditioned:
         output = predict(self.network, (1 / size).to(x.dtype) * x, time, condition)
         # A learned variance is in further channels.
         output = output[:, : x.shape[1]].to(x.dtype)
-        return c_skip.to(x.dtype) * x + c_out.to(x.dtype) * output
+        return c_skip.to(x.dtype) * (x if self.through_skip else x.detach()) + c_out.to(x.dtype) * output
 
 
 class DiffusionDenoiser:

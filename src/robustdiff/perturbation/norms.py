@@ -59,8 +59,9 @@ class L2(Norm):
 
     def project(self, delta: Tensor, radius: Tensor) -> Tensor:
         size = self(delta)
-        # Inside the ball the factor is exactly 1, so that δ is unchanged bit for bit.
-        factor = torch.where(size > radius, radius / size.clamp_min(torch.finfo(size.dtype).tiny), 1.0)
+        # Inside the ball the factor is exactly 1, so that δ is unchanged bit for bit. A radius of NaN, as that of an
+        # unknown time on a GPU, makes δ NaN.
+        factor = torch.where(size <= radius, 1.0, radius / size.clamp_min(torch.finfo(size.dtype).tiny))
         return delta * broadcast(factor, delta)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cached_property
@@ -189,7 +190,9 @@ class Within(RadiusSchedule):
 
     def __call__(self, points: Points, norm: Norm) -> Tensor:
         sigmas = self.process.sigmas_at(points.times, points.x_t)
-        return self.radius(points, norm) * ((sigmas >= self.low) & (sigmas <= self.high))
+        radius = self.radius(points, norm) * ((sigmas >= self.low) & (sigmas <= self.high))
+        # An unknown time, whose level is NaN on a GPU, is not one outside.
+        return torch.where(sigmas.isnan(), math.nan, radius)
 
 
 @dataclass(frozen=True)

@@ -7,25 +7,31 @@ import math
 from collections.abc import Sequence
 from operator import itemgetter
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import t as student_t
 
 from robustdiff.metrics.metric import Number
-from robustdiff.report.figures import Figure, Line, default_settings, label, points, step_panels
+from robustdiff.notation import number
+from robustdiff.report.figures import ROLES, Figure, Line, default_settings, label, points, step_panels
+from robustdiff.report.levels import method_styles
 from robustdiff.report.words import (
+    EFFECT_COLUMNS,
     SIGNIFICANT,
     code_span,
+    columns,
+    count,
+    effect_row,
+    filled,
     percent,
     saved_figure,
     shown_correlation,
     shown_effect,
-    shown_ends,
     shown_interval,
     table,
     tested_effect,
+    versus,
 )
 from robustdiff.study.analysis import (
     TRAININGS,
@@ -38,6 +44,7 @@ from robustdiff.study.analysis import (
     effect,
     holm,
     levels,
+    main_methods,
     pairs,
     rank_correlation,
     ratio_to,
@@ -61,34 +68,32 @@ __all__ = [
 ]
 
 SHIFTED = "fid_shifted"
+WITH_INTERVAL = f"with its 95 % interval where there are {TRAININGS} trainings or more"
 
 
 def effects_section(results: Results, steps: int) -> list[str]:
     """Return the effects with three trainings or more: by sampler, and the contrast of the study's two samplers."""
     contrasted = results.study.contrast
-    found: dict[Pair, list[Effect | None]] = {}
-    for method, baseline in pairs(results):
-        row = [effect(results, method, sampler, steps, baseline) for sampler in results.samplers]
-        if contrasted is not None:
-            row.append(contrast(results, method, contrasted, steps, baseline))
-        if any(one is not None and one.interval is not None for one in row):
-            found[method, baseline] = row
+    both = f"{contrasted[0]} against {contrasted[1]}" if contrasted else ""
+    found: dict[tuple[Pair, str], Effect] = {}
+    few = False
+    for pair in pairs(results):
+        row = {own: effect(results, pair[0], own, steps, pair[1]) for own in results.samplers}
+        if contrasted:
+            row[both] = contrast(results, pair[0], contrasted, steps, pair[1])
+        if any(one is not None and one.interval is not None for one in row.values()):
+            found |= {(pair, own): one for own, one in row.items() if one is not None}
+            few |= any(one is not None and one.interval is None for one in row.values())
     if not found:
         return [f"No comparison has the {TRAININGS} trainings that an interval needs."]
-    tests = [one for row in found.values() for one in row if one is not None and one.p is not None]
-    adjusted = iter(holm([one.p for one in tests if one.p is not None]))
-    rows, lines = [], []
-    few = any(one is not None and one.interval is None for row in found.values() for one in row)
-    columns = [*results.samplers, *([f"{contrasted[0]} against {contrasted[1]}"] if contrasted else [])]
-    for (method, baseline), row in found.items():
-        cells = []
-        for column, one in zip(columns, row, strict=True):
-            p = None if one is None or one.p is None else next(adjusted)
-            cells.append(tested_effect(one, p))
-            if one is not None and p is not None and p < SIGNIFICANT:
-                lines.append(f"- **{method}** to {baseline}, {column}: {cells[-1]}, {one.n} trainings.")
-        n = sorted({one.n for one in row if one is not None and one.interval is not None})
-        rows.append([f"{method} to {baseline}", " to ".join(map(str, dict.fromkeys((n[0], n[-1])))), *cells])
+    p = {key: one.p for key, one in found.items() if one.p is not None}
+    adjusted = dict(zip(p, holm(list(p.values())), strict=True))
+    lines = [
+        f"- **{pair[0]}** vs {pair[1]}, {own}: {tested_effect(one, adjusted[pair, own])}, {one.n} trainings."
+        for (pair, own), one in found.items()
+        if adjusted.get((pair, own), 1.0) < SIGNIFICANT
+    ]
+    rows = [effect_row(versus(pair), own, one, adjusted.get((pair, own))) for (pair, own), one in found.items()]
     shared = results.study.measure.image_noise == "shared"
     noise = " and over the noise of the images, which all trainings share," if shared else ","
     degrees = (
@@ -98,26 +103,27 @@ def effects_section(results: Results, steps: int) -> list[str]:
     return [
         f"The relative change of FID at {steps} steps, for each sampler by itself: the geometric mean over trainings, "
         f"Student's 95 % interval over trainings{noise} and the p-value of no change, adjusted by Holm's method for "
-        f"the {len(tests)} tests of this table. {degrees if shared else ''}"
-        + (f"{columns[-1]}: the ratio of the two changes, less one. " if contrasted else "")
+        f"the {len(p)} tests of this table. In a row “A vs B” a change below 0 says that A has the lower, better FID. "
+        f"{degrees if shared else ''}"
+        + (f"{both}: the ratio of the two changes, less one. " if contrasted else "")
         + (f"With fewer than {TRAININGS} trainings, the change of each. " if few else "")
         + ("Below 0.05:" if lines else "No p-value is below 0.05."),
         *(["\n".join(lines)] if lines else []),
-        table([f"{steps} steps", "trainings", *columns], rows),
+        table(EFFECT_COLUMNS, rows),
     ]
 
 
 def few_trainings(results: Results, steps: int) -> list[str]:
     """Return the changes of comparisons with too few trainings for an interval."""
     rows = []
-    for method, baseline in pairs(results):
-        row = [effect(results, method, sampler, steps, baseline) for sampler in results.samplers]
+    for pair in pairs(results):
+        row = [effect(results, pair[0], sampler, steps, pair[1]) for sampler in results.samplers]
         if any(row) and all(one is None or one.interval is None for one in row):
-            rows.append([f"{method} to {baseline}", *map(shown_effect, row)])
+            rows.append([versus(pair), *map(shown_effect, row)])
     if not rows:
         return []
     return [
-        f"Fewer than {TRAININGS} trainings, the change of each, about which nothing can be decided:",
+        f"Comparisons with fewer than {TRAININGS} trainings decide nothing. The change of each training:",
         table([f"{steps} steps", *results.samplers], rows),
     ]
 
@@ -128,7 +134,10 @@ def chosen_seeds(results: Results) -> list[str]:
     if not chosen:
         return []
     named = ", ".join(f"{name} (seed {', '.join(map(str, seeds))})" for name, seeds in chosen.items())
-    return [f"Seeds on which settings were chosen are in the tables of levels, and not in comparisons: {named}."]
+    return [
+        "Seeds on which a setting was chosen are left out of comparisons; the tables of FID include them. They are: "
+        f"{named}."
+    ]
 
 
 def trend_section(results: Results, steps: int, folder: Path) -> list[str]:
@@ -157,11 +166,13 @@ def trend_section(results: Results, steps: int, folder: Path) -> list[str]:
     slope = found[primary][0] if primary in found else None
     adjusted[primary, 0] = None if slope is None else slope.p
 
-    def cell(sampler: str, i: int) -> str:
-        own = found[sampler][i]
-        return tested_effect(own, adjusted[sampler, i]) if (sampler, i) in adjusted else shown_effect(own)
-
-    rows = [[sampler, *(cell(sampler, i) for i in range(1 + len(compared)))] for sampler in found]
+    names = ["with each doubling", *map(versus, compared)]
+    rows = [
+        effect_row(name, sampler, own, adjusted.get((sampler, i)))
+        for sampler, effects in found.items()
+        for i, (name, own) in enumerate(zip(names, effects, strict=True))
+        if own is not None
+    ]
     return [
         heading,
         f"The relative change of FID at {steps} steps with each doubling of the number of updates, by least squares "
@@ -169,18 +180,21 @@ def trend_section(results: Results, steps: int, folder: Path) -> list[str]:
         f"seeds, with Student's 95 % interval over seeds. The slope with {primary} is the primary hypothesis, and its "
         "p-value is not adjusted. Those of the other slopes and of the effects at "
         f"{max(updates):,} updates are adjusted by Holm's method for their {len(p)} tests.",
-        table([f"{steps} steps", "with each doubling", *(f"{one} to {other}" for one, other in compared)], rows),
+        table(EFFECT_COLUMNS, rows),
         *_consequence(slope, primary, updates),
         saved_figure(
-            folder, "trend", _trend_figure({s: own[1:] for s, own in found.items()}, updates), "The effect by updates"
+            folder,
+            "trend",
+            _trend_figure({f"{own}, {steps} steps": effects[1:] for own, effects in found.items()}, updates),
+            "The change of FID against the baseline by the number of updates",
         ),
     ]
 
 
 def _trend_figure(effects: dict[str, list[Effect | None]], updates: Sequence[int]) -> Figure:
-    """Draw the effect at each number of updates, by sampler: each seed, and the mean with its interval."""
+    """Draw the effect at each number of updates, by panel: each seed, and the mean with its interval."""
     panels: dict[str, dict[str, list[Line]]] = {}
-    for sampler, found in effects.items():
+    for panel, found in effects.items():
         at = [(n, one) for n, one in sorted(zip(updates, found, strict=True), key=itemgetter(0)) if one is not None]
         seeds = {seed for _, one in at for seed in one.logs}
         lines = []
@@ -192,10 +206,10 @@ def _trend_figure(effects: dict[str, list[Effect | None]], updates: Sequence[int
             (n, *(100 * end for end in (i.mean, i.low, i.high))) for n, one in at if (i := one.interval) is not None
         ]
         mean = Line(*np.reshape(bands, (-1, 4)).T.tolist())
-        panels[sampler] = {"one seed": lines, "mean, 95 % interval": [mean]}
-    number = Number("change", "change of FID to the baseline, %", ".1f", "lower")
-    title = "each method against its baseline"
-    return step_panels(panels, title, {"no change": 0.0}, number, "optimiser updates")
+        panels[panel] = {"one seed": lines, "mean, 95 % interval": [mean]}
+    styles = dict.fromkeys(("one seed", "mean, 95 % interval"), (ROLES["adversarial"][0], "o"))
+    change = Number("change", "change of FID, %", ".1f")
+    return step_panels(panels, {"no change": 0.0}, change, "optimiser updates", styles=styles)
 
 
 def _consequence(slope: Effect | None, sampler: str, updates: Sequence[int]) -> list[str]:
@@ -212,9 +226,9 @@ def _consequence(slope: Effect | None, sampler: str, updates: Sequence[int]) -> 
     doublings = math.log2(max(updates) / min(updates))
     ends = Interval(*((1 + end) ** doublings - 1 for end in (slope.mean, low, high)))
     return [
-        f"What follows for a training: with {sampler} no change of the effect with the length of training was found. "
-        f"From {min(updates):,} to {max(updates):,} updates, {doublings:.1f} doublings, the interval allows the ratio "
-        f"of the FIDs a change of {shown_ends(ends)}."
+        f"What follows for a training: no change of the effect with length was found with {sampler}. From "
+        f"{min(updates):,} to {max(updates):,} updates the ratio of FIDs may change by {percent(ends.low)} to "
+        f"{percent(ends.high)}."
     ]
 
 
@@ -246,48 +260,50 @@ def spread_section(results: Results, steps: int) -> list[str]:
 def against_references(results: Results) -> list[str]:
     """Return the change of FID from each reference, at equal sampler and steps or from its largest number of steps."""
     parts = []
-    for (name, sampler, steps), reference in levels(results, beside=True).items():
-        heading = [f"{sampler}, {steps} steps", f"to {name}, {sampler} {steps}"]
-        parts += _to_reference(results, sampler, [steps], reference, heading)
+    beside = levels(results, beside=True)
+    for name in dict.fromkeys(name for name, *_ in beside):
+        for heading, titles, keys in columns(results):
+            there = [(title, key) for title, key in zip(titles, keys, strict=True) if (name, *key) in beside]
+            rows = filled(
+                [method, *(shown_effect(ratio_to(results, method, *key, beside[name, *key])) for _, key in there)]
+                for method in results.methods
+            )
+            if rows:
+                parts.append(table([f"vs {name}; {heading}", *(title for title, _ in there)], rows))
     found = levels(results)
     best = {(name, sampler): steps for name, sampler, steps in sorted(found)}  # keeps the largest number of steps
-    for ((name, sampler), count), own in itertools.product(best.items(), results.samplers):
-        heading = [f"{own} to {name}, {sampler} {count}; steps", *map(str, results.steps)]
-        parts += _to_reference(results, own, results.steps, found[name, sampler, count], heading)
-    text = f"The relative change of FID, with the 95 % interval from {TRAININGS} trainings."
-    return ["## FID against the references", text, *parts] if parts else []
-
-
-def _to_reference(
-    results: Results, sampler: str, counts: Sequence[int], reference: dict[str, Any], heading: Sequence[str]
-) -> list[str]:
-    """Return a table of the change of FID from a reference by numbers of steps, of the methods that have one."""
-    rows = []
-    for method in results.methods:
-        row = [ratio_to(results, method, sampler, steps, reference) for steps in counts]
-        if any(row):
-            rows.append([method, *map(shown_effect, row)])
-    return [table(heading, rows)] if rows else []
+    for ((name, sampler), most), own in itertools.product(best.items(), results.samplers):
+        reference = found[name, sampler, most]
+        rows = filled(
+            [method, *(shown_effect(ratio_to(results, method, own, steps, reference)) for steps in results.steps)]
+            for method in results.methods
+        )
+        if rows:
+            parts.append(table([f"{own} vs {name}, {sampler} {most}; steps", *map(str, results.steps)], rows))
+    if not parts:
+        return []
+    where = "with the same sampler and steps" if beside else "with its largest number of steps"
+    where += " or, where it has others, with its largest number of steps" if beside and found else ""
+    text = f"The relative change of FID against a reference {where}, {WITH_INTERVAL}."
+    return ["## FID against the references", text, *parts]
 
 
 def by_steps(results: Results) -> list[str]:
     """Return the change of each pair by sampler and number of steps."""
     if len(results.steps) == 1:
         return []
-    parts = [
+    rows = []
+    for pair, sampler in itertools.product(pairs(results), results.samplers):
+        found = [effect(results, pair[0], sampler, steps, pair[1]) for steps in results.steps]
+        if sum(one is not None for one in found) > 1:
+            rows.append([versus(pair), sampler, *map(shown_effect, found)])
+    if not rows:
+        return []
+    return [
         "## By sampler and steps",
-        f"The relative change of FID, with the 95 % interval from {TRAININGS} trainings, and without one that of each "
-        "training.",
+        f"The relative change of FID, {WITH_INTERVAL}, and otherwise the change of each training.",
+        table(["comparison", "sampler", *map(count, results.steps)], rows),
     ]
-    for sampler in results.samplers:
-        rows = []
-        for method, baseline in pairs(results):
-            found = [effect(results, method, sampler, steps, baseline) for steps in results.steps]
-            if sum(one is not None for one in found) > 1:
-                rows.append([f"{method} to {baseline}", *map(shown_effect, found)])
-        if rows:
-            parts.append(table([f"{sampler}, steps", *map(str, results.steps)], rows))
-    return parts
 
 
 def sensitivity_section(results: Results, steps: int, folder: Path) -> list[str]:
@@ -302,31 +318,30 @@ def sensitivity_section(results: Results, steps: int, folder: Path) -> list[str]
     names = [f"α = {alpha:g}, K = {count}" for alpha, count in keys]
     rows = [[name, *("–" if np.isnan(v) else percent(v) for v in row)] for name, row in zip(names, grid, strict=True)]
     trainings = "one training each" if len(seeds) == 1 else "the geometric mean over trainings"
-    figure = _heat_map(grid, list(found), names, f"FID against {baseline}, %", f"{steps} steps")
+    figure = _heat_map(grid, list(found), names, f"change of FID vs {baseline}, %")
     return [
         "## Sensitivity to α and K",
-        f"The relative change of FID from {baseline} to free adversarial training, {trainings} (seed "
-        f"{', '.join(map(str, seeds))}). Trainings that differ in their seed alone are apart, too, as above.",
+        f"Free adversarial training vs {baseline}, the relative change of FID: {trainings} (seed "
+        f"{', '.join(map(str, seeds))}). Differences may be due to the seed (see above).",
         table([f"{steps} steps", *found], rows),
-        *([saved_figure(folder, "sensitivity", figure, "α × K")] if len(found) > 1 else []),
+        *([saved_figure(folder, "sensitivity", figure, f"The table at {steps} steps")] if len(found) > 1 else []),
     ]
 
 
 @default_settings()
-def _heat_map(grid: NDArray[np.float64], columns: Sequence[str], rows: Sequence[str], unit: str, title: str) -> Figure:
+def _heat_map(grid: NDArray[np.float64], samplers: Sequence[str], rows: Sequence[str], unit: str) -> Figure:
     """Draw relative changes as colours and in percent."""
-    figure = Figure(figsize=(2.4 + 0.9 * len(columns), 1.2 + 0.4 * len(rows)), layout="constrained")
+    figure = Figure(figsize=(2.4 + 0.9 * len(samplers), 0.9 + 0.4 * len(rows)), layout="constrained")
     panel = figure.subplots()
     limit = max(0.05, float(np.nanmax(np.abs(grid))))
     image = panel.imshow(100 * grid, cmap="RdBu_r", vmin=-100 * limit, vmax=100 * limit, aspect="auto")
     for i, j in np.argwhere(~np.isnan(grid)):
         dark = abs(grid[i, j]) > 0.6 * limit
-        text = f"{grid[i, j]:+.0%}".replace("-", "−")
+        text = number(grid[i, j], "+.0%")
         panel.text(j, i, text, ha="center", va="center", fontsize=9, color="w" if dark else "k")
-    panel.set_xticks(range(len(columns)), columns)
+    panel.set_xticks(range(len(samplers)), samplers)
     panel.set_yticks(range(len(rows)), rows)
     figure.colorbar(image, ax=panel, label=label(unit))
-    figure.suptitle(label(title), fontsize=10)
     return figure
 
 
@@ -334,20 +349,30 @@ def brightness_section(results: Results, steps: int, folder: Path) -> list[str]:
     """Return FID against the mean grey value of the images, over all trainings."""
     panels: dict[str, dict[str, list[tuple[float, float]]]] = {}
     ranks = []
+    main = main_methods(results)
+    styles = {method: style for method, style in method_styles(results).items() if method in main}
+    shown = {method: [method] for method in main}
+    if others := [method for method in results.methods if method not in main]:
+        shown[f"fewer than {TRAININGS} trainings"] = others
     for sampler in results.samplers:
         found = brightness(results, sampler, steps)
         trainings = list(itertools.chain(*(own.values() for own in found.values())))
         if len(trainings) >= 5:
-            panels[sampler] = {method: list(own.values()) for method, own in found.items()}
+            panels[f"{sampler}, {steps} steps"] = {
+                method: list(itertools.chain(*(found[one].values() for one in own if one in found)))
+                for method, own in shown.items()
+            }
             ranks.append(f"{sampler} {shown_correlation(rank_correlation(trainings))} ({len(trainings)} networks)")
     if not panels:
         return []
-    made = points(panels, "mean grey value of the images", "FID (lower is better)", f"{steps} steps")
+    made = points(panels, "mean grey value (0–255)", "FID (lower is better)", styles)
     return [
         f"FID at {steps} steps against the mean grey value of the images that it is measured on (0 to 255), over all "
         f"trainings. Spearman's rank correlation: {'; '.join(ranks)}. (Errors of the spatial mean are known as colour "
         "shifts: Deck & Bischoff, 2023, arXiv 2306.15832.)",
-        saved_figure(folder, "brightness", made, "FID against brightness"),
+        saved_figure(
+            folder, "brightness", made, "FID against the mean grey value of the images, a point each training"
+        ),
         *_at_equal_brightness(results, steps),
     ]
 
@@ -358,7 +383,7 @@ def _at_equal_brightness(results: Results, steps: int) -> list[str]:
     found = {sampler: intervals for sampler, intervals in found.items() if intervals}
     rows = [
         [
-            f"{pair[0]} to {pair[1]}",
+            versus(pair),
             *(shown_interval(intervals[pair]) if pair in intervals else "–" for intervals in found.values()),
         ]
         for pair in pairs(results)
@@ -379,14 +404,14 @@ def at_real_brightness(results: Results, steps: int) -> list[str]:
     if not all(SHIFTED in record["numbers"] for record in results.cells.values()):
         return []
     rows = []
-    for method, baseline in pairs(results):
-        row = [effect(results, method, own, steps, baseline, SHIFTED) for own in results.samplers]
+    for pair in pairs(results):
+        row = [effect(results, pair[0], own, steps, pair[1], SHIFTED) for own in results.samplers]
         if any(row):
-            rows.append([f"{method} to {baseline}", *map(shown_effect, row)])
+            rows.append([versus(pair), *map(shown_effect, row)])
     if not rows:
         return []
     return [
         "The relative change of FID after the images of each training are shifted to the mean grey value of the real "
-        f"ones, with the 95 % interval from {TRAININGS} trainings: the effect that is left without brightness.",
+        f"ones, {WITH_INTERVAL}: the change that remains after this shift.",
         table([f"{steps} steps", *results.samplers], rows),
     ]

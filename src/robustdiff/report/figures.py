@@ -8,11 +8,13 @@ another folder here, and figures are drawn under its default settings.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import textwrap
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -26,6 +28,7 @@ from robustdiff.metrics.metric import Number
 
 with contextlib.chdir(Path(__file__).parent):
     import matplotlib
+    from matplotlib.artist import Artist
     from matplotlib.axes import Axes
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -33,13 +36,15 @@ with contextlib.chdir(Path(__file__).parent):
 __all__ = [
     "COLOURS",
     "MARKERS",
+    "REFERENCE",
+    "ROLES",
     "Axes",
     "Figure",
     "Line",
+    "bare",
     "caption_grid",
     "default_settings",
     "label",
-    "loss_curves",
     "matplotlib",
     "numbers_against_steps",
     "points",
@@ -50,7 +55,17 @@ __all__ = [
 ]
 
 COLOURS = matplotlib.colormaps["tab10"].colors  # type: ignore[attr-defined]
-MARKERS = "osD^vP*X"
+MARKERS = "os^vP*Xd"
+ROLES = {
+    "plain": ("#1f5f9e", "#6aa3d8", "#0b2f52", "#a9cbea"),
+    "passes": ("#2e8b57", "#86c79f", "#14532d", "#b9e0c8"),
+    "adversarial": ("#c2571a", "#f0a060", "#7a2e05", "#f6c79f"),
+    "random": ("#7b4fa3", "#b79ad1", "#4a2370", "#d8c8e8"),
+}
+"""The shades of what methods do (:func:`robustdiff.study.analysis.roles`), so that they look alike on all pages."""
+REFERENCE = ("black", "D")
+"""The colour and marker of a network that is measured as it is."""
+GREY = ("0.7", "o")
 
 
 @contextlib.contextmanager
@@ -95,27 +110,57 @@ class Line:
     thin: bool = field(default=False, kw_only=True)
 
 
+def _panels(count: int, labels: int, *, sharey: bool = False) -> tuple[Figure, list[Axes]]:
+    """Return a figure with panels, two in a row so that it can be read on a page, and room for a legend below."""
+    rows, columns = -(-count // 2), min(count, 2)
+    figure = Figure(figsize=(7.2, 2.9 * rows + 0.4 + 0.2 * -(-labels // 3)), layout="constrained")
+    axes = list(figure.subplots(rows, columns, sharey=sharey, squeeze=False).flat)
+    for unused in axes[count:]:
+        unused.remove()
+    return figure, axes[:count]
+
+
+def _finish(figure: Figure, axes: Sequence[Axes], xlabel: str, ylabel: str) -> None:
+    """Add the labels of the outer axes, and the legend of all panels."""
+    handles: dict[str, Artist] = {}
+    for i, panel in enumerate(axes):
+        panel.grid(alpha=0.3)
+        if i + 2 >= len(axes):
+            panel.set_xlabel(xlabel)
+        if i % 2 == 0:
+            panel.set_ylabel(ylabel)
+        for handle, name in zip(*panel.get_legend_handles_labels(), strict=True):
+            handles.setdefault(name, handle)
+    figure.legend([*handles.values()], [*handles], loc="outside lower center", ncols=3, frameon=False, fontsize="small")
+
+
+def _style(styles: Mapping[str, tuple[str, str]], name: str, i: int) -> tuple[Any, str]:
+    """Return the colour and marker of a label: its own, or those of its place if no label has one."""
+    if styles:
+        return styles.get(name, GREY)
+    return COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]
+
+
 @default_settings()
 def step_panels(
     panels: dict[str, dict[str, list[Line]]],
-    title: str,
     levels: Mapping[str, float] = {},
     number: Number = FID.numbers[0],
     xlabel: str = "steps (network evaluations)",
+    *,
+    title: str = "",
+    styles: Mapping[str, tuple[str, str]] = {},
 ) -> Figure:
     """Draw a number against steps, or others, on a logarithmic axis, as lines by title of the panel and by label.
 
-    Lines with the same label have the same colour. Levels are dashed horizontal lines.
+    Lines with the same label have the same colour and marker, from ``styles`` if there are any. Levels are dashed
+    horizontal lines.
     """
     labels = list(dict.fromkeys(name for groups in panels.values() for name in groups))
-    steps = sorted({x for groups in panels.values() for lines in groups.values() for line in lines for x in line.x})
-    figure = Figure(figsize=(3 + 3.2 * len(panels), 3.6), layout="constrained")
-    axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    figure, axes = _panels(len(panels), len(labels) + len(levels), sharey=True)
     for panel, (heading, groups) in zip(axes, panels.items(), strict=True):
         for name, lines in groups.items():
-            i = labels.index(name)
-            colour = COLOURS[i % len(COLOURS)]
-            marker = MARKERS[i % len(MARKERS)]
+            colour, marker = _style(styles, name, labels.index(name))
             # Thin lines are drawn first, and named in the legend only if there is nothing else.
             ordered = sorted(lines, key=lambda line: not line.thin)
             named = next((j for j, line in enumerate(ordered) if not line.thin), 0)
@@ -127,26 +172,32 @@ def step_panels(
                 panel.fill_between(line.x, *edges, color=colour, alpha=0.15, linewidth=0)
         for (name, level), grey in zip(levels.items(), np.linspace(0.2, 0.6, len(levels)), strict=True):
             panel.axhline(level, color=str(grey), linestyle="--", linewidth=1, label=label(name))
-        panel.set_title(label(heading))
+        panel.set_title(label(heading), fontsize="medium")
         panel.set_xscale("log")
         if number.log:
             panel.set_yscale("log")
-        panel.set_xticks(steps, [f"{s:g}" for s in steps])
+        steps = sorted({x for lines in groups.values() for line in lines for x in line.x})
+        panel.set_xticks(steps, [f"{s:,g}" for s in steps])
         panel.minorticks_off()
-        panel.set_xlabel(xlabel)
-        panel.grid(alpha=0.3)
-    axes[0].set_ylabel(number.title + (f" ({number.better} is better)" if number.better else ""))
+    _finish(figure, axes, xlabel, number.title + (f" ({number.better} is better)" if number.better else ""))
     if number.log:
-        ticks = _logarithmic_ticks(*axes[0].get_ylim())
-        axes[0].set_yticks(ticks, [f"{tick:g}" for tick in ticks])
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", frameon=False)
-    figure.suptitle(label(title), fontsize=10)
+        _set_logarithmic_ticks(axes[0])
+    if title:
+        figure.suptitle(label(title), fontsize=10)
     return figure
+
+
+def _set_logarithmic_ticks(panel: Axes) -> None:
+    """Set round ticks of a logarithmic vertical axis, and none between them."""
+    ticks = _logarithmic_ticks(*panel.get_ylim())
+    panel.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+    panel.minorticks_off()
 
 
 def _logarithmic_ticks(low: float, high: float) -> list[float]:
     """Return round numbers between two ends, of the coarsest spacing that has three of them."""
-    for multiples in ((1, 2, 5), (1, 1.5, 2, 3, 4, 5, 6, 8), np.arange(10, 100) / 10):
+    finer = [np.arange(10, 100, step) / 10 for step in (10, 2, 1)]
+    for multiples in ((1, 2, 5), (1, 1.5, 2, 3, 4, 5, 6, 8), *finer):
         ticks = [float(m * 10.0**e) for e in range(-3, 5) for m in multiples if low <= m * 10.0**e <= high]
         if len(ticks) >= 3:
             break
@@ -168,55 +219,53 @@ def numbers_against_steps(cells: Sequence[Cell], number: Number, title: str) -> 
         elif value is not None and cell.steps is not None:
             point = (cell.steps, value, *cell.intervals[number.name])
             points.setdefault((cell.sampler, cell.checkpoint), []).append(point)
-    checkpoints = dict.fromkeys(checkpoint for _, checkpoint in points)
+    samplers = {sampler: [c for s, c in points if s == sampler] for sampler, _ in points}
+    compared = set(itertools.chain(*(own for own in samplers.values() if len(own) > 1)))
+    for sampler, (checkpoint, *others) in samplers.items():
+        if compared and not others and checkpoint not in compared:  # a panel of its own would be nearly empty
+            found = sorted(points.pop((sampler, checkpoint)))
+            levels |= {f"{checkpoint}, {sampler} {steps}": value for steps, value, *_ in found}
     panels = {
         sampler: {
-            # A line without points is kept, since the legend is that of the first panel.
-            checkpoint: [Line(*np.reshape(sorted(points.get((sampler, checkpoint), [])), (-1, 4)).T.tolist())]
-            for checkpoint in checkpoints
+            checkpoint: [Line(*np.transpose(sorted(found)).tolist())]
+            for (own, checkpoint), found in points.items()
+            if own == sampler
         }
         for sampler in dict.fromkeys(sampler for sampler, _ in points)
     }
-    return step_panels(panels, title, levels, number)
+    return step_panels(panels, levels, number, title=title)
 
 
 @default_settings()
-def loss_curves(curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], title: str) -> Figure:
-    """Draw the training loss of each run, (steps, losses) by label, smoothed over ten values, on a logarithmic axis."""
-    figure = Figure(figsize=(8.4, 3.6), layout="constrained")
-    panel = figure.subplots()
-    for i, (name, (steps, losses)) in enumerate(curves.items()):
-        width = min(10, len(losses))
-        smooth = np.convolve(losses, np.full(width, 1 / width), "valid")
-        style = {"color": COLOURS[i % len(COLOURS)], "linestyle": "-" if i < len(COLOURS) else "--"}
-        panel.plot(steps[width - 1 :], smooth, label=label(name), linewidth=1.2, **style)
-    panel.set_xlabel("optimiser updates")
-    panel.set_ylabel("loss, at δ where there is one")
-    panel.set_yscale("log")
-    panel.grid(alpha=0.3, which="both")
-    figure.legend(loc="outside right center", frameon=False, fontsize="x-small")
-    figure.suptitle(label(title), fontsize=10)
-    return figure
+def points(
+    panels: dict[str, dict[str, list[tuple[float, float]]]],
+    xlabel: str,
+    ylabel: str,
+    styles: Mapping[str, tuple[str, str]] = {},
+) -> Figure:
+    """Draw points (x, y) by title of the panel and by label, on a logarithmic y axis. Panels have axes of their own.
 
-
-@default_settings()
-def points(panels: dict[str, dict[str, list[tuple[float, float]]]], xlabel: str, ylabel: str, title: str) -> Figure:
-    """Draw points (x, y) by title of the panel and by label. Each panel has axes of its own."""
+    With styles, the colour and marker by label, other labels are grey.
+    """
     labels = list(dict.fromkeys(name for found in panels.values() for name in found))
-    figure = Figure(figsize=(3 + 3.2 * len(panels), 3.6), layout="constrained")
-    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    figure, axes = _panels(len(panels), len(labels))
     for panel, (heading, found) in zip(axes, panels.items(), strict=True):
-        for i, name in enumerate(labels):
-            style = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)]}
-            x, y = np.reshape(found.get(name, []), (-1, 2)).T
-            panel.scatter(x, y, label=label(name), s=30, **style)
-        panel.set_title(label(heading))
-        panel.set_xlabel(xlabel)
-        panel.grid(alpha=0.3)
-    axes[0].set_ylabel(ylabel)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize="small")
-    figure.suptitle(label(title), fontsize=10)
+        for name, own in found.items():
+            colour, marker = _style(styles, name, labels.index(name))
+            order = 1 + (name in styles)  # what is grey is behind
+            x, y = np.reshape(own, (-1, 2)).T
+            panel.scatter(x, y, label=label(name), s=25, color=colour, marker=marker, zorder=order)
+        panel.set_title(label(heading), fontsize="medium")
+        panel.set_yscale("log")
+        _set_logarithmic_ticks(panel)
+    _finish(figure, axes, xlabel, ylabel)
     return figure
+
+
+def bare(panel: Axes) -> None:
+    """Remove the ticks and the box of a panel that shows images."""
+    panel.set(xticks=[], yticks=[])
+    panel.spines[:].set_visible(False)
 
 
 @default_settings()
@@ -234,8 +283,7 @@ def sample_grid(
         for panel, checkpoint in zip(row, checkpoints, strict=True):
             images = tile(samples[checkpoint, sampler, count], columns=8, scale=4)
             panel.imshow(images.squeeze(-1) if images.shape[-1] == 1 else images, cmap="gray", vmin=0, vmax=255)
-            panel.set_xticks([])
-            panel.set_yticks([])
+            bare(panel)
         row[0].set_ylabel(f"{count} steps", fontsize=9)
     for panel, checkpoint in zip(panels[0], checkpoints, strict=True):
         panel.set_title(label(checkpoint), fontsize=10)
@@ -263,8 +311,7 @@ def caption_grid(
         for panel, (checkpoint, count) in zip(row, columns, strict=True):
             image = samples[checkpoint, sampler, count][i].permute(1, 2, 0).numpy()
             panel.imshow(image.squeeze(-1) if image.shape[-1] == 1 else image, cmap="gray", vmin=0, vmax=255)
-            panel.set_xticks([])
-            panel.set_yticks([])
+            bare(panel)
         lines = textwrap.wrap(label(caption), 26, max_lines=6, placeholder=" …")
         row[0].set_ylabel("\n".join(lines), rotation=0, ha="right", va="center", fontsize=8)
     for panel, (checkpoint, count) in zip(panels[0], columns, strict=True):

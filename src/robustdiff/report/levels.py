@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -11,34 +12,77 @@ import numpy as np
 from robustdiff.metrics.bootstrap import BLOCKS, interval
 from robustdiff.metrics.metric import number_named
 from robustdiff.mismatch.measure import MEASURES as MISMATCHES
-from robustdiff.report.figures import Figure, Line, step_panels
-from robustdiff.report.words import code_span, mean_over_seeds, saved_figure, shown_correlation, table, titles
-from robustdiff.study.analysis import levels, mean_terms, mismatch_agreement, mismatch_pairs, values
+from robustdiff.notation import number
+from robustdiff.report.figures import MARKERS, REFERENCE, ROLES, Figure, Line, step_panels
+from robustdiff.report.words import (
+    NOTHING,
+    code_span,
+    columns,
+    filled,
+    mean_over_seeds,
+    saved_figure,
+    shown_correlation,
+    table,
+    titles,
+)
+from robustdiff.study.analysis import (
+    levels,
+    main_methods,
+    mean_terms,
+    mismatch_agreement,
+    mismatch_pairs,
+    roles,
+    values,
+)
 from robustdiff.study.store import MEASURES, Results
 
-__all__ = ["fid_interval", "further_measures", "levels_section", "mismatch_section", "other_measures"]
+__all__ = [
+    "fid_interval",
+    "further_measures",
+    "levels_section",
+    "method_styles",
+    "mismatch_section",
+    "other_measures",
+]
 
 FID, *OTHERS = MEASURES
 
 
-def levels_section(results: Results, folder: Path) -> list[str]:
-    """Return the FID of methods and references."""
+def method_styles(results: Results) -> dict[str, tuple[str, str]]:
+    """Return the colour and marker of each method: those of what it does, and shades first for the main methods."""
+    found: dict[str, tuple[str, str]] = {}
+    shades = {role: itertools.cycle(colours) for role, colours in ROLES.items()}
+    role_of = roles(results)
+    for method in dict.fromkeys([*main_methods(results), *results.methods]):
+        found[method] = next(shades[role_of[method]]), MARKERS[len(found) % len(MARKERS)]
+    return found
+
+
+def _by_columns(results: Results, measure: str = FID, form: str = ".2f") -> list[str]:
+    """Return the tables of a measure: the mean of each method, and what references beside them have."""
+    parts = []
     beside = levels(results, beside=True)
-    parts = ["## FID", "Mean over seeds ± their standard deviation where there are several.", *_references(results)]
-    for sampler in results.samplers:
+    for heading, names, keys in columns(results):
         rows = [
-            [method, *(mean_over_seeds(values(results, method, sampler, steps)) for steps in results.steps)]
+            [method, *(mean_over_seeds(values(results, method, *key, measure), form) for key in keys)]
             for method in results.methods
         ]
-        for name in dict.fromkeys(name for name, own, _ in beside if own == sampler):
-            found = [beside.get((name, sampler, steps)) for steps in results.steps]
-            cells = ("–" if record is None else f"{record['numbers'][FID]:.2f}" for record in found)
-            rows.append([f"{name}, as it is", *cells])
-        parts.append(table([f"{sampler}, steps", *map(str, results.steps)], rows))
-    terms = _terms(results, results.middle_steps)
+        for name in dict.fromkeys(name for name, *_ in beside):
+            records = [beside.get((name, *key), {"numbers": {}}) for key in keys]
+            found = [record["numbers"].get(measure) for record in records]
+            rows.append([f"{name}, as it is", *(NOTHING if x is None else number(x, form) for x in found)])
+        if rows := filled(rows):
+            parts.append(table([heading, *names], rows))
+    return parts
+
+
+def levels_section(results: Results, folder: Path) -> list[str]:
+    """Return the FID of methods and references."""
+    parts = ["## FID", "Mean over seeds ± their standard deviation where there are several.", *_references(results)]
+    parts += [*_by_columns(results), *_terms(results, results.middle_steps)]
     if len(results.steps) == 1 and not levels(results):  # columns of points, which are in the table
-        return [*parts, *terms]
-    return [*parts, *terms, saved_figure(folder, "fid", _fid_figure(results), "FID against steps")]
+        return parts
+    return [*parts, saved_figure(folder, "fid", *_fid_figure(results))]
 
 
 def fid_interval(record: dict[str, Any]) -> tuple[float, float]:
@@ -50,13 +94,17 @@ def fid_interval(record: dict[str, Any]) -> tuple[float, float]:
 def _fid_of(record: dict[str, Any]) -> str:
     """Return the FID of a cell with the interval over its images."""
     low, high = fid_interval(record)
-    return f"{record['numbers'][FID]:.2f} ({low:.2f} … {high:.2f})"
+    return f"{number(record['numbers'][FID], '.2f')} ({number(low, '.2f')} … {number(high, '.2f')})"
+
+
+def _kid_of(record: dict[str, Any]) -> str:
+    return f"{number(record['numbers']['kid'], '.3f')} ± {record['kid_se']:.3f}"
 
 
 def _references(results: Results) -> list[str]:
     """Return the table of the reference levels."""
     rows = [
-        [name, f"{sampler} {steps}", _fid_of(r), f"{r['numbers']['kid']:.3f} ± {r['kid_se']:.3f}"]
+        [name, f"{sampler} {steps}", _fid_of(r), _kid_of(r)]
         + [f"{r['numbers'][measure]:.3f}" for measure in OTHERS if measure != "kid"]
         for (name, sampler, steps), r in levels(results).items()
     ]
@@ -76,10 +124,9 @@ def _terms(results: Results, steps: int) -> list[str]:
                 rest = np.mean(values(results, method, sampler, steps)) - np.mean(means)
                 row.append(f"{np.mean(means):.2f} + {rest:.2f}")
             else:
-                row.append("–")
-        if any(cell != "–" for cell in row):
-            rows.append([method, *row])
-    if not rows:
+                row.append(NOTHING)
+        rows.append([method, *row])
+    if not (rows := filled(rows)):
         return []
     return [
         "The terms of FID, means over seeds: the squared distance of the mean features, and what the covariances add.",
@@ -87,14 +134,17 @@ def _terms(results: Results, steps: int) -> list[str]:
     ]
 
 
-def _fid_figure(results: Results) -> Figure:
+def _fid_figure(results: Results) -> tuple[Figure, str]:
     """Draw FID against steps: its mean over trainings, and a thin line for each training if there are several.
 
     Methods with one point are left out, unless all have one.
+
+    Returns:
+        The figure, and its caption.
     """
     counts = {m: len({steps for method, _, _, steps in results.cells if method == m}) for m in results.methods}
     methods = [m for m in results.methods if counts[m] > 1 or max(counts.values()) == 1]
-    beside = levels(results, beside=True)
+    styles = method_styles(results)
     panels: dict[str, dict[str, list[Line]]] = {sampler: {} for sampler in results.samplers}
     for sampler, groups in panels.items():
         for method in methods:
@@ -107,14 +157,15 @@ def _fid_figure(results: Results) -> Figure:
             if len(fids) > 1:
                 groups[method] += [_without_band(of_seed, thin=True) for of_seed in fids.values()]
         as_they_are: dict[str, dict[int, float]] = {}
-        for (name, own, steps), record in sorted(beside.items(), key=lambda item: item[0][2]):
+        for (name, own, steps), record in sorted(levels(results, beside=True).items(), key=lambda item: item[0][2]):
             if own == sampler:
                 as_they_are.setdefault(name, {})[steps] = record["numbers"][FID]
         groups |= {f"{name}, as it is": [_without_band(of_name)] for name, of_name in as_they_are.items()}
+        styles |= dict.fromkeys((f"{name}, as it is" for name in as_they_are), REFERENCE)
     dashed = {f"{name}, {sampler} {n}": r["numbers"][FID] for (name, sampler, n), r in levels(results).items()}
     several = any(line.thin for groups in panels.values() for lines in groups.values() for line in lines)
-    title = "mean over trainings, and each of them as a thin line" if several else "one training each"
-    return step_panels(panels, title, dashed)
+    caption = "FID against steps" + (": means over trainings, and single trainings as thin lines" if several else "")
+    return step_panels(panels, dashed, styles=styles), caption
 
 
 def _without_band(fids: dict[int, float], *, thin: bool = False) -> Line:
@@ -128,11 +179,11 @@ def other_measures(results: Results, steps: int) -> list[str]:
         row = [method]
         for sampler in results.samplers:
             found = [values(results, method, sampler, steps, measure) for measure in OTHERS]
-            means = [f"{np.mean(each):.3f}" for each in found if each]
+            means = [number(float(np.mean(each)), ".3f") for each in found if each]
             error = _kid_error(results, method, sampler, steps)
             if error is not None:
                 means[0] += f" ± {error:.3f}"
-            row.append(" / ".join(means) or "–")
+            row.append(" / ".join(means) or NOTHING)
         rows.append(row)
     text = (
         "Means over seeds. KID has its standard error: over trainings where there are several, else over groups of "
@@ -153,7 +204,7 @@ def _real(results: Results) -> list[str]:
     if real is None:
         return []
     numbers, data = real["numbers"], real["measure"]["real"]
-    row = ["real images", _fid_of(real), f"{numbers['kid']:.3f} ± {real['kid_se']:.3f}"]
+    row = ["real images", _fid_of(real), _kid_of(real)]
     row += [f"{numbers[name]:.3f}" for name in OTHERS if name != "kid"]
     heading = ["", "FID (95 % interval)", "KID ± standard error", *titles(name for name in OTHERS if name != "kid")]
     return [
@@ -178,21 +229,13 @@ def further_measures(results: Results) -> list[str]:
     for name in dict.fromkeys(name for record in results.cells.values() for name in record["numbers"]):
         if name in MEASURES:
             continue
-        shown = number_named(name).format
+        form = number_named(name).format
         parts.append(f"## {number_named(name).title}")
         parts.append("Mean over seeds ± their standard deviation where there are several.")
-        for sampler in results.samplers:
-            rows = [
-                [
-                    method,
-                    *(mean_over_seeds(values(results, method, sampler, steps, name), shown) for steps in results.steps),
-                ]
-                for method in results.methods
-            ]
-            parts.append(table([f"{sampler}, steps", *map(str, results.steps)], rows))
+        parts += _by_columns(results, name, form)
         rows = [
-            [f"{reference}, as it is", f"{sampler} {steps}", f"{record['numbers'][name]:{shown}}"]
-            for (reference, sampler, steps), record in results.references.items()
+            [f"{reference}, as it is", f"{sampler} {steps}", number(record["numbers"][name], form)]
+            for (reference, sampler, steps), record in levels(results).items()
             if name in record["numbers"]
         ]
         parts += [table(["", "sampler, steps", number_named(name).title], rows)] if rows else []
@@ -215,7 +258,7 @@ def mismatch_section(results: Results) -> list[str]:
     )
     rows = [
         [f"{key[2]} {key[3]}, {key[0]}", f"{results.cells[key]['numbers'][FID]:.2f}"]
-        + [f"{results.mismatch[key]['mean'][name]['value']:.3g}" for name in MISMATCHES]
+        + [number(results.mismatch[key]["mean"][name]["value"], ".3g") for name in MISMATCHES]
         for key in keys
     ]
     meanings = "; ".join(f"`{name}`: {meaning}" for name, meaning in MISMATCHES.items())

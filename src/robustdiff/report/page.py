@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,10 +25,10 @@ from robustdiff.report.comparisons import (
     spread_section,
     trend_section,
 )
-from robustdiff.report.figures import Figure, default_settings, label, loss_curves, samples_name
+from robustdiff.report.figures import Figure, bare, default_settings, label, samples_name
 from robustdiff.report.levels import further_measures, levels_section, mismatch_section, other_measures
 from robustdiff.report.words import code_span, escaped, saved_figure, table
-from robustdiff.study.analysis import pairs
+from robustdiff.study.analysis import TRAININGS, main_methods, pairs
 from robustdiff.study.schema import Study
 from robustdiff.study.store import Results, read_results
 
@@ -35,30 +36,47 @@ __all__ = ["page_parts", "read_picture", "write_page"]
 
 
 def _introduction(results: Results) -> list[str]:
-    """Return the title, and the settings that the methods share."""
-    recipe, training = (results.record_of(results.study.baseline)[part] for part in ("recipe", "training"))
+    """Return the title, the question and its answer if the study has them, and the settings that the methods share."""
+    study = results.study
+    recipe, training = (results.record_of(study.baseline)[part] for part in ("recipe", "training"))
+    asked = {"Question": study.question, "Answer": study.answer}
     return [
-        f"# {escaped(results.study.title)}",
+        f"# {escaped(study.title)}",
+        *(f"**{name}.** {escaped(words)}" for name, words in asked.items() if words.strip()),
         f"Trained on {escaped(training['data'])}, {training['images']:,} images. "
         f"Base: {escaped(recipe['model'].get('path') or 'none')}. "
         f"{recipe['steps']:,} optimiser updates of batch {recipe['batch_size']}, learning rate {recipe['lr']:g} "
         f"({recipe['lr_schedule']}), moving average {recipe['ema']}, {recipe['precision']}, unless a method says "
-        f"otherwise. {_obtained_on(results)} This page is made by `robustdiff study` from the files of the cells.",
+        f"otherwise. {_obtained_on(results)} This page is made by `robustdiff study` from the files of these "
+        "measurements.",
     ]
 
 
 def _obtained_on(results: Results) -> str:
-    """Return a description of the machines on which the cells were made."""
+    """Return a description of the measurements and of the machines on which they were made."""
     records = [*results.cells.values(), *results.references.values()]
     measure = results.study.measure
     data = measure.data.name if measure.data is not None else next(iter(results.cells.values()))["training"]["data"]
-    machines = sorted({escaped(f"{r['threads']} thread(s) of a {r['device']}, torch {r['torch']}") for r in records})
+    machines = " and ".join(sorted({_machine(r) for r in records}))
     noise = "common noise" if measure.image_noise == "shared" else "noise that is common to the methods of a seed"
-    return (
-        f"{measure.num:,} images a cell from {noise}, against the images of {escaped(data)} on the features "
-        f"{code_span(measure.features)}; {'; '.join(machines)}. "
-        f"{len(records)} of {results.planned} planned cells are there."
+    there = (
+        ""
+        if len(records) == results.planned
+        else f" {len(records)} of {results.planned} planned measurements are there."
     )
+    return (
+        f"Each measurement is of one training with one sampler at one number of steps: {measure.num:,} images from "
+        f"{noise}, against the images of {escaped(data)} on the features {code_span(measure.features)}. Made on "
+        f"{machines}.{there}"
+    )
+
+
+def _machine(record: dict[str, Any]) -> str:
+    """Return the device on which a measurement was made, and its version of torch."""
+    device, threads = record["device"], record["threads"]
+    of = "one thread" if threads == 1 else f"{threads} threads"
+    name = {"cpu": f"{of} of a CPU", "cuda": "a GPU"}.get(device, f"the device {device}")
+    return escaped(f"{name} (torch {record['torch']})")
 
 
 def _methods(results: Results) -> list[str]:
@@ -88,36 +106,30 @@ def _cost(results: Results) -> list[str]:
     ]
 
 
-def _losses(results: Results, folder: Path) -> list[str]:
-    if not results.losses:
-        return []
-    curves = {method: (record.step, record.loss) for method, record in results.losses.items()}
-    return [saved_figure(folder, "loss", loss_curves(curves, "first seed of each method"), "Training loss")]
-
-
 def _samples(results: Results, steps: int, folder: Path) -> list[str]:
-    figures = (
+    figures = [
         saved_figure(folder, samples_name(sampler), made, f"Samples of {sampler} at {steps} steps")
         for sampler in results.samplers
         if (made := _pictures(results, sampler, steps)) is not None
-    )
-    return ["## Samples", *figures]
+    ]
+    which = "" if len(main_methods(results)) == len(results.methods) else f" with {TRAININGS} trainings or more"
+    note = f"The first images of the first training of each method{which}. Image i of each starts from the same noise."
+    return ["## Samples", note, *figures] if figures else []
 
 
 @default_settings()
 def _pictures(results: Results, sampler: str, steps: int) -> Figure | None:
-    """Return a figure of the first images of each method, all from the same noise."""
-    paths = {method: results.pictures.get((method, sampler, steps)) for method in results.study.methods}
+    """Return a figure of the first images of each of the main methods."""
+    paths = {method: results.pictures.get((method, sampler, steps)) for method in main_methods(results)}
     rows = [(method, read_picture(path)) for method, path in paths.items() if path is not None]
     if not rows:
         return None
-    figure = Figure(figsize=(6.4, 0.72 * len(rows) + 0.5), layout="constrained")
+    figure = Figure(figsize=(7.2, 0.72 * len(rows) + 0.3), layout="constrained")
     for panel, (method, pixels) in zip(figure.subplots(len(rows), 1, squeeze=False)[:, 0], rows, strict=True):
         panel.imshow(pixels, cmap="gray", vmin=0, vmax=255)
-        panel.set_xticks([])
-        panel.set_yticks([])
-        panel.set_ylabel(label(method), rotation=0, ha="right", va="center", fontsize=8)
-    figure.suptitle(f"{sampler}, {steps} steps, the same noise in every row", fontsize=10)
+        bare(panel)
+        panel.set_ylabel(label(method), rotation=0, ha="right", va="center", fontsize=9)
+    figure.suptitle(f"{sampler}, {steps} steps", fontsize=10)
     return figure
 
 
@@ -137,10 +149,10 @@ def read_picture(path: Path) -> NDArray[np.uint8]:
 def _not_run(results: Results) -> list[str]:
     """Return what the study plans and does not have, and what it leaves out."""
     cut = results.study.cut
-    parts = ["## What was not run"] if results.missing or results.failed or cut else []
+    parts = ["## How it was run"] if results.missing or results.failed or cut else []
     if results.missing:
         missing = ", ".join(f"{name} ({n})" for name, n in results.missing.items())
-        parts.append(f"Of what the study file plans, by run and number of files: {missing}.")
+        parts.append(f"Not there, of what the study file plans, by run and number of files: {missing}.")
     parts += [f"The training {name} failed: {escaped(error)}." for name, error in results.failed.items()]
     return parts + [escaped(paragraph) for paragraph in re.split(r"\n\s*\n", cut) if paragraph.strip()]
 
@@ -188,7 +200,6 @@ def page_parts(results: Results, figures: Path) -> list[str]:
         *further_measures(results),
         *mismatch_section(results),
         *_cost(results),
-        *_losses(results, figures),
         *_samples(results, middle, figures),
         *_not_run(results),
     ]

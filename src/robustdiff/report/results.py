@@ -68,12 +68,11 @@ def _figures(folder: Path, grid: Grid, title: str, beside: Sequence[Cell]) -> No
     checkpoints = list(dict.fromkeys(checkpoint for checkpoint, _, _ in grid.samples))
     steps = list(dict.fromkeys(steps for _, _, steps in grid.samples))
     for sampler in dict.fromkeys(sampler for _, sampler, _ in grid.samples):
+        note = f"{sampler}: image i of each network starts from the same noise"
         if grid.captions:
             # One of several processes has fewer images than there are captions.
             captions = grid.captions[: min(MOST_CAPTIONS, *map(len, grid.samples.values()))]
-            note = f"{sampler}: the same noise in every row"
             figure = caption_grid(grid.samples, captions, checkpoints, sampler, steps, note)
         else:
-            note = f"{sampler}: the same noise in every column"
             figure = sample_grid(grid.samples, checkpoints, sampler, steps, note)
         save_figure(figure, folder / f"{samples_name(sampler)}.png")

@@ -1,7 +1,7 @@
 """The part of the HTML page on a study: its page (:mod:`robustdiff.report.page`) with charts that show their numbers.
 
 The page's Markdown is rendered without links, images and HTML of its own, which text from files could hold. Its figures
-of FID, of the loss and of samples are replaced by interactive ones; the others are embedded.
+of FID and of samples are replaced by interactive ones; the others are embedded.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from robustdiff.report.figures import samples_name
 from robustdiff.report.levels import fid_interval
 from robustdiff.report.page import page_parts, read_picture
 from robustdiff.report.pictures import Gallery, encode, gallery_of_rows
-from robustdiff.report.run_sections import windows
 from robustdiff.study.analysis import levels, values
 from robustdiff.study.schema import Study
 from robustdiff.study.store import Results, read_results
@@ -120,11 +119,6 @@ def _fid_charts(results: Results) -> tuple[Chart, ...]:
 def _replacements(results: Results) -> dict[str, Block]:
     """Return what stands for figures of the page, by their names."""
     found = {"fid": Block(charts=_fid_charts(results))}
-    if results.losses:
-        series = [Series(name, windows(loss.step, loss.loss)) for name, loss in results.losses.items() if loss.loss]
-        title, y_title = "Training loss, first seed of each method", "loss, at δ where there is one"
-        chart = draw(title, "updates", y_title, series, show=lambda v: f"{v:.4g}", log_y=True)
-        found["loss"] = Block(charts=(chart,))
     rows = {
         (sampler, steps, method): read_picture(path)
         for (method, sampler, steps), path in results.pictures.items()
@@ -135,7 +129,7 @@ def _replacements(results: Results) -> dict[str, Block]:
     for sampler in shown:  # the page has a figure for each, and one gallery has all
         found[samples_name(sampler)] = Block()
     if shown:
-        note = "The first images of each method, all from the same noise; first seed."
+        note = "All methods, first seed. Image i of each network starts from the same noise."
         found[samples_name(shown[0])] = Block(gallery=gallery_of_rows(rows, note))
     return found
 

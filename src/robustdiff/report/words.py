@@ -10,33 +10,47 @@ from urllib.parse import quote
 import numpy as np
 
 from robustdiff.errors import printable
+from robustdiff.notation import number
 from robustdiff.report.figures import Figure, save_figure
 from robustdiff.study.analysis import Effect, Interval
+from robustdiff.study.store import Results
 
 __all__ = [
+    "EFFECT_COLUMNS",
+    "NOTHING",
     "SIGNIFICANT",
     "code_span",
+    "columns",
+    "count",
+    "effect_row",
     "escaped",
+    "filled",
     "mean_over_seeds",
     "percent",
     "saved_figure",
     "shown_correlation",
     "shown_effect",
-    "shown_ends",
     "shown_interval",
     "table",
     "tested_effect",
     "titles",
+    "versus",
 ]
 
 TITLES = {"kid": "KID"}
 SIGNIFICANT = 0.05
 """The adjusted p-value below which an effect is significant."""
+NOTHING = "–"
+LARGE = 1.5
+"""The relative change above which the ratio is shown, since a rise of 1,591 % is harder to read than a factor of 17."""
+EFFECT_COLUMNS = ("comparison", "sampler", "trainings", "change", "95 % interval", "p")
 
 
 def escaped(words: str) -> str:
     """Return text from a file in one line, with Markdown, HTML and separators of table cells escaped."""
-    return re.sub(r"([\\`*_{}\[\]<>#|~$&])", r"\\\1", printable(" ".join(words.split())))
+    # Some renderers, among them that of the documentation, show a backslash before these as it is.
+    text = re.sub(r"[<&~$]", lambda found: f"&#{ord(found[0])};", printable(" ".join(words.split())))
+    return re.sub(r"([\\`*_{}\[\]>|]|(?<!&)#)", r"\\\1", text)
 
 
 def code_span(word: str) -> str:
@@ -46,12 +60,29 @@ def code_span(word: str) -> str:
     return f"{fence}{space}{printable(word)}{space}{fence}"
 
 
-def percent(value: float) -> str:
-    return f"{value:+.1%}".replace("-", "−")
+def versus(pair: Sequence[str]) -> str:
+    """Return the name of a comparison: a method, and what it is compared with."""
+    return f"{pair[0]} vs {pair[1]}"
+
+
+def _ratio(change: float) -> str:
+    ratio = 1 + change
+    return f"×{ratio:,.{0 if ratio >= 10 else 1 if ratio >= 1 else 2}f}"
+
+
+def count(steps: int) -> str:
+    return f"{steps} step{'s' * (steps > 1)}"
+
+
+def percent(change: float) -> str:
+    """Return a relative change in per cent, or the ratio if it is large."""
+    return _ratio(change) if change > LARGE else number(change, "+.1%")
 
 
 def shown_ends(interval: Interval) -> str:
-    return f"{percent(interval.low)} … {percent(interval.high)}"
+    """Return the ends of an interval, as ratios if its mean is shown as one."""
+    shown = _ratio if interval.mean > LARGE else lambda end: number(end, "+.1%")
+    return f"{shown(interval.low)} … {shown(interval.high)}"
 
 
 def shown_interval(interval: Interval) -> str:
@@ -66,36 +97,68 @@ def _each(effect: Effect) -> str:
 def shown_effect(effect: Effect | None) -> str:
     """Return an effect with its interval and the number of trainings, or the change of each if there are too few."""
     if effect is None:
-        return "–"
+        return NOTHING
     return _each(effect) if effect.interval is None else f"{shown_interval(effect.interval)}, n = {effect.n}"
 
 
 def _probability(p: float) -> str:
-    return "p < 0.001" if p < 0.001 else f"p = {p:.2g}"
+    return "< 0.001" if p < 0.001 else f"{p:.2g}"
 
 
 def tested_effect(effect: Effect | None, adjusted: float | None) -> str:
     """Return an effect with its interval and adjusted p-value, in bold below 0.05; without them as ``shown_effect``."""
     if effect is None or effect.interval is None or adjusted is None:
         return shown_effect(effect)
-    mark = "**" if adjusted < SIGNIFICANT else ""
-    return f"{mark}{percent(effect.mean)}{mark} ({shown_ends(effect.interval)}), {_probability(adjusted)}"
+    p = _probability(adjusted)
+    shown = p if p.startswith("<") else f"= {p}"
+    return f"{_marked(effect, adjusted)} ({shown_ends(effect.interval)}), p {shown}"
+
+
+def _marked(effect: Effect, adjusted: float | None) -> str:
+    """Return the mean of an effect, in bold if it is significant."""
+    mark = "**" if adjusted is not None and adjusted < SIGNIFICANT else ""
+    return f"{mark}{percent(effect.mean)}{mark}"
+
+
+def effect_row(name: str, sampler: str, effect: Effect, adjusted: float | None) -> list[str]:
+    """Return the row of an effect in a table of ``EFFECT_COLUMNS``, with the change of each of too few trainings."""
+    if effect.interval is None:
+        return [name, sampler, str(effect.n), _each(effect), NOTHING, NOTHING]
+    p = NOTHING if adjusted is None else _probability(adjusted)
+    return [name, sampler, str(effect.n), _marked(effect, adjusted), shown_ends(effect.interval), p]
 
 
 def shown_correlation(value: float | None) -> str:
-    return "–" if value is None else f"{value:+.2f}".replace("-", "−")
+    return NOTHING if value is None else number(value, "+.2f")
 
 
 def titles(measures: Iterable[str]) -> list[str]:
     return [TITLES.get(name, name) for name in measures]
 
 
-def mean_over_seeds(numbers: Sequence[float], shown: str = ".2f") -> str:
+def mean_over_seeds(numbers: Sequence[float], form: str = ".2f") -> str:
     """Return the mean over seeds with the standard deviation."""
     if not numbers:
-        return "–"
-    deviation = f" ± {np.std(numbers, ddof=1):{shown}}" if len(numbers) > 1 else ""
-    return f"{np.mean(numbers):{shown}}{deviation}"
+        return NOTHING
+    deviation = f" ± {np.std(numbers, ddof=1):{form}}" if len(numbers) > 1 else ""
+    return number(float(np.mean(numbers)), form) + deviation
+
+
+def columns(results: Results) -> list[tuple[str, list[str], list[tuple[str, int]]]]:
+    """Return the tables of numbers by sampler and steps: one for each number of steps, or one for a single sampler.
+
+    Returns:
+        The heading of the first column, those of the others, and the sampler and steps of each of these.
+    """
+    if len(results.samplers) == 1:
+        (sampler,) = results.samplers
+        return [(f"{sampler}, steps", [str(n) for n in results.steps], [(sampler, n) for n in results.steps])]
+    return [(count(n), results.samplers, [(sampler, n) for sampler in results.samplers]) for n in results.steps]
+
+
+def filled(rows: Iterable[list[str]]) -> list[list[str]]:
+    """Return the rows with numbers."""
+    return [row for row in rows if any(cell != NOTHING for cell in row[1:])]
 
 
 def table(heading: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

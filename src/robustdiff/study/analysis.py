@@ -58,12 +58,14 @@ __all__ = [
     "holm",
     "levels",
     "log",
+    "main_methods",
     "mean_terms",
     "mismatch_agreement",
     "mismatch_pairs",
     "pairs",
     "rank_correlation",
     "ratio_to",
+    "roles",
     "sensitivity",
     "spread",
     "trend",
@@ -218,6 +220,28 @@ def pairs(results: Results) -> list[Pair]:
     """Return each method that has cells with its baseline, and the further pairs that the study compares."""
     own = [(method, baseline_of(results, method)) for method in results.methods if method != results.study.baseline]
     return list(dict.fromkeys([*own, *results.study.compare]))
+
+
+def main_methods(results: Results) -> list[str]:
+    """Return the methods with three trainings or more, or all that have cells if none has as many."""
+    trained = {method: len({seed for name, seed, *_ in results.cells if name == method}) for method in results.methods}
+    return [method for method, n in trained.items() if n >= min(TRAININGS, max(trained.values()))]
+
+
+def roles(results: Results) -> dict[str, str]:
+    """Return what each method that has cells does with a batch, by its recipe.
+
+    Returns:
+        ``plain`` for one pass without a perturbation, ``passes`` for several, ``random`` for random perturbations, and
+        ``adversarial`` for all others.
+    """
+    found = {}
+    for method in results.methods:
+        adversary = results.record_of(method)["recipe"]["adversary"]
+        clean = adversary["name"] == "random" and adversary["radius"] is not None and adversary["radius"]["value"] == 0
+        own = "passes" if clean else {"none": "plain", "random": "random"}.get(adversary["name"], "adversarial")
+        found[method] = own
+    return found
 
 
 def _seeds(results: Results, method: str, sampler: str, steps: int) -> list[int]:

@@ -172,6 +172,8 @@ class Study(Section):
     """A study file."""
 
     title: Annotated[str, Field(max_length=1000)]
+    question: Annotated[str, Field(max_length=10_000)] = Field("", description="what it asks, for the page")
+    answer: Annotated[str, Field(max_length=10_000)] = Field("", description="what came out, for the page")
     recipe: Text = Field(description="a recipe that comes with the package, or a file")
     set: Changes = Field({}, description="what all methods change in the recipe")
     baseline: Name = Field(description="the method that the others are compared with")

@@ -341,7 +341,6 @@ class Results:
         cells: The records of the methods' cells, by method, seed, sampler and steps.
         references: The records of the references' cells, by name, sampler and steps.
         mismatch: The records of the mismatch, by method, seed, sampler and steps.
-        losses: The training losses of the first seed of each method.
         pictures: The paths of pictures, by method, sampler and steps.
         missing: The number of missing files, by run or reference.
         failed: The errors of failed trainings, by run.
@@ -353,7 +352,6 @@ class Results:
     cells: dict[tuple[str, int, str, int], dict[str, Any]] = field(default_factory=dict)
     references: dict[tuple[str, str, int], dict[str, Any]] = field(default_factory=dict)
     mismatch: dict[tuple[str, int, str, int], dict[str, Any]] = field(default_factory=dict)
-    losses: dict[str, Loss] = field(default_factory=dict)
     pictures: dict[tuple[str, str, int], Path] = field(default_factory=dict)
     missing: dict[str, int] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
@@ -406,8 +404,6 @@ def read_results(study: Study, folder: Path) -> Results:
             results.missing[run.name] = len(run.missing)
         if run.error is not None:
             results.failed[run.name] = run.error
-        if run.first and run.path.is_file():
-            results.losses[method] = read(run.path, Loss)
         if (path := run.mismatch_path) is not None and path.is_file():
             for found in _read_mismatch(path, run).paths:
                 if (found.sampler, found.steps) in run.mismatch_points:
