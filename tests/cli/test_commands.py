@@ -6,6 +6,7 @@ import ast
 import errno
 import io
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -42,13 +43,16 @@ def test_help_names_every_command_without_torch():
     listed = [line.split()[0] for line in done.stdout.partition("Commands:")[2].splitlines() if line.startswith("  ")]
     assert listed[:-1] == [name.replace("_", "-") for name in COMMANDS]  # and the epilog
     assert done.stdout.splitlines()[-1] == "[]"
+    assert "..." not in done.stdout.partition("Commands:")[2], "no summary is cut"
 
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_each_command_has_help_for_each_option(robustdiff, name):
     outcome = robustdiff(name.replace("_", "-"), "--help")
     assert outcome.code == 0
-    assert "Options" in outcome.out
+    options = outcome.out.partition("Options:")[2]
+    assert options
+    assert not re.search(r"<(int|float|str|path|list)", options), "values have names, and not Python's types"
 
 
 def test_version(robustdiff):

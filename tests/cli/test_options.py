@@ -10,8 +10,9 @@ from diffusers.schedulers.scheduling_consistency_models import CMStochasticItera
 
 from robustdiff.backbones.model import Model, load_model
 from robustdiff.cli import out
-from robustdiff.cli.options import SHIPPED_EXTRACTORS, SHIPPED_SAMPLERS
+from robustdiff.cli.options import SHIPPED_EXTRACTORS, SHIPPED_RECIPES, SHIPPED_SAMPLERS
 from robustdiff.metrics.extractors.classifier import SHIPPED
+from robustdiff.recipe import shipped_recipes
 from robustdiff.samplers.sampler import SAMPLERS
 
 SMALL = {
@@ -82,3 +83,4 @@ def test_the_help_has_the_names_that_are_registered():
     ours = [name for name, sampler in SAMPLERS.items() if sampler.__module__.startswith("robustdiff.")]
     assert ours == SHIPPED_SAMPLERS
     assert sorted(SHIPPED) == SHIPPED_EXTRACTORS
+    assert sorted(shipped_recipes()) == SHIPPED_RECIPES

@@ -60,7 +60,7 @@ def _show(grid: Grid, record: dict[str, Any], folder: Path) -> None:
 
     for number in map(number_named, grid.cells[0].intervals):
         images = f"{grid.cells[0].n:,} images a cell"
-        say(f"{number.title} of {images}, and its change vs plain. In brackets: 95 % bootstrap intervals.")
+        say(f"{number.title} of {images}, and its change vs plain (95 % bootstrap intervals):")
         print_whole(out, grid_table(grid, "plain", number))
         for cell in record.get("teacher", []):
             value = interval(cell[number.name], cell[f"{number.name}_ci"], number.format)
