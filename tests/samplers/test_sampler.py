@@ -101,6 +101,8 @@ def test_an_installed_package_brings_its_own(tmp_path, monkeypatch):
         ),
         ("dpm++", {"steps": "ddim5"}, "steps 'ddim5' are for ddim, es, iddpm, time-shift"),
         ("ddim", {"spacing": "even"}, "unknown spacing 'even'"),
+        ("ddim", {"steps": "10", "spacing": lambda steps, T: torch.arange(steps)}, "'10' say the times themselves"),
+        ("ddim", {"unconditional": {"class_labels": 5}}, "unconditional is for guidance .*: give guidance too"),
         ("dpm++", {"clip": True}, r"clip=True is not for dpm\+\+"),
         ("dpm++", {"clip": 0.5}, r"clip=0.5 is not for dpm\+\+.*DynamicThreshold"),
         ("ddim", {"steps_offset": 1}, "give spacing=leading too"),
@@ -171,6 +173,11 @@ def test_by_default_pixels_are_clipped_and_latents_are_not(channels, codec):
         assert highest() == (1.0 if channels in (1, 3) else 5.0)
     assert (highest(clip=True), highest(clip=False), highest(clip=0.25)) == (1.0, 5.0, 0.25)
     assert highest(clip=DynamicThreshold(maximum=2.0)) == 1.0
+
+
+def test_a_dynamic_threshold_leaves_what_is_within_the_range():
+    x0 = torch.linspace(-0.7, 0.7, 48).reshape(1, 3, 4, 4)
+    assert torch.equal(DynamicThreshold()(x0), x0)
 
 
 def test_guidance_leaves_the_default_of_the_model():
