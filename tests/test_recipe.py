@@ -277,6 +277,11 @@ def test_the_forms_of_a_radius(radius, expected):
             "objective: {name: consistency, schedule: growing, start_scales: 2}\n",
             ["by_noise"],
         ),
+        (
+            "adversary: {name: free, radius: {value: 1.0, within: [0, 1]}}\n"
+            "objective: {name: consistency, schedule: growing, start_scales: 2}\n",
+            ["within", "schedule=fixed"],
+        ),
         ("adversary: {name: free, radius: {value: 1.0, by_noise: true}}\n", ["by_noise"]),
         ("adversary: {name: free, radius: {value: 1.0, within: [0.5, 0.1]}}\n", ["within", "0.5, 0.1"]),
         ("model: pretrained\n", ["model.path"]),

@@ -12,6 +12,7 @@ import torch
 
 from robustdiff.backbones.adm import PRESETS, build_adm, save_adm
 from robustdiff.backbones.adm.convert import convert
+from robustdiff.objectives.denoising import DenoisingObjective
 
 BASELINES = {
     "at": [],
@@ -40,8 +41,15 @@ def prepared(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 
 
 @pytest.mark.parametrize("method", BASELINES)
-def test_two_updates(robustdiff, prepared, tmp_path, method):
+def test_two_updates(robustdiff, prepared, tmp_path, method, monkeypatch):
     recipe, model, images = prepared
+    strengths, draw = set(), DenoisingObjective.draw
+
+    def watched(self, *arguments, **more):
+        strengths.add(self.input_perturbation)
+        return draw(self, *arguments, **more)
+
+    monkeypatch.setattr(DenoisingObjective, "draw", watched)
     overrides = [
         f"model.path={model}", "data.name=npz", f"data.root={images}", "data.size=16", "data.workers=0",
         "precision=fp32", "steps=2", "batch_size=4", f"output={tmp_path / 'run'}", *BASELINES[method],
@@ -53,3 +61,4 @@ def test_two_updates(robustdiff, prepared, tmp_path, method):
     assert (result["delta_norm"] > 0) == (method in ("at", "pgd"))
     line = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
     assert {"mse", "vb", "loss"} <= set(line)
+    assert strengths == {0.1 if method == "ip" else 0.0}

@@ -66,6 +66,7 @@ def test_labels_that_are_missing_are_named():
     [
         ("cosine", {"prediction": "epsilon"}),
         ("linear", {"prediction": "v_prediction"}),
+        ({"name": "linear", "T": 100}, {"prediction": "epsilon"}),
         ("cosine", {"prediction": "sample"}),
         ("flow", {"prediction": "flow"}),
         ("cosine", {"variance": "learned_range"}),

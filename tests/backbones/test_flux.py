@@ -38,7 +38,9 @@ def edit(path: Path, **fields: Any) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
 
 
-def images_of(model: Model, latents: Tensor, guidance: float | None, prompts: list[str] = PROMPTS) -> Tensor:
+def images_of(
+    model: Model, latents: Tensor, guidance: float | None, prompts: list[str] = PROMPTS, **more: Any
+) -> Tensor:
     evaluations = []
     ours = sample(
         model,
@@ -48,8 +50,8 @@ def images_of(model: Model, latents: Tensor, guidance: float | None, prompts: li
         latents=latents,
         guidance=guidance,
         condition=model.condition.batch(None, prompts, None),
-        unconditional=model.condition.empty(),
         on_evaluation=evaluations.append,
+        **more,
     )
     assert len(evaluations) == 4
     return (model.codec.decode(ours) / 2 + 0.5).clamp(0, 1)
@@ -120,6 +122,8 @@ def test_images_of_dev_are_those_of_diffusers_with_the_scale_as_an_argument(dev:
     assert (images[0] - images_of(model, latents, None, PROMPTS[::-1])).abs().max() > 1e-3
     with pytest.raises(InputError, match="guidance must be at least 0"):
         images_of(model, latents, float("inf"))
+    with pytest.raises(InputError, match="this network takes the scale itself"):
+        images_of(model, latents, 3.5, unconditional=model.condition.empty())
 
 
 @pytest.mark.parametrize("adapted", [False, True])
@@ -144,7 +148,8 @@ def test_images_of_schnell_are_those_of_diffusers_and_guidance_is_classifier_fre
     pipeline = of_diffusers(folder)
     torch.testing.assert_close(images_of(model, latents, None), theirs(pipeline, latents), rtol=0, atol=1e-5)
     guided = theirs(pipeline, latents, true_cfg_scale=3.0, negative_prompt=["", ""])
-    torch.testing.assert_close(images_of(model, latents, 3.0), guided, rtol=0, atol=1e-5)
+    mine = images_of(model, latents, 3.0, unconditional=model.condition.empty())
+    torch.testing.assert_close(mine, guided, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,13 @@ def test_interval_is_centred_at_the_estimate():
     assert high == pytest.approx(3 + 1.895 * 2, abs=0.1)
 
 
+def test_interval_of_three_replicates_by_hand():
+    """t₃ = 3.18245 and, around 2, SD(2/3, 5/3, 11/3) = √(7/3), and 0.853172 of their logarithms."""
+    replicates = np.array([1.0, 2.0, 4.0])
+    assert interval(2.0, replicates, 4) == pytest.approx((2 - 4.861267, 2 + 4.861267), abs=1e-6)
+    assert interval(2.0, replicates, 4, log=True) == pytest.approx((2 / 15.107263, 2 * 15.107263), rel=1e-6)
+
+
 def test_interval_of_a_logarithm_is_symmetric_in_ratios():
     replicates = 3 * np.exp(np.random.default_rng(0).normal(0, 0.2, 20_000))
     low, high = interval(3.0, replicates, 50, log=True)

@@ -1,5 +1,7 @@
 """FID against independent computations; the bootstrap against a simulation."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import scipy.linalg
@@ -7,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from robustdiff.errors import InputError
+from robustdiff.metrics import fid as module
 from robustdiff.metrics.bootstrap import interval
 from robustdiff.metrics.fid import FID, bootstrap_frechet, frechet_distance
 from robustdiff.metrics.moments import Moments
@@ -85,6 +88,35 @@ def test_a_replicate_is_the_fid_of_the_repeated_blocks():
     weights = np.random.default_rng(seed).multinomial(blocks, [1 / blocks] * blocks, size=replicates)
     for w, value in zip(weights, found, strict=True):
         assert value == pytest.approx(scipy_frechet(np.repeat(x, w[block], axis=0), y), rel=1e-6)
+
+
+def test_replicates_do_not_depend_on_how_many_are_computed_at_a_time(monkeypatch):
+    x, y = moments_of(gaussian(1, 60, 5)), moments_of(gaussian(2, 90, 5))
+    whole = bootstrap_frechet(x, y, 5)
+    assert len(set(whole)) == 5
+    for elements in (1, 50):  # one replicate at a time, and two
+        monkeypatch.setattr(module, "_CHUNK", elements)
+        np.testing.assert_allclose(bootstrap_frechet(x, y, 5), whole, rtol=1e-9)
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_replicates_are_of_all_images_after_a_result_too(merged):
+    x = gaussian(1, 60, 3)
+    metric, fresh, part = (FID(Reference(np.zeros(3), np.eye(3), "")) for _ in range(3))
+    metric.moments.update(x[:30], 0)
+    metric.result()
+    if merged:
+        part.update(SimpleNamespace(features=x[30:], start=30))
+        metric.merge_state(part.state())
+    else:
+        metric.update(SimpleNamespace(features=x[30:], start=30))
+    fresh.update(SimpleNamespace(features=x, start=0))
+    assert metric.result() == pytest.approx(fresh.result(), rel=1e-9)
+
+
+@pytest.mark.parametrize(("dim", "blocks"), [(512, 50), (513, 20)])
+def test_many_features_have_fewer_blocks(dim, blocks):
+    assert len(FID(Reference(np.zeros(dim), np.eye(dim), "")).moments.count) == blocks
 
 
 def test_empty_blocks_do_not_matter():

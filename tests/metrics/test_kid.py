@@ -37,6 +37,12 @@ def test_kid_equals_an_independent_computation():
     assert error == pytest.approx(np.std(groups, ddof=1) / len(groups) ** 0.5, rel=1e-10)
 
 
+def test_small_sets_have_ten_groups():
+    x, y = gaussian(1, 40, 8), gaussian(2, 45, 8)
+    groups = [sklearn_mmd(x[i : i + 4], y[i : i + 4]) for i in range(0, 40, 4)]
+    assert kernel_distance(x, y)[0] == pytest.approx(np.mean(groups), rel=1e-10)
+
+
 def test_kid_by_loops():
     x, y = gaussian(1, 4, 2), gaussian(2, 4, 2)
 

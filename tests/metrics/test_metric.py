@@ -28,6 +28,7 @@ from robustdiff.metrics.metric import (
     parse_metric,
     ranked,
 )
+from robustdiff.metrics.precision_recall import precision_recall
 from robustdiff.metrics.reference import Reference
 from robustdiff.study.store import CellRecord
 
@@ -61,6 +62,8 @@ def test_the_numbers_of_all_metrics(extractor, reference, noisy):
     assert values["fid"] == pytest.approx(fid, rel=1e-5)
     assert values["fid_mean_term"] == pytest.approx(((features.mean(0) - real.mean(0)) ** 2).sum(), rel=1e-5)
     assert intervals == {"fid": interval(values["fid"], replicates["fid"], 50, log=True)}
+    assert (values["precision"], values["recall"]) == precision_recall(features, real[:600])
+    assert values["precision"] != values["recall"]
     assert values["brightness"] == pytest.approx(noisy[0].double().mean().item())
     assert values == metrics.result("x")[0], "it changes nothing"
     # A collection serves one set of images after the other.

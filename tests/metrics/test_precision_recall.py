@@ -24,6 +24,7 @@ def test_precision_recall_equals_brute_force(n, m, k, chunk):
     x, y = points[:n], points[n:] + 0.5
     found = precision_recall(x, y, k, chunk)
     assert found == pytest.approx(brute_force(x, y, k))
+    assert precision_recall(x + 1e8, y + 1e8, k, chunk) == found
     assert 0 < found[0] < 1
     assert 0 < found[1] < 1
 
@@ -36,6 +37,7 @@ def test_precision_and_recall_of_a_collapsed_and_of_a_foreign_set():
     assert recall < 0.05
     assert precision_recall(real + 1e3, real) == (0, 0)
     assert precision_recall(real, real) == (1, 1)
+    assert precision_recall(np.zeros((6, 2)), np.zeros((6, 2))) == (1, 1), "a ball has its surface"
 
 
 def test_precision_of_too_few():

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import math
 import sys
-from itertools import pairwise, product
 from types import ModuleType
 from urllib.error import URLError
 
@@ -453,15 +452,19 @@ def test_lpips_is_given_colour_images_and_small_ones_at_224(monkeypatch, side, s
 
 
 def test_the_growing_schedule_is_the_printed_one():
-    s0, s1, total = 2, 150, 1000
-    schedule = GrowingScales(s0, s1, 0.9, total)
-    for k in (0, 1, 17, 500, 999, 1000, 2000):
-        progress = min(k, total - 1) / total
-        N = math.ceil(math.sqrt(progress * ((s1 + 1) ** 2 - s0**2) + s0**2) - 1) + 1
-        assert schedule(k) == (N, pytest.approx(math.exp(s0 * math.log(0.9) / N)))
-    assert schedule(0) == (2, pytest.approx(0.9))
-    assert schedule(total)[0] == s1 + 1
-    assert all(schedule(k + 1)[0] >= schedule(k)[0] for k in range(total))
+    schedule = GrowingScales(2, 150, 0.9, 1000)
+    # N − 1 = ⌈√(22797 k/1000 + 4) − 1⌉ by hand, such as ⌈4.18⌉ for k = 1, and μ = 0.9^(2/N).
+    for k, N, decay in [
+        (0, 2, 0.9),
+        (1, 6, 0.965489),
+        (17, 20, 0.989519),
+        (500, 107, 0.998033),
+        (999, 151, 0.998605),
+        (1000, 151, 0.998605),
+        (2000, 151, 0.998605),
+    ]:
+        assert schedule(k) == (N, pytest.approx(decay, abs=1e-6))
+    assert all(schedule(k + 1)[0] >= schedule(k)[0] for k in range(1000))
     assert GrowingScales(2, 10, 0.0, 5)(3)[1] == 0
 
 
@@ -471,17 +474,31 @@ def test_the_doubling_schedule_is_the_printed_one():
     assert changes == [50_000 * i for i in range(1, 8)]
     assert [schedule(k)[0] for k in (0, *changes, 400_000)] == [11, 21, 41, 81, 161, 321, 641, 1281, 1281]
     assert schedule(10**9) == (1281, 0.0)
+    # ⌊25/10⌋ = 2 is one doubling, in the middle.
+    assert [DoublingScales(10, 25, 0.0, 1000)(k)[0] for k in (0, 499, 500, 999)] == [11, 11, 21, 21]
 
 
-@pytest.mark.parametrize("kind", ["growing", "doubling"])
-def test_a_saved_model_has_the_levels_of_the_last_update(kind):
-    for end, steps in product((10, 19, 25, 40, 150), (1, 7, 1000)):
-        config = ConsistencyConfig(schedule=kind, start_scales=10, scales=end)
-        objective = ConsistencyObjective(Network(1), scales=config.scale_schedule(steps))
-        objective.load_state({"updates": steps - 1})
-        trained = len(objective.process)
-        objective.after_update(Network(0))
-        assert len(objective.process) == trained == config.last_levels(steps)
+@pytest.mark.parametrize(
+    ("kind", "end", "steps", "levels"),
+    [
+        ("growing", 19, 1, 10),
+        ("growing", 19, 7, 19),
+        ("growing", 19, 1000, 20),
+        ("growing", 150, 7, 140),
+        ("growing", 150, 1000, 151),
+        ("doubling", 10, 7, 11),
+        ("doubling", 25, 1, 11),
+        ("doubling", 25, 1000, 21),
+        ("doubling", 150, 1000, 151),
+    ],
+)
+def test_a_saved_model_has_the_levels_of_the_last_update(kind, end, steps, levels):
+    config = ConsistencyConfig(schedule=kind, start_scales=10, scales=end)
+    objective = ConsistencyObjective(Network(1), scales=config.scale_schedule(steps))
+    objective.load_state({"updates": steps - 1})
+    trained = len(objective.process)
+    objective.after_update(Network(0))
+    assert (trained, len(objective.process), config.last_levels(steps)) == (levels,) * 3
 
 
 def test_the_target_follows_the_student_by_the_decay():
@@ -509,17 +526,17 @@ def test_a_decay_of_zero_is_the_student_itself():
 
 
 def test_the_levels_grow_with_the_updates_and_are_restored():
-    objective = ConsistencyObjective(Network(1), scales=GrowingScales(2, 9, 0.9, 20))
-    student = Network(0)
+    student, target = Network(0), Network(1)
+    start = target.convolution.weight.clone()
+    objective = ConsistencyObjective(target, scales=GrowingScales(2, 9, 0.9, 20))
     counts = [len(objective.process)]
-    for _ in range(20):
+    for k in range(20):
         objective.after_update(student)
+        if k == 0:  # by the decay 0.9 of the two levels that the update was made at
+            torch.testing.assert_close(target.convolution.weight, 0.9 * start + 0.1 * student.convolution.weight)
         counts.append(len(objective.process))
         assert counts[-1] == objective.timesteps.T + 1
-    assert counts == [GrowingScales(2, 9, 0.9, 20)(k)[0] for k in range(21)]
-    assert counts[0] == 2
-    assert counts[-1] == 10
-    assert all(a <= b for a, b in pairwise(counts))
+    assert counts == [2, 3, 4, 5, 5, 6, 6, 7, 7, 7, 8, 8, 8, 9, 9, 9, 9, 10, 10, 10, 10]
     again = ConsistencyObjective(Network(1), scales=GrowingScales(2, 9, 0.9, 20))
     again.load_state(objective.state())
     assert len(again.process) == 10

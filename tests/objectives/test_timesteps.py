@@ -102,7 +102,7 @@ def test_a_batch_is_remembered_in_its_order_one_loss_after_the_other():
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])
-def test_the_times_of_a_flow_are_drawn_at_all_fractions(shift):
+def test_the_times_of_a_flow_are_drawn_at_all_fractions(shift, monkeypatch):
     """σ = s u/(1 + (s − 1) u) of a uniform u, in (0, 1]: its inverse is uniform again."""
     process = DiffusionProcess.flow(5, shift)
     sampler = uniform(process)
@@ -114,6 +114,8 @@ def test_the_times_of_a_flow_are_drawn_at_all_fractions(shift):
     assert kstest(u.numpy(), "uniform").pvalue > 0.01
     assert len(t.unique()) > 19_000
     assert isinstance(uniform(DiffusionProcess.cosine(5)), Uniform)
+    monkeypatch.setattr(torch, "rand", lambda *shape, **_: torch.zeros(*shape))
+    assert sampler.draw(1, None)[0].item() == pytest.approx(1000), "at time 0 there is no noise to predict"
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])
@@ -132,7 +134,7 @@ def test_the_times_of_a_table_are_drawn_logit_normally_too():
     np.testing.assert_allclose(np.bincount(t) / len(t), [edge, 0.5 - edge, 0.5 - edge, edge], atol=0.005)
 
 
-@pytest.mark.parametrize(("mean", "std"), [(100.0, 1.0), (-1.2, 5.0), (0.0, 0.0), (float("nan"), 1.0)])
+@pytest.mark.parametrize(("mean", "std"), [(100.0, 1.0), (-100.0, 1.0), (-1.2, 5.0), (0.0, 0.0), (float("nan"), 1.0)])
 def test_levels_without_a_finite_loss_are_refused(mean, std):
     with pytest.raises(InputError, match="levels below 1e-12 or above 1e12"):
         LogNormalLevels(mean, std)

@@ -273,6 +273,14 @@ def test_the_radius_by_sampler_distance_is_its_formula(norm):
     assert min(expected) < max(expected), "the cap is not all there is"
 
 
+def test_the_stride_of_a_sampler_is_a_whole_number_of_times():
+    """⌊1000/30⌋ = 33 times, so that t = 33 is the first from which the sampler does not go to the end."""
+    process = DiffusionProcess.cosine(1000)
+    a, distances = process.alphas_cumprod.tolist(), SamplerDistance(process, 9.0, 30).distances()
+    expected = [math.sqrt(2 - 2 * math.sqrt(ratio)) for ratio in (a[32], a[33] / a[0])]
+    assert distances[32:34].tolist() == pytest.approx(expected)
+
+
 def test_sampler_distance_is_how_far_the_sampler_goes():
     """Simulated: x_s and x_t of one trajectory of the forward process, with data of unit variance."""
     process, time = DiffusionProcess.cosine(1000), 300
@@ -303,6 +311,10 @@ def test_a_radius_within_levels_is_zero_outside():
     expected = [r if 0.2 <= s <= 0.5 else 0.0 for r, s in zip(full.tolist(), process.sigmas.tolist(), strict=True)]
     assert radius.tolist() == expected
     assert 0 < sum(r > 0 for r in expected) < 1000
+    low, high = process.sigmas[[200, 500]].tolist()
+    t = torch.tensor([199, 200, 500, 501])
+    ends = Within(Constant(1.0), process, low, high)(Points(torch.zeros(4, 2).double(), t), NORMS["l2"])
+    assert ends.tolist() == [0, 1, 1, 0], "the two levels are perturbed as well"
 
 
 @pytest.mark.parametrize("norm", ALL_NORMS)
@@ -336,6 +348,25 @@ def test_outside_its_levels_the_passes_of_free_training_are_clean():
         delta.grad = torch.ones(2, 4)
 
 
+@pytest.mark.parametrize("name", ["free", "pgd", "random"])
+@pytest.mark.parametrize(
+    ("radius", "expected"),
+    [
+        (0.5, lambda process: Constant(0.5)),
+        ({"eta": 0.1}, lambda process: PerDimension(0.1)),
+        ({"eta": 0.1, "by_noise": True}, lambda process: NoiseLevel(process, 0.1)),
+        ({"eta": 0.1, "sampler_steps": 20}, lambda process: SamplerDistance(process, 0.1, 20)),
+        ({"value": 1.0, "within": [0.1, 0.5]}, lambda process: Within(Constant(1.0), process, 0.1, 0.5)),
+    ],
+)
+def test_an_adversary_is_what_its_recipe_says(name, radius, expected):
+    process = DiffusionProcess.cosine(100)
+    fields = {"name": name, "steps": 4, "step_size": 0.7, "norm": "linf", "radius": radius, "ramp": 3}
+    built = ADVERSARIES[name].model_validate(fields).build(process)
+    assert (built.steps, built.step_size, built.norm.name) == (4, 0.7, "linf")
+    assert built.radius == Ramp(expected(process), 3)
+
+
 @pytest.mark.parametrize("inner", [Constant(2.0), PerDimension(0.5)])
 def test_a_ramp_multiplies_any_radius(inner):
     x = torch.zeros(1, 16)
@@ -343,6 +374,7 @@ def test_a_ramp_multiplies_any_radius(inner):
     ramp = Ramp(inner, steps=4)
     sizes = [ramp(Points(x, None, step), NORMS["l2"]).item() / full for step in (0, 1, 3, 4, 100)]
     assert sizes == pytest.approx([0.25, 0.5, 1, 1, 1])
+    assert ramp(Points(x, None, torch.tensor(100)), NORMS["l2"]).item() == pytest.approx(full), "as in a recording"
 
 
 def test_radii_say_what_they_need():

@@ -8,6 +8,7 @@ import torch
 from robustdiff.errors import InputError
 from robustdiff.process import DiffusionProcess
 from robustdiff.samplers import sample
+from robustdiff.samplers.denoiser import Denoiser
 
 COSINE = DiffusionProcess.cosine(1000)
 
@@ -45,6 +46,14 @@ def test_the_default_is_the_papers():
     torch.testing.assert_close(
         sample(model, COSINE, "es", 5, **noise(5)), sample(model, COSINE, "iddpm", 5, eps_scale=1.017, **noise(5))
     )
+
+
+def test_without_signal_the_scale_leaves_the_image_that_v_gives():
+    process = DiffusionProcess(torch.tensor([0.8, 0.0]), torch.tensor([0.6, 1.0]))
+    x = noise(1)["latents"]
+    one, scaled = (Denoiser(model, "v_prediction", scale, clip=None)(x, 1, process) for scale in (1.0, 1.02))
+    assert torch.equal(scaled.x0, one.x0)
+    torch.testing.assert_close(scaled.noise, one.noise / 1.02)
 
 
 @pytest.mark.parametrize("scale", [0.0, -1.0, float("nan"), (-1.0, 1.0)])

@@ -92,6 +92,8 @@ def test_an_installed_package_brings_its_own(tmp_path, monkeypatch):
         ("ddim", {"variance": "fixed_large"}, "variance is for es and iddpm, not for ddim"),
         ("iddpm", {"variance": "large"}, "variance of iddpm: .*'fixed_small' or 'fixed_large'; got 'large'"),
         ("ddim", {"walk": 1}, "walk is for no sampler, not for ddim"),
+        ("ddim", {"steps": "10", "spacing": lambda steps, T: torch.arange(steps)}, "'10' say the times themselves"),
+        ("ddim", {"unconditional": {"class_labels": 5}}, "unconditional is for guidance .*: give guidance too"),
         ("time-shift", {"cutoff": 2.5}, "cutoff of time-shift: .*got 2.5"),
         ("dpm++", {"eps_scale": True}, "eps_scale of dpm.*true"),
         ("es", {"eps_scale": (-0.5, 1.0)}, "positive at all times"),
@@ -182,6 +184,11 @@ def test_by_default_pixels_are_clipped_and_latents_are_not(channels, codec):
         assert highest() == (1.0 if channels in (1, 3) else 5.0)
     assert (highest(clip=True), highest(clip=False), highest(clip=0.25)) == (1.0, 5.0, 0.25)
     assert highest(clip=DynamicThreshold(maximum=2.0)) == 1.0
+
+
+def test_a_dynamic_threshold_leaves_what_is_within_the_range():
+    x0 = torch.linspace(-0.7, 0.7, 48).reshape(1, 3, 4, 4)
+    assert torch.equal(DynamicThreshold()(x0), x0)
 
 
 def test_guidance_leaves_the_default_of_the_model():

@@ -15,6 +15,7 @@ from robustdiff.errors import InputError
 from robustdiff.objectives.preconditioning import karras_process, karras_sigmas
 from robustdiff.process import DiffusionProcess
 from robustdiff.samplers import sample
+from robustdiff.samplers.denoiser import Evaluation
 from robustdiff.samplers.sample import check_sampler
 from robustdiff.samplers.spacing import evenly_spaced, strided
 
@@ -203,6 +204,23 @@ def test_a_learned_variance_lies_between_the_two_fixed_ones(v, variance):
 
     mine = sample(learned, LINEAR, "iddpm", steps, latents=latents, step_noise=step_noise)
     torch.testing.assert_close(mine, x, rtol=1e-4, atol=1e-4)
+    with pytest.raises(InputError, match=f"variance={variance} has no effect, as this network learns it"):
+        sample(learned, LINEAR, "iddpm", 1, latents=latents, variance=variance)
+
+
+@pytest.mark.parametrize(("steps", "order"), [(9, 1), (10, 2)])
+def test_the_last_step_of_dpm_is_of_second_order_from_ten_steps_on(steps, order):
+    seen: list[Evaluation] = []
+    x = sample(optimal(LINEAR), LINEAR, "dpm++", steps, latents=noise_for(3, 1)[0].double(), on_evaluation=seen.append)
+    levels = check_sampler("dpm++", steps, LINEAR)[1].levels
+    (alpha, sigma), *_ = levels
+    log_snr = [math.log(a / s) for a, s in levels[:3]]
+    h, h_before = log_snr[0] - log_snr[1], log_snr[1] - log_snr[2]
+    before, last = seen[-2].used.x0, seen[-1].used.x0
+    D = last if order == 1 else last + h / (2 * h_before) * (last - before)
+    expected = sigma / levels[1][1] * seen[-1].x_t + alpha * (1 - math.exp(-h)) * D
+    torch.testing.assert_close(x, expected, rtol=1e-9, atol=1e-9)
+    assert (h / (2 * h_before) * (last - before)).abs().max() > 1e-5
 
 
 def test_clipping_holds_the_image_in_its_range():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,11 +13,15 @@ from robustdiff.errors import RunError
 from robustdiff.study.analysis import (
     BLOCKS,
     Effect,
+    _effect,
+    _excess,
     adjusted_effects,
     agreeing_digits,
     compare,
+    effect,
     holm,
     rank_correlation,
+    sensitivity,
 )
 
 
@@ -30,6 +35,58 @@ def test_an_effect_has_the_interval_and_p_value_of_the_paired_t_test():
     assert found.p == pytest.approx(expected.pvalue)
     assert 1 + found.mean == pytest.approx(scipy.stats.gmean(np.exp(one - other)))
     assert found.changes == pytest.approx(dict(enumerate(np.exp(one - other) - 1)))
+
+
+def test_the_interval_with_a_shared_error_by_hand():
+    """s²/n = 0.01/3 with 2 degrees of freedom and v = 0.02 with 19, together 20.4615, whose t is 2.082951."""
+    found = Effect({0: 0.1, 1: 0.2, 2: 0.3}, 0.02, blocks=20).interval
+    assert (found.mean, found.low, found.high) == pytest.approx((0.221403, -0.111460, 0.678963), abs=1e-6)
+
+
+def test_what_trainings_share_is_the_mean_covariance_of_their_replicates_and_not_negative():
+    measure = SimpleNamespace(image_noise="shared")
+    results = SimpleNamespace(study=SimpleNamespace(measure=measure), cells={"a cell": {"blocks": {}}})
+    one = np.array([0.1, 0.2, -0.2])  # the value, and replicates of variance 0.08
+    found = [_effect(results, {0: one, 1: sign * one}).shared for sign in (1, -1)]
+    assert found == pytest.approx([0.08, 0])
+
+
+def results_of(**adversaries):
+    """Results of methods on seeds 0 and 1, whose FID falls by a factor 2 with each method; plain was chosen on 0."""
+    methods, cells = {}, {}
+    for i, (name, adversary) in enumerate(adversaries.items()):
+        methods[name] = SimpleNamespace(seeds=[0, 1], chosen_on=[0] if name == "plain" else [], baseline=None)
+        for seed in methods[name].seeds:
+            fid = (1 + seed) / 2**i
+            cells[name, seed, "ddim", 10] = {
+                "numbers": {"fid": fid}, "replicates": [fid, fid], "blocks": {}, "recipe": {"adversary": adversary}
+            }  # fmt: skip
+    measure = SimpleNamespace(image_noise="own")
+    study = SimpleNamespace(methods=methods, baseline="plain", measure=measure)
+    return SimpleNamespace(study=study, methods=list(methods), cells=cells)
+
+
+def test_seeds_on_which_the_baseline_was_chosen_are_left_out():
+    results = results_of(plain={}, free={})
+    assert effect(results, "free", "ddim", 10).logs == {1: pytest.approx(-math.log(2))}
+
+
+def test_sensitivity_is_of_free_training_in_l2_without_a_radius():
+    free = {"name": "free", "norm": "l2", "radius": None, "step_size": 0.1, "steps": 3}
+    others = {
+        "ball": {"radius": {"value": 1.0}},
+        "linf": {"norm": "linf"},
+        "pgd": {"name": "pgd"},
+        "more": {"steps": 5},
+    }
+    named = {name: {**free, "step_size": 0.2, **changed} for name, changed in others.items()}
+    found = sensitivity(results_of(plain={**free, "name": "none"}, free=free, **named), "ddim", 10)
+    assert found.changes == {(0.1, 3): pytest.approx(-0.5), (0.2, 5): pytest.approx(2**-5 - 1)}
+
+
+@pytest.mark.parametrize(("floor", "excess"), [(0.5, -2.0), (-2.0, 0.5), (None, 1.5)])
+def test_the_excess_of_a_mismatch_is_over_its_floor(floor, excess):
+    assert _excess({"mean": {"x": {"value": -1.5, "floor": floor}}}, "x") == excess
 
 
 def test_there_is_no_interval_below_three_trainings():

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from robustdiff.errors import InputError
 from robustdiff.training.checkpoint import _hash
+from robustdiff.training.optimizer import build_optimizer
 from robustdiff.training.run import train
 
 
@@ -148,6 +149,14 @@ def test_a_version_that_cannot_step_here_is_refused(eight, monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes", SimpleNamespace(optim=SimpleNamespace(AdamW8bit=Without)))
     with pytest.raises(InputError, match=r"cannot step on cpu \(no kernel for cpu\): update it"):
         train(eight(), cpu=True)
+
+
+@pytest.mark.parametrize("kind", ["adamw", "adamw8bit"])
+def test_it_has_the_settings_of_the_recipe(tiny, kind, monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", SimpleNamespace(optim=SimpleNamespace(AdamW8bit=AdamW8bit)))
+    recipe = tiny(optimizer=kind, lr=3e-4, betas=(0.8, 0.9), weight_decay=0.1)
+    made = build_optimizer(recipe, [torch.nn.Parameter(torch.zeros(2))], torch.device("cpu"))
+    assert [made.defaults[name] for name in ("lr", "betas", "weight_decay")] == [3e-4, (0.8, 0.9), 0.1]
 
 
 def test_channels_last_is_refused(eight):

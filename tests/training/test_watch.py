@@ -286,7 +286,8 @@ def test_shards_are_refused(tuned, tmp_path):
 def test_the_usual_steps():
     assert module._usual_steps("ddim", None) == (20, 50)
     assert module._usual_steps("ddim", 5) == (5, 50)
-    assert module._usual_steps("ddim", "10,10") == (20, 50)
+    with pytest.raises(InputError, match=r"sampler\.steps=10,10 is not a number.*set watch\.steps"):
+        module._usual_steps("ddim", "10,10")
     assert module._usual_steps("multistep", 3) == (1, 2, 3, 4, 8)
     assert module._usual_steps("lcm", None) == (1, 2, 4, 8)
 

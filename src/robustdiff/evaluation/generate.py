@@ -194,8 +194,7 @@ class Generator:
         if self.negative is not None:
             if not condition.takes_captions:
                 raise InputError("this model is not conditioned on captions: leave --negative out")
-            backbone = self.model.backbone
-            if backbone.guidance is not None or backbone.guidance_embedding is not None:
+            if self._embeds_guidance:
                 raise InputError(
                     "this network takes the scale of guidance itself, with no second caption: leave --negative out"
                 )
@@ -213,6 +212,11 @@ class Generator:
         """The condition of the network, restricted to the classes that are sampled."""
         own = self.model.condition
         return own if self.num_classes is None else own.with_classes(self.num_classes)
+
+    @property
+    def _embeds_guidance(self) -> bool:
+        backbone = self.model.backbone
+        return backbone.guidance is not None or backbone.guidance_embedding is not None
 
     @cached_property
     def path(self) -> SamplerPath:
@@ -270,7 +274,7 @@ class Generator:
         unconditional = None
         if self.negative is not None:
             unconditional = self.condition.batch(None, [self.negative], None)
-        elif self.guidance is not None:
+        elif self.guidance is not None and not self._embeds_guidance:
             unconditional = self.condition.empty()
         labels = None if labels is None else labels.to(device)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):

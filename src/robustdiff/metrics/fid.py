@@ -29,6 +29,9 @@ from robustdiff.metrics.reference import Reference
 
 __all__ = ["FID", "bootstrap_frechet", "frechet_distance"]
 
+_CHUNK = 2**25
+"""The number of elements of covariances that are computed at a time, a quarter of a gigabyte."""
+
 
 def _root(cov: Array) -> Array:
     """Return C^½ of a symmetric positive semi-definite C, (D, D). Eigenvalues made negative by rounding become zero."""
@@ -82,7 +85,7 @@ def bootstrap_frechet(
     root2 = torch.from_numpy(_root(cov2)).to(device)
     dim = total.shape[1]
     result = np.empty(replicates)
-    chunk = max(1, 2**25 // dim**2)  # replicates at a time: a quarter of a gigabyte of covariances
+    chunk = max(1, _CHUNK // dim**2)
     for start in range(0, replicates, chunk):
         w = weights[start : start + chunk].astype(np.float64)
         n = (w @ count)[:, None]

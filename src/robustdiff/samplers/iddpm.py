@@ -14,6 +14,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from robustdiff.errors import InputError
 from robustdiff.process import DiffusionProcess
 from robustdiff.samplers.sampler import SAMPLERS, Path, Sampler, Step
 from robustdiff.samplers.spacing import evenly_spaced
@@ -34,6 +35,8 @@ class IDDPM(Sampler):
 
     def step(self, step: Step) -> Tensor:
         points, denoised = step.path.points, step.denoised
+        if denoised.variance is not None and "variance" in self.model_fields_set:
+            raise InputError(f"variance={self.variance} has no effect, as this network learns it: leave variance out")
         t = torch.full((len(step.x),), step.index, device=step.x.device)
         x = points.posterior_mean(denoised.x0, step.x, t)
         if step.index == 0:

@@ -198,7 +198,7 @@ def sample(
             consistency models), it is this argument, and each step has one evaluation.
         unconditional: The empty condition, under the names of the condition. Each value is a tensor with one or n rows,
             a number, such as the null class for ``class_labels``, or a mapping of these. Names that a mapping leaves
-            out, such as the size of the images, are those of the condition.
+            out, such as the size of the images, are those of the condition. It goes with ``guidance`` only.
         spacing: The choice of the times for a number of steps: "own" (as the sampler's authors space them);
             "leading", "trailing" or "linspace" as in diffusers' schedulers; or a function of (S, T) that returns S
             ascending indices or, for euler, S descending levels σ. multistep supports "own" only. Default: the spacing
@@ -222,6 +222,8 @@ def sample(
     """
     given_options = {"clip": clip, "spacing": spacing, "steps_offset": steps_offset, "eps_scale": eps_scale, **options}
     settings = sampling_settings(model, sampler, given_options)
+    if isinstance(steps, str) and callable(spacing):  # that of a model is a default, which such steps replace
+        raise InputError(f"steps {steps!r} say the times themselves: leave spacing out")
     clip = settings.pop("clip", None)
     own: Prediction = getattr(model, "prediction", "epsilon")
     parameterisation = own if prediction is None else prediction
@@ -265,7 +267,10 @@ def sample(
         if twice := [name for name in embedded if name in given]:
             raise InputError(f"the condition has the scale of guidance already, as {twice[0]}: leave one of them out")
         given.update(embedded)
-    elif guidance is not None and guidance != 1:
+    if unconditional and (guidance is None or embedded is not None):
+        remedy = "give guidance too" if guidance is None else "this network takes the scale itself, leave it out"
+        raise InputError(f"unconditional is for guidance by two evaluations in each step: {remedy}")
+    if embedded is None and guidance is not None and guidance != 1:
         model = guided(model, guidance, given, unconditional or {})
     finite: list[Tensor] = []
     denoiser = Denoiser(model, parameterisation, chosen.eps_scale, bound, given, on_evaluation, finite, called)

@@ -603,9 +603,14 @@ def _value(cell: Cell, key: str) -> float:
 
 
 def _usual_steps(sampler: str, own: int | str | None) -> tuple[int, ...]:
-    """Return the numbers of steps of a sampler that are watched by default, given those of the recipe."""
+    """Return the numbers of steps of a sampler that are watched by default, given those of the recipe.
+
+    Raises:
+        InputError: If those of the recipe are a string.
+    """
     kind = SAMPLERS[sampler]
-    first = own if isinstance(own, int) else None
+    if isinstance(own, str):
+        raise InputError(f"sampler.steps={own} is not a number, and a watch is at numbers of steps: set watch.steps")
     if LONG in kind.grid_steps:
-        return tuple(sorted({first or kind.default_steps, LONG}))
-    return tuple(sorted({*kind.grid_steps, *([first] if first else [])}))
+        return tuple(sorted({own or kind.default_steps, LONG}))
+    return tuple(sorted({*kind.grid_steps, *([own] if own else [])}))
