@@ -33,7 +33,7 @@ def shrunk(study: Study, updates: int, images: int, steps: tuple[int, ...], **ch
     return study.model_copy(update={"set": {**study.set, "steps": updates, **changes}, "measure": measure})
 
 
-SMALL = shrunk(demo.demo_study("demo"), 6, 20, (1, 2))
+SMALL = shrunk(demo.demo_study("demo"), 6, 20, (1, 2), batch_size=16)
 
 
 class Percentages(list):
@@ -226,7 +226,7 @@ def test_it_distils_three_ways_and_compares_with_the_teacher(robustdiff, monkeyp
     whole = demo.demo_study
 
     def small(name, full, seed):
-        study = shrunk(whole(name, full, seed), 3, 16, (1, 2), **{"model.path": student})
+        study = shrunk(whole(name, full, seed), 3, 16, (1, 2), **{"model.path": student, "batch_size": 16})
         teacher = study.references["teacher"].model_copy(update={"steps": (2,)})
         return study.model_copy(update={"references": {"teacher": teacher}})
 
