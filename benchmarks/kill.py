@@ -441,6 +441,9 @@ def preload():
     """Import what the commands use, so that forked processes need not."""
     for module in ("cli", "training.run", "evaluation.grid", "report.results", "report.page", "study.run"):
         importlib.import_module(f"robustdiff.{module}")
+    from robustdiff.recipe import load_recipe
+
+    load_recipe("digits")  # imports the kinds of all things
 
 
 def run(kills, seed, work, say):

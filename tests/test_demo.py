@@ -34,7 +34,7 @@ def shrunk(study: Study, updates: int, images: int, steps: tuple[int, ...], **ch
     return study.model_copy(update={"set": {**study.set, "steps": updates, **changes}, "measure": measure})
 
 
-SMALL = shrunk(demo.demo_study("demo"), 6, 20, (1, 2), lr_schedule="constant")
+SMALL = shrunk(demo.demo_study("demo"), 6, 20, (1, 2), lr_schedule="constant", batch_size=16)
 """At a constant rate, so that a larger one can go on from it."""
 
 
@@ -247,7 +247,7 @@ def test_it_distils_three_ways_and_compares_with_the_teacher(robustdiff, monkeyp
     whole = demo.demo_study
 
     def small(name, full, seed):
-        study = shrunk(whole(name, full, seed), 3, 16, (1, 2), **{"model.path": student})
+        study = shrunk(whole(name, full, seed), 3, 16, (1, 2), **{"model.path": student, "batch_size": 16})
         teacher = study.references["teacher"].model_copy(update={"steps": (2,)})
         return study.model_copy(update={"references": {"teacher": teacher}})
 

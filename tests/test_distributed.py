@@ -1,9 +1,10 @@
-"""Three real processes, whose values the main one collects. Each of them runs this file."""
+"""Three real processes, whose values the main one collects: forked from one that runs this file and imports once."""
 
 from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch.distributed as dist
 
 from robustdiff import cli
 from robustdiff.distributed import PATIENCE, from_main, make_accelerator, of_others
-from robustdiff.recipe import Recipe
+from robustdiff.recipe import Recipe, load_recipe
 from robustdiff.training import run
 
 TINY = {"data": "digits", "model": {"channels": [8], "groups": 4, "layers": 1}, "steps": 4, "batch_size": 6}
@@ -66,9 +67,8 @@ def stop(folder: Path) -> None:
 
 
 def test_processes_wait_for_long_stop_together_and_send_values_in_their_order(tmp_path):
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "3", __file__]
-    launch.append(str(tmp_path / "run"))
-    done = subprocess.run(launch, capture_output=True, text=True, timeout=300, check=False)
+    command = [sys.executable, __file__, str(tmp_path / "run")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
 
 
@@ -79,8 +79,41 @@ def test_one_process_has_no_others():
     assert accelerator.init_handler.timeout == PATIENCE
 
 
+def fork(rank: int, output: Path) -> int:
+    """Begin a process of the group, and return its id."""
+    if process := os.fork():
+        return process
+    code = 1
+    try:
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        join()
+        stop(output)
+        collect()
+        code = 0
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+    finally:
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def main(output: Path) -> None:
+    """Run three processes, which read their places from the environment as torchrun sets it; one failure ends all."""
+    load_recipe("digits")  # imports the kinds of all things
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    sizes = {"WORLD_SIZE": "3", "LOCAL_WORLD_SIZE": "3"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, **sizes}
+    processes = {fork(rank, output) for rank in range(3)}
+    while processes:
+        process, status = os.wait()
+        processes.remove(process)
+        if status:
+            for other in processes:
+                os.kill(other, signal.SIGKILL)
+            sys.exit(1)
+
+
 if __name__ == "__main__":
-    output = Path(sys.argv[1])
-    join()
-    stop(output)
-    collect()
+    main(Path(sys.argv[1]))

@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
 
 import diffusers.schedulers
 import torch
@@ -53,6 +54,9 @@ Place = Callable[[nn.Module, str, Tensor], None]
 """A function that places a weight, in float32 on the CPU, into a network on the meta device by its name."""
 
 _Network = TypeVar("_Network", bound=nn.Module)
+
+# What each check has accepted: a study loads a network for each of its cells, and a trial call takes half of the time.
+_ACCEPTED: WeakKeyDictionary[Callable[..., None], set[tuple[type, str]]] = WeakKeyDictionary()
 
 # Fields of a configuration that are not arguments of its class: fields that diffusers' EMAModel saves with a network,
 # and the name of an array library in schedulers of the first releases.
@@ -253,6 +257,7 @@ def load_network(
         prepare: A function of the configuration, the number of tensors in the weights and the path of the
             configuration. It may change the configuration, or raise InputError before memory is allocated.
         check: A function of the network on the meta device and the path of the configuration. It may raise InputError.
+            It is not called again for a class and a configuration that it has accepted in this process.
         adapt: A function of the weights by name and their file, which returns the weights that the network is to have.
             It may raise InputError.
         aliases: The other names of the class in configurations.
@@ -276,7 +281,10 @@ def load_network(
     prepare(config, len(state), path)
     with torch.device("meta"):
         network: _Network = _from_config(kind, config, path, parameters)
-    check(network, path)
+    accepted, described = _ACCEPTED.setdefault(check, set()), (kind, json.dumps(config, sort_keys=True))
+    if described not in accepted:
+        check(network, path)
+        accepted.add(described)
     expected = {name: value.shape for name, value in network.state_dict().items()}
     state = {_new_name(name, expected): v for name, v in strip_prefixes(state, source).items()}
     state = adapt(state, source)

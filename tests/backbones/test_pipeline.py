@@ -103,6 +103,25 @@ def test_weights_are_found_in_all_forms_that_diffusers_saves(pipeline, unet, saf
     assert_loads(pipeline, unet)
 
 
+def test_a_network_is_called_on_trial_once_for_each_configuration(pipeline, monkeypatch):
+    """A study loads one network for each of its cells."""
+    trials, forward = [], UNet2DModel.forward
+
+    def call(self, sample, *arguments, **more):
+        trials.append(tuple(sample.shape))
+        return forward(self, sample, *arguments, **more)
+
+    monkeypatch.setattr(UNet2DModel, "forward", call)
+    edit(pipeline / "unet" / "config.json", norm_eps=1.25e-5)  # as no other test has it
+    for size in (None, None, 16, 16):
+        load_model(pipeline, size=size)
+    assert trials == [(1, 1, 8, 8), (1, 1, 16, 16)]
+    for _ in range(2):
+        with pytest.raises(InputError, match="the size must be a multiple of 2"):
+            load_model(pipeline, size=9)
+    assert len(trials) == 4, "what was refused is called again"
+
+
 def test_files_without_a_variant_come_first(pipeline, unet):
     small(norm_eps=0.1).half().save_pretrained(pipeline / "unet2", variant="fp16")
     shutil.copy(pipeline / "unet2" / f"{NAME}.fp16.safetensors", pipeline / "unet")

@@ -95,7 +95,8 @@ def test_a_unet_on_the_latents_of_a_vae_is_saved_with_it(robustdiff: Any, tmp_pa
     torch.testing.assert_close(network.state_dict(), model.network.state_dict(), rtol=0, atol=0)
 
     more = ["steps=2", "batch_size=4", "warmup=0", "ema=0", "data=fashion-16", "data.split=test", "threads=1"]
-    more += ["model.name=pretrained", f"model.path={run}", "precision=fp32", f"output={tmp_path / 'tuned'}"]
+    more += ["model.name=pretrained", f"model.path={run}", "precision=fp32", "watch.num=8"]
+    more += [f"output={tmp_path / 'tuned'}"]
     outcome = robustdiff("train", "fashion-16-at", *(word for value in more for word in ("--set", value)))
     assert outcome.code == 0, outcome.err
     assert load_model(tmp_path / "tuned").codec.fingerprint() == model.codec.fingerprint()
