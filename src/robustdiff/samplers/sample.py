@@ -103,7 +103,7 @@ def sampling_settings(model: Any, sampler: str, given: Mapping[str, Any]) -> dic
 def _check(settings: Mapping[str, Any]) -> None:
     """Check the kinds of the settings that every sampler has, but for the spacing, which its path checks."""
     clip, offset = settings.get("clip"), settings.get("steps_offset")
-    if not (clip is None or isinstance(clip, bool | DynamicThreshold) or (isinstance(clip, Real) and clip > 0)):
+    if not (clip is None or isinstance(clip, bool | DynamicThreshold) or (isinstance(clip, Real) and float(clip) > 0)):
         raise InputError(f"clip must be a positive number, True for 1, or False for none; got {clip!r}")
     if not (offset is None or isinstance(offset, Integral)):
         raise InputError(f"steps_offset must be a whole number; got {offset!r}")
