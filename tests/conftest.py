@@ -6,7 +6,8 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+import sys
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,9 @@ with suppress(ImportError):  # the tests of devices need nothing beside the pack
     )
     settings.load_profile("busy")
 
+WHOLE = {"benchmarks", "extension", "golden", "test_docs.py", "test_examples.py"}
+"""Tests of the whole, whose coverage is not measured: the other tests are of its parts."""
+
 TINY = [
     "model.channels=[8,16]",
     "model.groups=4",
@@ -48,6 +52,20 @@ class Outcome:
     code: int
     out: str
     err: str
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """Stop measuring coverage in tests of the whole, which take a third longer while it is measured."""
+    parts = item.path.relative_to(Path(__file__).parent).parts
+    coverage = sys.modules["coverage"].Coverage.current() if "coverage" in sys.modules else None
+    if coverage is None or WHOLE.isdisjoint(parts):
+        return (yield)
+    coverage.stop()
+    try:
+        return (yield)
+    finally:
+        coverage.start()
 
 
 @pytest.fixture(scope="session", autouse=True)
