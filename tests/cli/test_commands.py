@@ -134,13 +134,28 @@ def test_a_traceback_is_never_shown_for_bad_input(tmp_path):
     assert done.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_before_the_work_is_one_line(robustdiff, monkeypatch, number):
+def test_ctrl_c_before_the_work_is_one_line(robustdiff, monkeypatch):
     before = signal.getsignal(signal.SIGTERM)
-    monkeypatch.setattr("robustdiff.recipe.load_recipe", lambda *given, **settings: signal.raise_signal(number))
+    monkeypatch.setattr("robustdiff.recipe.load_recipe", lambda *given, **settings: signal.raise_signal(signal.SIGINT))
     outcome = robustdiff("train", "digits")
     assert (outcome.code, outcome.err) == (130, "robustdiff: interrupted\n")
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_sigterm_ends_a_command_even_in_a_destructor():
+    code = """if True:
+        import signal
+        from robustdiff import cli
+
+        class Dying:
+            def __del__(self):
+                signal.raise_signal(signal.SIGTERM)
+
+        cli._check_values = lambda arguments: Dying() and None
+        cli.main()
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (130, "robustdiff: interrupted\n")
 
 
 def test_a_reader_that_has_ended_gets_no_message():

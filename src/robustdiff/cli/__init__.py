@@ -14,6 +14,7 @@ import sys
 from importlib import import_module
 from pathlib import Path
 from pkgutil import iter_modules
+from types import FrameType
 from typing import Annotated, Any, get_args, get_type_hints
 
 import typer
@@ -84,8 +85,7 @@ def main() -> None:
     # logging is not configured: its last resort writes warnings to the current sys.stderr, so above a progress bar.
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # as stderr's, for encodings that lack "±"
-    # SIGTERM is as Ctrl-C from the start: what comes before the first update to be saved can take hours.
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    before = signal.signal(signal.SIGTERM, _terminate)  # from the start: what comes before a training can take hours
     try:
         _check_values(sys.argv[1:])
         # Not by calling app, which makes an exit of each KeyboardInterrupt and of each closed pipe.
@@ -128,6 +128,12 @@ def main() -> None:
     finally:
         signal.signal(signal.SIGTERM, before)
     sys.exit(0)
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    """End the process at once. An exception would be lost in a destructor, or break the import of a module."""
+    os.write(2, b"robustdiff: interrupted\n")
+    os._exit(INTERRUPTED)
 
 
 def _check_values(arguments: list[str]) -> None:
