@@ -76,7 +76,7 @@ def test_it_fine_tunes_three_ways_and_compares(finished):
     assert json.loads((folder / "result.json").read_text()) == json.loads(json.dumps(record))
     assert len(record["cells"]) == 3 * 3 * 2
     assert {p.name for p in folder.iterdir()} == {
-        *("cells", "locks", "mismatch", "runs", "trainings"),
+        *(".robustdiff", "cells", "locks", "mismatch", "runs", "trainings"),
         *("fid.png", "result.json", "samples-ddim.png", "samples-dpmpp.png", "samples-iddpm.png", "study.yaml"),
     }
     training = record["training"]
