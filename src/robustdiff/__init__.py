@@ -1,4 +1,4 @@
-"""Adversarial training of diffusion and consistency models, so that they stay good at few sampling steps.
+"""Adversarial training of diffusion and consistency models, and measurements of whether it helped.
 
 Wang et al., "Improved Diffusion-based Generative Model with Better Adversarial Robustness", ICLR 2025,
 arXiv 2502.17099.
