@@ -141,9 +141,9 @@ def claim(file: Path | None, real: DataConfig | Path | None, sources: Iterable[s
     """
     from robustdiff.report.results import claim_results
 
-    root: str | None = None if real is None or isinstance(real, Path) else real.root
+    folder = None if real is None or isinstance(real, Path) else real.folder
     if file is not None:
-        claim_results(file, map(Path, [*sources, *([] if root is None else [root])]))
+        claim_results(file, [*map(Path, sources), *([] if folder is None else [folder])])
 
 
 def _native(context: typer.Context, precision: str) -> str:
