@@ -199,3 +199,7 @@ def test_what_was_stopped_is_told_from_what_is_finished(robustdiff, monkeypatch,
     outcome = robustdiff(*(study if word == "STUDY" else word for word in arguments))
     assert outcome.code == 130
     assert "goes on from" in outcome.err
+
+
+def test_without_a_command_the_help_is_shown(robustdiff):
+    assert robustdiff() == robustdiff("--help")

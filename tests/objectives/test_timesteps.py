@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.special import logit, ndtr
-from scipy.stats import kstest
+from scipy.stats import kstest, norm
 
 from robustdiff.errors import InputError
 from robustdiff.objectives.denoising import DenoisingConfig
@@ -182,3 +182,12 @@ def test_most_distributions_take_nothing_from_losses(name):
     sampler.load_state_dict({})
     draws = [one.draw(20, torch.Generator().manual_seed(0))[0] for one in (sampler, other)]
     assert torch.equal(*draws)
+
+
+def test_log_normal_levels_have_their_shares_far_in_both_tails():
+    for edges in ([8.0, 8.5, 9.0], [-9.0, -8.5, -8.0]):
+        z = np.array(edges)
+        upper = norm.sf(np.abs(z))
+        shares = np.abs(np.diff(upper))
+        found = LogNormal(torch.from_numpy(np.exp(z)), 0.0, 1.0).probabilities
+        np.testing.assert_allclose(found.numpy(), shares / shares.sum(), rtol=1e-10)

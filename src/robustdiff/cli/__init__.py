@@ -28,7 +28,6 @@ app = typer.Typer(
     name="robustdiff",
     help="Adversarial training of diffusion and consistency models, and measurements of whether it helped.",
     epilog="Start with: robustdiff demo",
-    no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
@@ -86,10 +85,11 @@ def main() -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # as stderr's, for encodings that lack "±"
     before = signal.signal(signal.SIGTERM, _terminate)  # from the start: what comes before a training can take hours
+    arguments = sys.argv[1:] or ["--help"]
     try:
-        _check_values(sys.argv[1:])
+        _check_values(arguments)
         # Not by calling app, which makes an exit of each KeyboardInterrupt and of each closed pipe.
-        with typer.main.get_command(app).make_context("robustdiff", sys.argv[1:]) as context:
+        with typer.main.get_command(app).make_context("robustdiff", arguments) as context:
             context.command.invoke(context)
     except typer.Exit as stop:
         sys.exit(stop.exit_code)

@@ -177,12 +177,10 @@ class LogNormal(TimestepSampler):
             raise ValueError(f"std must be positive; got {std}")
         self.T = len(edges) - 1
         z = (edges.to("cpu", torch.float64).log() - mean) / std
-        # Above the mean, differences of the upper tail are taken, for precision in both tails.
-        shares = torch.where(
-            z[:-1] > 0,
-            torch.special.ndtr(-z[:-1]) - torch.special.ndtr(-z[1:]),
-            torch.special.ndtr(z[1:]) - torch.special.ndtr(z[:-1]),
-        )
+        # Above the mean, differences of the upper tail are taken, for precision in both tails. (Not by torch's ndtr,
+        # which is (1 + erf)/2 and so 0 in the tail.)
+        low, high = (torch.special.erfc(sign * z / math.sqrt(2)) / 2 for sign in (-1, 1))
+        shares = torch.where(z[:-1] > 0, high[:-1] - high[1:], low[1:] - low[:-1])
         if not shares.sum() > 0:
             raise ValueError(
                 f"ln σ ~ N({mean}, {std}²) never falls between the levels {edges[0]:g} and {edges[-1]:g}: set another "
