@@ -102,8 +102,10 @@ def test_projection_is_the_nearest_point_by_constrained_optimisation(norm, seed,
     brute = found.x[:d] - found.x[d:]
     mine = NORMS[norm].project(torch.from_numpy(z)[None], torch.tensor([radius], dtype=torch.float64))[0].numpy()
     assert np.linalg.norm(mine, ord=ORDER[norm]) <= radius * (1 + 1e-9)
-    assert ((mine - z) ** 2).sum() <= ((brute - z) ** 2).sum() + 1e-6
-    np.testing.assert_allclose(mine, brute, atol=2e-3)
+    # The squared distance to z grows from its least by that from the nearest point, at least, wherever the solver ended.
+    excess = ((brute - z) ** 2).sum() - ((mine - z) ** 2).sum()
+    assert excess > -1e-6
+    assert ((mine - brute) ** 2).sum() <= excess + 1e-5
 
 
 @pytest.mark.parametrize("norm", ALL_NORMS)
