@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState, PartialState
+from accelerate.state import AcceleratorState, GradientState
 
 from robustdiff import FreeAdversary
 
@@ -17,9 +17,10 @@ PATH = Path(__file__).parents[1] / "examples" / "plug_in.py"
 @pytest.fixture
 def no_state_of_accelerate():
     AcceleratorState._reset_state(reset_partial_state=True)  # of another test in this process
+    GradientState._reset_state()
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
-    PartialState._reset_state()
+    GradientState._reset_state()
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, PartialState
+from accelerate.state import AcceleratorState, GradientState
 from diffusers import (
     CogVideoXDDIMScheduler,
     DDPMScheduler,
@@ -322,7 +322,7 @@ def state_of_accelerate():
     AcceleratorState._reset_state(reset_partial_state=True)
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
-    PartialState._reset_state()
+    GradientState._reset_state()
 
 
 @pytest.mark.usefixtures("state_of_accelerate")

@@ -102,7 +102,7 @@ def test_projection_is_the_nearest_point_by_constrained_optimisation(norm, seed,
     brute = found.x[:d] - found.x[d:]
     mine = NORMS[norm].project(torch.from_numpy(z)[None], torch.tensor([radius], dtype=torch.float64))[0].numpy()
     assert np.linalg.norm(mine, ord=ORDER[norm]) <= radius * (1 + 1e-9)
-    # The squared distance to z grows from its least by that from the nearest point, at least, wherever the solver ended.
+    # The squared distance to z exceeds its least by that to the nearest point, at least, wherever the solver ended.
     excess = ((brute - z) ** 2).sum() - ((mine - z) ** 2).sum()
     assert excess > -1e-6
     assert ((mine - brute) ** 2).sum() <= excess + 1e-5
