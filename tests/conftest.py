@@ -68,6 +68,24 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object
         coverage.start()
 
 
+@pytest.fixture
+def no_state_of_accelerate() -> Iterator[None]:
+    """Run a test without what other tests in this process leave to accelerate, and leave nothing to them.
+
+    Accelerate keeps the first precision and device that it was given for the whole process, and an accumulation of
+    gradients, within which optimisers make no step.
+    """
+    from accelerate.state import AcceleratorState, GradientState
+
+    def reset() -> None:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+
+    reset()
+    yield
+    reset()
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """No test reads or fills the user's cache; the workers of pytest-xdist share one, with its key."""

@@ -7,20 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
 
 from robustdiff import FreeAdversary
 
 PATH = Path(__file__).parents[1] / "examples" / "plug_in.py"
-
-
-@pytest.fixture
-def no_state_of_accelerate():
-    AcceleratorState._reset_state(reset_partial_state=True)  # of another test in this process
-    GradientState._reset_state()
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
 
 
 @pytest.fixture

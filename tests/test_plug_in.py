@@ -17,7 +17,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
 from diffusers import (
     CogVideoXDDIMScheduler,
     DDPMScheduler,
@@ -316,16 +315,7 @@ def test_a_script_of_lcm_has_the_gradients_of_the_students_variant(shared):
     agree(passes.found, expected)
 
 
-@pytest.fixture
-def state_of_accelerate():
-    """No state of another test in this process, and none for the next."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-
-
-@pytest.mark.usefixtures("state_of_accelerate")
+@pytest.mark.usefixtures("no_state_of_accelerate")
 @pytest.mark.parametrize(("done", "updates", "kept"), [(0, 30, [5, 10, 15, 20, 25, 30]), (12, 18, [15, 20, 25, 30])])
 def test_a_script_of_diffusers_stops_saves_and_resumes_where_it_should(done, updates, kept):
     """30 updates, 12 in an epoch of 4 batches; a run that goes on from the end of the first epoch."""

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState, PartialState
+from accelerate.state import AcceleratorState, PartialState
 from safetensors.torch import load_file
 
 from robustdiff.recipe import Recipe, load_recipe
@@ -42,13 +42,8 @@ def gpu(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(autouse=True)
-def _no_state_of_accelerate() -> Iterator[None]:
-    """Accelerate keeps the first precision and device that it was given for the whole process."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+def _no_state(no_state_of_accelerate: None) -> None:
+    """Let every test choose its device."""
 
 
 @pytest.fixture

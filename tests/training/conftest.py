@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file
 
 from robustdiff.recipe import Recipe
@@ -23,18 +22,12 @@ TINY = {
 
 
 @pytest.fixture(autouse=True)
-def one_thread_and_no_state_of_accelerate():
-    """Accelerate keeps the first precision it was given for the whole process, and an accumulation of gradients, within
-    which optimisers make no step; a run is bit for bit on one thread.
-    """
+def one_thread(no_state_of_accelerate):
+    """A run is bit for bit on one thread."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
     yield
     torch.set_num_threads(threads)
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
 
 
 @pytest.fixture
