@@ -117,7 +117,7 @@ STAGES = {
     "grid.py:evaluate_cell": "evaluation",
     "measure.py:measure_mismatch": "mismatch",
     "store.py:write": "write of a study's file",
-    "store.py:held": "locks of a study",
+    "files.py:held": "locks of a study",
     "run.py:_work": "a study's other work",
     "schema.py:load_study": "read of a study",
 }

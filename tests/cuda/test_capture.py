@@ -28,7 +28,7 @@ ARMS = {
     "pgd": ["adversary.name=pgd"],
     "none": ["adversary.name=none"],
     "accumulated": ["accumulate=2", "clip=1", "lr_schedule=cosine", "warmup=3"],
-    "second-moment": ["objective.timesteps=loss-second-moment", "process.T=2"],
+    "second-moment": ["objective.timesteps=loss-second-moment", "process.T=2", "sampler.steps=2"],
 }
 
 
@@ -88,7 +88,14 @@ def test_consistency_training_is_recorded_while_its_levels_stay(exact, eager_and
 
 def test_consistency_training_with_dropout_falls_back(device, exact, eager_and_recorded, caplog):
     """The target drops out what the student does, which a replay cannot repeat."""
-    settings = "process=null", "objective=consistency", "model.dropout=0.3", "adversary=free", "sampler=multistep"
+    settings = (
+        "process=null",
+        "objective=consistency",
+        "model.dropout=0.3",
+        "adversary=free",
+        "sampler=multistep",
+        "sampler.steps=2",
+    )
     with caplog.at_level(logging.WARNING):
         eager_and_recorded("digits", "steps=6", *settings)
     said = [record.getMessage() for record in caplog.records if "cannot be recorded" in record.getMessage()]

@@ -23,7 +23,7 @@ RECIPES = {
     "fashion-16-consistency": ["adversary.radius=1.0"],
     "fashion-16-dit": ["codec.cache=false", "adversary=free", "adversary.radius={eta: 0.1}"],
 }
-SECOND_MOMENT = ["objective.timesteps=loss-second-moment", "process.name=cosine", "process.T=2"]
+SECOND_MOMENT = ["objective.timesteps=loss-second-moment", "process.name=cosine", "process.T=2", "sampler.steps=2"]
 
 
 def different(first, second):
@@ -50,7 +50,14 @@ def test_a_recipe_trains_and_resumes_bit_for_bit(device, exact, recipe, train_cu
         ["channels_last=true"],
         ["channels_last=true", "objective.variance=learned_range", *SECOND_MOMENT],
         ["channels_last=false", "model.dropout=0.3", "accumulate=2", "adversary=pgd"],
-        ["channels_last=true", "objective.name=consistency", "sampler=multistep", "model.dropout=0.3", "clip=1.0"],
+        [
+            "channels_last=true",
+            "objective.name=consistency",
+            "sampler=multistep",
+            "sampler.steps=2",
+            "model.dropout=0.3",
+            "clip=1.0",
+        ],
     ],
     ids=["channels last", "second moment", "pgd", "consistency"],
 )
@@ -136,7 +143,7 @@ def test_mixed_precision_trains_close_to_float32(device, eager, recipe, train_cu
 
 def test_a_compiled_consistency_model_trains_in_mixed_precision(device, eager, recipe):
     settings = ["process=null", "objective.name=consistency", "model.channels=[8]", "steps=2", "adversary.steps=2"]
-    settings += ["sampler=multistep"]
+    settings += ["sampler=multistep", "sampler.steps=2"]
     full, run = (recipe("digits", output, *settings) for output in ("full", "compiled"))
     train(full, cpu=device == "cpu")
     run = run.model_copy(update={"precision": "bf16", "compile": True, "channels_last": True})

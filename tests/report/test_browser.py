@@ -113,13 +113,13 @@ def test_arrow_keys_show_the_numbers_of_a_chart(pages, ask):
     }
     report([plot.tabIndex, seen]);
     """
-    none = ["0 updates", "2 steps: +0.00", "5 steps: +0.00"]
+    none = ["0 updates", "2 steps: +0.0", "5 steps: +0.0"]
     first, last, before = (
-        [f"{step} updates", *(f"{n} steps: {text}" for n in (2, 5))]
-        for step, text in (
-            (20, "−1.00 (−1.50 … −0.50)"),
-            (60, "+1.00 (+0.50 … +1.50)"),
-            (40, "−2.00 (−2.50 … −1.50)"),
+        [f"{step} updates", f"2 steps: {two}", f"5 steps: {five}"]
+        for step, two, five in (
+            (20, "−8.3 (−12.5 … −4.2)", "−12.5 (−18.8 … −6.2)"),
+            (60, "+8.3 (+4.2 … +12.5)", "+12.5 (+6.2 … +18.8)"),
+            (40, "−16.7 (−20.8 … −12.5)", "−25.0 (−31.2 … −18.8)"),
         )
     )
     assert ask(pages["runs"], script) == [0, [True, none, first, last, before, None]]
