@@ -173,12 +173,12 @@ def _table(head, rows):
 
 
 def _digits(value):
-    """A number in three digits, without an exponent if it is large."""
+    """Return a number in three digits, without an exponent if it is large."""
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
 def _difference(value):
-    """A difference in three decimals, or in the first digit that is not 0."""
+    """Return a difference in three decimals, or in the first digit that is not 0."""
     return f"{value:+.3f}" if abs(value) >= 5e-4 else f"{value:+.1g}"
 
 
@@ -1109,16 +1109,16 @@ USES = {
     "dimension": ("dims", "trained_dims", "pairs", "fine_steps", "updates", "seeds"),
     "norms": ("norm_dims", "etas", "samples", "updates", "seeds"),
 }
-"""What of its size an experiment depends on."""
+"""The fields of its size on which an experiment depends."""
 
 
 def sizes(name, size):
-    """What the JSON says of the size of an experiment."""
+    """Return what the JSON says of the size of an experiment."""
     return {field: asdict(size)[field] for field in USES[name]}
 
 
 def section(name, record):
-    """What stands between the document's markers of an experiment, from its part of the JSON, with minus signs."""
+    """Return the text between the document's markers of an experiment, from its part of the JSON, with minus signs."""
     return re.sub(r"(?<![\w-])-(?=\d)|(?<=\de)-(?=\d)", "−", EXPERIMENTS[name][2](record["result"]))
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from robustdiff.metrics.metric import number_named
 from robustdiff.notation import difference, interval, number
+from robustdiff.report.words import table
 
 ROOT = Path(__file__).resolve().parent.parent
 START, END = "<!-- demo -->", "<!-- /demo -->"
@@ -25,14 +26,14 @@ def _processes(on: dict[str, Any]) -> str:
 
 
 def demo_section(record: dict[str, Any]) -> str:
-    """The section of docs/demo.md, from what a demo's result.json holds."""
+    """Return the section of docs/demo.md, from what a demo's result.json holds."""
     methods = list(record["training"])
     cells = {(c["checkpoint"], c["sampler"], c["steps"]): c for c in record["cells"]}
     differences = {(d["checkpoint"], d["baseline"], d["sampler"], d["steps"]): d for d in record["differences"]}
     columns = ["sampler", "steps"]
     for method in methods:
         columns += [method] if method == "plain" else [method, f"{method} vs plain"]
-    lines = ["| " + " | ".join(columns) + " |", "|---|" + "---:|" * (len(columns) - 1)]
+    rows = []
     for sampler, steps in dict.fromkeys((s, k) for _, s, k in cells):
         row = [sampler, str(steps)]
         for method in methods:
@@ -40,7 +41,7 @@ def demo_section(record: dict[str, Any]) -> str:
             row.append(number(cell["fid"], ".2f"))
             if method != "plain":
                 row.append(_change(differences[method, "plain", sampler, steps], "fid"))
-        lines.append("| " + " | ".join(row) + " |")
+        rows.append(row)
     training = record["training"]["free AT"]
     adversary = training["recipe"]["adversary"]
     on = record["obtained_on"]
@@ -56,7 +57,7 @@ def demo_section(record: dict[str, Any]) -> str:
             f"`{on['features']}`, from common noise, and its change against plain fine-tuning with the 95 % bootstrap "
             "interval (of the images: one training seed):",
             "",
-            *lines,
+            table(columns, rows),
             "",
             "The intervals are of the images of one training each. Trainings of one method with other seeds differ as "
             "well, so that this table compares these networks and not the methods.",
@@ -69,7 +70,7 @@ def demo_section(record: dict[str, Any]) -> str:
 
 
 def text_section(record: dict[str, Any]) -> str:
-    """The section of docs/emoji.md, from what the result.json of a demonstration of text-to-image models holds."""
+    """Return the section of docs/emoji.md, from the result.json of a demonstration of text-to-image models."""
     methods = list(record["training"])
     training = record["training"]
     first = training["plain"]
@@ -87,7 +88,7 @@ def text_section(record: dict[str, Any]) -> str:
         "of the shipped CLIP, and their change against plain distillation, with 95 % bootstrap intervals over images:"
     ]
     for name, title in shown.items():
-        rows = [["network", "steps", title, "change vs plain"]]
+        rows = []
         for cell in record["cells"]:
             own = (cell["checkpoint"], cell["steps"])
             found = [
@@ -98,8 +99,7 @@ def text_section(record: dict[str, Any]) -> str:
             changes = "".join(_change(d, name) for d in found)
             rows.append([own[0], str(own[1]), _with_interval(cell, name), changes])
         rows += [["teacher", str(cell["steps"]), _with_interval(cell, name), ""] for cell in record["teacher"]]
-        lines = ["| " + " | ".join(row) + " |" for row in rows]
-        parts.append("\n".join([lines[0], "|---|---:|---:|---:|", *lines[1:]]))
+        parts.append(table(["network", "steps", title, "change vs plain"], rows))
     return "\n\n".join(
         [
             *parts,
@@ -116,7 +116,7 @@ def _with_interval(cell: dict[str, Any], name: str) -> str:
 
 
 def _change(record: dict[str, Any], name: str) -> str:
-    """The relative change with its interval, or the difference where that has none."""
+    """Return the relative change with its interval, or the difference where that has none."""
     spec = number_named(name).format
     return difference(record[name], record[f"{name}_ci"], spec, record["relative"], record.get("relative_ci"))
 

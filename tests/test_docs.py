@@ -132,7 +132,7 @@ def without_inception(words: list[str], size: int) -> list[str]:
 
 
 def _small(name):
-    """A study that comes with the package, at a size of seconds: one cell of each of its networks."""
+    """Return a study that comes with the package, at a size of seconds: one cell of each of its networks."""
     from robustdiff.study.schema import load_study
 
     study = load_study(name)

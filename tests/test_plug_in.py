@@ -37,20 +37,20 @@ ADVERSARY = FreeAdversary(steps=3, step_size=0.3)
 
 
 def rows(heading: str) -> dict[str, list[str]]:
-    """The rows of the table whose header ends so, by their first cell; code without its quotes."""
+    """Return the rows of the table whose header ends so, by their first cell; code without its quotes."""
     (table,) = re.findall(rf"^\| your loop \|.*\| {heading} \|\n\|[-|]+\|\n((?:\|.*\n)+)", PAGE, re.MULTILINE)
     cells = [[cell.strip().strip("`") for cell in row.strip("|").split(" | ")] for row in table.splitlines()]
     return {first.strip("| "): rest for first, *rest in cells}
 
 
 def code(word: str) -> str:
-    """The block of code with a word that no other has."""
+    """Return the block of code with a word that no other has."""
     (block,) = (block for block in re.findall(r"^```py\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE) if word in block)
     return block
 
 
 class Network(nn.Module):
-    """A network that is called as diffusers calls one, and whose Jacobian is not symmetric."""
+    """Imitate a network of diffusers, with a Jacobian that is not symmetric."""
 
     def __init__(self, sign: float = 1.0) -> None:
         super().__init__()
@@ -69,7 +69,7 @@ def tensors(n: int = 2) -> list[torch.Tensor]:
 
 
 class Passes:
-    """An adversary and an optimiser that keep each δ, and the gradients at its update, which is made too."""
+    """Act as an adversary and an optimiser, and keep each δ and the gradients at its update, which is made too."""
 
     def __init__(self, network: nn.Module, adversary: FreeAdversary = ADVERSARY) -> None:
         self.parameters = list(network.parameters())
@@ -92,7 +92,7 @@ class Passes:
 def of_objective(
     objective: Any, draw: Any, network: nn.Module, name="loss", weight=1.0, step=0.3
 ) -> list[torch.Tensor]:
-    """What the package's objective makes, with a weight for each sample."""
+    """Return what the package's objective makes, with a weight for each sample."""
     passes = Passes(network, FreeAdversary(steps=3, step_size=step))
     for delta in passes.adversary(draw.x_t):
         (weight * objective(network, draw, delta)[name]).mean().backward()
@@ -112,7 +112,7 @@ def agree(found: list[torch.Tensor], expected: list[torch.Tensor]) -> None:
 
 
 def of_row(call: str, prediction: str, target: str, variables: dict[str, Any]) -> list[torch.Tensor]:
-    """What a loop with the expressions of a row makes."""
+    """Return what a loop with the expressions of a row makes."""
     network, passes = variables["network"], Passes(variables["network"])
     names = {"absorb": absorb, **variables}
     for delta in passes.adversary(variables["noisy"]):
@@ -125,7 +125,7 @@ def of_row(call: str, prediction: str, target: str, variables: dict[str, Any]) -
 
 
 def over_times(scheduler: Any, prediction: Any, weight: str | None = None, sign: float = 1.0) -> tuple[Any, ...]:
-    """A scheduler with ᾱ_t: the variables of its loop, and the objective with its draw and its weights."""
+    """Return, for a scheduler with ᾱ_t, the variables of its loop, and the objective with its draw and its weights."""
     (x0, noise), t = tensors(), torch.tensor([10, 300, 600, 990])
     process = DiffusionProcess.from_scheduler(scheduler)
     noisy = scheduler.add_noise(x0, noise, t)
@@ -190,7 +190,7 @@ CONVERTED = {
 
 
 def expected_of(objective: Any, draw: Any, arguments: dict[str, Any], sign: float) -> list[torch.Tensor]:
-    """The objective's own, of a network with the sign of its parameterisation; δ in the unit of the loop."""
+    """Return the objective's own, of a network with the sign of its parameterisation; δ in the unit of the loop."""
     network = Network(sign)
     found = of_objective(objective, draw, network, **arguments)
     unit = 0.3 / arguments.get("step", 0.3)
@@ -367,7 +367,7 @@ def test_the_target_of_dream_is_the_noise_of_its_point():
 
 
 def drawn(name: str, scheduler: Any, x0: torch.Tensor) -> tuple[Any, Any, dict[str, Any]]:
-    """The objective of a loop, its draw of what the loop drew, and its weights."""
+    """Return the objective of a loop, its draw of what the loop drew, and its weights."""
     noise = torch.randn_like(x0)
     if name == "edm":
         objective, t = EDMObjective(), (1.2 * torch.randn(1) - 1.2).exp().double()

@@ -271,7 +271,7 @@ def every_scheduler():
 
 
 def add_noise(scheduler, x0, noise, times):
-    """What the scheduler itself makes of x_0 at timesteps."""
+    """Return what the scheduler itself makes of x_0 at timesteps."""
     if hasattr(scheduler, "add_noise"):
         return scheduler.add_noise(x0, noise, times)
     return scheduler.scale_noise(x0, times, noise)

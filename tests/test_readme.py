@@ -25,7 +25,7 @@ EFFECT = re.compile(r"^\| (.+?) \| (.+?) \| (\d+) \| (\S+) \| (\S+ … \S+) \| (
 
 
 def text_of(page: Path) -> str:
-    """The text of a page without emphasis, in which the row of an effect is also as it is quoted."""
+    """Return the text of a page without emphasis, in which the row of an effect is also as it is quoted."""
     text = page.read_text(encoding="utf-8").replace("**", "")
     quoted = "".join(
         f"{change} ({interval}), p {p if p.startswith('<') else f'= {p}'}\n"
@@ -35,7 +35,7 @@ def text_of(page: Path) -> str:
 
 
 def effects(page: Path) -> dict[tuple[str, str], tuple[str, ...]]:
-    """The trainings, change, interval and p-value of a page's effects, by comparison and sampler, without emphasis."""
+    """Return the trainings, change, interval and p-value of a page's effects, by comparison and sampler, unmarked."""
     found = EFFECT.findall(page.read_text(encoding="utf-8").replace("**", ""))
     return {(comparison, sampler): tuple(rest) for comparison, sampler, *rest in found}
 

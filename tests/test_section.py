@@ -97,7 +97,7 @@ ELSEWHERE = {
 
 
 def described(value: Any) -> Any:
-    """An object as nested tuples, without the random weights of networks."""
+    """Return an object as nested tuples, without the random weights of networks."""
     if isinstance(value, Tensor):
         return value.dtype, repr(value.tolist())  # in which nan is nan
     if isinstance(value, nn.Module):

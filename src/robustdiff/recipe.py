@@ -23,18 +23,7 @@ from robustdiff.objectives.objective import OBJECTIVES, ObjectiveConfig
 from robustdiff.perturbation import ADVERSARIES, AdversaryConfig
 from robustdiff.process import ProcessConfig
 from robustdiff.samplers.sample import SAMPLERS
-from robustdiff.section import (
-    MOST_UPDATES,
-    Decay,
-    Fraction,
-    Named,
-    Precision,
-    Section,
-    Text,
-    Times,
-    choice,
-    refusal,
-)
+from robustdiff.section import MOST_UPDATES, Decay, Fraction, Named, Precision, Section, Text, Times, choice, refusal
 from robustdiff.yaml_reader import parse_yaml, read_yaml
 
 __all__ = ["DataConfig", "Recipe", "SignsConfig", "WatchConfig", "load_data_config", "load_recipe", "shipped_recipes"]

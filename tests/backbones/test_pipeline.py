@@ -104,7 +104,7 @@ def test_weights_are_found_in_all_forms_that_diffusers_saves(pipeline, unet, saf
 
 
 def test_a_network_is_called_on_trial_once_for_each_configuration(pipeline, monkeypatch):
-    """A study loads one network for each of its cells."""
+    """Load as a study does, a network for each of its cells."""
     trials, forward = [], UNet2DModel.forward
 
     def call(self, sample, *arguments, **more):

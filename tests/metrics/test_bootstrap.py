@@ -39,7 +39,7 @@ def test_intervals_of_blocks_cover_as_often_as_they_say():
 
 
 def test_intervals_of_ratios_cover_as_often_as_they_say_and_lie_above_minus_1():
-    """The ratio of two skewed estimates with common blocks, whose own parts are skewed as well."""
+    """Compare by the ratio two skewed estimates with common blocks, whose own parts are skewed as well."""
     generator, covered, weights = np.random.default_rng(0), 0, block_weights(20)
     for _ in range(1000):
         common, one, other = generator.gamma(2, 0.5, (3, 20))

@@ -322,7 +322,7 @@ def test_a_radius_within_levels_is_zero_outside():
 @pytest.mark.parametrize("norm", ALL_NORMS)
 @pytest.mark.parametrize("kind", [NoiseLevel, lambda process, eta: Within(PerDimension(eta), process, 0.0, 0.5)])
 def test_a_radius_that_is_not_known_is_not_without_effect(norm, kind, monkeypatch):
-    """A time that a GPU does not find has the index behind the table, where levels are NaN: so is δ."""
+    """Look up a time that a GPU does not find: its index is behind the table, where levels are NaN, and so is δ."""
     process = DiffusionProcess.linear(1000)
     monkeypatch.setattr(process, "index", lambda t: t.long())
     radius = kind(process, 0.1)(Points(torch.zeros(2, 4), torch.tensor([1000, 100])), NORMS[norm])

@@ -142,7 +142,7 @@ def test_the_table_shows_the_difference_and_whether_it_is_sure(low, high, style)
 
 @pytest.mark.parametrize(("better", "code"), [("lower", "31"), ("higher", "32"), (None, "")])
 def test_the_table_knows_which_values_are_better(better, code):
-    """A rise, of a number that its metric describes and that is not compared by ratios."""
+    """Show a rise, of a number that its metric describes and that is not compared by ratios."""
     cells = [
         Cell(c, "ddim", 5, 9, {"x": v}, {"x": (v - 1, v + 1)}, {}, 1.0) for c, v in (("plain", 20.0), ("AT", 25.0))
     ]

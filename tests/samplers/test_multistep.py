@@ -41,7 +41,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def given_noise(monkeypatch):
-    """What diffusers draws in its steps, from outside."""
+    """Return what diffusers draws in its steps, from outside."""
     from diffusers.schedulers import scheduling_consistency_models as module
 
     noises = []

@@ -55,7 +55,7 @@ OTHERS = {
 
 @pytest.fixture
 def mark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """What appears if anything starts Ghostscript or another program that Pillow knows."""
+    """Return what appears if anything starts Ghostscript or another program that Pillow knows."""
     programs = tmp_path / "bin"
     programs.mkdir()
     for name in ("gs", "gswin32c", "gswin64c", "convert", "latex", "dvipng"):

@@ -23,6 +23,7 @@ from robustdiff.study.analysis import (
     rank_correlation,
     sensitivity,
 )
+from robustdiff.study.store import Results
 
 
 def test_an_effect_has_the_interval_and_p_value_of_the_paired_t_test():
@@ -52,7 +53,7 @@ def test_what_trainings_share_is_the_mean_covariance_of_their_replicates_and_not
 
 
 def results_of(**adversaries):
-    """Results of methods on seeds 0 and 1, whose FID falls by a factor 2 with each method; plain was chosen on 0."""
+    """Return results on seeds 0 and 1, with an FID that falls by a factor 2 a method; plain was chosen on 0."""
     methods, cells = {}, {}
     for i, (name, adversary) in enumerate(adversaries.items()):
         methods[name] = SimpleNamespace(seeds=[0, 1], chosen_on=[0] if name == "plain" else [], baseline=None)
@@ -63,7 +64,7 @@ def results_of(**adversaries):
             }  # fmt: skip
     measure = SimpleNamespace(image_noise="own")
     study = SimpleNamespace(methods=methods, baseline="plain", measure=measure)
-    return SimpleNamespace(study=study, methods=list(methods), cells=cells)
+    return Results(study, cells=cells)
 
 
 def test_seeds_on_which_the_baseline_was_chosen_are_left_out():

@@ -964,7 +964,7 @@ def test_the_page_says_what_the_cells_say(tmp_path):
 
 
 def test_settings_are_compared_on_the_seeds_that_all_of_them_have(tmp_path):
-    """The geometric mean over these; one sampler needs no map of colours, and a method without cells no row."""
+    """Take the geometric mean over these; one sampler needs no map of colours, and a method without cells no row."""
     methods = {
         "plain": {"set": {"adversary": "none"}, "seeds": [0, 1, 2, 3]},
         "a": {"set": {"adversary.step_size": 0.1}, "seeds": [0, 1, 2, 3], "chosen_on": [0, 1]},

@@ -23,7 +23,7 @@ TINY = {
 
 @pytest.fixture(autouse=True)
 def one_thread(no_state_of_accelerate):
-    """A run is bit for bit on one thread."""
+    """Run every test on one thread, on which a run is bit for bit."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

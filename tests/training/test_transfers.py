@@ -23,7 +23,7 @@ READS = {"aten::_local_scalar_dense", "aten::is_nonzero", "aten::nonzero", "aten
 
 
 class Transfers(TorchDispatchMode):
-    """What is read back from the device or copied between it and the host, by the operation's name."""
+    """Record what is read back from the device or copied between it and the host, by the operation's name."""
 
     def __init__(self):
         super().__init__()

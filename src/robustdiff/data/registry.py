@@ -129,7 +129,7 @@ class DataConfig(Named):
 
     @property
     def folder(self) -> Path | None:
-        """The folder or file of the data, by ``root`` or as in ``hf:FOLDER``, or None if it is not on this machine."""
+        """Return the folder or file of the data, by ``root`` or ``hf:FOLDER``, or None if it is not on this machine."""
         root = _find(self.name)[1] if self.root is None else self.root
         return Path(root) if root and os.path.exists(root) else None
 

@@ -41,7 +41,7 @@ from robustdiff.evaluation.recorded import Recordings, unrecordable
 from robustdiff.files import atomic_write, held, make_folder, open_regular, remove_leftovers, user_key
 from robustdiff.progress import SILENT, Progress
 from robustdiff.recipe import load_recipe
-from robustdiff.samplers.sample import SAMPLERS, check_sampler, sample, sampling_settings
+from robustdiff.samplers.sample import SAMPLERS, path_of, sample, sampling_settings
 from robustdiff.samplers.sampler import Path as SamplerPath
 from robustdiff.weights import DTYPES
 
@@ -221,9 +221,7 @@ class Generator:
     @cached_property
     def path(self) -> SamplerPath:
         """The path of the sampler, whose length is the number of network evaluations for one image."""
-        options = self.sampling
-        options.pop("clip", None)
-        return check_sampler(self.sampler, self.steps, self.model.process, **options)[1]
+        return path_of(self.model, self.sampler, self.steps, self.options or {})
 
     @property
     def sampling(self) -> dict[str, Any]:

@@ -21,7 +21,7 @@ _DRAW_EVERY = 0.3  # seconds, in a notebook
 
 
 class _Shortened(TextColumn):
-    """A column that is shortened where the line is longer than the terminal is wide."""
+    """Show a column, shortened where the line is longer than the terminal is wide."""
 
     def __init__(self, text: str) -> None:
         super().__init__(text, markup=False, table_column=Column())

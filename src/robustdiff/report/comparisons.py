@@ -18,6 +18,7 @@ from robustdiff.report.figures import ROLES, Figure, Line, default_settings, lab
 from robustdiff.report.levels import method_styles
 from robustdiff.report.words import (
     EFFECT_COLUMNS,
+    NOTHING,
     SIGNIFICANT,
     code_span,
     columns,
@@ -244,7 +245,7 @@ def spread_section(results: Results, steps: int) -> list[str]:
         for own in found.values():
             deviation, freedom = own.get(passes, (None, 0))
             if deviation is None:
-                cells.append("–")
+                cells.append(NOTHING)
             else:
                 apart = np.expm1(student_t.ppf(0.975, freedom) * np.sqrt(2) * deviation)
                 cells.append(f"{np.expm1(deviation):.1%} ({apart:.0%})")
@@ -316,15 +317,20 @@ def sensitivity_section(results: Results, steps: int, folder: Path) -> list[str]
     seeds = sorted({seed for own in found.values() for seed in own.seeds})
     grid = np.array([[own.changes.get(key, np.nan) for own in found.values()] for key in keys])
     names = [f"α = {alpha:g}, K = {count}" for alpha, count in keys]
-    rows = [[name, *("–" if np.isnan(v) else percent(v) for v in row)] for name, row in zip(names, grid, strict=True)]
+    rows = [
+        [name, *(NOTHING if np.isnan(v) else percent(v) for v in row)] for name, row in zip(names, grid, strict=True)
+    ]
     trainings = "one training each" if len(seeds) == 1 else "the geometric mean over trainings"
-    figure = _heat_map(grid, list(found), names, f"change of FID vs {baseline}, %")
+    figures = []
+    if len(found) > 1:
+        made = _heat_map(grid, list(found), names, f"change of FID vs {baseline}, %")
+        figures = [saved_figure(folder, "sensitivity", made, f"The table at {steps} steps")]
     return [
         "## Sensitivity to α and K",
         f"Free adversarial training vs {baseline}, the relative change of FID: {trainings} (seed "
         f"{', '.join(map(str, seeds))}). Differences may be due to the seed (see above).",
         table([f"{steps} steps", *found], rows),
-        *([saved_figure(folder, "sensitivity", figure, f"The table at {steps} steps")] if len(found) > 1 else []),
+        *figures,
     ]
 
 
@@ -384,7 +390,7 @@ def _at_equal_brightness(results: Results, steps: int) -> list[str]:
     rows = [
         [
             versus(pair),
-            *(shown_interval(intervals[pair]) if pair in intervals else "–" for intervals in found.values()),
+            *(shown_interval(intervals[pair]) if pair in intervals else NOTHING for intervals in found.values()),
         ]
         for pair in pairs(results)
         if any(pair in intervals for intervals in found.values())

@@ -101,7 +101,7 @@ def save_figure(figure: Figure, path: Path) -> None:
 
 @dataclass(frozen=True)
 class Line:
-    """A line of points (x, y) with a band from ``low`` to ``high``; thin, if it is one of those of a mean."""
+    """Hold a line of points (x, y) with a band from ``low`` to ``high``; thin, if it is one of those of a mean."""
 
     x: Sequence[float]
     y: Sequence[float]

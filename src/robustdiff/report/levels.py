@@ -145,6 +145,7 @@ def _fid_figure(results: Results) -> tuple[Figure, str]:
     counts = {m: len({steps for method, _, _, steps in results.cells if method == m}) for m in results.methods}
     methods = [m for m in results.methods if counts[m] > 1 or max(counts.values()) == 1]
     styles = method_styles(results)
+    beside = sorted(levels(results, beside=True).items(), key=lambda item: item[0][2])
     panels: dict[str, dict[str, list[Line]]] = {sampler: {} for sampler in results.samplers}
     for sampler, groups in panels.items():
         for method in methods:
@@ -157,7 +158,7 @@ def _fid_figure(results: Results) -> tuple[Figure, str]:
             if len(fids) > 1:
                 groups[method] += [_without_band(of_seed, thin=True) for of_seed in fids.values()]
         as_they_are: dict[str, dict[int, float]] = {}
-        for (name, own, steps), record in sorted(levels(results, beside=True).items(), key=lambda item: item[0][2]):
+        for (name, own, steps), record in beside:
             if own == sampler:
                 as_they_are.setdefault(name, {})[steps] = record["numbers"][FID]
         groups |= {f"{name}, as it is": [_without_band(of_name)] for name, of_name in as_they_are.items()}

@@ -18,7 +18,7 @@ from robustdiff.samplers.denoiser import Denoiser, DynamicThreshold, Evaluation
 from robustdiff.samplers.guidance import guided
 from robustdiff.samplers.sampler import SAMPLERS, Path, Sampler, TimeSpacing
 
-__all__ = ["SAMPLERS", "Clip", "TimeSpacing", "check_sampler", "sample", "sampling_settings", "suited"]
+__all__ = ["SAMPLERS", "Clip", "TimeSpacing", "check_sampler", "path_of", "sample", "sampling_settings", "suited"]
 
 Clip = bool | float | DynamicThreshold
 
@@ -98,6 +98,17 @@ def sampling_settings(model: Any, sampler: str, given: Mapping[str, Any]) -> dic
     if "steps_offset" in given and settings.get("spacing") != "leading":
         raise InputError("steps_offset is the first time of the spacing leading: give spacing=leading too")
     return settings
+
+
+def path_of(model: Any, sampler: str, steps: int | str, given: Mapping[str, Any]) -> Path:
+    """Return the path of a sampler with the settings of :func:`sampling_settings`.
+
+    Raises:
+        InputError: As of :func:`sampling_settings` and :func:`check_sampler`.
+    """
+    settings = sampling_settings(model, sampler, given)
+    settings.pop("clip", None)  # which says nothing of the path
+    return check_sampler(sampler, steps, model.process, **settings)[1]
 
 
 def _check(settings: Mapping[str, Any]) -> None:

@@ -95,7 +95,7 @@ class Interval:
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """Changes of FID by setting.
+    """Hold the changes of FID by setting.
 
     Attributes:
         baseline: The method from which the changes are.
@@ -364,7 +364,7 @@ def sensitivity(results: Results, sampler: str, steps: int) -> Sensitivity:
     settings: set[str] = set()
     common = results.study.baseline
     for method in results.methods:
-        recipe = next(record["recipe"] for (name, *_), record in results.cells.items() if name == method)
+        recipe = results.record_of(method)["recipe"]
         adversary, baseline = recipe["adversary"], baseline_of(results, method)
         free = adversary["name"] == "free" and adversary["norm"] == "l2" and adversary["radius"] is None
         seeds = set(_seeds(results, method, sampler, steps)) & set(_seeds(results, baseline, sampler, steps))
@@ -375,10 +375,8 @@ def sensitivity(results: Results, sampler: str, steps: int) -> Sensitivity:
         if not settings:
             settings, common = {text}, baseline
         if text in settings:
-            own, base = (
-                {s: log(results.cells[m, s, sampler, steps]["numbers"][FID]) for s in seeds} for m in (method, baseline)
-            )
-            found[adversary["step_size"], adversary["steps"]] = {seed: own[seed] - base[seed] for seed in seeds}
+            fids = {s: [results.cells[m, s, sampler, steps]["numbers"][FID] for m in (method, baseline)] for s in seeds}
+            found[adversary["step_size"], adversary["steps"]] = {s: log(a) - log(b) for s, (a, b) in fids.items()}
     shared = sorted(set.intersection(*map(set, found.values()))) if found else []
     changes = {key: float(np.expm1(np.mean([logs[s] for s in shared]))) for key, logs in found.items() if shared}
     return Sensitivity(common, shared, changes)

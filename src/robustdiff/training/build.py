@@ -16,7 +16,7 @@ from robustdiff.errors import InputError
 from robustdiff.objectives.objective import OBJECTIVES, ObjectiveConfig
 from robustdiff.process import DiffusionProcess
 from robustdiff.recipe import Recipe
-from robustdiff.samplers.sample import check_sampler, sampling_settings
+from robustdiff.samplers.sample import path_of
 from robustdiff.weights import DTYPES
 
 __all__ = ["Built", "build_model"]
@@ -52,11 +52,8 @@ def build_model(recipe: Recipe, dataset: ImageDataset) -> Built:
             f"sampler.name={recipe.sampler.name} does not suit the model: give {' or '.join(built.model.samplers)}"
         )
     if recipe.sampler.steps is not None:
-        sampler = recipe.sampler.name or built.model.samplers[0]
-        settings = sampling_settings(built.model, sampler, {})
-        settings.pop("clip", None)
         try:
-            check_sampler(sampler, recipe.sampler.steps, built.model.process, **settings)
+            path_of(built.model, recipe.sampler.name or built.model.samplers[0], recipe.sampler.steps, {})
         except InputError as error:
             raise InputError(f"sampler.steps: {error}") from None
     if recipe.model.gradient_checkpointing:
