@@ -25,7 +25,7 @@ from robustdiff.objectives.consistency import (
 from robustdiff.objectives.edm import EdmConfig
 from robustdiff.objectives.preconditioning import DiffusionDenoiser, Preconditioned, karras_sigmas
 from robustdiff.training.build import build_model
-from robustdiff.training.run import _warn_of_rounding, train
+from robustdiff.training.run import train
 from robustdiff.training.trainer import Trainer
 
 CD = {"name": "consistency", "metric": "l2", "decay": 0.8, "scales": 10}
@@ -202,17 +202,6 @@ def test_a_denoiser_starts_from_a_diffusion_model_and_a_consistency_model_from_i
         f = Generator.of(Model.of(trainer.built.model.network.eval(), trainer.built.model.scheduler)).model(x, sigma)
         D = trainer.objective.teacher(x, sigma)
     torch.testing.assert_close(f, D, rtol=0.02, atol=0.02)
-
-
-@pytest.mark.parametrize(
-    ("objective", "above"), [({"name": "edm"}, "3.2"), (CD, "3.2"), ({**CD, "sigma_max": 2.0}, None)]
-)
-def test_a_perturbation_that_bf16_would_round_away_at_high_levels_is_said(tiny, caplog, objective, above):
-    adversary = {"name": "free", "step_size": 0.1}  # 0.1/8 for each number, 3.2 times the rounding
-    _warn_of_rounding(trainer_of(tiny("run", objective=objective, adversary=adversary, precision="bf16")))
-    said = [record.getMessage() for record in caplog.records if "rounds the network's input" in record.getMessage()]
-    assert len(said) == (above is not None)
-    assert all(f"at noise levels above {above}" in line and "set precision=fp32" in line for line in said)
 
 
 def test_the_loss_of_both_falls(tiny, teachers):

@@ -499,24 +499,6 @@ def test_a_run_trains_and_leaves_the_loop_of_the_caller_as_it_was_in_the_middle_
     assert_close(outcome(alone), outcome(within))
 
 
-@pytest.mark.parametrize(
-    ("adversary", "precision", "says"),
-    [
-        ({"name": "free", "step_size": 0.01}, "bf16", True),
-        ({"name": "free", "step_size": 0.1}, "bf16", False),
-        ({"name": "free", "norm": "linf", "step_size": 0.003}, "bf16", True),
-        ({"name": "free", "norm": "l1", "step_size": 0.01}, "bf16", False),  # one number moves by all of it
-        ({"name": "free", "step_size": 0.01}, "fp32", False),
-        ({"name": "none"}, "bf16", False),
-    ],
-)
-def test_a_perturbation_that_bf16_would_round_away_is_said_before_training(tiny, caplog, adversary, precision, says):
-    train(tiny(adversary=adversary, precision=precision, steps=2), cpu=True)
-    said = [record.getMessage() for record in caplog.records if "rounds the network's input" in record.getMessage()]
-    assert len(said) == says
-    assert all("set precision=fp16 or fp32, or a larger step_size" in line for line in said)
-
-
 def test_metrics_and_result(tiny, watch):
     recipe = tiny(steps=12, adversary={"name": "free", "step_size": 0.5}, log_every=6, warmup=4)
     steps = []

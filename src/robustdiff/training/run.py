@@ -62,31 +62,6 @@ FREE_TO_CHANGE = {"output", "threads", "checkpoint_every", "keep", "log_every", 
 FREE_TO_CHANGE |= {"capture", "compile", "channels_last"}  # which change the rounding alone
 
 
-def _warn_of_rounding(trainer: Trainer) -> None:
-    """Log a warning if bfloat16 rounds the input of the network by about as much as δ moves it."""
-    adversary = trainer.adversary
-    if trainer.accelerator.mixed_precision != "bf16" or not (adversary.moves and adversary.ascents):
-        return
-    gradient = torch.randn((1, *trainer.built.model.shape), generator=torch.Generator().manual_seed(0))
-    step = adversary.step_size * adversary.norm.ascent(gradient)
-    size, rounding = step[step != 0].square().mean().sqrt().item(), torch.finfo(torch.bfloat16).eps / 2
-    where, lost, remedy = "", size < rounding, "fp16 or fp32"
-    if levels := trainer.built.model.kind.levels():  # the network sees δ/√(σ² + σ_d²), with numbers near 1 at every σ
-        above = max((size / rounding) ** 2 - levels["sigma_data"] ** 2, 0) ** 0.5
-        where, lost, remedy = f" at noise levels above {above:.2g}", above < levels["sigma_max"], "fp32"
-    if lost:
-        logger.warning(
-            "precision=bf16 rounds the network's input by about as much as δ moves it%s: adversary.step_size=%g is "
-            "%.2g for each number, and numbers near 1 are rounded by up to %.2g: set precision=%s, or a larger "
-            "step_size",
-            where,
-            adversary.step_size,
-            size,
-            rounding,
-            remedy,
-        )
-
-
 def _warn_of_the_start(recipe: Recipe) -> None:
     """Log a warning if the exported moving average will contain much of the starting weights."""
     if isinstance(recipe.ema, str) or (left := recipe.ema**recipe.steps) <= REMAINDER:
@@ -295,7 +270,6 @@ def _train(recipe: Recipe, resume: bool, cpu: bool, progress: Progress, lock: Ex
         accelerator.init_trackers("robustdiff", config={"recipe": recipe.to_yaml()})
     if accelerator.is_main_process:
         _warn_of_the_start(recipe)
-        _warn_of_rounding(trainer)
     with Interrupt() as interrupt, worker_failures():
         try:
             if watch is not None:
