@@ -116,7 +116,7 @@ def without(name, globals=None, *others, **named):
     return imports(name, globals, *others, **named)
 
 builtins.__import__ = without
-for name in ("O_NOFOLLOW", "O_NONBLOCK", "getuid", "sched_getaffinity"):
+for name in ("O_NOFOLLOW", "O_NONBLOCK", "sched_getaffinity"):
     delattr(os, name)
 import robustdiff
 names = [module.name for module in pkgutil.walk_packages(robustdiff.__path__, "robustdiff.")]
