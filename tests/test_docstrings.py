@@ -31,11 +31,11 @@ Get Give Go Group Guide Handle Hash Hold Ignore Implement Import Include Infer I
 Interpolate Invert Iterate Join Keep Label Launch Leave Limit List Load Lock Log Look Make Map Mark Mask Match Measure
 Merge Minimise Mix Move Multiply Name Normalise Offer Open Order Pack Pad Parse Pass Perturb Pick Place Plan Plot
 Predict Prefix Prepare Print Process Produce Project Propose Put Quote Raise Read Record Reduce Refuse Register
-Release Remember Remove Render Repeat Replace Report Represent Request Require Reset Resize Resolve Restore Resume
-Return Run Sample Save Say Scale Schedule Search See Select Send Separate Set Shift Show Shuffle Silence Simulate Skip
-Solve Sort Split Standardise Start State Step Stop Store Stream Strip Subtract Sum Summarise Take Tell Test Time Track
-Train Transform Translate Turn Undo Unpack Unwrap Update Use Validate Verify Wait Warn Watch Weight Work Wrap Write
-Yield
+Release Remember Remove Rename Render Repeat Replace Report Represent Request Require Reset Resize Resolve Restore
+Resume Return Run Sample Save Say Scale Schedule Search See Select Send Separate Set Shift Show Shuffle Silence Simulate
+Skip Solve Sort Split Standardise Start State Step Stop Store Stream Strip Subtract Sum Summarise Take Tell Test Time
+Track Train Transform Translate Turn Undo Unpack Unwrap Update Use Validate Verify Wait Warn Watch Weight Work Wrap
+Write Yield
 """
 """Words that a function's docstring may begin with; add a verb that is missing."""
 

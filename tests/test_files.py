@@ -4,12 +4,16 @@ import errno
 import fcntl
 import multiprocessing
 import os
+import sys
+import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from safetensors import SafetensorError
 
+from robustdiff import files
 from robustdiff.errors import InputError, RunError
 from robustdiff.files import (
     MARKER,
@@ -19,6 +23,7 @@ from robustdiff.files import (
     held,
     open_regular,
     read_json,
+    remove_leftovers,
     user_key,
 )
 
@@ -115,15 +120,15 @@ def test_a_folder_that_cannot_be_renamed_leaves_the_old_one(tmp_path, monkeypatc
     path = tmp_path / "folder"
     path.mkdir()
     (path / "old").write_text("old")
-    rename, calls = os.rename, []
+    replace, calls = os.replace, []
 
     def fails(source, target):
         calls.append(source)
         if len(calls) == failing:
             raise OSError("no")
-        rename(source, target)
+        replace(source, target)
 
-    monkeypatch.setattr(os, "rename", fails)
+    monkeypatch.setattr(os, "replace", fails)
     with pytest.raises(OSError, match="no"):
         fill(path)
     assert [p.name for p in path.rglob("*")] == ["old"]
@@ -248,3 +253,107 @@ def test_without_locks_one_line_says_so(tmp_path, monkeypatch, caplog):
             assert mine
     assert len(caplog.messages) == 1
     assert "has no locks" in caplog.text
+
+
+@pytest.fixture
+def windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Locks as Windows has them: of bytes, at the position of the file."""
+
+    def locking(descriptor: int, mode: int, count: int) -> None:
+        assert (os.lseek(descriptor, 0, os.SEEK_CUR), count) == (2**30, 1), "not of what others read"
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_UN if mode == 0 else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise PermissionError(errno.EACCES, "Permission denied") from None
+
+    monkeypatch.setitem(sys.modules, "msvcrt", SimpleNamespace(locking=locking, LK_NBLCK=2, LK_UNLCK=0))
+    monkeypatch.setattr(files, "_WINDOWS", True)
+
+
+@pytest.mark.usefixtures("windows")
+def test_a_lock_of_windows_is_held_once(tmp_path):
+    test_a_lock_is_held_once_and_is_not_left_to_a_forked_process(tmp_path)
+    assert (tmp_path / "lock").read_bytes() == b""
+
+
+@pytest.mark.parametrize("remove", [False, True])
+def test_who_waits_for_a_lock_gets_it_also_if_its_file_is_removed(tmp_path, remove):
+    order = []
+
+    def wait() -> None:
+        with held(tmp_path / "lock", wait=True, remove=remove) as mine:
+            order.append(("second", mine))
+
+    with held(tmp_path / "lock", remove=remove) as mine:
+        thread = threading.Thread(target=wait)
+        thread.start()
+        thread.join(0.05)
+        order.append(("first", mine))
+    thread.join(60)
+    assert order == [("first", True), ("second", True)]
+    assert (tmp_path / "lock").exists() != remove
+
+
+@pytest.mark.usefixtures("windows")
+def test_a_file_that_another_program_has_for_moments_is_replaced(tmp_path, monkeypatch):
+    """As a virus scanner does on Windows; one that stays open is not."""
+    replace, left = os.replace, 2
+
+    def busy(source: Any, target: Any) -> None:
+        nonlocal left
+        left -= 1
+        if left >= 0:
+            raise PermissionError(errno.EACCES, "The process cannot access the file")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", busy)
+    monkeypatch.setattr(files, "_POLL", 0.0)
+    with atomic_write(tmp_path / "a") as file:
+        file.write(b"new")
+    assert (tmp_path / "a").read_bytes() == b"new"
+    left = 10**9
+    monkeypatch.setattr(files, "_PATIENCE", 0.0)
+    with pytest.raises(PermissionError), atomic_write(tmp_path / "a") as file:
+        file.write(b"newer")
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+@pytest.mark.usefixtures("windows")
+def test_files_of_a_folder_are_flushed_as_windows_allows_it(tmp_path, monkeypatch):
+    fsync = os.fsync
+
+    def writable(descriptor: int) -> None:
+        assert fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE != os.O_RDONLY, "EBADF on Windows"
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", writable)
+    fill(tmp_path / "folder")
+
+
+@pytest.mark.usefixtures("windows")
+def test_a_link_is_refused_where_the_system_has_no_flag_for_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "_NOFOLLOW", 0)
+    (tmp_path / "a").write_text("a")
+    (tmp_path / "link").symlink_to(tmp_path / "a")
+    with pytest.raises(InputError, match="not a regular file"):
+        open_regular(tmp_path / "link")
+
+
+def test_the_users_key_is_kept_on_a_file_system_without_hard_links(tmp_path, monkeypatch):
+    def refuse(source: Any, target: Any) -> None:
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setenv("ROBUSTDIFF_CACHE", str(tmp_path))
+    monkeypatch.setattr(os, "link", refuse)
+    assert user_key() == user_key()
+
+
+def test_leftovers_that_another_process_may_be_writing_stay(tmp_path):
+    fresh, old = tmp_path / f".a.{'0' * 12}.tmp", tmp_path / f".a.{'1' * 12}.tmp"
+    for path in (fresh, old):
+        path.write_text("")
+    os.utime(old, (0, 0))
+    remove_leftovers(tmp_path, "a", age=3600.0)
+    assert list(tmp_path.iterdir()) == [fresh]
+    remove_leftovers(tmp_path, "a")
+    assert list(tmp_path.iterdir()) == []

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import ast
+import os
+import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -98,3 +102,59 @@ def test_modules_export_what_others_import():
             elif isinstance(node, ast.ImportFrom):
                 taken |= {(node.module, alias.name) for alias in node.names}
     assert sorted(one for one in taken - modules if one[0] in exported and one[1] not in exported[one[0]]) == []
+
+
+ON_WINDOWS = """
+import builtins, os, pkgutil
+from importlib import import_module
+imports = builtins.__import__
+
+def without(name, globals=None, *others, **named):
+    own = str((globals or {}).get("__name__")).startswith("robustdiff")  # other packages know on which system they are
+    if own and name in ("fcntl", "grp", "pty", "pwd", "resource", "syslog", "termios"):
+        raise ImportError(name)
+    return imports(name, globals, *others, **named)
+
+builtins.__import__ = without
+for name in ("O_NOFOLLOW", "O_NONBLOCK", "sched_getaffinity"):
+    delattr(os, name)
+import robustdiff
+names = [module.name for module in pkgutil.walk_packages(robustdiff.__path__, "robustdiff.")]
+for name in names:
+    if not name.endswith("__main__") and not name.startswith("robustdiff.kernels."):  # which are for Triton
+        import_module(name)
+from robustdiff.data.decode import file_source
+from robustdiff.workers import available_cores
+with file_source(robustdiff.__file__)() as file:
+    assert file.read() and available_cores()
+print(len(names))
+"""
+
+
+def test_every_module_is_imported_without_what_windows_lacks() -> None:
+    environment = {**os.environ, "PYTHONPATH": str(PACKAGE.parent)}
+    done = subprocess.run(
+        [sys.executable, "-c", ON_WINDOWS], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) > len(FILES) / 2
+
+
+def test_text_is_read_and_written_in_utf_8():
+    """On Windows the default is another encoding."""
+    without = [
+        f"{path.name}:{node.lineno}"
+        for path in FILES
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Attribute)
+        and node.func.attr in ("read_text", "write_text")
+        and "encoding" not in {keyword.arg for keyword in node.keywords}
+    ]
+    assert without == []
+
+
+def test_float64_is_made_on_the_cpu():
+    """A Mac's GPU does not have it, and refuses the conversion on the way as well."""
+    before = re.compile(r"\.double\(\).*\.cpu\(\)|\.to\(\"cpu\", torch\.float64|float64\)\.cpu\(\)")
+    assert [path.name for path in FILES if before.search(path.read_text(encoding="utf-8"))] == []

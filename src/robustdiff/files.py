@@ -8,8 +8,11 @@ A downloaded folder can hold symbolic links, hard links and pipes in place of th
 only if they are regular, without following links; folders are written to only if they belong to this package, and only
 files that it created are removed.
 
-A process that writes where another one must not write meanwhile holds a lock of the operating system (flock), which is
-released when the process ends, however it ends.
+A process that writes where another one must not write meanwhile holds a lock of the operating system (flock, and on
+Windows a locked byte), which is released when the process ends, however it ends.
+
+On Windows a file that is open, or mapped to memory, is neither removed nor replaced. Files are therefore closed before
+they are renamed or removed, and a rename is tried again while another program, such as a virus scanner, has the file.
 """
 
 from __future__ import annotations
@@ -23,9 +26,11 @@ import re
 import secrets
 import shutil
 import stat
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal, TypeVar
 
@@ -50,6 +55,7 @@ __all__ = [
     "read_json_lines",
     "read_record",
     "remove_leftovers",
+    "rename",
     "user_key",
     "write_json",
     "written_last",
@@ -65,6 +71,10 @@ _KEY_BYTES = 32
 _NOFOLLOW = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)  # opening a pipe would block
 _OWNER = " of robustdiff:"  # in a marker, after the purpose of the folder
 _UNLOCKABLE = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
+_POLL = 0.1  # seconds between checks of a lock of another process
+_WINDOWS = os.name == "nt"
+_LOCKED_BYTE = 2**30  # on Windows nobody else could read the byte, and no file with a lock has that many
+_PATIENCE = 5.0  # seconds for which another program may have a file that is renamed on Windows
 
 _locks: set[BinaryIO] = set()
 
@@ -97,7 +107,7 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, target)
+        rename(temporary, target)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
@@ -125,16 +135,16 @@ def atomic_folder(path: str | os.PathLike[str], *, replace: bool = False) -> Ite
     try:
         yield temporary
         for file in [f for f in temporary.rglob("*") if f.is_file()]:
-            with open(file, "rb") as opened:
+            with open(file, "r+b" if _WINDOWS else "rb") as opened:  # Windows flushes only what may be written
                 os.fsync(opened.fileno())
         # rename(2) does not replace a folder that is not empty, so the old folder is moved away first.
         try:
             if target.exists():
-                os.rename(target, previous)
-            os.rename(temporary, target)
+                rename(target, previous)
+            rename(temporary, target)
         except BaseException:
             if previous.exists() and not target.exists():
-                os.rename(previous, target)
+                rename(previous, target)
             raise
         shutil.rmtree(previous, ignore_errors=True)
     except BaseException as error:
@@ -152,20 +162,47 @@ def _temporary(target: Path) -> Path:
     return target.with_name(f".{target.name}.{secrets.token_hex(6)}.tmp")
 
 
-def remove_leftovers(folder: Path, names: str) -> None:
+def rename(source: Path, target: Path) -> None:
+    """Rename a file or a folder; a file at the target is replaced, and a folder there must be empty.
+
+    Raises:
+        OSError: The system refuses it, on Windows also if another program keeps one of them open.
+    """
+    deadline = time.monotonic() + _PATIENCE
+    while True:
+        try:
+            os.replace(source, target)
+            return
+        except PermissionError:
+            if not _WINDOWS or time.monotonic() > deadline:
+                raise
+        time.sleep(_POLL)
+
+
+def remove_leftovers(folder: Path, names: str, age: float = 0.0) -> None:
     """Remove temporary files and folders left by a killed :func:`atomic_write` or :func:`atomic_folder`.
 
     Args:
         folder: A folder of this package. Links in it are removed without following them.
         names: A regular expression for the names of the targets.
+        age: The time in seconds since the last change of what is removed. Where other processes may write at the same
+            time, it is longer than they take.
     """
     leftover = re.compile(rf"\.(?:{names})\.[0-9a-f]{{12}}\.tmp")
+    latest = time.time() - age
     for path in folder.iterdir():
-        if leftover.fullmatch(path.name):
+        if leftover.fullmatch(path.name) and (not age or _changed(path) < latest):
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path, ignore_errors=True)
             else:
                 path.unlink(missing_ok=True)
+
+
+def _changed(path: Path) -> float:
+    try:
+        return path.lstat().st_mtime
+    except FileNotFoundError:  # it has its name by now
+        return math.inf
 
 
 def open_regular(path: str | os.PathLike[str], mode: Literal["rb", "r+b", "ab", "x+b"] = "rb") -> BinaryIO:
@@ -184,6 +221,8 @@ def open_regular(path: str | os.PathLike[str], mode: Literal["rb", "r+b", "ab", 
 
     def opener(name: str, flags: int) -> int:
         try:
+            if _WINDOWS and os.path.islink(name):  # where no flag of open(2) refuses it
+                raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), name)
             descriptor = os.open(name, flags | _NOFOLLOW, 0o666)
         except OSError as error:
             if error.errno == errno.ENXIO or os.path.islink(name) or os.path.isdir(name):
@@ -414,38 +453,66 @@ def _check_marker(path: Path, what: str) -> None:
 
 
 @contextmanager
-def held(path: Path) -> Iterator[bool]:
+def held(path: Path, *, wait: bool = False, remove: bool = False) -> Iterator[bool]:
     """Hold a lock on a file within the block, if no other process holds it. Yields True if the lock is held.
 
     The file is created if it is missing, and nothing is written into it. Where the file system has no locks, which one
     line says, the lock counts as held.
 
     Args:
-        path: The file. The process that holds it may remove it within the block.
+        path: The file.
+        wait: Whether to wait until the lock is held.
+        remove: Whether to remove the file at the end of the block, if the lock was held.
 
     Raises:
         InputError: If the file, or its folder, is a link or of another kind.
         OSError: If the file cannot be created or opened for writing.
     """
     make_folder(path.parent)
-    with open_regular(path, "ab") as file:
-        try:
-            import fcntl  # not every system has it
+    while True:
+        with open_regular(path, "ab") as file:
+            # The process that held the lock before may have removed the file, and a third created another one.
+            mine = _lock(file, path.parent) and path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat())
+            if mine or not wait:
+                _locks.add(file)
+                try:
+                    yield mine
+                finally:
+                    _locks.discard(file)
+                    if mine and _WINDOWS:
+                        _unlock(file)
+                    if mine and remove:
+                        with suppress(OSError):  # on Windows, if another process waits for the lock
+                            path.unlink()
+                return
+        time.sleep(_POLL)
+
+
+def _lock(file: BinaryIO, folder: Path) -> bool:
+    """Lock a file until it is closed, and return False if another process has locked it."""
+    try:
+        if _WINDOWS:
+            msvcrt: Any = import_module("msvcrt")
+            file.seek(_LOCKED_BYTE)
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
 
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-            return
-        except (ImportError, OSError) as error:
-            if isinstance(error, OSError) and error.errno not in _UNLOCKABLE:
-                raise
-            _warn_of_no_locks(path.parent)
-        _locks.add(file)
-        try:
-            # The process that held the lock before may have removed the file, and a third created another one.
-            yield path.exists() and os.path.samestat(os.fstat(file.fileno()), os.stat(path))
-        finally:
-            _locks.discard(file)
+    except OSError as error:
+        if isinstance(error, PermissionError if _WINDOWS else BlockingIOError):
+            return False
+        if error.errno not in _UNLOCKABLE:
+            raise
+        _warn_of_no_locks(folder)
+    return True
+
+
+def _unlock(file: BinaryIO) -> None:
+    """Unlock and close a file on Windows, which may take its time to unlock files that are closed."""
+    msvcrt: Any = import_module("msvcrt")
+    with file, suppress(OSError):  # of a file system without locks
+        msvcrt.locking(file.fileno(), msvcrt.LK_UNLCK, 1)
 
 
 @cache
@@ -487,8 +554,7 @@ def _write_key(path: Path, key: bytes) -> None:
     """Write a key, unless another process wrote one in the meantime."""
     temporary = _temporary(path)
     try:
-        with open(temporary, "xb") as file:
-            os.chmod(file.fileno(), 0o600)
+        with open(temporary, "xb", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
             file.write(key)
             file.flush()
             os.fsync(file.fileno())
@@ -496,6 +562,8 @@ def _write_key(path: Path, key: bytes) -> None:
             os.link(temporary, path)  # unlike rename(2), this does not replace a file
         except FileExistsError:
             if _read_key(path) is None:  # a damaged one
-                os.replace(temporary, path)
+                rename(temporary, path)
+        except OSError:  # a file system without hard links
+            rename(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

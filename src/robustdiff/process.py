@@ -281,7 +281,7 @@ class DiffusionProcess:
                 )
             process = cls(alphas, sigmas, times)
             if cumprod is not None and not times.is_floating_point():
-                expected = cumprod.detach().to("cpu", torch.float64)[times]
+                expected = cumprod.detach().cpu().double()[times]
                 wrong = ~torch.isclose(process.alphas_cumprod, expected, rtol=1e-3, atol=1e-5)
                 if bool(wrong.any()):
                     raise InputError(

@@ -3,24 +3,25 @@
 Threads of one process synchronise in every operation, so another program on one of their cores delays them all.
 Processes with separate pieces of work do not.
 
-A worker is a new interpreter in its own session, so that Ctrl-C in a terminal reaches only the parent. It reads the
-call from a socket, and writes progress and the result to it. A further message, or the end of the socket, which closes
-when the parent ends or is killed, stops the call as SIGTERM does. In the same way, the end of the socket tells the
-parent that a worker was killed.
+A worker is a new interpreter in its own session, or process group on Windows, so that Ctrl-C in a terminal reaches only
+the parent. It reads the call from a pipe, and writes progress and the result to it. A further message, or the end of
+the pipe, which closes when the parent ends or is killed, stops the call as SIGTERM does. In the same way, the end of
+the pipe tells the parent that a worker was killed.
 """
 
 from __future__ import annotations
 
 import logging
+import multiprocessing.connection
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
@@ -33,6 +34,8 @@ __all__ = ["available_cores", "run_workers", "serve"]
 logger = logging.getLogger(__name__)
 
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+
+_PIPE: Any = getattr(multiprocessing.connection, "PipeConnection", Connection)  # the former on Windows
 
 Call = Callable[[Progress], bool]
 """A picklable call. It returns True if it finished, and False if SIGTERM stopped it."""
@@ -56,7 +59,10 @@ class _Remote(logging.Handler):
         with suppress(EOFError, OSError):
             self.connection.recv()
         self.stopping = True
-        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
+        if sys.platform == "win32":
+            signal.raise_signal(signal.SIGTERM)  # its handler runs in the main thread
+        else:
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)  # ends a wait of it too
 
     def send(self, *message: Any) -> None:
         with suppress(OSError):
@@ -76,9 +82,9 @@ class _Remote(logging.Handler):
 
 
 def serve(handle: int) -> None:
-    """Run the call that is received from a socket, given its file descriptor."""
+    """Run the call that is received from a pipe, given its file descriptor, or its handle on Windows."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    connection = Connection(handle)
+    connection = _PIPE(handle)
     remote = _Remote(connection)
     logging.getLogger().addHandler(remote)
     end: tuple[bool, Exception | None] = False, None
@@ -97,21 +103,28 @@ def serve(handle: int) -> None:
     remote.send("end", *end)
 
 
+def _apart(handle: int) -> dict[str, Any]:
+    """Return the arguments of Popen for a process that Ctrl-C does not reach, and that inherits a handle."""
+    if sys.platform == "win32":
+        os.set_handle_inheritable(handle, True)
+        startup = subprocess.STARTUPINFO(lpAttributeList={"handle_list": [handle]})
+        return {"startupinfo": startup, "creationflags": subprocess.CREATE_NEW_PROCESS_GROUP}
+    return {"pass_fds": [handle], "start_new_session": True}
+
+
 class _Worker:
     """The parent's side of a worker."""
 
     def __init__(self, call: Call, progress: Progress) -> None:
-        ours, theirs = socket.socketpair()
+        self.connection, theirs = Pipe()
         code = f"import sys; sys.path[:] = {sys.path!r}; from robustdiff.workers import serve; serve({theirs.fileno()})"
         with theirs:
             self.process = subprocess.Popen(
                 [sys.executable, "-c", code],
                 stdin=subprocess.DEVNULL,
                 env={**os.environ, **ONE_THREAD},
-                pass_fds=[theirs.fileno()],
-                start_new_session=True,
+                **_apart(theirs.fileno()),
             )
-        self.connection = Connection(ours.detach())
         self.progress = progress
         self.running, self.finished, self.error = True, False, None
         self.send(call)

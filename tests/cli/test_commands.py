@@ -168,12 +168,16 @@ def test_a_reader_that_has_ended_gets_no_message():
     assert (done.returncode, done.stderr) == (1, b"")
 
 
-def test_an_encoding_without_a_character_is_no_error(robustdiff, monkeypatch):
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+def test_an_encoding_without_a_character_is_no_error(robustdiff, monkeypatch, encoding):
+    """As that of a file to which stdout is redirected on Windows."""
     written = io.BytesIO()
-    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding=encoding))
     monkeypatch.setattr("robustdiff.backbones.adm.convert.convert", lambda source, output: None)
     assert robustdiff("convert", "a", "b").code == 0
-    assert written.getvalue() == rb"a \u2192 b" + b"\n"
+    cli.say("−2 ≤ ‖δ‖ ☃")
+    sys.stdout.flush()
+    assert written.getvalue() == rb"a -> b" + b"\n" + rb"-2 <= ||delta|| \u2603" + b"\n"
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import multiprocessing
+import os
 from pathlib import Path
 from typing import Any
 
@@ -147,6 +148,7 @@ def test_an_interrupted_computation_goes_on(make: Any, cache: Path, monkeypatch:
         text.prepare(CAPTIONS)
     torn = entries(cache)[0].with_name(f".{'0' * 64}.{'0' * 12}.tmp")
     torn.write_bytes(b"of a killed process")
+    os.utime(torn, (0, 0))
     other = make()
     other.prepare(CAPTIONS)
     assert other.encoded == 1

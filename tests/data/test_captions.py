@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from robustdiff.data import load_dataset
-from robustdiff.data.captions import Captions, check_captions
+from robustdiff.data.captions import Captions, _place, check_captions
 from robustdiff.errors import InputError
 
 
@@ -229,3 +229,8 @@ def test_a_caption_is_of_any_language(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.WARNING)
     assert check_captions("狗 🐕", "x") == ("狗 🐕",)
     assert check_captions(["a", "b"], "x") == ("a", "b")
+
+
+def test_names_of_files_may_be_written_as_the_system_does(monkeypatch):
+    monkeypatch.setattr(os, "sep", "\\")
+    assert _place(Path("images"), Path("images/sub/metadata.csv"), "deep\\a.png", "line 1") == "sub/deep/a.png"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 
 import numpy as np
@@ -121,7 +122,9 @@ def test_nothing_is_computed_twice_and_a_killed_process_loses_a_part_at_most(tmp
         cached.fill(progress=After())
     with pytest.raises(RunError, match="start the run again"):
         cached.__getitems__([N - 1])
-    (cached.folder / ".00003.float16.0123456789ab.tmp").write_bytes(b"torn")
+    torn = cached.folder / ".00003.float16.0123456789ab.tmp"
+    torn.write_bytes(b"torn")
+    os.utime(torn, (0, 0))
     before, codec.encoded_images = codec.encoded_images, 0
     cached = LatentDataset(dataset(), codec, False, tmp_path)
     cached.fill()
@@ -171,7 +174,7 @@ def test_another_users_entry_is_not_taken(tmp_path, monkeypatch):
     assert LatentDataset(dataset(), VAE(small()), False, tmp_path).folder != mine
 
 
-@pytest.mark.parametrize("kind", ["file", "link", "hard link", "folder link"])
+@pytest.mark.parametrize("kind", ["file", "link", "folder link"])
 def test_a_strangers_file_in_the_cache_is_refused_and_stays(tmp_path, kind):
     cached = LatentDataset(dataset(), VAE(small()), False, tmp_path / "cache")
     outside = tmp_path / "outside"
@@ -185,9 +188,9 @@ def test_a_strangers_file_in_the_cache_is_refused_and_stays(tmp_path, kind):
         cached.folder.symlink_to(tmp_path / "elsewhere")
     else:
         cached.fill()
-        place = cached.folder / ("lock" if kind == "hard link" else "00000.float16")
+        place = cached.folder / "00000.float16"
         place.unlink()
-        place.hardlink_to(outside) if kind == "hard link" else place.symlink_to(outside)
+        place.symlink_to(outside)
         cached = LatentDataset(dataset(), VAE(small()), False, tmp_path / "cache")
     with pytest.raises(InputError):
         cached.fill()

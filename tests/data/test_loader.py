@@ -1,15 +1,20 @@
 """Batches, and errors that are the same with worker processes and without."""
 
+import multiprocessing
 import os
+import pickle
 import signal
+import tarfile
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch.utils.data import get_worker_info
 
-from robustdiff.data import ArrayDataset, ImageDataset
-from robustdiff.data.loader import load_batches, select_batches, worker_failures
+from robustdiff.data import ArrayDataset, ImageDataset, load_dataset
+from robustdiff.data.huggingface import HuggingFaceDataset
+from robustdiff.data.loader import _Reporting, load_batches, select_batches, worker_failures
 from robustdiff.errors import InputError, RunError
 
 BATCHES = [[0, 1], [4, 2], [3]]
@@ -107,3 +112,51 @@ def test_other_failures_stay_what_they_are(error):
     with pytest.raises(RuntimeError) as caught, worker_failures():
         raise error
     assert caught.value is error
+
+
+@pytest.fixture
+def spawning():
+    """Start processes as Windows and macOS do."""
+    before = multiprocessing.get_start_method()
+    multiprocessing.set_start_method("spawn", force=True)
+    yield
+    multiprocessing.set_start_method(before, force=True)
+
+
+@pytest.mark.usefixtures("spawning")
+def test_processes_that_are_not_forked_load_images(tmp_path):
+    for k in range(3):
+        Image.new("L", (4, 4), k).save(tmp_path / f"{k}.png")
+        (tmp_path / f"{k}.txt").write_text(f"the {k}")
+    dataset = load_dataset("imagefolder", root=tmp_path)
+    batches = list(load_batches(dataset, [[0, 1], [2]], workers=1))
+    assert [batch.images.ravel().tolist()[::16] for batch in batches] == [[0, 1], [2]]
+    assert [batch.captions for batch in batches] == [[("the 0",), ("the 1",)], [("the 2",)]]
+
+
+@pytest.mark.usefixtures("spawning")
+def test_where_processes_import_the_script_the_remedy_says_so():
+    with pytest.raises(RunError, match='call train under if __name__ == "__main__"'), worker_failures():
+        raise RuntimeError("DataLoader worker (pid 1) exited unexpectedly")
+
+
+@pytest.mark.parametrize("kind", ["webdataset", "hf", "npz", "digits"])
+def test_every_kind_of_data_is_sent_to_a_process(tmp_path, kind):
+    """Processes that are not forked get it as a pickle."""
+    images = np.random.default_rng(0).integers(0, 256, (3, 4, 4, 3), dtype=np.uint8)
+    if kind == "npz":
+        np.savez(tmp_path / "a.npz", arr_0=images)
+        dataset = load_dataset("npz", root=tmp_path / "a.npz")
+    elif kind == "webdataset":
+        with tarfile.open(tmp_path / "a.tar", "w") as archive:
+            for k, image in enumerate(images):
+                Image.fromarray(image).save(tmp_path / f"{k}.png")
+                archive.add(tmp_path / f"{k}.png", f"{k}.png")
+        dataset = load_dataset("webdataset", root=tmp_path / "a.tar")
+    elif kind == "hf":
+        table = pytest.importorskip("datasets").Dataset.from_dict({"image": [Image.fromarray(one) for one in images]})
+        dataset = HuggingFaceDataset("hf", table)
+    else:
+        dataset = load_dataset(kind)
+    sent = pickle.loads(pickle.dumps(_Reporting(dataset)))
+    assert torch.equal(sent.__getitems__([0, 2]).images, dataset.__getitems__([0, 2])[0])

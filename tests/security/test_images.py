@@ -203,7 +203,16 @@ def test_rows_may_name_files_in_the_folder(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "files", ["https://127.0.0.1:9/evil.csv", "/etc/*", "../*.png", "~/x", "hf://datasets/a/b/c.parquet"]
+    "files",
+    [
+        "https://127.0.0.1:9/evil.csv",
+        "/etc/*",
+        "../*.png",
+        r"..\*.png",
+        r"\\host\x",
+        "~/x",
+        "hf://datasets/a/b/c.parquet",
+    ],
 )
 @pytest.mark.parametrize("card", ["README.md", ".huggingface.yaml"])
 def test_a_card_does_not_lead_out_of_the_folder(tmp_path, files, card):

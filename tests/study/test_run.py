@@ -441,6 +441,7 @@ def test_remaining_seconds_follow_what_is_finished(finished, tmp_path):
         ({"set": {"seed": 3}}, "the study's own"),
         ({"set": {"watch.num": 100}}, "watch is not for studies"),
         ({"methods": {"plain": {"seeds": [0, 0]}}}, "given twice"),
+        ({"methods": {"plain": {}, "Plain": {}}}, "the files of plain-s0 and Plain-s0 would have one name"),
         ({"methods": {"../plain": {}}}, "'../plain'"),
     ],
 )

@@ -6,6 +6,7 @@ cause and the remedy.
 
 from __future__ import annotations
 
+import codecs
 import errno
 import io
 import os
@@ -34,6 +35,11 @@ app = typer.Typer(
 )
 # click's UsageError; newer versions of typer hold a copy of click and export only its subclass.
 _UsageError: Any = typer.BadParameter.__base__
+
+_PLAIN = {
+    **dict.fromkeys("−–—─━", "-"),
+    **{"…": "...", "×": "x", "±": "+-", "→": "->", "≤": "<=", "≥": ">=", "‖": "||", "δ": "delta", "σ": "sigma"},
+}
 
 INTERRUPTED = 130
 """The exit code after Ctrl-C or SIGTERM, by which shells and schedulers tell what can go on from what is finished."""
@@ -83,7 +89,8 @@ def main() -> None:
     """Run the command line and exit."""
     # logging is not configured: its last resort writes warnings to the current sys.stderr, so above a progress bar.
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr's, for encodings that lack "±"
+        codecs.register_error("robustdiff", _plainly)
+        sys.stdout.reconfigure(errors="robustdiff")
     before = signal.signal(signal.SIGTERM, _terminate)  # from the start: what comes before a training can take hours
     arguments = sys.argv[1:] or ["--help"]
     try:
@@ -106,10 +113,11 @@ def main() -> None:
         if (full := out_of_memory(error)) is None:
             raise
         sys.exit(_fail(full, 1))
-    except BrokenPipeError:  # whoever reads stdout, such as head, has ended and needs no message
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for Python, which flushes it on exit
-        sys.exit(1)
     except OSError as error:
+        closed = os.name == "nt" and error.errno == errno.EINVAL and error.filename is None  # a closed pipe on Windows
+        if closed or isinstance(error, BrokenPipeError):  # its reader, such as head, has ended and needs no message
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for Python, which flushes it on exit
+            sys.exit(1)
         full, free = "the disk is full", "free some space"
         if error.errno == errno.EFBIG:
             full, free = "the limit of the size of a file is reached", "raise it (ulimit -f)"
@@ -128,6 +136,13 @@ def main() -> None:
     finally:
         signal.signal(signal.SIGTERM, before)
     sys.exit(0)
+
+
+def _plainly(error: UnicodeError) -> tuple[str, int]:
+    """Replace characters that the encoding of stdout lacks, as that of a file does on Windows."""
+    assert isinstance(error, UnicodeEncodeError)
+    text = error.object[error.start : error.end]
+    return "".join(_PLAIN.get(c) or c.encode("ascii", "backslashreplace").decode() for c in text), error.end
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:

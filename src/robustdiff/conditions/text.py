@@ -13,14 +13,12 @@ interrupted computation is continued, and several processes can compute and read
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import hmac
 import json
 import logging
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -44,6 +42,7 @@ logger = logging.getLogger(__name__)
 _BATCH = 32
 _MOST_BYTES = 2**32  # size of the cache in memory
 _SIGNATURE = 32  # bytes
+_STALE = 86_400.0  # seconds after which a temporary file is of a killed process
 
 # Entries of a configuration that do not change what an encoder computes.
 _NO_SETTINGS = {"_name_or_path", "architectures", "transformers_version", "dtype", "torch_dtype"}
@@ -193,9 +192,10 @@ class TextCondition(Condition):
         unpacked = {name: _unpack(row) for name, row in packed.items()}
         rows = [unpacked[name] for name in names]
         stacked = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
-        if self.device.type == "cuda":  # which copies page-locked memory without the host waiting
+        on_gpu = self.device.type == "cuda"  # which copies page-locked memory without the host waiting
+        if on_gpu:
             stacked = {name: value.pin_memory() for name, value in stacked.items()}
-        moved = {name: value.to(self.device, non_blocking=True) for name, value in stacked.items()}
+        moved = {name: value.to(self.device, non_blocking=on_gpu) for name, value in stacked.items()}
         return {name: value.float() if value.is_floating_point() else value for name, value in moved.items()}
 
     def prepare(self, texts: Iterable[str], progress: Progress = SILENT) -> None:
@@ -286,8 +286,7 @@ class TextCondition(Condition):
         folder = cache_folder() / "captions" / name
         try:
             claim_folder(folder, "a cache of embeddings")
-            with suppress(BlockingIOError), _locked(folder, fcntl.LOCK_EX | fcntl.LOCK_NB):
-                remove_leftovers(folder, "[0-9a-f]{64}")  # of killed processes, since no other process writes now
+            remove_leftovers(folder, "[0-9a-f]{64}", age=_STALE)  # other processes may write now
         except OSError as error:
             self._stop_writing(folder, error)
             return None
@@ -327,20 +326,12 @@ class TextCondition(Condition):
         if folder is None or self._unwritable is not None:
             return
         try:
-            with _locked(folder, fcntl.LOCK_SH):
-                for text, row in rows.items():
-                    path = self._path(folder, text)
-                    with atomic_write(path) as file:
-                        file.write(self._sign(path, row) + row)
+            for text, row in rows.items():
+                path = self._path(folder, text)
+                with atomic_write(path) as file:
+                    file.write(self._sign(path, row) + row)
         except OSError as error:  # such as a full disk
             self._stop_writing(folder, error)
-
-
-@contextmanager
-def _locked(folder: Path, kind: int) -> Iterator[None]:
-    with open_regular(folder / "lock", "ab") as lock:
-        fcntl.flock(lock, kind)
-        yield
 
 
 def _shown(size: float) -> str:

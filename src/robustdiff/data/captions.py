@@ -13,6 +13,7 @@ from __future__ import annotations
 import csv
 import json
 import logging
+import os
 import posixpath
 import re
 from array import array
@@ -240,7 +241,8 @@ def _place(folder: Path, table: Path, file_name: Any, where: str) -> str:
     """Return the path, relative to the folder of the images, that a row names; it is not opened."""
     if not isinstance(file_name, str) or not file_name:
         raise InputError(f"{where} has no file_name; write the name of an image, relative to {table.name}")
-    place = posixpath.normpath(posixpath.join(table.parent.relative_to(folder).as_posix(), file_name))
+    name = file_name.replace(os.sep, "/")  # on Windows, "sub\\a.png" is a name as well
+    place = posixpath.normpath(posixpath.join(table.parent.relative_to(folder).as_posix(), name))
     if place.startswith(("/", "../")) or place == "..":
         raise InputError(f"{where} names {printable(file_name[:200])}, outside the folder of the images; remove it")
     return place

@@ -73,6 +73,8 @@ TIFF_BYTES = (1, 2, 6, 7)  # types of tags that may have many values: profiles, 
 PNG_SCALE = {"L;2": 85, "L;4": 17}
 # In a JPEG file, FF and 0 are pixels, and 1 and D0 to D7 have no segment.
 JPEG_SEGMENT = re.compile(rb"\xff[^\x00\x01\xd0-\xd7\xff]")
+# Opening a pipe would block. Windows has no such flag, and reads text without the other one.
+_READ = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
 SAMPLE = 4096
 UNCOMPRESSED = ("BMP", "TIFF")  # files whose length does not change with their pixels
 ORIENTATION = 0x0112  # the EXIF tag
@@ -139,7 +141,7 @@ def file_source(path: str | os.PathLike[str]) -> Source:
     """Return a function that opens a file; it raises OSError for a device or a pipe, which may be endless."""
 
     def opened() -> BinaryIO:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        descriptor = os.open(path, _READ)
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             os.close(descriptor)
             raise OSError(errno.EINVAL, "it is not a regular file", os.fspath(path))

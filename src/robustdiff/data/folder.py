@@ -150,7 +150,7 @@ class FolderDataset(EncodedDataset):
         for path, regular in _files(folder):
             (images if regular and path.suffix.lower() in SUFFIXES else others).append(path)
         # The order of a directory listing differs between machines; with a seed, the batches must not.
-        self.paths = sorted(images)
+        self.paths = sorted(images, key=lambda path: path.parts)  # paths of Windows are compared without case
         if not self.paths:
             raise InputError(f"{name}: no images in it; put files in it that end in {', '.join(SUFFIXES)}")
         captions, read = read_captions(folder, self.paths, others, caption_column)
@@ -196,7 +196,7 @@ class FolderDataset(EncodedDataset):
 
     def prefix(self, index: int) -> bytes:
         """Return the path of a file in the folder, as bytes that end in 0."""
-        return os.fsencode(self.paths[index].relative_to(self._folder)) + b"\0"
+        return os.fsencode(self.paths[index].relative_to(self._folder).as_posix()) + b"\0"
 
 
 @DATASETS.register("imagefolder")

@@ -356,7 +356,9 @@ def _check_card(name: str, folder: Path) -> None:
                 )
             if isinstance(value, dict | list):
                 stack += value.values() if isinstance(value, dict) else value
-            elif isinstance(value, str) and (":" in value or value.startswith(("/", "~")) or ".." in value.split("/")):
+            elif isinstance(value, str) and (
+                ":" in value or value.startswith(("/", "\\", "~")) or ".." in re.split(r"[/\\]", value)
+            ):
                 raise InputError(
                     f"{name}: {path.name} names data outside the folder ({printable(value[:200])}), which is not read; "
                     "remove it from the file's configs"

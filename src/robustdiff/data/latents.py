@@ -12,13 +12,11 @@ written atomically, so a killed process loses at most one part, and several proc
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import hmac
 import logging
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +39,7 @@ logger = logging.getLogger(__name__)
 _PART_BYTES = 2**26
 _MOST_PARTS = 128  # each open part uses a file descriptor
 _BATCH = 64
+_STALE = 86_400.0  # seconds after which a temporary file is of a killed process
 
 
 class LatentDataset(ImageDataset):
@@ -133,15 +132,16 @@ class LatentDataset(ImageDataset):
             RunError: If latents are not finite.
             OSError: If the cache cannot be written.
         """
-        with self._claimed():
-            missing = [part for part in self._parts() if part % processes == process and not self._is_whole(part)]
-            if not missing:
-                return
-            self.codec.to(device)
-            progress.begin("latents", sum(len(self._rows(part)) for part in missing))
-            loaded = load_batches(self.images, self._batches(missing), workers)
-            for part in missing:
-                self._make(part, loaded, device, progress)
+        claim_folder(self.folder, "a cache of latents")
+        remove_leftovers(self.folder, r"\d{5}\.float16", age=_STALE)  # other processes may write now
+        missing = [part for part in self._parts() if part % processes == process and not self._is_whole(part)]
+        if not missing:
+            return
+        self.codec.to(device)
+        progress.begin("latents", sum(len(self._rows(part)) for part in missing))
+        loaded = load_batches(self.images, self._batches(missing), workers)
+        for part in missing:
+            self._make(part, loaded, device, progress)
 
     def _batches(self, parts: Sequence[int]) -> Iterator[list[int]]:
         for rows in map(self._rows, parts):
@@ -166,19 +166,6 @@ class LatentDataset(ImageDataset):
             progress.advance(len(batch))
         with atomic_write(self._path(part)) as file:
             file.write(latents.data)
-
-    @contextmanager
-    def _claimed(self) -> Iterator[None]:
-        """Lock the entry while it is filled, and remove leftovers of killed processes if no other process fills it."""
-        claim_folder(self.folder, "a cache of latents")
-        with open_regular(self.folder / "lock", "ab") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                remove_leftovers(self.folder, r"\d{5}\.float16")
-            except BlockingIOError:
-                pass
-            fcntl.flock(lock, fcntl.LOCK_SH)
-            yield
 
     def _parts(self) -> range:
         return range(math.ceil(len(self) / self.part))

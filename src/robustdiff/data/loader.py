@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing import get_start_method
 from typing import Any
 
 import torch
@@ -110,10 +111,11 @@ def select_batches(
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """Copy a tensor to a device. The host does not wait for a GPU, which copies from page-locked memory."""
-    if device.type == "cuda" and tensor.device.type == "cpu":
+    """Copy a tensor to a device. The host does not wait for a CUDA device, which copies from page-locked memory."""
+    on_gpu = device.type == "cuda"  # other memory may change before another device has copied it
+    if on_gpu and tensor.device.type == "cpu":
         tensor = tensor.pin_memory()  # the tensor itself if it is page-locked
-    return tensor.to(device, non_blocking=True)
+    return tensor.to(device, non_blocking=on_gpu)
 
 
 @contextmanager
@@ -130,7 +132,9 @@ def worker_failures() -> Iterator[None]:
         if isinstance(error, RunError) or not any(words in message for words in GONE):
             raise
         reason = next(line for line in reversed(message.splitlines()) if any(words in line for words in GONE))
+        # Where processes are not forked, as on Windows and macOS, each of them imports the script that trains.
+        script = "" if get_start_method() == "fork" else 'call train under if __name__ == "__main__" in a script, '
         raise RunError(
-            f"a process that loads images ended ({reason.strip()}): free memory or shared memory (/dev/shm), "
+            f"a process that loads images ended ({reason.strip()}): {script}free memory or shared memory (/dev/shm), "
             "lower batch_size, or set data.workers=0; --resume goes on from the last checkpoint"
         ) from error

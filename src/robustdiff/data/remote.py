@@ -14,7 +14,6 @@ again: a run is resumed on the same bytes, and without a connection.
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import logging
 import os
@@ -42,7 +41,7 @@ from urllib.request import (
 )
 
 from robustdiff.errors import InputError, first_line, printable
-from robustdiff.files import cache_folder, make_folder
+from robustdiff.files import cache_folder, held, make_folder, rename
 
 __all__ = ["fetch", "is_url", "shown"]
 
@@ -62,7 +61,7 @@ _LATER = {408, 425, 429}  # codes of refusals that may pass, as those from 500 o
 
 def is_url(root: str) -> bool:
     """Return whether a path has the form of a URL, such as ``https://host/a.tar``."""
-    return re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", root) is not None
+    return re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", root) is not None  # a drive of Windows has one letter
 
 
 def shown(url: str) -> str:
@@ -207,20 +206,19 @@ def _check_space(folder: Path, size: int, what: str) -> None:
 
 def _download(url: str, place: Path, stop: Event) -> None:
     """Fetch one file to a place, or wait for another process that does."""
-    part, tag = (place.with_name(f"{place.name}.{ending}") for ending in ("part", "tag"))
-    with part.open("a+b") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        if not place.exists():
+    part, tag, lock = (place.with_name(f"{place.name}.{ending}") for ending in ("part", "tag", "lock"))
+    with held(lock, wait=True, remove=True):
+        if place.exists():  # the other process has fetched it
+            return
+        with part.open("a+b") as file:
 
             def progress() -> int:
                 return os.fstat(file.fileno()).st_size
 
             _persist(url, lambda: _continue(url, file, tag, stop), progress)
             os.fsync(file.fileno())
-            os.replace(part, place)
-            tag.unlink(missing_ok=True)
-        elif part.exists() and os.path.samestat(os.fstat(file.fileno()), part.stat()):
-            part.unlink()  # made by this process, after the other one had finished
+        rename(part, place)
+        tag.unlink(missing_ok=True)
 
 
 def _continue(url: str, file: BinaryIO, tag: Path, stop: Event) -> None:

@@ -302,9 +302,8 @@ def _share(num: int, rank: int, processes: int) -> range:
 
 def _lock(path: Path, output: Path, stack: ExitStack) -> None:
     """Hold the lock of an output, in a file that is there meanwhile, until the stack is closed."""
-    if not stack.enter_context(held(path)):
+    if not stack.enter_context(held(path, remove=True)):
         raise InputError(f"another process writes {output}: wait until it ends, or give another --output")
-    stack.callback(path.unlink, missing_ok=True)
 
 
 def _signature(batch: range, pixels: bytes, key: str, secret: bytes) -> bytes:

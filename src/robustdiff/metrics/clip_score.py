@@ -93,7 +93,8 @@ class ClipScore(Metric):
         with torch.autocast(torch.device(self.device).type, enabled=False):
             # The model's own forward, since the type that get_text_features returns depends on the version.
             output = self._model(pixel_values=pixels, **self._tokens(captions))
-        cosines: Array = (output.image_embeds.double() * output.text_embeds.double()).sum(dim=-1).cpu().numpy()
+        images, texts = (found.cpu().double() for found in (output.image_embeds, output.text_embeds))
+        cosines: Array = (images * texts).sum(dim=-1).numpy()
         return 100 * cosines
 
     def _tokens(self, captions: Sequence[str]) -> dict[str, torch.Tensor]:

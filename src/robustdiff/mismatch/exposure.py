@@ -50,7 +50,7 @@ class BlockMoments:
 
     def update(self, values: Tensor, indices: range) -> None:
         """Add a batch of images (B, *) with the given numbers, which determine their blocks."""
-        flat = values.flatten(1).double().cpu().numpy()
+        flat = values.flatten(1).cpu().double().numpy()  # not every device has float64
         blocks: NDArray[np.bool_] = image_block_of(np.asarray(indices)) == np.arange(IMAGE_BLOCKS)[:, None]
         self._count += blocks.sum(1)
         self._total += blocks @ flat

@@ -238,5 +238,5 @@ def measure_robustness(
 
 def _mean(values: Tensor) -> tuple[float, float]:
     """Return the mean over samples and its standard error."""
-    numbers = values.double().cpu().numpy()
+    numbers = values.cpu().double().numpy()  # not every device has float64
     return float(numbers.mean()), float(numbers.std(ddof=1) / np.sqrt(len(numbers)))

@@ -177,7 +177,7 @@ class OverTimes:
             scale = (1 + sigmas**2).sqrt()
             return 1 / scale, sigmas / scale
 
-        sigmas = sigmas.to("cpu", torch.float64)
+        sigmas = sigmas.cpu().double()  # not every device has float64
         return DiffusionProcess(*levels(sigmas), sigmas, levels_at=levels)
 
     def __call__(self, x_t: Tensor, sigma: Tensor, **condition: Any) -> Tensor:

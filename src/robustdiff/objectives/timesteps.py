@@ -176,7 +176,7 @@ class LogNormal(TimestepSampler):
         if not std > 0:
             raise ValueError(f"std must be positive; got {std}")
         self.T = len(edges) - 1
-        z = (edges.to("cpu", torch.float64).log() - mean) / std
+        z = (edges.cpu().double().log() - mean) / std
         # Above the mean, differences of the upper tail are taken, for precision in both tails. (Not by torch's ndtr,
         # which is (1 + erf)/2 and so 0 in the tail.)
         low, high = (torch.special.erfc(sign * z / math.sqrt(2)) / 2 for sign in (-1, 1))
@@ -269,7 +269,7 @@ class LossSecondMoment(TimestepSampler):
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return a copy of the history."""
-        return {"losses": self._losses.to("cpu", torch.float64, copy=True), "counts": self._counts.to("cpu", copy=True)}
+        return {"losses": self._losses.cpu().to(torch.float64, copy=True), "counts": self._counts.to("cpu", copy=True)}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         self._losses, self._counts = state["losses"].to(torch.float64, copy=True), state["counts"].clone()

@@ -39,7 +39,7 @@ class Euler(Sampler):
         """Return the path over ascending indices (S,), or over descending floating-point levels σ (S,) in (0, 1]."""
         if not times.is_floating_point():
             return super().along(times, process)
-        sigmas = times.to("cpu", torch.float64).flip(0)
+        sigmas = times.cpu().double().flip(0)
         times = sigmas * (process.times[-1] / process.sigmas[-1])
         return Path(DiffusionProcess(1 - sigmas, sigmas, times), process, times)
 

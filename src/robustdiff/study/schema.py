@@ -203,7 +203,12 @@ class Study(Section):
         for sampler in self.contrast or ():
             if sampler not in self.measure.samplers:
                 raise ValueError(f"contrast: {sampler} is not one of measure.samplers: add it, or name another")
-        _distinct((*self.references, *(f"{name}-s{seed}" for name, m in self.methods.items() for seed in m.seeds)))
+        names = (*self.references, *(f"{name}-s{seed}" for name, m in self.methods.items() for seed in m.seeds))
+        taken: dict[str, str] = {}
+        for name in names:
+            if (key := name.casefold()) in taken:  # on Windows and macOS the case of letters makes no other file
+                raise ValueError(f"the files of {taken[key]} and {name} would have one name: rename one of them")
+            taken[key] = name
         cells = sum(len(r.samplers) * len(r.steps) for r in self.references.values())
         for method in self.methods.values():
             steps = [len(method.seed_steps.get(s) or method.steps or self.measure.steps) for s in method.seeds]

@@ -150,9 +150,9 @@ def save_checkpoint(
         save_file(_random_states(accelerator.device), temporary / _random_file(accelerator.process_index))
         accelerator.wait_for_everyone()
         if main:
-            (temporary / "state.json").write_text(json.dumps(state.model_dump()))
+            (temporary / "state.json").write_text(json.dumps(state.model_dump()), encoding="utf-8")
             hashes = {file.name: _hash(file) for file in sorted(temporary.iterdir())}
-            (temporary / "manifest.json").write_text(json.dumps(hashes, indent=1))
+            (temporary / "manifest.json").write_text(json.dumps(hashes, indent=1), encoding="utf-8")
     accelerator.wait_for_everyone()
     if main:
         remove_before(path, keep)

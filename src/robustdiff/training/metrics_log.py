@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,10 +44,8 @@ class MetricsLog:
         self.path = path
         self.line: dict[str, Any] = {}
         self.begins = True  # the next update is the first of a batch
-        self.file: BinaryIO | None = None
         if trainer.accelerator.is_main_process:
             self._drop_after(trainer.step)
-            self.file = open_regular(path, "ab")
         self._restart()
 
     def _drop_after(self, step: int) -> None:
@@ -117,9 +115,9 @@ class MetricsLog:
                 f"the loss is {line['loss']} at update {trainer.step}: lower lr or adversary.step_size, or set clip=1; "
                 "checkpoints from before are kept"
             )
-        if self.file is not None:
-            self.file.write(json.dumps(line).encode() + b"\n")
-            self.file.flush()
+        if trainer.accelerator.is_main_process:
+            with open_regular(self.path, "ab") as file:
+                file.write(json.dumps(line).encode() + b"\n")
         self.line = line
         trainer.accelerator.log({k: v for k, v in line.items() if k != "step"}, step=trainer.step)
         self._restart()
