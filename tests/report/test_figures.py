@@ -136,7 +136,7 @@ def test_the_table_shows_the_difference_and_whether_it_is_sure(low, high, style)
     text = capture.get()
     assert "25.00" in text
     assert "15.00" in text
-    change = f"{(low + high) * 2:+.0f} % ({low * 4:+.0f} … {high * 4:+.0f})".replace("-", "−")
+    change = f"{(low + high) * 2:+.1f}% ({low * 4:+.1f}% … {high * 4:+.1f}%)".replace("-", "−")
     assert f"\x1b[{style}m{change}" in text
 
 

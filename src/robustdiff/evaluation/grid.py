@@ -126,10 +126,10 @@ class Difference:
         low, high = self.relative_interval or self.interval
         return -1 if high < 0 else 1 if low > 0 else 0
 
-    def text(self, decimals: int = 1) -> str:
+    def text(self) -> str:
         """Return the relative change with its interval in words, or the difference if that has none."""
         spec = number_named(self.number).format
-        return shown_difference(self.value, self.interval, spec, self.relative, self.relative_interval, decimals)
+        return shown_difference(self.value, self.interval, spec, self.relative, self.relative_interval)
 
     def record(self) -> dict[str, Any]:
         """Return the record of the difference in ``result.json``, with the keys of a cell's record and ``relative``.

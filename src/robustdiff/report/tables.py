@@ -90,7 +90,7 @@ def grid_table(grid: Grid, baseline: str, number: Number) -> Table:
             row.append(shown_number(cell.values[number.name] or 0.0, number.format))
             if checkpoint != baseline:
                 difference = differences[checkpoint, baseline, sampler, steps]
-                row.append(Text(difference.text(decimals=0), style=styles[difference.sign]))
+                row.append(Text(difference.text(), style=styles[difference.sign]))
         table.add_row(*row, end_section=i + 1 < len(rows) and rows[i + 1][0] != sampler)
     if len(checkpoints) > 1 and number.better is not None:
         table.caption = "green: better, red: worse, by an interval that excludes 0"
