@@ -390,7 +390,7 @@ def test_results_of_evaluate_and_mismatch_are_on_the_page(tmp_path):
     page = read(tmp_path / "r.html")
     assert "free ddim 5 400 8.00 (7.50 … 8.50)" in page.text
     assert "± 0.010" in page.text
-    assert "0.5 −1.25 (−1.5 … −1)" in page.text
+    assert "0.5 −1.25 (−1.50 … −1.00)" in page.text
     structure(page)
 
 

@@ -16,7 +16,7 @@ from robustdiff.mismatch.measure import MEASURES
 from robustdiff.notation import difference as shown_difference
 from robustdiff.notation import interval
 from robustdiff.notation import number as shown_number
-from robustdiff.report.charts import Chart, Mark, Point, Series, draw, interval_text
+from robustdiff.report.charts import Chart, Mark, Point, Series, draw
 from robustdiff.report.runs import Evaluated, Mismatches, RunFiles
 from robustdiff.training.watch_files import Best, FiredSign, Line, WatchedCell
 
@@ -406,10 +406,9 @@ def mismatch_tables(found: Mapping[str, Mismatches]) -> list[Table]:
                 if known:
                     floor = "–" if known[0].floor is None else f"{known[0].floor:.3g}"
                     texts = [
-                        "–" if one is None else interval_text(one.value, (one.low, one.high), lambda v: f"{v:.3g}")
-                        for one in estimates
+                        "–" if one is None else interval(one.value, (one.low, one.high), ".3g") for one in estimates
                     ]
-                    rows.append([f"{sampler} {steps}: {meaning}", floor, *(text.replace("-", "−") for text in texts)])
+                    rows.append([f"{sampler} {steps}: {meaning}", floor, *texts])
         caption = (
             f"{name}: the mean over the sampler's steps, with 95 % intervals, {mismatch.paths[0].n:,} images of "
             f"{mismatch.data}. Floor: the same between two samples of q(x_t)"
