@@ -24,7 +24,7 @@ from robustdiff.perturbation import ADVERSARIES, AdversaryConfig
 from robustdiff.process import ProcessConfig
 from robustdiff.samplers.sample import SAMPLERS
 from robustdiff.section import MOST_UPDATES, Decay, Fraction, Named, Precision, Section, Text, Times, choice, refusal
-from robustdiff.yaml_reader import parse_yaml, read_yaml
+from robustdiff.yaml_reader import parse_yaml, read_yaml, split_assignment
 
 __all__ = ["DataConfig", "Recipe", "SignsConfig", "WatchConfig", "load_data_config", "load_recipe", "shipped_recipes"]
 
@@ -253,9 +253,7 @@ def _explain(error: ValidationError, source: str) -> InputError:
 
 def _override(values: dict[str, Any], assignment: str) -> None:
     """Apply an assignment ``key.key=value``, with the value parsed as YAML."""
-    key, separator, text = assignment.partition("=")
-    if not separator or not all(key.split(".")):
-        raise InputError(f"--set {assignment}: write it as key=value, as in --set adversary.step_size=0.5")
+    key, text = split_assignment(assignment, "--set", "adversary.step_size=0.5")
     # In YAML, a colour such as #808080 would be a comment.
     _assign(values, key, text if text.startswith("#") else parse_yaml(text, f"--set {assignment}"))
 

@@ -67,7 +67,7 @@ def test_version(robustdiff):
         (["train", "digits", "--set", "learning_rate=1"], ["learning_rate", "lr"]),
         (["train", "digits", "--set", "adversary.alpha=1"], ["adversary.alpha", "step_size"]),
         (["train", "digits", "--set", "steps=0"], ["steps"]),
-        (["train", "digits", "--set", "lr"], ["key=value"]),
+        (["train", "digits", "--set", "lr"], ["--set lr: write it as KEY=VALUE"]),
         (["train", "digits", "--set", "data=cifar"], ["cifar", "fashion-16"]),
         (["train", "digits", "--set", "data=imagefolder", "--set", "data.root=/no/such"], ["/no/such"]),
         (["train", "digits", "--set", "model.channels=[8,16,32,64,64]"], ["8×8", "model.channels"]),

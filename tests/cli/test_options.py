@@ -54,7 +54,7 @@ def test_real_images_are_read_as_set_says(robustdiff, models, tmp_path, monkeypa
         (["data.size=0"], ["data.size", "greater"]),
         (["data.channels=2"], ["data.channels"]),
         (["data.flip=true"], ["data.flip", "training"]),
-        (["data"], ["key=value"]),
+        (["data"], ["--set data: write it as KEY=VALUE"]),
         (["data.split=nowhere"], ["nowhere"]),
     ],
 )

@@ -31,6 +31,7 @@ __all__ = [
     "shown_effect",
     "table",
     "tested_effect",
+    "threads",
     "titles",
     "versus",
 ]
@@ -63,6 +64,11 @@ def versus(pair: Sequence[str]) -> str:
 
 def count(steps: int) -> str:
     return f"{steps} step{'s' * (steps > 1)}"
+
+
+def threads(n: int) -> str:
+    """Return a number of threads in words."""
+    return "one thread" if n == 1 else f"{n} threads"
 
 
 def _each(effect: Effect) -> str:
