@@ -331,7 +331,12 @@ def load_recipe(
 
 
 def load_data_config(
-    source: str, overrides: Sequence[str] = (), name: str | None = None, root: str | None = None
+    source: str,
+    overrides: Sequence[str] = (),
+    name: str | None = None,
+    root: str | None = None,
+    *,
+    workers: bool = False,
 ) -> DataConfig:
     """Return the data section of a recipe with overrides, for commands that compare with real images.
 
@@ -342,9 +347,10 @@ def load_data_config(
         overrides: Assignments ``data.key=value``, applied in order.
         name: The value of ``data.name``, if given.
         root: The value of ``data.root``, if given.
+        workers: Whether the command uses ``data.workers``.
 
     Raises:
-        InputError: If an assignment is not to the data section or applies to training only, or a field is given twice,
+        InputError: If an assignment is not to the data section or would have no effect, or a field is given twice,
             unknown, or out of range.
     """
     own = load_recipe(source).data
@@ -360,9 +366,9 @@ def load_data_config(
     for option, field in (("--data", "name"), ("--root", "root")):
         if field in short and field in given:
             raise InputError(f"{option} and --set data.{field} are the same: give one of them")
-    for field in ("flip", "crop", "buckets", "bucket_step", "workers"):
+    for field in ("flip", "crop", "buckets", "bucket_step", *([] if workers else ["workers"])):
         if field in given:
-            raise InputError(f"--set data.{field}: only training uses it, leave it out")
+            raise InputError(f"--set data.{field}: this command does not use it, leave it out")
     replaced = {**given, **short}.get("name", own.name) != own.name
     values: dict[str, Any] = {"data": {} if replaced else own.model_dump()}
     for assignment in overrides:

@@ -74,6 +74,10 @@ def test_version(robustdiff):
         (["train", "digits", "--set", "batch_size=7", "--set", "accumulate=2"], ["batch_size", "accumulate"]),
         (["train", "digits", "--set", "process=flow"], ["flow"]),
         (["train", "fashion-16-at", "--set", "data=digits"], ["16×16", "data.size=16"]),
+        (  # before the images are looked for
+            ["train", "fashion-16-at", "--set", "data=imagefolder", "--set", "data.root=none", "--set", "data.size=8"],
+            ["16×16", "8×8", "set data.size=16"],
+        ),
         (["train", "fashion-16-at", "--set", "data.channels=3"], ["channels", "data.channels=1"]),
         (["sample", "no-such-run"], ["no-such-run", "fashion-16"]),
         (["evaluate", "no-such-run"], ["no-such-run"]),

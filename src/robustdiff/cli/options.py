@@ -132,11 +132,13 @@ def parse_numbers(text: str, option: str, remedy: str) -> list[float]:
     return distinct(numbers, option)
 
 
-def real_images(run: str | None, data: str | None, root: str | None, overrides: list[str]) -> DataConfig:
+def real_images(
+    run: str | None, data: str | None, root: str | None, overrides: list[str], workers: bool = False
+) -> DataConfig:
     """Return the configuration of the real images, and print the folder that a run's recipe names, if it is read."""
     from robustdiff.evaluation.real_images import choose_real_images
 
-    return choose_real_images(run, data, root, overrides, on_read=lambda message: say(message, err))
+    return choose_real_images(run, data, root, overrides, on_read=lambda message: say(message, err), workers=workers)
 
 
 def claim(file: Path | None, real: DataConfig | Path | None, sources: Iterable[str] = ()) -> None:

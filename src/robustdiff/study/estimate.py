@@ -39,11 +39,13 @@ def remaining(study: Study, folder: Path) -> list[Remaining]:
     The speed is taken from finished runs and cells. If there are none, a few updates and images are timed.
     """
     runs = plan(study, folder)
-    trained = [(run, read(run.path, Loss).seconds) for run in runs if run.path.is_file()]
+    trained = [(run, read(run.path, Loss)) for run in runs if run.path.is_file()]
     measured = [read_cell(cell, study, run) for run in runs for cell in run.cells if cell.done]
     measured = [record for record in measured if None not in (record["seconds"], record["n"], record["steps"])]
     if trained:
-        training = sum(seconds for _, seconds in trained) / sum(image_passes(run.recipe) for run, _ in trained)
+        # The study may have more updates now than there were.
+        passes = sum(image_passes(run.recipe) / run.recipe.steps * max(record.step[-1], 1) for run, record in trained)
+        training = sum(record.seconds for _, record in trained) / passes
     else:
         training = time_training(runs[0])
     # A cell takes a + b·steps for each image: a for its features, b·steps for generating it.
