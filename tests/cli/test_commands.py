@@ -162,6 +162,28 @@ def test_sigterm_ends_a_command_even_in_a_destructor():
     assert (done.returncode, done.stderr) == (130, "robustdiff: interrupted\n")
 
 
+def test_sigterm_leaves_no_temporary_files(tmp_path):
+    code = """if True:
+        import signal
+        from robustdiff import cli
+        from robustdiff.files import atomic_folder, atomic_write, scratch_folder
+
+        def work(arguments):
+            with scratch_folder() as scratch, atomic_folder("folder") as folder, atomic_write("file") as file:
+                for path in (scratch, folder):
+                    (path / "part").write_text("half")
+                file.write(b"half")
+                signal.raise_signal(signal.SIGTERM)
+
+        cli._check_values = work
+        cli.main()
+    """
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (130, "robustdiff: interrupted\n")
+    assert [path.name for path in tmp_path.iterdir()] == []
+
+
 def test_a_reader_that_has_ended_gets_no_message():
     read, write = os.pipe()
     os.close(read)

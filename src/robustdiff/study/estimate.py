@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ import numpy as np
 
 from robustdiff.evaluation.generate import Generator
 from robustdiff.evaluation.prompts import prompts_of
+from robustdiff.files import scratch_folder
 from robustdiff.study.plan import Piece, Run, image_passes, pieces, plan
 from robustdiff.study.schema import Study
 from robustdiff.study.store import Loss, read, read_cell
@@ -75,9 +75,9 @@ def remaining(study: Study, folder: Path) -> list[Remaining]:
 
 def time_training(run: Run) -> float:
     """Measure the seconds that training takes for one image in one pass."""
-    with tempfile.TemporaryDirectory() as scratch:
+    with scratch_folder() as scratch:
         recipe = run.recipe.model_copy(
-            update={"output": str(Path(scratch) / "run"), "steps": 4, "log_every": 1, "trackers": (), "ema": "auto"}
+            update={"output": str(scratch / "run"), "steps": 4, "log_every": 1, "trackers": (), "ema": "auto"}
         )
         train(recipe)
         speeds = [line.images_per_second for line in read_metrics(Path(recipe.output) / "metrics.jsonl")]
