@@ -33,6 +33,7 @@ from robustdiff.evaluation.noise import ImageNoise
 from robustdiff.metrics.extractors.extractor import load_extractor
 from robustdiff.metrics.metric import MetricCollection
 from robustdiff.metrics.reference import reference_statistics
+from robustdiff.report.words import threads
 from robustdiff.samplers import sample
 from robustdiff.training.ema import EMA
 from robustdiff.training.stream import BatchIndices, batch_generator
@@ -144,8 +145,8 @@ def document(record):
             "# Which small network to pretrain on a CPU",
             "",
             f"Each network was trained from scratch on {settings['data']} for {settings['minutes']:g} minutes of "
-            f"processor time on {settings['threads']} thread: batch {settings['batch_size']}, AdamW at a peak rate of "
-            f"{max(settings['peak_rate'].values()):g}, half a cosine down to 0, moving average {settings['ema']:g}, "
+            f"processor time on {threads(settings['threads'])}: batch {settings['batch_size']}, AdamW at a peak rate "
+            f"of {max(settings['peak_rate'].values()):g}, half a cosine down to 0, moving average {settings['ema']:g}, "
             f"{settings['precision']}, torch {settings['torch']}, one seed. Then FID of {settings['images']:,} images "
             f"of {settings['sampler']}, with 95 % bootstrap intervals. `unet` has three levels from 16×16 pixels "
             "(16, 48 and 96 channels), `unet-patch2` two levels over patches of 2×2 (64 and 96), `dit-patch2` is a "

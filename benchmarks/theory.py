@@ -1060,7 +1060,7 @@ def norms_text(result):
                         for i, one in enumerate((better, worse, True)):
                             count[i] += one
                 relative = np.mean([np.mean(row[m]) / np.mean(values["plain"][m]) - 1 for m in distances])
-                mean_of_eta[d, name.split(",")[0]] = f"{100 * relative:+.0f} %"  # the last is of the largest η
+                mean_of_eta[d, name.split(",")[0]] = f"{100 * relative:+.0f}%"  # the last is of the largest η
             else:
                 cells = [f"{np.mean(row[metric]):.3f}" for metric in METRICS]
             rows.append([_method(name), *cells, *folded])

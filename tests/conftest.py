@@ -19,6 +19,7 @@ import torch
 from diffusers.models.unets.unet_2d import UNet2DModel
 
 from robustdiff import cli
+from robustdiff.perturbation.norms import L2
 
 with suppress(ImportError):  # the tests of devices need nothing beside the package and pytest
     from hypothesis import HealthCheck, settings
@@ -66,6 +67,19 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object
         return (yield)
     finally:
         coverage.start()
+
+
+class _AuthorsL2(L2):
+    """ℓ2 as in the authors' float32 code, where a step is shorter in proportion if ‖∇‖₂ is below 2²⁰·10⁻⁸."""
+
+    def ascent(self, grad: torch.Tensor) -> torch.Tensor:
+        length = (grad.flatten(1).norm(dim=1) / (2**20 * 1e-8)).clamp_max(1)
+        return super().ascent(grad) * length[:, None, None, None]
+
+
+@pytest.fixture
+def authors_l2() -> L2:
+    return _AuthorsL2()
 
 
 @pytest.fixture

@@ -330,7 +330,7 @@ def test_the_demonstrations_are_those_of_the_committed_results():
 
 def test_differences_of_the_demonstration_lie_in_their_intervals():
     record = json.loads((ROOT / "docs" / "demo" / "result.json").read_text())
-    found = re.findall(r"(\S+) % \((\S+) … (\S+)\)", (ROOT / "docs" / "demo.md").read_text().replace("−", "-"))
+    found = re.findall(r"(\S+)% \((\S+)% … (\S+)%\)", (ROOT / "docs" / "demo.md").read_text().replace("−", "-"))
     expected = [d for d in record["differences"] if d["baseline"] == "plain"]
     assert len(found) == len(expected)
     assert {tuple(map(float, row)) for row in found} == {

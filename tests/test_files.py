@@ -24,6 +24,7 @@ from robustdiff.files import (
     open_regular,
     read_json,
     remove_leftovers,
+    remove_unfinished,
     user_key,
 )
 
@@ -133,6 +134,33 @@ def test_a_folder_that_cannot_be_renamed_leaves_the_old_one(tmp_path, monkeypatc
         fill(path)
     assert [p.name for p in path.rglob("*")] == ["old"]
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_an_end_between_the_renames_loses_no_folder(tmp_path, monkeypatch):
+    (tmp_path / "a").mkdir()
+    renamed, rename = [], os.rename
+
+    def ended(source: Path, target: Path) -> None:
+        remove_unfinished()
+        renamed.append(source)
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", ended)
+    with atomic_folder(tmp_path / "a", replace=True) as folder:
+        (folder / "new").touch()
+    assert len(renamed) == 2
+    assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")] == ["a", "a/new"]
+
+
+def test_a_forked_process_leaves_what_its_parent_writes(tmp_path):
+    with atomic_write(tmp_path / "a") as file:
+        child = multiprocessing.get_context("fork").Process(target=remove_unfinished)
+        child.start()
+        child.join(60)
+        file.write(b"whole")
+    assert (tmp_path / "a").read_bytes() == b"whole"
+    remove_unfinished()
+    assert (tmp_path / "a").read_bytes() == b"whole"
 
 
 def test_a_folder_that_is_not_to_be_replaced_stays(tmp_path):

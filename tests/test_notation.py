@@ -31,20 +31,24 @@ def test_a_value_has_its_interval_or_its_error_with_as_many_digits_as_are_known(
 
 
 @pytest.mark.parametrize(
-    ("relative", "ends", "decimals", "text"),
+    ("relative", "ends", "text"),
     [
-        (-0.125, None, 1, "−12.5 %"),
-        (-0.125, (-0.19, 0.04), 0, "−12 % (−19 … +4)"),
-        (0.9, (-0.2, 15.9), 0, "+90 % (−20 … +1590)"),
-        (2.8, (2.1, 3.7), 1, "×3.8 (3.1 … 4.7)"),
-        (15.9, (-0.5, 30.0), 1, "×17 (0.5 … 31)"),
+        (-0.105, None, "−10.5%"),
+        (1.32, None, "+132.0%"),
+        (1.6, None, "×2.6"),
+        (2.996, None, "×4.0"),
+        (15.9, None, "×17"),
+        (2000.0, None, "×2,001"),
+        (-0.125, (-0.19, 0.04), "−12.5% (−19.0% … +4.0%)"),
+        (0.6, (-0.1, 1.8), "+60.0% (−10.0% … +180.0%)"),
+        (2.8, (-0.2, 3.7), "×3.8 (×0.80 … ×4.7)"),
     ],
 )
-def test_a_change_is_in_per_cent_and_above_100_a_factor(relative, ends, decimals, text):
-    assert change(relative, ends, decimals) == text
+def test_a_change_is_in_per_cent_and_a_large_one_a_ratio(relative, ends, text):
+    assert change(relative, ends) == text
 
 
 def test_a_difference_is_a_ratio_where_that_has_an_interval():
-    assert difference(1.5, (-1, 4), ".2f", 0.05, (-0.03, 0.14)) == "+5.0 % (−3.0 … +14.0)"
+    assert difference(1.5, (-1, 4), ".2f", 0.05, (-0.03, 0.14)) == "+5.0% (−3.0% … +14.0%)"
     assert difference(1.5, (-1, 4), ".2f", 0.05) == "+1.50 (−1.00 … +4.00)"
     assert difference(1.5, None, ".2f") == "+1.50"

@@ -32,7 +32,7 @@ def test_a_grid_shows_its_cells_its_differences_and_its_samples():
     assert row in text
     assert row in cells[0]._repr_html_()
     assert "0.100 ± 0.010" in text
-    assert "<td>FID</td><td>+25.0 % (+6.2 … +43.8)</td>" in text
+    assert "<td>FID</td><td>+25.0% (+6.2% … +43.8%)</td>" in text
     assert text.count("data:image/png;base64,") == 1
     assert "<script" not in text
 

@@ -27,6 +27,7 @@ import secrets
 import shutil
 import stat
 import time
+import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
@@ -56,6 +57,8 @@ __all__ = [
     "read_record",
     "remove_leftovers",
     "rename",
+    "remove_unfinished",
+    "scratch_folder",
     "user_key",
     "write_json",
     "written_last",
@@ -77,15 +80,18 @@ _LOCKED_BYTE = 2**30  # on Windows nobody else could read the byte, and no file 
 _PATIENCE = 5.0  # seconds for which another program may have a file that is renamed on Windows
 
 _locks: set[BinaryIO] = set()
+_unfinished: set[Path] = set()  # temporary files and folders of this process
 
 
 def _close_locks() -> None:
     for file in _locks:
         file.close()
+    _unfinished.clear()
 
 
 if hasattr(os, "register_at_fork"):
-    # A forked process, such as one that loads images, may outlive this one, and would keep its locks.
+    # A forked process, such as one that loads images, may outlive this one, and would keep its locks; and it may end
+    # before it, and must not remove its temporary files.
     os.register_at_fork(after_in_child=_close_locks)
 
 
@@ -101,6 +107,7 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     """
     target = Path(path)
     temporary = _temporary(target)
+    _unfinished.add(temporary)
     try:
         # Unlike mkstemp, "x" respects the user's umask.
         with open(temporary, "xb") as file:
@@ -111,6 +118,8 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+    finally:
+        _unfinished.discard(temporary)
 
 
 @contextmanager
@@ -131,6 +140,7 @@ def atomic_folder(path: str | os.PathLike[str], *, replace: bool = False) -> Ite
     if os.path.lexists(target) and not (replace and target.is_dir() and not target.is_symlink()):
         raise InputError(f"{printable(target)} exists already: give another name, or remove it")
     temporary, previous = _temporary(target), _temporary(target)
+    _unfinished.add(temporary)
     temporary.mkdir()
     try:
         yield temporary
@@ -138,6 +148,7 @@ def atomic_folder(path: str | os.PathLike[str], *, replace: bool = False) -> Ite
             with open(file, "r+b" if _WINDOWS else "rb") as opened:  # Windows flushes only what may be written
                 os.fsync(opened.fileno())
         # rename(2) does not replace a folder that is not empty, so the old folder is moved away first.
+        _unfinished.discard(temporary)  # for a moment it is the only one
         try:
             if target.exists():
                 rename(target, previous)
@@ -146,6 +157,7 @@ def atomic_folder(path: str | os.PathLike[str], *, replace: bool = False) -> Ite
             if previous.exists() and not target.exists():
                 rename(previous, target)
             raise
+        _unfinished.add(previous)
         shutil.rmtree(previous, ignore_errors=True)
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -156,6 +168,30 @@ def atomic_folder(path: str | os.PathLike[str], *, replace: bool = False) -> Ite
                 raise OSError(code, os.strerror(code), str(target)) from error
             raise RunError(f"{printable(target)} cannot be written: {printable(first_line(error))}") from error
         raise
+    finally:
+        _unfinished.difference_update((temporary, previous))
+
+
+@contextmanager
+def scratch_folder() -> Iterator[Path]:
+    """Create a folder in the system's folder of temporary files, which is removed when the block ends."""
+    with tempfile.TemporaryDirectory(prefix="robustdiff-") as name:
+        path = Path(name)
+        _unfinished.add(path)
+        try:
+            yield path
+        finally:
+            _unfinished.discard(path)
+
+
+def remove_unfinished() -> None:
+    """Remove the temporary files and folders of this process, which ends without leaving the blocks that it is in."""
+    for path in list(_unfinished):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            with suppress(OSError):
+                path.unlink(missing_ok=True)
 
 
 def _temporary(target: Path) -> Path:
@@ -553,6 +589,7 @@ def _read_key(path: Path) -> bytes | None:
 def _write_key(path: Path, key: bytes) -> None:
     """Write a key, unless another process wrote one in the meantime."""
     temporary = _temporary(path)
+    _unfinished.add(temporary)
     try:
         with open(temporary, "xb", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
             file.write(key)
@@ -567,3 +604,4 @@ def _write_key(path: Path, key: bytes) -> None:
             rename(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+        _unfinished.discard(temporary)

@@ -2,8 +2,8 @@
 
 - ``28.97 (15.4 … 54.6)``: a value with its 95 % interval
 - ``+1.61 (−0.31 … +3.53)``: a difference with its interval
-- ``−12 % (−19 … −4)``: a relative change with its interval in the same unit
-- ``×3.8 (3.1 … 4.7)``: a relative change above +100 % as a factor
+- ``−12.3% (−18.7% … −5.4%)``: a relative change with its interval
+- ``×3.8 (×0.80 … ×4.7)``: a relative change above +150% as a ratio, and so are the ends of its interval
 - ``0.8 ± 4.4``: a value with its standard error
 """
 
@@ -12,10 +12,13 @@ from __future__ import annotations
 import math
 import re
 
-__all__ = ["Ends", "change", "difference", "interval", "number"]
+__all__ = ["Ends", "change", "change_ends", "difference", "interval", "number"]
 
 Ends = tuple[float, float]
 """The ends of an interval."""
+
+_LARGE = 1.5
+"""The relative change above which the ratio is shown, since a rise of 1,591% is harder to read than a factor of 17."""
 
 
 def number(value: float, spec: str) -> str:
@@ -43,17 +46,25 @@ def interval(value: float, ends: Ends | None, spec: str, error: float | None = N
     return f"{text} ({low} … {high})"
 
 
-def change(relative: float, ends: Ends | None = None, decimals: int = 1) -> str:
-    """Return a relative change, such as 0.05 for +5 %, with its interval, if it has one; above +100 % as a factor."""
+def change(relative: float, ends: Ends | None = None) -> str:
+    """Return a relative change, such as +5.0% for 0.05, or the ratio if it is large, with its interval if given."""
+    text = _ratio(relative) if relative > _LARGE else _percent(relative)
+    return text if ends is None else f"{text} ({change_ends(relative, ends)})"
 
-    def factor(value: float) -> str:
-        return f"{1 + value:.0f}" if value >= 9 else f"{1 + value:.1f}"
 
-    def percent(value: float) -> str:
-        return number(100 * value, f"+.{decimals}f")
+def change_ends(relative: float, ends: Ends) -> str:
+    """Return the ends of the interval of a relative change, as ratios if the change is shown as one."""
+    shown = _ratio if relative > _LARGE else _percent
+    return f"{shown(ends[0])} … {shown(ends[1])}"
 
-    text, show = (f"×{factor(relative)}", factor) if relative > 1 else (f"{percent(relative)} %", percent)
-    return text if ends is None else f"{text} ({show(ends[0])} … {show(ends[1])})"
+
+def _percent(relative: float) -> str:
+    return number(relative, "+.1%")
+
+
+def _ratio(relative: float) -> str:
+    ratio = 1 + relative
+    return f"×{ratio:,.{0 if ratio >= 10 else 1 if ratio >= 1 else 2}f}"
 
 
 def difference(
@@ -62,7 +73,6 @@ def difference(
     spec: str,
     relative: float | None = None,
     relative_ends: Ends | None = None,
-    decimals: int = 1,
 ) -> str:
     """Return a difference: as a relative change where that has an interval, else as it is.
 
@@ -72,8 +82,7 @@ def difference(
         spec: The format of the number.
         relative: The relative change, or None.
         relative_ends: Its interval, or None.
-        decimals: The decimals of a relative change in per cent.
     """
     if relative is not None and relative_ends is not None:
-        return change(relative, relative_ends, decimals)
+        return change(relative, relative_ends)
     return interval(value, ends, f"+{spec}")

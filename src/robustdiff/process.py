@@ -323,15 +323,18 @@ class DiffusionProcess:
     @property
     def betas(self) -> Tensor:
         """The variance of one step q(x_t | x_{t−1}), β_t = 1 − ᾱ_t/ᾱ_{t−1} with ᾱ_{−1} = 1, with shape (T,)."""
+        return 1 - self.alphas_cumprod / self._alphas_cumprod_before
+
+    @property
+    def _alphas_cumprod_before(self) -> Tensor:
+        """ᾱ_{t−1}, with ᾱ_{−1} = 1, with shape (T,)."""
         a = self.alphas_cumprod
-        return 1 - a / torch.cat([a.new_ones(1), a[:-1]])
+        return torch.cat([a.new_ones(1), a[:-1]])
 
     @property
     def posterior_variance(self) -> Tensor:
         """The variance of q(x_{t−1} | x_t, x_0), β̃_t = β_t (1 − ᾱ_{t−1})/(1 − ᾱ_t), with shape (T,); 0 at t = 0."""
-        a = self.alphas_cumprod
-        before = torch.cat([a.new_ones(1), a[:-1]])
-        return self.betas * (1 - before) / (1 - a)
+        return self.betas * (1 - self._alphas_cumprod_before) / (1 - self.alphas_cumprod)
 
     @property
     def log_variance_range(self) -> tuple[Tensor, Tensor]:
@@ -515,8 +518,7 @@ class DiffusionProcess:
     @cached_property
     def _posterior(self) -> tuple[Table, Table]:
         """The factors of x_0 and x_t in :meth:`posterior_mean`."""
-        a = self.alphas_cumprod
-        before = torch.cat([a.new_ones(1), a[:-1]])
+        a, before = self.alphas_cumprod, self._alphas_cumprod_before
         of_x0 = before.sqrt() * self.betas / (1 - a)
         return Table(of_x0), Table((1 - self.betas).sqrt() * (1 - before) / (1 - a))
 

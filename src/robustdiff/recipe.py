@@ -24,7 +24,7 @@ from robustdiff.perturbation import ADVERSARIES, AdversaryConfig
 from robustdiff.process import ProcessConfig
 from robustdiff.samplers.sample import SAMPLERS
 from robustdiff.section import MOST_UPDATES, Decay, Fraction, Named, Precision, Section, Text, Times, choice, refusal
-from robustdiff.yaml_reader import parse_yaml, read_yaml
+from robustdiff.yaml_reader import parse_yaml, read_yaml, split_assignment
 
 __all__ = ["DataConfig", "Recipe", "SignsConfig", "WatchConfig", "load_data_config", "load_recipe", "shipped_recipes"]
 
@@ -253,9 +253,7 @@ def _explain(error: ValidationError, source: str) -> InputError:
 
 def _override(values: dict[str, Any], assignment: str) -> None:
     """Apply an assignment ``key.key=value``, with the value parsed as YAML."""
-    key, separator, text = assignment.partition("=")
-    if not separator or not all(key.split(".")):
-        raise InputError(f"--set {assignment}: write it as key=value, as in --set adversary.step_size=0.5")
+    key, text = split_assignment(assignment, "--set", "adversary.step_size=0.5")
     # In YAML, a colour such as #808080 would be a comment.
     _assign(values, key, text if text.startswith("#") else parse_yaml(text, f"--set {assignment}"))
 
@@ -333,7 +331,12 @@ def load_recipe(
 
 
 def load_data_config(
-    source: str, overrides: Sequence[str] = (), name: str | None = None, root: str | None = None
+    source: str,
+    overrides: Sequence[str] = (),
+    name: str | None = None,
+    root: str | None = None,
+    *,
+    workers: bool = False,
 ) -> DataConfig:
     """Return the data section of a recipe with overrides, for commands that compare with real images.
 
@@ -344,9 +347,10 @@ def load_data_config(
         overrides: Assignments ``data.key=value``, applied in order.
         name: The value of ``data.name``, if given.
         root: The value of ``data.root``, if given.
+        workers: Whether the command uses ``data.workers``.
 
     Raises:
-        InputError: If an assignment is not to the data section or applies to training only, or a field is given twice,
+        InputError: If an assignment is not to the data section or would have no effect, or a field is given twice,
             unknown, or out of range.
     """
     own = load_recipe(source).data
@@ -362,9 +366,9 @@ def load_data_config(
     for option, field in (("--data", "name"), ("--root", "root")):
         if field in short and field in given:
             raise InputError(f"{option} and --set data.{field} are the same: give one of them")
-    for field in ("flip", "crop", "buckets", "bucket_step", "workers"):
+    for field in ("flip", "crop", "buckets", "bucket_step", *([] if workers else ["workers"])):
         if field in given:
-            raise InputError(f"--set data.{field}: only training uses it, leave it out")
+            raise InputError(f"--set data.{field}: this command does not use it, leave it out")
     replaced = {**given, **short}.get("name", own.name) != own.name
     values: dict[str, Any] = {"data": {} if replaced else own.model_dump()}
     for assignment in overrides:

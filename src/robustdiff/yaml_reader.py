@@ -20,7 +20,7 @@ import yaml
 
 from robustdiff.errors import InputError, first_line, printable
 
-__all__ = ["parse_yaml", "read_yaml", "text_of"]
+__all__ = ["parse_yaml", "read_yaml", "split_assignment", "text_of"]
 
 MOST_BYTES = 2**18
 MOST_VALUES = 20_000  # with all aliases expanded
@@ -129,6 +129,23 @@ _Loader.add_constructor(_EXPONENTIAL, lambda loader, node: _Exponential(node.val
 
 def _short(message: str) -> str:
     return printable(message[:200])
+
+
+def split_assignment(text: str, option: str, example: str) -> tuple[str, str]:
+    """Return the key of an assignment ``KEY=VALUE``, and the text of its value.
+
+    Args:
+        text: The assignment, whose key may have several parts with dots between them.
+        option: The option that it is the value of, for the message.
+        example: Another assignment, for the message.
+
+    Raises:
+        InputError: If there is no "=", or a part of the key is empty.
+    """
+    key, separator, value = text.partition("=")
+    if not separator or not all(key.split(".")):
+        raise InputError(f"{option} {text}: write it as KEY=VALUE, as in {option} {example}")
+    return key, value
 
 
 def parse_yaml(text: str | bytes, source: str) -> Any:

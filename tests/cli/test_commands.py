@@ -67,13 +67,17 @@ def test_version(robustdiff):
         (["train", "digits", "--set", "learning_rate=1"], ["learning_rate", "lr"]),
         (["train", "digits", "--set", "adversary.alpha=1"], ["adversary.alpha", "step_size"]),
         (["train", "digits", "--set", "steps=0"], ["steps"]),
-        (["train", "digits", "--set", "lr"], ["key=value"]),
+        (["train", "digits", "--set", "lr"], ["--set lr: write it as KEY=VALUE"]),
         (["train", "digits", "--set", "data=cifar"], ["cifar", "fashion-16"]),
         (["train", "digits", "--set", "data=imagefolder", "--set", "data.root=/no/such"], ["/no/such"]),
         (["train", "digits", "--set", "model.channels=[8,16,32,64,64]"], ["8×8", "model.channels"]),
         (["train", "digits", "--set", "batch_size=7", "--set", "accumulate=2"], ["batch_size", "accumulate"]),
         (["train", "digits", "--set", "process=flow"], ["flow"]),
         (["train", "fashion-16-at", "--set", "data=digits"], ["16×16", "data.size=16"]),
+        (  # before the images are looked for
+            ["train", "fashion-16-at", "--set", "data=imagefolder", "--set", "data.root=none", "--set", "data.size=8"],
+            ["16×16", "8×8", "set data.size=16"],
+        ),
         (["train", "fashion-16-at", "--set", "data.channels=3"], ["channels", "data.channels=1"]),
         (["sample", "no-such-run"], ["no-such-run", "fashion-16"]),
         (["evaluate", "no-such-run"], ["no-such-run"]),
@@ -156,6 +160,28 @@ def test_sigterm_ends_a_command_even_in_a_destructor():
     """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (130, "robustdiff: interrupted\n")
+
+
+def test_sigterm_leaves_no_temporary_files(tmp_path):
+    code = """if True:
+        import signal
+        from robustdiff import cli
+        from robustdiff.files import atomic_folder, atomic_write, scratch_folder
+
+        def work(arguments):
+            with scratch_folder() as scratch, atomic_folder("folder") as folder, atomic_write("file") as file:
+                for path in (scratch, folder):
+                    (path / "part").write_text("half")
+                file.write(b"half")
+                signal.raise_signal(signal.SIGTERM)
+
+        cli._check_values = work
+        cli.main()
+    """
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (130, "robustdiff: interrupted\n")
+    assert [path.name for path in tmp_path.iterdir()] == []
 
 
 def test_a_reader_that_has_ended_gets_no_message():

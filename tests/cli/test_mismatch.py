@@ -10,6 +10,7 @@ import pytest
 
 from robustdiff.mismatch import robustness
 from robustdiff.mismatch.measure import MEASURES
+from robustdiff.notation import interval, number
 from robustdiff.report import mismatch as report
 
 
@@ -27,7 +28,7 @@ def test_the_command_prints_tables_and_writes_figures_and_json(robustdiff, digit
     ]
     for path in record["paths"]:
         assert len(path["path"]) == path["steps"]
-        assert f"{path['mean']['energy']['value']:.3g} ±" in outcome.out
+        assert f"{number(path['mean']['energy']['value'], '.3g')} (" in outcome.out
     for meaning in MEASURES.values():
         assert meaning in outcome.out
     assert all(d["value"] == 0 for d in record["differences"])
@@ -35,7 +36,7 @@ def test_the_command_prints_tables_and_writes_figures_and_json(robustdiff, digit
     for r in record["robustness"]:
         assert r["radii"] == [0.5]
         assert r["loss"] < r["robust"][0]
-        assert f"{r['robust'][0]:.3g} ±" in outcome.out
+        assert interval(r["robust"][0], None, ".3g", r["robust_se"][0]) in outcome.out
 
 
 def test_without_probes_there_is_no_robust_loss(robustdiff, digits_run, tmp_path):

@@ -11,6 +11,7 @@ from diffusers.schedulers.scheduling_consistency_models import CMStochasticItera
 from robustdiff.backbones.model import Model, load_model
 from robustdiff.cli import out
 from robustdiff.cli.options import SHIPPED_EXTRACTORS, SHIPPED_RECIPES, SHIPPED_SAMPLERS
+from robustdiff.errors import InputError
 from robustdiff.metrics.extractors.classifier import SHIPPED
 from robustdiff.recipe import shipped_recipes
 from robustdiff.samplers.sampler import SAMPLERS
@@ -53,8 +54,8 @@ def test_real_images_are_read_as_set_says(robustdiff, models, tmp_path, monkeypa
         (["data.colour=1"], ["data.colour", "known here", "split"]),
         (["data.size=0"], ["data.size", "greater"]),
         (["data.channels=2"], ["data.channels"]),
-        (["data.flip=true"], ["data.flip", "training"]),
-        (["data"], ["key=value"]),
+        (["data.flip=true"], ["data.flip", "does not use it"]),
+        (["data"], ["--set data: write it as KEY=VALUE"]),
         (["data.split=nowhere"], ["nowhere"]),
     ],
 )
@@ -64,6 +65,26 @@ def test_bad_settings_of_real_images_are_one_line(
     monkeypatch.chdir(tmp_path)
     options = [part for assignment in assignments for part in ("--set", assignment)]
     assert_bad_input(robustdiff(command, models[command], *SMALL[command], *options), *words)
+
+
+def test_statistics_of_real_images_are_computed_by_workers(robustdiff, models, tmp_path, monkeypatch, assert_bad_input):
+    """By the commands that compute them; the others would ignore the number."""
+    from robustdiff.evaluation import real_images
+
+    used = []
+
+    def statistics(*arguments, workers, **settings):
+        used.append(workers)
+        raise InputError("enough")
+
+    monkeypatch.setattr(real_images, "reference_statistics", statistics)
+    monkeypatch.chdir(tmp_path)
+    for command in SMALL:
+        uses = command in ("evaluate", "search-times")
+        data = ["--data", "digits", "--set", "data.workers=2"]
+        outcome = robustdiff(command, models[command], *SMALL[command], *data)
+        assert_bad_input(outcome, "enough" if uses else "--set data.workers: this command does not use it")
+    assert used == [2, 2]
 
 
 @pytest.mark.parametrize("command", SMALL)

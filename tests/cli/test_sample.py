@@ -101,9 +101,10 @@ def test_auto_samples_in_the_precision_of_the_device(
         (["--set", "eps_scale=[1,2,3]"], ["eps_scale"]),
         (["--set", "eps_scale=0"], ["eps_scale"]),
         (["--set", "window=5"], ["window", "time-shift"]),
-        (["--set", "steps=3"], ["--set steps", "give --steps"]),
-        (["--set", "sampler=ddim"], ["--set sampler", "give --sampler"]),
-        (["--set", "process=cosine"], ["--set process", "checkpoint"]),
+        (["--set", "window"], ["--set window: write it as KEY=VALUE, as in --set window=20"]),
+        (["--set", "steps=3"], ["steps is no option of ddim", "--steps"]),
+        (["--set", "sampler=ddim"], ["sampler is no option of ddim", "--sampler"]),
+        (["--set", "process=cosine"], ["process is no option of ddim", "of the model"]),
     ],
 )
 def test_bad_sampling_is_one_line_and_leaves_nothing(

@@ -93,7 +93,7 @@ def test_a_run_that_improves_hands_over_what_improved(fine_tune, robustdiff):
         in outcome.out
     )
     (cell,) = result["best"]["cells"]
-    assert f"{cell['value']:.2f}, −{-100 * cell['relative']:.1f} % (−" in outcome.out
+    assert f"{cell['value']:.2f}, −{-100 * cell['relative']:.1f}% (−" in outcome.out
     assert "better" not in outcome.out
     outcome = robustdiff("evaluate", folder / "best", "--num", 20, "--steps", 10)
     assert "20 images a cell, against digits on the features digits.\n" in outcome.out, outcome.err

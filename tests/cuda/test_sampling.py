@@ -112,14 +112,14 @@ def test_outputs_of_the_original_network(device, exact, golden, file):
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-def test_passes_of_the_original_adversarial_training(device, exact, golden, memory_format):
+def test_passes_of_the_original_adversarial_training(device, exact, golden, memory_format, authors_l2):
     config = json.loads((golden / "config.json").read_text())
     settings, data = config["at_K3"], load(golden / "at_K3.npz")
     unet = load_adm(golden / settings["init_from"], **{**config["models"]["cifar_like"], "dropout": 0.0}).train()
     unet.to(device, memory_format=memory_format)
     objective = DenoisingObjective(DiffusionProcess.cosine(1000), variance="learned_range", vb_scale=1.0)
-    radius = PerDimension(settings["max_norm"])
-    adversary = FreeAdversary(settings["steps"], settings["step_size"], radius, grad_floor=2**20 * 1e-8)
+    adversary = FreeAdversary(settings["steps"], settings["step_size"], PerDimension(settings["max_norm"]))
+    adversary.norm = authors_l2
     optimizer = torch.optim.AdamW(unet.parameters(), **settings["adamw"], fused=True)
     step = 0
     for batch in zip(data["x0"], data["noise"], data["t"], strict=True):

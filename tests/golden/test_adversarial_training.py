@@ -11,6 +11,7 @@ import torch
 
 from robustdiff import DenoisingObjective, DiffusionProcess, FreeAdversary, load_adm, save_adm
 from robustdiff.perturbation import PerDimension
+from robustdiff.perturbation.norms import L2
 from robustdiff.training.ema import EMA
 
 # Biases in front of a group norm that has one channel a group: they have no effect, so that their gradient is rounding,
@@ -32,14 +33,13 @@ def summary(state: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize("run", ["at_K3", "at_K5"])
-def test_every_pass_and_the_end_agree(golden: Path, tmp_path: Path, run: str) -> None:
+def test_every_pass_and_the_end_agree(golden: Path, tmp_path: Path, run: str, authors_l2: L2) -> None:
     config = json.loads((golden / "config.json").read_text())
     settings = config[run]
     unet = load_adm(golden / settings["init_from"], **{**config["models"]["cifar_like"], "dropout": 0.0}).train()
     objective = DenoisingObjective(DiffusionProcess.cosine(1000), variance="learned_range", vb_scale=1000 / 1000)
-    adversary = FreeAdversary(
-        settings["steps"], settings["step_size"], PerDimension(settings["max_norm"]), grad_floor=2**20 * 1e-8
-    )
+    adversary = FreeAdversary(settings["steps"], settings["step_size"], PerDimension(settings["max_norm"]))
+    adversary.norm = authors_l2
     optimizer = torch.optim.AdamW(unet.parameters(), **settings["adamw"])
     ema = EMA(list(unet.parameters()), settings["ema_rate"])
     with np.load(golden / f"{run}.npz") as file:

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from robustdiff.metrics.bootstrap import block_of, block_weights, interval, relative_interval
+from robustdiff.metrics.bootstrap import block_of, block_weights, direction, interval, relative_interval
 
 
 def test_interval_is_centred_at_the_estimate():
@@ -59,6 +59,21 @@ def test_the_interval_of_a_ratio_is_that_of_the_paired_logarithms():
     assert np.log((1 + high) / (1 + low)) == pytest.approx(2 * 2.01 * 0.1, rel=0.02), "what both share cancels"
     assert relative_interval(2.0, 2 * common, 0.0, common, 50) is None
     assert relative_interval(0.1, 2 * common, 4.0, 4 * common, 50) is None, "a recentred replicate is negative"
+
+
+@pytest.mark.parametrize(
+    ("ends", "relative_ends", "expected"),
+    [
+        (None, None, 0),
+        ((0.1, 1.0), None, 1),
+        ((-1.0, -0.1), None, -1),
+        ((0.1, 1.0), (-0.1, 1.0), 0),
+        ((-0.1, 1.0), (0.1, 1.0), 1),
+        ([-1.0, 0.0], [-1.0, 0.0], 0),
+    ],
+)
+def test_a_difference_is_judged_by_the_interval_of_the_ratio_if_there_is_one(ends, relative_ends, expected):
+    assert direction(ends, relative_ends) == expected
 
 
 @pytest.mark.parametrize("blocks", [1, 7, 50])

@@ -190,25 +190,6 @@ def test_a_batch_moves_as_its_samples_would_alone(norm):
             torch.testing.assert_close(whole[i : i + 1], alone)
 
 
-def test_a_gradient_below_the_floor_makes_a_step_in_proportion():
-    gradient = torch.stack([torch.full((4,), 0.25), torch.full((4,), 5.0)])
-    deltas = ascents(FreeAdversary(steps=2, step_size=0.2, grad_floor=1.0), torch.zeros(2, 4), [gradient])
-    torch.testing.assert_close(NORMS["l2"](deltas[1]), torch.tensor([0.1, 0.2]))
-
-
-@pytest.mark.parametrize("norm", ALL_NORMS)
-@settings(max_examples=15, deadline=None)
-@given(seed=SEEDS, floor=st.floats(0.01, 100))
-def test_a_floor_changes_the_length_and_not_the_direction(norm, seed, floor):
-    gradient = gaussian(seed, 3, 6)
-    full, short = (
-        ascents(FreeAdversary(2, 0.2, norm=norm, grad_floor=f), torch.zeros_like(gradient), [gradient])[1]
-        for f in (0.0, floor)
-    )
-    ratio = np.minimum(np.sqrt((gradient.numpy() ** 2).sum(1)) / floor, 1)
-    np.testing.assert_allclose(short, full.numpy() * ratio[:, None], rtol=1e-12, atol=0)
-
-
 @settings(max_examples=40, deadline=None)
 @given(seed=SEEDS, norm=st.sampled_from(ALL_NORMS), radius=st.floats(0, 2), steps=st.integers(1, 5))
 def test_delta_starts_at_zero_and_never_leaves_the_ball(seed, norm, radius, steps):
@@ -613,7 +594,6 @@ def test_none_is_one_pass_at_zero():
         ({"norm": "l3"}, "l3"),
         ({"radius": -1.0}, "radius"),
         ({"radius": math.nan}, "radius"),
-        ({"grad_floor": -1.0}, "grad_floor"),
     ],
 )
 def test_arguments_out_of_range_are_named(arguments, word):

@@ -136,7 +136,7 @@ def test_the_table_shows_the_difference_and_whether_it_is_sure(low, high, style)
     text = capture.get()
     assert "25.00" in text
     assert "15.00" in text
-    change = f"{(low + high) * 2:+.0f} % ({low * 4:+.0f} … {high * 4:+.0f})".replace("-", "−")
+    change = f"{(low + high) * 2:+.1f}% ({low * 4:+.1f}% … {high * 4:+.1f}%)".replace("-", "−")
     assert f"\x1b[{style}m{change}" in text
 
 
@@ -171,24 +171,43 @@ def test_the_table_of_cells_has_a_dash_for_what_is_not_known():
     console = Console(width=120)
     with console.capture() as capture:
         console.print(cell_table([CELLS[0], file]))
-    rows = [line.split() for line in capture.get().splitlines() if "…" in line]
+    rows = [line.split() for line in capture.get().splitlines()[2:] if line.strip()]
     fid = ["25.00", "(24.0", "…", "26.0)"]
-    first = ["plain", "ddim", "5", "100", *fid, "0.100", "±", "0.010", "0.500", "0.400", "73.0"]
-    assert rows == [first, ["[a].npz", "—", "1,234", *fid, "—", "0.500", "—", "73.0"]]
+    first = ["ddim", "5", *fid, "0.100", "±", "0.010", "0.500", "0.400", "73.0"]
+    second = ["—", *fid, "—", "0.500", "—", "73.0"]
+    assert rows == [["plain", "100", "images"], first, ["[a].npz", "1,234", "images"], second]
 
 
 def test_the_table_of_the_default_metrics_fits_into_a_terminal():
     """Without the images of equal cells and without details, such as FID without its bias."""
     values = {"fid": 131.25, "fid_corrected": 1.0, "fid_mean_term": 1.0, "kid": -2.6, "kid_se": 2.5}
     values |= {"precision": 0.5, "recall": 0.4, "brightness": 173.0}
-    cells = [Cell(name, "iddpm", 50, 64, values, {"fid": (99.9, 150.1)}, {}, 1.0) for name in ("plain", "at")]
+    cells = [
+        Cell(name, "iddpm", 50, 64, values, {"fid": (99.9, 150.1)}, {}, 1.0) for name in ("fashion-16-at", "plain")
+    ]
     console = Console(width=200)
     with console.capture() as capture:
         console.print(cell_table(cells))
     lines = capture.get().splitlines()
     assert max(len(line.rstrip()) for line in lines) <= 79
-    assert lines[0].split() == ["sampler", "FID", "KID", "precision", "recall", "brightness"]
-    assert "131.25 (100 … 150)  −2.6 ± 2.5" in lines[2]
+    assert lines[0].split() == ["FID", "KID", "precision", "recall", "brightness"]
+    assert "131.25 (100 … 150)  −2.6 ± 2.5" in lines[3]
+
+
+def test_the_table_of_changes_fits_into_a_terminal_for_any_number_of_networks():
+    names = ["fashion-16", "fashion-16-at", "plain", "random"]
+    cells = [Cell(name, "time-shift", 50, 9, {"fid": 131.25}, {}, {}, 1.0) for name in names]
+    changes = [
+        Difference(name, names[0], "time-shift", 50, "fid", 9.0, (1, 9), 1.2, (1.05, 1.45)) for name in names[1:]
+    ]
+    console = Console(width=200)
+    with console.capture() as capture:
+        console.print(grid_table(Grid(cells, changes, {}), names[0], FID.numbers[0]))
+    lines = capture.get().splitlines()
+    assert max(len(line.rstrip()) for line in lines) <= 79
+    assert [line.split() for line in lines if "random" in line] == [
+        ["random", "131.25", "+120.0%", "(+105.0%", "…", "+145.0%)"]
+    ]
 
 
 def test_images_without_steps_are_levels_of_the_figure():

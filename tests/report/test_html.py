@@ -92,10 +92,10 @@ def test_the_page_says_whether_the_training_helped(report):
     text = read(report).text
     assert (
         "The training helped. The best checkpoint, of update 40, has a mean FID of 6.67 on fresh noise (600 images in "
-        "all), −16.7 % (−20.8 … −12.5) vs the start." in text
+        "all), −16.7% (−20.8% … −12.5%) vs the start." in text
     )
     assert "Compared with the start at 3 pairs of sampler and steps: better: 3, worse: 0." in text
-    assert "FID, ddim, 5 steps 8.00 6.00 (5.00 … 7.00) −25.0 % (−31.2 … −18.8) better" in text
+    assert "FID, ddim, 5 steps 8.00 6.00 (5.00 … 7.00) −25.0% (−31.2% … −18.8%) better" in text
     assert "long-sampling , update 60 (warn): FID at 5 steps is above that of the start" in text
     assert "Fine-tuning of fashion-16 on fashion-16 (60,000 images), with the adversary free" in text
     assert "radius eta 0.1)" in text
@@ -390,7 +390,7 @@ def test_results_of_evaluate_and_mismatch_are_on_the_page(tmp_path):
     page = read(tmp_path / "r.html")
     assert "free ddim 5 400 8.00 (7.50 … 8.50)" in page.text
     assert "± 0.010" in page.text
-    assert "0.5 −1.25 (−1.5 … −1)" in page.text
+    assert "0.5 −1.25 (−1.50 … −1.00)" in page.text
     structure(page)
 
 

@@ -53,11 +53,11 @@ def test_the_table_has_means_floors_and_judges_what_has_a_better_side():
     rows = {m: [line for line in lines if meaning in line] for m, meaning in MEASURES.items()}
     for m, (ddim, iddpm) in rows.items():
         for line in (ddim, iddpm):
-            assert "11 ±0.25" in line
-            assert "8 ±0.25" in line
+            assert "11 (10.8 … 11.2)" in line
+            assert "8 (7.75 … 8.25)" in line
         assert ("0.12" in ddim) == (m not in ("x0_std", "noise"))
-        assert ("\x1b[32m8 ±0.25" in ddim) == (m not in ("x0_std", "noise"))
-        assert ("\x1b[31m8 ±0.25" in iddpm) == (m not in ("x0_std", "noise"))
+        assert ("\x1b[32m8 (7.75 … 8.25)" in ddim) == (m not in ("x0_std", "noise"))
+        assert ("\x1b[31m8 (7.75 … 8.25)" in iddpm) == (m not in ("x0_std", "noise"))
 
 
 def test_one_checkpoint_needs_no_caption():
@@ -68,7 +68,7 @@ def test_the_robustness_table_has_a_row_for_each_time_and_checkpoint():
     text = printed(robustness_table(MISMATCH))
     assert "‖δ‖ ≤ 0.1" in text
     plain = next(line for line in text.splitlines() if "plain" in line)
-    for number in ("100", "0.50", "0.2 ±0.02", "0.4 ±0.02", "0.6 ±0.04", "1.5 ±0.2", "2.5"):
+    for number in ("100", "0.50", "0.200 ± 0.010", "0.400 ± 0.010", "0.600 ± 0.020", "1.50 ± 0.10", "2.5"):
         assert number in plain
     assert sum("AT" in line for line in text.splitlines()) == 2
 

@@ -116,7 +116,7 @@ def test_only_training_crops(images: Path, tmp_path: Path) -> None:
 
     (tmp_path / "r.yaml").write_text(recipe_of(images, BUCKETS).to_yaml())
     for assignment in ("data.crop=random", "data.buckets=true", "data.bucket_step=8"):
-        with pytest.raises(InputError, match="only training uses it"):
+        with pytest.raises(InputError, match="this command does not use it"):
             load_data_config(str(tmp_path / "r.yaml"), [assignment])
     assert load_recipe(str(tmp_path / "r.yaml")).data.load().shape == (1, 16, 16)
 

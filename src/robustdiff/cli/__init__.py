@@ -22,6 +22,7 @@ import typer
 from rich.console import Console
 
 from robustdiff.errors import InputError, RunError, out_of_memory, printable
+from robustdiff.files import remove_unfinished
 
 __all__ = ["INTERRUPTED", "app", "err", "main", "out", "say"]
 
@@ -147,6 +148,7 @@ def _plainly(error: UnicodeError) -> tuple[str, int]:
 
 def _terminate(number: int, frame: FrameType | None) -> None:
     """End the process at once. An exception would be lost in a destructor, or break the import of a module."""
+    remove_unfinished()
     os.write(2, b"robustdiff: interrupted\n")
     os._exit(INTERRUPTED)
 

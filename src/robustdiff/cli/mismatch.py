@@ -76,6 +76,6 @@ def _show(result: Mismatch, output: Path) -> None:
     print_whole(out, mismatch_table(result))
     if result.robustness:
         n = result.robustness[0].n
-        say(f"robust loss and Lipschitz constant of the predicted noise at {n} true points:")
+        say(f"robust loss and Lipschitz constant of the predicted noise at {n} true points, ± standard errors:")
         print_whole(out, robustness_table(result))
     say(f"figures and mismatch.json are in {output}")

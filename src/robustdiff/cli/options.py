@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
@@ -82,22 +82,29 @@ def parse_metrics(text: str | None) -> tuple[list[str], dict[str, str]]:
     return distinct(names, "--metrics"), values
 
 
-def parse_assignments(texts: list[str], taken: dict[str, Any]) -> dict[str, Any]:
+def parse_assignments(
+    texts: list[str], option: str, example: str, taken: Collection[str] = (), *, lists: bool = False
+) -> dict[str, Any]:
     """Return the values, parsed as YAML, of assignments ``KEY=VALUE`` by key.
+
+    Args:
+        texts: The assignments.
+        option: The option that they are the values of.
+        example: Another assignment, for messages.
+        taken: Keys that are given by other options.
+        lists: Whether values are lists, ``KEY=VALUE,VALUE,…``.
 
     Raises:
         InputError: If an assignment is malformed, or a key is given twice or is in ``taken``.
     """
-    from robustdiff.yaml_reader import parse_yaml
+    from robustdiff.yaml_reader import parse_yaml, split_assignment
 
     values: dict[str, Any] = {}
     for text in texts:
-        key, separator, value = text.partition("=")
-        if not separator or not key:
-            raise InputError(f"--set {text}: write it as option=value, as in --set window=20")
+        key, value = split_assignment(text, option, example)
         if key in values or key in taken:
-            raise InputError(f"--set {text}: {key} is given twice: give it once")
-        values[key] = parse_yaml(value, f"--set {text}")
+            raise InputError(f"{option} {text}: {key} is given twice: give it once")
+        values[key] = parse_yaml(f"[{value}]" if lists else value, f"{option} {text}")
     return values
 
 
@@ -125,11 +132,13 @@ def parse_numbers(text: str, option: str, remedy: str) -> list[float]:
     return distinct(numbers, option)
 
 
-def real_images(run: str | None, data: str | None, root: str | None, overrides: list[str]) -> DataConfig:
+def real_images(
+    run: str | None, data: str | None, root: str | None, overrides: list[str], workers: bool = False
+) -> DataConfig:
     """Return the configuration of the real images, and print the folder that a run's recipe names, if it is read."""
     from robustdiff.evaluation.real_images import choose_real_images
 
-    return choose_real_images(run, data, root, overrides, on_read=lambda message: say(message, err))
+    return choose_real_images(run, data, root, overrides, on_read=lambda message: say(message, err), workers=workers)
 
 
 def claim(file: Path | None, real: DataConfig | Path | None, sources: Iterable[str] = ()) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -67,7 +67,8 @@ def sample(
     from robustdiff.report.bar import Bar
 
     accelerator = make_accelerator(cpu)
-    chosen = _options(overrides, options.given(spacing=spacing))
+    chosen = options.given(spacing=spacing)
+    chosen |= options.parse_assignments(overrides, "--set", "window=20", chosen)
     settings = options.given(sampler=sampler, steps=_steps(steps), label=label, num_classes=classes, guidance=guidance)
     settings |= {"size": size, "seed": seed, "batch_size": batch_size, "precision": precision, "options": chosen}
     settings |= {"prompts": tuple(prompts), "negative": negative}
@@ -87,15 +88,6 @@ def _prepare(output: Path, generator: Generator) -> None:
         raise InputError(f"{output}: give a file that ends in .npz, or a folder")
     generator.model.image_shape  # noqa: B018  (raises where the model does not say it)
     output.parent.mkdir(parents=True, exist_ok=True)
-
-
-def _options(overrides: list[str], given: dict[str, Any]) -> dict[str, Any]:
-    """Return the options of the sampler, with those of --set."""
-    values = options.parse_assignments(overrides, given)
-    remedies = {"sampler": "give --sampler", "steps": "give --steps", "process": "it is that of the checkpoint"}
-    for name in remedies.keys() & values:
-        raise InputError(f"--set {name}: this is not an option of a sampler: {remedies[name]}")
-    return given | values
 
 
 def _steps(text: str | None) -> int | str | None:

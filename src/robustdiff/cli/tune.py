@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from robustdiff.cli import INTERRUPTED, app, err, options, out, say
-from robustdiff.errors import InputError
 
 if TYPE_CHECKING:
     from robustdiff.study.tune import Speed, Tuning
@@ -57,7 +56,8 @@ def tune(
     from robustdiff.study.tune import new_tuning
 
     folder = output or Path("tuning") / f"{Path(recipe).stem}-{sampler}-{steps}"
-    changes, tried = options.parse_assignments(overrides, {}), _lists(tries)
+    changes = options.parse_assignments(overrides, "--set", "adversary.step_size=0.5")
+    tried = options.parse_assignments(tries, "--try", "adversary.step_size=0.03,0.1,0.3", lists=True)
     given: dict[str, Any] = {"sampler": sampler, "steps": steps, "metric": metric, "guidance": guidance, "seed": seed}
     given |= {"candidates": candidates, "rungs": rungs, "seeds": seeds, "num": num, "batch_size": batch_size}
     given |= {"updates": updates, "minutes": minutes, "features": features, "weights": weights}
@@ -66,19 +66,6 @@ def tune(
     if not dry_run and not _search(settings, folder, processes):
         say(f"stopped; the same command goes on from {folder}", err)
         raise typer.Exit(INTERRUPTED)
-
-
-def _lists(texts: list[str]) -> dict[str, list[Any]]:
-    """Return the values of each ``KEY=VALUE,VALUE,…``, parsed as YAML."""
-    from robustdiff.yaml_reader import parse_yaml
-
-    values: dict[str, list[Any]] = {}
-    for text in texts:
-        key, separator, listed = text.partition("=")
-        if not separator or not key or key in values:
-            raise InputError(f"--try {text}: write each field once, as in --try adversary.step_size=0.03,0.1,0.3")
-        values[key] = parse_yaml(f"[{listed}]", f"--try {text}")
-    return values
 
 
 def _show_plan(settings: Tuning, speed: Speed, processes: int) -> None:

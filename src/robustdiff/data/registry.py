@@ -94,7 +94,7 @@ def load_dataset(
 class DataConfig(Named):
     """The section ``data`` of a recipe. The options of the named dataset are fields as well.
 
-    ``flip``, ``crop``, ``buckets`` and ``workers`` are of training alone: other commands take the centred squares.
+    ``flip``, ``crop`` and ``buckets`` are of training alone: other commands take the centred squares.
     """
 
     model_config = ConfigDict(extra="allow")

@@ -30,7 +30,7 @@ from robustdiff.data.pixels import tile
 from robustdiff.distributed import from_main, of_others
 from robustdiff.errors import InputError, RunError
 from robustdiff.evaluation.generate import Generator, share_of
-from robustdiff.metrics.bootstrap import interval, relative_interval
+from robustdiff.metrics.bootstrap import direction, interval, relative_interval
 from robustdiff.metrics.metric import Measured, MetricCollection, Number, number_named
 from robustdiff.metrics.reservoir import fixed_order
 from robustdiff.notation import difference as shown_difference
@@ -122,14 +122,13 @@ class Difference:
 
     @property
     def sign(self) -> int:
-        """Return −1 or 1 if the interval, that of the relative change if there is one, is below or above 0, else 0."""
-        low, high = self.relative_interval or self.interval
-        return -1 if high < 0 else 1 if low > 0 else 0
+        """Return −1 or 1 if the difference is below or above 0 beyond chance, else 0."""
+        return direction(self.interval, self.relative_interval)
 
-    def text(self, decimals: int = 1) -> str:
+    def text(self) -> str:
         """Return the relative change with its interval in words, or the difference if that has none."""
         spec = number_named(self.number).format
-        return shown_difference(self.value, self.interval, spec, self.relative, self.relative_interval, decimals)
+        return shown_difference(self.value, self.interval, spec, self.relative, self.relative_interval)
 
     def record(self) -> dict[str, Any]:
         """Return the record of the difference in ``result.json``, with the keys of a cell's record and ``relative``.

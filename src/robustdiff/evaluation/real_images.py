@@ -35,6 +35,7 @@ def choose_real_images(
     root: str | None = None,
     overrides: Sequence[str] = (),
     on_read: Callable[[str], None] = lambda message: None,
+    workers: bool = False,
 ) -> DataConfig:
     """Return the data section of a run's recipe, or that of fashion-16 if there is no recipe, with overrides.
 
@@ -47,14 +48,15 @@ def choose_real_images(
         root: The path of another folder or file.
         overrides: Assignments ``data.key=value``.
         on_read: A function that the main process calls with a message before the folder that the recipe names is read.
+        workers: Whether the command uses ``data.workers``, as the statistics of the images do.
 
     Raises:
         InputError: If a field is unknown or out of its range, or the recipe names images that it must not.
     """
     recipe = None if run is None else Path(run) / "recipe.yaml"
     if recipe is None or not recipe.is_file():
-        return load_data_config("fashion-16", overrides, name, root)
-    config = load_data_config(str(recipe), overrides, name, root)
+        return load_data_config("fashion-16", overrides, name, root, workers=workers)
+    config = load_data_config(str(recipe), overrides, name, root, workers=workers)
     fields = {assignment.partition("=")[0] for assignment in overrides}
     named = name is not None or not fields.isdisjoint({"data", "data.name"})
     rooted = root is not None or "data.root" in fields

@@ -18,6 +18,7 @@ cannot fall below −1. Both are recentred.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,7 @@ __all__ = [
     "block_of",
     "block_weights",
     "corrected",
+    "direction",
     "interval",
     "relative_interval",
 ]
@@ -115,3 +117,14 @@ def relative_interval(
     half = student_t.ppf((1 + level) / 2, blocks - 1) * np.std(logs[0] - logs[1], ddof=1)
     middle = np.log(estimate / base)
     return float(np.expm1(middle - half)), float(np.expm1(middle + half))
+
+
+def direction(ends: Sequence[float] | None, relative_ends: Sequence[float] | None) -> int:
+    """Return −1 or 1 if a difference is below or above 0 beyond chance, else 0.
+
+    Args:
+        ends: The ends of the interval of the difference, or None.
+        relative_ends: Those of the relative change, which decide if there are any, or None.
+    """
+    low, high = relative_ends or ends or (0.0, 0.0)
+    return -1 if high < 0 else 1 if low > 0 else 0

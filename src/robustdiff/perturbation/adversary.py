@@ -52,9 +52,6 @@ class Adversary:
         radius: The radius of the ball, as a number in units of the norm or a :class:`RadiusSchedule`; None for no
             projection.
         norm: The name of the norm: "l2", "linf" or "l1".
-        grad_floor: The ℓ2 norm of the gradient below which a step is shortened in proportion, to α·‖∇‖₂/grad_floor; 0
-            for full steps always. (The authors' float32 code behaves as with 2²⁰·10⁻⁸ for the gradient of the mean
-            loss, their fp16 code nearly as with 0.)
 
     Raises:
         ValueError: If an argument is out of its range or the norm is unknown.
@@ -75,7 +72,6 @@ class Adversary:
         step_size: float = 0.1,
         radius: float | RadiusSchedule | None = None,
         norm: str = "l2",
-        grad_floor: float = 0.0,
     ) -> None:
         if isinstance(steps, bool) or not hasattr(steps, "__index__") or steps < 1:
             raise ValueError(f"steps must be a whole number, at least 1; got {steps}")
@@ -85,9 +81,6 @@ class Adversary:
             raise ValueError(f"unknown norm {norm!r}: use one of {', '.join(NORMS)}")
         if isinstance(radius, int | float):
             radius = Constant(float(radius))
-        if not (grad_floor >= 0 and math.isfinite(grad_floor)):
-            raise ValueError(f"grad_floor must be at least 0 and finite; got {grad_floor}")
-        self.grad_floor = grad_floor
         self.steps = steps
         self.step_size = step_size
         self.radius = radius
@@ -178,10 +171,7 @@ class Adversary:
         usable = flat.isfinite().all(1) & (flat != 0).any(1)
         # Ones replace an unusable gradient; the result there is discarded.
         safe = torch.where(broadcast(usable, grad), grad, torch.ones_like(grad))
-        step = self.step_size * self.norm.ascent(safe)
-        if self.grad_floor > 0:
-            step = step * broadcast((safe.flatten(1).norm(dim=1) / self.grad_floor).clamp_max(1), step)
-        moved = self._project(delta + step, points)
+        moved = self._project(delta + self.step_size * self.norm.ascent(safe), points)
         self._skipped += (~usable).sum()  # kept on the device: reading it here would stall a GPU
         return torch.where(broadcast(usable, delta), moved, delta)
 

@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-__all__ = ["Chart", "Column", "Drawn", "Mark", "Point", "Series", "draw", "interval_text"]
+__all__ = ["Chart", "Column", "Drawn", "Mark", "Point", "Series", "draw"]
 
 WIDTH, HEIGHT = 480, 310
 _LEFT, _RIGHT, _TOP, _BOTTOM = 58, 466, 16, 262
@@ -101,7 +101,7 @@ class Chart:
     bottom: int = _BOTTOM
 
 
-def interval_text(value: float, ends: tuple[float, float] | None, show: Callable[[float], str]) -> str:
+def _with_interval(value: float, ends: tuple[float, float] | None, show: Callable[[float], str]) -> str:
     """Return a value with its interval in brackets, if it has one."""
     return show(value) if ends is None else f"{show(value)} ({show(ends[0])} … {show(ends[1])})"
 
@@ -224,7 +224,7 @@ def draw(
     columns = []
     for k, value in enumerate(xs):
         found = [(one.name, point) for one in series for point in one.points if point.x == value]
-        texts = [(name, interval_text(point.y, point.ends, show)) for name, point in found]
+        texts = [(name, _with_interval(point.y, point.ends, show)) for name, point in found]
         width = _rounded(edges[k + 1] - edges[k])
         columns.append(Column(_rounded(edges[k]), width, centres[k], f"{value:g} {x_title}", texts))
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from scipy.stats import t as student_t
 
 from robustdiff.metrics.metric import Number
-from robustdiff.notation import number
+from robustdiff.notation import change, number
 from robustdiff.report.figures import ROLES, Figure, Line, default_settings, label, points, step_panels
 from robustdiff.report.levels import method_styles
 from robustdiff.report.words import (
@@ -25,11 +25,9 @@ from robustdiff.report.words import (
     count,
     effect_row,
     filled,
-    percent,
     saved_figure,
     shown_correlation,
     shown_effect,
-    shown_interval,
     table,
     tested_effect,
     versus,
@@ -228,8 +226,8 @@ def _consequence(slope: Effect | None, sampler: str, updates: Sequence[int]) -> 
     ends = Interval(*((1 + end) ** doublings - 1 for end in (slope.mean, low, high)))
     return [
         f"What follows for a training: no change of the effect with length was found with {sampler}. From "
-        f"{min(updates):,} to {max(updates):,} updates the ratio of FIDs may change by {percent(ends.low)} to "
-        f"{percent(ends.high)}."
+        f"{min(updates):,} to {max(updates):,} updates the ratio of FIDs may change by {change(ends.low)} to "
+        f"{change(ends.high)}."
     ]
 
 
@@ -318,7 +316,7 @@ def sensitivity_section(results: Results, steps: int, folder: Path) -> list[str]
     grid = np.array([[own.changes.get(key, np.nan) for own in found.values()] for key in keys])
     names = [f"α = {alpha:g}, K = {count}" for alpha, count in keys]
     rows = [
-        [name, *(NOTHING if np.isnan(v) else percent(v) for v in row)] for name, row in zip(names, grid, strict=True)
+        [name, *(NOTHING if np.isnan(v) else change(v) for v in row)] for name, row in zip(names, grid, strict=True)
     ]
     trainings = "one training each" if len(seeds) == 1 else "the geometric mean over trainings"
     figures = []
@@ -390,7 +388,7 @@ def _at_equal_brightness(results: Results, steps: int) -> list[str]:
     rows = [
         [
             versus(pair),
-            *(shown_interval(intervals[pair]) if pair in intervals else NOTHING for intervals in found.values()),
+            *(change(own[pair].mean, own[pair].ends) if pair in own else NOTHING for own in found.values()),
         ]
         for pair in pairs(results)
         if any(pair in intervals for intervals in found.values())

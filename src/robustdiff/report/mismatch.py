@@ -12,6 +12,7 @@ from rich.text import Text
 
 from robustdiff.files import written_last
 from robustdiff.mismatch.measure import MEASURES, Mismatch
+from robustdiff.notation import interval
 from robustdiff.report.figures import COLOURS, MARKERS, Axes, Figure, default_settings, label, save_figure
 from robustdiff.report.tables import shown
 
@@ -34,7 +35,7 @@ def _checkpoints(mismatch: Mismatch) -> list[str]:
 
 
 def mismatch_table(mismatch: Mismatch) -> Table:
-    """Return a table of means over steps ± half of their intervals, with rows by sampler, steps and measure.
+    """Return a table of means over steps with their intervals, with rows by sampler, steps and measure.
 
     A value is green (lower) or red (higher) if the interval of its difference to the first checkpoint excludes 0. The
     two signed measures are not coloured.
@@ -54,7 +55,7 @@ def mismatch_table(mismatch: Mismatch) -> Table:
             row: list[str | Text] = [f" {meaning}", "0" if floor is None else f"{floor:.2g}"]
             for checkpoint in checkpoints:
                 cell = paths[checkpoint, sampler, steps].mean[measure]
-                text = Text(f"{cell.value:.3g} ±{(cell.high - cell.low) / 2:.2g}")
+                text = Text(interval(cell.value, (cell.low, cell.high), ".3g"))
                 difference = differences.get((checkpoint, checkpoints[0], sampler, steps, measure))
                 if difference is not None and measure not in _SIGNED:
                     style = "green" if difference.high < 0 else "red" if difference.low > 0 else "dim"
@@ -69,7 +70,7 @@ def mismatch_table(mismatch: Mismatch) -> Table:
 
 
 def robustness_table(mismatch: Mismatch) -> Table:
-    """Return a table of the clean loss, the robust loss and the Lipschitz constant of ε̂, by time and checkpoint."""
+    """Return a table of the clean loss, the robust loss and the Lipschitz constant of ε̂, with standard errors."""
     radii = mismatch.robustness[0].radii
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), collapse_padding=True)
     for name in ("t", "σ_t"):
@@ -84,8 +85,8 @@ def robustness_table(mismatch: Mismatch) -> Table:
             table.add_row(
                 *((str(index), f"{r.sigma:.2f}") if i == 0 else ("", "")),
                 shown(r.checkpoint),
-                *(f"{loss:.3g} ±{1.96 * se:.1g}" for loss, se in losses),
-                f"{r.lipschitz:.3g} ±{1.96 * r.lipschitz_se:.1g}",
+                *(interval(loss, None, ".3g", se) for loss, se in losses),
+                interval(r.lipschitz, None, ".3g", r.lipschitz_se),
                 f"{r.lipschitz_max:.3g}",
                 end_section=i + 1 == len(rows),
             )

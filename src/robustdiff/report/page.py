@@ -27,7 +27,7 @@ from robustdiff.report.comparisons import (
 )
 from robustdiff.report.figures import Figure, bare, default_settings, label, samples_name
 from robustdiff.report.levels import further_measures, levels_section, mismatch_section, other_measures
-from robustdiff.report.words import code_span, escaped, saved_figure, table
+from robustdiff.report.words import code_span, escaped, saved_figure, table, threads
 from robustdiff.study.analysis import TRAININGS, main_methods, pairs
 from robustdiff.study.schema import Study
 from robustdiff.study.store import Results, read_results
@@ -73,9 +73,8 @@ def _obtained_on(results: Results) -> str:
 
 def _machine(record: dict[str, Any]) -> str:
     """Return the device on which a measurement was made, and its version of torch."""
-    device, threads = record["device"], record["threads"]
-    of = "one thread" if threads == 1 else f"{threads} threads"
-    name = {"cpu": f"{of} of a CPU", "cuda": "a GPU"}.get(device, f"the device {device}")
+    device = record["device"]
+    name = {"cpu": f"{threads(record['threads'])} of a CPU", "cuda": "a GPU"}.get(device, f"the device {device}")
     return escaped(f"{name} (torch {record['torch']})")
 
 

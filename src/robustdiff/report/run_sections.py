@@ -11,12 +11,13 @@ from typing import Any
 import numpy as np
 
 from robustdiff.errors import printable
+from robustdiff.metrics.bootstrap import direction
 from robustdiff.metrics.metric import Number, number_named
 from robustdiff.mismatch.measure import MEASURES
 from robustdiff.notation import difference as shown_difference
 from robustdiff.notation import interval
 from robustdiff.notation import number as shown_number
-from robustdiff.report.charts import Chart, Mark, Point, Series, draw, interval_text
+from robustdiff.report.charts import Chart, Mark, Point, Series, draw
 from robustdiff.report.runs import Evaluated, Mismatches, RunFiles
 from robustdiff.training.watch_files import Best, FiredSign, Line, WatchedCell
 
@@ -108,16 +109,16 @@ def _what(run: RunFiles) -> str:
     )
 
 
-def _reading(number: Number, ends: tuple[float, float] | None) -> str:
+def _reading(number: Number, compared: WatchedCell | Best) -> str:
     """Return what the interval of a difference says."""
-    if ends is None:
+    if compared.difference_ci is None:
         return "no interval"
-    if ends[0] <= 0 <= ends[1]:
+    sign = direction(compared.difference_ci, compared.relative_ci)
+    if sign == 0:
         return "undecided"
-    lower = ends[1] < 0
     if number.better is None:
-        return "lower" if lower else "higher"
-    return "better" if lower == (number.better == "lower") else "worse"
+        return "lower" if sign < 0 else "higher"
+    return "better" if (sign < 0) == (number.better == "lower") else "worse"
 
 
 _VERDICTS = {
@@ -162,18 +163,13 @@ def _outcome(run: RunFiles) -> list[str]:
         ]
     sentence = f"The best checkpoint, of update {best.step:,}, has a {mean}"
     if best.difference is not None:
-        sentence = f"{_VERDICTS[_reading(number, _ends(best))]}{sentence}, {_difference(best, number)} vs the start"
+        sentence = f"{_VERDICTS[_reading(number, best)]}{sentence}, {_difference(best, number)} vs the start"
     found.insert(0, f"{sentence}.")
-    compared = [_reading(number, _ends(cell)) for cell in best.cells if cell.difference is not None]
+    compared = [_reading(number, cell) for cell in best.cells if cell.difference is not None]
     if len(compared) > 1:
         counts = (f"{word}: {compared.count(word)}" for word in dict.fromkeys(["better", "worse", *compared]))
         found.append(f"Compared with the start at {len(compared)} pairs of sampler and steps: {', '.join(counts)}.")
     return found
-
-
-def _ends(compared: WatchedCell | Best) -> tuple[float, float] | None:
-    """Return the interval by which a difference is judged, that of the relative change if there is one."""
-    return compared.relative_ci or compared.difference_ci
 
 
 def _difference(compared: WatchedCell | Best, number: Number) -> str:
@@ -197,7 +193,7 @@ def _differences(run: RunFiles) -> Table | None:
         else:
             start = _show(number)(cell.value - cell.difference)
             row += [start, interval(cell.value, cell.ci, number.format), _difference(cell, number)]
-            rows.append([*row, _reading(number, _ends(cell))])
+            rows.append([*row, _reading(number, cell)])
     heading = ["", "start", f"update {best.step:,}", "change", "reading"]
     caption = (
         f"The best checkpoint of {run.name} against the start, on fresh noise, with 95 % intervals. Undecided: that of "
@@ -406,10 +402,9 @@ def mismatch_tables(found: Mapping[str, Mismatches]) -> list[Table]:
                 if known:
                     floor = "–" if known[0].floor is None else f"{known[0].floor:.3g}"
                     texts = [
-                        "–" if one is None else interval_text(one.value, (one.low, one.high), lambda v: f"{v:.3g}")
-                        for one in estimates
+                        "–" if one is None else interval(one.value, (one.low, one.high), ".3g") for one in estimates
                     ]
-                    rows.append([f"{sampler} {steps}: {meaning}", floor, *(text.replace("-", "−") for text in texts)])
+                    rows.append([f"{sampler} {steps}: {meaning}", floor, *texts])
         caption = (
             f"{name}: the mean over the sampler's steps, with 95 % intervals, {mismatch.paths[0].n:,} images of "
             f"{mismatch.data}. Floor: the same between two samples of q(x_t)"

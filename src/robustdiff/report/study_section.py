@@ -7,7 +7,6 @@ of FID and of samples are replaced by interactive ones; the others are embedded.
 from __future__ import annotations
 
 import re
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ import numpy as np
 from markdown_it import MarkdownIt
 from markupsafe import Markup, escape
 
+from robustdiff.files import scratch_folder
 from robustdiff.report.charts import Chart, Point, Series, draw
 from robustdiff.report.figures import samples_name
 from robustdiff.report.levels import fid_interval
@@ -143,8 +143,8 @@ def study_section(study: Study, folder: Path) -> StudySection:
     results = read_results(study, folder)
     markdown, replaced = _renderer(), _replacements(results)
     blocks, headings = [], dict[str, str]()
-    with tempfile.TemporaryDirectory() as scratch:
-        figures = Path(scratch) / "figures"
+    with scratch_folder() as scratch:
+        figures = scratch / "figures"
         heading = study.title
         for part in page_parts(results, figures)[1:]:
             figure = _FIGURE.fullmatch(part)

@@ -36,26 +36,30 @@ def print_whole(console: Console, table: Table) -> None:
 
 
 def cell_table(cells: Sequence[Cell]) -> Table:
-    """Return a table with a row for each cell and its numbers, without details, and the images where they differ.
+    """Return a table with a row for each cell and its numbers, without details, under the name of its source.
 
-    "—" means not applicable or unknown.
+    The number of images is beside the name where it is not the same for all. "—" means not applicable or unknown.
     """
     numbers = [number for number in numbers_of(cells) if not number.detail]
     counts = len({cell.n for cell in cells}) > 1
-    # Without edges the default metrics fit into a terminal of 80 columns.
+    # Names have rows of their own, so that the default metrics fit into a terminal of 80 columns.
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), collapse_padding=True, show_edge=False)
-    table.add_column("", no_wrap=True)
-    table.add_column("sampler", no_wrap=True)
-    for heading in [*(["images"] if counts else []), *(number.title for number in numbers)]:
-        table.add_column(heading, justify="right", no_wrap=True)
-    for cell in cells:
-        table.add_row(
-            shown(cell.checkpoint),
-            "—" if cell.sampler == FILE else f"{cell.sampler} {cell.steps}",
-            *([f"{cell.n:,}"] if counts else []),
-            *(_value(cell, number) for number in numbers),
-        )
+    for heading in ("", *(number.title for number in numbers)):
+        table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
+    for name, own in _by_checkpoint(cells).items():
+        count = f"{own[0].n:,} images" if counts else ""
+        table.add_row(shown(name), *([count] if numbers else []), style="bold")
+        for cell in own:
+            place = "—" if cell.sampler == FILE else f"{cell.sampler} {cell.steps}"
+            table.add_row(f" {place}", *(_value(cell, number) for number in numbers), end_section=cell is own[-1])
     return table
+
+
+def _by_checkpoint(cells: Sequence[Cell]) -> dict[str, list[Cell]]:
+    found: dict[str, list[Cell]] = {}
+    for cell in cells:
+        found.setdefault(cell.checkpoint, []).append(cell)
+    return found
 
 
 def _value(cell: Cell, number: Number) -> str:
@@ -67,32 +71,32 @@ def _value(cell: Cell, number: Number) -> str:
 
 
 def grid_table(grid: Grid, baseline: str, number: Number) -> Table:
-    """Return a table of a number, and of its change against a baseline with the 95 % interval, of sampled cells."""
-    checkpoints = list(dict.fromkeys(cell.checkpoint for cell in grid.cells))
-    cells = {(c.checkpoint, c.sampler, c.steps): c for c in grid.cells}
+    """Return a table of a number, and of its change against a baseline with the 95 % interval, of sampled cells.
+
+    The networks are below each other, at equal sampler and steps.
+    """
     differences = {
         (d.checkpoint, d.baseline, d.sampler, d.steps): d for d in grid.differences if d.number == number.name
     }
     lower, higher = {"lower": ("green", "red"), "higher": ("red", "green"), None: ("", "")}[number.better]
     styles = {-1: lower, 0: "dim", 1: higher}
-    # Three checkpoints fit into a terminal of 80 columns.
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), collapse_padding=True, caption_justify="left")
-    table.add_column("", no_wrap=True)
-    for checkpoint in checkpoints:
-        table.add_column(shown(checkpoint), justify="right", no_wrap=True)
-        if checkpoint != baseline:
-            table.add_column(shown(f"vs {baseline}"), justify="right", no_wrap=True)
-    rows = list(dict.fromkeys((c.sampler, c.steps) for c in grid.cells))
-    for i, (sampler, steps) in enumerate(rows):
-        row: list[str | Text] = [f"{sampler} {steps}"]
-        for checkpoint in checkpoints:
-            cell = cells[checkpoint, sampler, steps]
-            row.append(shown_number(cell.values[number.name] or 0.0, number.format))
-            if checkpoint != baseline:
-                difference = differences[checkpoint, baseline, sampler, steps]
-                row.append(Text(difference.text(decimals=0), style=styles[difference.sign]))
-        table.add_row(*row, end_section=i + 1 < len(rows) and rows[i + 1][0] != sampler)
-    if len(checkpoints) > 1 and number.better is not None:
+    for heading in ("", "", number.title, shown(f"vs {baseline}")):
+        table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
+    rows: dict[tuple[str, int | None], list[Cell]] = {}
+    for cell in grid.cells:
+        rows.setdefault((cell.sampler, cell.steps), []).append(cell)
+    for (sampler, steps), cells in rows.items():
+        for cell in cells:
+            change = differences.get((cell.checkpoint, baseline, sampler, steps))
+            table.add_row(
+                f"{sampler} {steps}" if cell is cells[0] else "",
+                shown(cell.checkpoint),
+                shown_number(cell.values[number.name] or 0.0, number.format),
+                "" if change is None else Text(change.text(), style=styles[change.sign]),
+                end_section=cell is cells[-1],
+            )
+    if differences and number.better is not None:
         table.caption = "green: better, red: worse, by an interval that excludes 0"
     return table
 

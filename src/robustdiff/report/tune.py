@@ -18,7 +18,7 @@ from robustdiff.notation import change, interval
 from robustdiff.recipe import load_recipe
 from robustdiff.report.run_sections import command
 from robustdiff.report.tables import shown
-from robustdiff.report.words import code_span
+from robustdiff.report.words import code_span, threads
 from robustdiff.study.analysis import log
 from robustdiff.study.tune import RULE, Speed, Stage, Tuning, default_space
 
@@ -223,11 +223,10 @@ def tune_markdown(record: Record) -> str:
     tuning, own, on = record["tuning"], record["confirmation"], record["obtained_on"]
     minutes = record["process_seconds"] / 60
     number = number_named(record["number"])
-    threads = "1 thread" if on["threads"] == 1 else f"{on['threads']} threads"
     parts = [
         f"**{advice(record)}**",
         f"{code_span(_repeated(tuning))} on "
-        f"{on['data']}, {threads} a process of a {on['device'].upper()}, torch {on['torch']}: "
+        f"{on['data']}, {threads(on['threads'])} a process of a {on['device'].upper()}, torch {on['torch']}: "
         f"{record['trainings']} trainings in {minutes:.0f} minutes of one process. {number.title} of {tuning['num']:,} "
         f"images on the features `{tuning['features']}`. Every contestant of a table makes the same number of backward "
         f"passes and sees as many images in them.",

@@ -10,9 +10,9 @@ from urllib.parse import quote
 import numpy as np
 
 from robustdiff.errors import printable
-from robustdiff.notation import number
+from robustdiff.notation import change, change_ends, number
 from robustdiff.report.figures import Figure, save_figure
-from robustdiff.study.analysis import Effect, Interval
+from robustdiff.study.analysis import Effect
 from robustdiff.study.store import Results
 
 __all__ = [
@@ -26,13 +26,12 @@ __all__ = [
     "escaped",
     "filled",
     "mean_over_seeds",
-    "percent",
     "saved_figure",
     "shown_correlation",
     "shown_effect",
-    "shown_interval",
     "table",
     "tested_effect",
+    "threads",
     "titles",
     "versus",
 ]
@@ -41,8 +40,6 @@ TITLES = {"kid": "KID"}
 SIGNIFICANT = 0.05
 """The adjusted p-value below which an effect is significant."""
 NOTHING = "–"
-LARGE = 1.5
-"""The relative change above which the ratio is shown, since a rise of 1,591 % is harder to read than a factor of 17."""
 EFFECT_COLUMNS = ("comparison", "sampler", "trainings", "change", "95 % interval", "p")
 
 
@@ -65,40 +62,25 @@ def versus(pair: Sequence[str]) -> str:
     return f"{pair[0]} vs {pair[1]}"
 
 
-def _ratio(change: float) -> str:
-    ratio = 1 + change
-    return f"×{ratio:,.{0 if ratio >= 10 else 1 if ratio >= 1 else 2}f}"
-
-
 def count(steps: int) -> str:
     return f"{steps} step{'s' * (steps > 1)}"
 
 
-def percent(change: float) -> str:
-    """Return a relative change in per cent, or the ratio if it is large."""
-    return _ratio(change) if change > LARGE else number(change, "+.1%")
-
-
-def shown_ends(interval: Interval) -> str:
-    """Return the ends of an interval, as ratios if its mean is shown as one."""
-    shown = _ratio if interval.mean > LARGE else lambda end: number(end, "+.1%")
-    return f"{shown(interval.low)} … {shown(interval.high)}"
-
-
-def shown_interval(interval: Interval) -> str:
-    return f"{percent(interval.mean)} ({shown_ends(interval)})"
+def threads(n: int) -> str:
+    """Return a number of threads in words."""
+    return "one thread" if n == 1 else f"{n} threads"
 
 
 def _each(effect: Effect) -> str:
     """Return the change of each seed."""
-    return ", ".join(percent(change) for change in effect.changes.values())
+    return ", ".join(map(change, effect.changes.values()))
 
 
 def shown_effect(effect: Effect | None) -> str:
     """Return an effect with its interval and the number of trainings, or the change of each if there are too few."""
     if effect is None:
         return NOTHING
-    return _each(effect) if effect.interval is None else f"{shown_interval(effect.interval)}, n = {effect.n}"
+    return _each(effect) if effect.interval is None else f"{change(effect.mean, effect.interval.ends)}, n = {effect.n}"
 
 
 def _probability(p: float) -> str:
@@ -111,13 +93,13 @@ def tested_effect(effect: Effect | None, adjusted: float | None) -> str:
         return shown_effect(effect)
     p = _probability(adjusted)
     shown = p if p.startswith("<") else f"= {p}"
-    return f"{_marked(effect, adjusted)} ({shown_ends(effect.interval)}), p {shown}"
+    return f"{_marked(effect, adjusted)} ({change_ends(effect.mean, effect.interval.ends)}), p {shown}"
 
 
 def _marked(effect: Effect, adjusted: float | None) -> str:
     """Return the mean of an effect, in bold if it is significant."""
     mark = "**" if adjusted is not None and adjusted < SIGNIFICANT else ""
-    return f"{mark}{percent(effect.mean)}{mark}"
+    return f"{mark}{change(effect.mean)}{mark}"
 
 
 def effect_row(name: str, sampler: str, effect: Effect, adjusted: float | None) -> list[str]:
@@ -125,7 +107,7 @@ def effect_row(name: str, sampler: str, effect: Effect, adjusted: float | None) 
     if effect.interval is None:
         return [name, sampler, str(effect.n), _each(effect), NOTHING, NOTHING]
     p = NOTHING if adjusted is None else _probability(adjusted)
-    return [name, sampler, str(effect.n), _marked(effect, adjusted), shown_ends(effect.interval), p]
+    return [name, sampler, str(effect.n), _marked(effect, adjusted), change_ends(effect.mean, effect.interval.ends), p]
 
 
 def shown_correlation(value: float | None) -> str:

@@ -90,7 +90,8 @@ def sampling_settings(model: Any, sampler: str, given: Mapping[str, Any]) -> dic
     settings = {**{name: value for name, value in own.items() if name in has}, **given}
     for name in ("sampler", "steps", "process"):
         if name in given:
-            raise InputError(f"{name} is an argument of its own, and no option of {sampler}: give it as that")
+            remedy = "it is that of the model" if name == "process" else f"give it by itself (--{name})"
+            raise InputError(f"{name} is no option of {sampler}: {remedy}")
     _check(settings)
     clip = given.get("clip", False)
     if clip is not False and not (SAMPLERS[sampler].clips or isinstance(clip, DynamicThreshold)):

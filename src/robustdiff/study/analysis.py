@@ -92,6 +92,11 @@ class Interval:
     low: float
     high: float
 
+    @property
+    def ends(self) -> tuple[float, float]:
+        """Return both ends."""
+        return self.low, self.high
+
 
 @dataclass(frozen=True)
 class Sensitivity:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ import numpy as np
 
 from robustdiff.evaluation.generate import Generator
 from robustdiff.evaluation.prompts import prompts_of
+from robustdiff.files import scratch_folder
 from robustdiff.study.plan import Piece, Run, image_passes, pieces, plan
 from robustdiff.study.schema import Study
 from robustdiff.study.store import Loss, read, read_cell
@@ -39,11 +39,13 @@ def remaining(study: Study, folder: Path) -> list[Remaining]:
     The speed is taken from finished runs and cells. If there are none, a few updates and images are timed.
     """
     runs = plan(study, folder)
-    trained = [(run, read(run.path, Loss).seconds) for run in runs if run.path.is_file()]
+    trained = [(run, read(run.path, Loss)) for run in runs if run.path.is_file()]
     measured = [read_cell(cell, study, run) for run in runs for cell in run.cells if cell.done]
     measured = [record for record in measured if None not in (record["seconds"], record["n"], record["steps"])]
     if trained:
-        training = sum(seconds for _, seconds in trained) / sum(image_passes(run.recipe) for run, _ in trained)
+        # The study may have more updates now than there were.
+        passes = sum(image_passes(run.recipe) / run.recipe.steps * max(record.step[-1], 1) for run, record in trained)
+        training = sum(record.seconds for _, record in trained) / passes
     else:
         training = time_training(runs[0])
     # A cell takes a + b·steps for each image: a for its features, b·steps for generating it.
@@ -73,9 +75,9 @@ def remaining(study: Study, folder: Path) -> list[Remaining]:
 
 def time_training(run: Run) -> float:
     """Measure the seconds that training takes for one image in one pass."""
-    with tempfile.TemporaryDirectory() as scratch:
+    with scratch_folder() as scratch:
         recipe = run.recipe.model_copy(
-            update={"output": str(Path(scratch) / "run"), "steps": 4, "log_every": 1, "trackers": (), "ema": "auto"}
+            update={"output": str(scratch / "run"), "steps": 4, "log_every": 1, "trackers": (), "ema": "auto"}
         )
         train(recipe)
         speeds = [line.images_per_second for line in read_metrics(Path(recipe.output) / "metrics.jsonl")]

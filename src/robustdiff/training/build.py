@@ -19,7 +19,7 @@ from robustdiff.recipe import Recipe
 from robustdiff.samplers.sample import path_of
 from robustdiff.weights import DTYPES
 
-__all__ = ["Built", "build_model"]
+__all__ = ["Built", "build_model", "load_start"]
 
 
 @dataclass
@@ -38,15 +38,35 @@ class Built:
     pretrained: Model | None = None
 
 
-def build_model(recipe: Recipe, dataset: ImageDataset) -> Built:
-    """Build the model of a recipe, with its process and objective.
+def load_start(recipe: Recipe) -> Model | None:
+    """Load the checkpoint that training begins with, or return None for a new network.
+
+    The size of the recipe's data is compared with the checkpoint's here, before any image is read.
+
+    Raises:
+        InputError: If the checkpoint is missing or of another kind, or does not take images of that size.
+    """
+    if recipe.model.source is None:
+        return None
+    lora = recipe.model.lora
+    frozen = None if lora is None else FrozenWeights(DTYPES[recipe.precision], recipe.model.quantize)
+    model = load_model(recipe.model.source, recipe.model.side, frozen)
+    size, own = recipe.data.size, model.backbone.size
+    if size is not None and own is not None and recipe.codec is None:
+        channels = model.codec.decoded_shape((model.backbone.channels, *own))[0]
+        model.check_shape((channels, size, size))
+    return model
+
+
+def build_model(recipe: Recipe, dataset: ImageDataset, start: Model | None = None) -> Built:
+    """Build the model of a recipe, with its process and objective, from the checkpoint of :func:`load_start`, if given.
 
     Raises:
         InputError: If the checkpoint is missing or of another kind, or the data or the sampler does not fit the
             network.
     """
-    source = recipe.model.source
-    built = _new(recipe, dataset) if source is None else _pretrained(recipe, source, dataset)
+    start = start or load_start(recipe)
+    built = _new(recipe, dataset) if start is None else _pretrained(recipe, start, dataset)
     if recipe.sampler.name not in (None, *built.model.samplers):
         raise InputError(
             f"sampler.name={recipe.sampler.name} does not suit the model: give {' or '.join(built.model.samplers)}"
@@ -86,10 +106,8 @@ def _own(scheduler: Any, codec: Codec) -> Any:
     return mark_as_own(scheduler)
 
 
-def _pretrained(recipe: Recipe, path: str, dataset: ImageDataset) -> Built:
-    lora = recipe.model.lora
-    frozen = None if lora is None else FrozenWeights(DTYPES[recipe.precision], recipe.model.quantize)
-    model = load_model(path, recipe.model.side, frozen)
+def _pretrained(recipe: Recipe, model: Model, dataset: ImageDataset) -> Built:
+    path, lora, frozen = model.path, recipe.model.lora, model.frozen
     if lora is None:
         model.merge()
     elif model.adapter is not None:

@@ -45,7 +45,7 @@ from robustdiff.files import (
 from robustdiff.interrupt import Interrupt
 from robustdiff.progress import SILENT, Progress
 from robustdiff.recipe import Recipe, SignsConfig, load_recipe
-from robustdiff.training.build import Built, build_model
+from robustdiff.training.build import Built, build_model, load_start
 from robustdiff.training.checkpoint import newest_checkpoint, remove_before
 from robustdiff.training.ema import REMAINDER, sufficient_decay
 from robustdiff.training.metrics_log import MetricsLog
@@ -223,11 +223,12 @@ def _train(recipe: Recipe, resume: bool, cpu: bool, progress: Progress, lock: Ex
     folder = Path(recipe.output)
     if recipe.threads is not None:
         torch.set_num_threads(recipe.threads)
-    dataset = recipe.data.load()
     accelerator = _accelerator(recipe, cpu)
+    start = load_start(recipe)
+    dataset = recipe.data.load()
     seed = recipe.seed % 2**31  # NumPy's global generator takes 32 bits, the number of the process included
     set_seed(seed)  # before the network is built, so that all processes start from the same weights
-    built = build_model(recipe, dataset)
+    built = build_model(recipe, dataset, start)
     latents = LatentDataset(dataset, built.model.codec, recipe.data.flip) if recipe.caches_latents else None
     trainer = Trainer(recipe, accelerator, latents or dataset, built)
     watch = None if recipe.watch is None else Watch(recipe.watch, trainer, dataset, folder)

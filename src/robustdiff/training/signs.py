@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from robustdiff.metrics.bootstrap import direction
 from robustdiff.metrics.metric import number_named
 
 __all__ = ["SIGNS", "History", "Rule"]
@@ -71,17 +72,20 @@ def _sign(name: str) -> Callable[[Rule], Rule]:
     return add
 
 
+def _direction(cell: Mapping[str, Any]) -> int:
+    return direction(cell["difference_ci"], cell.get("relative_ci"))
+
+
 @_sign("long-sampling")
 def _long_sampling(history: History, threshold: float) -> str | None:
     cells = history.lines[-1]["cells"]
     most = max(cell["steps"] for cell in cells)
     for cell in cells:
         number = number_named(cell["metric"])
-        if number.better != "lower" or cell["steps"] != most or cell["difference_ci"] is None:
+        if number.better != "lower" or cell["steps"] != most or _direction(cell) < 1:
             continue
         start = cell["value"] - cell["difference"]
-        low, _ = cell.get("relative_ci") or cell["difference_ci"]
-        if start > 0 and low > 0 and cell["difference"] > threshold * start:
+        if start > 0 and cell["difference"] > threshold * start:
             return (
                 f"{number.title} of {cell['sampler']} at {most} steps is {cell['value']:.4g}, "
                 f"{100 * cell['difference'] / start:.0f} % above the start's {start:.4g}"
@@ -92,8 +96,7 @@ def _long_sampling(history: History, threshold: float) -> str | None:
 @_sign("clip-score")
 def _clip_score(history: History, threshold: float) -> str | None:
     for cell in history.lines[-1]["cells"]:
-        of_clip = cell["metric"] == "clip_score" and cell["difference_ci"] is not None
-        if of_clip and cell["difference_ci"][1] < 0 and cell["difference"] < -threshold:
+        if cell["metric"] == "clip_score" and _direction(cell) < 0 and cell["difference"] < -threshold:
             return (
                 f"the CLIP score of {cell['sampler']} at {cell['steps']} steps is {cell['value']:.4g}, "
                 f"{-cell['difference']:.2g} below the start's"

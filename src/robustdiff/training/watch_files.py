@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt
 
 from robustdiff.errors import InputError, printable
 from robustdiff.files import read_json_lines
-from robustdiff.metrics.bootstrap import REPLICATES
+from robustdiff.metrics.bootstrap import REPLICATES, direction
 from robustdiff.metrics.metric import number_named
 from robustdiff.notation import difference as shown_difference
 from robustdiff.notation import number as shown_number
@@ -232,9 +232,9 @@ def summary(recipe: Recipe, result: Mapping[str, Any]) -> list[str]:
         f"best/ holds the model of update {best['step']}; {title}, on fresh noise: "
         f"{'; '.join(map(_said, best['cells']))}"
     )
-    ends = best.get("relative_ci") or best["difference_ci"]
-    if ends is not None and ends[0] <= 0 <= ends[1]:
+    sign = direction(best["difference_ci"], best.get("relative_ci"))
+    if best["difference_ci"] is not None and sign == 0:
         lines.append("on fresh noise it does not differ significantly from the one it started from")
-    elif ends is not None and (ends[0] > 0) == (number.better == "lower"):
+    elif sign == (1 if number.better == "lower" else -1):
         lines.append("on fresh noise it is worse than the one it started from: use that one")
     return lines
