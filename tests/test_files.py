@@ -138,14 +138,14 @@ def test_a_folder_that_cannot_be_renamed_leaves_the_old_one(tmp_path, monkeypatc
 
 def test_an_end_between_the_renames_loses_no_folder(tmp_path, monkeypatch):
     (tmp_path / "a").mkdir()
-    renamed, rename = [], os.rename
+    renamed, rename = [], os.replace
 
     def ended(source: Path, target: Path) -> None:
         remove_unfinished()
         renamed.append(source)
         rename(source, target)
 
-    monkeypatch.setattr(os, "rename", ended)
+    monkeypatch.setattr(os, "replace", ended)
     with atomic_folder(tmp_path / "a", replace=True) as folder:
         (folder / "new").touch()
     assert len(renamed) == 2

@@ -26,8 +26,8 @@ import re
 import secrets
 import shutil
 import stat
-import time
 import tempfile
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
@@ -56,8 +56,8 @@ __all__ = [
     "read_json_lines",
     "read_record",
     "remove_leftovers",
-    "rename",
     "remove_unfinished",
+    "rename",
     "scratch_folder",
     "user_key",
     "write_json",
