@@ -24,7 +24,7 @@ from robustdiff.backbones.model import is_model_folder
 from robustdiff.files import read_record
 from robustdiff.recipe import Recipe, load_recipe
 from robustdiff.study.schema import Study
-from robustdiff.training.run import FREE_TO_CHANGE
+from robustdiff.training.run import network_settings
 from robustdiff.training.run_files import read_result
 
 __all__ = [
@@ -34,7 +34,6 @@ __all__ = [
     "Piece",
     "Run",
     "image_passes",
-    "network_settings",
     "pieces",
     "plan",
     "reference_cells",
@@ -61,11 +60,6 @@ class _Measured(BaseModel):
     """Hold the samplers and numbers of steps of a mismatch file."""
 
     paths: tuple[_Point, ...]
-
-
-def network_settings(recipe: Recipe) -> dict[str, Any]:
-    """Return the settings of a recipe that affect the trained network."""
-    return recipe.model_dump(mode="json", exclude=FREE_TO_CHANGE)
 
 
 @dataclass(frozen=True)
@@ -160,7 +154,10 @@ class Run:
         if not self.failure.is_file():
             return None
         record = read_record(self.failure, _Failure, REMEDY)
-        return record.error if record.settings in (None, network_settings(self.recipe)) else None
+        # Older records hold further settings, which do not affect the network.
+        settings = network_settings(self.recipe)
+        same = record.settings is None or settings == {name: record.settings.get(name) for name in settings}
+        return record.error if same else None
 
     @property
     def mismatch_path(self) -> Path | None:

@@ -34,7 +34,7 @@ from robustdiff.metrics.reference import reference_statistics
 from robustdiff.mismatch.measure import measure_mismatch
 from robustdiff.progress import SILENT, Progress
 from robustdiff.recipe import Recipe
-from robustdiff.study.plan import Cell, Piece, Run, network_settings, pieces, plan
+from robustdiff.study.plan import Cell, Piece, Run, pieces, plan
 from robustdiff.study.schema import Measurement, Study
 from robustdiff.study.store import (
     MEASURES,
@@ -49,7 +49,7 @@ from robustdiff.study.store import (
     write,
 )
 from robustdiff.training.build import build_model
-from robustdiff.training.run import train
+from robustdiff.training.run import network_settings, train
 from robustdiff.training.run_files import read_metrics, training_seconds
 from robustdiff.workers import run_workers
 from robustdiff.yaml_reader import parse_yaml
