@@ -428,6 +428,17 @@ def test_remaining_seconds_follow_what_is_finished(finished, tmp_path):
     assert left["free"].seconds == pytest.approx(6.0 + 40 * (0.01 + 0.002 * missing.steps))
 
 
+def test_remaining_seconds_follow_the_updates_that_were_made(finished, tmp_path, monkeypatch):
+    """Of a study that has twice as many updates now, where runs of 3 updates took 6 s."""
+    study, folder = finished
+    shutil.copytree(folder / "trainings", tmp_path / "trainings")
+    for path in (tmp_path / "trainings").glob("*.json"):
+        path.write_text(json.dumps({**json.loads(path.read_text()), "seconds": 6.0}))
+    monkeypatch.setattr("robustdiff.study.estimate.time_sampling", lambda run: 0.0)
+    longer = study.model_copy(update={"set": {**study.set, "steps": 6}})
+    assert [part.seconds for part in remaining(longer, tmp_path)] == pytest.approx([24.0, 12.0, 0.0])
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -922,7 +933,9 @@ def test_a_training_that_failed_is_tried_again_with_other_settings(tmp_path):
     run = plan(wild, tmp_path)[0]
     module._fail(run, NotFiniteError("the loss is nan"))
     assert run.error == "the loss is nan"
-    assert [piece.name for piece in pieces(wild, tmp_path) if piece.done and piece.training] == ["training plain-s0"]
+    assert [piece.name for piece in pieces(wild, tmp_path) if piece.done and piece.kind == "training"] == [
+        "training plain-s0"
+    ]
     assert plan(tame, tmp_path)[0].error is None
     assert not any(piece.done for piece in pieces(tame, tmp_path))
     write(run.failure, {"error": "the loss is nan"})
@@ -1063,7 +1076,7 @@ class Percentages(list):
 def test_the_largest_work_is_begun_first_and_trainings_before_what_needs_them(tmp_path):
     study = Study.model_validate(TINY)
     order = pieces(study, tmp_path)
-    assert [piece.name for piece in order if piece.training] == [
+    assert [piece.name for piece in order if piece.kind == "training"] == [
         f"training {n}" for n in ("plain-s0", "free-s0", "plain-s1")
     ]
     names = [piece.name for piece in order]

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from robustdiff.evaluation.generate import Generator
-from robustdiff.evaluation.prompts import prompts_of
+from robustdiff.evaluation.prompts import captions_of
 from robustdiff.study.plan import Piece, Run, image_passes, pieces, plan
 from robustdiff.study.schema import Study
 from robustdiff.study.store import Loss, read, read_cell
@@ -39,11 +39,13 @@ def remaining(study: Study, folder: Path) -> list[Remaining]:
     The speed is taken from finished runs and cells. If there are none, a few updates and images are timed.
     """
     runs = plan(study, folder)
-    trained = [(run, read(run.path, Loss).seconds) for run in runs if run.path.is_file()]
+    trained = [(run, read(run.path, Loss)) for run in runs if run.path.is_file()]
     measured = [read_cell(cell, study, run) for run in runs for cell in run.cells if cell.done]
     measured = [record for record in measured if None not in (record["seconds"], record["n"], record["steps"])]
     if trained:
-        training = sum(seconds for _, seconds in trained) / sum(image_passes(run.recipe) for run, _ in trained)
+        # Of the updates that were made, of which the study may have more now. The last line is within a hundredth.
+        made = sum(image_passes(run.recipe) * loss.step[-1] / run.recipe.steps for run, loss in trained)
+        training = sum(loss.seconds for _, loss in trained) / made
     else:
         training = time_training(runs[0])
     # A cell takes a + b·steps for each image: a for its features, b·steps for generating it.
@@ -56,8 +58,8 @@ def remaining(study: Study, folder: Path) -> list[Remaining]:
 
     def left(name: str, own: Sequence[Piece]) -> Remaining:
         cells = [piece.cell for piece in own if piece.cell is not None]
-        untrained = [piece.run.recipe for piece in own if piece.training and piece.run is not None]
-        evaluations = sum(piece.size for piece in own if piece.cell is None and not piece.training)  # for the mismatch
+        untrained = [piece.run.recipe for piece in own if piece.kind == "training" and piece.run is not None]
+        evaluations = sum(piece.size for piece in own if piece.kind == "mismatch")
         seconds = training * sum(map(image_passes, untrained)) + sampling * evaluations
         seconds += study.measure.num * sum(once + sampling * cell.steps for cell in cells)
         return Remaining(name, len(untrained), len(cells), float(seconds))
@@ -87,15 +89,14 @@ def time_sampling(run: Run) -> float:
     """Measure the seconds of one network evaluation for one image, with the initial network."""
     recipe, measure = run.recipe, run.study.measure
     dataset = recipe.data.load()
-    built, prompts = build_model(recipe, dataset), prompts_of(dataset)
     generator = Generator.of(
-        built.model,
+        build_model(recipe, dataset).model,
         sampler=measure.samplers[0],
         steps=2,
         batch_size=measure.batch_size,
         precision=recipe.precision,
         guidance=measure.guidance,
-        data_captions=() if prompts is None else prompts.texts,
+        data_captions=captions_of(dataset),
     )
     seconds = []
     for _ in range(3):
