@@ -428,15 +428,17 @@ def test_remaining_seconds_follow_what_is_finished(finished, tmp_path):
     assert left["free"].seconds == pytest.approx(6.0 + 40 * (0.01 + 0.002 * missing.steps))
 
 
-def test_remaining_seconds_follow_the_updates_that_were_made(finished, tmp_path, monkeypatch):
-    """Of a study that has twice as many updates now, where runs of 3 updates took 6 s."""
+def test_remaining_seconds_of_longer_trainings_are_in_proportion(finished, tmp_path, monkeypatch):
     study, folder = finished
+    monkeypatch.setattr("robustdiff.study.estimate.time_sampling", lambda run: 0.01)
     shutil.copytree(folder / "trainings", tmp_path / "trainings")
     for path in (tmp_path / "trainings").glob("*.json"):
         path.write_text(json.dumps({**json.loads(path.read_text()), "seconds": 6.0}))
-    monkeypatch.setattr("robustdiff.study.estimate.time_sampling", lambda run: 0.0)
-    longer = study.model_copy(update={"set": {**study.set, "steps": 6}})
-    assert [part.seconds for part in remaining(longer, tmp_path)] == pytest.approx([24.0, 12.0, 0.0])
+    short = {part.method: part.seconds for part in remaining(study, tmp_path)}
+    longer = study.model_copy(update={"set": {**study.set, "steps": 10 * study.set["steps"]}})
+    trainings = {"plain": 2, "free": 1}
+    for part in remaining(longer, tmp_path):
+        assert part.seconds - short[part.method] == pytest.approx(9 * 6.0 * trainings.get(part.method, 0), rel=0.1)
 
 
 @pytest.mark.parametrize(

@@ -43,9 +43,9 @@ def remaining(study: Study, folder: Path) -> list[Remaining]:
     measured = [read_cell(cell, study, run) for run in runs for cell in run.cells if cell.done]
     measured = [record for record in measured if None not in (record["seconds"], record["n"], record["steps"])]
     if trained:
-        # Of the updates that were made, of which the study may have more now. The last line is within a hundredth.
-        made = sum(image_passes(run.recipe) * loss.step[-1] / run.recipe.steps for run, loss in trained)
-        training = sum(loss.seconds for _, loss in trained) / made
+        # The study may have more updates now than there were.
+        passes = sum(image_passes(run.recipe) / run.recipe.steps * max(record.step[-1], 1) for run, record in trained)
+        training = sum(record.seconds for _, record in trained) / passes
     else:
         training = time_training(runs[0])
     # A cell takes a + b·steps for each image: a for its features, b·steps for generating it.

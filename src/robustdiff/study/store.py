@@ -140,7 +140,7 @@ class Loss(_Record):
     """The file of a training."""
 
     seconds: Annotated[Number, Field(ge=0)]
-    step: Annotated[tuple[Annotated[Whole, Field(ge=1)], ...], Field(min_length=1, max_length=1000)]
+    step: Annotated[tuple[Whole, ...], Field(min_length=1, max_length=1000)]
     loss: Annotated[tuple[Number, ...], Field(max_length=1000)]
 
     @model_validator(mode="after")
