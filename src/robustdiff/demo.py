@@ -19,7 +19,7 @@ from torch import Tensor
 
 from robustdiff.errors import InputError, printable
 from robustdiff.evaluation.grid import Cell, Grid, differences
-from robustdiff.evaluation.prompts import prompts_of
+from robustdiff.evaluation.prompts import captions_of
 from robustdiff.files import atomic_write
 from robustdiff.metrics.bootstrap import BLOCKS, corrected, interval
 from robustdiff.metrics.metric import number_named
@@ -150,8 +150,8 @@ def _grid(results: Results) -> Grid:
     (seed,) = {seed for _, seed, *_ in results.cells}
     measure = results.study.measure
     dataset = (measure.data or plan(results.study, Path())[0].recipe.data).load()
-    prompts, pictured = prompts_of(dataset), min(measure.pictured, len(dataset))
-    captions = [] if prompts is None else list(prompts.texts[:pictured])
+    pictured = min(measure.pictured, len(dataset))
+    captions = [*captions_of(dataset)[:pictured]]
     if next(iter(results.cells.values()))["noise"] is None:  # of robustdiff 0.2.0, in the order of the data
         captions = dataset.first_captions(range(pictured)) or []
     grid = Grid([], [], {}, captions)

@@ -170,7 +170,7 @@ def test_existing_images_have_prompts_in_turn(robustdiff, prompts, clip_folder, 
 @pytest.mark.parametrize(
     ("sources", "arguments", "words"),
     [
-        (["MODEL"], [], ["give one or more by --prompt (evaluate: --prompts FILE)"]),
+        (["MODEL"], [], ["give one or more by --prompt (evaluate: --prompts FILE"]),
         (["MODEL", "fashion-16"], ["--prompts", "PROMPTS"], ["fashion-16", "leave --prompt out (evaluate: --prompts)"]),
         (["fashion-16"], ["--num", "4"], ["fashion-16: the metric clip-score compares images with captions"]),
         (["IMAGES"], [], ["a.npz: the metric clip-score compares", "give --prompts FILE"]),

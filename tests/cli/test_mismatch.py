@@ -7,6 +7,7 @@ import json
 import shutil
 
 import pytest
+from PIL import Image
 
 from robustdiff.mismatch import robustness
 from robustdiff.mismatch.measure import MEASURES
@@ -37,6 +38,25 @@ def test_the_command_prints_tables_and_writes_figures_and_json(robustdiff, digit
         assert r["radii"] == [0.5]
         assert r["loss"] < r["robust"][0]
         assert interval(r["robust"][0], None, ".3g", r["robust_se"][0]) in outcome.out
+
+
+def test_a_model_of_captions_is_measured_for_those_of_the_real_images(
+    robustdiff, make_sd_pipeline, tmp_path, monkeypatch, assert_bad_input
+):
+    monkeypatch.chdir(tmp_path)
+    make_sd_pipeline(tmp_path / "model")
+    (tmp_path / "photos").mkdir()
+    lines = []
+    for i in range(80):
+        Image.new("RGB", (8, 8), (3 * i, 99, i)).save(tmp_path / "photos" / f"{i}.png")
+        lines.append(json.dumps({"file_name": f"{i}.png", "text": f"shoe {i}"}))
+    arguments = ["model", "--data", "imagefolder", "--root", "photos", "--steps", "1", "--num", "40", "--probes", "0"]
+    assert_bad_input(robustdiff("mismatch", *arguments), "model: this model is conditioned on captions", "by --data")
+    assert not (tmp_path / "mismatch").exists()
+    (tmp_path / "photos" / "metadata.jsonl").write_text("\n".join(lines))
+    outcome = robustdiff("mismatch", *arguments, "--cpu")
+    assert outcome.code == 0, outcome.err
+    assert json.loads((tmp_path / "mismatch" / "mismatch.json").read_text())["paths"][0]["n"] == 40
 
 
 def test_without_probes_there_is_no_robust_loss(robustdiff, digits_run, tmp_path):

@@ -250,6 +250,22 @@ def test_classes_are_those_of_the_real_images_on_both_sides(gaussian_data):
         assert labels.tolist() == (order[:3] % 10).tolist()
 
 
+@pytest.mark.parametrize("seed", [0, 3])
+def test_captions_are_those_of_the_real_images_on_both_sides(make_sd_pipeline, tmp_path, monkeypatch, seed):
+    generator = Generator.load(make_sd_pipeline(tmp_path), prompts=("another",), batch_size=25)
+    texts = [f"shoe {i}" for i in range(80)]
+    images = np.random.default_rng(0).integers(0, 256, (80, 8, 8, 3), np.uint8)
+    data = ArrayDataset("shoes", images, captions=[[text, "another"] for text in texts])
+    condition, given = generator.condition, []
+    embed = condition.embed
+    monkeypatch.setattr(condition, "embed", lambda captions: given.append([*captions]) or embed(captions))
+    small({"a": generator}, data, ["ddim"], [1], num=40, probes=3, radii=[], times=[0.5], seed=seed)
+    expected = [texts[i] for i in np.random.default_rng(seed).permutation(80)[:40]]
+    assert given == [expected[:25], expected[25:], expected[:3]]
+    with pytest.raises(InputError, match=r"a is conditioned on captions and plain has none: give the images"):
+        small({"a": generator}, ArrayDataset("plain", images), ["ddim"], [1], num=40)
+
+
 def test_a_network_is_called_as_samplers_call_it(gaussian_data, monkeypatch):
     """Where a network needs a wrapping, as a consistency model does, it is the wrapping that is measured."""
     generator = generator_of(Exact())

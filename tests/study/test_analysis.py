@@ -22,6 +22,7 @@ from robustdiff.study.analysis import (
     holm,
     rank_correlation,
     sensitivity,
+    spread,
 )
 from robustdiff.study.store import Results
 
@@ -81,8 +82,20 @@ def test_sensitivity_is_of_free_training_in_l2_without_a_radius():
         "more": {"steps": 5},
     }
     named = {name: {**free, "step_size": 0.2, **changed} for name, changed in others.items()}
-    found = sensitivity(results_of(plain={**free, "name": "none"}, free=free, **named), "ddim", 10)
+    found = sensitivity(results_of(plain={"name": "none"}, free=free, **named), "ddim", 10)
     assert found.changes == {(0.1, 3): pytest.approx(-0.5), (0.2, 5): pytest.approx(2**-5 - 1)}
+
+
+def test_the_spread_is_by_the_passes_of_the_recipe():
+    """Also where a training says nothing of its batches, or ended within one."""
+    free = {"name": "free", "steps": 3}
+    results = results_of(
+        plain={"name": "none"}, free=free, pgd={**free, "name": "pgd"}, random={**free, "name": "random"}
+    )
+    for (method, seed, *_), record in results.cells.items():
+        record["training"] = {"steps": 5, "batches": [None, {"plain": 5, "pgd": 5}.get(method, 2)][seed]}
+    deviation = math.log(2) / math.sqrt(2)  # of ln 1 and ln 2
+    assert spread(results, "ddim", 10) == {1: (pytest.approx(deviation), 2), 3: (pytest.approx(deviation), 2)}
 
 
 @pytest.mark.parametrize(("floor", "excess"), [(0.5, -2.0), (-2.0, 0.5), (None, 1.5)])

@@ -37,7 +37,16 @@ from robustdiff.study.estimate import remaining
 from robustdiff.study.plan import pieces, plan, reference_cells
 from robustdiff.study.run import reproduce, run_study
 from robustdiff.study.schema import Study, load_study
-from robustdiff.study.store import MEASURES, Results, check_results, claim_study, read_cell, read_results, write
+from robustdiff.study.store import (
+    MEASURES,
+    Results,
+    cell_settings,
+    check_results,
+    claim_study,
+    read_cell,
+    read_results,
+    write,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = {
@@ -867,6 +876,34 @@ def test_results_of_other_settings_are_no_results(finished, tmp_path, robustdiff
             assert words in outcome.err
 
 
+def test_settings_that_train_the_same_network_make_the_same_study(finished, tmp_path):
+    """Results that are there stay results, and a training that failed has failed."""
+    study, folder = finished
+    images = {"name": "fashion-16", "split": "test"}
+    free = {"data.workers": 1, "model.gradient_checkpointing": True, "accumulate": 2, "log_every": 7}
+    more = {"data": DataConfig(**images, workers=1), "real": DataConfig(**images, workers=1)}
+    others = {
+        "set": {**study.set, **free},
+        "measure": study.measure.model_copy(update=more),
+    }
+    few = study.measure.model_copy(
+        update={name: value.model_copy(update={"workers": 0}) for name, value in more.items()}
+    )
+    before, after = study.model_copy(update={"measure": few}), study.model_copy(update=others)
+    (tmp_path / "cells").mkdir()
+    for path in (folder / "cells").glob("*.json"):
+        record = json.loads(path.read_text())
+        text = json.dumps({**record, "measure": cell_settings(few)})
+        (tmp_path / "cells" / path.name).write_text(text)
+    (tmp_path / "cells" / "real.json").write_text(json.dumps({**record, "measure": few.model_dump(mode="json")}))
+    failed = plan(before, tmp_path)[2]
+    module._fail(failed, NotFiniteError("the loss is nan"))
+    check_results(after, tmp_path)
+    assert read_results(after, tmp_path) == replace(read_results(before, tmp_path), study=after)
+    assert len(read_results(after, tmp_path).references) == 1
+    assert plan(after, tmp_path)[2].error == "the loss is nan"
+
+
 def test_a_broken_file_is_named(finished, robustdiff):
     study, folder = finished
     cell = plan(study, folder)[1].cells[0]
@@ -899,7 +936,9 @@ def test_a_training_that_failed_is_tried_again_with_other_settings(tmp_path):
     run = plan(wild, tmp_path)[0]
     module._fail(run, NotFiniteError("the loss is nan"))
     assert run.error == "the loss is nan"
-    assert [piece.name for piece in pieces(wild, tmp_path) if piece.done and piece.training] == ["training plain-s0"]
+    assert [piece.name for piece in pieces(wild, tmp_path) if piece.done and piece.kind == "training"] == [
+        "training plain-s0"
+    ]
     assert plan(tame, tmp_path)[0].error is None
     assert not any(piece.done for piece in pieces(tame, tmp_path))
     write(run.failure, {"error": "the loss is nan"})
@@ -1040,7 +1079,7 @@ class Percentages(list):
 def test_the_largest_work_is_begun_first_and_trainings_before_what_needs_them(tmp_path):
     study = Study.model_validate(TINY)
     order = pieces(study, tmp_path)
-    assert [piece.name for piece in order if piece.training] == [
+    assert [piece.name for piece in order if piece.kind == "training"] == [
         f"training {n}" for n in ("plain-s0", "free-s0", "plain-s1")
     ]
     names = [piece.name for piece in order]

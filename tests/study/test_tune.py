@@ -21,7 +21,18 @@ from robustdiff.report.tune import advice, tune_markdown
 from robustdiff.study import tune as module
 from robustdiff.study.plan import plan, reference_cells
 from robustdiff.study.run import reproduce
-from robustdiff.study.tune import Speed, Stage, Tuning, candidates, decide, default_space, new_tuning, stages, tune
+from robustdiff.study.tune import (
+    Speed,
+    Stage,
+    Tuning,
+    candidates,
+    decide,
+    default_space,
+    new_tuning,
+    plain_trainings,
+    stages,
+    tune,
+)
 
 SPACE = {"adversary.step_size": [0.3, 0.1], "adversary.steps": [3, 2], "lr": [1e-4, 3e-4], "ema": [0.995, "auto"]}
 SMALL = {
@@ -118,19 +129,18 @@ def test_the_default_values_are_around_the_recipe_with_its_own_first():
 
 
 def test_candidates_are_distinct_and_the_first_is_the_recipe():
-    made = candidates(small(candidates=8))
-    assert list(made) == [*(f"c{i}" for i in range(1, 9)), "p1", "p2"]
+    made, plain = candidates(small(candidates=8)), plain_trainings(small(candidates=8))
+    assert (list(made), list(plain)) == ([f"c{i}" for i in range(1, 9)], ["p1", "p2"])
     assert made["c1"] == {"adversary.step_size": 0.3, "adversary.steps": 3, "lr": 1e-4, "ema": 0.995}
-    assert made["p1"] == {"adversary": "none", "lr": 1e-4, "ema": 0.995}
-    assert len({json.dumps(own) for own in made.values()}) == len(made)
+    assert plain["p1"] == {"adversary": "none", "lr": 1e-4, "ema": 0.995}
+    for own in (made, plain):
+        assert len({json.dumps(settings) for settings in own.values()}) == len(own)
     assert made == candidates(small(candidates=8))
     assert made != candidates(small(candidates=8, seed=1)), "another seed draws others"
     every = candidates(small(candidates=16))
-    assert {tuple(own.values()) for name, own in every.items() if name[0] == "c"} == set(
-        itertools.product(*SPACE.values())
-    )
-    alone = candidates(small(space={"adversary.steps": [2, 3]}, candidates=2))
-    assert alone["p1"] == {"adversary": "none"}
+    assert {tuple(own.values()) for own in every.values()} == set(itertools.product(*SPACE.values()))
+    alone = plain_trainings(small(space={"adversary.steps": [2, 3]}, candidates=2))
+    assert alone == {"p1": {"adversary": "none"}}
 
 
 @pytest.mark.parametrize("name", ["free", "pgd", "none"])
@@ -151,6 +161,25 @@ def test_a_ramp_and_automatic_averages_keep_their_share_of_the_run():
     assert (changes["adversary.ramp"], changes["ema"], changes["steps"]) == (60, "auto", 300)
     with pytest.raises(InputError, match="less than the 4 of one update"):
         module._scaled(small(), {"adversary.name": "pgd"}, 3)
+
+
+def test_the_ramp_of_a_radius_is_left_out_where_there_is_none(measured, tmp_path):
+    ramped = {**SMALL["set"], "adversary.radius": {"eta": 0.1}, "adversary.ramp": 240}
+    space = default_space(load_recipe("fashion-16-at", changes=ramped))
+    tuning = small(set=ramped, space={"adversary.radius": space["adversary.radius"], "adversary.steps": [2, 3]})
+    for settings, ramp in (
+        ({"adversary.radius": None}, 0),
+        ({"adversary.radius": {"eta": 0.03}}, 60),
+        ({"adversary.radius": None, "adversary.radius.eta": 0.03}, 60),
+        ({"adversary.steps": 2}, 60),
+    ):
+        changes = {**tuning.set, **module._scaled(tuning, settings, 300)}
+        assert load_recipe("fashion-16-at", changes=changes).adversary.ramp == ramp
+    measured(
+        lambda settings, seed: 9.0 if settings is None else 8.0 + 0.001 * seed - (settings.get("adversary.ramp") == 0)
+    )
+    *_, record = tune(tuning, tmp_path)
+    assert record["confirmation"]["contestants"]["candidate"]["settings"]["adversary.radius"] is None
 
 
 def test_rungs_halve_and_trainings_double():
@@ -236,6 +265,20 @@ def test_differences_are_those_of_paired_t_tests(measured, tmp_path):
     adjusted = np.minimum(1, np.maximum.accumulate([(3 - i) * tests[p].pvalue for i, p in enumerate(ordered)]))
     assert [found[pair]["p_adjusted"] for pair in ordered] == pytest.approx(adjusted.tolist())
     assert "p_adjusted" not in found["candidate", "control"], "it explains and does not decide"
+
+
+def test_differences_of_small_values_are_ratios_too(measured, tmp_path):
+    """FIDs of 0.0001, as those of a metric on another scale."""
+    fid = fid_by_step_size()
+    found = []
+    for factor in (1, 1e-5):
+        measured(lambda settings, seed, factor=factor: factor * fid(settings, seed))
+        *_, record = tune(small(), tmp_path / str(factor))
+        found += [own[name] for own in record["comparisons"] for name in ("mean", "p")]
+    assert found[len(found) // 2 :] == pytest.approx(found[: len(found) // 2])
+    measured(lambda settings, seed: -0.25 if settings is None else fid(settings, seed))
+    with pytest.raises(InputError, match=r"the FID of untouched is -0\.25 with seed 1, and .*: rank by another"):
+        list(tune(small(), tmp_path / "negative"))
 
 
 @pytest.mark.parametrize(

@@ -189,7 +189,8 @@ class Generator:
             if self.prompts:
                 raise InputError("this model is not conditioned on captions: leave --prompt out (evaluate: --prompts)")
             raise InputError(
-                "this model is conditioned on captions: give one or more by --prompt (evaluate: --prompts FILE)"
+                "this model is conditioned on captions: give one or more by --prompt (evaluate: --prompts FILE; "
+                "mismatch: real images that have captions, by --data)"
             )
         if self.negative is not None:
             if not condition.takes_captions:

@@ -29,7 +29,7 @@ from robustdiff.files import open_regular, read_json
 from robustdiff.loading import shown
 from robustdiff.metrics.reservoir import fixed_order
 
-__all__ = ["Prompts", "load_prompts", "prompts_of", "record_of"]
+__all__ = ["Prompts", "captions_of", "load_prompts", "prompts_of", "record_of"]
 
 _BYTES = 2**28  # COCO's captions of 118,000 images have 92 MB
 
@@ -95,6 +95,12 @@ def prompts_of(dataset: ImageDataset | None) -> Prompts | None:
         return None
     captions = dataset.first_captions(fixed_order(len(dataset)).tolist())
     return None if captions is None else Prompts(dataset.name, tuple(captions))
+
+
+def captions_of(dataset: ImageDataset | None) -> tuple[str, ...]:
+    """Return the texts of :func:`prompts_of`, or none without captions."""
+    prompts = prompts_of(dataset)
+    return () if prompts is None else prompts.texts
 
 
 def load_prompts(path: Path) -> Prompts:

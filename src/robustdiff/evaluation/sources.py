@@ -15,7 +15,7 @@ from robustdiff.errors import InputError, printable
 from robustdiff.evaluation.generate import Generator
 from robustdiff.evaluation.grid import Grid, evaluate_grid, evaluate_images
 from robustdiff.evaluation.images import check_size, load_images, number_of_images
-from robustdiff.evaluation.prompts import Prompts, prompts_of
+from robustdiff.evaluation.prompts import Prompts, captions_of
 from robustdiff.evaluation.real_images import Target
 from robustdiff.metrics.metric import MetricCollection
 from robustdiff.metrics.reference import FEWEST
@@ -59,12 +59,16 @@ def load_generators(
 ) -> dict[str, Generator]:
     """Return the generators of runs by name, with the first of the samplers and of the numbers of steps.
 
+    Without prompts, networks of captions are sampled for those of the dataset.
+
     Raises:
         InputError: If a run cannot be loaded, a setting does not suit it, or its images have another shape than the
             dataset's.
     """
     # One sampler for all runs, whatever the recipe of one says.
     settings |= {"sampler": samplers[0] if samplers else None, "steps": steps[0], "by_recipe": False}
+    if not settings.get("prompts") and "data_captions" not in settings:
+        settings["data_captions"] = captions_of(dataset)
     classes = None if dataset is None else dataset.num_classes
     generators = {name: Generator.load(run, device, data_classes=classes, **settings) for name, run in runs.items()}
     if dataset is not None:
@@ -125,11 +129,10 @@ def evaluate_sources(
     settings |= {"samplers": samplers, "steps": steps or [1], "batch_size": batch_size}
     if guidances:
         settings["guidance"] = guidances[0]
-    real = prompts_of(target.dataset)
     if prompts is not None:
         settings["prompts"] = prompts.texts
-    elif real is not None:
-        settings["data_captions"] = real.texts
+    else:  # also where the images are not compared
+        settings["data_captions"] = captions_of(target.dataset)
     compared = None if target.extractor is None else target.dataset
     generators = load_generators(runs, accelerator.device, compared, **settings)
     number = num or _number(generators)

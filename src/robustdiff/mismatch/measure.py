@@ -24,9 +24,9 @@ value estimates a lower bound. For a few thousand images, nearest neighbours req
 (:mod:`robustdiff.mismatch.distances`).
 
 **Common random numbers.** :class:`robustdiff.evaluation.noise.ImageNoise` draws x_T and the step noise of image i.
-Image i of q has one x_0 and one ε, which are the same for all times, samplers and checkpoints. A class-conditional
-network receives the class of the real image i in sampling and on the points of q. Replicates omit the same images
-everywhere, which gives intervals for means over steps and for differences of checkpoints.
+Image i of q has one x_0 and one ε, which are the same for all times, samplers and checkpoints. A conditional network
+receives the class, or the first caption, of the real image i in sampling and on the points of q. Replicates omit the
+same images everywhere, which gives intervals for means over steps and for differences of checkpoints.
 
 **Memory.** For the distances, the states of the first ``kept`` images are stored, 4·kept·d bytes for each step, for one
 checkpoint and sampler at a time.
@@ -390,8 +390,9 @@ def measure_mismatch(
     """Measure checkpoints with samplers, and their robustness at points of q.
 
     Args:
-        generators: The generators, by the checkpoint's name. Their sampler, steps and seed are replaced. Their
-            precision applies to the paths; robustness is measured without autocast.
+        generators: The generators, by the checkpoint's name. Their sampler, steps and seed are replaced, and classes
+            and prompts are those of the real images. Their precision applies to the paths; robustness is measured
+            without autocast.
         dataset: The real images.
         samplers: The names of the samplers. Default: the sampler of the first generator.
         steps: The numbers of network evaluations.
@@ -407,8 +408,8 @@ def measure_mismatch(
         progress: The receiver of the progress.
 
     Raises:
-        InputError: If a sampler, the steps or the images do not suit a checkpoint, classes are missing, or a number is
-            out of range.
+        InputError: If a sampler, the steps or the images do not suit a checkpoint, classes or captions are missing, or
+            a number is out of range.
         NotFiniteError: If a measure is not a number.
     """
     cells = list(itertools.product(samplers or [next(iter(generators.values())).sampler], steps))
@@ -418,12 +419,14 @@ def measure_mismatch(
     _check_numbers(dataset, num, radii, probes, times, reservoir)
     kept, blocks = min(num, reservoir), half_samples(seed=seed)
     truth = _Truth(dataset, num, kept, seed, next(iter(generators.values())).model)
+    captions = tuple(truth.captions(range(num)) or ())
     paths, differences, robustness = [], [], []
     for sampler, count in cells:
         measured: dict[str, dict[str, Array]] = {}
         for name, generator in generators.items():
             progress.begin(f"{name} · {sampler} {count}", num)
-            chosen = replace(generator, sampler=sampler, steps=count, seed=seed)
+            prompts = captions if generator.condition.takes_captions else ()
+            chosen = replace(generator, sampler=sampler, steps=count, seed=seed, prompts=prompts)
             path, values = _follow(chosen, truth, num, kept, blocks, progress)
             mean, means = _mean_over_steps(path, values)
             paths.append(Path(name, sampler, count, num, kept, path, mean, path[-1].estimates))
@@ -467,6 +470,10 @@ def _check_generators(
             raise InputError(
                 f"{name} has {generator.classes} classes and {dataset.name} has {dataset.num_classes or 'none'}: "
                 "give the images that it was trained on"
+            )
+        if generator.condition.takes_captions and dataset.captions is None:
+            raise InputError(
+                f"{name} is conditioned on captions and {dataset.name} has none: give the images that it was trained on"
             )
         for sampler, count in cells:
             replace(generator, sampler=sampler, steps=count)  # the constructor's checks, before any computation

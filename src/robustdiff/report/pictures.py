@@ -25,7 +25,7 @@ from torch import Tensor
 from robustdiff.backbones.model import PRETRAINED
 from robustdiff.errors import InputError, printable
 from robustdiff.evaluation.generate import Generator
-from robustdiff.evaluation.prompts import prompts_of
+from robustdiff.evaluation.prompts import captions_of
 from robustdiff.evaluation.real_images import choose_real_images
 from robustdiff.progress import SILENT, Progress
 from robustdiff.report.runs import RunFiles
@@ -174,13 +174,12 @@ def _default_steps(run: RunFiles, sampler: str) -> list[int]:
 def _captions_of(run: RunFiles, on_read: Callable[[str], None]) -> tuple[str, ...]:
     """Return the captions of the data of a run."""
     try:
-        known = prompts_of(choose_real_images(run.source, on_read=on_read).load())
+        return captions_of(choose_real_images(run.source, on_read=on_read).load())
     except InputError as error:
         raise InputError(
             f"{printable(run.source)}: the captions of its data cannot be read ({error}): give the pictures others by "
             "--prompt, or leave them out by --num 0"
         ) from None
-    return () if known is None else known.texts
 
 
 def sample_checkpoints(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, geometric_mean
 from typing import Any
 
 import yaml
@@ -19,7 +19,6 @@ from robustdiff.recipe import load_recipe
 from robustdiff.report.run_sections import command
 from robustdiff.report.tables import shown
 from robustdiff.report.words import code_span, threads
-from robustdiff.study.analysis import log
 from robustdiff.study.tune import RULE, Speed, Stage, Tuning, default_space
 
 __all__ = ["advice", "comparison_table", "confirmation_table", "failures", "plan_table", "rung_table", "tune_markdown"]
@@ -124,7 +123,7 @@ def _confirmation(record: Record) -> Rows:
         line = [format(values[s], number.format) if s in values else "failed" for s in seeds]
         mean = None
         if values:  # the geometric mean, as differences are of logarithms
-            mean = math.exp(fmean(map(log, values.values()))) if number.log else fmean(values.values())
+            mean = (geometric_mean if number.log else fmean)(values.values())
         name = ROLES[role] if role == "untouched" else f"{ROLES[role]}, {contestant['name']}"
         lines.append(
             [name, described(contestant["settings"]), *line, "–" if mean is None else format(mean, number.format)]

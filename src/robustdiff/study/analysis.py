@@ -39,7 +39,9 @@ from scipy.stats import t as student_t
 from robustdiff.errors import RunError
 from robustdiff.metrics.bootstrap import BLOCKS, Array
 from robustdiff.mismatch.measure import MEASURES as MISMATCHES
+from robustdiff.recipe import Recipe
 from robustdiff.study.store import MEASURES, Results
+from robustdiff.training.run import network_settings
 
 __all__ = [
     "TRAININGS",
@@ -57,7 +59,6 @@ __all__ = [
     "effect",
     "holm",
     "levels",
-    "log",
     "main_methods",
     "mean_terms",
     "mismatch_agreement",
@@ -183,15 +184,15 @@ def holm(p: Sequence[float]) -> list[float]:
     return [float(value) for value in adjusted]
 
 
-def log(value: float) -> float:
+def _log(fid: float) -> float:
     """Return the logarithm of an FID, or of 0.001 if the FID is smaller."""
-    return float(np.log(max(value, SMALLEST)))
+    return float(np.log(max(fid, SMALLEST)))
 
 
 def _logs(record: Record, measure: str = FID) -> Array:
     """Return ln FID of a cell and of its R replicates, centred at FID since their own mean is biased upwards.
 
-    ``measure`` may name another positive number that has replicates.
+    ``measure`` may name another FID that has replicates.
     """
     drawn = record["replicates"] if measure == FID else record["other_replicates"][measure]
     value, replicates = record["numbers"][measure], np.array(drawn)
@@ -214,6 +215,11 @@ def _effect(results: Results, seeds: Mapping[int, Array], common: float = 0.0) -
             shared = max(0.0, float(off / (len(seeds) * (len(seeds) - 1))))
     blocks = next(iter(results.cells.values()))["blocks"].get(FID, BLOCKS)
     return Effect({seed: float(logs[0]) for seed, logs in seeds.items()}, shared, blocks=blocks)
+
+
+def _recipe(record: Record) -> Recipe:
+    """Return the recipe by which the network of a cell was trained."""
+    return Recipe.model_validate(record["recipe"])
 
 
 def baseline_of(results: Results, method: str) -> str:
@@ -283,7 +289,7 @@ def effect(
 ) -> Effect | None:
     """Return the effect of a method against a baseline, by default its own, or None if no seed has both cells.
 
-    ``measure`` is FID, or another positive number of which every cell has replicates.
+    ``measure`` is FID, or another FID of which every cell has replicates, such as ``fid_shifted``.
     """
     baseline = baseline or baseline_of(results, method)
     return _effect(results, _differences(results, method, sampler, steps, baseline, measure))
@@ -350,9 +356,9 @@ def spread(results: Results, sampler: str, steps: int) -> dict[int, tuple[float,
     for method in results.methods:
         seeds = _seeds(results, method, sampler, steps)
         if len(seeds) > 1:
-            training = results.cells[method, seeds[0], sampler, steps]["training"]
-            variance = float(np.var([log(fid) for fid in values(results, method, sampler, steps)], ddof=1))
-            found.setdefault(round(training["steps"] / training["batches"]), []).append((variance, len(seeds) - 1))
+            variance = float(np.var([_log(fid) for fid in values(results, method, sampler, steps)], ddof=1))
+            passes = _recipe(results.record_of(method)).adversary.example().passes
+            found.setdefault(passes, []).append((variance, len(seeds) - 1))
     return {
         passes: (math.sqrt(sum(v * n for v, n in own) / sum(n for _, n in own)), sum(n for _, n in own))
         for passes, own in sorted(found.items())
@@ -369,19 +375,19 @@ def sensitivity(results: Results, sampler: str, steps: int) -> Sensitivity:
     settings: set[str] = set()
     common = results.study.baseline
     for method in results.methods:
-        recipe = results.record_of(method)["recipe"]
-        adversary, baseline = recipe["adversary"], baseline_of(results, method)
+        record = results.record_of(method)
+        adversary, baseline = record["recipe"]["adversary"], baseline_of(results, method)
         free = adversary["name"] == "free" and adversary["norm"] == "l2" and adversary["radius"] is None
         seeds = set(_seeds(results, method, sampler, steps)) & set(_seeds(results, baseline, sampler, steps))
         if not free or not seeds:
             continue
-        rest = {k: v for k, v in recipe.items() if k not in ("adversary", "seed", "output", "sampler")}
+        rest = {k: v for k, v in network_settings(_recipe(record)).items() if k not in ("adversary", "seed")}
         text = json.dumps([baseline, rest], sort_keys=True)
         if not settings:
             settings, common = {text}, baseline
         if text in settings:
             fids = {s: [results.cells[m, s, sampler, steps]["numbers"][FID] for m in (method, baseline)] for s in seeds}
-            found[adversary["step_size"], adversary["steps"]] = {s: log(a) - log(b) for s, (a, b) in fids.items()}
+            found[adversary["step_size"], adversary["steps"]] = {s: _log(a) - _log(b) for s, (a, b) in fids.items()}
     shared = sorted(set.intersection(*map(set, found.values()))) if found else []
     changes = {key: float(np.expm1(np.mean([logs[s] for s in shared]))) for key, logs in found.items() if shared}
     return Sensitivity(common, shared, changes)
@@ -402,7 +408,7 @@ def at_equal_brightness(results: Results, sampler: str, steps: int) -> dict[Pair
     for method, own in brightness(results, sampler, steps).items():
         seeds = [seed for seed in _unseen(results, method, sampler, steps) if seed in own]
         if len(seeds) >= TRAININGS:
-            points[method] = {seed: (own[seed][0], log(own[seed][1])) for seed in seeds}
+            points[method] = {seed: (own[seed][0], _log(own[seed][1])) for seed in seeds}
     return adjusted_effects(points, pairs(results))
 
 
@@ -471,7 +477,7 @@ def mismatch_agreement(results: Results) -> dict[str, tuple[float | None, float 
     found = {}
     for name in MISMATCHES:
         amounts = {key: _excess(results.mismatch[key], name) for key in keys}
-        moved = [(log(fids[key]) - log(fids[base]), amounts[key] - amounts[base]) for key, base in compared]
+        moved = [(_log(fids[key]) - _log(fids[base]), amounts[key] - amounts[base]) for key, base in compared]
         ranks = rank_correlation([(fids[key], amounts[key]) for key in keys]), rank_correlation(moved)
         found[name] = *ranks, sum((fid < 0) == (amount < 0) for fid, amount in moved)
     return found

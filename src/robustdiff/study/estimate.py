@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from robustdiff.evaluation.generate import Generator
-from robustdiff.evaluation.prompts import prompts_of
+from robustdiff.evaluation.prompts import captions_of
 from robustdiff.files import scratch_folder
 from robustdiff.study.plan import Piece, Run, image_passes, pieces, plan
 from robustdiff.study.schema import Study
@@ -58,8 +58,8 @@ def remaining(study: Study, folder: Path) -> list[Remaining]:
 
     def left(name: str, own: Sequence[Piece]) -> Remaining:
         cells = [piece.cell for piece in own if piece.cell is not None]
-        untrained = [piece.run.recipe for piece in own if piece.training and piece.run is not None]
-        evaluations = sum(piece.size for piece in own if piece.cell is None and not piece.training)  # for the mismatch
+        untrained = [piece.run.recipe for piece in own if piece.kind == "training" and piece.run is not None]
+        evaluations = sum(piece.size for piece in own if piece.kind == "mismatch")
         seconds = training * sum(map(image_passes, untrained)) + sampling * evaluations
         seconds += study.measure.num * sum(once + sampling * cell.steps for cell in cells)
         return Remaining(name, len(untrained), len(cells), float(seconds))
@@ -89,15 +89,14 @@ def time_sampling(run: Run) -> float:
     """Measure the seconds of one network evaluation for one image, with the initial network."""
     recipe, measure = run.recipe, run.study.measure
     dataset = recipe.data.load()
-    built, prompts = build_model(recipe, dataset), prompts_of(dataset)
     generator = Generator.of(
-        built.model,
+        build_model(recipe, dataset).model,
         sampler=measure.samplers[0],
         steps=2,
         batch_size=measure.batch_size,
         precision=recipe.precision,
         guidance=measure.guidance,
-        data_captions=() if prompts is None else prompts.texts,
+        data_captions=captions_of(dataset),
     )
     seconds = []
     for _ in range(3):

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel
 
@@ -24,7 +24,7 @@ from robustdiff.backbones.model import is_model_folder
 from robustdiff.files import read_record
 from robustdiff.recipe import Recipe, load_recipe
 from robustdiff.study.schema import Study
-from robustdiff.training.run import FREE_TO_CHANGE
+from robustdiff.training.run import network_settings
 from robustdiff.training.run_files import read_result
 
 __all__ = [
@@ -34,7 +34,6 @@ __all__ = [
     "Piece",
     "Run",
     "image_passes",
-    "network_settings",
     "pieces",
     "plan",
     "reference_cells",
@@ -61,11 +60,6 @@ class _Measured(BaseModel):
     """Hold the samplers and numbers of steps of a mismatch file."""
 
     paths: tuple[_Point, ...]
-
-
-def network_settings(recipe: Recipe) -> dict[str, Any]:
-    """Return the settings of a recipe that affect the trained network."""
-    return recipe.model_dump(mode="json", exclude=FREE_TO_CHANGE)
 
 
 @dataclass(frozen=True)
@@ -160,7 +154,10 @@ class Run:
         if not self.failure.is_file():
             return None
         record = read_record(self.failure, _Failure, REMEDY)
-        return record.error if record.settings in (None, network_settings(self.recipe)) else None
+        # Older records hold further settings, which do not affect the network.
+        settings = network_settings(self.recipe)
+        same = record.settings is None or settings == {name: record.settings.get(name) for name in settings}
+        return record.error if same else None
 
     @property
     def mismatch_path(self) -> Path | None:
@@ -245,21 +242,18 @@ class Piece:
     """A piece of a study's work, done by one process.
 
     Attributes:
+        kind: The kind of the work: a training, or the measurement of a cell or of a mismatch.
         name: The name of the piece and of its lock, unique in the study.
         size: The estimated time, in network evaluations for one image.
         run: The run that is trained or measured, or None for the cell of a reference.
         cell: The cell, or None for a training or a mismatch.
     """
 
+    kind: Literal["training", "cell", "mismatch"]
     name: str
     size: float
     run: Run | None
     cell: Cell | None = None
-
-    @property
-    def training(self) -> bool:
-        """Return whether the piece is a training."""
-        return self.run is not None and self.name == f"training {self.run.name}"
 
     @property
     def done(self) -> bool:
@@ -269,14 +263,14 @@ class Piece:
         if self.cell is not None:
             return self.cell.done
         assert self.run is not None
-        if self.training:
+        if self.kind == "training":
             return not self.run.missing or self.run.done
         return self.run.mismatch_done
 
     @property
     def ready(self) -> bool:
         """Return whether everything that the piece depends on is done."""
-        return self.run is None or self.training or self.run.done
+        return self.run is None or self.kind == "training" or self.run.done
 
 
 def pieces(study: Study, folder: Path) -> list[Piece]:
@@ -290,14 +284,14 @@ def pieces(study: Study, folder: Path) -> list[Piece]:
 
     def all_pieces() -> Iterator[tuple[int, Piece]]:
         for cell in reference_cells(study, folder):
-            yield 0, Piece(cell.name, measure.num * cell.steps + CELL, None, cell)
+            yield 0, Piece("cell", cell.name, measure.num * cell.steps + CELL, None, cell)
         for run in plan(study, folder):
-            yield run.round, Piece(f"training {run.name}", UPDATE * image_passes(run.recipe), run)
+            yield run.round, Piece("training", f"training {run.name}", UPDATE * image_passes(run.recipe), run)
             for cell in run.cells:
-                yield run.round, Piece(cell.name, measure.num * cell.steps + CELL, run, cell)
+                yield run.round, Piece("cell", cell.name, measure.num * cell.steps + CELL, run, cell)
             if run.mismatch_path is not None:
                 calls = 2 * len(measure.samplers) * sum(run.mismatch_steps)  # at the sampler's states and true points
-                yield run.round, Piece(f"mismatch {run.name}", measure.mismatch * calls, run)
+                yield run.round, Piece("mismatch", f"mismatch {run.name}", measure.mismatch * calls, run)
 
-    ordered = sorted(all_pieces(), key=lambda item: (item[0], not item[1].training, -item[1].size))
+    ordered = sorted(all_pieces(), key=lambda item: (item[0], item[1].kind != "training", -item[1].size))
     return [piece for _, piece in ordered]

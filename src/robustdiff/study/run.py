@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 from robustdiff import __version__
-from robustdiff.data import DataConfig, ImageDataset
+from robustdiff.data import DataConfig
 from robustdiff.data.pixels import tile
 from robustdiff.distributed import make_accelerator
 from robustdiff.errors import InputError, NotFiniteError, RunError, printable
@@ -26,7 +26,7 @@ from robustdiff.evaluation.generate import Generator
 from robustdiff.evaluation.grid import Cell as Measured
 from robustdiff.evaluation.grid import evaluate_cell, evaluate_images
 from robustdiff.evaluation.noise import NOISE, check_noise
-from robustdiff.evaluation.prompts import prompts_of
+from robustdiff.evaluation.prompts import captions_of
 from robustdiff.files import atomic_write, held, make_folder, read_json
 from robustdiff.metrics.extractors.extractor import load_extractor
 from robustdiff.metrics.metric import DEFAULT, MetricCollection, parse_metrics
@@ -34,7 +34,7 @@ from robustdiff.metrics.reference import reference_statistics
 from robustdiff.mismatch.measure import measure_mismatch
 from robustdiff.progress import SILENT, Progress
 from robustdiff.recipe import Recipe
-from robustdiff.study.plan import Cell, Piece, Run, network_settings, pieces, plan
+from robustdiff.study.plan import Cell, Piece, Run, pieces, plan
 from robustdiff.study.schema import Measurement, Study
 from robustdiff.study.store import (
     MEASURES,
@@ -49,7 +49,7 @@ from robustdiff.study.store import (
     write,
 )
 from robustdiff.training.build import build_model
-from robustdiff.training.run import train
+from robustdiff.training.run import network_settings, train
 from robustdiff.training.run_files import read_metrics, training_seconds
 from robustdiff.workers import run_workers
 from robustdiff.yaml_reader import parse_yaml
@@ -115,7 +115,7 @@ def run_study(
 def _check_samplers(study: Study, run: Run) -> None:
     """Check that the samplers suit the initial networks of the study, before anything is trained."""
     dataset, measure = run.recipe.data.load(), study.measure
-    captions = _captions(dataset if measure.data is None else measure.data.load())
+    captions = captions_of(dataset if measure.data is None else measure.data.load())
     built = build_model(run.recipe, dataset)
     if measure.mismatch and built.model.condition.takes_captions:
         raise InputError("measure.mismatch is not for text-to-image models: leave it out")
@@ -144,7 +144,7 @@ def _work(study: Study, folder: Path, wait: float, progress: Progress) -> bool:
 
 def _do(study: Study, piece: Piece, progress: Progress) -> bool:
     """Do a piece of work. Return False if a signal stopped it."""
-    if piece.training:
+    if piece.kind == "training":
         assert piece.run is not None
         return _train_run(piece.run, progress)
     recipe = (piece.run or plan(study, Path())[0]).recipe
@@ -311,13 +311,7 @@ def _real_images(
     dataset = (measure.data or data).load()
     reference = reference_statistics(dataset, extractor)
     names, values = parse_metrics(measure.metrics)
-    return MetricCollection([*DEFAULT, *names], extractor, reference, device, values), _captions(dataset)
-
-
-def _captions(dataset: ImageDataset) -> tuple[str, ...]:
-    """Return the first caption of each image, or none without captions."""
-    prompts = prompts_of(dataset)
-    return () if prompts is None else prompts.texts
+    return MetricCollection([*DEFAULT, *names], extractor, reference, device, values), captions_of(dataset)
 
 
 def _measure(

@@ -27,8 +27,9 @@ from robustdiff.metrics.metric import METRICS, parse_metric
 from robustdiff.mismatch.measure import MEASURES as MISMATCHES
 from robustdiff.recipe import Recipe, load_recipe
 from robustdiff.section import Precision, Text
-from robustdiff.study.plan import REMEDY, Cell, Run, network_settings, pieces, plan, reference_cells
+from robustdiff.study.plan import REMEDY, Cell, Run, pieces, plan, reference_cells
 from robustdiff.study.schema import Count, Guidance, Measurement, Name, Sampler, Seed, Study
+from robustdiff.training.run import network_settings
 
 __all__ = [
     "MEASURES",
@@ -218,7 +219,12 @@ def claim_study(folder: Path) -> None:
 def cell_settings(measure: Measurement) -> dict[str, Any]:
     """Return the settings of a measurement that affect a cell's numbers."""
     others = {"samplers", "steps", "pictured", "mismatch", "mismatch_steps", "mismatch_methods", "real"}
-    return measure.model_dump(mode="json", exclude=others)
+    return measure.model_copy(update={"data": _images(measure.data)}).model_dump(mode="json", exclude=others)
+
+
+def _images(data: DataConfig | None) -> DataConfig | None:
+    """Return the description of images, whatever the number of processes that load them."""
+    return None if data is None else data.model_copy(update={"workers": 0})
 
 
 def read_cell(cell: Cell, study: Study, run: Run | None) -> dict[str, Any]:
@@ -246,7 +252,7 @@ def read_cell(cell: Cell, study: Study, run: Run | None) -> dict[str, Any]:
         names += ["precision"] * ("precision" in record.reference.model_fields_set)  # which some old cells do not have
         same = same and all(getattr(record.reference, name) == getattr(reference, name) for name in names)
         if record.reference.data is not None:
-            same = same and record.reference.data == plan(study, cell.folder)[0].recipe.data
+            same = same and _images(record.reference.data) == _images(plan(study, cell.folder)[0].recipe.data)
     if not same:
         raise InputError(f"{printable(cell.path)} was made with other settings than the study's: {remedy}")
     return record.model_dump(mode="json")
@@ -280,7 +286,8 @@ def read_real(study: Study, folder: Path) -> dict[str, Any] | None:
     if study.measure.real is None or not path.is_file():
         return None
     record = read(path, CellRecord)
-    if record.measure.real != study.measure.real or cell_settings(record.measure) != cell_settings(study.measure):
+    same = _images(record.measure.real) == _images(study.measure.real)
+    if not same or cell_settings(record.measure) != cell_settings(study.measure):
         raise InputError(f"{printable(path)} was made with other settings than the study's: delete the file")
     return record.model_dump(mode="json")
 

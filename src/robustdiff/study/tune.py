@@ -48,14 +48,14 @@ from robustdiff.backbones.model import load_model
 from robustdiff.errors import InputError, RunError, first_mistake, printable
 from robustdiff.evaluation.generate import Generator
 from robustdiff.evaluation.noise import NOISE, check_noise
-from robustdiff.evaluation.prompts import prompts_of
+from robustdiff.evaluation.prompts import captions_of
 from robustdiff.evaluation.real_images import load_target
 from robustdiff.files import atomic_write, claim_folder, held, write_json
 from robustdiff.metrics.metric import Number, ranked
 from robustdiff.progress import SILENT, Progress
 from robustdiff.recipe import Recipe, load_recipe
 from robustdiff.section import MOST_UPDATES, Section, Text, refusal
-from robustdiff.study.analysis import TRAININGS, Effect, holm, log
+from robustdiff.study.analysis import TRAININGS, Effect, holm
 from robustdiff.study.estimate import time_sampling, time_training
 from robustdiff.study.plan import CELL, plan, reference_cells
 from robustdiff.study.run import run_study
@@ -64,11 +64,24 @@ from robustdiff.study.store import MEASURES, Loss, read, read_cell
 from robustdiff.training.ema import sufficient_decay
 from robustdiff.yaml_reader import read_yaml
 
-__all__ = ["RULE", "Speed", "Stage", "Tuning", "candidates", "default_space", "new_tuning", "stages", "tune"]
+__all__ = [
+    "RULE",
+    "Speed",
+    "Stage",
+    "Tuning",
+    "candidates",
+    "default_space",
+    "new_tuning",
+    "plain_trainings",
+    "stages",
+    "tune",
+]
 
 logger = logging.getLogger(__name__)
 
 Record = dict[str, Any]
+Settings = dict[str, Any]
+"""Values of fields of the recipe by their dotted names."""
 
 RULE = (
     "The candidate is recommended if it is better than plain fine-tuning and than the untouched checkpoint, plain "
@@ -165,7 +178,7 @@ def _rounded(value: float) -> float:
     return float(f"{value:.3g}")
 
 
-def _drawn(space: Mapping[str, Sequence[Any]], count: int, seed: int) -> list[dict[str, Any]]:
+def _drawn(space: Mapping[str, Sequence[Any]], count: int, seed: int) -> list[Settings]:
     """Return the first value of every list, and further settings at random, none of them twice."""
     shape = tuple(len(values) for values in space.values())
     order = np.random.default_rng(seed).permutation(math.prod(shape))
@@ -176,25 +189,38 @@ def _drawn(space: Mapping[str, Sequence[Any]], count: int, seed: int) -> list[di
     ]
 
 
-def _without_delta(fields: Mapping[str, Any]) -> dict[str, Any]:
+def _without_delta(fields: Mapping[str, Any]) -> Settings:
     return {field: value for field, value in fields.items() if field.split(".")[0] != "adversary"}
 
 
-def candidates(tuning: Tuning) -> dict[str, dict[str, Any]]:
-    """Return the settings of the contestants of the first rung by name: c1, c2, … with δ, and p1, p2, … without.
+def candidates(tuning: Tuning) -> dict[str, Settings]:
+    """Return the settings of the candidates of the first rung by name: c1, c2, …"""
+    return {f"c{i}": own for i, own in enumerate(_drawn(tuning.space, tuning.candidates, tuning.seed), 1)}
 
-    There is one plain fine-tuning for every four candidates, if the lists allow as many.
+
+def plain_trainings(tuning: Tuning) -> dict[str, Settings]:
+    """Return the settings of the plain fine-tunings of the first rung by name: p1, p2, …
+
+    There is one for every four candidates, if the lists allow as many.
     """
-    plain = _without_delta(tuning.space)
-    count = math.ceil(tuning.candidates / 4)
-    made = {f"c{i}": own for i, own in enumerate(_drawn(tuning.space, tuning.candidates, tuning.seed), 1)}
-    # Without any such field there is one plain fine-tuning, that of the recipe.
-    others = _drawn(plain, count, tuning.seed) if plain else [{}]
-    return made | {f"p{i}": {"adversary": "none", **own} for i, own in enumerate(others, 1)}
+    space = _without_delta(tuning.space)
+    # Without any such field there is one, that of the recipe.
+    drawn = _drawn(space, math.ceil(tuning.candidates / 4), tuning.seed) if space else [{}]
+    return {f"p{i}": {"adversary": "none", **own} for i, own in enumerate(drawn, 1)}
 
 
-def _scaled(tuning: Tuning, settings: Mapping[str, Any], passes: int) -> dict[str, Any]:
+def _changes(tuning: Tuning, settings: Settings) -> Settings:
+    """Return settings as changes of the recipe: without its ramp where they have no radius, which the ramp is of."""
+    radii = [value for field, value in settings.items() if field.split(".")[:2] == ["adversary", "radius"]]
+    if not radii or radii[-1] is not None:
+        return settings
+    ramp = getattr(load_recipe(tuning.recipe, changes=tuning.set).adversary, "ramp", 0)
+    return {"adversary.ramp": 0, **settings} if ramp else settings
+
+
+def _scaled(tuning: Tuning, settings: Settings, passes: int) -> Settings:
     """Return the changes of a recipe that train with some settings for a number of backward passes."""
+    settings = _changes(tuning, settings)
     recipe = load_recipe(tuning.recipe, changes={**tuning.set, **settings})
     of_update = recipe.adversary.example().backward_passes
     updates = passes // of_update
@@ -252,7 +278,7 @@ class Stage:
 
 def stages(tuning: Tuning) -> list[Stage]:
     """Return the rungs, and the confirmation with its control."""
-    made, plain = [], sum(name.startswith("p") for name in candidates(tuning))
+    made, plain = [], len(plain_trainings(tuning))
     for i in range(tuning.rungs):
         sizes = math.ceil(tuning.candidates / 2**i), math.ceil(plain / 2**i)
         passes = round(tuning.updates / 2 ** (tuning.rungs - 1 - i))
@@ -264,7 +290,12 @@ def stages(tuning: Tuning) -> list[Stage]:
 
 
 def _study(
-    tuning: Tuning, stage: Stage, contestants: Mapping[str, Mapping[str, Any]], seeds: Sequence[int], untouched: bool
+    tuning: Tuning,
+    stage: Stage,
+    contestants: Mapping[str, Settings],
+    baseline: str,
+    seeds: Sequence[int],
+    untouched: bool,
 ) -> Study:
     """Return the study of a stage. Each seed has image noise of its own, the same for all contestants."""
     base = load_recipe(tuning.recipe, changes=tuning.set)
@@ -279,7 +310,7 @@ def _study(
             "title": stage.name,
             "recipe": tuning.recipe,
             "set": tuning.set,
-            "baseline": next(name for name in contestants if name.startswith("p")),
+            "baseline": baseline,
             "methods": {
                 name: {"set": _scaled(tuning, settings, stage.passes), "seeds": seeds}
                 for name, settings in contestants.items()
@@ -340,10 +371,13 @@ def _outcome(tuning: Tuning, study: Study, folder: Path) -> _Outcome:
 # -- the search ----------------------------------------------------------------------------------------------
 
 
-def _best(tuning: Tuning, names: Sequence[str], values: Mapping[str, Mapping[int, float]]) -> list[str]:
-    """Return the names that have a value, the best first."""
+def _best(
+    tuning: Tuning, contestants: Mapping[str, Settings], values: Mapping[str, Mapping[int, float]], count: int
+) -> dict[str, Settings]:
+    """Return the best contestants of those that have a value, at most ``count``, the best first."""
     sign = 1 if tuning.number.better == "lower" else -1
-    return sorted((n for n in names if n in values), key=lambda name: sign * values[name][tuning.seed])
+    ordered = sorted((n for n in contestants if n in values), key=lambda name: sign * values[name][tuning.seed])
+    return {name: contestants[name] for name in ordered[:count]}
 
 
 def tune(
@@ -366,29 +400,29 @@ def tune(
         RunError: If no plain fine-tuning is left, or a process is killed.
     """
     tuning = _settle(tuning, folder)
-    every, untouched = candidates(tuning), None
+    left, plain, untouched = candidates(tuning), plain_trainings(tuning), None
     *halvings, last = stages(tuning)
     rungs: list[Record] = []
-    left, seconds = list(every), 0.0
+    seconds = 0.0
     for stage, following in itertools.pairwise((*halvings, last)):
-        study = _study(tuning, stage, {n: every[n] for n in left}, [tuning.seed], tuning.untouched and not rungs)
-        if not _run(study, folder / stage.name, processes, progress):
+        every = {**left, **plain}
+        study = _study(tuning, stage, every, next(iter(plain)), [tuning.seed], tuning.untouched and not rungs)
+        if not run_study(study, folder / stage.name, processes=processes, progress=progress, tolerant=True):
             return
         found = _outcome(tuning, study, folder / stage.name)
         seconds += found.seconds
         untouched = found.values.get("untouched", {}).get(tuning.seed, untouched)
-        kept = _best(tuning, _of(left, "c"), found.values)[: following.candidates]
-        kept += _best(tuning, _of(left, "p"), found.values)[: following.plain]
-        contestants = {name: _record(study, name, every[name], found, name in kept) for name in left}
+        left = _best(tuning, left, found.values, following.candidates)
+        plain = _best(tuning, plain, found.values, following.plain)
+        contestants = {n: _record(study, n, own, found, n in left or n in plain) for n, own in every.items()}
         passes = {"rung": len(rungs) + 1, "backward_passes": stage.passes}
         rungs.append({**passes, "seed": tuning.seed, "untouched": untouched, "contestants": contestants})
         yield rungs[-1]
-        left = kept
-        if not _of(left, "p"):
+        if not plain:
             raise RunError(f"every plain fine-tuning failed ({folder / stage.name / 'trainings'} says how): lower lr")
-    roles = _roles(tuning, {name: every[name] for name in left})
-    study = _study(tuning, last, dict(roles.values()), tuning.confirming, tuning.untouched)
-    if not _run(study, folder / last.name, processes, progress):
+    roles = _roles(tuning, left, plain)
+    study = _study(tuning, last, dict(roles.values()), next(iter(plain)), tuning.confirming, tuning.untouched)
+    if not run_study(study, folder / last.name, processes=processes, progress=progress, tolerant=True):
         return
     found = _outcome(tuning, study, folder / last.name)
     confirmed = {role: {"name": name, **_record(study, name, own, found)} for role, (name, own) in roles.items()}
@@ -417,11 +451,6 @@ def tune(
     yield record
 
 
-def _of(names: Sequence[str], kind: str) -> list[str]:
-    """Return the names of candidates ("c") or of plain fine-tunings ("p")."""
-    return [name for name in names if name.startswith(kind)]
-
-
 def _record(study: Study, name: str, settings: Mapping[str, Any], found: _Outcome, kept: bool | None = None) -> Record:
     """Return the record of a trained contestant: its values and failures by seed, and in a rung whether it goes on."""
     return {
@@ -433,25 +462,35 @@ def _record(study: Study, name: str, settings: Mapping[str, Any], found: _Outcom
     }
 
 
-def _roles(tuning: Tuning, left: Mapping[str, dict[str, Any]]) -> dict[str, tuple[str, dict[str, Any]]]:
-    """Return the names and settings of the confirmation's contestants by their roles."""
-    roles = {"plain" if name.startswith("p") else "candidate": (name, own) for name, own in left.items()}
+def _roles(
+    tuning: Tuning, left: Mapping[str, Settings], plain: Mapping[str, Settings]
+) -> dict[str, tuple[str, Settings]]:
+    """Return the names and settings of the confirmation's contestants by their roles, given one of each kind.
+
+    There is no candidate if all of them failed.
+    """
+    roles = {role: item for role, own in (("candidate", left), ("plain", plain)) for item in own.items()}
     if "candidate" in roles:
         _, settings = roles["candidate"]
-        passes = load_recipe(tuning.recipe, changes={**tuning.set, **settings}).adversary.example().passes
+        recipe = load_recipe(tuning.recipe, changes={**tuning.set, **_changes(tuning, settings)})
+        passes = recipe.adversary.example().passes
         if passes > 1:
             clean = {"adversary": {"name": "random", "steps": passes, "radius": 0}}
             roles["control"] = "repeat", {**clean, **_without_delta(settings)}
     return roles
 
 
-def _run(study: Study, folder: Path, processes: int | None, progress: Progress) -> bool:
-    return run_study(study, folder, processes=processes, progress=progress, tolerant=True)
-
-
 def _compare(tuning: Tuning, confirmed: Mapping[str, Record]) -> list[Record]:
     """Return the differences of contestants over the confirming seeds, and adjust the p-values of those that decide."""
-    relative = tuning.number.log
+    number = tuning.number
+    for role, own in confirmed.items() if number.log else ():
+        for seed, value in own["values"].items():
+            if value <= 0:
+                raise InputError(
+                    f"the {number.title} of {role} is {value:g} with seed {seed}, and values are compared by their "
+                    "logarithms: rank by another --metric, in another --output"
+                )
+    scale = math.log if number.log else float
     made: list[Record] = []
     for one, other, decides in (
         ("candidate", "plain", True),
@@ -462,17 +501,15 @@ def _compare(tuning: Tuning, confirmed: Mapping[str, Record]) -> list[Record]:
         if one not in confirmed or other not in confirmed:
             continue
         ours, theirs = confirmed[one]["values"], confirmed[other]["values"]
-        scale = log if relative else float
-        effect = Effect(
-            {int(s): scale(ours[s]) - scale(theirs[s]) for s in ours if s in theirs}, 0.0, relative=relative
-        )
+        differences = {int(s): scale(ours[s]) - scale(theirs[s]) for s in ours if s in theirs}
+        effect = Effect(differences, 0.0, relative=number.log)
         interval = effect.interval
-        better = (effect.mean < 0) == (tuning.number.better == "lower") if effect.n else False
+        better = (effect.mean < 0) == (number.better == "lower") if effect.n else False
         made.append(
             {
                 "of": one,
                 "to": other,
-                "relative": relative,
+                "relative": number.log,
                 "n": effect.n,
                 "mean": effect.mean if effect.n else None,
                 "interval": None if interval is None else [interval.low, interval.high],
@@ -552,7 +589,6 @@ def new_tuning(
     space = {**default_space(base), **{field: tuple(values) for field, values in tried.items()}}
     if (most := math.prod(map(len, space.values()))) > MOST_SETTINGS:
         raise InputError(f"--try: the lists make {most:,} settings; at most {MOST_SETTINGS:,} are drawn from")
-    dataset = base.data.load()
     target = load_target(base.data, features, weights, torch.device("cpu"))
     given = {name: value for name, value in options.items() if value is not None}
     rungs = given.get("rungs", Tuning.model_fields["rungs"].default)
@@ -575,17 +611,16 @@ def new_tuning(
         raise InputError(f"--{first_mistake(error)}") from None
     if tuning.candidates > most:
         raise InputError(f"--candidates {tuning.candidates}: the lists make {most} settings: give at most as many")
-    prompts = prompts_of(dataset)
-    captions = () if prompts is None else prompts.texts
-    tuning = tuning.model_copy(update={"untouched": _samples(base, tuning, captions)})
+    tuning = tuning.model_copy(update={"untouched": _samples(base, tuning, captions_of(target.dataset))})
+    plain = plain_trainings(tuning)
+    every = {**candidates(tuning), **plain}
     for stage in stages(tuning):
-        for settings in candidates(tuning).values():
+        for settings in every.values():
             _scaled(tuning, settings, stage.passes)  # raises where a setting makes no recipe
     before = _existing(folder)
     if before is not None:
         tuning = _checked(before, tuning, folder)
-    first = stages(tuning)[0]
-    run = plan(_study(tuning, first, candidates(tuning), [tuning.seed], False), folder)[0]
+    run = plan(_study(tuning, stages(tuning)[0], every, next(iter(plain)), [tuning.seed], False), folder)[0]
     speed = Speed(time_training(run) * base.batch_size, time_sampling(run))
     if before is None and updates is None:
         tuning = _fit(tuning, speed, minutes, processes)

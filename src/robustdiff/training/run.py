@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Set
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -53,13 +53,34 @@ from robustdiff.training.run_files import DataRecord, Result, RunResult, read_da
 from robustdiff.training.trainer import Trainer
 from robustdiff.training.watch import Interrupted, Watch
 
-__all__ = ["FREE_TO_CHANGE", "own_state_of_accelerate", "train"]
+__all__ = ["network_settings", "own_state_of_accelerate", "train"]
 
 logger = logging.getLogger(__name__)
 
 FREE_TO_CHANGE = {"output", "threads", "checkpoint_every", "keep", "log_every", "trackers", "sampler", "watch"}
-"""The fields of a recipe that a resumed run may change."""
-FREE_TO_CHANGE |= {"capture", "compile", "channels_last"}  # which change the rounding alone
+"""The fields of a recipe that do not affect the trained network."""
+FREE_TO_CHANGE |= {"accumulate", "capture", "compile", "channels_last"}  # which change the rounding alone
+
+_ALIKE: dict[str, dict[str, Any]] = {
+    "data": {"workers": 0},
+    "model": {"gradient_checkpointing": False},
+    "watch": {"every": "auto", "batch_size": 1, "signs": SignsConfig()},  # which do not affect what is measured
+}
+"""The same for fields of sections, each with the value that stands for all."""
+
+
+def network_settings(recipe: Recipe, free: Set[str] = FREE_TO_CHANGE) -> dict[str, Any]:
+    """Return the settings of a recipe that affect the trained network, as JSON values.
+
+    Two recipes for which they are equal train the same network, up to rounding.
+
+    Args:
+        recipe: The recipe.
+        free: The fields that are left out.
+    """
+    sections = {name: section for name in _ALIKE if (section := getattr(recipe, name)) is not None}
+    alike = {name: section.model_copy(update=_ALIKE[name]) for name, section in sections.items()}
+    return recipe.model_copy(update=alike).model_dump(mode="json", exclude=set(free))
 
 
 def _warn_of_the_start(recipe: Recipe) -> None:
@@ -150,28 +171,17 @@ def _check_recipe(recipe: Recipe, folder: Path) -> None:
     before = load_recipe(str(path))
     # The cosine schedule and growing numbers of levels depend on the number of steps.
     fixed = recipe.lr_schedule == "constant" and (recipe.objective is None or recipe.objective.fixed_levels)
-    # Records of trainings hold accumulate, which changes the rounding alone, too.
-    free = FREE_TO_CHANGE | {"accumulate"} | ({"steps"} if fixed else set())
+    free = FREE_TO_CHANGE | ({"steps"} if fixed else set())
     if (folder / "watch.jsonl").exists():  # lines of other measurements cannot be compared
         own = recipe.watch is not None and recipe.watch.samplers and recipe.watch.steps
         free = free - ({"watch"} if own else {"watch", "sampler"})
-    for name in Recipe.model_fields:
-        if name not in free and _fixed(before, name) != _fixed(recipe, name):
+    trained = network_settings(before, free)
+    for name, value in network_settings(recipe, free).items():
+        if trained[name] != value:
             raise InputError(
                 f"{folder} was trained with another {name}: resume with the recipe it was started with, "
                 "or choose another --set output=…"
             )
-
-
-def _fixed(recipe: Recipe, name: str) -> Any:
-    """Return a field of a recipe, without settings that do not change the training."""
-    value = getattr(recipe, name)
-    same = {
-        "data": {"workers": 0},
-        "model": {"gradient_checkpointing": False},
-        "watch": {"every": "auto", "batch_size": 1, "signs": SignsConfig()},
-    }.get(name)
-    return value if same is None or value is None else value.model_copy(update=same)
 
 
 def train(recipe: Recipe, *, resume: bool = False, cpu: bool = False, progress: Progress = SILENT) -> RunResult | None:

@@ -40,7 +40,7 @@ from robustdiff.errors import InputError, RunError, printable
 from robustdiff.evaluation.generate import Generator
 from robustdiff.evaluation.grid import Cell, differences, evaluate_cell
 from robustdiff.evaluation.noise import NOISE, check_noise
-from robustdiff.evaluation.prompts import prompts_of
+from robustdiff.evaluation.prompts import captions_of
 from robustdiff.evaluation.real_images import Target
 from robustdiff.evaluation.recorded import Recordings
 from robustdiff.files import atomic_write, open_regular, read_record, write_json
@@ -183,7 +183,7 @@ class Watch:
     def _generators(self) -> list[Generator]:
         """Return the generator of each cell."""
         config, model, own = self.config, self.trainer.built.model, self.recipe.sampler
-        prompts = prompts_of(self.dataset) if model.condition.takes_captions else None
+        captions = captions_of(self.dataset if model.condition.takes_captions else None)[: config.num]
         found = []
         samplers = config.samplers or (own.name or model.samplers[0],)
         for sampler in samplers:
@@ -192,7 +192,7 @@ class Watch:
                     generator = Generator.of(
                         model,
                         data_classes=self.dataset.num_classes,
-                        data_captions=() if prompts is None else prompts.texts[: config.num],
+                        data_captions=captions,
                         sampler=sampler,
                         steps=steps,
                         batch_size=config.batch_size,
