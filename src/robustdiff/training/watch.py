@@ -499,7 +499,7 @@ class Watch:
         if config.action == "off":
             return []
         adversary = self.trainer.adversary
-        ascents = adversary.ascents * self.recipe.batch_size / self.accelerator.num_processes / adversary.passes
+        ascents = adversary.ascents * self.recipe.batch_size / adversary.passes
         lines = [dump(one) for one in (*self.lines, line)]
         written = read_metrics(self.folder / "metrics.jsonl")
         metrics = [one.model_dump() for one in written if one.step <= line.step]
