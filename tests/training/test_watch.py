@@ -209,7 +209,7 @@ def test_auto_spends_a_tenth_of_the_training(monkeypatch, caplog, seconds, every
     watch = object.__new__(module.Watch)
     watch.recipe, watch.every = SimpleNamespace(steps=1000, output="run"), None
     watch.accelerator = SimpleNamespace(is_main_process=True)
-    watch.start, watch._clock = (SimpleNamespace(seconds=seconds), None), None
+    watch.start, watch._clock = SimpleNamespace(seconds=2 * seconds), None  # on two noises
     for step in range(1, 30):
         monkeypatch.setattr(module.time, "perf_counter", lambda step=step: 100 + 0.1 * step)
         watch._choose_interval(step)
