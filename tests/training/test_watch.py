@@ -21,7 +21,7 @@ from robustdiff.metrics.reservoir import fixed_order
 from robustdiff.recipe import Recipe, SignsConfig
 from robustdiff.training import watch as module
 from robustdiff.training.run import train
-from robustdiff.training.watch_files import Start
+from robustdiff.training.watch_files import Line, Start, WatchedCell
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 
@@ -190,6 +190,19 @@ def test_a_sign_ends_the_run_if_it_shall(tuned):
     assert train(recipe, resume=True) == found  # as after a kill before the result was written
     going_on = recipe.watch.model_copy(update={"every": 100, "signs": SignsConfig()})
     assert train(recipe.model_copy(update={"watch": going_on, "steps": 15}), resume=True)["steps"] == 15
+
+
+def test_signs_count_the_ascents_of_all_processes(monkeypatch):
+    watch, seen = object.__new__(module.Watch), []
+    watch.config, watch.recipe = SimpleNamespace(signs=SignsConfig()), SimpleNamespace(batch_size=12)
+    watch.trainer = SimpleNamespace(adversary=SimpleNamespace(ascents=2, passes=3))
+    watch.accelerator, watch.folder, watch.lines = SimpleNamespace(num_processes=2), Path(), []
+    monkeypatch.setattr(module, "read_metrics", lambda path: [])
+    monkeypatch.setattr(module, "History", lambda lines, metrics, ascents: seen.append(ascents))
+    monkeypatch.setattr(module, "SIGNS", {})
+    cell = WatchedCell(sampler="ddim", steps=2, metric="fid", value=1.0)
+    assert watch._signs(Line(step=3, cells=[cell], mean=1.0, best=True, seconds=1.0, images=9)) == []
+    assert seen == [8.0]
 
 
 def test_signs_can_be_off(tuned):
