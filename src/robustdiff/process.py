@@ -305,14 +305,15 @@ class DiffusionProcess:
         return self.alphas**2 / (self.alphas**2 + self.sigmas**2)
 
     @property
-    def _alphas_cumprod_before(self) -> Tensor:
-        """ᾱ_{t−1} with ᾱ_{−1} = 1, with shape (T,)."""
-        return torch.cat([self.alphas.new_ones(1), self.alphas_cumprod[:-1]])
-
-    @property
     def betas(self) -> Tensor:
         """The variance of one step q(x_t | x_{t−1}), β_t = 1 − ᾱ_t/ᾱ_{t−1} with ᾱ_{−1} = 1, with shape (T,)."""
         return 1 - self.alphas_cumprod / self._alphas_cumprod_before
+
+    @property
+    def _alphas_cumprod_before(self) -> Tensor:
+        """ᾱ_{t−1}, with ᾱ_{−1} = 1, with shape (T,)."""
+        a = self.alphas_cumprod
+        return torch.cat([a.new_ones(1), a[:-1]])
 
     @property
     def posterior_variance(self) -> Tensor:

@@ -46,7 +46,7 @@ def process_of(scheduler: Any) -> DiffusionProcess:
         scaled = _scales_input(scheduler, times[sigmas.argmax()])
         process = DiffusionProcess(alphas, sigmas, times, scaled_by=(name, discrete) if scaled else None)
         if cumprod is not None and not times.is_floating_point():
-            expected = cumprod.detach().to("cpu", torch.float64)[times]
+            expected = cumprod.detach().cpu().double()[times]
             wrong = ~torch.isclose(process.alphas_cumprod, expected, rtol=1e-3, atol=1e-5)
             if bool(wrong.any()):
                 raise InputError(

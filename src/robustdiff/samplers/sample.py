@@ -59,7 +59,8 @@ def resolve(
     given = {name: value for name, value in given.items() if value is not None}
     for name in ("sampler", "steps", "process"):
         if name in given:
-            raise InputError(f"{name} is an argument of its own, and no option of {sampler}: give it as that")
+            remedy = "it is that of the model" if name == "process" else f"give it by itself (--{name})"
+            raise InputError(f"{name} is no option of {sampler}: {remedy}")
     has = ("clip", "steps_offset", *(["spacing"] if kind.spaced else []), *kind.model_fields)
     own: Mapping[str, Any] = getattr(model, "sampling", {})
     settings = {**{name: value for name, value in own.items() if name in has}, **given}
