@@ -29,7 +29,7 @@ ORDER = [
         "yaml_reader",
     },
     {"encoders", "graphs", "kernels", "loading", "weights"},
-    {"process"},
+    {"process", "schedulers"},
     {"perturbation"},
     {"objectives"},
     {"codecs", "conditions"},

@@ -24,7 +24,6 @@ so training at x_t + δ is ordinary training with the noise ε' = ε + δ/σ_t, 
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable
 from functools import cached_property
@@ -37,7 +36,16 @@ from torch import Tensor
 from robustdiff.errors import InputError
 from robustdiff.section import Named, Times
 
-__all__ = ["PREDICTIONS", "DiffusionProcess", "Prediction", "ProcessConfig", "Table", "absorb", "broadcast"]
+__all__ = [
+    "PREDICTIONS",
+    "DiffusionProcess",
+    "Prediction",
+    "ProcessConfig",
+    "Table",
+    "absorb",
+    "broadcast",
+    "split_output",
+]
 
 Prediction = Literal["epsilon", "sample", "v_prediction", "flow"]
 PREDICTIONS: tuple[str, ...] = get_args(Prediction)
@@ -120,6 +128,27 @@ def absorb(noise: Tensor, delta: Tensor, sigma: Tensor | float) -> Tensor:
     return noise + delta.detach() / broadcast(sigma, noise)
 
 
+def split_output(
+    prediction: Prediction, x_t: Tensor, output: Tensor, alpha: Tensor, sigma: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return x_0 and ε, each with shape (B, *), from a model's output at x_t, given α and σ (B, 1, …, 1).
+
+    They solve the two linear equations x_t = α x_0 + σ ε and output = target(x_0, ε).
+    """
+    match prediction:
+        case "epsilon":
+            return (x_t - sigma * output) / alpha, output
+        case "sample":
+            return output, (x_t - alpha * output) / sigma
+        case "v_prediction":
+            total = alpha**2 + sigma**2
+            return (alpha * x_t - sigma * output) / total, (sigma * x_t + alpha * output) / total
+        case "flow":
+            total = alpha + sigma
+            return (x_t - sigma * output) / total, (x_t + alpha * output) / total
+    raise ValueError(f"unknown prediction {prediction!r}: use one of {', '.join(PREDICTIONS)}")
+
+
 class DiffusionProcess:
     """A Gaussian noising process.
 
@@ -131,14 +160,13 @@ class DiffusionProcess:
             their levels (α, σ), each with shape (B,). With it, floating-point times need not be in the table.
         time_at: For continuous time that is drawn uniformly, a function that maps fractions u in (0, 1], with shape
             (B,), to floating-point times (B,); u = 1 is the noisiest time.
+        scaled_by: The name of the scheduler that gives the network c_in x_t, and whether it has ᾱ_t; None if the
+            network is called with x_t.
 
     Raises:
         ValueError: If the tables differ in shape, are empty, or contain a level that is not finite, an α_t < 0
             or a σ_t ≤ 0 (δ/σ_t would be undefined).
     """
-
-    # The scheduler, and whether it has ᾱ_t, that gives the network c_in x_t (from_scheduler); None if it gives x_t.
-    _scaled_by: tuple[str, bool] | None = None
 
     def __init__(
         self,
@@ -148,6 +176,7 @@ class DiffusionProcess:
         *,
         levels_at: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None,
         time_at: Callable[[Tensor], Tensor] | None = None,
+        scaled_by: tuple[str, bool] | None = None,
     ) -> None:
         alphas = torch.as_tensor(alphas, dtype=torch.float64, device="cpu")
         sigmas = torch.as_tensor(sigmas, dtype=torch.float64, device="cpu")
@@ -161,7 +190,7 @@ class DiffusionProcess:
         self.alphas = alphas
         self.sigmas = sigmas
         self.times = torch.arange(len(alphas)) if times is None else torch.as_tensor(times, device="cpu")
-        self.levels_at, self.time_at = levels_at, time_at
+        self.levels_at, self.time_at, self._scaled_by = levels_at, time_at, scaled_by
 
     @classmethod
     def from_betas(cls, betas: Tensor) -> DiffusionProcess:
@@ -258,54 +287,9 @@ class DiffusionProcess:
             ValueError: If the scheduler does not add Gaussian noise at its own timesteps, adds none at one of them, or
                 adds another noise at a timestep than its ``alphas_cumprod`` has.
         """
-        name = type(scheduler).__name__
-        cumprod = getattr(scheduler, "alphas_cumprod", None)
-        config = getattr(scheduler, "config", None)
-        if getattr(config, "use_flow_sigmas", False):
-            shift = getattr(config, "flow_shift", 1.0)
-            raise ValueError(
-                f"{name} with use_flow_sigmas is for sampling alone: train with FlowMatchEulerDiscreteScheduler(shift="
-                f"{shift:g}), and take its process, or DiffusionProcess.flow(T, {shift:g})"
-            )
-        for times in _timesteps_of(scheduler):
-            levels = _levels_of(scheduler, times)
-            if levels is None:
-                continue
-            alphas, sigmas = levels
-            bad = ~((alphas >= 0) & (sigmas > 0) & alphas.isfinite() & sigmas.isfinite())
-            if bool(bad.any()):
-                raise ValueError(
-                    f"{name} has α = {alphas[bad][0]:g}, σ = {sigmas[bad][0]:g} at timestep {times[bad][0]:g}, where "
-                    "no perturbation can become noise: take betas that are all above 0, or for flow matching "
-                    "DiffusionProcess.flow(T, shift)"
-                )
-            process = cls(alphas, sigmas, times)
-            if cumprod is not None and not times.is_floating_point():
-                expected = cumprod.detach().cpu().double()[times]
-                wrong = ~torch.isclose(process.alphas_cumprod, expected, rtol=1e-3, atol=1e-5)
-                if bool(wrong.any()):
-                    raise InputError(
-                        f"{name}.add_noise has another level of noise at timestep {int(times[wrong][0])} than its "
-                        "alphas_cumprod, as it is for sampling alone: train with "
-                        "DDPMScheduler.from_config(scheduler.config), and take its process"
-                    )
-            if _scales_input(scheduler, times[sigmas.argmax()]):
-                # Continuous times, 0.25 ln σ, are those of a preconditioned network.
-                continuous = getattr(config, "timestep_type", None) == "continuous"
-                process._scaled_by = name, cumprod is not None and not continuous
-            return process
-        if cumprod is not None:
-            remedy = "train with DDPMScheduler.from_config(scheduler.config), and take its process"
-        else:
-            remedy = (
-                "take the scheduler of training, such as DDPMScheduler or FlowMatchEulerDiscreteScheduler, or a "
-                "process by name (DiffusionProcess.linear, cosine, flow); or, where the loop has σ, the factor of the "
-                "noise in x_t, absorb(noise, delta, sigma)"
-            )
-        raise ValueError(
-            f"{name} does not add Gaussian noise to a batch at timesteps of its own, so it describes no process: "
-            f"{remedy}"
-        )
+        from robustdiff.schedulers import process_of
+
+        return process_of(scheduler)
 
     def __len__(self) -> int:
         return len(self.alphas)
@@ -369,9 +353,8 @@ class DiffusionProcess:
         """
         t = t.cpu()
         levels, like = self._levels(t, t.device, torch.float64), torch.empty((), dtype=torch.float64)
-        respaced = DiffusionProcess(*levels, self.times_at(t, like), levels_at=self.levels_at)
-        respaced._scaled_by = self._scaled_by
-        return respaced
+        times = self.times_at(t, like)
+        return DiffusionProcess(*levels, times, levels_at=self.levels_at, scaled_by=self._scaled_by)
 
     def check_network(self, prediction: Prediction) -> None:
         """Check that the process is one of a network that is called with x_t itself, without a factor.
@@ -559,69 +542,8 @@ class DiffusionProcess:
         raise ValueError(f"unknown prediction {prediction!r}: use one of {', '.join(PREDICTIONS)}")
 
     def split(self, prediction: Prediction, x_t: Tensor, t: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
-        """Return x_0 and ε, each with shape (B, *), from a model's output at x_t: the inverse of :meth:`target`.
-
-        They solve the two linear equations x_t = α x_0 + σ ε and output = target(x_0, ε).
-        """
-        alpha, sigma = self._levels_of_batch(t, x_t)
-        match prediction:
-            case "epsilon":
-                return (x_t - sigma * output) / alpha, output
-            case "sample":
-                return output, (x_t - alpha * output) / sigma
-            case "v_prediction":
-                total = alpha**2 + sigma**2
-                return (alpha * x_t - sigma * output) / total, (sigma * x_t + alpha * output) / total
-            case "flow":
-                total = alpha + sigma
-                return (x_t - sigma * output) / total, (x_t + alpha * output) / total
-        raise ValueError(f"unknown prediction {prediction!r}: use one of {', '.join(PREDICTIONS)}")
-
-
-def _timesteps_of(scheduler: Any) -> list[Tensor]:
-    """Return the timesteps (T,) to try with a scheduler: first whole numbers, then those of its table."""
-    T = getattr(getattr(scheduler, "config", None), "num_train_timesteps", None)
-    table = getattr(scheduler, "timesteps", None)
-    table = None if table is None or len(table) == 0 else table.detach().cpu()
-    whole = None if T is None or not hasattr(scheduler, "add_noise") else torch.arange(T)
-    # Some schedulers silently replace a timestep that is not in their table by the last one.
-    if whole is not None and hasattr(scheduler, "index_for_timestep"):
-        whole = whole if table is not None and bool(torch.isin(whole.to(table.dtype), table).all()) else None
-    if whole is None and table is not None and _levels_of(scheduler, table.max() + 1 + torch.arange(3)) is not None:
-        table = None
-    return [times for times in (whole, table) if times is not None]
-
-
-def _levels_of(scheduler: Any, times: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Return α and σ of a scheduler at timesteps (T,), each with shape (T,), float64; None if it refuses them."""
-
-    def noisy(x0: Tensor, noise: Tensor, times: Tensor) -> Tensor:
-        asked = copy.deepcopy(scheduler)  # some schedulers store the first timestep that they are called with
-        if hasattr(asked, "add_noise"):
-            result: Tensor = asked.add_noise(x0, noise, times)
-        else:
-            result = asked.scale_noise(x0, times, noise)
-        return result
-
-    zeros = torch.zeros(len(times), 1, dtype=torch.float64)
-    generator = torch.Generator().manual_seed(0)
-    x0, noise = (torch.randn(zeros.shape, generator=generator, dtype=torch.float64) for _ in range(2))
-    some = torch.randperm(len(times), generator=generator)[:3]  # a batch instead of the whole table
-    try:
-        alpha, sigma = noisy(zeros + 1, zeros, times), noisy(zeros, zeros + 1, times)
-        expected = (alpha * x0 + sigma * noise)[some]
-        linear = torch.allclose(noisy(x0[some], noise[some], times[some]), expected, rtol=1e-6, atol=1e-6)
-    except Exception:  # with timesteps that it does not support, a scheduler may raise anything
-        return None
-    return (alpha[:, 0], sigma[:, 0]) if linear else None
-
-
-def _scales_input(scheduler: Any, time: Tensor) -> bool:
-    """Return whether a scheduler gives the network a multiple of x_t, such as x_t/√(1 + σ²), at a timestep."""
-    if not hasattr(scheduler, "scale_model_input"):
-        return False
-    x = torch.ones(1, 1)
-    return not torch.equal(copy.deepcopy(scheduler).scale_model_input(x.clone(), time), x)
+        """Return x_0 and ε, each with shape (B, *), from a model's output at x_t: the inverse of :meth:`target`."""
+        return split_output(prediction, x_t, output, *self._levels_of_batch(t, x_t))
 
 
 class ProcessConfig(Named):

@@ -63,7 +63,7 @@ def test_times_are_the_schedulers(N):
         ({"steps": 51}, "steps of lcm must be between 1 and solver_steps=50; got 51"),
         ({"steps": 0}, "steps of lcm must be between"),
         ({"steps": "10,20"}, "give this sampler a number of steps"),
-        ({"steps": 4, "spacing": "trailing"}, "leave spacing out, set solver_steps"),
+        ({"steps": 4, "spacing": "trailing"}, "lcm has times of its own, and no spacing: leave spacing out"),
         ({"steps": 4, "solver_steps": 1001}, "solver_steps must be between 1 and the 1000 times"),
         ({"steps": 4, "solver_steps": 0}, "solver_steps of lcm"),
         ({"steps": 4, "sampler": "ddim", "solver_steps": 10}, "solver_steps is for lcm, not for ddim"),
@@ -72,6 +72,15 @@ def test_times_are_the_schedulers(N):
 def test_settings_that_are_refused(settings, message):
     with pytest.raises(InputError, match=message):
         sample(Network(), DiffusionProcess.linear(1000), **{"sampler": "lcm", "shape": (1, 4, 3, 3), **settings})
+
+
+def test_the_spacing_of_a_models_scheduler_is_not_that_of_its_times():
+    """As of Stable Diffusion with an LCM-LoRA."""
+    network = Network()
+    network.sampling = {"spacing": lambda steps, T: torch.arange(steps), "steps_offset": 1, "clip": False}
+    given = {"sampler": "lcm", "steps": 2, "latents": torch.ones(1, 4, 3, 3), "step_noise": torch.ones(1, 1, 4, 3, 3)}
+    first, second = (sample(one, DiffusionProcess.linear(1000), **given) for one in (network, Network()))
+    assert torch.equal(first, second)
 
 
 def test_flow_matching_is_refused():

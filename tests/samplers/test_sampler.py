@@ -18,7 +18,7 @@ from robustdiff.evaluation.generate import Generator
 from robustdiff.objectives.preconditioning import karras_process, karras_sigmas
 from robustdiff.samplers import SAMPLERS
 from robustdiff.samplers.denoiser import DynamicThreshold
-from robustdiff.samplers.sample import check_sampler, sampling_settings, suited
+from robustdiff.samplers.sample import resolve, suited
 from robustdiff.samplers.sampler import Sampler, Step
 
 COSINE, FLOW = DiffusionProcess.cosine(1000), DiffusionProcess.flow(30)
@@ -123,7 +123,7 @@ def test_what_a_sampler_does_not_take_is_said_in_one_line(sampler, options, word
 @pytest.mark.parametrize("name", ["sampler", "steps", "process"])
 def test_an_argument_is_no_option(name):
     with pytest.raises(InputError, match=f"^{name} is no option of ddim: "):
-        sampling_settings(None, "ddim", {name: 3})
+        resolve(None, COSINE, "ddim", 5, {name: 3})
 
 
 def test_what_a_sampler_does_anyway_may_be_said():
@@ -133,13 +133,13 @@ def test_what_a_sampler_does_anyway_may_be_said():
 
 
 def test_an_option_that_is_none_is_the_default():
-    sampler, _ = check_sampler("time-shift", 5, COSINE, window=None, cutoff=7, eps_scale=None)
+    sampler, *_ = resolve(None, COSINE, "time-shift", 5, {"window": None, "cutoff": 7, "eps_scale": None})
     assert sampler.model_dump() == {"eps_scale": 1.0, "window": 30, "cutoff": 7}
 
 
 def test_a_process_for_which_there_is_no_sampler_is_said():
     with pytest.raises(InputError, match=r"does not suit this process, .*: no sampler does"):
-        check_sampler("ddim", 1, DiffusionProcess(torch.tensor([0.9]), torch.tensor([0.7])))
+        resolve(None, DiffusionProcess(torch.tensor([0.9]), torch.tensor([0.7])), "ddim", 1, {})
 
 
 def test_times_are_computed_once():
@@ -155,15 +155,15 @@ def test_times_are_computed_once():
 
 @pytest.mark.parametrize("steps", [7, 30, 31, 100])
 def test_euler_takes_any_number_of_steps_over_continuous_times(steps):
-    _, path = check_sampler("euler", steps, FLOW)
+    path = resolve(None, FLOW, "euler", steps, {}).path
     torch.testing.assert_close(path.points.sigmas, torch.arange(1, steps + 1).double() / steps)
     torch.testing.assert_close(path.points.times, 1000 * path.points.sigmas)
     table = DiffusionProcess(FLOW.alphas, FLOW.sigmas, FLOW.times)
     if steps > 30:
         with pytest.raises(InputError, match="between 1 and 30"):
-            check_sampler("euler", steps, table)
+            resolve(None, table, "euler", steps, {})
     else:
-        indices = check_sampler("euler", steps, table)[1].times
+        indices = resolve(None, table, "euler", steps, {}).path.times
         assert indices.tolist() == [29 - i * 30 // steps for i in reversed(range(steps))]
 
 
@@ -210,8 +210,8 @@ def test_the_defaults_of_generation_are_the_samplers():
 
 
 def test_a_path_ends_where_the_sampler_says():
-    assert check_sampler("ddim", 5, COSINE)[1].end == (1.0, 0.0)
+    assert resolve(None, COSINE, "ddim", 5, {}).path.end == (1.0, 0.0)
     levels = float(COSINE.alphas[0]), float(COSINE.sigmas[0])
-    _, path = check_sampler("ddim", 5, COSINE, set_alpha_to_one=False)
+    path = resolve(None, COSINE, "ddim", 5, {"set_alpha_to_one": False}).path
     assert path.end == path.levels[0] == levels
-    assert check_sampler("multistep", 3, CONSISTENCY)[1].end == (1.0, 0.002)
+    assert resolve(None, CONSISTENCY, "multistep", 3, {}).path.end == (1.0, 0.002)

@@ -16,7 +16,7 @@ from robustdiff.objectives.preconditioning import karras_process, karras_sigmas
 from robustdiff.process import DiffusionProcess
 from robustdiff.samplers import sample
 from robustdiff.samplers.denoiser import Evaluation
-from robustdiff.samplers.sample import check_sampler
+from robustdiff.samplers.sample import resolve
 from robustdiff.samplers.spacing import evenly_spaced, strided
 
 COSINE = DiffusionProcess.cosine(1000)
@@ -212,7 +212,7 @@ def test_a_learned_variance_lies_between_the_two_fixed_ones(v, variance):
 def test_the_last_step_of_dpm_is_of_second_order_from_ten_steps_on(steps, order):
     seen: list[Evaluation] = []
     x = sample(optimal(LINEAR), LINEAR, "dpm++", steps, latents=noise_for(3, 1)[0].double(), on_evaluation=seen.append)
-    levels = check_sampler("dpm++", steps, LINEAR)[1].levels
+    levels = resolve(None, LINEAR, "dpm++", steps, {}).path.levels
     (alpha, sigma), *_ = levels
     log_snr = [math.log(a / s) for a, s in levels[:3]]
     h, h_before = log_snr[0] - log_snr[1], log_snr[1] - log_snr[2]
@@ -342,7 +342,7 @@ def test_one_and_two_steps_have_the_spread_that_they_must_have(sampler, spacing,
         return sigma * x / (alpha**2 * STD**2 + sigma**2)
 
     options = {"window": 0} if sampler == "time-shift" else {"eps_scale": 1.0} if sampler == "es" else {}
-    _, path = check_sampler(sampler, steps, LINEAR, spacing, **options)
+    path = resolve(None, LINEAR, sampler, steps, {"spacing": spacing, **options}).path
     points = path.points if path.points.times.is_floating_point() else LINEAR
     latents, step_noise = noise_for(4000, steps)
     given = {"latents": latents.double(), "step_noise": step_noise, "clip": False, "spacing": spacing, **options}

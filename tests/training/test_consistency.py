@@ -319,13 +319,15 @@ def test_a_teacher_of_classes_needs_labels(tiny):
 
 def test_a_teacher_is_asked_at_its_own_levels_only(tiny, teachers):
     teacher = teachers["edm"]  # up to 80
-    for objective in (
-        {**CD, "teacher": teacher, "sigma_max": 100.0},
-        {"name": "edm", "teacher": teacher, "sigma_max": 120.0, "teacher_below": 100.0},
+    for objective, bound in (
+        ({**CD, "teacher": teacher, "sigma_max": 100.0}, "sigma_max"),
+        ({"name": "edm", "teacher": teacher, "sigma_max": 120.0, "teacher_below": 100.0}, "teacher_below"),
+        # The levels of training are not truncated at sigma_max.
+        ({"name": "edm", "teacher": teacher, "sigma_max": 70.0, "teacher_below": 100.0}, "teacher_below"),
     ):
         with pytest.raises(InputError) as error:
             trainer_of(tiny(objective=objective))
-        for word in (teacher, "up to 80", "up to 100", "lower sigma_max"):
+        for word in (teacher, "up to 80", "up to 100", f"lower {bound}"):
             assert word in str(error.value)
     trainer_of(tiny(objective={"name": "edm", "teacher": teacher, "sigma_max": 120.0}))
 

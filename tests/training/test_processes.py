@@ -120,6 +120,7 @@ def test_two_processes_train_to_the_same_networks_as_one(outcome, two, one, name
         torch.testing.assert_close(first[parameter], second[parameter], rtol=0, atol=1e-5)
     for ours, theirs in zip(lines(alone), lines(two / name), strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
+        assert ours["delta_norm"] == pytest.approx(theirs["delta_norm"], rel=1e-4)
 
 
 def test_two_processes_train_to_the_same_adapter_as_one_and_watch_the_same_numbers(two, one):

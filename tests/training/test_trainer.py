@@ -22,6 +22,7 @@ from robustdiff.files import MARKER, held
 from robustdiff.perturbation import ADVERSARIES, Adversary, AdversaryConfig
 from robustdiff.training import run
 from robustdiff.training.build import build_model
+from robustdiff.training.metrics_log import MetricsLog
 from robustdiff.training.run import own_state_of_accelerate, train
 from robustdiff.training.trainer import Trainer
 
@@ -516,6 +517,27 @@ def test_metrics_and_result(tiny, watch):
     expected = {"steps": 12, "batches": 4, "backward_passes": 12, "images": 1797, "data": "digits"}
     assert {name: result[name] for name in expected} == expected
     assert result["loss"] == written[-1]["loss"]
+
+
+def test_skipped_ascents_are_counted_over_all_processes(tiny, tmp_path, monkeypatch):
+    recipe = tiny(adversary="free", steps=6)
+    trainer = trainer_of(recipe)
+    updates = trainer.updates()
+    metrics = MetricsLog(trainer, tmp_path / "metrics.jsonl")
+    for _ in range(3):
+        metrics.add(*next(updates))
+    trainer.adversary.skipped = 3
+    with monkeypatch.context() as patch:  # of another process, which counts 4
+        patch.setattr(Accelerator, "reduce", lambda self, own, reduction: own + 4 * (reduction == "sum"))
+        metrics.flush()
+        trainer.save(tmp_path)
+        assert run._result(trainer, metrics)["skipped"] == 7
+    assert metrics.line["skipped"] == 7
+    for main in (True, False):
+        resumed = trainer_of(recipe)
+        monkeypatch.setattr(Accelerator, "is_main_process", main)
+        resumed.load(tmp_path / "step-00000003")
+        assert resumed.adversary.skipped == (7 if main else 0)
 
 
 def test_backward_passes_of_pgd_are_counted_whole(tiny):

@@ -21,7 +21,7 @@ from robustdiff.metrics.reservoir import fixed_order
 from robustdiff.recipe import Recipe, SignsConfig
 from robustdiff.training import watch as module
 from robustdiff.training.run import train
-from robustdiff.training.watch_files import Start
+from robustdiff.training.watch_files import Line, Start, WatchedCell
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 
@@ -192,6 +192,19 @@ def test_a_sign_ends_the_run_if_it_shall(tuned):
     assert train(recipe.model_copy(update={"watch": going_on, "steps": 15}), resume=True)["steps"] == 15
 
 
+def test_signs_count_the_ascents_of_all_processes(monkeypatch):
+    watch, seen = object.__new__(module.Watch), []
+    watch.config, watch.recipe = SimpleNamespace(signs=SignsConfig()), SimpleNamespace(batch_size=12)
+    watch.trainer = SimpleNamespace(adversary=SimpleNamespace(ascents=2, passes=3))
+    watch.accelerator, watch.folder, watch.lines = SimpleNamespace(num_processes=2), Path(), []
+    monkeypatch.setattr(module, "read_metrics", lambda path: [])
+    monkeypatch.setattr(module, "History", lambda lines, metrics, ascents: seen.append(ascents))
+    monkeypatch.setattr(module, "SIGNS", {})
+    cell = WatchedCell(sampler="ddim", steps=2, metric="fid", value=1.0)
+    assert watch._signs(Line(step=3, cells=[cell], mean=1.0, best=True, seconds=1.0, images=9)) == []
+    assert seen == [8.0]
+
+
 def test_signs_can_be_off(tuned):
     assert train(tuned(lr=0.3, ema=0, watch={"signs": {"long_sampling": None}}))["signs"] == []
 
@@ -209,7 +222,7 @@ def test_auto_spends_a_tenth_of_the_training(monkeypatch, caplog, seconds, every
     watch = object.__new__(module.Watch)
     watch.recipe, watch.every = SimpleNamespace(steps=1000, output="run"), None
     watch.accelerator = SimpleNamespace(is_main_process=True)
-    watch.start, watch._clock = (SimpleNamespace(seconds=seconds), None), None
+    watch.start, watch._clock = SimpleNamespace(seconds=2 * seconds), None  # on two noises
     for step in range(1, 30):
         monkeypatch.setattr(module.time, "perf_counter", lambda step=step: 100 + 0.1 * step)
         watch._choose_interval(step)

@@ -17,6 +17,7 @@ from robustdiff.recipe import Recipe
 from robustdiff.training import watch as module
 from robustdiff.training.run import train
 from robustdiff.training.run_files import read_result
+from robustdiff.training.watch_files import Start
 
 TUNED = {
     "data": "digits",
@@ -254,6 +255,16 @@ def test_a_damaged_file_is_named(whole, name, old, new):
     with pytest.raises(InputError, match=name) as error:
         train(whole.model_copy(update={"steps": 12}), resume=True)
     assert "\n" not in str(error.value)
+
+
+def test_replicates_are_in_the_start_alone_as_in_earlier_versions(whole):
+    folder = Path(whole.output)
+    assert not [name for name in ("watch.jsonl", "result.json") if "replicates" in (folder / name).read_text()]
+    record = json.loads((folder / "start.json").read_text())
+    names = {"sampler", "steps", "metric", "value", "ci", "replicates", "blocks"}
+    assert all(set(cell) == names for cell in (*record["cells"], *record["fresh"]))
+    record["cells"][0] |= {"ci": None, "replicates": None, "blocks": None}  # as of a metric without any, before
+    assert Start.model_validate_json(json.dumps(record)).cells[0].replicates is None
 
 
 @pytest.mark.parametrize("name", ["watch.jsonl", "start.json"])

@@ -41,7 +41,7 @@ from robustdiff.evaluation.recorded import Recordings, unrecordable
 from robustdiff.files import atomic_write, held, make_folder, open_regular, remove_leftovers, user_key
 from robustdiff.progress import SILENT, Progress
 from robustdiff.recipe import load_recipe
-from robustdiff.samplers.sample import SAMPLERS, path_of, sample, sampling_settings
+from robustdiff.samplers.sample import SAMPLERS, Resolved, resolve, sample
 from robustdiff.samplers.sampler import Path as SamplerPath
 from robustdiff.weights import DTYPES
 
@@ -220,15 +220,19 @@ class Generator:
         return backbone.guidance is not None or backbone.guidance_embedding is not None
 
     @cached_property
+    def _resolved(self) -> Resolved:
+        return resolve(self.model, self.model.process, self.sampler, self.steps, self.options or {})
+
+    @property
     def path(self) -> SamplerPath:
         """The path of the sampler, whose length is the number of network evaluations for one image."""
-        return path_of(self.model, self.sampler, self.steps, self.options or {})
+        return self._resolved.path
 
     @property
     def sampling(self) -> dict[str, Any]:
         """The arguments of :func:`robustdiff.sample` from the checkpoint, if the sampler takes them, and from
         ``options``."""
-        return sampling_settings(self.model, self.sampler, self.options or {})
+        return self._resolved.settings
 
     @property
     def classes(self) -> int | None:

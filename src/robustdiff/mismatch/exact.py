@@ -43,7 +43,7 @@ from torch import Tensor
 from robustdiff.errors import InputError
 from robustdiff.process import DiffusionProcess
 from robustdiff.samplers.denoiser import Denoised
-from robustdiff.samplers.sample import check_sampler
+from robustdiff.samplers.sample import resolve
 from robustdiff.samplers.sampler import Step as SamplerStep
 
 __all__ = [
@@ -300,7 +300,7 @@ def sampler_steps(process: DiffusionProcess, sampler: str, steps: int) -> list[S
         raise InputError(f"the density of {sampler!r} is not followed here: use ddim or iddpm")
     if not process.variance_preserving:
         raise InputError("the density is followed for a variance-preserving process: use .linear or .cosine")
-    chosen, path = check_sampler(sampler, steps, process)
+    chosen, path, _ = resolve(None, process, sampler, steps, {})
     points, levels, result = path.points, path.levels, []
     # A step is linear in x, ε̂ and z: with one of them 1 and the others 0, its result is the coefficient of that one.
     x, noise, z = torch.eye(3, dtype=torch.float64)[:, :, None]

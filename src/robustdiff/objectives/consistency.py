@@ -37,7 +37,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib import import_module
@@ -49,8 +49,9 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from robustdiff.errors import InputError, installing
+from robustdiff.objectives.distillation import Distillation, DistillationDraw, Perturbed, check_names
 from robustdiff.objectives.levels import LevelsConfig
-from robustdiff.objectives.objective import OBJECTIVES, Draw, Objective, follow, gaussian, precise
+from robustdiff.objectives.objective import OBJECTIVES, gaussian, precise
 from robustdiff.objectives.preconditioning import Denoise, Preconditioned, karras_process, karras_sigmas
 from robustdiff.objectives.timesteps import LogNormal, Uniform
 from robustdiff.process import DiffusionProcess, broadcast
@@ -60,24 +61,20 @@ __all__ = [
     "DISTANCES",
     "SOLVERS",
     "ConsistencyConfig",
-    "ConsistencyDraw",
     "ConsistencyObjective",
     "DoublingScales",
     "FixedScales",
     "GrowingScales",
     "Metric",
-    "Perturbed",
     "ScaleSchedule",
     "Solver",
     "Weighting",
     "euler_step",
     "heun_step",
-    "move",
 ]
 
 Solver = Literal["heun", "euler"]
 Metric = Literal["l1", "l2", "pseudo-huber", "lpips"]
-Perturbed = Literal["solver", "student"]
 Weighting = Literal["uniform", "inverse-gap"]
 
 
@@ -252,43 +249,6 @@ class DoublingScales(_MoreScales):
         return min(self.start * 2 ** (self._update(updates) // length), self.end) + 1, self.decay
 
 
-@dataclass(kw_only=True)
-class ConsistencyDraw(Draw):
-    """A training batch. ``x_t`` holds the points to which δ is added (Φ̂ or x_{n+1}), and ``t`` the indices of their
-    levels.
-
-    Attributes:
-        x_next: The points x_{n+1}, with shape (B, *).
-        solved: The solver's points Φ̂, with shape (B, *).
-        upper: The levels σ_{n+1}, with shape (B,).
-        lower: The levels σ_n, with shape (B,).
-    """
-
-    x_next: Tensor
-    solved: Tensor
-    upper: Tensor
-    lower: Tensor
-
-
-def move(x_next: Tensor, solved: Tensor, delta: Tensor | None, perturb: Perturbed) -> tuple[Tensor, Tensor, bool]:
-    """Add a perturbation to the solver's points or to the student's input.
-
-    Args:
-        x_next: The student's points, with shape (B, *).
-        solved: The solver's points, with shape (B, *).
-        delta: The perturbation, with shape (B, *); None for none.
-        perturb: The points that are moved, "solver" or "student".
-
-    Returns:
-        Both points, and whether a gradient of the perturbation passes through the target network.
-    """
-    if delta is None:
-        return x_next, solved, False
-    if perturb == "student":
-        return x_next + delta, solved, False
-    return x_next, solved + delta, delta.requires_grad and torch.is_grad_enabled()
-
-
 def _recorded(device: torch.device) -> bool:
     """Return whether what is computed on a device is recorded as a CUDA graph."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
@@ -300,7 +260,7 @@ def _states(device: torch.device) -> list[Tensor]:
     return [*states, torch.cuda.get_rng_state(device)] if device.type == "cuda" else states
 
 
-class ConsistencyObjective(Objective):
+class ConsistencyObjective(Distillation):
     """The consistency loss, as a callable.
 
     Student and target are networks F, called with (c_in x, 250 ln σ) as diffusers calls them.
@@ -345,21 +305,16 @@ class ConsistencyObjective(Objective):
         rho: float = 7.0,
         sigma_data: float = 0.5,
     ) -> None:
-        known: dict[str, tuple[str, Collection[str]]] = {
-            "solver": (solver, SOLVERS),
-            "metric": (metric, DISTANCES),
-            "perturb": (perturb, get_args(Perturbed)),
-            "weighting": (weighting, get_args(Weighting)),
-        }
-        for name, (value, values) in known.items():
-            if value not in values:
-                raise ValueError(f"unknown {name} {value!r}: use one of {', '.join(values)}")
-        self.target = target.requires_grad_(False)
+        check_names(
+            solver=(solver, SOLVERS),
+            metric=(metric, DISTANCES),
+            perturb=(perturb, get_args(Perturbed)),
+            weighting=(weighting, get_args(Weighting)),
+        )
+        super().__init__(target.requires_grad_(False), perturb, DISTANCES[metric]())
         self.teacher = teacher
         self.schedule = scales if isinstance(scales, ScaleSchedule) else FixedScales(scales, decay)
         self.solver = SOLVERS[solver]
-        self.distance = DISTANCES[metric]()
-        self.perturb = perturb
         self.weighting = weighting
         self.times = times
         self.sigma_min, self.sigma_max, self.rho, self.sigma_data = sigma_min, sigma_max, rho, sigma_data
@@ -381,7 +336,7 @@ class ConsistencyObjective(Objective):
         generator: torch.Generator | None = None,
         weight: Tensor | None = None,
         **condition: Any,
-    ) -> ConsistencyDraw:
+    ) -> DistillationDraw:
         """Draw n, ε, x_{n+1} and Φ̂ for a batch. The passes over the batch do not evaluate the teacher again.
 
         The arguments are those of :meth:`DenoisingObjective.draw`, with n in [0, N − 1), ascending in σ, for ``t``, a
@@ -403,29 +358,21 @@ class ConsistencyObjective(Objective):
             gap = 1 / (upper - lower)
             weight = gap if weight is None else weight * gap
         moved, at = (solved, t) if self.perturb == "solver" else (x_next, t + 1)
-        return ConsistencyDraw(
+        return DistillationDraw(
             x0, at, noise, moved, weight, condition, x_next=x_next, solved=solved, upper=upper, lower=lower
         )
 
-    def __call__(self, model: Callable[..., Any], draw: Draw, delta: Tensor | None = None) -> dict[str, Tensor]:
-        """Return the losses of the student with δ added to ``draw.x_t``, in at least float32: "loss" (weighted) and
-        "distance".
+    def _function(self, network: Callable[..., Any], x: Tensor, level: Tensor, draw: DistillationDraw) -> Tensor:
+        """Return f(x, σ), with shape (B, *), in at least float32.
 
         Raises:
             RuntimeError: If the call is recorded as a CUDA graph, and the target was not seen to be without dropout in
                 a call before.
         """
-        assert isinstance(draw, ConsistencyDraw)
-        x_next, solved, through_target = move(draw.x_next, draw.solved, delta, self.perturb)
-        student = Preconditioned(model, self.sigma_data, self.sigma_min)
-        target = Preconditioned(self.target, self.sigma_data, self.sigma_min)
-        with self._restored_generators(draw.x0.device):
-            end = student(x_next, draw.upper, **draw.condition)
-        with self._observed_generators(draw.x0.device), torch.set_grad_enabled(through_target):
-            goal = target(solved, draw.lower, **draw.condition)
-        precision = precise(draw.x0.dtype)
-        distance = self.distance(end.to(precision), goal.to(precision))
-        return {"loss": distance if draw.weight is None else draw.weight * distance, "distance": distance}
+        function = Preconditioned(network, self.sigma_data, self.sigma_min)
+        generators = self._observed_generators if network is self.target else self._restored_generators
+        with generators(draw.x0.device):
+            return function(x, level, **draw.condition).to(precise(draw.x0.dtype))
 
     @property
     def _may_drop_out(self) -> bool:
@@ -461,15 +408,8 @@ class ConsistencyObjective(Objective):
 
     @torch.no_grad()
     def after_update(self, model: nn.Module, stepped: Tensor | None = None) -> None:
-        """Set θ⁻ ← μ θ⁻ + (1 − μ) θ, unless the optimiser skipped the step, and the number of levels for the next one.
-
-        The student's parameters must be in the same order as those of the target. Frozen ones are the same in both.
-        """
-        _, decay = self.schedule(self.updates)
-        pairs = [
-            pair for pair in zip(self.target.parameters(), model.parameters(), strict=True) if pair[1].requires_grad
-        ]
-        follow([target.data for target, _ in pairs], [student.data for _, student in pairs], 1 - decay, stepped)
+        """Update the target network, unless the optimiser skipped the step, and then the number of levels."""
+        self._follow(model, self.schedule(self.updates)[1], stepped)
         self.updates += 1
         if self.schedule(self.updates)[0] != len(self.process):
             self._set_scales()

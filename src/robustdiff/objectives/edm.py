@@ -127,8 +127,8 @@ class EdmConfig(LevelsConfig):
         return self
 
     @property
-    def teacher_sigma_max(self) -> float:
-        return min(self.sigma_max, self.teacher_below)
+    def teacher_bound(self) -> tuple[str, float]:
+        return "teacher_below", self.teacher_below  # σ is drawn above sigma_max, too
 
     def last_levels(self, steps: int) -> int:
         return self.levels

@@ -40,8 +40,7 @@ receive no gradient through the target.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, Literal, get_args
@@ -51,17 +50,9 @@ from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 
 from robustdiff.errors import InputError
-from robustdiff.objectives.consistency import DISTANCES, Perturbed, move
-from robustdiff.objectives.objective import (
-    OBJECTIVES,
-    Draw,
-    Objective,
-    ObjectiveConfig,
-    follow,
-    gaussian,
-    precise,
-    predict,
-)
+from robustdiff.objectives.consistency import DISTANCES
+from robustdiff.objectives.distillation import Distillation, DistillationDraw, Perturbed, check_names
+from robustdiff.objectives.objective import OBJECTIVES, ObjectiveConfig, gaussian, precise, predict
 from robustdiff.objectives.timesteps import Uniform, double
 from robustdiff.process import PREDICTIONS, DiffusionProcess, Prediction, ProcessConfig, Table, broadcast
 from robustdiff.section import Fraction, Text, Times, given
@@ -124,41 +115,6 @@ def _huber(a: Tensor, b: Tensor, c: float) -> Tensor:
     return (square / ((square + c**2).sqrt() + c)).flatten(1).mean(1)
 
 
-@contextmanager
-def _constant(network: Any) -> Iterator[None]:
-    """Let a graph through the network lead to its input and not to its parameters, while they need no gradient.
-
-    It is for a network that is also the student. diffusers' gradient checkpointing evaluates blocks again in the
-    backward pass, when the parameters need gradients again; the blocks are then constant as well.
-    """
-    trained = [p for p in network.parameters() if p.requires_grad] if isinstance(network, nn.Module) else []
-    checkpointed: list[Any] = (
-        [m for m in network.modules() if getattr(m, "gradient_checkpointing", False)] if trained else []
-    )
-    calls = [module._gradient_checkpointing_func for module in checkpointed]
-    for parameter in trained:
-        parameter.requires_grad_(False)
-    for module, call in zip(checkpointed, calls, strict=True):
-        module._gradient_checkpointing_func = partial(_checkpoint, call)
-    try:
-        yield
-    finally:
-        for parameter in trained:
-            parameter.requires_grad_(True)
-        for module, call in zip(checkpointed, calls, strict=True):
-            module._gradient_checkpointing_func = call
-
-
-def _checkpoint(call: Callable[..., Any], block: Callable[..., Any], *arguments: Any) -> Any:
-    """Call a block by diffusers' checkpointing function, as a constant function in every evaluation."""
-
-    def constant(*arguments: Any) -> Any:
-        with _constant(block):
-            return block(*arguments)
-
-    return call(constant, *arguments)
-
-
 def _rows(empty: Any, like: Any) -> Any:
     """Return an empty condition with as many rows as the condition that it replaces."""
     if isinstance(like, Mapping):
@@ -171,28 +127,20 @@ def _rows(empty: Any, like: Any) -> Any:
 
 
 @dataclass(kw_only=True)
-class LatentConsistencyDraw(Draw):
-    """A training batch. ``x_t`` holds the points to which δ is added (Φ̂ or x_{n+k}), and ``t`` their times.
+class LatentConsistencyDraw(DistillationDraw):
+    """A training batch, of which ``t``, ``upper`` and ``lower`` hold times as indices of the process.
 
     Attributes:
-        x_next: The points x_{n+k}, with shape (B, *).
-        solved: The solver's points Φ̂, with shape (B, *).
-        upper: The times t_{n+k} as indices of the process, with shape (B,).
-        lower: The times t_n as indices of the process, with shape (B,).
         w: The guidance strengths w, with shape (B,).
         w_embedding: Their embedding, with shape (B, width), which student and target are called with as
             ``timestep_cond``; None for networks without one. It may be replaced.
     """
 
-    x_next: Tensor
-    solved: Tensor
-    upper: Tensor
-    lower: Tensor
     w: Tensor
     w_embedding: Tensor | None
 
 
-class LatentConsistencyObjective(Objective):
+class LatentConsistencyObjective(Distillation):
     """The latent consistency loss, as a callable.
 
     Student, target and teacher are networks, called as diffusers calls a ``UNet2DConditionModel``.
@@ -238,13 +186,11 @@ class LatentConsistencyObjective(Objective):
         decay: float = 0.95,
     ) -> None:
         predictions = tuple(name for name in PREDICTIONS if name != "flow")
-        for name, value, known in (
-            ("prediction", prediction, predictions),
-            ("metric", metric, get_args(LatentMetric)),
-            ("perturb", perturb, get_args(Perturbed)),
-        ):
-            if value not in known:
-                raise ValueError(f"unknown {name} {value!r}: use one of {', '.join(known)}")
+        check_names(
+            prediction=(prediction, predictions),
+            metric=(metric, get_args(LatentMetric)),
+            perturb=(perturb, get_args(Perturbed)),
+        )
         for name, number in (("huber_c", huber_c), ("sigma_data", sigma_data), ("timestep_scaling", timestep_scaling)):
             if not (number > 0 and math.isfinite(number)):
                 raise ValueError(f"{name} must be positive and finite; got {number}")
@@ -260,6 +206,7 @@ class LatentConsistencyObjective(Objective):
                 "latent consistency needs a process with α² + σ² = 1 and times from 0 on, where f is the identity: "
                 "take that of a scheduler with alphas_cumprod, such as DDPMScheduler"
             )
+        super().__init__(target, perturb, DISTANCES["l2"]() if metric == "l2" else partial(_huber, c=huber_c))
         self.process = process
         upper = solver_times(solver_steps, len(process))
         if prediction == "epsilon" and not process.alphas[upper[-1]] > 0:
@@ -269,11 +216,9 @@ class LatentConsistencyObjective(Objective):
             )
         self.solver_steps, self.timesteps = solver_steps, Uniform(solver_steps)
         self._upper, self._lower = Table(upper), Table((upper - len(process) // solver_steps).clamp_min(0))
-        self.target, self.teacher = target, teacher
+        self.teacher = teacher
         self.guidance = (low, high)
         self.prediction: Prediction = prediction
-        self.metric, self.huber_c = metric, huber_c
-        self.perturb = perturb
         self.sigma_data, self.timestep_scaling = sigma_data, timestep_scaling
         self.guidance_embedding = guidance_embedding
         self.decay = decay
@@ -321,8 +266,9 @@ class LatentConsistencyObjective(Objective):
             raise ValueError(f"t must be in [0, {N}); got {int(t.min())} to {int(t.max())}")
         if noise is None:
             noise = gaussian(x0, generator)
-        without = unconditional is None or (isinstance(unconditional, Mapping) and not unconditional)
-        if without and (w is not None or self.guidance != (0, 0)):
+        if isinstance(unconditional, Tensor):
+            unconditional = {"encoder_hidden_states": unconditional}
+        if not unconditional and (w is not None or self.guidance != (0, 0)):
             raise ValueError("guidance needs unconditional, the empty condition: give it, or guidance=(0, 0)")
         if w is None:
             w = self._strengths(len(x0), generator, x0.device)
@@ -367,7 +313,7 @@ class LatentConsistencyObjective(Objective):
         lower: Tensor,
         w: Tensor,
         condition: dict[str, Any],
-        unconditional: Mapping[str, Any] | Tensor | None,
+        unconditional: Mapping[str, Any] | None,
     ) -> Tensor:
         """Return the teacher's guided DDIM step from ``upper`` to ``lower``."""
         precision, time = precise(x.dtype), self.process.times_at(upper, x)
@@ -376,9 +322,7 @@ class LatentConsistencyObjective(Objective):
             return predict(self.teacher, x, time, given)[:, : x.shape[1]].to(precision)
 
         guided = output(condition)
-        if unconditional is not None and len(unconditional):
-            if isinstance(unconditional, Tensor):
-                unconditional = {"encoder_hidden_states": unconditional}
+        if unconditional:
             guided = guided + broadcast(w.to(precision), guided) * (guided - output(_rows(unconditional, condition)))
         x0, noise = self.process.split(self.prediction, x.to(precision), upper, guided)
         return self.process.diffuse(x0, lower, noise).to(x.dtype)
@@ -395,28 +339,10 @@ class LatentConsistencyObjective(Objective):
         skip, out = boundary_scalings(time.to(precision), self.sigma_data, self.timestep_scaling)
         return broadcast(skip, x) * x + broadcast(out, x) * x0
 
-    def __call__(self, model: Callable[..., Any], draw: Draw, delta: Tensor | None = None) -> dict[str, Tensor]:
-        """Return the losses of the student with δ added to ``draw.x_t``, in at least float32: "loss" (weighted) and
-        "distance"."""
-        assert isinstance(draw, LatentConsistencyDraw)
-        x_next, solved, through_target = move(draw.x_next, draw.solved, delta, self.perturb)
-        end = self._function(model, x_next, draw.upper, draw)
-        with _constant(self.target) if through_target else torch.no_grad():
-            goal = self._function(self.target, solved, draw.lower, draw)
-        distance = DISTANCES["l2"]()(end, goal) if self.metric == "l2" else _huber(end, goal, self.huber_c)
-        return {"loss": distance if draw.weight is None else draw.weight * distance, "distance": distance}
-
     @torch.no_grad()
     def after_update(self, model: nn.Module, stepped: Tensor | None = None) -> None:
-        """Set θ⁻ ← μ θ⁻ + (1 − μ) θ, unless the optimiser skipped the step, or the target is the student itself.
-
-        The student's parameters must be in the same order as those of the target.
-        """
-        assert isinstance(self.target, nn.Module)
-        # Parameters that the two networks share, such as frozen ones or all, stay as they are.
-        pairs = [p for p in zip(self.target.parameters(), model.parameters(), strict=True) if p[0] is not p[1]]
-        if pairs:
-            follow([target.data for target, _ in pairs], [own.data for _, own in pairs], 1 - self.decay, stepped)
+        """Update the target network, unless the optimiser skipped the step, or the target is the student itself."""
+        self._follow(model, self.decay, stepped)
 
 
 _WIDTH = 256  # of the embedding of w in diffusers' scripts

@@ -51,8 +51,8 @@ class LevelsConfig(ObjectiveConfig):
         return self.teacher
 
     @property
-    def teacher_sigma_max(self) -> float:
-        return self.sigma_max
+    def teacher_bound(self) -> tuple[str, float]:
+        return "sigma_max", self.sigma_max
 
     @abstractmethod
     def last_levels(self, steps: int) -> int:

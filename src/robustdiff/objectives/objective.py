@@ -179,9 +179,9 @@ class ObjectiveConfig(Named):
         return None
 
     @property
-    def teacher_sigma_max(self) -> float:
-        """The highest noise level at which the teacher is evaluated."""
-        return 0.0
+    def teacher_bound(self) -> tuple[str, float]:
+        """The field that says up to which noise level the teacher supplies targets, and the level."""
+        return "", 0.0
 
     @property
     def needs_teacher(self) -> bool:

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from robustdiff.objectives.objective import precise, predict
 from robustdiff.objectives.timesteps import double
-from robustdiff.process import DiffusionProcess, Prediction, Table, broadcast
+from robustdiff.process import DiffusionProcess, Prediction, Table, broadcast, split_output
 
 __all__ = ["Denoise", "DiffusionDenoiser", "OverTimes", "Preconditioned", "karras_process", "karras_sigmas"]
 
@@ -152,12 +152,7 @@ class DiffusionDenoiser:
         alpha, sigma = (broadcast(level.to(x.dtype), x) for level in (scale, exact * scale))
         x_t = alpha * x
         output = predict(self.network, x_t, time, condition)[:, : x.shape[1]].to(x.dtype)
-        match self.prediction:
-            case "epsilon":
-                return (x_t - sigma * output) / alpha
-            case "v_prediction":
-                return (alpha * x_t - sigma * output) / (alpha**2 + sigma**2)
-        return output
+        return split_output(self.prediction, x_t, output, alpha, sigma)[0]
 
 
 class OverTimes:

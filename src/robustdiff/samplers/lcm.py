@@ -23,7 +23,7 @@ from torch import Tensor
 from robustdiff.errors import InputError
 from robustdiff.objectives.latent_consistency import boundary_scalings, solver_times
 from robustdiff.process import DiffusionProcess
-from robustdiff.samplers.sampler import SAMPLERS, Path, Sampler, Step, TimeSpacing
+from robustdiff.samplers.sampler import SAMPLERS, Path, Sampler, Step
 
 __all__ = ["LCM"]
 
@@ -34,6 +34,7 @@ class LCM(Sampler):
 
     needs: ClassVar[str] = "α² + σ² = 1 and times from 0 on"
     strings: ClassVar[bool] = False
+    spaced: ClassVar[bool] = False
     default_steps: ClassVar[int] = 4
     grid_steps: ClassVar[tuple[int, ...]] = (1, 2, 4, 8)
 
@@ -44,13 +45,6 @@ class LCM(Sampler):
     @classmethod
     def suits(cls, process: DiffusionProcess) -> bool:
         return process.variance_preserving and bool(process.times[0] == 0)
-
-    def path(
-        self, steps: int | str, process: DiffusionProcess, spacing: TimeSpacing | None = None, steps_offset: int = 0
-    ) -> Path:
-        if spacing is not None and spacing != "own":
-            raise InputError("lcm takes its times from those of the distillation: leave spacing out, set solver_steps")
-        return super().path(steps, process)
 
     def own(self, steps: int, process: DiffusionProcess) -> Path:
         try:

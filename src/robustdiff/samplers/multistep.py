@@ -61,6 +61,7 @@ class Multistep(Sampler):
     needs: ClassVar[str] = "α = 1"
     default: ClassVar[bool] = True
     strings: ClassVar[bool] = False
+    spaced: ClassVar[bool] = False
     default_steps: ClassVar[int] = 2
     grid_steps: ClassVar[tuple[int, ...]] = (1, 2, 4, 8)
 
@@ -76,8 +77,6 @@ class Multistep(Sampler):
     def path(
         self, steps: int | str, process: DiffusionProcess, spacing: TimeSpacing | None = None, steps_offset: int = 0
     ) -> Path:
-        if spacing is not None and spacing != "own":
-            raise InputError(f"multistep has scales of its own, not spacing={spacing}: give them as steps: 0,22,39")
         numbers = torch.tensor(scale_numbers(steps, len(process)))
         indices = (len(process) - 1 - numbers).flip(0)
         return Path(process.respace(indices), process, indices, end=(1.0, float(process.sigmas[0])))

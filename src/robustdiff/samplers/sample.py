@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from numbers import Integral, Real
 from operator import index
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from pydantic import ValidationError
@@ -18,7 +18,7 @@ from robustdiff.samplers.denoiser import Denoiser, DynamicThreshold, Evaluation
 from robustdiff.samplers.guidance import guided
 from robustdiff.samplers.sampler import SAMPLERS, Path, Sampler, TimeSpacing
 
-__all__ = ["SAMPLERS", "Clip", "TimeSpacing", "check_sampler", "path_of", "sample", "sampling_settings", "suited"]
+__all__ = ["SAMPLERS", "Clip", "Resolved", "TimeSpacing", "resolve", "sample", "suited"]
 
 Clip = bool | float | DynamicThreshold
 
@@ -29,21 +29,42 @@ def suited(process: DiffusionProcess) -> tuple[str, ...]:
     return tuple(sorted(names, key=lambda name: not SAMPLERS[name].default))
 
 
-def check_sampler(
-    sampler: str,
-    steps: int | str,
-    process: DiffusionProcess,
-    spacing: TimeSpacing | None = None,
-    steps_offset: int = 0,
-    **options: Any,
-) -> tuple[Sampler, Path]:
-    """Check the arguments of :func:`sample`, and return the sampler with its options, and its path.
+class Resolved(NamedTuple):
+    """The sampler of a call of :func:`sample` with its options, its path, and all settings by name."""
+
+    sampler: Sampler
+    path: Path
+    settings: dict[str, Any]
+
+
+def resolve(
+    model: Any, process: DiffusionProcess, sampler: str, steps: int | str, given: Mapping[str, Any]
+) -> Resolved:
+    """Check the arguments of :func:`sample`, and complete the settings by those that the model brings with it.
+
+    Args:
+        model: The model. Its attribute ``sampling``, if it has one, holds settings by name, of which those are taken
+            that the sampler has.
+        process: The process.
+        sampler: The name of the sampler.
+        steps: The number or string of steps.
+        given: The settings given by the caller, by name: "clip", "spacing", "steps_offset", and the options of the
+            sampler. Those that are None are left out.
 
     Raises:
         InputError: If the sampler is unknown or does not suit the process, cannot make these steps, lacks an option, or
-            an option is out of range.
+            a setting is out of range or would have no effect.
     """
     kind = SAMPLERS[sampler]
+    given = {name: value for name, value in given.items() if value is not None}
+    for name in ("sampler", "steps", "process"):
+        if name in given:
+            remedy = "it is that of the model" if name == "process" else f"give it by itself (--{name})"
+            raise InputError(f"{name} is no option of {sampler}: {remedy}")
+    has = ("clip", "steps_offset", *(["spacing"] if kind.spaced else []), *kind.model_fields)
+    own: Mapping[str, Any] = getattr(model, "sampling", {})
+    settings = {**{name: value for name, value in own.items() if name in has}, **given}
+    _check(sampler, steps, settings, given)
     if not isinstance(steps, str):
         try:
             steps = index(steps)  # NumPy's integers too
@@ -55,70 +76,40 @@ def check_sampler(
         names = suited(process)
         remedy = f"use {' or '.join(names)}, for {SAMPLERS[names[0]].model}s" if names else "no sampler does"
         raise InputError(f"the sampler {sampler} does not suit this process, as it needs {kind.needs}: {remedy}")
-    given = {name: value for name, value in options.items() if value is not None}
-    for name in given:
-        if name not in kind.model_fields:
-            owners = [other for other, one in SAMPLERS.items() if name in one.model_fields]
-            raise InputError(f"{name} is for {' and '.join(owners) or 'no sampler'}, not for {sampler}")
+    options = {name: value for name, value in settings.items() if name not in ("clip", "spacing", "steps_offset")}
     try:
-        chosen = kind(**given)
+        chosen = kind(**options)
     except ValidationError as error:
         first = error.errors()[0]
         message = first["msg"].removeprefix("Value error, ")
         raise InputError(f"{first['loc'][0]} of {sampler}: {message}; got {first['input']!r}") from None
-    path = chosen.path(steps, process, spacing, steps_offset)
+    path = chosen.path(steps, process, settings.get("spacing"), settings.get("steps_offset", 0))
     k, b = chosen.eps_scale if isinstance(chosen.eps_scale, tuple) else (0.0, chosen.eps_scale)
     if not min(b, k * (len(path) - 1) + b) > 0:
         raise InputError(f"eps_scale must be positive at all times; got {chosen.eps_scale}")
-    return chosen, path
+    return Resolved(chosen, path, settings)
 
 
-def sampling_settings(model: Any, sampler: str, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings of sampling that a model brings with it and a sampler has, and over them those given.
-
-    Args:
-        model: The model. Its attribute ``sampling``, if it has one, holds settings by name.
-        sampler: The name of the sampler.
-        given: The settings given by the caller, by name; those that are None are left out.
-
-    Raises:
-        InputError: If a given setting would have no effect, or is not of its kind.
-    """
-    own: Mapping[str, Any] = getattr(model, "sampling", {})
-    has = ("clip", "spacing", "steps_offset", *SAMPLERS[sampler].model_fields)
-    given = {name: value for name, value in given.items() if value is not None}
-    settings = {**{name: value for name, value in own.items() if name in has}, **given}
-    for name in ("sampler", "steps", "process"):
-        if name in given:
-            remedy = "it is that of the model" if name == "process" else f"give it by itself (--{name})"
-            raise InputError(f"{name} is no option of {sampler}: {remedy}")
-    _check(settings)
-    clip = given.get("clip", False)
-    if clip is not False and not (SAMPLERS[sampler].clips or isinstance(clip, DynamicThreshold)):
-        raise InputError(f"clip={clip} is not for {sampler}, which clips by a DynamicThreshold only: leave clip out")
-    if "steps_offset" in given and settings.get("spacing") != "leading":
-        raise InputError("steps_offset is the first time of the spacing leading: give spacing=leading too")
-    return settings
-
-
-def path_of(model: Any, sampler: str, steps: int | str, given: Mapping[str, Any]) -> Path:
-    """Return the path of a sampler with the settings of :func:`sampling_settings`.
-
-    Raises:
-        InputError: As of :func:`sampling_settings` and :func:`check_sampler`.
-    """
-    settings = sampling_settings(model, sampler, given)
-    settings.pop("clip", None)  # which says nothing of the path
-    return check_sampler(sampler, steps, model.process, **settings)[1]
-
-
-def _check(settings: Mapping[str, Any]) -> None:
-    """Check the kinds of the settings that every sampler has, but for the spacing, which its path checks."""
-    clip, offset = settings.get("clip"), settings.get("steps_offset")
+def _check(sampler: str, steps: int | str, settings: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    """Check that all settings are of their kinds, and that those given have an effect."""
+    kind, clip, offset = SAMPLERS[sampler], settings.get("clip"), settings.get("steps_offset")
     if not (clip is None or isinstance(clip, bool | DynamicThreshold) or (isinstance(clip, Real) and float(clip) > 0)):
         raise InputError(f"clip must be a positive number, True for 1, or False for none; got {clip!r}")
     if not (offset is None or isinstance(offset, Integral)):
         raise InputError(f"steps_offset must be a whole number; got {offset!r}")
+    clip, spacing = given.get("clip", False), given.get("spacing", "own")
+    if clip is not False and not (kind.clips or isinstance(clip, DynamicThreshold)):
+        raise InputError(f"clip={clip} is not for {sampler}, which clips by a DynamicThreshold only: leave clip out")
+    if spacing != "own" and not kind.spaced:
+        raise InputError(f"{sampler} has times of its own, and no spacing: leave spacing out")
+    if "steps_offset" in given and settings.get("spacing") != "leading":
+        raise InputError("steps_offset is the first time of the spacing leading: give spacing=leading too")
+    if isinstance(steps, str) and callable(spacing):  # that of a model is a default, which such steps replace
+        raise InputError(f"steps {steps!r} say the times themselves: leave spacing out")
+    for name in given:
+        if name not in ("clip", "spacing", "steps_offset", *kind.model_fields):
+            owners = [other for other, one in SAMPLERS.items() if name in one.model_fields]
+            raise InputError(f"{name} is for {' and '.join(owners) or 'no sampler'}, not for {sampler}")
 
 
 def _bound(clip: Clip | None, model: Any, channels: int) -> float | DynamicThreshold | None:
@@ -147,6 +138,49 @@ def _weights_of(model: Any) -> tuple[torch.device | None, torch.dtype | None]:
 
 def _autocasts(device: torch.device) -> bool:
     return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+
+
+def _start(
+    model: Any, shape: tuple[int, ...] | None, latents: Tensor | None, generator: torch.Generator | None
+) -> tuple[Tensor, torch.dtype]:
+    """Return the latents, which are drawn if they are not given, and the type of the points that the network gets."""
+    device, dtype = _weights_of(model)
+    if latents is None:
+        if shape is None:
+            raise ValueError("give shape=(n, C, H, W), or latents")
+        if device is None:
+            device = torch.device("cpu") if generator is None else generator.device
+        # In float32 whatever the model's type, so that a generator draws the same noise for each.
+        latents = gaussian(torch.empty(shape, device=device, dtype=torch.float32), generator)
+    elif shape is not None and tuple(shape) != tuple(latents.shape):
+        raise ValueError(f"shape {tuple(shape)} is not that of the latents, {tuple(latents.shape)}")
+    return latents, latents.dtype if dtype is None or _autocasts(latents.device) else dtype
+
+
+def _conditioned(
+    model: Any,
+    x: Tensor,
+    condition: Mapping[str, Any] | None,
+    class_labels: Tensor | None,
+    guidance: float | None,
+    unconditional: Mapping[str, Any] | None,
+) -> tuple[Callable[..., Any], dict[str, Any]]:
+    """Return the model with guidance, and the keyword arguments that it is called with for points like ``x``."""
+    given = dict(condition or {})
+    if class_labels is not None:
+        given["class_labels"] = class_labels
+    embed = getattr(model, "embed_guidance", None)
+    embedded = None if guidance is None or embed is None else embed(guidance, x)
+    if embedded is not None:
+        if twice := [name for name in embedded if name in given]:
+            raise InputError(f"the condition has the scale of guidance already, as {twice[0]}: leave one of them out")
+        given.update(embedded)
+    if unconditional and (guidance is None or embedded is not None):
+        remedy = "give guidance too" if guidance is None else "this network takes the scale itself, leave it out"
+        raise InputError(f"unconditional is for guidance by two evaluations in each step: {remedy}")
+    if embedded is None and guidance is not None and guidance != 1:
+        model = guided(model, guidance, given, unconditional or {})
+    return model, given
 
 
 def sample(
@@ -232,29 +266,14 @@ def sample(
         ValueError: If ``shape`` and ``latents`` are both missing or disagree, or the step noise has another shape or
             ends early.
     """
-    given_options = {"clip": clip, "spacing": spacing, "steps_offset": steps_offset, "eps_scale": eps_scale, **options}
-    settings = sampling_settings(model, sampler, given_options)
-    if isinstance(steps, str) and callable(spacing):  # that of a model is a default, which such steps replace
-        raise InputError(f"steps {steps!r} say the times themselves: leave spacing out")
-    clip = settings.pop("clip", None)
-    own: Prediction = getattr(model, "prediction", "epsilon")
-    parameterisation = own if prediction is None else prediction
+    parameterisation: Prediction = getattr(model, "prediction", "epsilon") if prediction is None else prediction
     process.check_network(parameterisation)
-    chosen, path = check_sampler(sampler, steps, process, **settings)
+    given = {"clip": clip, "spacing": spacing, "steps_offset": steps_offset, "eps_scale": eps_scale, **options}
+    chosen, path, settings = resolve(model, process, sampler, steps, given)
     process.check_signal(parameterisation)
-    device, dtype = _weights_of(model)
-    if latents is None:
-        if shape is None:
-            raise ValueError("give shape=(n, C, H, W), or latents")
-        if device is None:
-            device = torch.device("cpu") if generator is None else generator.device
-        # In float32 whatever the model's type, so that a generator draws the same noise for each.
-        latents = gaussian(torch.empty(shape, device=device, dtype=torch.float32), generator)
-    elif shape is not None and tuple(shape) != tuple(latents.shape):
-        raise ValueError(f"shape {tuple(shape)} is not that of the latents, {tuple(latents.shape)}")
-    given_type, start = latents.dtype, latents.to(precise(latents.dtype))
-    called = given_type if dtype is None or _autocasts(start.device) else dtype
-    bound = _bound(clip, model, start.shape[1])
+    latents, called = _start(model, shape, latents, generator)
+    start = latents.to(precise(latents.dtype))
+    bound = _bound(settings.get("clip"), model, start.shape[1])
     if not chosen.clips and not isinstance(bound, DynamicThreshold):
         bound = None
 
@@ -270,26 +289,13 @@ def sample(
             yield noise.to(start)
         raise ValueError(f"step_noise ended early: {sampler} in {steps} steps needs one for each step but the last")
 
-    given = dict(condition or {})
-    if class_labels is not None:
-        given["class_labels"] = class_labels
-    embed = getattr(model, "embed_guidance", None)
-    embedded = None if guidance is None or embed is None else embed(guidance, start.to(called))
-    if embedded is not None:
-        if twice := [name for name in embedded if name in given]:
-            raise InputError(f"the condition has the scale of guidance already, as {twice[0]}: leave one of them out")
-        given.update(embedded)
-    if unconditional and (guidance is None or embedded is not None):
-        remedy = "give guidance too" if guidance is None else "this network takes the scale itself, leave it out"
-        raise InputError(f"unconditional is for guidance by two evaluations in each step: {remedy}")
-    if embedded is None and guidance is not None and guidance != 1:
-        model = guided(model, guidance, given, unconditional or {})
+    model, arguments = _conditioned(model, start.to(called), condition, class_labels, guidance, unconditional)
     finite: list[Tensor] = []
-    denoiser = Denoiser(model, parameterisation, chosen.eps_scale, bound, given, on_evaluation, finite, called)
+    denoiser = Denoiser(model, parameterisation, chosen.eps_scale, bound, arguments, on_evaluation, finite, called)
     with torch.inference_mode():
         sampled = chosen.run(denoiser, path, start, noises())
         finite.append(sampled.isfinite().all())
-    x = sampled.to(given_type, copy=True)  # outside of inference mode, an ordinary tensor
+    x = sampled.to(latents.dtype, copy=True)  # outside of inference mode, an ordinary tensor
     if not all(whole := torch.stack(finite).tolist()):  # read once, not in every step
         evaluations = len(path)
         raise NotFiniteError(

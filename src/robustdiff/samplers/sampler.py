@@ -97,6 +97,7 @@ class Sampler(Section):
         needs: The condition on the process, used in messages.
         default: True if the sampler is the default for its kind of model.
         strings: True if the sampler accepts guided-diffusion's respacing strings.
+        spaced: True if the sampler takes a ``spacing``; otherwise its times are its own.
         clips: True if x̂_0 may be clipped to a fixed range; otherwise only by dynamic thresholding.
         linear_scale: True if ``eps_scale`` may be (k, b), for k·i + b at the i-th point.
         default_steps: The default number of steps.
@@ -107,6 +108,7 @@ class Sampler(Section):
     needs: ClassVar[str] = "α² + σ² = 1"
     default: ClassVar[bool] = False
     strings: ClassVar[bool] = True
+    spaced: ClassVar[bool] = True
     clips: ClassVar[bool] = True
     linear_scale: ClassVar[bool] = False
     default_steps: ClassVar[int] = 20

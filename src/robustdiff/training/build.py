@@ -16,7 +16,7 @@ from robustdiff.errors import InputError
 from robustdiff.objectives.objective import OBJECTIVES, ObjectiveConfig
 from robustdiff.process import DiffusionProcess
 from robustdiff.recipe import Recipe
-from robustdiff.samplers.sample import path_of
+from robustdiff.samplers.sample import resolve
 from robustdiff.weights import DTYPES
 
 __all__ = ["Built", "build_model", "load_start"]
@@ -73,7 +73,8 @@ def build_model(recipe: Recipe, dataset: ImageDataset, start: Model | None = Non
         )
     if recipe.sampler.steps is not None:
         try:
-            path_of(built.model, recipe.sampler.name or built.model.samplers[0], recipe.sampler.steps, {})
+            name = recipe.sampler.name or built.model.samplers[0]
+            resolve(built.model, built.model.process, name, recipe.sampler.steps, {})
         except InputError as error:
             raise InputError(f"sampler.steps: {error}") from None
     if recipe.model.gradient_checkpointing:

@@ -69,7 +69,8 @@ class State(BaseModel):
     Attributes:
         step: The number of optimiser updates made.
         batch: The number of batches completed.
-        skipped: The number of perturbations that were not updated (see :class:`robustdiff.perturbation.Adversary`).
+        skipped: The number of ascents that were skipped (see :class:`robustdiff.perturbation.Adversary`), in all
+            processes.
         skipped_updates: The number of updates that were left out because their gradient overflowed.
         objective: The state of the objective, numbers and lists of numbers.
         scaler: The scale of the loss in fp16; None in other precisions.

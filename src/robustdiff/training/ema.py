@@ -18,31 +18,19 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Literal
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from robustdiff.objectives.objective import follow
 
-__all__ = ["EMA", "REMAINDER", "power_exponent", "sufficient_decay"]
+__all__ = ["EMA", "EXPONENT", "REMAINDER", "sufficient_decay"]
 
-RELATIVE_WIDTH = 0.10  # σ_rel of "auto", the middle of what Karras et al. find best
-REMAINDER = 0.05  # the largest weight of the start in the final average that gives no warning
+EXPONENT = 6.937203937601809
+"""γ of "auto". The weights (γ + 1) τ^γ of τ = t/T in [0, 1] then have a standard deviation σ_rel of 0.10, the middle of
+what Karras et al. find best: γ is the root ≥ 0 of σ_rel² = (γ + 1) / ((γ + 2)² (γ + 3))."""
 
-
-def power_exponent(relative_width: float) -> float:
-    r"""Return γ of the power-function average whose weights have a standard deviation of σ_rel times the run.
-
-    The weights at τ = t/T in [0, 1] are (γ + 1) τ^γ, with variance σ_rel² = (γ + 1) / ((γ + 2)² (γ + 3)). This is a
-    cubic in γ with one root ≥ 0 for each σ_rel up to 12^{-1/2}, the width of constant weights.
-
-    Raises:
-        ValueError: If the width is not in (0, 12^{-1/2}].
-    """
-    if not 0 < relative_width <= 12**-0.5:
-        raise ValueError(f"the relative width must be in (0, {12**-0.5:.4f}]; got {relative_width}")
-    inverse = relative_width**-2
-    return float(np.roots([1, 7, 16 - inverse, 12 - inverse]).real.max())
+REMAINDER = 0.05
+"""The largest weight of the start in the final average that gives no warning."""
 
 
 def sufficient_decay(steps: int) -> float:
@@ -71,11 +59,10 @@ class EMA:
         self.decay = decay
         self.average = [p.detach().clone() for p in self.parameters]
         self.updates = 0
-        self._exponent = power_exponent(RELATIVE_WIDTH)
 
     def weight(self, update: int) -> float:
         """Return the weight 1 − β_t of the parameters after an update t = 1, 2, …"""
-        return 1 - ((1 - 1 / update) ** (self._exponent + 1) if isinstance(self.decay, str) else self.decay)
+        return 1 - ((1 - 1 / update) ** (EXPONENT + 1) if isinstance(self.decay, str) else self.decay)
 
     def update(self, stepped: Tensor | None = None, weight: Tensor | None = None) -> None:
         """Update the average with the parameters, after an optimiser step.

@@ -59,7 +59,7 @@ class MetricsLog:
 
     def _restart(self) -> None:
         self.sums: dict[str, Tensor] = {}
-        self.sizes: Tensor | float = 0.0
+        self.sizes = torch.zeros((), device=self.trainer.accelerator.device)
         self.updates = self.batches = 0
         self.of_passes: dict[str, Tensor] = {}
         self.since = time.perf_counter()
@@ -97,17 +97,19 @@ class MetricsLog:
         """
         trainer, recipe = self.trainer, self.trainer.recipe
         sums = {name: self.sums[name] / self.updates for name in sorted(self.sums)}
-        values = torch.stack([*sums.values(), *self.of_passes.values()])
+        # Of whole batches, or of the first pass over a last batch that is left before its last.
+        size = self.sizes if self.batches else self.size
+        values = torch.stack([*sums.values(), *self.of_passes.values(), size])
         means = iter(trainer.accelerator.reduce(values, reduction="mean").tolist())
         line: dict[str, float] = {"step": trainer.step, **{name: next(means) for name in sums}}
         of_passes = {name: next(means) for name in self.of_passes}
         for name, part, whole in (("pass_ratio", "last", "first"), ("at_radius", "at", "of")):
             if of_passes.get(whole, 0) > 0 and math.isfinite(ratio := of_passes[part] / of_passes[whole]):
                 line[name] = ratio
-        line["delta_norm"] = float(self.sizes) / self.batches if self.batches else float(self.size)
+        line["delta_norm"] = next(means) / max(self.batches, 1)
         line["lr"] = trainer.rate
         line["epoch"] = trainer.batch * recipe.batch_size / len(trainer.dataset)
-        line["skipped"] = trainer.adversary.skipped
+        line["skipped"] = trainer.skipped()
         line["skipped_updates"] = int(trainer.skipped_updates)
         line["images_per_second"] = self.updates * recipe.batch_size / (time.perf_counter() - self.since)
         if not math.isfinite(line["loss"]):

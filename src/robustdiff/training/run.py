@@ -414,7 +414,7 @@ def _result(trainer: Trainer, metrics: MetricsLog) -> dict[str, Any]:
         "backward_passes": trainer.step * trainer.adversary.backward_passes,
         "loss": metrics.line.get("loss"),
         "delta_norm": metrics.line.get("delta_norm"),
-        "skipped": trainer.adversary.skipped,
+        "skipped": trainer.skipped(),
         "skipped_updates": int(trainer.skipped_updates),
         "parameters": trainer.trained_parameters,
         "data": trainer.dataset.name,

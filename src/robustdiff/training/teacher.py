@@ -42,7 +42,8 @@ def build_teacher(built: Built, dataset: ImageDataset, accelerator: Accelerator)
         if model.condition != built.model.condition:
             same = "text encoders" if model.condition.takes_captions else "classes, or both none"
             raise InputError(f"the teacher {path} and the student must have the same {same}")
-    model.kind.check_reaches(config.teacher_sigma_max, str(path))
+    bound, sigma = config.teacher_bound
+    model.kind.check_reaches(sigma, str(path), bound)
     if (half := DTYPES.get(accelerator.mixed_precision)) is not None:
         hold(model.network, half)
     frozen = model.network.to(accelerator.device).eval().requires_grad_(False)

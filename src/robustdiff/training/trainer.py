@@ -253,6 +253,11 @@ class Trainer:
         """Return the number of parameters that are trained."""
         return sum(parameter.numel() for parameter in _trained(self.built.model.network).values())
 
+    def skipped(self) -> int:
+        """Return the number of ascents that were skipped in all processes. Every process must call it."""
+        own = torch.tensor(self.adversary.skipped, device=self.accelerator.device)
+        return int(self.accelerator.reduce(own, reduction="sum"))
+
     def batches(self) -> Iterator[list[Draw]]:
         """Yield the microbatches of each batch, from the run's current batch to its last."""
         parts = self.recipe, self.accelerator, self.dataset, self.built, self.objective, self.buckets, self.sizes
@@ -464,7 +469,7 @@ class Trainer:
         state = State(
             step=self.step,
             batch=self.batch,
-            skipped=self.adversary.skipped,
+            skipped=self.skipped(),
             skipped_updates=int(self.skipped_updates),
             objective=self.objective.state(),
             scaler=scale,
@@ -497,7 +502,7 @@ class Trainer:
         self.step, self.batch = state.step, state.batch
         if self.ema is not None:
             self.ema.updates = self.step
-        self.adversary.skipped = state.skipped
+        self.adversary.skipped = state.skipped if self.accelerator.is_main_process else 0
         if self.recorder is not None:
             self.adversary.count_on(self.accelerator.device)
         self.skipped_updates = state.skipped_updates

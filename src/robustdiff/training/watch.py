@@ -24,7 +24,7 @@ import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,7 +38,7 @@ from robustdiff.data import ImageDataset
 from robustdiff.distributed import from_main
 from robustdiff.errors import InputError, RunError, printable
 from robustdiff.evaluation.generate import Generator
-from robustdiff.evaluation.grid import Cell, differences, evaluate_cell
+from robustdiff.evaluation.grid import Cell, evaluate_cell
 from robustdiff.evaluation.noise import NOISE, check_noise
 from robustdiff.evaluation.prompts import captions_of
 from robustdiff.evaluation.real_images import Target
@@ -63,7 +63,6 @@ from robustdiff.training.watch_files import (
     Line,
     Sign,
     Start,
-    StartCell,
     WatchedCell,
     dump,
     read_lines,
@@ -83,14 +82,6 @@ MOST = 50  # measurements of every=auto, at most
 
 class Interrupted(Exception):
     """A signal arrived during a measurement, which is dropped."""
-
-
-@dataclass(frozen=True)
-class _Measured:
-    """The cells of one model on one noise."""
-
-    cells: tuple[Cell, ...]
-    seconds: float
 
 
 class Watch:
@@ -123,7 +114,7 @@ class Watch:
             self._collect(None)
         self.every = None if config.every == "auto" else config.every
         self.lines: list[Line] = []
-        self.start: tuple[_Measured, _Measured] | None = None
+        self.start: Start | None = None
         self._clock: tuple[float, int] | None = None
         self._training: float | None = None  # the time of the whole training in seconds
 
@@ -207,14 +198,13 @@ class Watch:
 
     # -- measurement -----------------------------------------------------------------------------------------
 
-    def _measure(self, seed: int, average: bool, interrupt: Interrupt, progress: Progress) -> _Measured:
+    def _measure(self, seed: int, average: bool, interrupt: Interrupt, progress: Progress) -> list[WatchedCell]:
         """Measure the cells of the network as it is, or of its moving average.
 
         Raises:
             Interrupted: If a signal arrived.
             NotFiniteError: If a number is not finite.
         """
-        began = time.perf_counter()
         self.trainer.release()
         shown = _Within(self, interrupt, progress)
         cells = []
@@ -224,8 +214,8 @@ class Watch:
                 # Of its own recordings, so that their memory is free when training goes on.
                 chosen = replace(generator, seed=seed, recordings=Recordings())
                 cell, _ = evaluate_cell("watch", chosen, self.config.num, self.metrics, self.accelerator, 0, shown)
-                cells.append(cell)
-        return _Measured(tuple(cells), time.perf_counter() - began)
+                cells.append(self._record(cell))
+        return cells
 
     @contextmanager
     def _sampling(self, average: bool) -> Iterator[None]:
@@ -241,28 +231,35 @@ class Watch:
                 if self.recipe.caches_latents:  # training does not call the codec
                     model.codec.to("cpu")
 
-    def _cells(self, measured: _Measured, start: _Measured | None) -> list[WatchedCell]:
-        """Return the records of cells, with the differences to the start's."""
-        found = []
-        for i, cell in enumerate(measured.cells):
-            key = self.number.name
-            record = WatchedCell(
-                sampler=cell.sampler,
-                steps=int(cell.steps or 0),
-                metric=key,
-                value=_value(cell, key),
-                ci=cell.intervals.get(key),
-                guidance=cell.guidance,
-            )
-            if start is not None:
-                base = start.cells[i]
-                record.difference = record.value - _value(base, key)
-                pairs = [pair for pair in differences(cell, base) if pair.number == key]
-                for pair in pairs:
-                    record.difference_ci, record.relative_ci = pair.interval, pair.relative_interval
-                    record.relative = None if pair.relative_interval is None else pair.relative
-            found.append(record)
-        return found
+    def _record(self, cell: Cell) -> WatchedCell:
+        """Return the watched number of a cell."""
+        key = self.number.name
+        value, replicates = cell.values[key], cell.replicates.get(key)
+        if value is None:
+            raise RunError(f"watch.metric: {key} is not defined for these images: choose another metric")
+        assert cell.steps is not None
+        return WatchedCell(
+            sampler=cell.sampler,
+            steps=cell.steps,
+            metric=key,
+            value=value,
+            ci=cell.intervals.get(key),
+            guidance=cell.guidance,
+            replicates=None if replicates is None else replicates.tolist(),
+            blocks=cell.blocks.get(key),
+        )
+
+    def _compare(self, cells: Sequence[WatchedCell], start: Sequence[WatchedCell]) -> None:
+        """Set the differences of cells to those of the starting checkpoint on the same noise."""
+        for cell, base in zip(cells, start, strict=True):
+            cell.difference = cell.value - base.value
+            if cell.replicates is None or base.replicates is None or cell.blocks is None:
+                continue
+            drawn, of_base = np.array(cell.replicates), np.array(base.replicates)
+            cell.difference_ci = interval(cell.difference, drawn - of_base, cell.blocks)
+            if self.number.log:
+                cell.relative_ci = relative_interval(cell.value, drawn, base.value, of_base, cell.blocks)
+                cell.relative = None if cell.relative_ci is None else cell.difference / base.value
 
     def _mean(self, cells: Sequence[WatchedCell]) -> float:
         return sum(cell.value for cell in cells) / len(cells)
@@ -308,22 +305,17 @@ class Watch:
         record: Start | None = from_main(self._read_start() if main else None)
         self._check_noise([] if record is None else [record])
         if record is None:
+            began = time.perf_counter()
             first = self._measure(self.config.seed, self.config.average, interrupt, progress)
             fresh = self._measure(self.fresh_seed, self.config.average, interrupt, progress)
-            record = Start(
-                seconds=first.seconds + fresh.seconds,
-                cells=self._to_start(first),
-                fresh=self._to_start(fresh),
-                noise=NOISE,
-            )
+            record = Start(seconds=time.perf_counter() - began, cells=first, fresh=fresh, noise=NOISE)
             record = from_main(record)  # the seconds of one process decide for all
             if main:
-                write_json(self.folder / "start.json", record.model_dump())
-        half = record.seconds / 2
-        self.start = _Measured(self._of_start(record.cells), half), _Measured(self._of_start(record.fresh), half)
+                write_json(self.folder / "start.json", record.model_dump(exclude_none=True))
+        self.start = record
         if not self.lines:
             self._keep()
-            line = self._line(0, self._cells(self.start[0], None), record.seconds)
+            line = self._line(0, record.cells, record.seconds)
             line.images *= 2  # on two noises
             self._append(line)
 
@@ -333,7 +325,7 @@ class Watch:
         for record in records:
             check_noise(self.folder, record.noise, remedy)
 
-    def _has_own_cells(self, cells: Sequence[WatchedCell] | Sequence[StartCell]) -> bool:
+    def _has_own_cells(self, cells: Sequence[WatchedCell]) -> bool:
         """Return whether cells are those of this watch."""
         own = [(generator.sampler, generator.steps, self.number.name) for generator in self.generators]
         return [(cell.sampler, cell.steps, cell.metric) for cell in cells] == own
@@ -346,39 +338,6 @@ class Watch:
                 whole += len(line)
             file.truncate(whole)
 
-    def _to_start(self, measured: _Measured) -> list[StartCell]:
-        key = self.number.name
-        return [
-            StartCell(
-                sampler=cell.sampler,
-                steps=int(cell.steps or 0),
-                metric=key,
-                value=_value(cell, key),
-                ci=cell.intervals.get(key),
-                replicates=cell.replicates[key].tolist() if key in cell.replicates else None,
-                blocks=cell.blocks.get(key),
-            )
-            for cell in measured.cells
-        ]
-
-    def _of_start(self, records: Sequence[StartCell]) -> tuple[Cell, ...]:
-        key = self.number.name
-        return tuple(
-            Cell(
-                checkpoint="start",
-                sampler=record.sampler,
-                steps=record.steps,
-                n=self.config.num,
-                values={key: record.value},
-                intervals={} if record.ci is None else {key: record.ci},
-                replicates={} if record.replicates is None else {key: np.array(record.replicates)},
-                seconds=0.0,
-                guidance=self.config.guidance,
-                blocks={} if record.blocks is None else {key: record.blocks},
-            )
-            for record in records
-        )
-
     def _read_start(self) -> Start | None:
         """Return the contents of ``start.json``, or None if there is no such file."""
         path = self.folder / "start.json"
@@ -387,6 +346,8 @@ class Watch:
         record = read_record(path, Start, REMEDY)
         if not (self._has_own_cells(record.cells) and self._has_own_cells(record.fresh)):
             raise InputError(f"{printable(path)} is damaged (its cells are not those of the recipe): {REMEDY}")
+        for cell in (*record.cells, *record.fresh):
+            cell.guidance = self.config.guidance  # which earlier versions did not write
         return record
 
     def due(self, step: int, last: bool) -> bool:
@@ -412,7 +373,7 @@ class Watch:
             self.every = math.ceil(steps / 10)
             self._training = training
             return
-        one = self.start[0].seconds
+        one = self.start.seconds / 2
         spare = SHARE * training - 4 * one  # of the start and the chosen model, each on two noises
         self.every = math.ceil(steps / (1 + min(MOST, max(0, int(spare / one)))))
         self._warn_of_cost(4 * one, training)
@@ -446,8 +407,9 @@ class Watch:
             return False
         if line is None:
             began = time.perf_counter()
-            measured = self._measure(self.config.seed, self.config.average, interrupt, progress)
-            cells = self._cells(measured, None if self.start is None else self.start[0])
+            cells = self._measure(self.config.seed, self.config.average, interrupt, progress)
+            if self.start is not None:
+                self._compare(cells, self.start.cells)
             line = self._line(step, cells, 0.0)
             if line.best:
                 self._keep()
@@ -499,7 +461,7 @@ class Watch:
         if config.action == "off":
             return []
         adversary = self.trainer.adversary
-        ascents = adversary.ascents * self.recipe.batch_size / self.accelerator.num_processes / adversary.passes
+        ascents = adversary.ascents * self.recipe.batch_size / adversary.passes
         lines = [dump(one) for one in (*self.lines, line)]
         written = read_metrics(self.folder / "metrics.jsonl")
         metrics = [one.model_dump() for one in written if one.step <= line.step]
@@ -525,15 +487,16 @@ class Watch:
             InputError: If ``best/`` cannot be read.
         """
         line = self._chosen()
-        at_start = self.start is not None and line.step == 0
-        fresh = None if self.start is None else self.start[1]
+        start = None if self.start is None else self.start.fresh
+        at_start = start is not None and line.step == 0
         if at_start:
-            assert fresh is not None
-            chosen, fresh = fresh, None
+            assert start is not None
+            cells, start = start, None
         else:
             self._load_best()
-            chosen = self._measure(self.fresh_seed, False, interrupt, progress)
-        cells = self._cells(chosen, fresh)
+            cells = self._measure(self.fresh_seed, False, interrupt, progress)
+        if start is not None:
+            self._compare(cells, start)
         best = Best(
             step=line.step,
             start=at_start,
@@ -543,16 +506,16 @@ class Watch:
             cells=cells,
             noise=NOISE,
         )
-        if fresh is not None:
-            key, start = self.number.name, self._mean(self._cells(fresh, None))
-            best.difference = best.mean - start
-            if all(key in cell.replicates for cell in (*chosen.cells, *fresh.cells)):
-                drawn, base = (np.mean([c.replicates[key] for c in own.cells], axis=0) for own in (chosen, fresh))
-                blocks = chosen.cells[0].blocks[key]
+        if start is not None:
+            mean = self._mean(start)
+            best.difference = best.mean - mean
+            blocks, of_all = cells[0].blocks, [[cell.replicates for cell in own] for own in (cells, start)]
+            if blocks is not None and all(one is not None for own in of_all for one in own):
+                drawn, base = (np.mean(np.array(own), axis=0) for own in of_all)
                 best.difference_ci = interval(best.difference, drawn - base, blocks)
                 if self.number.log:
-                    best.relative_ci = relative_interval(best.mean, drawn, start, base, blocks)
-                    best.relative = None if best.relative_ci is None else best.difference / start
+                    best.relative_ci = relative_interval(best.mean, drawn, mean, base, blocks)
+                    best.relative = None if best.relative_ci is None else best.difference / mean
         signs = [FiredSign(step=one.step, **sign.model_dump()) for one in self.lines for sign in one.signs]
         return {"best": dump(best), "signs": [sign.model_dump() for sign in signs]}
 
@@ -593,13 +556,6 @@ class _Within:
             stop = self.interrupt.received is not None
         if stop:
             raise Interrupted
-
-
-def _value(cell: Cell, key: str) -> float:
-    value = cell.values[key]
-    if value is None:
-        raise RunError(f"watch.metric: {key} is not defined for these images: choose another metric")
-    return value
 
 
 def _usual_steps(sampler: str, own: int | str | None) -> tuple[int, ...]:

@@ -33,7 +33,6 @@ __all__ = [
     "Record",
     "Sign",
     "Start",
-    "StartCell",
     "WatchedCell",
     "dump",
     "read_lines",
@@ -65,6 +64,8 @@ class WatchedCell(Record):
         relative, relative_ci: The difference divided by the starting checkpoint's number, with its interval, or None
             for a number that is not compared by ratios, and in files of robustdiff 0.2.0 and before.
         guidance: The scale of classifier-free guidance; left out of files if it is None.
+        replicates: The bootstrap replicates of the number, which are in ``start.json`` alone.
+        blocks: The number of blocks that they resample, there alone too.
     """
 
     sampler: str
@@ -77,6 +78,8 @@ class WatchedCell(Record):
     relative: float | None = None
     relative_ci: Ends | None = None
     guidance: float | None = None
+    replicates: Annotated[list[float], Field(min_length=REPLICATES, max_length=REPLICATES)] | None = None
+    blocks: Annotated[int, Field(ge=2)] | None = None
 
     @property
     def place(self) -> str:
@@ -148,30 +151,18 @@ class FiredSign(Sign):
     step: NonNegativeInt
 
 
-class StartCell(Record):
-    """The number of the starting checkpoint at one sampler and number of steps, with its bootstrap replicates."""
-
-    sampler: str
-    steps: PositiveInt
-    metric: str
-    value: float
-    ci: Ends | None
-    replicates: Annotated[list[float], Field(min_length=REPLICATES, max_length=REPLICATES)] | None
-    blocks: Annotated[int, Field(ge=2)] | None
-
-
 class Start(Record):
     """The contents of ``start.json``: the starting checkpoint's cells on the noise of the watch, and on fresh noise."""
 
     seconds: Annotated[float, Field(gt=0)]
-    cells: list[StartCell]
-    fresh: list[StartCell]
+    cells: list[WatchedCell]
+    fresh: list[WatchedCell]
     noise: str | None = None
 
 
 def dump(record: Record) -> dict[str, Any]:
-    """Return a record as JSON values, without a scale of guidance where there is none."""
-    values = record.model_dump(mode="json")
+    """Return a record as JSON values, without replicates, and without a scale of guidance where there is none."""
+    values = record.model_dump(mode="json", exclude={"cells": {"__all__": {"replicates", "blocks"}}})
     for cell in values.get("cells", []):
         if cell["guidance"] is None:
             del cell["guidance"]

@@ -97,7 +97,7 @@ class ModelKind(ABC):
         """
         return {}
 
-    def check_reaches(self, sigma: float, path: str) -> None:
+    def check_reaches(self, sigma: float, path: str, bound: str = "sigma_max") -> None:
         """Check that a denoiser has levels up to a given one.
 
         Diffusion models pass: :class:`~robustdiff.objectives.preconditioning.DiffusionDenoiser` evaluates them beyond
@@ -106,6 +106,7 @@ class ModelKind(ABC):
         Args:
             sigma: The largest level that it is evaluated at.
             path: The name of the model in messages.
+            bound: The name of the setting of that level in messages.
 
         Raises:
             InputError: If it has not.
@@ -113,7 +114,7 @@ class ModelKind(ABC):
         highest = self.levels().get("sigma_max", sigma)
         if highest < sigma:
             raise InputError(
-                f"the teacher {path} has levels up to {highest:g} and is asked up to {sigma:g}: lower sigma_max, or "
+                f"the teacher {path} has levels up to {highest:g} and is asked up to {sigma:g}: lower {bound}, or "
                 "take another teacher"
             )
 
