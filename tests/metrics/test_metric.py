@@ -247,7 +247,7 @@ def test_a_metric_of_an_installed_package_is_measured_compared_and_drawn(robustd
     arguments = ["--metrics", "contrast,fid", "--num", 60, "--steps", "1,2", "--output", tmp_path / "e"]
     outcome = robustdiff("evaluate", digits_run, tmp_path / "other", *arguments)
     assert outcome.code == 0, outcome.err
-    assert outcome.out.count("Contrast") == 2
+    assert outcome.out.count("Contrast") == 3
     assert "brightness" not in outcome.out
     record = json.loads((tmp_path / "e" / "result.json").read_text())
     for cell in record["cells"]:
