@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
+from functools import partial
 from types import SimpleNamespace
 from typing import Any, get_args
 
@@ -107,6 +108,8 @@ def described(value: Any) -> Any:
         return tuple((key, described(one)) for key, one in value.items())
     if isinstance(value, list | tuple):
         return tuple(map(described, value))
+    if isinstance(value, partial):
+        return described([value.func, value.args, value.keywords])
     if isinstance(value, type) or callable(getattr(value, "__get__", None)):  # classes and functions
         return value.__qualname__
     if hasattr(value, "__dict__") and not isinstance(value, Enum):

@@ -606,7 +606,7 @@ def test_an_effect_of_too_few_trainings_is_shown_beside_tested_ones():
 def test_the_page_decides_by_trainings(tmp_path):
     """Against scipy's paired t-test of ln FID, and pooled deviations by hand, on made-up cells of three seeds."""
     methods = {n: {**m, "seeds": [0, 1, 2]} for n, m in TINY["methods"].items()}
-    methods["late"] = {"set": {"lr_schedule": "cosine"}, "seeds": [0, 1, 2]}
+    methods["late"] = {"set": {"lr_schedule": "cosine", "adversary": "none"}, "seeds": [0, 1, 2]}
     methods["late-free"] = {**methods["free"], "baseline": "late"}
     methods["single"] = {"seeds": [0]}
     measure = {**TINY["measure"], "steps": [10], "mismatch": 0}
