@@ -1,4 +1,4 @@
-"""How much of what δ does to the loss remains in bf16, whose numbers have 8 significant bits.
+"""Measure how much of what δ does to the loss remains in bf16, whose numbers have 8 significant bits.
 
 In bf16 a network sees x_t + δ rounded. The smaller δ is, the less the difference of the rounded points, δ + e, has in
 common with δ number by number. But e does not follow the gradient g of the loss: over d numbers ⟨g, e⟩ is of the size
@@ -32,6 +32,7 @@ from robustdiff import ConsistencyObjective, DenoisingObjective, PGDAdversary, l
 from robustdiff.data.dataset import to_unit
 from robustdiff.data.registry import load_dataset
 from robustdiff.objectives.preconditioning import karras_sigmas
+from robustdiff.report.words import table
 
 K = 3
 LEVELS = 18
@@ -122,15 +123,17 @@ def measure(number):
     }
 
 
-def table(result):
-    """Yield the lines of the table in docs/speed.md."""
-    yield "| network and δ | cosine | seen | found |"
-    yield "|---|---:|---:|---:|"
-    for name, case in result["cases"].items():
-        shares = [
-            "{share:.3f} ({interval[0]:.3f} … {interval[1]:.3f})".format(**case[key]) for key in ("seen", "found")
+def shown(result):
+    """Return the table of docs/speed.md."""
+    rows = [
+        [
+            name,
+            f"{case['cosine']:.2f}",
+            *("{share:.3f} ({interval[0]:.3f} … {interval[1]:.3f})".format(**case[key]) for key in ("seen", "found")),
         ]
-        yield f"| {name} | {case['cosine']:.2f} | {' | '.join(shares)} |"
+        for name, case in result["cases"].items()
+    ]
+    return table(["network and δ", "cosine", "seen", "found"], rows)
 
 
 def main(argv=None):
@@ -139,7 +142,7 @@ def main(argv=None):
     parser.add_argument("--out", type=Path, help="also write the numbers here, as JSON")
     arguments = parser.parse_args(argv)
     result = measure(arguments.images)
-    publish(result, list(table(result)), arguments.out)
+    publish(result, [shown(result)], arguments.out)
 
 
 if __name__ == "__main__":

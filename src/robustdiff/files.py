@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "MARKER",
+    "STALE",
     "atomic_folder",
     "atomic_write",
     "cache_folder",
@@ -78,6 +79,9 @@ _POLL = 0.1  # seconds between checks of a lock of another process
 _WINDOWS = os.name == "nt"
 _LOCKED_BYTE = 2**30  # on Windows nobody else could read the byte, and no file with a lock has that many
 _PATIENCE = 5.0  # seconds for which another program may have a file that is renamed on Windows
+
+STALE = 86_400.0
+"""The age in seconds from which a temporary file is of a killed process, where other processes may write meanwhile."""
 
 _locks: set[BinaryIO] = set()
 _unfinished: set[Path] = set()  # temporary files and folders of this process

@@ -134,7 +134,8 @@ def _real_images(
         return None, False
     data, root, overrides = (given[name] for name in of_images)
     if given["--reference"] is None:
-        return options.real_images(next(iter(runs.values()), None), data, root, overrides, compare), compare
+        run = next(iter(runs.values()), None)
+        return options.real_images(run, data, root, overrides, workers=compare), compare
     if data is not None or root is not None or overrides:
         raise InputError("--reference takes the place of --data, --root and --set: give it, or them")
     return Path(given["--reference"]), True

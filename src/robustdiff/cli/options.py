@@ -133,7 +133,7 @@ def parse_numbers(text: str, option: str, remedy: str) -> list[float]:
 
 
 def real_images(
-    run: str | None, data: str | None, root: str | None, overrides: list[str], workers: bool = False
+    run: str | None, data: str | None, root: str | None, overrides: list[str], *, workers: bool = False
 ) -> DataConfig:
     """Return the configuration of the real images, and print the folder that a run's recipe names, if it is read."""
     from robustdiff.evaluation.real_images import choose_real_images

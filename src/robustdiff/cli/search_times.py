@@ -40,7 +40,7 @@ def search_times(
     from robustdiff.evaluation.time_search import search_times_by_fid
     from robustdiff.report.bar import Bar
 
-    accelerator, real = make_accelerator(cpu), options.real_images(run, data, root, overrides, True)
+    accelerator, real = make_accelerator(cpu), options.real_images(run, data, root, overrides, workers=True)
     options.claim(output, real)
     target = load_target(real, features, weights, accelerator.device)
     sampling = {run: run}, accelerator.device, target.dataset, ["multistep"], [None]

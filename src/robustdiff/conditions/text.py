@@ -30,7 +30,7 @@ from torch import Tensor
 from robustdiff.conditions.condition import Condition
 from robustdiff.encoders import load_encoder, load_part, transformers_class
 from robustdiff.errors import InputError, RunError, printable
-from robustdiff.files import atomic_write, cache_folder, claim_folder, open_regular, remove_leftovers, user_key
+from robustdiff.files import STALE, atomic_write, cache_folder, claim_folder, open_regular, remove_leftovers, user_key
 from robustdiff.loading import read_index
 from robustdiff.progress import SILENT, Progress
 from robustdiff.weights import digest_state
@@ -42,7 +42,6 @@ logger = logging.getLogger(__name__)
 _BATCH = 32
 _MOST_BYTES = 2**32  # size of the cache in memory
 _SIGNATURE = 32  # bytes
-_STALE = 86_400.0  # seconds after which a temporary file is of a killed process
 
 # Entries of a configuration that do not change what an encoder computes.
 _NO_SETTINGS = {"_name_or_path", "architectures", "transformers_version", "dtype", "torch_dtype"}
@@ -286,7 +285,7 @@ class TextCondition(Condition):
         folder = cache_folder() / "captions" / name
         try:
             claim_folder(folder, "a cache of embeddings")
-            remove_leftovers(folder, "[0-9a-f]{64}", age=_STALE)  # other processes may write now
+            remove_leftovers(folder, "[0-9a-f]{64}", age=STALE)  # other processes may write now
         except OSError as error:
             self._stop_writing(folder, error)
             return None

@@ -29,7 +29,7 @@ from robustdiff.codecs.codec import Codec
 from robustdiff.data.dataset import Batch, ImageDataset, to_unit
 from robustdiff.data.loader import load_batches
 from robustdiff.errors import RunError, printable
-from robustdiff.files import atomic_write, cache_folder, claim_folder, open_regular, remove_leftovers, user_key
+from robustdiff.files import STALE, atomic_write, cache_folder, claim_folder, open_regular, remove_leftovers, user_key
 from robustdiff.progress import SILENT, Progress
 
 __all__ = ["LatentDataset"]
@@ -39,7 +39,6 @@ logger = logging.getLogger(__name__)
 _PART_BYTES = 2**26
 _MOST_PARTS = 128  # each open part uses a file descriptor
 _BATCH = 64
-_STALE = 86_400.0  # seconds after which a temporary file is of a killed process
 
 
 class LatentDataset(ImageDataset):
@@ -133,7 +132,7 @@ class LatentDataset(ImageDataset):
             OSError: If the cache cannot be written.
         """
         claim_folder(self.folder, "a cache of latents")
-        remove_leftovers(self.folder, r"\d{5}\.float16", age=_STALE)  # other processes may write now
+        remove_leftovers(self.folder, r"\d{5}\.float16", age=STALE)  # other processes may write now
         missing = [part for part in self._parts() if part % processes == process and not self._is_whole(part)]
         if not missing:
             return

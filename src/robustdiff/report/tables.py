@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 from rich import box
 from rich.console import Console
@@ -20,6 +20,8 @@ from robustdiff.study.estimate import Remaining
 from robustdiff.study.store import MEASURES
 
 __all__ = ["cell_table", "grid_table", "print_whole", "remaining_table", "reproduced_table", "shown"]
+
+Key = TypeVar("Key")
 
 
 def shown(name: str) -> Text:
@@ -46,7 +48,7 @@ def cell_table(cells: Sequence[Cell]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), collapse_padding=True, show_edge=False)
     for heading in ("", *(number.title for number in numbers)):
         table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
-    for name, own in _by_checkpoint(cells).items():
+    for name, own in _grouped(cells, lambda cell: cell.checkpoint).items():
         count = f"{own[0].n:,} images" if counts else ""
         table.add_row(shown(name), *([count] if numbers else []), style="bold")
         for cell in own:
@@ -55,10 +57,11 @@ def cell_table(cells: Sequence[Cell]) -> Table:
     return table
 
 
-def _by_checkpoint(cells: Sequence[Cell]) -> dict[str, list[Cell]]:
-    found: dict[str, list[Cell]] = {}
+def _grouped(cells: Sequence[Cell], key: Callable[[Cell], Key]) -> dict[Key, list[Cell]]:
+    """Return the cells of each key, in their order."""
+    found: dict[Key, list[Cell]] = {}
     for cell in cells:
-        found.setdefault(cell.checkpoint, []).append(cell)
+        found.setdefault(key(cell), []).append(cell)
     return found
 
 
@@ -83,10 +86,7 @@ def grid_table(grid: Grid, baseline: str, number: Number) -> Table:
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), collapse_padding=True, caption_justify="left")
     for heading in ("", "", number.title, shown(f"vs {baseline}")):
         table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
-    rows: dict[tuple[str, int | None], list[Cell]] = {}
-    for cell in grid.cells:
-        rows.setdefault((cell.sampler, cell.steps), []).append(cell)
-    for (sampler, steps), cells in rows.items():
+    for (sampler, steps), cells in _grouped(grid.cells, lambda cell: (cell.sampler, cell.steps)).items():
         for cell in cells:
             change = differences.get((cell.checkpoint, baseline, sampler, steps))
             table.add_row(

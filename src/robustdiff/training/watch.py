@@ -252,14 +252,26 @@ class Watch:
     def _compare(self, cells: Sequence[WatchedCell], start: Sequence[WatchedCell]) -> None:
         """Set the differences of cells to those of the starting checkpoint on the same noise."""
         for cell, base in zip(cells, start, strict=True):
-            cell.difference = cell.value - base.value
-            if cell.replicates is None or base.replicates is None or cell.blocks is None:
-                continue
-            drawn, of_base = np.array(cell.replicates), np.array(base.replicates)
-            cell.difference_ci = interval(cell.difference, drawn - of_base, cell.blocks)
-            if self.number.log:
-                cell.relative_ci = relative_interval(cell.value, drawn, base.value, of_base, cell.blocks)
-                cell.relative = None if cell.relative_ci is None else cell.difference / base.value
+            self._judge(cell, [cell], [base])
+
+    def _judge(self, compared: WatchedCell | Best, cells: Sequence[WatchedCell], start: Sequence[WatchedCell]) -> None:
+        """Set the difference of a mean over cells to that of the starting checkpoint, with intervals if they have any.
+
+        Args:
+            compared: The record of the mean.
+            cells: The cells of which it is the mean.
+            start: The same cells of the starting checkpoint.
+        """
+        mean, base = self._mean(cells), self._mean(start)
+        compared.difference = mean - base
+        blocks, of_all = cells[0].blocks, [[cell.replicates for cell in own] for own in (cells, start)]
+        if blocks is None or any(one is None for own in of_all for one in own):
+            return
+        drawn, of_base = (np.mean(np.array(own), axis=0) for own in of_all)
+        compared.difference_ci = interval(compared.difference, drawn - of_base, blocks)
+        if self.number.log:
+            compared.relative_ci = relative_interval(mean, drawn, base, of_base, blocks)
+            compared.relative = None if compared.relative_ci is None else compared.difference / base
 
     def _mean(self, cells: Sequence[WatchedCell]) -> float:
         return sum(cell.value for cell in cells) / len(cells)
@@ -507,15 +519,7 @@ class Watch:
             noise=NOISE,
         )
         if start is not None:
-            mean = self._mean(start)
-            best.difference = best.mean - mean
-            blocks, of_all = cells[0].blocks, [[cell.replicates for cell in own] for own in (cells, start)]
-            if blocks is not None and all(one is not None for own in of_all for one in own):
-                drawn, base = (np.mean(np.array(own), axis=0) for own in of_all)
-                best.difference_ci = interval(best.difference, drawn - base, blocks)
-                if self.number.log:
-                    best.relative_ci = relative_interval(best.mean, drawn, mean, base, blocks)
-                    best.relative = None if best.relative_ci is None else best.difference / mean
+            self._judge(best, cells, start)
         signs = [FiredSign(step=one.step, **sign.model_dump()) for one in self.lines for sign in one.signs]
         return {"best": dump(best), "signs": [sign.model_dump() for sign in signs]}
 
